@@ -1,0 +1,477 @@
+"""The run file: one TOML, validated against :class:`RunConfig`.
+
+Every problem in a run file is reported in one pass, one line each, by the dotted key, the value found and the
+values accepted. Nothing here imports torch, so a mistake in a run file is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RUNFILES = Path(__file__).parent / "runfiles"
+
+# What the combinations of a model and a data set can do; the cross-checks of RunConfig read these.
+DATA_OF_MODEL = {"minilm": ("sentiment",), "vit-digits": ("digits",)}
+TEXT_MODELS = ("minilm",)
+DATA_WITH_GROUPS = ("sentiment",)
+
+METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms")
+
+
+class ConfigError(Exception):
+    """A run file or an override that cannot be used.
+
+    ``problems`` holds one line for each problem; ``str(error)`` is those lines joined.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of a human-readable size: ``1536``, ``"512MiB"``, ``"2 GiB"``, ``"1.5GB"`` (K = 1000, Ki = 1024)."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError('a size such as "2GiB", "500MB" or a number of bytes')
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value, re.IGNORECASE)
+        if match is None or (match[3] and not match[2]):
+            raise ValueError('a size such as "2GiB", "500MB" or a number of bytes')
+        power = " kmgt".index(match[2].lower() or " ")
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 0:
+        raise ValueError("a size of at least 0 bytes")
+    return size
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_lists_to_tuples(item) for item in value)
+    return value
+
+
+class Table(BaseModel):
+    """Base of every table: unknown keys are errors, types are not coerced (``"8"`` is no integer), values are frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _toml_arrays(cls, values: Any) -> Any:
+        # TOML arrays arrive as lists; the fields are tuples, because a frozen table should be hashable throughout.
+        return {k: _lists_to_tuples(v) for k, v in values.items()} if isinstance(values, Mapping) else values
+
+
+class ModelTable(Table):
+    """The frozen foundation model and its head."""
+
+    id: Literal["minilm", "vit-digits"] = Field("minilm", description="foundation model")
+    frozen: Literal["fp32"] = Field("fp32", description="storage of the frozen weights")
+    targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
+        "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
+    head: Literal["text", "linear"] = Field(
+        "linear", description="text: frozen class prompts, cosine logits; linear: trained with the expert")
+    temperature: float = Field(0.05, gt=0, description="divides the cosine logits of the text head")
+    learn_temperature: bool = Field(False, description="train the text head's temperature")
+
+
+class DataTable(Table):
+    """The data set and how it is spread over clients."""
+
+    name: Literal["sentiment", "digits"] = Field("sentiment", description="data set")
+    path: Optional[str] = Field(None, description="folder with the data; unset: the built-in source, cached")
+    max_samples: Optional[int] = Field(
+        None, ge=1, description="seeded, stratified subsample of this size; unset: everything")
+    max_tokens: int = Field(64, ge=4, le=512, description="texts are cut to this many tokens")
+    partition: Literal["natural", "dirichlet", "iid"] = Field(
+        "natural", description="natural: client i draws from domain i mod domains")
+    alpha: float = Field(0.3, gt=0, description="concentration of the dirichlet partition; small is skewed")
+    split: Annotated[tuple[float, ...], annotated_types.Len(3, 3)] = Field(
+        (0.6, 0.15, 0.25), description="train, validation, test shares of each client; they sum to 1")
+    global_test: float = Field(0.1, ge=0, lt=1, description="share held out of every client as a common test set")
+
+
+class LoraTable(Table):
+    """The shape of every LoRA pair."""
+
+    rank: int = Field(8, ge=1, le=1024, description="rank r of each pair")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the LoRA branch")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+
+
+class SalTable(Table):
+    """Sparsely activated LoRA: which blocks are trained, and when more of them are."""
+
+    order: Union[Literal["top_down", "bottom_up", "interleaved"],
+                 Annotated[tuple[Annotated[int, annotated_types.Ge(1)], ...], annotated_types.MinLen(1)]] = Field(
+        "top_down", description="order of activation; a list names blocks, the first block being 1")
+    schedule: Literal["capability_queue", "every", "fixed", "all"] = Field(
+        "capability_queue", description="when the next blocks are activated")
+    queue: int = Field(4, ge=2, description="length of the capability queue, even")
+    tau: float = Field(0.005, description="activate when accuracy rose by less than this over half a queue")
+    step: int = Field(1, ge=1, description="blocks activated at a time")
+    every: int = Field(2, ge=1, description="rounds between activations for schedule every")
+    depth: int = Field(1, ge=1, description="active blocks at the start")
+    max_depth: Optional[int] = Field(None, ge=1, description="most active blocks; unset: all blocks")
+    cache: bool = Field(True, description="keep the constant prefix's outputs")
+    cache_bytes: Annotated[int, BeforeValidator(parse_size)] = Field(
+        2 * 1024**3, description='memory for that cache, e.g. "2GiB"')
+
+
+class Stage(Table):
+    """What both training stages have in common."""
+
+    rounds: int = Field(8, ge=0, description="communication rounds")
+    lr: float = Field(4e-3, gt=0, description="AdamW learning rate")
+    epochs: int = Field(1, ge=1, description="local epochs a visit")
+    batch: int = Field(32, ge=1, description="samples a step")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+
+
+class Stage1Table(Stage):
+    """Stage 1: the global expert."""
+
+
+class Stage2Table(Stage):
+    """Stage 2: local experts and the gate."""
+
+    rounds: int = Field(4, ge=0, description="communication rounds")
+    lr: float = Field(1e-3, gt=0, description="AdamW learning rate of the local expert")
+    own_loss: float = Field(1.0, ge=0, description="weight of the local expert's own loss beside the mixture's")
+    keep: Literal["best", "last"] = Field("best", description="local expert kept: best on validation, or the last")
+
+
+class GateTable(Table):
+    """The gate of the mixture."""
+
+    mixing: Literal["outputs", "layers"] = Field("outputs", description="mix model outputs, or inside each layer")
+    on: Literal["logits", "probabilities"] = Field("logits", description="what the outputs mix")
+    features: Literal["final", "prefix"] = Field("final", description="which frozen features the gate sees")
+    temperature: float = Field(1.0, gt=0, description="divides the gate's logits; above 1 is softer")
+    lr: float = Field(1e-3, gt=0, description="AdamW learning rate of the gate")
+    bottleneck: int = Field(16, ge=1, description="hidden width of the gate adapter")
+
+
+class Budget(Table):
+    """One class of devices: the share of clients in it and the most blocks they can train."""
+
+    share: float = Field(gt=0, le=1, description="share of the clients")
+    max_depth: int = Field(ge=1, description="most blocks such a client trains")
+
+
+class ClientsTable(Table):
+    """Who takes part."""
+
+    count: int = Field(12, ge=1, description="participating clients")
+    unseen: int = Field(0, ge=0, description="further clients, met only at the end")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients sampled each round")
+    min: int = Field(1, ge=1, description="least clients sampled each round")
+    budgets: tuple[Budget, ...] = Field((), description="device classes; their shares sum to 1; none: no limit")
+    optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimiser state at each visit")
+
+
+class AggregateTable(Table):
+    """How replies are combined."""
+
+    rule: Literal["mean"] = Field("mean", description="aggregation rule")
+    weights: Literal["samples", "uniform"] = Field("samples", description="weight of a client's reply")
+
+
+class RunTable(Table):
+    """How the run itself is carried out."""
+
+    method: Literal[METHODS] = Field("fedms", description="algorithm")  # type: ignore[valid-type]
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="every random draw comes from this seed")
+    threads: int = Field(2, ge=1, description="CPU threads; records repeat byte for byte at a fixed number")
+    engine: Literal["local"] = Field("local", description="local: all clients in this process")
+
+
+class RunConfig(Table):
+    """A complete, validated run file. Attribute names are the TOML names."""
+
+    model: ModelTable = ModelTable()
+    data: DataTable = DataTable()
+    lora: LoraTable = LoraTable()
+    sal: SalTable = SalTable()
+    stage1: Stage1Table = Stage1Table()
+    stage2: Stage2Table = Stage2Table()
+    gate: GateTable = GateTable()
+    clients: ClientsTable = ClientsTable()
+    aggregate: AggregateTable = AggregateTable()
+    run: RunTable = RunTable()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> RunConfig:
+        problems = list(_cross_problems(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _cross_problems(c: RunConfig) -> Iterable[str]:
+    """Problems that no single key shows, one line each, starting with the key to change."""
+    if c.data.name not in DATA_OF_MODEL[c.model.id]:
+        yield (f"data.name: {_show(c.data.name)} does not fit model.id {_show(c.model.id)}; "
+               f"accepted with it: {_words(DATA_OF_MODEL[c.model.id])}")
+    if c.model.head == "text" and c.model.id not in TEXT_MODELS:
+        yield f'model.head: "text" needs a text model; with model.id {_show(c.model.id)} use "linear"'
+    if c.model.learn_temperature and c.model.head != "text":
+        yield 'model.learn_temperature: only the text head has a temperature; set model.head to "text"'
+    if c.data.partition == "natural" and c.data.name not in DATA_WITH_GROUPS:
+        yield (f'data.partition: "natural" needs a data set with domains and {_show(c.data.name)} has none; '
+               'accepted: "dirichlet", "iid"')
+    if min(c.data.split) <= 0 or abs(sum(c.data.split) - 1) > 1e-9:
+        yield (f"data.split: got {_show(c.data.split)}, which sums to {sum(c.data.split):g}; "
+               "accepted: three numbers above 0 that sum to 1")
+    if c.sal.queue % 2:
+        yield f"sal.queue: got {c.sal.queue}; accepted: an even number, as its two halves are compared"
+    if c.sal.max_depth is not None and c.sal.depth > c.sal.max_depth:
+        yield f"sal.depth: got {c.sal.depth}, above sal.max_depth = {c.sal.max_depth}"
+    if not isinstance(c.sal.order, str) and len(set(c.sal.order)) < len(c.sal.order):
+        yield f"sal.order: got {_show(c.sal.order)}; a block is named twice"
+    if c.stage1.rounds + c.stage2.rounds == 0:
+        yield "stage1.rounds: 0 in both stages leaves nothing to train"
+    if c.gate.mixing == "layers" and c.gate.features != "prefix":
+        yield ('gate.features: mixing = "layers" decides before the first mixed layer, so it cannot see '
+               f'{_show(c.gate.features)} features; set gate.features to "prefix"')
+    if c.clients.min > c.clients.count:
+        yield f"clients.min: got {c.clients.min}, above clients.count = {c.clients.count}"
+    if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
+        yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
+               "accepted: shares that sum to 1")
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Names of the built-in run files."""
+    return tuple(sorted(path.stem for path in RUNFILES.glob("*.toml")))
+
+
+def source_name(source: str | Path) -> str:
+    """Short name of a run file: the built-in name, or the file's name without ``.toml``."""
+    return Path(source).stem
+
+
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a run file.
+
+    ``source`` is a built-in name (see :func:`builtin_names`) or a path. Each override is ``table.key=value``, the
+    value in TOML (``0.01``, ``true``, ``[0.6, 0.2, 0.2]``), any other text being a plain string, and ``none`` unsetting
+    an optional key. Raises :class:`ConfigError`.
+    """
+    values = _read(source)
+    for override in overrides:
+        _apply(values, override)
+    return config_from_dict(values)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Validate plain nested values, as read from TOML. Raises :class:`ConfigError`."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def dump_toml(config: RunConfig) -> str:
+    """The resolved configuration as TOML. Unset optional keys are left out: loading the text gives ``config`` again."""
+    import tomli_w
+
+    tables = config.model_dump(mode="python", exclude_none=True)
+    return tomli_w.dumps({name: _tuples_to_lists(table) for name, table in tables.items()})
+
+
+def reference() -> str:
+    """Markdown table of every key: default, accepted values, meaning."""
+    lines = ["| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+    for table, keys in _keys().items():
+        for key, field in keys.items():
+            default = "unset" if field.default is None else _show(field.default)
+            lines.append(f"| `{table}.{key}` | `{default}` | {_accepted(field)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+# Reading
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9_-]+", source) and not path.is_file():
+        path = RUNFILES / f"{source}.toml"
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such built-in run file and no such file; "
+                              f"built in: {', '.join(builtin_names())}{_did_you_mean(source, builtin_names())}")
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give a run file or a built-in name "
+                          f"({', '.join(builtin_names())})") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give a run file (TOML)") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a run file is TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        hint = _suggest_key(parts[0]) if equals and len(parts) == 1 else ", for example --set stage1.lr=0.002"
+        raise ConfigError(f"--set {override}: expected table.key=value{hint}")
+    text = text.strip()
+    if text.lower() == "none":
+        value = None
+    else:
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+    table = values.setdefault(parts[0], {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{parts[0]}: got {_show(table)}; accepted: a table [{parts[0]}]")
+    table[parts[1]] = value
+
+
+# Explaining what is wrong
+
+def _keys() -> dict[str, dict[str, Any]]:
+    return {name: field.annotation.model_fields for name, field in RunConfig.model_fields.items()}
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        if item["type"] == "value_error" and not item["loc"]:
+            return str(item["ctx"]["error"]).split("\n")
+        key, field, value = _locate(item)
+        if item["type"] == "extra_forbidden":
+            lines[key] = f"{key}: unknown key{_suggest_key(key)}"
+        elif item["type"] == "missing":
+            lines[key] = f"{key}: missing; accepted: {_accepted(field)}"
+        elif field is None:
+            lines[key] = f"{key}: got {_show(value)}; accepted: a table [{key}] with keys {_key_list(key)}"
+        else:
+            words = _literals(field.annotation)
+            hint = _did_you_mean(value, words) if isinstance(value, str) else ""
+            lines[key] = f"{key}: got {_show(value)}; accepted: {_accepted(field)}{hint}"
+    return list(lines.values())
+
+
+def _locate(item: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """Dotted key, field and value of an error; pydantic's location goes on into branches of unions, which we drop."""
+    key, field, model, value = "", None, RunConfig, item["input"]
+    for depth, part in enumerate(item["loc"]):
+        if isinstance(part, int) and field is not None and Budget in get_args(field.annotation):
+            key, model = f"{key}[{part}]", Budget
+        elif model is not None and part in model.model_fields:
+            field = model.model_fields[part]
+            key = f"{key}.{part}" if key else str(part)
+            is_table = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            model, field = (field.annotation, None) if is_table else (None, field)
+        elif item["type"] == "extra_forbidden":
+            return (f"{key}.{part}" if key else str(part)), None, value
+        else:
+            break
+    return key, field, value
+
+
+def _suggest_key(key: str) -> str:
+    table, _, name = key.rpartition(".")
+    keys = _keys()
+    if table.startswith("clients.budgets"):
+        return f"; accepted: {', '.join(Budget.model_fields)}"
+    if not table:
+        everywhere = [f"{t}.{k}" for t, fields in keys.items() for k in fields if k == name]
+        return f"; did you mean {' or '.join(everywhere)}?" if everywhere else (
+            _did_you_mean(name, keys, prefix="[", suffix="]") or f"; tables: {', '.join(keys)}")
+    if near := difflib.get_close_matches(name, keys[table], n=1):
+        return f"; did you mean {table}.{near[0]}?"
+    elsewhere = [f"{t}.{k}" for t, fields in keys.items() for k in fields if k == name]
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else f"; keys of [{table}]: {_key_list(table)}"
+
+
+def _key_list(table: str) -> str:
+    return ", ".join(_keys().get(table, Budget.model_fields))
+
+
+def _did_you_mean(word: str, words: Iterable[str], prefix: str = "", suffix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {prefix}{near[0]}{suffix}?" if near else ""
+
+
+def _literals(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [v for v in get_args(annotation) if isinstance(v, str)]
+    return [word for part in get_args(annotation) for word in _literals(part)]
+
+
+def _accepted(field: Any) -> str:
+    """Accepted values of a field in words, from its annotation and bounds."""
+    if any(isinstance(m, BeforeValidator) for m in field.metadata):
+        return 'a size such as "2GiB" or "500MB", or a number of bytes'
+    return _type_in_words(field.annotation, field.metadata)
+
+
+def _type_in_words(annotation: Any, metadata: Iterable[Any] = (), many: bool = False) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_in_words(args[0], args[1:], many)
+    if origin is Literal:
+        return _words(args)
+    if origin in (Union, types.UnionType):
+        return "; or ".join("unset" if a is type(None) else _type_in_words(a, metadata) for a in args)
+    if origin is tuple:
+        if args[0] is Budget:
+            return "a list of tables {share = number above 0, at most 1, max_depth = integer, at least 1}"
+        length = next((f"{m.max_length} " for m in metadata if getattr(m, "max_length", None)), "")
+        return f"a list of {length}{_type_in_words(args[0], (), True)}"
+    nouns = {bool: "true or false", int: "integer", float: "number", str: "string"}
+    if annotation is bool:
+        return nouns[bool]
+    noun = nouns[annotation] + "s" if many else f"{'an' if annotation is int else 'a'} {nouns[annotation]}"
+    words = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+    bounds = [text.format(_show(getattr(m, name))) for m in metadata for name, text in words.items()
+              if getattr(m, name, None) is not None]
+    return ", ".join([noun, *bounds])
+
+
+def _words(values: Iterable[Any]) -> str:
+    return ", ".join(_show(v) for v in values)
+
+
+def _show(value: Any) -> str:
+    """A value as it would stand in the run file."""
+    if value is None:
+        return "none"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_show(v) for v in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_show(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
+
+
+def _tuples_to_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _tuples_to_lists(v) for k, v in value.items()}
+    return [_tuples_to_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,264 @@
+"""The run folder: what a run leaves on disk, and how it is read back.
+
+    config.toml     the resolved configuration
+    rounds.jsonl    one line a round
+    visits.jsonl    one line a client and round
+    clients.jsonl   one line a client, written at the end
+    summary.json    the outcome; missing while a run is under way or when it was killed
+
+Numbers: accuracies, shares and gate weights are fractions in [0, 1] (``*_percent`` are percent), times seconds,
+sizes bytes. Keys are sorted and floats written by ``repr``, so equal runs give equal bytes but for :data:`EXEMPT`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedms.config import RunConfig, dump_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EXEMPT = frozenset({"seconds", "peak_memory_bytes"})
+"""Fields that may differ between two runs of the same configuration."""
+
+ROUND_FIELDS = (
+    "stage", "round", "depth", "clients", "loss", "validation_accuracy", "validation_loss", "bytes_up", "bytes_down",
+    "gate_mean", "gate_entropy", "residual_norm", "seconds", "event",
+)
+VISIT_FIELDS = (
+    "stage", "round", "client", "depth", "status", "reason", "n_train", "loss", "validation_accuracy",
+    "validation_loss", "flops", "seconds", "peak_memory_bytes", "bytes_up", "bytes_down", "trained_params",
+    "trained_percent", "gate_mean", "gate_entropy",
+)
+CLIENT_FIELDS = (
+    "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
+    "gate_entropy",
+)
+ACCURACY_FIELDS = ("personalised", "mixture", "global", "local", "zero_shot", "half", "oracle")
+SUMMARY_FIELDS = (
+    "method", "model", "dataset", "seed", "rounds", "personalised_accuracy", "global_test_accuracy",
+    "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth", "trainable_params",
+    "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes", "notes",
+)
+
+CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
+    "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json")
+_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint"})
+
+
+class RunFolderError(Exception):
+    """A run folder that exists already, cannot be written, or cannot be read."""
+
+
+class RunFolder:
+    """Writer of one run folder; make it with :meth:`create`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig, overwrite: bool = False) -> RunFolder:
+        """Make the folder with its ``config.toml``, all or nothing.
+
+        A folder that holds anything is refused. With ``overwrite`` an earlier run is replaced, but never a folder
+        with files that no run writes. Raises :class:`RunFolderError`.
+        """
+        path = Path(path)
+        text = dump_toml(config)
+        try:
+            if path.exists() and not path.is_dir():
+                raise RunFolderError(f"{path}: exists and is no folder; choose another --out")
+            old = sorted(os.listdir(path)) if path.exists() else []
+            if old and not overwrite:
+                raise RunFolderError(f"{path}: exists and is not empty; choose another --out, or replace it by --force")
+            if foreign := [name for name in old if name not in _OWN_NAMES]:
+                raise RunFolderError(f"{path}: not replaced, as it holds {foreign[0]!r}, which is no part of a run; "
+                                     "choose another --out")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            try:
+                fresh.chmod(0o777 & ~_umask())
+                for name in (ROUNDS, VISITS, CLIENTS):
+                    (fresh / name).touch()
+                _write_durably(fresh / CONFIG, text)
+                if old:
+                    shutil.rmtree(path)
+                fresh.rename(path)
+            except BaseException:
+                shutil.rmtree(fresh, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from error
+        return cls(path)
+
+    def append_round(self, record: Mapping[str, Any]) -> None:
+        """Add a line to ``rounds.jsonl``; fields of :data:`ROUND_FIELDS`, missing ones become null."""
+        self._append(ROUNDS, _complete(record, ROUND_FIELDS))
+
+    def append_visit(self, record: Mapping[str, Any]) -> None:
+        """Add a line to ``visits.jsonl``; fields of :data:`VISIT_FIELDS`, missing ones become null."""
+        self._append(VISITS, _complete(record, VISIT_FIELDS))
+
+    def append_client(self, record: Mapping[str, Any]) -> None:
+        """Add a line to ``clients.jsonl``; fields of :data:`CLIENT_FIELDS`, missing ones become null."""
+        record = _complete(record, CLIENT_FIELDS)
+        record["accuracy"] = _complete(record["accuracy"] or {}, ACCURACY_FIELDS)
+        self._append(CLIENTS, record)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write ``summary.json`` at once (temporary file, fsync, rename); returns it as plain data."""
+        plain = _plain(_complete(summary, SUMMARY_FIELDS))
+        text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            _write_durably(self.path / SUMMARY, text)
+        except OSError as error:
+            raise RunFolderError(f"{self.path / SUMMARY}: cannot be written: {error.strerror}") from error
+        return plain
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        line = json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with open(self.path / name, "a", encoding="utf-8", newline="\n") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run folder read back as plain data. ``summary`` is None for a run that has not ended."""
+
+    path: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    visits: list[dict[str, Any]]
+    clients: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecords:
+        """Read a run folder. A last line cut off by a kill is dropped and noted; any other damage raises
+        :class:`RunFolderError` with file and line."""
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise RunFolderError(f"{path}: no run folder ({CONFIG} is missing)")
+        try:
+            config = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path / CONFIG}: cannot be read: {error}") from None
+        notes: list[str] = []
+        lines = {name: _read_lines(path / name, notes) for name in (ROUNDS, VISITS, CLIENTS)}
+        summary = None
+        if (path / SUMMARY).is_file():
+            try:
+                summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise RunFolderError(f"{path / SUMMARY}: cannot be read: {error}") from None
+        return cls(path, config, lines[ROUNDS], lines[VISITS], lines[CLIENTS], summary, tuple(notes))
+
+    @property
+    def method(self) -> str:
+        return self.config["run"]["method"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["run"]["seed"]
+
+
+def find_runs(path: str | Path) -> list[Path]:
+    """The run folders at ``path``: itself, or those directly inside it, sorted by name.
+
+    Raises :class:`RunFolderError` if there are none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunFolderError(f"{path}: no such folder")
+    if (path / CONFIG).is_file():
+        return [path]
+    runs = sorted(child.parent for child in path.glob(f"*/{CONFIG}") if not child.parent.name.startswith("."))
+    if not runs:
+        raise RunFolderError(f"{path}: holds no run (no {CONFIG} in it or one level below)")
+    return runs
+
+
+def comparable(records: RunRecords) -> dict[str, Any]:
+    """Everything recorded but the fields of :data:`EXEMPT`: equal for two runs of one configuration."""
+    return _strip({"config": records.config, "rounds": records.rounds, "visits": records.visits,
+                   "clients": records.clients, "summary": records.summary})
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _strip(v) for k, v in value.items() if k not in EXEMPT}
+    return [_strip(v) for v in value] if isinstance(value, list) else value
+
+
+def _complete(record: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    # A misspelt field would silently leave a null in every table made from the records later.
+    if unknown := sorted(set(record) - set(fields)):
+        raise ValueError(f"unknown record field {unknown[0]!r}; known: {', '.join(fields)}")
+    return {name: record.get(name) for name in fields}
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON data: scalars of numpy and torch become Python's, NaN and infinities become null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write a file so that after a crash either the old or the new content is there, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
+    records = []
+    lines = text.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                notes.append(f"{path.name}: its last line is cut off and was left out")
+            else:
+                raise RunFolderError(f"{path}, line {number}: not valid JSON: {error}") from None
+    return records
