@@ -1,0 +1,114 @@
+"""What a foundation model eats: token sequences or images, addressed by sample index.
+
+Samples are stored without padding; a batch is padded to its own longest row. So the same data serves any batch
+size, and short sentences cost what short sentences should.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class DataError(Exception):
+    """Data that cannot be loaded or used. The message names the file or sample, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Tokenised texts, ragged.
+
+    fields:     name -> (total,) int64, the tokens of all samples one after another ("input_ids", and
+                "token_type_ids" where the tokenizer makes it). The attention mask follows from the lengths.
+    offsets:    (n + 1,) int64; sample i is [offsets[i], offsets[i + 1]) of every field.
+    pad_values: name -> the value that fills the end of a short row.
+    """
+
+    fields: dict[str, Tensor]
+    offsets: Tensor
+    pad_values: dict[str, int]
+    lengths: Tensor = field(init=False)  # (n,) int64, tokens of each sample, special tokens included
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", self.offsets[1:] - self.offsets[:-1])
+        for name, values in self.fields.items():
+            if values.dtype != torch.int64 or values.shape != (int(self.offsets[-1]),):
+                raise DataError(
+                    f"text field {name!r}: got {values.dtype} of shape {tuple(values.shape)}, "
+                    f"expected torch.int64 of shape ({int(self.offsets[-1])},)"
+                )
+        if len(self) and int(self.lengths.min()) < 1:
+            raise DataError(f"sample {int(self.lengths.argmin())} has no tokens")
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward for samples `indices` (B,): int64 tensors of shape (B, T), T the
+        longest of these samples, padded on the right; "attention_mask" is 1 on tokens and 0 on padding."""
+        lengths = self.lengths[indices]
+        width = int(lengths.max()) if lengths.numel() else 0
+        column = torch.arange(width)
+        mask = column < lengths[:, None]
+        position = torch.where(mask, self.offsets[:-1][indices][:, None] + column, 0)
+        batch = {
+            name: torch.where(mask, values[position], self.pad_values[name]) for name, values in self.fields.items()
+        }
+        batch["attention_mask"] = mask.to(torch.int64)
+        return batch
+
+    def digest(self) -> bytes:
+        return _digest({**self.fields, "offsets": self.offsets})
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images in memory.
+
+    pixels: (n, C, H, W) float32, finite, in the range the model expects.
+    tokens: tokens per image that the model's blocks see (patches and the class token).
+    source: where the images came from; named in errors.
+    """
+
+    pixels: Tensor
+    tokens: int
+    source: str
+    lengths: Tensor = field(init=False)  # (n,) int64, constant
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != torch.float32 or self.pixels.dim() != 4:
+            raise DataError(
+                f"{self.source}: images are {self.pixels.dtype} of shape {tuple(self.pixels.shape)}, "
+                "expected torch.float32 of shape (n, channels, height, width)"
+            )
+        bad = ~torch.isfinite(self.pixels).flatten(1).all(dim=1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise DataError(
+                f"{self.source}: image {first} holds NaN or infinity ({int(bad.sum())} of {len(bad)} images do); "
+                "repair or remove these images"
+            )
+        object.__setattr__(self, "lengths", torch.full((len(self.pixels),), self.tokens, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward for samples `indices` (B,): "pixel_values" (B, C, H, W)."""
+        return {"pixel_values": self.pixels[indices]}
+
+    def digest(self) -> bytes:
+        return _digest({"pixels": self.pixels})
+
+
+def _digest(tensors: dict[str, Tensor]) -> bytes:
+    """sha256 over names, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.digest()

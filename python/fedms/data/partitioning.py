@@ -1,0 +1,188 @@
+"""Divide a data set among clients, and each client's share into training, validation and test samples.
+
+Everything here is a function of (data set, settings, seed) alone; torch's random state is neither read nor changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import Dataset, strata_of, stratified_sample
+from .inputs import DataError
+
+SCHEMES = ("natural", "dirichlet", "iid")
+
+# What the Dirichlet draw tries to give every client before it gives up (flwr-datasets' default).
+MIN_DIRICHLET_SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class ClientSplit:
+    """One client's samples: sorted, disjoint int64 indices into the data set; any of them may be empty."""
+
+    id: int
+    group: str | None
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """clients: those that take part, id = position. unseen: those that never train, ids go on from there.
+    global_test: (m,) int64, in no client. notes: a line for each oddity worth telling the user."""
+
+    clients: tuple[ClientSplit, ...]
+    unseen: tuple[ClientSplit, ...]
+    global_test: Tensor
+    notes: tuple[str, ...]
+
+
+def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
+    """Divide `dataset` among `clients.count + clients.unseen` clients.
+
+    data:    the run file's [data] table. `global_test` is the share taken out first, stratified by (group, class).
+             `partition` is the scheme for the rest: "natural" (client i belongs to group i mod #groups, a group is
+             divided evenly at random among its clients), "dirichlet" (each class is divided by a draw from
+             Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets) or "iid" (evenly at random).
+             `split` are each client's shares of training, validation and test samples, stratified by class.
+    clients: the [clients] table (count, unseen).
+
+    A client with too few samples for three parts gets training samples first, then test, then validation; a client
+    without any sample is kept, with a note. Raises DataError for an unknown scheme, "natural" without groups, no
+    sample at all.
+    """
+    total = clients.count + clients.unseen
+    if data.partition not in SCHEMES:
+        raise DataError(f"data.partition: unknown scheme {data.partition!r}; known: {', '.join(SCHEMES)}")
+    if total < 1:
+        raise DataError(f"clients.count: expected at least one client, got {clients.count}")
+
+    labels = dataset.labels.numpy()
+    groups = None if dataset.groups is None else dataset.groups.numpy()
+    rng = np.random.default_rng([seed, 0])
+    in_test = stratified_sample(strata_of(labels, groups), round(data.global_test * len(dataset)), rng)
+    rest = np.setdiff1d(np.arange(len(dataset)), in_test)
+    if len(rest) == 0:
+        raise DataError(f"{dataset.name}: {len(dataset)} samples leave none for the clients")
+
+    notes: list[str] = []
+    names: list[str | None] = [None] * total
+    if data.partition == "natural":
+        if groups is None:
+            raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid'")
+        shares = _natural(rest, groups[rest], len(dataset.group_names), total, rng)
+        names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
+        if total < len(dataset.group_names):
+            notes.append(f"{total} clients: no client holds the groups {', '.join(dataset.group_names[total:])}")
+    elif data.partition == "dirichlet":
+        shares = _dirichlet(rest, labels[rest], data.alpha, total, seed, notes)
+    else:
+        shares = np.array_split(rng.permutation(rest), total)
+
+    # A client's own split hangs on its id and the seed only, not on how many clients there are.
+    splits = tuple(
+        ClientSplit(i, names[i], *_split(share, labels, data.split, np.random.default_rng([seed, 1, i])))
+        for i, share in enumerate(shares)
+    )
+    notes += _oddities(splits, shares, labels, dataset.classes)
+    return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
+
+
+def _natural(
+    indices: np.ndarray, groups: np.ndarray, n_groups: int, total: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    shares: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * total
+    for group in range(n_groups):
+        members = range(group, total, n_groups)
+        if len(members):
+            parts = np.array_split(rng.permutation(indices[groups == group]), len(members))
+            for client, part in zip(members, parts):
+                shares[client] = part
+    return shares
+
+
+def _dirichlet(
+    indices: np.ndarray, labels: np.ndarray, alpha: float, total: int, seed: int, notes: list[str]
+) -> list[np.ndarray]:
+    try:
+        from datasets import Dataset as Table
+        from flwr_datasets.partitioner import DirichletPartitioner
+    except ImportError as error:
+        raise DataError("data.partition: 'dirichlet' needs flwr-datasets; pip install 'fedms[train]'") from error
+    if total > len(indices):
+        raise DataError(f"clients.count: {total} clients, but only {len(indices)} samples to divide")
+
+    def draw(minimum: int) -> list[np.ndarray]:
+        partitioner = DirichletPartitioner(
+            num_partitions=total,
+            partition_by="label",
+            alpha=float(alpha),
+            min_partition_size=minimum,
+            self_balancing=False,
+            seed=seed,
+        )
+        partitioner.dataset = Table.from_dict({"label": labels, "index": indices})
+        return [np.array(partitioner.load_partition(i)["index"], dtype=np.int64) for i in range(total)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one per redraw; the note below says what matters
+        try:
+            return draw(MIN_DIRICHLET_SAMPLES)
+        except ValueError:
+            notes.append(
+                f"Dirichlet({alpha:g}) over {total} clients: no draw gave every client {MIN_DIRICHLET_SAMPLES} "
+                "samples, so clients with fewer (or none) are kept"
+            )
+            return draw(0)
+
+
+def _split(
+    share: np.ndarray, labels: np.ndarray, fractions: tuple[float, float, float], rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test part of a client's samples, stratified by class (largest remainders, ties to
+    training first, so that a class with one sample is trained on)."""
+    parts: list[list[int]] = [[], [], []]
+    for label in np.unique(labels[share]):
+        members = rng.permutation(share[labels[share] == label])
+        quota = len(members) * np.asarray(fractions)
+        sizes = np.floor(quota + 1e-9).astype(int)
+        by_remainder = np.argsort(-(quota - sizes), kind="stable")
+        sizes[by_remainder[: len(members) - sizes.sum()]] += 1
+        for part, piece in zip(parts, np.split(members, np.cumsum(sizes)[:-1])):
+            part.extend(piece.tolist())
+
+    # Rounding by class can leave a small client without a part: it takes one training sample, test before validation.
+    train, validation, test = parts
+    for part in (test, validation):
+        if not part and len(train) >= 2:
+            part.append(train.pop(int(rng.integers(len(train)))))
+    return _indices(train), _indices(validation), _indices(test)
+
+
+def _indices(values) -> Tensor:
+    return torch.from_numpy(np.sort(np.asarray(values, dtype=np.int64)))
+
+
+def _oddities(
+    splits: tuple[ClientSplit, ...], shares: list[np.ndarray], labels: np.ndarray, classes: tuple[str, ...]
+) -> list[str]:
+    notes = []
+    missing = 0
+    for split, share in zip(splits, shares):
+        if len(share) == 0:
+            notes.append(f"client {split.id} has no samples")
+        elif len(share) < 3:
+            notes.append(
+                f"client {split.id} has {len(share)} sample{'s' * (len(share) > 1)}: {len(split.train)} for training, "
+                f"{len(split.validation)} for validation, {len(split.test)} for test"
+            )
+        missing += 0 < len(np.unique(labels[share])) < len(classes)
+    if missing:
+        notes.append(f"{missing} of {len(splits)} clients lack at least one of the {len(classes)} classes")
+    return notes

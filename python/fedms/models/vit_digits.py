@@ -1,0 +1,38 @@
+"""A small Vision Transformer (arXiv 2010.11929) for 8 x 8 images, with RANDOM weights drawn from a fixed seed.
+
+It needs no download and runs in seconds: for smoke tests. It is not pretrained; its accuracies say nothing about FMs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import FoundationModel, import_transformers
+
+SEED = 2010_11929
+
+
+class ViTDigits(FoundationModel):
+    reads = "images"
+    image_tokens = 17  # 4 x 4 patches and the class token
+
+    def __init__(self) -> None:
+        transformers = import_transformers()
+        config = transformers.ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=256,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            module = transformers.ViTModel(config, add_pooling_layer=False)
+        super().__init__("vit-digits", module, config.hidden_size)
+
+    def features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, 64) float32: the mean of the patch tokens after the final LayerNorm (not normalised)."""
+        return self.module(**inputs).last_hidden_state[:, 1:].mean(dim=1)
