@@ -33,10 +33,11 @@ def load(config, model, *, seed: int = 0) -> Dataset:
 
     config: the run file's [data] table (name, path, max_samples, max_tokens).
     model:  a `fedms.models.FoundationModel`; texts are tokenised by it.
-    seed:   of the subsample, if `max_samples` asks for one. Runs that differ in their own seed only should keep it, so
-            that they see the same sentences.
+    seed:   of the subsample, if `max_samples` asks for one. Runs that differ in their own seed only should
+            keep it, so that they see the same sentences.
 
-    Raises DataError: unknown name, a model that reads something else, damaged or missing files, NaN or infinity.
+    Raises DataError: unknown name, a model that reads something else, damaged or missing files, NaN or
+    infinity.
     """
     if config.name not in LOADERS:
         raise DataError(f"data.name: unknown data set {config.name!r}; known: {', '.join(LOADERS)}")

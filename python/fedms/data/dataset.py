@@ -20,7 +20,7 @@ class Dataset:
     labels:      (n,) int64 in [0, len(classes)).
     prompts:     for each class, texts that describe it (the zero-shot text head), or None.
     groups:      (n,) int64 natural group of each sample (its domain, its writer), or None.
-    fingerprint: sha256 (hex) of what the model sees (tokens or pixels), labels and groups. Caches are keyed by it.
+    fingerprint: sha256 (hex) of what the model sees (tokens or pixels), labels and groups; the key of caches.
     """
 
     name: str
@@ -46,7 +46,7 @@ def make_dataset(
     groups: Tensor | None = None,
     group_names: tuple[str, ...] = (),
 ) -> Dataset:
-    """Check that the parts fit each other, fingerprint them, and put them together. DataError if they do not fit."""
+    """Check that the parts fit each other (DataError if not), fingerprint them, and put them together."""
     _check_codes(name, "label", labels, len(inputs), len(classes))
     if groups is not None:
         _check_codes(name, "group", groups, len(inputs), len(group_names))

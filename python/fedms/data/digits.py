@@ -43,9 +43,13 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with np.load(path) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: expected a .npz file with the arrays `images` and `labels` ({error})") from error
+        raise DataError(
+            f"{path}: expected a .npz file with the arrays `images` and `labels` ({error})"
+        ) from error
     if images.ndim != 3 or images.shape[1:] != (8, 8) or images.dtype.kind not in "uif":
-        raise DataError(f"{path}: images are {images.dtype} of shape {images.shape}, expected numbers (n, 8, 8)")
+        raise DataError(
+            f"{path}: images are {images.dtype} of shape {images.shape}, expected numbers (n, 8, 8)"
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "ui":
         raise DataError(
             f"{path}: labels are {labels.dtype} of shape {labels.shape}, expected integers {images.shape[:1]}"

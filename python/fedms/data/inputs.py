@@ -1,7 +1,7 @@
 """What a foundation model eats: token sequences or images, addressed by sample index.
 
-Samples are stored without padding; a batch is padded to its own longest row. So the same data serves any batch
-size, and short sentences cost what short sentences should.
+Samples are stored without padding; a batch is padded to its own longest row. So the same data serves any
+batch size, and short sentences cost what short sentences should.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class DataError(Exception):
-    """Data that cannot be loaded or used. The message names the file or sample, what was expected, what to do."""
+    """Data that cannot be used. The message names the file or sample, what was expected, what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,19 @@ class TextInputs:
         return self.offsets.numel() - 1
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward for samples `indices` (B,): int64 tensors of shape (B, T), T the
-        longest of these samples, padded on the right; "attention_mask" is 1 on tokens and 0 on padding."""
+        """Keyword arguments of the model's forward for samples `indices` (B,) int64.
+
+        Int64 tensors of shape (B, T), T the longest of these samples, padded on the right; "attention_mask"
+        is 1 on tokens and 0 on padding.
+        """
         lengths = self.lengths[indices]
         width = int(lengths.max()) if lengths.numel() else 0
         column = torch.arange(width)
         mask = column < lengths[:, None]
         position = torch.where(mask, self.offsets[:-1][indices][:, None] + column, 0)
         batch = {
-            name: torch.where(mask, values[position], self.pad_values[name]) for name, values in self.fields.items()
+            name: torch.where(mask, values[position], self.pad_values[name])
+            for name, values in self.fields.items()
         }
         batch["attention_mask"] = mask.to(torch.int64)
         return batch
@@ -88,7 +92,7 @@ class ImageInputs:
         if bad.any():
             first = int(bad.nonzero()[0])
             raise DataError(
-                f"{self.source}: image {first} holds NaN or infinity ({int(bad.sum())} of {len(bad)} images do); "
+                f"{self.source}: image {first} holds NaN or infinity ({int(bad.sum())} of {len(bad)} do); "
                 "repair or remove these images"
             )
         object.__setattr__(self, "lengths", torch.full((len(self.pixels),), self.tokens, dtype=torch.int64))
@@ -97,7 +101,8 @@ class ImageInputs:
         return len(self.pixels)
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward for samples `indices` (B,): "pixel_values" (B, C, H, W)."""
+        """Keyword arguments of the model's forward for samples `indices` (B,) int64:
+        "pixel_values" (B, C, H, W) float32."""
         return {"pixel_values": self.pixels[indices]}
 
     def digest(self) -> bytes:

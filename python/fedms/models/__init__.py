@@ -15,7 +15,7 @@ MODELS = {
 
 
 def load(config) -> FoundationModel:
-    """Load the frozen model `config.id` (the run file's [model] table). ModelError if it is unknown or missing."""
+    """Load the frozen model `config.id` (config: the [model] table). ModelError if unknown or missing."""
     if config.id not in MODELS:
         raise ModelError(f"model.id: unknown model {config.id!r}; known: {', '.join(MODELS)}")
     return MODELS[config.id]()

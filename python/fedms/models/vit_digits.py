@@ -1,6 +1,6 @@
-"""A small Vision Transformer (arXiv 2010.11929) for 8 x 8 images, with RANDOM weights drawn from a fixed seed.
+"""A small Vision Transformer (arXiv 2010.11929) for 8 x 8 images, with RANDOM weights from a fixed seed.
 
-It needs no download and runs in seconds: for smoke tests. It is not pretrained; its accuracies say nothing about FMs.
+It needs no download and runs in seconds: for smoke tests. Its accuracies say nothing about pretrained models.
 """
 
 from __future__ import annotations
