@@ -1,0 +1,74 @@
+"""Ways of running the operators, and the choice between them.
+
+A backend is a module with the functions `forward` and `backward` of `eager.py`, `supports(x)`, which says whether
+it can run on a tensor, and `unavailable()`, which returns None or the reason why it cannot run here at all.
+The first one that is available and supports the tensor is used; the environment variable FEDMS_BACKEND or
+`use_backend` name one instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import Tensor
+
+from . import cpu, eager
+
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}  # in the order of preference
+
+
+def _named(name: str) -> ModuleType:
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(_BACKENDS)}")
+    if reason := explain(name):
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return _BACKENDS[name]
+
+
+def available() -> tuple[str, ...]:
+    """The names of the backends that can run here, in the order of preference."""
+    return tuple(name for name in _BACKENDS if explain(name) is None)
+
+
+def explain(name: str) -> str | None:
+    """Why the backend cannot run here and what to do, or None if it can. Unknown names are a ValueError."""
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(_BACKENDS)}")
+    return _BACKENDS[name].unavailable()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, every operator runs on the backend of that name, in all threads.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
+    """
+    global _forced
+    previous, _forced = _forced, _named(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(x: Tensor) -> ModuleType:
+    """The backend for an operator whose input is `x`."""
+    if _forced is not None:
+        if not _forced.supports(x):
+            name = _forced.__name__.rpartition(".")[2]
+            raise RuntimeError(
+                f"backend {name!r} was asked for by name, but it does not take {x.dtype} on {x.device}; "
+                "use another one, or none, so that one is chosen for the tensor"
+            )
+        return _forced
+    for backend in _usable:
+        if backend.supports(x):
+            return backend
+    raise AssertionError("the eager backend supports every tensor")
+
+
+_usable = [_BACKENDS[name] for name in available()]
+_forced: ModuleType | None = _named(os.environ["FEDMS_BACKEND"]) if os.environ.get("FEDMS_BACKEND") else None

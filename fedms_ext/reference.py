@@ -1,0 +1,128 @@
+"""What every operator of this package means, in plain PyTorch: the oracle of all tests.
+
+Nothing here is fast. Every function takes any floating dtype up to float64 and any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    `counter`: four int64 tensors of one shape that hold 32-bit words; `key`: two 32-bit words.
+    Returns four int64 tensors of that shape that hold 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps around in int64, but its bits are right, and the masks keep 32 of them.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = k0 + 0x9E3779B9 & _MASK32, k1 + 0xBB67AE85 & _MASK32
+    return c0, c1, c2, c3
+
+
+def philox_mask(seed: int, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
+    """The dropout mask of a layer: (rows, cols) bool, True where the value is kept.
+
+    Element (row, col) has the index i = row * cols + col. Its random word is word i % 4 of Philox4x32-10 with the
+    counter (i // 4 mod 2**32, i // 4 div 2**32, 0, 0) and the key (seed mod 2**32, seed div 2**32), and it is
+    kept if that word >= floor(p * 2**32). Kernels must match these bits.
+
+    `seed`: 0 <= seed < 2**63. `p`: 0 <= p < 1, the probability that a value is dropped.
+    """
+    count = rows * cols
+    block = torch.arange((count + 3) // 4, device=device, dtype=torch.int64)
+    zero = torch.zeros_like(block)
+    words = philox_4x32_10((block & _MASK32, block >> 32, zero, zero), (seed & _MASK32, seed >> 32))
+    return (torch.stack(words, dim=1).reshape(-1)[:count] >= int(p * 2.0**32)).reshape(rows, cols)
+
+
+def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
+    """x (M, K) with the values that `philox_mask` drops set to zero and the others divided by 1 - p."""
+    if p == 0:
+        return x
+    return torch.where(philox_mask(seed, *x.shape, p, x.device), x / (1 - p), 0)
+
+
+def _gate_rows(gate: Tensor | None, x: Tensor, experts: int) -> Tensor | None:
+    return None if gate is None else gate.expand(*x.shape[:-1], experts).reshape(-1, experts)
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float] | Tensor,
+    gate: Tensor | None = None,
+    active: Sequence[bool] | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
+
+    The arguments are those of `fedms_ext.expert_linear`. Differentiable by autograd any number of times, but here
+    the weight and the bias do get gradients if they ask for them.
+    """
+    experts = len(lora_a)
+    rows = x.reshape(-1, x.shape[-1])
+    gates = _gate_rows(gate, x, experts)
+    dropped = dropout(rows, dropout_p, seed)
+    y = torch.nn.functional.linear(rows, weight, bias)
+    for e in range(experts):
+        if active is None or active[e]:
+            s = scale[e] * (dropped @ lora_a[e].T)
+            y = y + (s if gates is None else gates[:, e : e + 1] * s) @ lora_b[e].T
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def expert_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float] | Tensor,
+    gate: Tensor | None = None,
+    active: Sequence[bool] | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """The gradients of `expert_linear` written out by hand: dx, dgate, [dA_e], [dB_e].
+
+    dgate has the shape x.shape[:-1] + (E,), before any broadcast of the gate is summed up again; None without a
+    gate. An inactive expert has a zero column in dgate and None for dA and dB.
+    """
+    experts = len(lora_a)
+    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, weight.shape[0])
+    gates = _gate_rows(gate, x, experts)
+    dropped = dropout(rows, dropout_p, seed)
+    dgate = None if gates is None else torch.zeros_like(gates)
+    da: list[Tensor | None] = [None] * experts
+    db: list[Tensor | None] = [None] * experts
+    dx_lora = torch.zeros_like(rows)
+    for e in range(experts):
+        if active is not None and not active[e]:
+            continue
+        factor = scale[e] if gates is None else scale[e] * gates[:, e : e + 1]
+        s = dropped @ lora_a[e].T
+        u = dy_rows @ lora_b[e]
+        if dgate is not None:
+            dgate[:, e] = scale[e] * (s * u).sum(dim=1)
+        ds = factor * u
+        da[e] = ds.T @ dropped
+        db[e] = dy_rows.T @ (factor * s)
+        dx_lora += ds @ lora_a[e]
+    dx = dy_rows @ weight + dropout(dx_lora, dropout_p, seed)
+    if dgate is not None:
+        dgate = dgate.reshape(*x.shape[:-1], experts)
+    return dx.reshape(x.shape), dgate, da, db

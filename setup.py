@@ -1,0 +1,52 @@
+"""Builds `fedms_ext._C` with CMake and Ninja; everything else is in pyproject.toml.
+
+Environment: FEDMS_CUDA=auto|0|1, FEDMS_BUILD_TYPE (Release), FEDMS_SANITIZE (e.g. address,undefined), MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        # The build folder is fixed, so that editable installs rebuild only what changed. The module is copied to
+        # where setuptools wants it: pip's folder is temporary, and CMake would remember it.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # An environment's own cmake and ninja, also when it is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake, ninja = (shutil.which(tool, path=path) or tool for tool in ("cmake", "ninja"))
+        subprocess.run(
+            [
+                cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_BUILD_TYPE={os.environ.get('FEDMS_BUILD_TYPE', 'Release')}",
+                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DFEDMS_CUDA={os.environ.get('FEDMS_CUDA', 'auto')}",
+                f"-DFEDMS_SANITIZE={os.environ.get('FEDMS_SANITIZE', '')}",
+                f"-DFEDMS_VERSION={self.distribution.get_version()}",
+            ],
+            check=True,
+        )
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Remove first: writing into a module that a running process has mapped would crash that process.
+        target.unlink(missing_ok=True)
+        shutil.copy2(next(build.glob("_C*.so")), target)
+
+
+setup(ext_modules=[Extension("fedms_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
