@@ -163,12 +163,15 @@ def _split(
         for part, piece in zip(parts, np.split(members, np.cumsum(sizes)[:-1])):
             part.extend(piece.tolist())
 
-    # Rounding by class can leave a small client without a part: it takes one training sample, test before
-    # validation.
+    # Rounding by class can leave a small client without a part. In order of need, an empty part takes a
+    # sample from the largest one, if that keeps some or is needed less.
     train, validation, test = parts
-    for part in (test, validation):
-        if not part and len(train) >= 2:
-            part.append(train.pop(int(rng.integers(len(train)))))
+    by_need = [train, test, validation]
+    for rank, part in enumerate(by_need):
+        if not part:
+            donor = max(range(3), key=lambda k: (len(by_need[k]), k))
+            if len(by_need[donor]) >= 2 or (by_need[donor] and donor > rank):
+                part.append(by_need[donor].pop(int(rng.integers(len(by_need[donor])))))
     return _indices(train), _indices(validation), _indices(test)
 
 

@@ -35,8 +35,7 @@ class MiniLM(FoundationModel):
                     local_files_only=True,
                     add_pooling_layer=False,
                     attn_implementation="sdpa",
-                    dtype=torch.float32,
-                )
+                ).float()
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a damaged installation shows itself in many types
             raise ModelError(

@@ -1,0 +1,199 @@
+"""Who gets which samples."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fedms.data import DataError, ImageInputs, make_dataset, partition
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def dataset(n=600, classes=3, groups=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return make_dataset(
+        "made-up",
+        ImageInputs(torch.zeros(n, 1, 1, 1), 1, "made-up"),
+        torch.from_numpy(rng.integers(0, classes, n)),
+        tuple(f"class {c}" for c in range(classes)),
+        groups=torch.from_numpy(rng.integers(0, groups, n)) if groups else None,
+        group_names=tuple(f"group {g}" for g in range(groups)),
+    )
+
+
+def settings_of(scheme="natural", alpha=0.3, split=(0.6, 0.15, 0.25), global_test=0.1):
+    return SimpleNamespace(partition=scheme, alpha=alpha, split=split, global_test=global_test)
+
+
+def clients_of(count=12, unseen=0):
+    return SimpleNamespace(count=count, unseen=unseen)
+
+
+def pieces(result):
+    return [result.global_test] + [
+        part for c in (*result.clients, *result.unseen) for part in (c.train, c.validation, c.test)
+    ]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(pieces(a), pieces(b))) and a.notes == b.notes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    classes=st.integers(1, 10),
+    groups=st.integers(1, 4),
+    count=st.integers(1, 20),
+    unseen=st.integers(0, 5),
+    scheme=st.sampled_from(["natural", "iid"]),
+    global_test=st.sampled_from([0.0, 0.1, 0.4]),
+    split=st.sampled_from([(0.6, 0.15, 0.25), (0.34, 0.33, 0.33), (0.9, 0.05, 0.05), (0.1, 0.1, 0.8)]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_partition_is_disjoint_and_complete(
+    n, classes, groups, count, unseen, scheme, global_test, split, seed
+):
+    data = dataset(n, classes, groups, seed)
+    config = settings_of(scheme, split=split, global_test=global_test)
+    result = partition(data, config, clients_of(count, unseen), seed)
+    assert [c.id for c in (*result.clients, *result.unseen)] == list(range(count + unseen))
+    assert len(result.clients) == count and len(result.global_test) == round(global_test * n)
+    for piece in pieces(result):
+        assert piece.dtype == torch.int64 and (piece.diff() > 0).all()
+    together = torch.cat(pieces(result))
+    assert len(together.unique()) == len(together)
+    if scheme == "iid" or count + unseen >= groups:
+        assert len(together) == n
+    for c in (*result.clients, *result.unseen):
+        sizes = len(c.train), len(c.test), len(c.validation)
+        total = sum(sizes)
+        # First training, then test, then validation.
+        assert [size > 0 for size in sizes] == [total >= 1, total >= 2, total >= 3]
+        if scheme == "natural":
+            owner = data.groups[torch.cat([c.train, c.validation, c.test])]
+            assert (owner == c.id % groups).all() and c.group == f"group {c.id % groups}"
+
+
+@pytest.mark.parametrize("scheme", ["natural", "dirichlet", "iid"])
+def test_a_partition_is_a_function_of_the_seed_alone(scheme):
+    data = dataset()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state()
+    first = partition(data, settings_of(scheme), clients_of(8, 2), seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    np.random.seed(2)
+    assert same(first, partition(data, settings_of(scheme), clients_of(8, 2), seed=3))
+    assert not same(first, partition(data, settings_of(scheme), clients_of(8, 2), seed=4))
+    together = torch.cat(pieces(first))
+    assert torch.equal(together.sort().values, torch.arange(600))
+
+
+def test_a_natural_group_is_shared_evenly():
+    data = dataset(n=1000)
+    result = partition(data, settings_of(), clients_of(10, 2), seed=0)
+    rest = torch.bincount(data.groups) - torch.bincount(data.groups[result.global_test])
+    sizes = [len(c.train) + len(c.validation) + len(c.test) for c in (*result.clients, *result.unseen)]
+    for g in range(4):
+        shares = sizes[g::4]
+        assert sum(shares) == rest[g] and max(shares) - min(shares) <= 1
+
+
+def test_global_test_and_client_splits_are_stratified():
+    data = dataset(n=3000)
+    result = partition(data, settings_of(), clients_of(4), seed=0)
+    strata = data.groups * 3 + data.labels
+    expected = torch.bincount(strata) * 0.1
+    assert (torch.bincount(strata[result.global_test], minlength=12) - expected).abs().max() < 1
+    for c in result.clients:
+        counts = [torch.bincount(data.labels[part], minlength=3) for part in (c.train, c.validation, c.test)]
+        for part, fraction in zip(counts, (0.6, 0.15, 0.25)):
+            assert (part - fraction * sum(counts)).abs().max() < 1
+
+
+def test_dirichlet_skew_grows_as_alpha_falls():
+    data = dataset(n=2000)
+    overall = torch.bincount(data.labels) / len(data)
+
+    def skew(alpha):
+        """Mean total variation distance between a client's classes and all, weighted by samples."""
+        distances = []
+        for seed in range(4):
+            result = partition(data, settings_of("dirichlet", alpha), clients_of(10), seed)
+            for c in result.clients:
+                labels = data.labels[torch.cat([c.train, c.validation, c.test])]
+                counts = torch.bincount(labels, minlength=3)
+                distances.append(float((counts - overall * len(labels)).abs().sum()) / 2)
+        return sum(distances) / (4 * 1800)
+
+    at = {alpha: skew(alpha) for alpha in (0.1, 0.5, 5.0, 1000.0)}
+    assert at[0.1] > at[0.5] + 0.1 > at[5.0] + 0.2 and at[5.0] > at[1000.0] + 0.05 and at[1000.0] < 0.05
+
+
+def test_an_unreachable_minimum_is_noted_and_the_clients_are_kept():
+    result = partition(dataset(n=100), settings_of("dirichlet", 0.05), clients_of(20), seed=0)
+    assert "no draw gave every client 10 samples" in result.notes[0]
+    assert len(result.clients) == 20
+    empty = [c.id for c in result.clients if len(c.train) == 0]
+    assert empty and [note for note in result.notes if "has no samples" in note] == [
+        f"client {i} has no samples" for i in empty
+    ]
+    for c in result.clients:
+        if c.id in empty:
+            assert len(c.validation) == len(c.test) == 0
+
+
+def test_a_client_with_one_sample_trains_on_it():
+    result = partition(dataset(n=3, groups=0), settings_of("iid", global_test=0.0), clients_of(3), seed=0)
+    assert [(len(c.train), len(c.validation), len(c.test)) for c in result.clients] == [(1, 0, 0)] * 3
+    assert "client 2 has 1 sample: 1 for training, 0 for validation, 0 for test" in result.notes
+
+
+def test_a_class_missing_at_a_client_is_noted():
+    data = make_dataset(
+        "sorted",
+        ImageInputs(torch.zeros(40, 1, 1, 1), 1, "sorted"),
+        torch.arange(40) // 20,
+        ("a", "b"),
+        groups=torch.arange(40) // 20,
+        group_names=("only a", "only b"),
+    )
+    result = partition(data, settings_of(), clients_of(4), seed=0)
+    assert result.notes == ("4 of 4 clients lack at least one of the 2 classes",)
+    assert data.labels[result.clients[0].train].unique().tolist() == [0]
+    assert partition(dataset(), settings_of("iid"), clients_of(3), seed=0).notes == ()
+
+
+def test_groups_that_no_client_holds_are_noted():
+    result = partition(dataset(), settings_of(), clients_of(2), seed=0)
+    assert result.notes[0] == "2 clients: no client holds the groups group 2, group 3"
+
+
+@pytest.mark.parametrize(
+    ("data", "config", "clients", "message"),
+    [
+        (
+            dataset(),
+            settings_of("naturl"),
+            clients_of(),
+            "unknown scheme 'naturl'; known: natural, dirichlet, iid",
+        ),
+        (
+            dataset(groups=0),
+            settings_of(),
+            clients_of(),
+            "made-up has no natural groups; use 'dirichlet' or 'iid'",
+        ),
+        (dataset(n=5), settings_of("dirichlet"), clients_of(12), "12 clients, but only 5 samples"),
+        (dataset(), settings_of(), clients_of(0), "at least one client, got 0"),
+        (dataset(n=1), settings_of(global_test=0.9), clients_of(1), "1 samples leave none for the clients"),
+    ],
+)
+def test_impossible_partitions(data, config, clients, message):
+    with pytest.raises(DataError, match=message):
+        partition(data, config, clients, seed=0)
