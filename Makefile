@@ -1,0 +1,72 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv, PyTorch, and this package with
+# its compiled extension. Run `make` for the list of targets.
+
+# The interpreter that the environment is made with, 3.10 or newer.
+PYTHON ?= python3
+# What `pip install` is given for PyTorch: another version, a wheel file, ...
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# As in pyproject.toml. The editable install must not be built in isolation: it is rebuilt in place.
+BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.26' ninja
+INSTALLED := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench wheel clean missing-packages check-system
+
+help: ## this list
+	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+
+setup: $(INSTALLED) ## the environment alone
+
+demo: $(INSTALLED) ## five methods on human-rated sentiment, 12 clients: runs/demo/report.html
+	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms --seeds 0 --out runs/demo --force
+	@echo "Report: $(CURDIR)/runs/demo/report.html"
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest -q --durations=10 tests
+
+bench: $(INSTALLED) ## throughput of the kernels, beside their peers
+	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_*.py' --benchmark-only bench
+
+wheel: $(INSTALLED) ## a wheel in dist/
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove what was built; keep the environment and the runs
+	rm -rf build dist *.egg-info python/*.egg-info fedms_ext/_C*.so .pytest_cache .benchmarks .hypothesis $(INSTALLED)
+
+$(INSTALLED): $(SOURCES) | check-system
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	$(PIP) install $(BUILD_REQUIREMENTS)
+	$(PIP) install --no-build-isolation --editable '.[train,test]'
+	@touch $@
+
+# The system packages that are not there, on one line; nothing if all are. Debian and Ubuntu name a Python's packages
+# after its command: python3-venv, python3.12-venv.
+PACKAGE := $(notdir $(PYTHON))
+missing-packages:
+	@missing=; \
+	if command -v $(PYTHON) >/dev/null; then \
+	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing $(PACKAGE)-venv"; \
+	  $(PYTHON) -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h"))' 2>/dev/null \
+	    || missing="$$missing $(PACKAGE)-dev"; \
+	else \
+	  missing="$$missing $(PACKAGE) $(PACKAGE)-venv $(PACKAGE)-dev"; \
+	fi; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	echo $$missing
+
+check-system:
+	@missing="$$($(MAKE) -s --no-print-directory missing-packages)"; \
+	if [ -n "$$missing" ]; then \
+	  echo "System packages are missing: $$missing" >&2; \
+	  echo "Install them with:  sudo apt-get install $$missing" >&2; \
+	  exit 1; \
+	fi; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "Python 3.10 or newer is needed, but $(PYTHON) is %d.%d; choose another: make PYTHON=..." % sys.version_info[:2])'
