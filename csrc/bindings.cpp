@@ -1,12 +1,183 @@
-// fedms_ext._C: the only file that knows Python.
+// fedms_ext._C: the only file that knows Python. It knows no torch: tensors come in through DLPack's C exchange
+// API, or, from a torch that lacks it, through their Python attributes.
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fedms/dlpack.h"
 #include "fedms/isa.h"
+#include "fedms/lora.h"
 
 namespace py = pybind11;
 
+namespace {
+
+PyTypeObject* tensor_type = nullptr;
+const fedms::dlpack::ExchangeApi* exchange = nullptr;
+
+// Returns whether the exchange API is used.
+bool set_tensor_type(py::type type, bool use_exchange) {
+  tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+  exchange = nullptr;
+  if (use_exchange && py::hasattr(type, "__dlpack_c_exchange_api__")) {
+    const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+    const auto* api =
+        static_cast<const fedms::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->major == 1 && api->tensor_from_py_object) exchange = api;
+  }
+  return exchange != nullptr;
+}
+
+// A float32 CPU tensor of known rank; with `dense`, also row-major without gaps.
+class Matrix {
+ public:
+  Matrix(const char* name, py::handle tensor, int dimensions, bool dense = true) : name_(name) {
+    if (!PyObject_TypeCheck(tensor.ptr(), tensor_type)) {
+      throw py::type_error(std::string(name) + " is not a tensor but " + Py_TYPE(tensor.ptr())->tp_name);
+    }
+    if (exchange) {
+      read_exchange(tensor);
+    } else {
+      read_attributes(tensor);
+    }
+    if (shape_.size() != static_cast<size_t>(dimensions)) {
+      fail("has " + std::to_string(shape_.size()) + " dimensions, expected " + std::to_string(dimensions));
+    }
+    if (dense) {
+      int64_t expected = 1;
+      for (int d = dimensions - 1; d >= 0; --d) {
+        if (shape_[d] > 1 && strides_[d] != expected) fail("is not contiguous; pass .contiguous()");
+        expected *= shape_[d];
+        if (shape_[d] == 0) break;
+      }
+    }
+  }
+
+  float* data() const { return data_; }
+  int64_t size(int d) const { return shape_[d]; }
+  int64_t stride(int d) const { return strides_[d]; }
+
+  const Matrix& expect(int64_t rows, int64_t columns) const {
+    if (shape_[0] != rows || shape_[1] != columns) {
+      fail("has the shape (" + std::to_string(shape_[0]) + ", " + std::to_string(shape_[1]) + "), expected (" +
+           std::to_string(rows) + ", " + std::to_string(columns) + ")");
+    }
+    return *this;
+  }
+
+ private:
+  void read_exchange(py::handle tensor) {
+    fedms::dlpack::Tensor view;
+    if (exchange->tensor_from_py_object(tensor.ptr(), &view) != 0) throw py::error_already_set();
+    if (view.device.type != fedms::dlpack::cpu) fail("is not on the CPU");
+    if (view.dtype.code != fedms::dlpack::floating || view.dtype.bits != 32 || view.dtype.lanes != 1) fail("is not float32");
+    data_ = reinterpret_cast<float*>(static_cast<char*>(view.data) + view.byte_offset);
+    shape_.assign(view.shape, view.shape + view.ndim);
+    strides_.resize(shape_.size());
+    int64_t dense = 1;
+    for (int d = view.ndim - 1; d >= 0; --d) {
+      strides_[d] = view.strides ? view.strides[d] : dense;
+      dense *= shape_[d];
+    }
+  }
+
+  void read_attributes(py::handle tensor) {
+    if (tensor.attr("device").attr("type").cast<std::string>() != "cpu") fail("is not on the CPU");
+    if (py::str(tensor.attr("dtype")).cast<std::string>() != "torch.float32") fail("is not float32");
+    data_ = reinterpret_cast<float*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    shape_ = py::tuple(tensor.attr("shape")).cast<std::vector<int64_t>>();
+    strides_ = py::tuple(tensor.attr("stride")()).cast<std::vector<int64_t>>();
+  }
+
+  [[noreturn]] void fail(const std::string& what) const { throw py::value_error(name_ + (" " + what)); }
+
+  const char* name_;
+  float* data_ = nullptr;
+  std::vector<int64_t> shape_, strides_;
+};
+
+fedms::Lora read_lora(int64_t m, int64_t n, int64_t k, const py::sequence& a, const py::sequence& b,
+                      const std::vector<double>& scale, const py::object& gate, double dropout_p, uint64_t seed) {
+  fedms::Lora lora;
+  lora.m = m;
+  lora.n = n;
+  lora.k = k;
+  if (a.size() != b.size() || a.size() != scale.size()) throw py::value_error("a, b and scale differ in length");
+  for (size_t e = 0; e < scale.size(); ++e) {
+    const Matrix a_e("a", a[e], 2), b_e("b", b[e], 2);
+    const int64_t rank = a_e.size(0);
+    a_e.expect(rank, k);
+    b_e.expect(n, rank);
+    lora.experts.push_back({rank, static_cast<float>(scale[e]), a_e.data(), b_e.data()});
+  }
+  if (!gate.is_none()) {
+    const Matrix view("gate", gate, 2, false);
+    view.expect(m, static_cast<int64_t>(scale.size()));
+    lora.gate = view.data();
+    lora.gate_row_stride = view.stride(0);
+    lora.gate_expert_stride = view.stride(1);
+  }
+  if (!(dropout_p >= 0 && dropout_p < 1)) throw py::value_error("dropout_p is not in [0, 1)");
+  lora.dropout_p = dropout_p;
+  lora.seed = seed;
+  return lora;
+}
+
+void forward(py::handle x, const py::sequence& a, const py::sequence& b, const std::vector<double>& scale,
+             const py::object& gate, double dropout_p, uint64_t seed, py::handle s, py::handle y) {
+  const Matrix x_view("x", x, 2), y_view("y", y, 2), s_view("s", s, 2);
+  const int64_t m = x_view.size(0), k = x_view.size(1), n = y_view.size(1);
+  const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
+  y_view.expect(m, n);
+  s_view.expect(m, lora.total_rank());
+  const py::gil_scoped_release unlocked;
+  fedms::lora_forward(lora, x_view.data(), s_view.data(), y_view.data());
+}
+
+void backward(py::handle dy, const py::object& x, const py::sequence& a, const py::sequence& b,
+              const std::vector<double>& scale, const py::object& gate, const py::object& s, double dropout_p,
+              uint64_t seed, const py::object& dx, const py::object& dgate, const py::sequence& da,
+              const py::sequence& db) {
+  if (a.size() == 0) throw py::value_error("there are no experts");
+  const Matrix dy_view("dy", dy, 2);
+  const int64_t m = dy_view.size(0), n = dy_view.size(1), k = Matrix("a", a[0], 2).size(1);
+  const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
+  const auto optional = [](const char* name, const py::object& tensor, int64_t rows, int64_t columns) -> float* {
+    return tensor.is_none() ? nullptr : Matrix(name, tensor, 2).expect(rows, columns).data();
+  };
+  const float* x_data = optional("x", x, m, k);
+  const float* s_data = optional("s", s, m, lora.total_rank());
+  const int64_t experts = static_cast<int64_t>(lora.experts.size());
+  fedms::LoraGradients out;
+  out.dx = optional("dx", dx, m, k);
+  out.dgate = optional("dgate", dgate, m, experts);
+  if (da.size() != lora.experts.size() || db.size() != lora.experts.size()) {
+    throw py::value_error("da and db must have one entry an expert");
+  }
+  bool needs_x = false, needs_s = out.dgate != nullptr;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t rank = lora.experts[e].rank;
+    out.da.push_back(optional("da", py::object(da[e]), rank, k));
+    out.db.push_back(optional("db", py::object(db[e]), n, rank));
+    needs_x |= out.da.back() != nullptr;
+    needs_s |= out.db.back() != nullptr;
+  }
+  if (needs_x && x.is_none()) throw py::value_error("da needs x");
+  if (needs_s && s.is_none()) throw py::value_error("db and dgate need s");
+  const py::gil_scoped_release unlocked;
+  fedms::lora_backward(lora, dy_view.data(), x_data, s_data, out);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fedms_ext. Tensors are dense float32 matrices on the CPU; anything else is a ValueError.";
+  m.def("set_tensor_type", &set_tensor_type, py::arg("type"), py::arg("use_exchange") = true);
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FEDMS_VERSION;
@@ -16,5 +187,11 @@ PYBIND11_MODULE(_C, m) {
     info["openmp"] = _OPENMP;
     return info;
   });
-  m.def("set_isa", [](const std::string& name) { fedms::set_isa(name.c_str()); });
+  m.def("set_isa", [](const std::string& name) { fedms::set_isa(name.c_str()); }, py::arg("name"));
+  m.def("lora_forward", &forward, py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"),
+        py::arg("dropout_p"), py::arg("seed"), py::arg("s"), py::arg("y"),
+        "Writes s and adds to y; see csrc/include/fedms/lora.h.");
+  m.def("lora_backward", &backward, py::arg("dy"), py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scale"),
+        py::arg("gate"), py::arg("s"), py::arg("dropout_p"), py::arg("seed"), py::arg("dx"), py::arg("dgate"),
+        py::arg("da"), py::arg("db"), "Adds to dx and writes the other gradients; None is one that is not needed.");
 }

@@ -1,0 +1,29 @@
+// The three skinny products that the LoRA branch is made of, and its dropout. One table per instruction set.
+// `rows` points at r rows of a matrix that need not lie behind one another: so experts are joined without a copy.
+#pragma once
+
+#include <cstdint>
+
+namespace fedms {
+
+struct LoraKernels {
+  // s[i][j] = sum over c of x[i][c] * rows[j][c],   i < m, j < r, c < k
+  void (*dots)(int64_t m, int64_t r, int64_t k, const float* x, int64_t x_stride, const float* const* rows, float* s,
+               int64_t s_stride);
+  // y[i][c] += sum over j of s[i][j] * rows[j][c],   i < m, j < r, c < n
+  void (*expand)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* const* rows, float* y,
+                 int64_t y_stride);
+  // g[j][c] += sum over i of s[i][j] * x[i][c],   i < m, j < r, c < n
+  void (*reduce)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* x, int64_t x_stride,
+                 float* g, int64_t g_stride);
+  // to[c] = or += kept(first + c) ? from[c] / (1 - p) : 0,   c < n
+  void (*dropout)(double p, uint64_t seed, uint64_t first, int64_t n, const float* from, float* to, bool add);
+};
+
+extern const LoraKernels lora_portable;
+#ifdef FEDMS_X86
+extern const LoraKernels lora_avx2;
+extern const LoraKernels lora_avx512;
+#endif
+
+}  // namespace fedms
