@@ -1,5 +1,5 @@
-# `make demo` and `make test` set up what they need: a virtual environment in .venv, PyTorch, and this package with
-# its compiled extension. Run `make` for the list of targets.
+# `make demo` and `make test` set up what they need: a virtual environment in .venv, PyTorch, and this package
+# with its compiled extension. Run `make` for the list of targets.
 
 # The interpreter that the environment is made with, 3.10 or newer.
 PYTHON ?= python3
@@ -24,20 +24,22 @@ help: ## this list
 setup: $(INSTALLED) ## the environment alone
 
 demo: $(INSTALLED) ## five methods on human-rated sentiment, 12 clients: runs/demo/report.html
-	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms --seeds 0 --out runs/demo --force
+	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms --seeds 0 \
+	  --out runs/demo --force
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest -q --durations=10 tests
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
-	$(BIN)/python -m pytest -q -o addopts= -o python_files='bench_*.py' --benchmark-only bench
+	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
 
 wheel: $(INSTALLED) ## a wheel in dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove what was built; keep the environment and the runs
-	rm -rf build dist *.egg-info python/*.egg-info fedms_ext/_C*.so .pytest_cache .benchmarks .hypothesis $(INSTALLED)
+	rm -rf build dist *.egg-info python/*.egg-info fedms_ext/_C*.so $(INSTALLED)
+	rm -rf .pytest_cache .benchmarks .hypothesis
 
 $(INSTALLED): $(SOURCES) | check-system
 	$(PYTHON) -m venv $(VENV)
@@ -46,27 +48,30 @@ $(INSTALLED): $(SOURCES) | check-system
 	$(PIP) install --no-build-isolation --editable '.[train,test]'
 	@touch $@
 
-# The system packages that are not there, on one line; nothing if all are. Debian and Ubuntu name a Python's packages
-# after its command: python3-venv, python3.12-venv.
+# Debian and Ubuntu name a Python's packages after its command: python3-venv, python3.12-venv.
 PACKAGE := $(notdir $(PYTHON))
+define FIND_MISSING
+missing=; \
+if command -v $(PYTHON) >/dev/null; then \
+  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing $(PACKAGE)-venv"; \
+  $(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+    || missing="$$missing $(PACKAGE)-dev"; \
+else \
+  missing="$$missing $(PACKAGE) $(PACKAGE)-venv $(PACKAGE)-dev"; \
+fi; \
+command -v g++ >/dev/null || missing="$$missing g++"
+endef
+
+# The system packages that are not there, on one line; an empty line if all are.
 missing-packages:
-	@missing=; \
-	if command -v $(PYTHON) >/dev/null; then \
-	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing $(PACKAGE)-venv"; \
-	  $(PYTHON) -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h"))' 2>/dev/null \
-	    || missing="$$missing $(PACKAGE)-dev"; \
-	else \
-	  missing="$$missing $(PACKAGE) $(PACKAGE)-venv $(PACKAGE)-dev"; \
-	fi; \
-	command -v g++ >/dev/null || missing="$$missing g++"; \
-	echo $$missing
+	@$(FIND_MISSING); echo $$missing
 
 check-system:
-	@missing="$$($(MAKE) -s --no-print-directory missing-packages)"; \
+	@$(FIND_MISSING); \
 	if [ -n "$$missing" ]; then \
-	  echo "System packages are missing: $$missing" >&2; \
-	  echo "Install them with:  sudo apt-get install $$missing" >&2; \
+	  echo "System packages are missing:$$missing" >&2; \
+	  echo "Install them with:  sudo apt-get install$$missing" >&2; \
 	  exit 1; \
 	fi; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
-	  "Python 3.10 or newer is needed, but $(PYTHON) is %d.%d; choose another: make PYTHON=..." % sys.version_info[:2])'
+	  "Python 3.10 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=..." % sys.version_info[:2])'
