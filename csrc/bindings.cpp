@@ -33,10 +33,11 @@ bool set_tensor_type(py::type type, bool use_exchange) {
   return exchange != nullptr;
 }
 
-// A float32 CPU tensor of known rank; with `dense`, also row-major without gaps.
+// A float32 CPU tensor as a matrix: its last dimension, and all others as rows. It must be dense, that is row-major
+// without gaps, or, where `dense` is false, have two dimensions and any strides.
 class Matrix {
  public:
-  Matrix(const char* name, py::handle tensor, int dimensions, bool dense = true) : name_(name) {
+  Matrix(const char* name, py::handle tensor, bool dense = true) : name_(name) {
     if (!PyObject_TypeCheck(tensor.ptr(), tensor_type)) {
       throw py::type_error(std::string(name) + " is not a tensor but " + Py_TYPE(tensor.ptr())->tp_name);
     }
@@ -45,26 +46,25 @@ class Matrix {
     } else {
       read_attributes(tensor);
     }
-    if (shape_.size() != static_cast<size_t>(dimensions)) {
-      fail("has " + std::to_string(shape_.size()) + " dimensions, expected " + std::to_string(dimensions));
-    }
-    if (dense) {
-      int64_t expected = 1;
-      for (int d = dimensions - 1; d >= 0; --d) {
-        if (shape_[d] > 1 && strides_[d] != expected) fail("is not contiguous; pass .contiguous()");
-        expected *= shape_[d];
-        if (shape_[d] == 0) break;
-      }
+    const int dimensions = static_cast<int>(shape_.size());
+    if (dimensions == 0 || (!dense && dimensions != 2)) fail("has " + std::to_string(dimensions) + " dimensions");
+    columns_ = shape_.back();
+    for (int d = 0; d < dimensions - 1; ++d) rows_ *= shape_[d];
+    int64_t expected = 1;
+    for (int d = dimensions - 1; dense && d >= 0 && rows_ * columns_ > 0; --d) {
+      if (shape_[d] > 1 && strides_[d] != expected) fail("is not contiguous; pass .contiguous()");
+      expected *= shape_[d];
     }
   }
 
   float* data() const { return data_; }
-  int64_t size(int d) const { return shape_[d]; }
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
   int64_t stride(int d) const { return strides_[d]; }
 
   const Matrix& expect(int64_t rows, int64_t columns) const {
-    if (shape_[0] != rows || shape_[1] != columns) {
-      fail("has the shape (" + std::to_string(shape_[0]) + ", " + std::to_string(shape_[1]) + "), expected (" +
+    if (rows_ != rows || columns_ != columns) {
+      fail("has the shape (" + std::to_string(rows_) + ", " + std::to_string(columns_) + "), expected (" +
            std::to_string(rows) + ", " + std::to_string(columns) + ")");
     }
     return *this;
@@ -98,6 +98,7 @@ class Matrix {
 
   const char* name_;
   float* data_ = nullptr;
+  int64_t rows_ = 1, columns_ = 1;
   std::vector<int64_t> shape_, strides_;
 };
 
@@ -109,14 +110,14 @@ fedms::Lora read_lora(int64_t m, int64_t n, int64_t k, const py::sequence& a, co
   lora.k = k;
   if (a.size() != b.size() || a.size() != scale.size()) throw py::value_error("a, b and scale differ in length");
   for (size_t e = 0; e < scale.size(); ++e) {
-    const Matrix a_e("a", a[e], 2), b_e("b", b[e], 2);
-    const int64_t rank = a_e.size(0);
+    const Matrix a_e("a", a[e]), b_e("b", b[e]);
+    const int64_t rank = a_e.rows();
     a_e.expect(rank, k);
     b_e.expect(n, rank);
     lora.experts.push_back({rank, static_cast<float>(scale[e]), a_e.data(), b_e.data()});
   }
   if (!gate.is_none()) {
-    const Matrix view("gate", gate, 2, false);
+    const Matrix view("gate", gate, false);
     view.expect(m, static_cast<int64_t>(scale.size()));
     lora.gate = view.data();
     lora.gate_row_stride = view.stride(0);
@@ -130,8 +131,8 @@ fedms::Lora read_lora(int64_t m, int64_t n, int64_t k, const py::sequence& a, co
 
 void forward(py::handle x, const py::sequence& a, const py::sequence& b, const std::vector<double>& scale,
              const py::object& gate, double dropout_p, uint64_t seed, py::handle s, py::handle y) {
-  const Matrix x_view("x", x, 2), y_view("y", y, 2), s_view("s", s, 2);
-  const int64_t m = x_view.size(0), k = x_view.size(1), n = y_view.size(1);
+  const Matrix x_view("x", x), y_view("y", y), s_view("s", s);
+  const int64_t m = x_view.rows(), k = x_view.columns(), n = y_view.columns();
   const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
   y_view.expect(m, n);
   s_view.expect(m, lora.total_rank());
@@ -144,11 +145,11 @@ void backward(py::handle dy, const py::object& x, const py::sequence& a, const p
               uint64_t seed, const py::object& dx, const py::object& dgate, const py::sequence& da,
               const py::sequence& db) {
   if (a.size() == 0) throw py::value_error("there are no experts");
-  const Matrix dy_view("dy", dy, 2);
-  const int64_t m = dy_view.size(0), n = dy_view.size(1), k = Matrix("a", a[0], 2).size(1);
+  const Matrix dy_view("dy", dy);
+  const int64_t m = dy_view.rows(), n = dy_view.columns(), k = Matrix("a", a[0]).columns();
   const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
   const auto optional = [](const char* name, const py::object& tensor, int64_t rows, int64_t columns) -> float* {
-    return tensor.is_none() ? nullptr : Matrix(name, tensor, 2).expect(rows, columns).data();
+    return tensor.is_none() ? nullptr : Matrix(name, tensor).expect(rows, columns).data();
   };
   const float* x_data = optional("x", x, m, k);
   const float* s_data = optional("s", s, m, lora.total_rank());
@@ -176,7 +177,7 @@ void backward(py::handle dy, const py::object& x, const py::sequence& a, const p
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of fedms_ext. Tensors are dense float32 matrices on the CPU; anything else is a ValueError.";
+  m.doc() = "CPU kernels of fedms_ext. Tensors are dense float32 on the CPU, their last dimension the columns; anything else is a ValueError.";
   m.def("set_tensor_type", &set_tensor_type, py::arg("type"), py::arg("use_exchange") = true);
   m.def("build_info", [] {
     py::dict info;

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ _library.impl("expert_linear_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fedms_ext::expert_linear")
 def _(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
-    rows = x.numel() // x.shape[-1]
+    rows = math.prod(x.shape[:-1])  # numel() of a torch.Size would fix the size
     ranks = sum(a.shape[0] for a in lora_a)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, x.new_empty((rows, ranks), dtype=lora_a[0].dtype)
@@ -118,7 +119,7 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join(map(str, tensor.shape)) + ")"
+    return str(tuple(tensor.shape))
 
 
 def _check_tensor(name: str, tensor: Any, like: Tensor) -> None:
@@ -179,6 +180,13 @@ def _check_dtypes(
     for tensor in (*lora_a, *lora_b):
         if tensor.dtype != dtype or not tensor.is_floating_point():
             raise TypeError(f"lora_a and lora_b must share one floating dtype; found {dtype} and {tensor.dtype}")
+
+
+def _scale_tensor(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+_kept_scale_tensor = lru_cache(maxsize=256)(_scale_tensor)  # making one takes 3 us, and nothing writes to it
 
 
 def _under_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -263,7 +271,8 @@ def expert_linear(
         lora_a, lora_b = lora[:experts], lora[experts:]
     _check_dtypes(x, weight, bias, lora_a, lora_b)
     if not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float64)
+        make = _scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor
+        scale = make(tuple(scale))
     seed = 0 if seed is None else seed
 
     needs = (False,)

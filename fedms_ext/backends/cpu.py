@@ -26,9 +26,9 @@ def _dense(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def _in_kernels(rows: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor | None) -> bool:
+def _in_kernels(x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], gate: Tensor | None) -> bool:
     return (
-        _dense(rows)
+        _dense(x)
         and all(map(_dense, lora_a))
         and all(map(_dense, lora_b))
         and (gate is None or gate.dtype == torch.float32)
@@ -46,14 +46,13 @@ def forward(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
-    if not _in_kernels(rows, lora_a, lora_b, gate):
+    if not _in_kernels(x, lora_a, lora_b, gate):
         return eager.forward(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
     gates = None if gate is None else gate.reshape(-1, len(lora_a))
-    y = F.linear(rows, weight, bias)
-    s = rows.new_empty(rows.shape[0], sum(a.shape[0] for a in lora_a))
-    _C.lora_forward(rows, lora_a, lora_b, scale.tolist(), gates, dropout_p, seed, s, y)
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+    y = F.linear(x, weight, bias)
+    s = x.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in lora_a]))
+    _C.lora_forward(x, lora_a, lora_b, scale.tolist(), gates, dropout_p, seed, s, y)
+    return y, s
 
 
 def backward(
@@ -73,19 +72,15 @@ def backward(
     needs_db: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     # dy may be expanded from fewer values (the gradient of a sum); the kernels want it written out.
-    dy_rows = dy.reshape(-1, weight.shape[0]).contiguous()
-    x_rows = None if x is None else x.reshape(-1, x.shape[-1])
-    if not _in_kernels(dy_rows, lora_a, lora_b, gate) or (x_rows is not None and not _dense(x_rows)):
+    dy = dy.contiguous()
+    if not _in_kernels(dy, lora_a, lora_b, gate) or (x is not None and not _dense(x)):
         return eager.backward(
             dy, x, weight, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
         )
     gates = None if gate is None else gate.reshape(-1, len(lora_a))
-    dx = dy_rows @ weight if needs_dx else None
+    dx = dy @ weight if needs_dx else None
     dgate = gates.new_empty(gates.shape) if needs_dgate else None
     da = [torch.empty_like(a) if needed else None for a, needed in zip(lora_a, needs_da)]
     db = [torch.empty_like(b) if needed else None for b, needed in zip(lora_b, needs_db)]
-    _C.lora_backward(
-        dy_rows, x_rows, lora_a, lora_b, scale.tolist(), gates, s, dropout_p, seed, dx, dgate, da, db
-    )  # fmt: skip
-    dx = None if dx is None else dx.view(*dy.shape[:-1], weight.shape[1])
+    _C.lora_backward(dy, x, lora_a, lora_b, scale.tolist(), gates, s, dropout_p, seed, dx, dgate, da, db)
     return dx, None if dgate is None else dgate.view(gate.shape), da, db

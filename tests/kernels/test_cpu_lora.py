@@ -245,8 +245,10 @@ def test_refused_operands(use_exchange):
             call(x=torch.zeros(6, 4).T)
         with pytest.raises((ValueError, RuntimeError)):  # torch itself refuses to describe it through DLPack
             call(x=torch.zeros(4, 6, device="meta"))
-        with pytest.raises(ValueError, match="x has 1 dimensions"):
-            call(x=torch.zeros(6))
+        with pytest.raises(ValueError, match="x has 0 dimensions"):
+            call(x=torch.tensor(1.0))
+        with pytest.raises(ValueError, match="gate has 3 dimensions"):
+            call(gate=torch.zeros(4, 1, 1))
         with pytest.raises(TypeError, match="x is not a tensor"):
             call(x=[1.0])
         with pytest.raises(ValueError, match=r"a has the shape \(2, 7\)"):
