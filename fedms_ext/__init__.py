@@ -4,12 +4,54 @@ from __future__ import annotations
 
 import torch  # noqa: F401  first: the kernels of this package run on the OpenMP runtime that torch brings
 
-from . import _C
+from . import _C, budget
+from .activation import (
+    ConstantCache,
+    ConstantPrefix,
+    Ragged,
+    activate,
+    activation_order,
+    deactivate,
+    gated,
+    prefix_depth,
+    prefix_hash,
+)
 from .backends import available, explain, use_backend
+from .nn import ExpertLinear, GateAdapter, LoRA, PairState
 from .ops import expert_linear
 from .reference import philox_mask
+from .surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
 
-__all__ = ["available", "build_info", "expert_linear", "explain", "philox_mask", "use_backend"]
+__all__ = [
+    "ConstantCache",
+    "ConstantPrefix",
+    "ExpertLinear",
+    "GateAdapter",
+    "LoRA",
+    "PairState",
+    "Ragged",
+    "activate",
+    "activation_order",
+    "attach",
+    "available",
+    "budget",
+    "build_info",
+    "deactivate",
+    "detach",
+    "expert_layers",
+    "expert_linear",
+    "expert_tensors",
+    "explain",
+    "find_blocks",
+    "gated",
+    "merge",
+    "philox_mask",
+    "prefix_depth",
+    "prefix_hash",
+    "reset_expert",
+    "unmerge",
+    "use_backend",
+]
 
 
 def build_info() -> dict[str, object]:

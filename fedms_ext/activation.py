@@ -1,0 +1,258 @@
+"""Sparsely Activated LoRA: which blocks are active, the constant prefix below them, and the cache of its outputs.
+
+The blocks of a model are numbered 1..L from the input. The *constant prefix* is the run of blocks below the first
+one that holds a trained pair. Nothing in it can change, so it needs no autograd, keeps nothing for the backward
+pass, and gives the same output for the same sample every time: that output can be cached.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedms_ext.nn.expert_linear import ExpertLinear, PairState
+from fedms_ext.surgery import layers_of, block_list, expert_layers
+
+ORDERS = ("top_down", "bottom_up", "interleaved")
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a model that experts are attached to.
+
+    Raises:
+        ValueError: if no experts are attached.
+    """
+    blocks = getattr(model, "fedms_blocks", None)
+    if blocks is None:
+        raise ValueError("no experts are attached to this model; call fedms_ext.attach first")
+    return block_list(model, blocks)
+
+
+def activation_order(count: int, order: str | Sequence[int]) -> list[int]:
+    """The order in which blocks 1..count are activated, as block numbers.
+
+    `top_down`: L, L-1, ..., 1. `bottom_up`: 1, 2, ..., L. `interleaved`: every second block from the top, then the
+    ones between. A list of distinct block numbers is taken as it is (blocks that it leaves out are never active).
+
+    Raises:
+        ValueError: for an unknown name, or a list with a number outside 1..count or twice the same.
+    """
+    if order == "top_down":
+        return list(range(count, 0, -1))
+    if order == "bottom_up":
+        return list(range(1, count + 1))
+    if order == "interleaved":
+        return list(range(count, 0, -2)) + list(range(count - 1, 0, -2))
+    if isinstance(order, str):
+        raise ValueError(f"order must be one of {', '.join(ORDERS)} or a list of block numbers, got {order!r}")
+    if len(set(order)) != len(order) or not all(1 <= b <= count for b in order):
+        raise ValueError(f"order must hold distinct block numbers from 1 to {count}, got {list(order)}")
+    return list(order)
+
+
+def activate(model: nn.Module, expert: str, *, depth: int, order: str | Sequence[int] = "top_down",
+             applied_depth: int | None = None) -> list[int]:
+    """Sets the state of all of an expert's pairs: the first `depth` blocks of the order are trained, the following
+    ones up to `applied_depth` (default `depth`) are applied but frozen, all others are off.
+
+    Returns:
+        The numbers of the trained blocks, ascending.
+
+    Raises:
+        ValueError: if not 0 <= depth <= applied_depth <= number of blocks in the order.
+    """
+    ranked = activation_order(len(blocks_of(model)), order)
+    applied_depth = depth if applied_depth is None else applied_depth
+    if not 0 <= depth <= applied_depth <= len(ranked):
+        raise ValueError(f"need 0 <= depth <= applied_depth <= {len(ranked)} blocks, got depth {depth}, "
+                         f"applied_depth {applied_depth}")
+    trained, applied = set(ranked[:depth]), set(ranked[:applied_depth])
+    for layer in layers_of(model, expert).values():
+        layer.set_state(expert, PairState.TRAINED if layer.block in trained
+                        else PairState.FROZEN if layer.block in applied else PairState.OFF)
+    return sorted(trained)
+
+
+def deactivate(model: nn.Module, expert: str) -> None:
+    """Turns all of an expert's pairs off."""
+    activate(model, expert, depth=0)
+
+
+def prefix_depth(model: nn.Module) -> int:
+    """Number of blocks in the constant prefix: those below the first one with a trained pair, or with a pair that
+    a gate weighs (0: none; L: all)."""
+    live = [layer.block for layer in expert_layers(model).values()
+            if layer.gate is not None or PairState.TRAINED in layer.states.values()]
+    return min(live) - 1 if live else len(blocks_of(model))
+
+
+def prefix_hash(model: nn.Module, depth: int) -> str:
+    """SHA-256 over the applied pairs inside the first `depth` blocks, whatever their experts' names: with the model's
+    and the data's fingerprints it names what the prefix computes."""
+    digest = hashlib.sha256()
+    for name, layer in expert_layers(model).items():
+        if layer.block <= depth:
+            for expert in layer.applied:
+                lora = layer.experts[expert]
+                digest.update(f"{name}/{lora.scale!r}/{lora.rank}".encode())
+                for pair in (layer.lora_a[expert], layer.lora_b[expert]):
+                    digest.update(pair.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def gated(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], gate: Tensor) -> Iterator[None]:
+    """Within the context each sample of a batch weighs the experts of the given layers by its row of `gate`
+    (B, E), E counting all experts of a layer in their order. Differentiable with respect to `gate`."""
+    layers = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
+    for layer in layers:
+        layer.gate = gate
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gate = None
+
+
+class ConstantPrefix:
+    """The first `depth` blocks of a model, run apart from the rest.
+
+    `capture` runs a forward pass up to the prefix's end without autograd and returns what enters the next block;
+    `replay` lets a forward pass start from such a tensor, skipping the prefix. Works for any model whose forward
+    calls its blocks one after the other with the hidden state as first positional argument and takes the hidden
+    state from what they return (the tensor itself, or the first element of a tuple), as Hugging Face's encoders,
+    decoders and vision models do. What comes before the blocks (embeddings, masks) still runs in `replay`, since
+    the later blocks need its masks.
+
+    Args:
+        model: a model that experts are attached to.
+        depth: number of leading blocks, 0..L; default: the model's constant prefix now.
+    """
+
+    def __init__(self, model: nn.Module, depth: int | None = None) -> None:
+        self.blocks = blocks_of(model)
+        self.depth = prefix_depth(model) if depth is None else depth
+        if not 0 <= self.depth <= len(self.blocks):
+            raise ValueError(f"depth must lie in 0..{len(self.blocks)}, got {self.depth}")
+
+    @torch.no_grad()
+    def capture(self, forward: Callable[[], object]) -> Tensor:
+        """Runs `forward()` until the prefix ends; returns the hidden state there, (B, T, D).
+
+        Raises:
+            RuntimeError: if the forward pass ends without reaching the end of the prefix.
+        """
+        if self.depth == len(self.blocks):
+            handle = self.blocks[-1].register_forward_hook(lambda _, args, out: _stop(_hidden(out)))
+        else:
+            handle = self.blocks[self.depth].register_forward_pre_hook(lambda _, args: _stop(args[0]))
+        try:
+            forward()
+        except _PrefixEnd as end:
+            return end.hidden
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the forward pass never reached block {self.depth + 1}; are the blocks called in order, "
+                           "with the hidden state as first positional argument?")
+
+    @contextmanager
+    def replay(self, hidden: Tensor) -> Iterator[None]:
+        """Within the context the model's forward skips the prefix and goes on from `hidden` (B, T, D)."""
+        skipped = list(self.blocks[:self.depth])
+        for i, block in enumerate(skipped):
+            block.forward = _Skip(block, hidden if i == self.depth - 1 else None)
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+
+class _PrefixEnd(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("prefix captured")
+        self.hidden = hidden
+
+
+def _stop(hidden: Tensor) -> None:
+    raise _PrefixEnd(hidden)
+
+
+def _hidden(out: object) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+class _Skip:
+    """Stands in for a block's forward: returns the given hidden state, or the one that came in, in the block's own
+    form. Whether a block of this class returns a tuple is learnt once, by running one."""
+
+    returns_tuple: dict[type, bool] = {}
+
+    def __init__(self, block: nn.Module, hidden: Tensor | None) -> None:
+        self.block, self.hidden = block, hidden
+
+    def __call__(self, hidden_in: Tensor, *args: object, **kwargs: object) -> object:
+        kind = type(self.block)
+        if kind not in self.returns_tuple:
+            with torch.no_grad():
+                out = kind.forward(self.block, hidden_in, *args, **kwargs)
+            self.returns_tuple[kind] = isinstance(out, tuple)
+        hidden = hidden_in if self.hidden is None else self.hidden
+        return (hidden,) if self.returns_tuple[kind] else hidden
+
+
+class Ragged:
+    """Rows of different lengths stored end to end, without padding.
+
+    Args:
+        rows: per sample a tensor (T_i, ...), all of one dtype and trailing shape; at least one.
+    """
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self.lengths = torch.tensor([len(row) for row in rows])
+        self.offsets = torch.cumsum(self.lengths, 0) - self.lengths
+        self.values = torch.cat(list(rows))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.lengths.nbytes + self.offsets.nbytes
+
+    def row(self, i: int) -> Tensor:
+        """Row i, (T_i, ...): a view."""
+        return self.values[self.offsets[i]:self.offsets[i] + self.lengths[i]]
+
+    def pad(self, indices: Tensor) -> Tensor:
+        """The rows at `indices` (B,), padded with zeros to their longest, (B, T, ...)."""
+        return nn.utils.rnn.pad_sequence([self.row(int(i)) for i in indices], batch_first=True)
+
+
+class ConstantCache:
+    """Constants of samples (prefix outputs, logits of a frozen expert, features), computed once.
+
+    Holds at most `max_bytes`; the entries used longest ago make room for new ones. A value larger than that is
+    computed at every request. Values must be a function of their key alone.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.entries: OrderedDict[Hashable, Tensor | Ragged] = OrderedDict()
+
+    def get(self, key: Hashable, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
+        if key in self.entries:
+            self.entries.move_to_end(key)
+            return self.entries[key]
+        value = compute()
+        if value.nbytes <= self.max_bytes:
+            while self.nbytes + value.nbytes > self.max_bytes:
+                self.nbytes -= self.entries.popitem(last=False)[1].nbytes
+            self.entries[key] = value
+            self.nbytes += value.nbytes
+        return value

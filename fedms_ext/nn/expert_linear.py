@@ -1,0 +1,217 @@
+"""`ExpertLinear`: an `nn.Linear` with a frozen weight, joined by any number of LoRA experts."""
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedms_ext.ops import expert_linear
+
+
+class PairState(str, enum.Enum):
+    """What one LoRA pair (A, B) of one expert in one layer does (Sparsely Activated LoRA)."""
+
+    OFF = "off"          # not applied: costs nothing
+    FROZEN = "frozen"    # applied, not trained
+    TRAINED = "trained"  # applied and trained
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Shape and scale of one LoRA expert (Hu et al. 2021; rsLoRA: Kalajdzievski 2023).
+
+    Args:
+        rank: inner dimension r, at least 1.
+        alpha: numerator of the scale, which is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`.
+        dropout: probability in [0, 1) of dropping an input of the LoRA branch while it is trained.
+        rslora: rank-stabilised scale.
+
+    Raises:
+        ValueError: if a value lies outside its range.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be at least 1, got {self.rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA dropout must lie in [0, 1), got {self.dropout}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"LoRA alpha must be finite, got {self.alpha}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class ExpertLinear(nn.Linear):
+    """`y = x W^T + b + sum over applied experts e of s_e * g_e * (x A_e^T) B_e^T`.
+
+    A drop-in for `nn.Linear`: `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never get
+    a gradient. Expert `e` adds `lora_a[e]` (r_e, K), initialised as PEFT does (Kaiming uniform, a = sqrt 5), and
+    `lora_b[e]` (N, r_e), which starts at zero, so that a new expert changes nothing.
+
+    Each pair is off, frozen or trained (`PairState`). With every pair off the module is `F.linear`, bit for bit.
+    Dropout is drawn only while one of the layer's pairs is trained and the module is in training mode; its seed
+    comes from torch's default generator.
+
+    `gate`, set by `fedms_ext.gated`, is a tensor (B, E) with one weight per sample and expert (E counts all
+    experts of the layer, in the order of `experts`), or None for weight 1 everywhere.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, experts: Mapping[str, LoRA],
+                 device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._start_experts(experts)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, experts: Mapping[str, LoRA]) -> ExpertLinear:
+        """An `ExpertLinear` on the very parameters of `linear`: nothing is copied.
+
+        Raises:
+            TypeError: if `linear` is not an `nn.Linear`, or is one of its subclasses with a forward of its own.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"from_linear takes a plain nn.Linear, got {type(linear).__name__}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        self._start_experts(experts)
+        return self
+
+    def _start_experts(self, experts: Mapping[str, LoRA]) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.experts: dict[str, LoRA] = {}
+        self.states: dict[str, PairState] = {}
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+        self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
+        self.gate: Tensor | None = None
+        self.merged: tuple[str, PairState, Tensor] | None = None   # what `merge` changed
+        for name, lora in experts.items():
+            self.add_expert(name, lora)
+
+    def add_expert(self, name: str, lora: LoRA) -> None:
+        """Adds an expert, frozen (which, with B = 0, changes nothing).
+
+        Raises:
+            ValueError: if the name is taken, or the dropout differs from that of the layer's other experts (the
+                mask is one per layer, shared by its experts: definition, section 1).
+        """
+        if name in self.experts:
+            raise ValueError(f"this layer already has an expert {name!r}; it has {sorted(self.experts)}")
+        if any(other.dropout != lora.dropout for other in self.experts.values()):
+            taken = next(iter(self.experts.values())).dropout
+            raise ValueError(f"expert {name!r} has dropout {lora.dropout}, the layer's other experts {taken}; "
+                             "the dropout mask is shared by all experts of a layer")
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        a = torch.empty(lora.rank, self.in_features, **like)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_a[name] = nn.Parameter(a, requires_grad=False)
+        self.lora_b[name] = nn.Parameter(torch.zeros(self.out_features, lora.rank, **like), requires_grad=False)
+        self.experts[name] = lora
+        self.states[name] = PairState.FROZEN
+
+    def set_state(self, expert: str, state: PairState | str) -> None:
+        """Sets one pair's state; training follows `requires_grad`.
+
+        Raises:
+            KeyError: if the layer has no such expert.
+            ValueError: if `state` is not off, frozen or trained.
+        """
+        if expert not in self.experts:
+            raise KeyError(f"no expert {expert!r} in this layer; it has {sorted(self.experts)}")
+        state = PairState(state)
+        self.states[expert] = state
+        for p in (self.lora_a[expert], self.lora_b[expert]):
+            p.requires_grad_(state is PairState.TRAINED)
+            if state is not PairState.TRAINED:
+                p.grad = None
+
+    @property
+    def applied(self) -> list[str]:
+        """Names of the experts that are applied (frozen or trained), in order."""
+        return [name for name, state in self.states.items() if state is not PairState.OFF]
+
+    def forward(self, x: Tensor) -> Tensor:
+        applied = self.applied
+        if not applied:
+            return F.linear(x, self.weight, self.bias)
+        dropout = self.experts[applied[0]].dropout
+        drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
+        return expert_linear(
+            x, self.weight, self.bias,
+            [self.lora_a[e] for e in applied], [self.lora_b[e] for e in applied],
+            [self.experts[e].scale for e in applied],
+            gate=None if self.gate is None else self._gate_of_rows(x, applied),
+            dropout_p=dropout if drops else 0.0,
+            seed=int(torch.randint(2**63 - 1, ())) if drops else None)
+
+    def _gate_of_rows(self, x: Tensor, applied: list[str]) -> Tensor:
+        gate = self.gate
+        if gate.dim() != 2 or gate.shape[1] != len(self.experts) or gate.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"gate must be (B, E) = ({x.shape[0]}, {len(self.experts)}) for an input of shape "
+                             f"{tuple(x.shape)}, got {tuple(gate.shape)}")
+        if len(applied) < len(self.experts):
+            gate = gate[:, [i for i, e in enumerate(self.experts) if e in applied]]
+        return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), len(applied))
+
+    def delta(self, expert: str) -> Tensor:
+        """`s * B A` of one expert, (N, K), in the weight's dtype, computed in float32 or better."""
+        wide = torch.promote_types(self.lora_a[expert].dtype, torch.float32)
+        a, b = self.lora_a[expert].detach().to(wide), self.lora_b[expert].detach().to(wide)
+        return self.experts[expert].scale * (b @ a)
+
+    @torch.no_grad()
+    def merge(self, expert: str) -> None:
+        """Adds the expert into the weight and turns its pair off. The original weight is kept aside, so that
+        `unmerge` restores the very same bits.
+
+        Raises:
+            RuntimeError: if an expert is merged already.
+        """
+        if self.merged is not None:
+            raise RuntimeError(f"expert {self.merged[0]!r} is merged already; unmerge it first")
+        delta = self.delta(expert)
+        self.merged = (expert, self.states[expert], self.weight.detach().clone())
+        self.weight.copy_(self.weight.to(delta.dtype) + delta)
+        self.set_state(expert, PairState.OFF)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the weight from before `merge`, bit for bit, and the pair's state.
+
+        Raises:
+            RuntimeError: if nothing is merged.
+        """
+        if self.merged is None:
+            raise RuntimeError("no expert is merged into this layer")
+        expert, state, weight = self.merged
+        self.weight.copy_(weight)
+        self.merged = None
+        self.set_state(expert, state)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain `nn.Linear` on the same parameters, without the experts (merge first to keep one)."""
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.training = self.training
+        return linear
+
+    def extra_repr(self) -> str:
+        pairs = ", ".join(f"{e}: r={lora.rank} {self.states[e].value}" for e, lora in self.experts.items())
+        return f"{super().extra_repr()}, experts=({pairs})"
