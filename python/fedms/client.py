@@ -1,0 +1,180 @@
+"""The steps a client is made of: plain data in, plain data out. Methods compose them; engines carry the messages."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.config import RunConfig
+from fedms.data import ClientSplit
+from fedms.resident import Part, ResidentModel, Tensors
+from fedms.rng import derive_seed, generator
+
+
+class ClientFailure(Exception):
+    """A client's visit failed; the message is the reason that goes into the records. The run goes on without it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the server sends to a client.
+
+    stage, round: where the run stands (round counts from 1 within its stage).
+    clients:      ids of the clients sampled this round, ascending.
+    depth:        number of blocks of the activation order that are trained.
+    applied_depth: number of blocks whose pairs are applied, at least `depth`.
+    tensors:      sent to every sampled client.
+    constants:    sent to a client once a stage and kept by it: what does not change any more.
+    sums:         statistics that the server added up over clients.
+    """
+
+    stage: str
+    round: int
+    clients: tuple[int, ...]
+    depth: int
+    applied_depth: int
+    tensors: Tensors
+    constants: Tensors = field(default_factory=dict)
+    sums: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client sends back: the tensors to be averaged, statistics to be added up, and numbers for the records.
+
+    `score` is the validation accuracy of the model it received (None without validation samples)."""
+
+    client: int
+    tensors: Tensors
+    n_train: int
+    n_validation: int
+    score: float | None
+    metrics: dict[str, float | None]
+    sums: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Private:
+    """A client's own state between visits; it never leaves the client."""
+
+    tensors: Tensors = field(default_factory=dict)
+
+    @property
+    def has_expert(self) -> bool:
+        return any(name.startswith("expert/") for name in self.tensors)
+
+
+class Client:
+    """One client's data and its share of the settings."""
+
+    def __init__(self, split: ClientSplit, config: RunConfig) -> None:
+        self.id, self.group, self.config = split.id, split.group, config
+        self.train, self.validation, self.test = Part(split.train), Part(split.validation), Part(split.test)
+        self.max_depth = self._budget()
+
+    def _budget(self) -> int | None:
+        """Most blocks this client can train; device classes are spread over the clients by their shares."""
+        budgets = self.config.clients.budgets
+        if not budgets:
+            return None
+        total = self.config.clients.count + self.config.clients.unseen
+        ranks = torch.randperm(total, generator=generator(self.config.run.seed, "budgets")).tolist()
+        place, reached = (ranks[self.id] + 0.5) / total, 0.0
+        for tier in budgets:
+            reached += tier.share
+            if place < reached:
+                return tier.max_depth
+        return budgets[-1].max_depth
+
+    def trained_depth(self, message: Message) -> int:
+        """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
+        return message.depth if self.max_depth is None else min(message.depth, self.max_depth)
+
+    def seed(self, message: Message, purpose: str) -> int:
+        return derive_seed(self.config.run.seed, purpose, message.stage, message.round, self.id)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy and mean cross-entropy on some samples; None on no samples."""
+
+    accuracy: float | None
+    loss: float | None
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """logits (n, C), or log-probabilities; labels (n,)."""
+    if len(labels) == 0:
+        return Score(None, None)
+    return Score(float((logits.argmax(1) == labels).float().mean()), float(F.cross_entropy(logits, labels)))
+
+
+def validate(model: ResidentModel, client: Client, expert: str) -> Score:
+    """Validation score of one expert's stream as it stands in the model."""
+    return score(model.all_logits(expert, client.validation), model.labels(client.validation))
+
+
+def cross_entropy_of(model: ResidentModel, client: Client, expert: str) -> Callable[[Tensor], Tensor]:
+    """Loss of one expert's own logits on rows of the client's training part."""
+    return lambda rows: F.cross_entropy(model.logits(expert, client.train, rows), model.labels(client.train, rows))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by the names under which their optimiser state is kept, and their learning rate."""
+
+    params: dict[str, Tensor]
+    lr: float
+
+
+def train(client: Client, message: Message, private: Private, groups: list[Group],
+          loss_of: Callable[[Tensor], Tensor]) -> tuple[float, Tensors]:
+    """Local epochs of AdamW over the client's training part.
+
+    Args:
+        private: holds the optimiser's state of the last visit, if `[clients] optimizer = "kept"`.
+        loss_of: mean loss of the rows (B,) of the training part.
+
+    Returns:
+        Mean training loss over all samples seen, and the optimiser's state to keep (empty when it starts afresh).
+
+    Raises:
+        ClientFailure: when a loss or a gradient norm is NaN or infinite.
+    """
+    settings = getattr(client.config, message.stage)
+    named = {name: p for group in groups for name, p in group.params.items()}
+    optimizer = torch.optim.AdamW([{"params": list(group.params.values()), "lr": group.lr} for group in groups],
+                                  weight_decay=settings.weight_decay)
+    keeps = client.config.clients.optimizer == "kept"
+    if keeps:
+        _load_moments(optimizer, named, private.tensors, message.stage)
+    torch.manual_seed(client.seed(message, "dropout"))
+    shuffle = generator(client.seed(message, "shuffle"))
+    total, seen = 0.0, 0
+    for _ in range(settings.epochs):
+        for rows in torch.randperm(len(client.train), generator=shuffle).split(settings.batch):
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(rows)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
+            if not (torch.isfinite(loss) and torch.isfinite(norm)):
+                raise ClientFailure(f"training diverged: loss {float(loss):g}, gradient norm {float(norm):g} after "
+                                    f"{seen} samples; a lower {message.stage}.lr may help")
+            optimizer.step()
+            total, seen = total + float(loss.detach()) * len(rows), seen + len(rows)
+    return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
+
+
+def _moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:
+    return {f"optimizer/{stage}/{name}/{kind}": value.clone()
+            for name, p in named.items() for kind, value in optimizer.state.get(p, {}).items()}
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], kept: Tensors, stage: str) -> None:
+    for name, p in named.items():
+        prefix = f"optimizer/{stage}/{name}"
+        if f"{prefix}/step" in kept:      # a pair activated since the last visit has none yet
+            optimizer.state[p] = {kind: kept[f"{prefix}/{kind}"].clone() for kind in ("step", "exp_avg", "exp_avg_sq")}

@@ -1,0 +1,42 @@
+"""FedAvg, then each client's own class prior on top, with no further training:
+
+    z(x) = z_global(x) + log p_client(y) - log p_all(y)
+
+the shift that is right when clients differ in how often they see a class and in nothing else (logit adjustment: Menon
+et al., arXiv 2007.07314). The counts of all clients are added up by the server; a deployment would use a secure sum.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedms.client import Client, Message, Private, Reply
+from fedms.methods.base import Prediction, class_counts
+from fedms.methods.fedavg import FedAvg
+from fedms.resident import Part, ResidentModel
+
+
+class FedAvgPrior(FedAvg):
+    name = "fedavg_prior"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        reply, after = super().client_step(model, client, private, message)
+        counts = class_counts(model, client.train)
+        first = "class_counts" not in private.tensors
+        return (replace(reply, sums={"class_counts": counts} if first else {}),
+                replace(after, tensors={**after.tensors, "class_counts": counts}))
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        shared = super().predict(model, part, private, final)
+        if "class_counts" not in private.tensors:        # never visited: its classes were never counted
+            return shared
+        shift = log_prior(private.tensors["class_counts"]) - log_prior(final.sums["class_counts"])
+        return replace(shared, personalised=shared.global_ + shift.float())
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """log p(y) (C,) from class counts, each raised by one (Laplace), so that a class never seen is rare, not
+    impossible."""
+    return ((counts + 1) / (counts.sum() + len(counts))).log()

@@ -1,0 +1,125 @@
+"""FedMS: federated fine-tuning with a Mixture of Foundation Models (arXiv 2312.15926; IEEE TMC 2024).
+
+Stage 1 trains a global LoRA expert by federated averaging, its blocks activated one after the other. In stage 2 that
+expert is frozen; each client trains a private local expert, which starts as its copy, together with the gate adapter
+
+    z(x) = G_0(x) z_global(x) + G_1(x) z_local(x),      G = softmax(gate(features(x)) / temperature)
+
+on CE(z) + own_loss * CE(z_local), and sends the gate adapter alone. Our choices where the abstracts are silent: the
+mixture is taken on logits, and the local expert has a loss of its own (the mixture's alone leaves it weak).
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.client import Client, Group, Message, Private, Reply, Score, score, train
+from fedms.methods.base import (Method, Prediction, keep_better, load_private, lr_of, make_reply, train_shared)
+from fedms.resident import Part, ResidentModel
+
+
+class FedMS(Method):
+    name = "fedms"
+
+    def carries(self, stage: str, name: str) -> str | None:
+        if name.startswith("gate/"):
+            return None if stage == "stage1" else "round"
+        return "round" if stage == "stage1" else "once"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        if message.stage == "stage1":
+            return train_shared(model, client, private, message)
+        return self._stage2(model, client, private, message)
+
+    def _stage2(self, model: ResidentModel, client: Client, private: Private,
+                message: Message) -> tuple[Reply, Private]:
+        self._load(model, client, private, message)
+        received, _ = self._validate(model, client)
+        own_before, before = self._own_score(model, client), model.read_applied("local")
+
+        local, gate = model.trainable("local"), {f"gate/{n}": p for n, p in model.gate.named_parameters()}
+        loss, moments = train(client, message, private,
+                              [Group(local, lr_of(client, message)), Group(gate, self.config.gate.lr)],
+                              self._loss(model, client))
+        kept, _ = keep_better(model, client, message, before, own_before)
+        reached, weights = self._validate(model, client)
+        reply = make_reply(client, model.read_gate(), received.accuracy, reached, loss=loss, **gate_numbers(weights),
+                           trained_params=sum(p.numel() for p in (*local.values(), *gate.values())))
+        return reply, Private({**kept, **moments})
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        depths = {"depth": final.depth, "applied_depth": final.applied_depth}
+        model.load("global", final.constants, **depths)
+        if not private.has_expert:                          # no local expert: weight 1 on the global one
+            shared = model.all_logits("global", part)
+            return Prediction(shared, global_=shared)
+        model.load("local", {**final.constants, **private.tensors}, **depths)
+        model.load_gate(final.tensors)
+        mixed, weights = self._mixture(model, part)
+        return Prediction(mixed, model.all_logits("global", part), model.all_logits("local", part), weights)
+
+    # The mixture
+
+    def _load(self, model: ResidentModel, client: Client, private: Private, message: Message) -> None:
+        model.load("global", message.constants, depth=0, applied_depth=message.applied_depth)
+        load_private(model, client, private, message, start=message.constants)
+        model.load_gate(message.tensors)
+
+    def _loss(self, model: ResidentModel, client: Client):
+        """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
+        are constants of a sample."""
+        own_loss, part = self.config.stage2.own_loss, client.train
+        features = model.gate_features(part)
+        if self.config.gate.mixing == "layers":
+            def loss(rows: Tensor) -> Tensor:
+                mixed = model.layer_mixture(part, rows, model.gate(features[rows]))
+                total = F.cross_entropy(mixed, model.labels(part, rows))
+                if own_loss:
+                    total = total + own_loss * F.cross_entropy(model.logits("local", part, rows),
+                                                               model.labels(part, rows))
+                return total
+        else:
+            shared = model.frozen_logits("global", part)
+
+            def loss(rows: Tensor) -> Tensor:
+                labels, own = model.labels(part, rows), model.logits("local", part, rows)
+                mixed = mix(model.gate(features[rows]), shared[rows], own, self.config.gate.on)
+                return F.cross_entropy(mixed, labels) + own_loss * F.cross_entropy(own, labels)
+        return loss
+
+    @torch.no_grad()
+    def _mixture(self, model: ResidentModel, part: Part) -> tuple[Tensor, Tensor]:
+        """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part."""
+        weights = model.gate(model.gate_features(part))
+        if self.config.gate.mixing == "layers":
+            return model.all_layer_mixture(part, weights), weights
+        shared, own = model.frozen_logits("global", part), model.all_logits("local", part)
+        return mix(weights, shared, own, self.config.gate.on), weights
+
+    def _validate(self, model: ResidentModel, client: Client) -> tuple[Score, Tensor]:
+        logits, weights = self._mixture(model, client.validation)
+        return score(logits, model.labels(client.validation)), weights
+
+    def _own_score(self, model: ResidentModel, client: Client) -> Score:
+        return score(model.all_logits("local", client.validation), model.labels(client.validation))
+
+
+def mix(weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
+    """Logits (B, C) of the mixture of two experts' logits by weights (B, 2), each sample on its own; on
+    "probabilities" the result is the logarithm of the mixed class probabilities."""
+    if on == "logits":
+        return weights[:, :1] * shared + weights[:, 1:] * own
+    both = torch.stack([F.log_softmax(shared, 1), F.log_softmax(own, 1)], dim=1)
+    return torch.logsumexp(weights.clamp_min(1e-12).log().unsqueeze(-1) + both, dim=1)
+
+
+def gate_numbers(weights: Tensor) -> dict[str, float | None]:
+    """Mean weight of the local expert and mean entropy (nats; at most log 2) of weights (n, 2)."""
+    if len(weights) == 0:
+        return {"gate_mean": None, "gate_entropy": None}
+    entropy = torch.special.entr(weights).sum(1).mean()
+    return {"gate_mean": float(weights[:, 1].mean()), "gate_entropy": min(float(entropy), math.log(2))}

@@ -1,0 +1,23 @@
+"""Local training: every client trains a private expert on its own data, and nothing travels."""
+from __future__ import annotations
+
+from fedms.client import Client, Message, Private, Reply
+from fedms.methods.base import Method, Prediction, train_private
+from fedms.resident import Part, ResidentModel
+
+
+class Local(Method):
+    name = "local"
+
+    def carries(self, stage: str, name: str) -> str | None:
+        return None
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        return train_private(model, client, private, message, start=model.initial(self.config.run.seed))
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        start = model.initial(self.config.run.seed)
+        model.load("local", {**start, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
+        logits = model.all_logits("local", part)
+        return Prediction(logits, local=logits)

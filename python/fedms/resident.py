@@ -1,0 +1,282 @@
+"""The one resident model of a process, and the data that it reads.
+
+A client is a set of small tensors that are copied into this model in place, never a model of its own. The model holds
+two experts, `global` and `local`, each with a head, and the gate adapter; one *stream* (one expert) runs at a time.
+Whatever is constant for a sample (the prefix's output, a frozen expert's logits, the frozen model's features) is
+computed once and cached.
+
+Tensors travel under these names: `expert/<layer>.lora_a`, `expert/<layer>.lora_b`, `head/<name>`, `gate/<name>`.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedms.config import RunConfig
+from fedms.data import Dataset
+from fedms.models import FoundationModel
+from fedms.models.heads import LinearHead, TextHead
+from fedms.rng import generator
+from fedms_ext import (ConstantCache, ConstantPrefix, GateAdapter, LoRA, Ragged, activate, activation_order, attach,
+                       budget, deactivate, expert_layers, gated, prefix_depth, prefix_hash, reset_expert)
+from fedms_ext.activation import blocks_of
+
+EXPERTS = ("global", "local")
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a data set, such as one client's training part; `key` names their set in caches."""
+
+    indices: Tensor                               # (n,) int64 sample indices
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", hashlib.sha256(self.indices.numpy().tobytes()).hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ResidentModel:
+    """A frozen foundation model with two experts, two heads and a gate, bound to one data set.
+
+    Args:
+        foundation: the frozen model; experts are attached to it in place.
+        dataset: what `Part`s index into.
+        config: the run file; the tables [model], [lora], [sal] and [gate] are read.
+
+    Raises:
+        ValueError: if the targets match nothing, or an order or depth does not fit the model's blocks.
+    """
+
+    # Samples are sorted by length and run in chunks of this size, always the same ones: padding is then the same at
+    # every rebuild, and so are the bits.
+    CHUNK = 64
+
+    def __init__(self, foundation: FoundationModel, dataset: Dataset, config: RunConfig) -> None:
+        self.foundation, self.dataset, self.config = foundation, dataset, config
+        self.fm_params = sum(p.numel() for p in foundation.module.parameters())
+        lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
+        attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
+        for layer in expert_layers(foundation.module).values():
+            layer.train()       # LoRA's dropout is on (it acts on trained layers only); the FM's own stays off
+        self.layers = expert_layers(foundation.module)
+        self.blocks = len(blocks_of(foundation.module))
+        self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
+        self.order = activation_order(self.blocks, config.sal.order)
+
+        self.class_embeddings = (None if dataset.prompts is None else
+                                 foundation.class_embeddings(dataset.prompts, config.data.max_tokens))
+        self.heads = nn.ModuleDict({name: self._new_head() for name in EXPERTS})
+        self.gate = GateAdapter(foundation.feature_dim, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
+        self.cache = ConstantCache(config.sal.cache_bytes if config.sal.cache else 0)
+        self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
+        self.boundary = min(self.order[:config.sal.depth]) - 1   # blocks below the lowest one that is trained
+        self.running: str | None = None                     # what the pairs are set for now
+        self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
+        self.flops = 0                                      # counted as work is done
+
+    def _new_head(self) -> nn.Module:
+        model = self.config.model
+        if model.head == "text":
+            return TextHead(self.class_embeddings, model.temperature, model.learn_temperature)
+        return LinearHead(self.foundation.feature_dim, len(self.dataset.classes), self.class_embeddings,
+                          model.temperature)
+
+    # Tensors in and out
+
+    def initial(self, seed: int) -> Tensors:
+        """All tensors of a fresh global expert, its head and the gate, drawn from the run's seed."""
+        reset_expert(self.foundation.module, "global", generator(seed, "init", "expert"))
+        self.heads["global"] = self._new_head()
+        if isinstance(self.heads["global"], LinearHead):
+            self.heads["global"].reset(generator(seed, "init", "head"))
+        with torch.random.fork_rng():
+            torch.manual_seed(generator(seed, "init", "gate").initial_seed())
+            self.gate = GateAdapter(self.gate.norm.normalized_shape[0], len(EXPERTS), self.gate.down.out_features,
+                                    self.gate.temperature)
+        self.running = None
+        return {**self.read("global"), **self.read_gate()}
+
+    def clear(self) -> None:
+        """Forgets which experts are loaded: the start of every visit."""
+        self.depths = {name: (0, 0) for name in EXPERTS}
+        self.running = None
+
+    def load(self, expert: str, tensors: Mapping[str, Tensor], *, depth: int, applied_depth: int) -> None:
+        """Copies an expert into the model: its pairs and its head. The first `depth` blocks of the order will be
+        trained, those up to `applied_depth` applied; pairs of the others are off.
+
+        Raises:
+            KeyError: if a tensor of an applied pair, or of the head, is missing.
+        """
+        self.depths[expert] = (depth, applied_depth)
+        self.boundary = min(self.order[:max(trained for trained, _ in self.depths.values())] or [self.blocks + 1]) - 1
+        self.running = None
+        targets = self._targets(expert, self.order[:applied_depth])
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets.values()), [tensors[name] for name in targets])
+
+    def read(self, expert: str) -> Tensors:
+        """Copies of all of an expert's pairs and of its head."""
+        return {name: p.detach().clone() for name, p in self._targets(expert, range(1, self.blocks + 1)).items()}
+
+    def load_gate(self, tensors: Mapping[str, Tensor]) -> None:
+        self.gate.load_state_dict({name.removeprefix("gate/"): t for name, t in tensors.items()
+                                   if name.startswith("gate/")})
+
+    def read_gate(self) -> Tensors:
+        return {f"gate/{name}": t.detach().clone() for name, t in self.gate.state_dict().items()}
+
+    def _targets(self, expert: str, blocks: Collection[int]) -> dict[str, nn.Parameter]:
+        pairs = {f"expert/{layer}.{name}": pair[expert] for layer, m in self.layers.items() if m.block in blocks
+                 for name, pair in (("lora_a", m.lora_a), ("lora_b", m.lora_b))}
+        return {**pairs, **{f"head/{name}": p for name, p in self.heads[expert].named_parameters()}}
+
+    def trainable(self, expert: str) -> dict[str, nn.Parameter]:
+        """What training this expert changes, by name: its trained pairs, and its head if that is trained."""
+        self._run(expert)
+        blocks = self.order[:self.depths[expert][0]]
+        return {name: p for name, p in self._targets(expert, blocks).items() if p.requires_grad}
+
+    def read_applied(self, expert: str) -> Tensors:
+        """Copies of an expert's applied pairs and of its head."""
+        blocks = self.order[:self.depths[expert][1]]
+        return {name: p.detach().clone() for name, p in self._targets(expert, blocks).items()}
+
+    def read_trained(self, expert: str) -> Tensors:
+        """Copies of what training this expert changed."""
+        return {name: p.detach().clone() for name, p in self.trainable(expert).items()}
+
+    def labels(self, part: Part, rows: Tensor | slice = slice(None)) -> Tensor:
+        return self.dataset.labels[part.indices[rows]]
+
+    # Streams
+
+    def logits(self, expert: str, part: Part, rows: Tensor) -> Tensor:
+        """(B, C) logits of one expert's stream for the rows (B,) of a part, from the cached prefix. Differentiable
+        with respect to the expert's trained tensors."""
+        self._run(expert)
+        return self.heads[expert](self._features(part, rows))
+
+    def layer_mixture(self, part: Part, rows: Tensor, weights: Tensor) -> Tensor:
+        """(B, C) logits with the experts mixed inside each trained layer by `weights` (B, 2): one stream. Layers whose
+        local pair is frozen hold the same pair twice; the global one alone is applied there, with weight 1."""
+        self._run("mixture")
+        mixed = [layer for layer in self.layers.values() if layer.block in self.order[:self.depths["local"][0]]]
+        with gated(mixed, weights):
+            features = self._features(part, rows)
+        logits = torch.stack([self.heads[e](features) for e in EXPERTS], dim=1)
+        return (weights.unsqueeze(-1) * logits).sum(1)
+
+    @torch.no_grad()
+    def all_logits(self, expert: str, part: Part) -> Tensor:
+        """(n, C) logits of one expert's stream for a whole part, as it stands now."""
+        return self._in_chunks(part, lambda rows: self.logits(expert, part, rows), len(self.dataset.classes))
+
+    @torch.no_grad()
+    def all_layer_mixture(self, part: Part, weights: Tensor) -> Tensor:
+        """(n, C) logits of `layer_mixture` for a whole part, by weights (n, 2)."""
+        return self._in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[rows]),
+                               len(self.dataset.classes))
+
+    def frozen_logits(self, expert: str, part: Part) -> Tensor:
+        """`all_logits` of an expert that does not change: computed once for the tensors that it has."""
+        digest = hashlib.sha256()
+        for tensor in self.read_applied(expert).values():
+            digest.update(tensor.numpy())
+        return self.cache.get((part.key, "logits", digest.digest()), lambda: self.all_logits(expert, part))
+
+    def features(self, part: Part) -> Tensor:
+        """(n, D) pooled features of the foundation model alone, all experts off: constant for ever."""
+        def compute() -> Tensor:
+            with torch.no_grad():
+                self._run(None)
+                return self._in_chunks(part, lambda rows: self._features(part, rows), self.foundation.feature_dim)
+        return self.cache.get((part.key, "features"), compute)
+
+    def gate_features(self, part: Part) -> Tensor:
+        """(n, D) what the gate sees: `[gate] features`."""
+        if self.config.gate.features == "final":
+            return self.features(part)
+        self._run("local" if self.config.gate.mixing == "outputs" else "mixture")
+
+        def compute() -> Tensor:
+            prefix = self._prefix(part)
+            return torch.stack([prefix.row(i).mean(0) for i in range(len(prefix))])
+        return self.cache.get((part.key, "prefix features", *self.prefix_key), compute)
+
+    def zero_shot_logits(self, part: Part) -> Tensor | None:
+        """(n, C) logits of the class prompts on the foundation model's own features; None without prompts."""
+        if self.class_embeddings is None:
+            return None
+        return self.features(part) @ self.class_embeddings.T / self.config.model.temperature
+
+    def _run(self, stream: str | None) -> None:
+        """Sets all pairs for a stream: one expert as `load` said, "mixture" (the global expert frozen, the local one
+        where it is trained), or None (the foundation model alone)."""
+        if self.running == stream and stream is not None:
+            return
+        module, order = self.foundation.module, self.config.sal.order
+        for expert in EXPERTS:
+            trained, applied = self.depths[expert]
+            if stream == expert:
+                activate(module, expert, depth=trained, applied_depth=applied, order=order)
+            elif stream == "mixture":
+                activate(module, expert, depth=0 if expert == "global" else trained, order=order,
+                         applied_depth=applied if expert == "global" else trained)
+            else:
+                deactivate(module, expert)
+        self.running = stream
+        depth = min(prefix_depth(module), self.boundary)
+        self.prefix_key = (depth, prefix_hash(module, depth))
+
+    def _features(self, part: Part, rows: Tensor) -> Tensor:
+        """(B, D) pooled features of the running stream: the cached prefix, then the live blocks."""
+        module, depth = self.foundation.module, self.prefix_key[0]
+        inputs = self.dataset.inputs.batch(part.indices[rows])
+        start, prefix = 0, nullcontext()
+        if depth > 0 and self.cache.max_bytes:
+            hidden = self._prefix(part).pad(rows)
+            start, prefix = depth, ConstantPrefix(module, depth).replay(hidden)
+        with prefix:
+            features = self.foundation.features(inputs)
+        length = int(self.dataset.inputs.lengths[part.indices[rows]].max())
+        self.flops += budget.forward_flops(module, len(rows), length, first=start)
+        if features.requires_grad:
+            self.flops += budget.backward_flops(module, len(rows), length)
+        return features
+
+    def _prefix(self, part: Part) -> Ragged:
+        """Output of the constant prefix for every sample of a part, each (T_i, D)."""
+        depth = self.prefix_key[0]
+
+        def compute() -> Ragged:
+            prefix = ConstantPrefix(self.foundation.module, depth)
+            lengths = self.dataset.inputs.lengths[part.indices]
+            outputs: list[Tensor] = [None] * len(part)
+            for rows in self._chunks(part):
+                inputs = self.dataset.inputs.batch(part.indices[rows])
+                hidden = prefix.capture(lambda: self.foundation.features(inputs))
+                for row, output in zip(rows.tolist(), hidden):
+                    outputs[row] = output[:lengths[row]]
+                self.flops += budget.forward_flops(self.foundation.module, len(rows), hidden.shape[1], last=depth)
+            return Ragged(outputs)
+
+        return self.cache.get((part.key, "prefix", *self.prefix_key), compute)
+
+    def _chunks(self, part: Part) -> tuple[Tensor, ...]:
+        return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(self.CHUNK)
+
+    def _in_chunks(self, part: Part, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
+        out = torch.empty(len(part), width)
+        for rows in self._chunks(part):
+            out[rows] = compute(rows)
+        return out

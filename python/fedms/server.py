@@ -1,0 +1,144 @@
+"""The server's side: plain data in, plain data out. It knows no model; it averages what arrives, decides which blocks
+are active, and words the next message."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fedms import schedule
+from fedms.aggregate import ResidualNorm, WeightedMean
+from fedms.client import Message, Reply
+from fedms.config import RunConfig
+from fedms.resident import Tensors
+from fedms.rng import generator
+
+STAGES = ("stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server knows between rounds.
+
+    stage, round: of the round that comes next; stage is "done" when none does.
+    tensors:      the current global tensors (expert, head, gate).
+    sums:         statistics added up over clients.
+    sal:          where the activation stands in this stage.
+    applied_depth: number of blocks of the activation order whose pairs are applied.
+    final_depth:  depth reached at the end of each stage that is over.
+    """
+
+    stage: str
+    round: int
+    tensors: Tensors
+    sal: schedule.SalState
+    applied_depth: int
+    sums: Tensors = field(default_factory=dict)
+    final_depth: Mapping[str, int] = field(default_factory=dict)
+
+
+class AllClientsFailed(Exception):
+    """No client of a round could train; the message says why."""
+
+
+class Server:
+    """One run's server: its settings, and what it needs to know of the model (names of tensors by block).
+
+    Args:
+        config: the run file.
+        order: block numbers in the order of their activation.
+        block_of: block number of each tensor under `expert/`.
+        carries: `carries(stage, name)` says how a tensor goes to clients in a stage: "round" (with every message),
+            "once" (a client keeps it), or None. The method decides.
+    """
+
+    def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
+                 carries: Callable[[str, str], str | None]) -> None:
+        self.config, self.order, self.block_of, self.carries = config, order, block_of, carries
+        self.schedule = schedule.from_config(config.sal, len(order))
+
+    def start(self, tensors: Tensors) -> ServerState:
+        """State before the first round of the first stage that has rounds."""
+        sal = self.schedule.start()
+        first = next(stage for stage in STAGES if getattr(self.config, stage).rounds)
+        return ServerState(first, 1, tensors, sal, sal.depth)
+
+    def message(self, state: ServerState) -> Message:
+        """What goes out for the round that comes next. After the last round: the final tensors, to nobody in
+        particular, for evaluation."""
+        applied = set(self.order[:state.applied_depth])
+        sent: dict[str, Tensors] = {"round": {}, "once": {}}
+        for name, tensor in state.tensors.items():
+            how = self.carries(state.stage, name)
+            if how and (name not in self.block_of or self.block_of[name] in applied):
+                sent[how][name] = tensor
+        clients = self.sample(state.stage, state.round) if state.stage in STAGES else ()
+        return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
+                       sent["round"], sent["once"], state.sums)
+
+    def step(self, state: ServerState, replies: Iterable[Reply]) -> tuple[ServerState, dict[str, Any]]:
+        """One round: averages the replies as they stream in, in the order of their clients' ids.
+
+        Returns:
+            The next state, and the round's record.
+
+        Raises:
+            AllClientsFailed: if no reply came.
+        """
+        mean, residual, numbers = WeightedMean(), ResidualNorm(), []
+        sums = dict(state.sums)
+        for reply in replies:
+            weight = float(reply.n_train) if self.config.aggregate.weights == "samples" else 1.0
+            mean.add(reply.tensors, weight)
+            residual.add(reply.tensors, weight)
+            for name, tensor in reply.sums.items():
+                sums[name] = sums.get(name, 0) + tensor
+            numbers.append((reply.n_train, reply.n_validation, reply.score, reply.metrics))
+        if not numbers:
+            raise AllClientsFailed(f"{state.stage}, round {state.round}: no client could train; see visits.jsonl")
+
+        score = _mean((n, s) for _, n, s, _ in numbers)
+        last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
+        after = replace(state, tensors={**state.tensors, **mean.result()}, sums=sums,
+                        sal=state.sal if last else self.schedule.advance(state.sal, score))
+        activated = self.order[state.sal.depth:after.sal.depth]
+        record = {
+            "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(numbers),
+            **{name: _mean((n, m.get(name)) for n, _, _, m in numbers) for name in ("loss", "gate_mean", "gate_entropy")},
+            **{name: _mean((n, m.get(name)) for _, n, _, m in numbers)
+               for name in ("validation_accuracy", "validation_loss")},
+            "residual_norm": residual.result(),
+            "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(map(str, activated))}" if activated else None,
+        }
+        return self._next_round(after), record
+
+    def _next_round(self, state: ServerState) -> ServerState:
+        state = replace(state, round=state.round + 1, applied_depth=max(state.applied_depth, state.sal.depth))
+        if state.round <= getattr(self.config, state.stage).rounds:
+            return state
+        final_depth = {**state.final_depth, state.stage: state.sal.depth}
+        if state.stage == "stage1" and self.config.stage2.rounds:
+            # Activation starts again: in stage 2 it says what is trained; what stage 1 activated stays applied.
+            return replace(state, stage="stage2", round=1, sal=self.schedule.start(), final_depth=final_depth)
+        return replace(state, stage="done", final_depth=final_depth)
+
+    def sample(self, stage: str, round: int) -> tuple[int, ...]:
+        """Ids of the clients of a round, ascending."""
+        clients = self.config.clients
+        size = min(clients.count, max(clients.min, round_half_up(clients.fraction * clients.count)))
+        drawn = torch.randperm(clients.count, generator=generator(
+            self.config.run.seed, "sample-clients", stage, round))[:size]
+        return tuple(sorted(drawn.tolist()))
+
+
+def round_half_up(value: float) -> int:
+    return int(value + 0.5)
+
+
+def _mean(weighted: Iterable[tuple[int, float | None]]) -> float | None:
+    """Weighted mean over those that have a value."""
+    pairs = [(weight, value) for weight, value in weighted if value is not None]
+    total = sum(weight for weight, _ in pairs)
+    return sum(weight * value for weight, value in pairs) / total if total else None
