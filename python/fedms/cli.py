@@ -1,0 +1,280 @@
+"""The commands of FedMS. Each reads its arguments, calls the room that does the work, and shows what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedms.config import METHODS, ConfigError, RunConfig, builtin_names, dump_toml, load_config, source_name
+    from fedms.progress import Progress, TerminalProgress
+    from fedms.records import RunFolderError
+except ModuleNotFoundError as missing:
+    sys.exit(f"fedms needs {missing.name}, which is not installed: pip install 'fedms[train]'")
+
+# torch, and everything that imports it, is imported inside the commands: --help and mistakes are answered at once.
+
+OK, FAILED, USAGE, UNAVAILABLE, FOLDER, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or doctor found a problem; 2 wrong usage or configuration;
+3 model or data could not be loaded; 4 output folder exists or cannot be written; 130 interrupted.
+FEDMS_DEBUG=1 shows the traceback of an error."""
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+app = typer.Typer(
+    name="fedms", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\n\n".join([
+        "**Examples**",
+        "`fedms doctor` — is everything here that a run needs?",
+        "`fedms run digits` — a smoke case: seconds, no download, meaningless numbers",
+        "`fedms run sentiment` — the demo: MiniLM, four domains of human-rated sentences, 12 clients",
+        "`fedms compare sentiment --seeds 3` — all methods on three seeds, one table and one report",
+        "`fedms report runs/sentiment` — make the report again from the records",
+        EXIT_CODES,
+    ]),
+)
+
+Source = Annotated[str, typer.Argument(
+    metavar="SOURCE", help=f"A run file (TOML) or a built-in one: {', '.join(builtin_names())}.")]
+Sets = Annotated[Optional[list[str]], typer.Option(
+    "--set", "-s", metavar="TABLE.KEY=VALUE",
+    help="Override one key of the run file; may be repeated. The value is TOML, other text is taken as a string, "
+         "and none unsets an optional key.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
+
+
+@app.callback()
+def fedms() -> None:
+    """Federated fine-tuning of a frozen foundation model in two stages: a global LoRA expert, then a private local
+    expert for each client and a gate that mixes the two, with LoRA activated block by block as it is needed."""
+
+
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms run sentiment`",
+    "`fedms run sentiment --method fedavg --seed 1`",
+    "`fedms run sentiment --set stage1.rounds=12 --set data.partition=dirichlet --out runs/skewed`",
+    "`fedms run my.toml --dry-run` — check a run file and print it with every default filled in",
+    "The output folder holds config.toml, rounds.jsonl, visits.jsonl, clients.jsonl, summary.json and report.html.",
+    EXIT_CODES]))
+def run(
+    source: Source,
+    set_: Sets = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="DIR", help="Run folder.", show_default="runs/SOURCE/METHOD-seedN")] = None,
+    method: Annotated[Optional[str], typer.Option(
+        "--method", "-m", metavar="NAME", help=f"Same as --set run.method=NAME: {', '.join(METHODS)}.")] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Same as --set run.seed=N.")] = None,
+    engine: Annotated[Optional[str], typer.Option(
+        "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process).")] = None,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Check the configuration, print it with all defaults, and stop.")] = False,
+) -> None:
+    """Carry out one run and report on it."""
+    with _exit_codes():
+        overrides = list(set_ or [])
+        overrides += [f"run.{key}={value}" for key, value in
+                      {"method": method, "seed": seed, "engine": engine}.items() if value is not None]
+        config = load_config(source, overrides)
+        if dry_run:
+            console.print(dump_toml(config), end="", markup=False, soft_wrap=True)
+            return
+        out = out or Path("runs") / source_name(source) / f"{config.run.method}-seed{config.run.seed}"
+        _refuse_filled([out], force)
+
+        from fedms import run as runner
+
+        with _progress() as progress:
+            runner.run(config, out, overwrite=force, progress=progress)
+        _show_results(out)
+
+
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms compare sentiment` — all methods, the run file's seed",
+    "`fedms compare sentiment --methods fedms,fedavg_ft,local --seeds 3 --out runs/demo`",
+    "OUT holds one run folder METHOD-seedN for each run, compare.csv (a line a run), compare.md and report.html.",
+    EXIT_CODES]))
+def compare(
+    source: Source,
+    methods: Annotated[str, typer.Option(
+        "--methods", "-m", metavar="A,B|all", help=f"Methods to run: {', '.join(METHODS)}.")] = "all",
+    seeds: Annotated[Optional[str], typer.Option(
+        "--seeds", metavar="N|A,B", help="A number of seeds (3 means 0, 1, 2) or a list (0,7).",
+        show_default="the run file's seed")] = None,
+    set_: Sets = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="DIR", help="Folder of the runs.", show_default="runs/SOURCE")] = None,
+    force: Force = False,
+) -> None:
+    """Run several methods on the same clients and seeds, and show them in one table."""
+    with _exit_codes():
+        config = load_config(source, set_ or [])
+        chosen = _method_list(methods)
+        numbers = _seed_list(seeds, config)
+        out = out or Path("runs") / source_name(source)
+        _refuse_filled([out / f"{m}-seed{n}" for m in chosen for n in numbers], force)
+
+        from fedms import run as runner
+
+        with _progress() as progress:
+            runner.compare(config, chosen, numbers, out, overwrite=force, progress=progress)
+        _show_results(out)
+
+
+@app.command(epilog=EXIT_CODES)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
+) -> None:
+    """Write DIR/report.html from the records on disk: one file, with pictures, that opens anywhere."""
+    with _exit_codes():
+        _show_results(folder)
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor() -> None:
+    """Check what a run needs: versions, CPU and kernels, cache folder, model and data."""
+    with _exit_codes():
+        from fedms.doctor import diagnose
+
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        checks = list(diagnose())
+        for check in checks:
+            table.add_row(marks[check.state], check.name, check.text)
+        console.print(table)
+        if problems := [c for c in checks if c.state == "problem"]:
+            errors.print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}: "
+                         + ", ".join(c.name for c in problems))
+            raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Entry point of the ``fedms`` command."""
+    app()
+
+
+# Arguments
+
+def _method_list(text: str) -> list[str]:
+    if text.strip() == "all":
+        return list(METHODS)
+    chosen = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise ConfigError(f"--methods: unknown method {unknown[0]!r}; accepted: all, or a list of {', '.join(METHODS)}")
+    if not chosen:
+        raise ConfigError(f"--methods: names no method; accepted: all, or a list of {', '.join(METHODS)}")
+    return chosen
+
+
+def _seed_list(text: Optional[str], config: RunConfig) -> list[int]:
+    if text is None:
+        return [config.run.seed]
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if "," not in text and numbers:
+        numbers = list(range(numbers[0]))
+    if not numbers or min(numbers) < 0:
+        raise ConfigError(f"--seeds: got {text!r}; accepted: a number of seeds (3 means 0, 1, 2), or a list such as 0,7")
+    return list(dict.fromkeys(numbers))
+
+
+def _refuse_filled(folders: list[Path], force: bool) -> None:
+    # Asked before the model is loaded; the writer of the records asks again.
+    for folder in folders:
+        if not force and folder.is_dir() and any(folder.iterdir()):
+            raise RunFolderError(f"{folder}: exists and is not empty; choose another --out, or replace it by --force")
+
+
+# Output
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    progress = TerminalProgress(errors)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _show_results(folder: Path) -> None:
+    from fedms import report as reports
+
+    runs, notes = reports.read_runs(folder)
+    header, rows = reports.table(reports.comparison(runs))
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for number, title in enumerate(header):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "fedms" and len(rows) > 2 else None)
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(reports.headline(runs), markup=False)
+    for finding in reports.findings(runs, notes):
+        mark = {"good": "[green]+[/]", "bad": "[red]![/]", "plain": "-"}[finding["kind"]]
+        console.print(f"{mark} ", end="")
+        console.print(finding["text"], markup=False)
+    console.print()
+    if len(runs) > 1:
+        for path in reports.write_comparison(folder):
+            console.print(f"table:  {path}", markup=False, soft_wrap=True)
+    console.print(f"report: {reports.write_report(folder)}", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn an error into one readable block and the exit code that the help documents."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        errors.print("\ninterrupted; what was recorded so far stays in the run folder")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        code, title = _classify(error)
+        if os.environ.get("FEDMS_DEBUG") == "1":
+            traceback.print_exc()
+        errors.print(f"[bold red]{title}[/]")
+        for line in str(error).split("\n"):
+            errors.print(f"  {line}", markup=False, soft_wrap=True)
+        if code == FAILED and not isinstance(error, ModuleNotFoundError):
+            errors.print("FEDMS_DEBUG=1 shows where it happened.")
+        raise typer.Exit(code) from None
+
+
+def _classify(error: Exception) -> tuple[int, str]:
+    if isinstance(error, ConfigError):
+        problems = len(error.problems)
+        return USAGE, "configuration: 1 problem" if problems == 1 else f"configuration: {problems} problems"
+    if isinstance(error, RunFolderError):
+        return FOLDER, "run folder"
+    if isinstance(error, ModuleNotFoundError):
+        return FAILED, "a package is missing: pip install 'fedms[train]'"
+    loaded: Any = sys.modules.get("fedms.data")
+    if loaded is not None and isinstance(error, loaded.DataError):
+        return UNAVAILABLE, "data"
+    loaded = sys.modules.get("fedms.models")
+    if loaded is not None and isinstance(error, loaded.ModelError):
+        return UNAVAILABLE, "model"
+    return FAILED, f"the run failed: {type(error).__name__}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What ``fedms doctor`` looks at. Each check is one line with a state; nothing is fetched or written for good."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+PACKAGES = ("torch", "numpy", "transformers", "safetensors", "scikit-learn", "flwr-datasets", "pydantic", "matplotlib",
+            "jinja2", "tomli-w")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the diagnosis; a ``problem`` stops runs, a ``note`` does not."""
+
+    name: str
+    state: Literal["ok", "note", "problem"]
+    text: str
+
+
+def diagnose() -> Iterator[Check]:
+    """All checks, in the order in which one builds on another."""
+    for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _minilm, _sentiment, _digits):
+        try:
+            yield from check()
+        except Exception as error:  # a check that breaks is a finding, and must not hide the others
+            yield Check(check.__name__.strip("_"), "problem", f"{type(error).__name__}: {error}")
+
+
+def _python() -> Iterator[Check]:
+    version = platform.python_version()
+    if sys.version_info >= (3, 10):
+        yield Check("python", "ok", f"{version}, {sys.executable}")
+    else:
+        yield Check("python", "problem", f"{version}; 3.10 or newer is needed")
+    try:
+        yield Check("fedms", "ok", importlib.metadata.version("fedms"))
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("fedms", "note", f"not installed, used from {Path(__file__).parent}")
+
+
+def _packages() -> Iterator[Check]:
+    found, missing = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        yield Check("packages", "problem", f"missing: {', '.join(missing)}; pip install 'fedms[train]'")
+    yield Check("packages", "ok", ", ".join(found))
+
+
+def _machine() -> Iterator[Check]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = _first_line("/proc/meminfo", "MemAvailable")
+    free = f", {int(memory.split()[0]) / 1e6:.1f} GB memory available" if memory else ""
+    yield Check("cpu", "ok", f"{_first_line('/proc/cpuinfo', 'model name') or platform.machine()}, "
+                             f"{usable} cores usable{free}")
+    threads = torch.get_num_threads()
+    yield Check("threads", "ok" if threads <= usable else "note",
+                f"torch uses {threads}; a run sets its own number, [run] threads")
+
+
+def _kernels() -> Iterator[Check]:
+    import fedms_ext
+
+    info = fedms_ext.build_info()
+    yield Check("kernels", "ok", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in info.items()))
+
+
+def _backends() -> Iterator[Check]:
+    from fedms_ext import backends
+
+    for name in ("cpu", "eager"):
+        reason = backends.explain(name)
+        yield Check(f"backend {name}", "note" if reason else "ok", reason or "available")
+
+
+def _gpu() -> Iterator[Check]:
+    import torch
+
+    if torch.cuda.is_available():
+        yield Check("gpu", "ok", torch.cuda.get_device_name())
+    else:
+        yield Check("gpu", "note", "none seen by torch; runs use the CPU")
+
+
+def _cache() -> Iterator[Check]:
+    from fedms.data import cache_dir
+
+    folder = cache_dir()
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        yield Check("cache", "problem", f"{folder}: cannot be written ({error.strerror}); set FEDMS_CACHE")
+    else:
+        yield Check("cache", "ok", f"{folder}{'' if existing == folder else ', made when needed'}")
+
+
+def _minilm() -> Iterator[Check]:
+    yield from _attempt("model minilm", lambda: importlib.import_module("fedms.models.minilm").model_folder())
+
+
+def _sentiment() -> Iterator[Check]:
+    from fedms.data import cache_dir, sentiment
+
+    folder = cache_dir() / sentiment.INNER_FOLDER
+    if folder.exists():
+        yield from _attempt("data sentiment", lambda: f"{len(sentiment._cached_files())} files whole in {folder}")
+    else:
+        yield Check("data sentiment", "note", "not fetched yet; the first run fetches it with pip")
+
+
+def _digits() -> Iterator[Check]:
+    yield from _attempt("data digits", lambda: "in " + importlib.import_module("sklearn.datasets").__package__)
+
+
+def _attempt(name: str, look: Callable[[], object]) -> Iterator[Check]:
+    try:
+        yield Check(name, "ok", str(look()))
+    except Exception as error:
+        yield Check(name, "problem", str(error))
+
+
+def _first_line(path: str, key: str) -> str | None:
+    """Value of the first ``key : value`` line of a file in /proc, None where there is none."""
+    try:
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return None
