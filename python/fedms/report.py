@@ -6,19 +6,20 @@ give an equal file. Every picture is a function from runs to a ``matplotlib.figu
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from fedms.config import METHODS
-from fedms.records import CONFIG, RunFolderError, RunRecords, find_runs
+from fedms.records import CONFIG, RunFolderError, RunRecords, find_runs, write_durably
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,11 @@ DARK = {INK: "#e6e9ef", MUTED: "#98a2b3", GRID: "#2b3442", SURFACE: "#161b24", "
         "#6d28d9": "#c4b5fd", "#15803d": "#4ade80", "#be123c": "#fb7185", "#475569": "#cbd5e1", "#86198f": "#e879f9",
         "#1e6091": "#7dd3fc"}
 
-_WIDE, _HALF = 10.4, 5.05  # figure widths in inches: the whole column of the page, and half of it
+ONE_SEED = "One seed: a difference of a few points may be chance."
+
+GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would
+
+_WIDE, _HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to its column, and to half of it
 
 
 # Reading and averaging
@@ -92,9 +97,8 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     if zero_shot:
         rows.append({
             "method": "zero-shot", "seeds": len(zero_shot), "unfinished": 0,
-            "personalised": Stat.of(statistics.fmean(_client_values(r, "zero_shot")) for r in zero_shot.values()),
+            "personalised": Stat.of(_client_mean(r, "zero_shot") for r in zero_shot.values()),
             "worst10": Stat.of(worst_tenth(_client_values(r, "zero_shot")) for r in zero_shot.values()),
-            "global_test": Stat.of(_get(r.summary, "zero_shot_accuracy") for r in zero_shot.values()),
         })
     for method, group in by_method(runs).items():
         ended = [r for r in group if r.summary]
@@ -136,7 +140,7 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     runs, _ = read_runs(path)
     text = io.StringIO()
     columns = ("method", "seed", "personalised_mean", "personalised_std", "personalised_worst10", "global_test",
-               "zero_shot_global_test", "macro_f1", "below_local", "gate_mean", "gate_collapsed",
+               "zero_shot", "macro_f1", "below_local", "gate_mean", "gate_collapsed",
                "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -153,21 +157,45 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     return path / "compare.csv", path / "compare.md"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A comparison as text: header and cells, for the terminal, Markdown and the page alike."""
-    columns: list[tuple[str, str, Callable[[Stat], str]]] = [
-        ("personalised, %", "personalised", percent), ("worst 10 % of clients, %", "worst10", percent),
-        ("global test, %", "global_test", percent), ("macro F1, %", "macro_f1", percent),
-        ("clients below local, %", "below_local", lambda s: percent(s, 0)),
-        ("trained, %", "trainable_percent", lambda s: f"{s.mean:.2f}"),
-        ("sent up", "bytes_up", lambda s: size(s.mean)), ("time", "seconds", lambda s: duration(s.mean)),
-    ]
-    columns = [c for c in columns if any(row.get(c[1]) for row in rows)]
-    cells = []
-    for row in rows:
-        name = row["method"] + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else "")
-        cells.append([name, *(show(row[key]) if row.get(key) else "–" for _, key, show in columns)])
-    return ["method", *(title for title, _, _ in columns)], cells
+@dataclass(frozen=True)
+class _Column:
+    """A column of the comparison: ``short`` is its title where room is scarce, ``keep`` says for how long it stays."""
+
+    title: str
+    short: str
+    key: str
+    show: Callable[[Stat], str]
+    keep: int
+
+
+_COLUMNS = (
+    _Column("personalised %", "mean\nacc. %", "personalised", lambda s: percent(s), 8),
+    _Column("worst 10 % of clients %", "worst 10 %\nacc. %", "worst10", lambda s: percent(s), 7),
+    _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),
+    _Column("macro F1 %", "macro\nF1 %", "macro_f1", lambda s: percent(s), 1),
+    _Column("clients below local %", "below\nlocal %", "below_local", lambda s: percent(s, 0), 6),
+    _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2),
+    _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5),
+    _Column("time", "time", "seconds", lambda s: duration(s.mean), 4),
+)
+
+
+def table(rows: Sequence[dict[str, Any]], width: Optional[int] = None) -> tuple[list[str], list[list[str]]]:
+    """A comparison as text: header and cells, for the terminal, Markdown and the page alike.
+
+    With ``width``, in characters, titles are short and of two lines, and the least important columns are left out
+    until the table fits, with two spaces between columns.
+    """
+    columns = [c for c in _COLUMNS if any(row.get(c.key) for row in rows)]
+    names = [row["method"] + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else "") for row in rows]
+    while True:
+        header = ["method", *(c.title if width is None else c.short for c in columns)]
+        cells = [[name, *(c.show(row[c.key]) if row.get(c.key) else "–" for c in columns)]
+                 for name, row in zip(names, rows)]
+        widths = [max(len(line) for text in column for line in text.split("\n")) for column in zip(header, *cells)]
+        if width is None or not columns or sum(widths) + 2 * (len(widths) - 1) <= width:
+            return header, cells
+        columns.remove(min(columns, key=lambda c: c.keep))
 
 
 def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
@@ -180,8 +208,9 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
     focus_runs = methods[focus]
     figures = []
     for name, make, title, caption, width in _FIGURES:
-        if (figure := make(runs)) is not None:
-            figures.append({"title": title, "caption": caption, "width": width, "svg": Markup(_svg(figure, name))})
+        with _plain_style():
+            if (figure := make(runs)) is not None:
+                figures.append({"title": title, "caption": caption, "width": width, "svg": Markup(_svg(figure, name))})
     header, cells = table(comparison(runs))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -190,8 +219,9 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
     return environment.get_template("report.html.j2").render(
         title=f"{config['model']['id']} on {config['data']['name']}",
         setting=_setting(runs), headline=headline(runs), findings=findings(runs, notes), cards=_cards(focus_runs),
-        focus=focus, header=header, rows=cells, figures=figures, colours=_css_colours(), method_class=_css_name,
-        clients_by_method=_clients_by_method(runs), details=[_client_details(r) for r in runs if r.clients],
+        focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colours=_css_colours(), method_class=_css_name,
+        grouped=any(c.get("group") for r in runs for c in r.clients), clients_by_method=_clients_by_method(runs),
+        details=[_client_details(r) for r in runs if r.clients],
         rounds=[{"title": f"{r.method}, seed {r.seed}", "rows": r.rounds} for r in runs if r.rounds],
         config=(focus_runs[0].path / CONFIG).read_text(encoding="utf-8"), differing=_differing(runs),
         percent=percent, size=size, duration=duration,
@@ -219,21 +249,25 @@ def headline(runs: Sequence[RunRecords]) -> str:
     text = f"{focus} reaches {percent(own)} % mean personalised accuracy"
     rivals = sorted((m for m in scores if m != focus), key=lambda m: -scores[m].mean)
     if not rivals:
-        zero = Stat.of(statistics.fmean(v) for r in methods[focus] if (v := _client_values(r, "zero_shot")))
-        return text + (f", {_points(own.mean - zero.mean)} {_side(own.mean - zero.mean)} zero-shot." if zero else ".")
-    phrases = []
+        gaps = {label: Stat.of(_client_gap(r, "personalised", name) for r in methods[focus])
+                for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
+        parts = [f"{_points(gap.mean)} {'above' if gap.mean > 0 else 'below'} {label}"
+                 for label, gap in gaps.items() if gap and not _is_zero(gap.mean)]
+        single = len(methods[focus]) == 1
+        return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if single else "")
+    gaps = {}
     for rival in rivals:
-        gap = _paired_gap(methods[focus], methods[rival])
-        if gap is None:
-            gap = Stat(own.mean - scores[rival].mean, None)
-        tie = gap.std is not None and abs(gap.mean) <= gap.std
-        phrases.append((gap.mean, f"{_points(gap.mean)} {'ahead of' if gap.mean >= 0 else 'behind'} {rival}"
-                        + (" (less than the spread over seeds)" if tie else "")))
-    # The closest rivals decide: first those it loses to, then the others from the nearest on.
-    phrases.sort(key=lambda p: (p[0] >= 0, abs(p[0])))
-    text += ": " + _listing([p for _, p in phrases]) + "."
-    seeds = {len(group) for group in methods.values()}
-    return text + (" One seed only, so small differences say little." if seeds == {1} else "")
+        gaps[rival] = (_paired_gap(methods[focus], methods[rival])
+                       or Stat(own.mean - scores[rival].mean, None))  # no seed in common
+    # Those it loses to come first, then the others from the nearest on.
+    order = sorted(gaps, key=lambda m: (gaps[m].mean >= 0, abs(gaps[m].mean)))
+    clear = [m for m in order if not _within_spread(gaps[m])]
+    parts = [f"{_points(gaps[m].mean)} {'ahead of' if gaps[m].mean > 0 else 'behind'} {m}"
+             if not _is_zero(gaps[m].mean) else f"level with {m}" for m in clear]
+    text += ": " + _listing(parts) if parts else ""
+    if tied := [f"{m} ({_signed(gaps[m].mean)})" for m in order if m not in clear]:
+        text += ("; " if parts else ": ") + "no further than the spread over seeds from " + _listing(tied)
+    return text + "." + (" " + ONE_SEED if any(g.std is None for g in gaps.values()) else "")
 
 
 def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -249,7 +283,7 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
     ended = [r for r in methods[focus] if r.summary]
     for run in runs:
         if run.summary is None:
-            say(f"{run.method}, seed {run.seed}, has not ended: {_how_far(run)}. Its numbers are missing below.", "bad")
+            say(f"{run.method}, seed {run.seed}, has not ended: {_how_far(run)}. It has no test results.", "bad")
     worst = Stat.of(_get(r.summary, "personalised_accuracy", "worst10") for r in ended)
     if worst:
         say(f"On its worst 10 % of clients {focus} scores {percent(worst)} %.")
@@ -265,11 +299,8 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
     if arrives:
         say(f"Unseen clients: {percent(arrives)} % with the global expert as it arrives"
             + (f", {percent(after)} % after training." if after else "."))
-    depths = {(_get(r.summary, "final_depth", "stage1"), r.summary.get("trainable_percent")) for r in ended}
-    for depth, share in sorted(d for d in depths if None not in d):
-        where = [str(r.seed) for r in ended if _get(r.summary, "final_depth", "stage1") == depth]
-        say(f"Stage 1 ended at depth {depth}, {share:.2f} % of the parameters trained"
-            + (f" (seed {', '.join(where)})." if len(depths) > 1 else "."))
+    for text in _depth_findings(ended):
+        say(text)
     for run in runs:
         lost = [v for v in run.visits if v.get("status") not in ("ok", None)]
         if lost:
@@ -277,7 +308,7 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
             say(f"{run.method}, seed {run.seed}: {len(lost)} of {len(run.visits)} visits did not train"
                 + (f" ({'; '.join(reasons)})." if reasons else "."), "bad")
         for note in (_get(run.summary, "notes") or []):
-            say(f"{note}")
+            say((f"Seed {run.seed}: {note}" if len({r.seed for r in runs}) > 1 else note[:1].upper() + note[1:]) + ".")
         for note in run.notes:
             say(f"{run.path.name}: {note}.", "bad")
     for note in notes:
@@ -291,38 +322,54 @@ def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
     gated = [r for r in ended if _get(r.summary, "gate")]
     if not gated:
         return
-    gate = {name: Stat.of(_get(r.summary, "gate", name) for r in gated) for name in
-            ("mean", "std_clients", "std_samples", "entropy", "half_mix_accuracy", "oracle_accuracy")}
+    gate = {name: Stat.of(_get(r.summary, "gate", name) for r in gated)
+            for name in ("mean", "std_clients", "std_samples", "entropy")}
     collapsed = [r for r in gated if _get(r.summary, "gate", "collapsed")]
-    numbers = []
-    if gate["mean"]:
-        numbers.append(f"mean weight on the local expert {gate['mean'].mean:.2f}")
+    numbers = [f"mean weight on the local expert {gate['mean'].mean:.2f}"] if gate["mean"] else []
     if gate["std_clients"] and gate["std_samples"]:
-        numbers.append(f"spread {gate['std_clients'].mean:.2f} over clients and {gate['std_samples'].mean:.2f} "
-                       "over samples")
+        numbers.append(f"standard deviation {gate['std_clients'].mean:.2f} over clients and "
+                       f"{gate['std_samples'].mean:.2f} over a client's samples")
     if gate["entropy"]:
         numbers.append(f"entropy {gate['entropy'].mean:.2f} of at most 0.69 nats")
     if collapsed:
-        side = "local" if gate["mean"] and gate["mean"].mean > 0.5 else "global"
+        side = "local" if statistics.fmean(_get(r.summary, "gate", "mean") for r in collapsed) > 0.5 else "global"
         which = "" if len(collapsed) == len(gated) else f" in {len(collapsed)} of {len(gated)} seeds"
         yield f"The gate collapsed onto the {side} expert{which}: {', '.join(numbers)}.", "bad"
+    elif gate["std_clients"] and gate["std_samples"] and max(gate["std_clients"].mean,
+                                                             gate["std_samples"].mean) < GATE_CONSTANT:
+        yield f"The gate acts as one constant weight, whatever the client or sample: {', '.join(numbers)}.", "plain"
     else:
         yield f"The gate did not collapse: {', '.join(numbers)}.", "good"
-    own = Stat.of(_get(r.summary, "personalised_accuracy", "mean") for r in gated)
-    if own and gate["half_mix_accuracy"]:
-        gain = own.mean - gate["half_mix_accuracy"].mean
-        text = (f"A fixed half-and-half mix of the same experts scores {percent(gate['half_mix_accuracy'])} %: "
-                f"the learned gate {_worth(gain)}")
-        if gate["oracle_accuracy"]:
-            text += (f"; picking the better expert for each sample would score {percent(gate['oracle_accuracy'])} %, "
-                     "which bounds what any gate could gain")
-        yield text + ".", "bad" if gain < -0.0005 else "plain"
+    gain = Stat.of(_client_gap(r, "mixture", "half") for r in gated)
+    half = Stat.of(_client_mean(r, "half") for r in gated)
+    if gain and half:
+        text = f"A fixed half-and-half mix of the same experts scores {percent(half)} %, the learned gate "
+        if _is_zero(gain.mean) and not gain.std:
+            text += "the same"
+        elif gain.std is None:
+            text += f"{_points(gain.mean)} {'more' if gain.mean > 0 else 'less'} (one seed, so no spread to judge it by)"
+        else:
+            verdict = "no further than the spread over seeds" if _within_spread(gain) else "beyond the spread over seeds"
+            text += f"{_signed(gain.mean)} ± {100 * gain.std:.1f} points, {verdict}"
+        if oracle := Stat.of(_client_mean(r, "oracle") for r in gated):
+            text += f". Picking a right expert for every sample that has one would score {percent(oracle)} %"
+        clear = gain.std is not None and not _within_spread(gain)
+        yield text + ".", "plain" if not clear else "good" if gain.mean > 0 else "bad"
 
 
-def _worth(gain: float) -> str:
-    if abs(gain) < 0.0005:
-        return "is worth nothing over it"
-    return f"adds {_points(gain)}" if gain > 0 else f"loses {_points(gain)}"
+def _depth_findings(ended: Sequence[RunRecords]) -> Iterable[str]:
+    """Where activation ended, and the trained share that belongs to it; runs that agree share a sentence."""
+    seeds: dict[str, list[str]] = defaultdict(list)
+    for run in ended:
+        depths = [(_stage(stage), depth) for stage in ("stage1", "stage2")
+                  if (depth := _get(run.summary, "final_depth", stage)) is not None]
+        if depths and (share := run.summary.get("trainable_percent")) is not None:
+            (first, depth), *rest = depths
+            text = f"{first} ended at depth {depth}" + "".join(f", {stage} at depth {d}" for stage, d in rest)
+            seeds[f"{text}; no visit trained more than {share:.2f} % of the foundation model's number of parameters"
+                  ].append(str(run.seed))
+    for text, which in seeds.items():
+        yield (f"Seed {', '.join(which)}: {text}." if len(seeds) > 1 else f"{text[0].upper()}{text[1:]}.")
 
 
 def _how_far(run: RunRecords) -> str:
@@ -395,8 +442,17 @@ def _points(gap: float) -> str:
     return f"{abs(100 * gap):.1f} points"
 
 
-def _side(gap: float) -> str:
-    return "above" if gap >= 0 else "below"
+def _signed(gap: float) -> str:
+    return f"{100 * gap:+.1f}".replace("-", "−")
+
+
+def _is_zero(gap: float) -> bool:
+    """Whether a gap shows as 0.0 points."""
+    return abs(gap) < 0.0005
+
+
+def _within_spread(gap: Stat) -> bool:
+    return gap.std is not None and abs(gap.mean) <= gap.std
 
 
 def _listing(items: Sequence[str]) -> str:
@@ -425,6 +481,18 @@ def _seen(run: RunRecords) -> list[dict[str, Any]]:
 
 def _client_values(run: RunRecords, name: str) -> list[float]:
     return [v for c in _seen(run) if (v := _get(c, "accuracy", name)) is not None]
+
+
+def _client_mean(run: RunRecords, name: str) -> Optional[float]:
+    values = _client_values(run, name)
+    return statistics.fmean(values) if values else None
+
+
+def _client_gap(run: RunRecords, name: str, other: str) -> Optional[float]:
+    """Mean over the clients that have both accuracies of the first minus the second."""
+    gaps = [a - b for c in _seen(run) if (a := _get(c, "accuracy", name)) is not None
+            and (b := _get(c, "accuracy", other)) is not None]
+    return statistics.fmean(gaps) if gaps else None
 
 
 def _local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
@@ -543,7 +611,7 @@ def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     curves = _curves(runs, lambda run: [r.get("validation_accuracy") for r in run.rounds])
     if not curves:
         return None
-    figure, axes = _axes(_WIDE, 3.7)
+    figure, axes = _axes(_WIDE, 3.3)
     first = _first_stage_rounds(runs)
     for curve in curves:
         # Stage 2 measures another model, so its line starts anew.
@@ -610,17 +678,19 @@ def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 def clients_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Personalised test accuracy of every client, one row a method, with mean and worst 10 %."""
     rows = []
-    if zero := [v for r in {r.seed: r for r in runs}.values() for v in _client_values(r, "zero_shot")]:
+    if zero := [v for r in {r.seed: r for r in runs}.values() if (v := _client_values(r, "zero_shot"))]:
         rows.append(("zero-shot", MUTED, zero))
     for method, group in by_method(runs).items():
-        if values := [v for r in group for v in _client_values(r, "personalised")]:
+        if values := [v for r in group if (v := _client_values(r, "personalised"))]:
             rows.append((method, method_colour(method), values))
     if not rows:
         return None
-    figure, axes = _axes(_WIDE, 0.75 + 0.43 * len(rows))
+    figure, axes = _axes(_WIDE, 0.75 + 0.4 * len(rows))
     for y, (method, colour, values) in enumerate(rows):
-        mean, worst = statistics.fmean(values), worst_tenth(values)
-        axes.scatter(values, [y] * len(values), s=42, color=colour, alpha=0.32, linewidths=0, zorder=2)
+        # Over seeds as in the table: of each seed first, then their mean.
+        mean, worst = statistics.fmean(map(statistics.fmean, values)), statistics.fmean(map(worst_tenth, values))
+        dots = [v for seed in values for v in seed]
+        axes.scatter(dots, [y] * len(dots), s=42, color=colour, alpha=0.32, linewidths=0, zorder=2)
         axes.plot([mean, mean], [y - 0.32, y + 0.32], color=colour, linewidth=3, solid_capstyle="butt", zorder=3)
         axes.plot([worst], [y], marker="|", color=colour, markersize=12, markeredgewidth=1.4, zorder=3)
         axes.annotate(f"{100 * mean:.1f}", (mean, y - 0.32), (0, 1.5), textcoords="offset points", ha="center",
@@ -647,7 +717,7 @@ def gate_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     if not clients:
         return None
     groups = sorted({g for g, _ in clients})
-    figure, axes = _axes(_HALF, 1.15 + 0.21 * len(clients))
+    figure, axes = _axes(_HALF, 1.15 + 0.21 * max(12, len(clients)))
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
     place = {client: y for y, (_, client) in enumerate(clients)}
     width = 0.5 / len(gated)
@@ -663,7 +733,7 @@ def gate_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
                       linewidth=4 if len(gated) == 1 else 2.5, solid_capstyle="round", zorder=2)
             axes.plot([mean], [y], marker="o", color=colour, markersize=6 if len(gated) == 1 else 4,
                       markeredgecolor=SURFACE, markeredgewidth=0.8, zorder=3)
-    axes.set_yticks(range(len(clients)), [f"{g} {i}".strip() for g, i in clients])
+    axes.set_yticks(range(len(clients)), [f"{g or 'client'} {i}" for g, i in clients])
     for label, (group, _) in zip(axes.get_yticklabels(), clients):
         label.set_color(_group_colour(groups, group))
     axes.set_ylim(len(clients) - 0.4, -0.6)
@@ -701,7 +771,7 @@ def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         chosen = [p for p in points if str(p[2] or "") == group]
         axes.scatter([p[0] for p in chosen], [p[1] for p in chosen], s=46, alpha=0.85, linewidths=0.8,
                      color=_group_colour(groups, group), edgecolors=SURFACE, zorder=3, label=group)
-    if len(points) <= 16:
+    if len(focus) == 1 and len(points) <= 16:
         for x, y, _, client in points:
             axes.annotate(str(client), (x, y), (5, 3), textcoords="offset points", fontsize=7.5, color=MUTED)
     better = sum(y > x for x, y, _, _ in points)
@@ -723,15 +793,18 @@ def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 _FIGURES: tuple[tuple[str, Callable[..., Any], str, str, str], ...] = (
     ("clients", clients_figure, "Personalised test accuracy",
-     "One dot a client and seed; the bar is the mean, the thin tick the mean of the worst 10 % of clients.", "wide"),
+     "One dot a client and seed; the bar with the number is the mean, the thin tick the mean of the worst 10 % of "
+     "clients.", "wide"),
     ("accuracy", accuracy_figure, "Validation accuracy per round",
-     "Stage 1: the model that clients receive. Stage 2: each client's own model after training. "
-     "Shaded: range over seeds.", "wide"),
-    ("depth", depth_figure, "Depth", "Blocks whose LoRA pairs are trained.", "half"),
-    ("bytes", bytes_figure, "Communication", "Bytes sent by all clients, summed over rounds.", "half"),
+     "Mean over clients, weighted by their validation samples. local, and fedavg_ft and fedms in stage 2: each "
+     "client's own model after its visit; otherwise the shared model as clients receive it (fedavg_prior: before its "
+     "prior). Lines that coincide share a label or lie on each other. Shaded: range over seeds.", "wide"),
+    ("depth", depth_figure, "Depth", "Blocks whose LoRA pairs are trained, mean over seeds. Each stage activates anew.",
+     "half"),
+    ("bytes", bytes_figure, "Communication", "Bytes sent by all clients, summed over rounds, mean over seeds.", "half"),
     ("gate", gate_figure, "Gate weight by client",
-     "Dot: mean over a client's test samples; bar: one standard deviation over them.", "half"),
-    ("gain", gain_figure, "Against local-only", "One dot a client and seed; above the diagonal the federation helps.",
+     "Dot: mean over a client's test samples, one a seed; bar: one standard deviation over them.", "half"),
+    ("gain", gain_figure, "Against local-only", "One dot a client and seed; above the diagonal the client is better off.",
      "half"),
 )
 
@@ -792,22 +865,25 @@ def _end_labels(axes: Any, curves: Sequence[_Curve]) -> None:
     """Names at the right of the lines' ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    height = axes.figure.get_figheight() * 72 * 0.75
-    gap = 11.5 * (high - low) / height
+    line = 11.5 * (high - low) / (axes.figure.get_figheight() * 72 * 0.75)
     order = sorted(curves, key=lambda c: c.means[-1])
+    labels = [curve.label.replace(", ", ",\n") for curve in order]
+    heights = [line * (1 + label.count("\n")) for label in labels]
     places: list[float] = []
-    for curve in order:
-        places.append(max(curve.means[-1], places[-1] + gap) if places else curve.means[-1])
-    # Pushing upwards alone would leave the axes: shift each overlapping block down by half of what it was moved.
+    for number, curve in enumerate(order):
+        lowest = places[-1] + (heights[number - 1] + heights[number]) / 2 if places else low
+        places.append(max(curve.means[-1], lowest))
+    # Pushing upwards alone would leave the axes: shift all labels down by half of what they were moved on average.
     shift = statistics.fmean(p - c.means[-1] for p, c in zip(places, order))
     right = axes.get_xlim()[1]
     last = max(c.xs[-1] for c in curves)
-    for place, curve in zip(places, order):
+    for place, curve, label in zip(places, order, labels):
         if curve.xs[-1] < last:
-            axes.plot([curve.xs[-1], right], [curve.means[-1], place - shift], color=curve.colour, linewidth=0.8,
-                      linestyle=(0, (1, 2)), clip_on=False)
-        axes.annotate(curve.label.replace(", ", ",\u00a0"), (right, place - shift), (4, 0),
-                      textcoords="offset points", va="center", color=curve.colour, fontsize=9, annotation_clip=False,
+            bend = right - 0.03 * (right - axes.get_xlim()[0])
+            axes.plot([curve.xs[-1], bend, right], [curve.means[-1], curve.means[-1], place - shift], linewidth=0.8,
+                      color=curve.colour, linestyle=(0, (1, 2)), clip_on=False)
+        axes.annotate(label, (right, place - shift), (4, 0), textcoords="offset points", va="center",
+                      color=curve.colour, fontsize=9, annotation_clip=False,
                       fontweight="bold" if _has_fedms(curve) else "normal")
 
 
@@ -824,6 +900,17 @@ def _css_name(colour_or_method: str) -> str:
 
 def _css_colours() -> list[tuple[str, str, str]]:
     return [(_css_name(light), light, dark) for light, dark in DARK.items()]
+
+
+@contextlib.contextmanager
+def _plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's settings; and a dollar sign in a name starts no formula."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
 
 
 def _svg(figure: Any, name: str) -> str:
@@ -843,6 +930,6 @@ def _svg(figure: Any, name: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8", newline="\n")
+        write_durably(path, text)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from error

@@ -22,9 +22,8 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
     out = RunFolder.create(folder, config)
     noise = random.Random(f"{method}-{seed}")
     level = LEVEL[method] + noise.gauss(0, 0.003)
-    stages = [("stage2", rounds[1])] if method == "local" else [("stage1", rounds[0])]
-    if method in ("fedms", "fedavg_ft"):
-        stages.append(("stage2", rounds[1]))
+    stages = [("stage1", rounds[0]), ("stage2", rounds[1])]
+    private = {"fedavg_ft": "stage2", "local": "stage1"}.get(method)  # the stage from which on nothing is sent
     done, up, depth = 0, 0, 1
     for stage, count in stages:
         for number in range(1, count + 1):
@@ -38,7 +37,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
                 depth, event = 2, "activated blocks 5"
             gate = min(0.97 if collapsed else 0.63, 0.5 + 0.13 * number)
             gated = method == "fedms" and stage == "stage2"
-            sent = 0 if method == "local" else clients * 4 * (9000 if gated else 72000 * depth)
+            sent = 0 if private and stage >= private else clients * 4 * (9000 if gated else 72000 * depth)
             up += sent
             for client in range(clients):
                 out.append_visit({
@@ -61,9 +60,11 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
         own = level + base + noise.gauss(0, 0.015)
         accuracies.append(own)
         gate = (0.97 if collapsed else 0.6) + noise.uniform(-0.03, 0.03)
-        accuracy = {"personalised": own, "global": 0.69 + base, "local": 0.66 + base, "zero_shot": 0.52 + base}
+        accuracy = {"personalised": own, "zero_shot": 0.52 + base,
+                    "global": None if method == "local" else own if method == "fedavg" else 0.69 + base,
+                    "local": own if method in ("local", "fedavg_ft") else None}
         if method == "fedms":
-            accuracy |= {"mixture": own, "half": own + 0.002, "oracle": own + 0.06}
+            accuracy |= {"local": 0.66 + base} | {"mixture": own, "half": own + 0.002, "oracle": own + 0.06}
         out.append_client({
             "id": client, "group": group, "unseen": client >= clients, "n_train": 180 + client, "n_validation": 45,
             "n_test": 75, "accuracy": accuracy, "macro_f1": own - 0.08,
@@ -74,7 +75,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
     worst = seen[:max(1, math.ceil(clients / 10))]
     out.write_summary({
         "method": method, "model": "minilm", "dataset": "sentiment", "seed": seed,
-        "rounds": {"stage1": dict(stages).get("stage1", 0), "stage2": dict(stages).get("stage2", 0)},
+        "rounds": dict(stages),
         "personalised_accuracy": {"mean": mean, "std": 0.05, "worst10": sum(worst) / len(worst)},
         "global_test_accuracy": mean - 0.02, "zero_shot_accuracy": 0.52, "macro_f1": mean - 0.08,
         "unseen_accuracy": {"as_it_arrives": 0.68, "after_training": 0.69},
