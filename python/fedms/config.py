@@ -1,6 +1,6 @@
 """The run file: one TOML, validated against :class:`RunConfig`.
 
-Every problem in a run file is reported in one pass, one line each, by the dotted key, the value found and the
+All problems of single keys are reported in one pass, then all of keys that do not fit together; one line each, by the dotted key, the value found and the
 values accepted. Nothing here imports torch, so a mistake in a run file is answered at once.
 """
 
@@ -288,7 +288,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(_explain(error, values)) from None
 
 
 def dump_toml(config: RunConfig) -> str:
@@ -359,12 +359,12 @@ def _keys() -> dict[str, dict[str, Any]]:
     return {name: field.annotation.model_fields for name, field in RunConfig.model_fields.items()}
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
         if item["type"] == "value_error" and not item["loc"]:
             return str(item["ctx"]["error"]).split("\n")
-        key, field, value = _locate(item)
+        key, field, value = _locate(item, values)
         if item["type"] == "extra_forbidden":
             lines[key] = f"{key}: unknown key{_suggest_key(key)}"
         elif item["type"] == "missing":
@@ -378,10 +378,11 @@ def _explain(error: ValidationError) -> list[str]:
     return list(lines.values())
 
 
-def _locate(item: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """Dotted key, field and value of an error; pydantic's location goes on into branches of unions, which we drop."""
-    key, field, model, value = "", None, RunConfig, item["input"]
-    for depth, part in enumerate(item["loc"]):
+def _locate(item: Mapping[str, Any], whole: Any) -> tuple[str, Any, Any]:
+    """Dotted key, field and value of an error in the run file ``whole``; pydantic's location goes on into branches of
+    unions and items of lists, which we drop."""
+    key, field, model = "", None, RunConfig
+    for part in item["loc"]:
         if isinstance(part, int) and field is not None and Budget in get_args(field.annotation):
             key, model = f"{key}[{part}]", Budget
         elif model is not None and part in model.model_fields:
@@ -390,21 +391,23 @@ def _locate(item: Mapping[str, Any]) -> tuple[str, Any, Any]:
             is_table = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
             model, field = (field.annotation, None) if is_table else (None, field)
         elif item["type"] == "extra_forbidden":
-            return (f"{key}.{part}" if key else str(part)), None, value
+            return (f"{key}.{part}" if key else str(part)), None, None
         else:
             break
-    return key, field, value
+        if isinstance(whole, Mapping) and part in whole or isinstance(part, int):
+            whole = whole[part]
+    return key, field, whole
 
 
 def _suggest_key(key: str) -> str:
-    table, _, name = key.rpartition(".")
     keys = _keys()
-    if table.startswith("clients.budgets"):
+    if key.startswith("clients.budgets["):
         return f"; accepted: {', '.join(Budget.model_fields)}"
-    if not table:
-        everywhere = [f"{t}.{k}" for t, fields in keys.items() for k in fields if k == name]
+    table, _, name = key.partition(".")
+    if not name or table not in keys:
+        everywhere = [f"{t}.{k}" for t, fields in keys.items() for k in fields if k == key]
         return f"; did you mean {' or '.join(everywhere)}?" if everywhere else (
-            _did_you_mean(name, keys, prefix="[", suffix="]") or f"; tables: {', '.join(keys)}")
+            _did_you_mean(key, keys, prefix="[", suffix="]") or f"; tables: {', '.join(keys)}")
     if near := difflib.get_close_matches(name, keys[table], n=1):
         return f"; did you mean {table}.{near[0]}?"
     elsewhere = [f"{t}.{k}" for t, fields in keys.items() for k in fields if k == name]
