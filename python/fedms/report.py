@@ -146,7 +146,8 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     writer.writerow(columns)
     for run in runs:
         s = run.summary
-        writer.writerow([run.method, run.seed, *(_get(s, "personalised_accuracy", k) for k in ("mean", "std", "worst10")),
+        writer.writerow([run.method, run.seed,
+                         *(_get(s, "personalised_accuracy", k) for k in ("mean", "std", "worst10")),
                          _get(s, "global_test_accuracy"), _get(s, "zero_shot_accuracy"), _get(s, "macro_f1"),
                          _below_local(run, runs), _get(s, "gate", "mean"), _get(s, "gate", "collapsed"),
                          *(_get(s, k) for k in columns[-6:])])
@@ -219,7 +220,8 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
     return environment.get_template("report.html.j2").render(
         title=f"{config['model']['id']} on {config['data']['name']}",
         setting=_setting(runs), headline=headline(runs), findings=findings(runs, notes), cards=_cards(focus_runs),
-        focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colours=_css_colours(), method_class=_css_name,
+        focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colours=_css_colours(),
+        method_class=_css_name,
         grouped=any(c.get("group") for r in runs for c in r.clients), clients_by_method=_clients_by_method(runs),
         details=[_client_details(r) for r in runs if r.clients],
         rounds=[{"title": f"{r.method}, seed {r.seed}", "rows": r.rounds} for r in runs if r.rounds],
@@ -347,10 +349,11 @@ def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
         if _is_zero(gain.mean) and not gain.std:
             text += "the same"
         elif gain.std is None:
-            text += f"{_points(gain.mean)} {'more' if gain.mean > 0 else 'less'} (one seed, so no spread to judge it by)"
+            text += (f"{_points(gain.mean)} {'more' if gain.mean > 0 else 'less'} "
+                     "(one seed, so no spread to judge it by)")
         else:
-            verdict = "no further than the spread over seeds" if _within_spread(gain) else "beyond the spread over seeds"
-            text += f"{_signed(gain.mean)} ± {100 * gain.std:.1f} points, {verdict}"
+            verdict = "no further than" if _within_spread(gain) else "beyond"
+            text += f"{_signed(gain.mean)} ± {100 * gain.std:.1f} points, {verdict} the spread over seeds"
         if oracle := Stat.of(_client_mean(r, "oracle") for r in gated):
             text += f". Picking a right expert for every sample that has one would score {percent(oracle)} %"
         clear = gain.std is not None and not _within_spread(gain)
@@ -804,8 +807,8 @@ _FIGURES: tuple[tuple[str, Callable[..., Any], str, str, str], ...] = (
     ("bytes", bytes_figure, "Communication", "Bytes sent by all clients, summed over rounds, mean over seeds.", "half"),
     ("gate", gate_figure, "Gate weight by client",
      "Dot: mean over a client's test samples, one a seed; bar: one standard deviation over them.", "half"),
-    ("gain", gain_figure, "Against local-only", "One dot a client and seed; above the diagonal the client is better off.",
-     "half"),
+    ("gain", gain_figure, "Against local-only",
+     "One dot a client and seed; above the diagonal the client is better off.", "half"),
 )
 
 
