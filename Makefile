@@ -24,7 +24,7 @@ help: ## this list
 setup: $(INSTALLED) ## the environment alone
 
 demo: $(INSTALLED) ## five methods on human-rated sentiment, 12 clients: runs/demo/report.html
-	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms --seeds 0 \
+	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms \
 	  --out runs/demo --force
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 

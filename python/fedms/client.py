@@ -131,12 +131,13 @@ class Group:
 
 
 def train(client: Client, message: Message, private: Private, groups: list[Group],
-          loss_of: Callable[[Tensor], Tensor]) -> tuple[float, Tensors]:
+          loss_of: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> tuple[float, Tensors]:
     """Local epochs of AdamW over the client's training part.
 
     Args:
         private: holds the optimiser's state of the last visit, if `[clients] optimizer = "kept"`.
         loss_of: mean loss of the rows (B,) of the training part.
+        rows: (n,) rows to train on; default all.
 
     Returns:
         Mean training loss over all samples seen, and the optimiser's state to keep (empty when it starts afresh).
@@ -145,6 +146,7 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
         ClientFailure: when a loss or a gradient norm is NaN or infinite.
     """
     settings = getattr(client.config, message.stage)
+    rows = torch.arange(len(client.train)) if rows is None else rows
     named = {name: p for group in groups for name, p in group.params.items()}
     optimizer = torch.optim.AdamW([{"params": list(group.params.values()), "lr": group.lr} for group in groups],
                                   weight_decay=settings.weight_decay)
@@ -155,16 +157,16 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
     shuffle = generator(client.seed(message, "shuffle"))
     total, seen = 0.0, 0
     for _ in range(settings.epochs):
-        for rows in torch.randperm(len(client.train), generator=shuffle).split(settings.batch):
+        for batch in rows[torch.randperm(len(rows), generator=shuffle)].split(settings.batch):
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(rows)
+            loss = loss_of(batch)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise ClientFailure(f"training diverged: loss {float(loss):g}, gradient norm {float(norm):g} after "
+                raise ClientFailure(f"training diverged: loss {float(loss.detach()):g}, gradient norm {float(norm):g} after "
                                     f"{seen} samples; a lower {message.stage}.lr may help")
             optimizer.step()
-            total, seen = total + float(loss.detach()) * len(rows), seen + len(rows)
+            total, seen = total + float(loss.detach()) * len(batch), seen + len(batch)
     return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
 
 

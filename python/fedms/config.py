@@ -1,7 +1,7 @@
 """The run file: one TOML, validated against :class:`RunConfig`.
 
-All problems of single keys are reported in one pass, then all of keys that do not fit together; one line each, by the dotted key, the value found and the
-values accepted. Nothing here imports torch, so a mistake in a run file is answered at once.
+All problems of single keys are reported in one pass, then all of keys that do not fit together; one line each, by the
+dotted key, the value found and the values accepted. Nothing here imports torch, so a mistake in a run file is answered at once.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ class GateTable(Table):
     temperature: float = Field(1.0, gt=0, description="divides the gate's logits; above 1 is softer")
     lr: float = Field(1e-3, gt=0, description="AdamW learning rate of the gate")
     bottleneck: int = Field(16, ge=1, description="hidden width of the gate adapter")
+    held_out: float = Field(0.2, ge=0, lt=1, description="share of each client's training samples on which the gate "
+                            "alone is trained, in stage 2; 0: expert and gate train together on all")
 
 
 class Budget(Table):

@@ -10,7 +10,7 @@ Tensors travel under these names: `expert/<layer>.lora_a`, `expert/<layer>.lora_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -204,7 +204,7 @@ class ResidentModel:
 
     def gate_features(self, part: Part) -> Tensor:
         """(n, D) what the gate sees: `[gate] features`."""
-        if self.config.gate.features == "final":
+        if self.config.gate.features == "final" or len(part) == 0:
             return self.features(part)
         self._run("local" if self.config.gate.mixing == "outputs" else "mixture")
 
@@ -272,7 +272,9 @@ class ResidentModel:
 
         return self.cache.get((part.key, "prefix", *self.prefix_key), compute)
 
-    def _chunks(self, part: Part) -> tuple[Tensor, ...]:
+    def _chunks(self, part: Part) -> Sequence[Tensor]:
+        if len(part) == 0:
+            return ()
         return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(self.CHUNK)
 
     def _in_chunks(self, part: Part, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:

@@ -6,11 +6,14 @@ expert is frozen; each client trains a private local expert, which starts as its
     z(x) = G_0(x) z_global(x) + G_1(x) z_local(x),      G = softmax(gate(features(x)) / temperature)
 
 on CE(z) + own_loss * CE(z_local), and sends the gate adapter alone. Our choices where the abstracts are silent: the
-mixture is taken on logits, and the local expert has a loss of its own (the mixture's alone leaves it weak).
+mixture is taken on logits; the local expert has a loss of its own (the mixture's alone leaves it weak); and the gate
+is trained on samples that are held out from the local expert (on the expert's own training samples it learns to trust
+an expert that knows them by heart).
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 from fedms.client import Client, Group, Message, Private, Reply, Score, score, train
 from fedms.methods.base import (Method, Prediction, keep_better, load_private, lr_of, make_reply, train_shared)
 from fedms.resident import Part, ResidentModel
+from fedms.rng import generator
 
 
 class FedMS(Method):
@@ -42,10 +46,16 @@ class FedMS(Method):
         own_before, before = self._own_score(model, client), model.read_applied("local")
 
         local, gate = model.trainable("local"), {f"gate/{n}": p for n, p in model.gate.named_parameters()}
-        loss, moments = train(client, message, private,
-                              [Group(local, lr_of(client, message)), Group(gate, self.config.gate.lr)],
-                              self._loss(model, client))
+        expert_rows, gate_rows = self._split(client)
+        groups = [Group(local, lr_of(client, message))]
+        if len(gate_rows) == 0:
+            groups.append(Group(gate, self.config.gate.lr))
+        loss, moments = train(client, message, private, groups, self._loss(model, client), expert_rows)
         kept, _ = keep_better(model, client, message, before, own_before)
+        if len(gate_rows):
+            _, gate_moments = train(client, message, private, [Group(gate, self.config.gate.lr)],
+                                    self._gate_loss(model, client), gate_rows)
+            moments = {**moments, **gate_moments}
         reached, weights = self._validate(model, client)
         reply = make_reply(client, model.read_gate(), received.accuracy, reached, loss=loss, **gate_numbers(weights),
                            trained_params=sum(p.numel() for p in (*local.values(), *gate.values())))
@@ -69,27 +79,36 @@ class FedMS(Method):
         load_private(model, client, private, message, start=message.constants)
         model.load_gate(message.tensors)
 
-    def _loss(self, model: ResidentModel, client: Client):
+    def _split(self, client: Client) -> tuple[Tensor, Tensor]:
+        """Rows of the training part for the local expert, and those for the gate alone; the same at every visit."""
+        rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
+        held_out = int(self.config.gate.held_out * len(rows))
+        return rows[held_out:], rows[:held_out]
+
+    def _loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
         """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
         are constants of a sample."""
         own_loss, part = self.config.stage2.own_loss, client.train
+        mixture = self._mixture_of(model, part)
+
+        def loss(rows: Tensor) -> Tensor:
+            labels, own = model.labels(part, rows), model.logits("local", part, rows)
+            return F.cross_entropy(mixture(rows, own), labels) + own_loss * F.cross_entropy(own, labels)
+        return loss
+
+    def _gate_loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
+        """Mean over a batch of CE(mixture), with both experts constant."""
+        part = client.train
+        mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
+        return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
+
+    def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+        """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
         features = model.gate_features(part)
         if self.config.gate.mixing == "layers":
-            def loss(rows: Tensor) -> Tensor:
-                mixed = model.layer_mixture(part, rows, model.gate(features[rows]))
-                total = F.cross_entropy(mixed, model.labels(part, rows))
-                if own_loss:
-                    total = total + own_loss * F.cross_entropy(model.logits("local", part, rows),
-                                                               model.labels(part, rows))
-                return total
-        else:
-            shared = model.frozen_logits("global", part)
-
-            def loss(rows: Tensor) -> Tensor:
-                labels, own = model.labels(part, rows), model.logits("local", part, rows)
-                mixed = mix(model.gate(features[rows]), shared[rows], own, self.config.gate.on)
-                return F.cross_entropy(mixed, labels) + own_loss * F.cross_entropy(own, labels)
-        return loss
+            return lambda rows, _: model.layer_mixture(part, rows, model.gate(features[rows]))
+        shared = model.frozen_logits("global", part)
+        return lambda rows, own: mix(model.gate(features[rows]), shared[rows], own, self.config.gate.on)
 
     @torch.no_grad()
     def _mixture(self, model: ResidentModel, part: Part) -> tuple[Tensor, Tensor]:

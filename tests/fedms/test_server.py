@@ -1,0 +1,108 @@
+"""The server's steps on plain tensors: what it sends, how it averages, when it goes on."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedms.client import Reply
+from fedms.config import load_config
+from fedms.methods import create
+from fedms.schedule import SalState
+from fedms.server import AllClientsFailed, Server
+
+ORDER = [3, 2, 1]
+TENSORS = {f"expert/block.{i}.lora_{x}": torch.randn(2, 2) for i in range(3) for x in "ab"} | {
+    "head/weight": torch.randn(2, 2), "gate/out.weight": torch.randn(2, 2)}
+BLOCK_OF = {name: int(name[13]) + 1 for name in TENSORS if name.startswith("expert/")}
+
+
+def server(method="fedms", *sets):
+    config = load_config("digits", ["clients.count=4", "clients.unseen=0", "stage1.rounds=3", "stage2.rounds=2",
+                                    "sal.max_depth=3", "sal.queue=2", "sal.tau=1.0", f"run.method={method}", *sets])
+    return Server(config, ORDER, BLOCK_OF, create(config).carries)
+
+
+def reply(client, tensors, n_train=10, score=0.5, sums=None):
+    return Reply(client, tensors, n_train, 5, score, {"loss": 1.0, "validation_accuracy": score}, sums or {})
+
+
+def expert(*blocks):
+    return {f"expert/block.{b - 1}.lora_{x}" for b in blocks for x in "ab"}
+
+
+def test_pairs_that_are_off_do_not_travel():
+    s = server()
+    message = s.message(s.start(TENSORS))
+    assert set(message.tensors) == expert(3) | {"head/weight"} and not message.constants
+    assert (message.stage, message.round, message.depth, message.clients) == ("stage1", 1, 1, (0, 1, 2, 3))
+
+
+def test_two_stages_from_the_first_message_to_the_last():
+    s = server()
+    state = s.start(TENSORS)
+    sent = []
+    while state.stage != "done":
+        message = s.message(state)
+        sent.append((message.stage, message.round, message.depth, message.applied_depth))
+        state, record = s.step(state, [reply(c, dict(message.tensors)) for c in message.clients])
+        assert record["clients"] == 4 and record["loss"] == 1.0
+    # tau = 1 activates whenever the queue of two is full, but never in the last round of a stage.
+    assert sent == [("stage1", 1, 1, 1), ("stage1", 2, 1, 1), ("stage1", 3, 2, 2),
+                    ("stage2", 1, 1, 2), ("stage2", 2, 1, 2)]
+    assert state.final_depth == {"stage1": 2, "stage2": 1}
+    for name, tensor in TENSORS.items():      # all clients sent back what they received
+        assert torch.allclose(state.tensors[name], tensor), name
+
+
+def test_stage_2_sends_the_gate_each_round_and_the_expert_once():
+    s = server("fedms", "stage1.rounds=0")
+    message = s.message(s.start(TENSORS))
+    assert set(message.tensors) == {"gate/out.weight"}
+    assert set(message.constants) == expert(3) | {"head/weight"}
+
+
+def test_methods_differ_in_what_travels():
+    def travels(method, stage):
+        s = server(method, *(["stage1.rounds=0"] if stage == "stage2" else []))
+        message = s.message(s.start(TENSORS))
+        return set(message.tensors), set(message.constants)
+
+    shared = expert(3) | {"head/weight"}
+    for method in ("fedavg", "fedavg_prior"):
+        assert travels(method, "stage1") == travels(method, "stage2") == (shared, set())
+    assert travels("fedavg_ft", "stage1") == (shared, set()) and travels("fedavg_ft", "stage2") == (set(), shared)
+    assert travels("local", "stage1") == travels("local", "stage2") == (set(), set())
+
+
+def test_replies_are_weighed_by_samples_or_alike():
+    ones = {"head/weight": torch.ones(2, 2)}
+    zeros = {"head/weight": torch.zeros(2, 2)}
+    for weights, expected in (("samples", 0.75), ("uniform", 0.5)):
+        s = server("fedavg", f"aggregate.weights={weights}")
+        state, record = s.step(s.start(TENSORS), [reply(0, ones, 30, 0.2), reply(1, zeros, 10, None)])
+        assert torch.allclose(state.tensors["head/weight"], torch.full((2, 2), expected))
+        assert record["validation_accuracy"] == 0.2         # a client without validation samples has no say
+        assert state.sal == SalState(1, 1, (0.2,))
+
+
+def test_sums_are_added_up_over_rounds():
+    s = server("fedavg_prior")
+    state = s.start(TENSORS)
+    for client in (0, 1):
+        state, _ = s.step(state, [reply(client, {}, sums={"class_counts": torch.tensor([1.0, client])})])
+    assert state.sums["class_counts"].tolist() == [2.0, 1.0]
+
+
+def test_a_round_without_replies_stops_the_run():
+    s = server()
+    with pytest.raises(AllClientsFailed, match="stage1, round 1: no client could train"):
+        s.step(s.start(TENSORS), [])
+
+
+def test_sampling():
+    s = server("fedavg", "clients.fraction=0.5")
+    rounds = [s.sample("stage1", r) for r in range(1, 40)]
+    assert all(len(c) == 2 and list(c) == sorted(set(c)) for c in rounds)
+    assert set().union(*rounds) == {0, 1, 2, 3}
+    assert rounds == [s.sample("stage1", r) for r in range(1, 40)] and len(set(rounds)) > 3
+    assert len(server("fedavg", "clients.fraction=0.01", "clients.min=3").sample("stage1", 1)) == 3

@@ -1,0 +1,282 @@
+"""Whole runs on the digits: small, quick, and exact where two ways must agree."""
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from fedms import data, methods, models, run
+from fedms.client import Client, ClientFailure, Private, train
+from fedms.config import load_config
+from fedms.engine.local import LocalEngine
+from fedms.progress import Progress
+from fedms.records import SUMMARY_FIELDS, RunFolder, RunRecords, comparable
+from fedms.resident import Part, ResidentModel
+from fedms.server import AllClientsFailed, Server
+
+SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=3", "stage2.rounds=2",
+         "data.partition=iid", "run.threads=1"]
+
+
+def config(*sets):
+    return load_config("digits", [*SMALL, *sets])
+
+
+class Session:
+    """A run taken apart, so that tests can reach in."""
+
+    def __init__(self, config, tmp_path):
+        self.config = config
+        foundation = models.load(config.model)
+        self.dataset = data.load(config.data, foundation)
+        self.model = ResidentModel(foundation, self.dataset, config)
+        self.partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
+        self.clients = [Client(split, config) for split in self.partition.clients]
+        self.method = methods.create(config)
+        self.server = Server(config, self.model.order, self.model.block_of, self.method.carries)
+        self.folder = RunFolder.create(tmp_path / "session", config, overwrite=True)
+        self.engine = LocalEngine(self.method, self.server, self.model, self.clients, self.folder, Progress())
+
+    def run(self):
+        return self.engine.run(self.server.start(self.model.initial(self.config.run.seed)))
+
+    @property
+    def visits(self):
+        return RunRecords.read(self.folder.path).visits
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("sets", [
+    ["run.method=fedms"],
+    ["run.method=fedms", "lora.dropout=0.2", "clients.fraction=0.7", "clients.optimizer=kept", "gate.held_out=0"],
+    ["run.method=fedavg_prior", "data.partition=dirichlet"],
+], ids=["fedms", "fedms-all-draws", "prior"])
+def test_the_same_seed_gives_the_same_records(sets, tmp_path):
+    records = []
+    for name in ("first", "second"):
+        run.run(config(*sets), tmp_path / name)
+        records.append(comparable(RunRecords.read(tmp_path / name)))
+    assert json.dumps(records[0]) == json.dumps(records[1])
+    run.run(config(*sets, "run.seed=1"), tmp_path / "third")
+    assert comparable(RunRecords.read(tmp_path / "third"))["rounds"] != records[0]["rounds"]
+
+
+def test_a_run_is_the_same_alone_and_after_others(tmp_path):
+    run.compare(config(), ["local", "fedms"], [1, 0], tmp_path / "many")
+    run.run(config("run.method=fedms"), tmp_path / "alone")
+    many, alone = (comparable(RunRecords.read(p)) for p in (tmp_path / "many/fedms-seed0", tmp_path / "alone"))
+    # Which visit computes a constant depends on what is cached already; nothing else may differ.
+    assert _without(many, "flops") == _without(alone, "flops")
+
+
+def _without(value, key):
+    if isinstance(value, dict):
+        return {k: _without(v, key) for k, v in value.items() if k != key}
+    return [_without(v, key) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("sets", [
+    *[[f"run.method={m}"] for m in methods.METHODS],
+    ["gate.mixing=layers", "gate.features=prefix"],
+    ["gate.on=probabilities", "gate.features=prefix", "gate.temperature=2.0"],
+    ["gate.held_out=0", "stage2.keep=last", "stage2.own_loss=0"],
+    ["sal.schedule=all"], ["sal.schedule=every", "sal.every=1", "sal.step=2", "sal.order=bottom_up"],
+    ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
+    ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
+    ["sal.cache=false"], ["sal.cache_bytes=20000"], ["lora.rslora=true", "lora.rank=1"],
+    ["aggregate.weights=uniform", "data.global_test=0"],
+], ids=lambda sets: ",".join(sets))
+def test_every_setting_runs_and_is_recorded(sets, tmp_path):
+    c = config(*sets)
+    summary = run.run(c, tmp_path / "run")
+    records = RunRecords.read(tmp_path / "run")
+    assert set(summary) == set(SUMMARY_FIELDS)
+    rounds = c.stage1.rounds + c.stage2.rounds
+    assert len(records.rounds) == rounds and len(records.visits) == rounds * c.clients.count
+    assert len(records.clients) == c.clients.count + c.clients.unseen
+    assert all(v["status"] == "ok" and math.isfinite(v["loss"]) and v["seconds"] > 0 and v["flops"] > 0
+               and v["peak_memory_bytes"] > 0 and v["trained_params"] > 0 for v in records.visits)
+    for stage in ("stage1", "stage2"):
+        assert sum(r["bytes_up"] for r in records.rounds if r["stage"] == stage) == sum(
+            v["bytes_up"] for v in records.visits if v["stage"] == stage)
+    accuracies = [v for c in records.clients for v in c["accuracy"].values() if v is not None]
+    assert accuracies and all(0 <= v <= 1 for v in accuracies)
+
+
+def test_local_sends_nothing_and_fedms_sends_the_gate_alone_in_stage_2(tmp_path):
+    for method in ("local", "fedms"):
+        run.run(config(f"run.method={method}"), tmp_path / method)
+    assert all(v["bytes_up"] == v["bytes_down"] == 0 for v in RunRecords.read(tmp_path / "local").visits)
+    session = Session(config(), tmp_path)
+    gate = sum(t.nbytes for t in session.model.read_gate().values())
+    stage2 = [v for v in RunRecords.read(tmp_path / "fedms").visits if v["stage"] == "stage2"]
+    assert {v["bytes_up"] for v in stage2} == {gate}
+    later = [v for v in stage2 if v["round"] > 1]
+    assert {v["bytes_down"] for v in later} == {gate}
+
+
+def test_federated_averaging_of_one_client_is_training_alone(tmp_path):
+    sets = ["clients.count=1", "clients.unseen=0", "stage2.rounds=0", "stage2.keep=last"]
+    shared = Session(config("run.method=fedavg", *sets), tmp_path).run().tensors
+    alone = Session(config("run.method=local", *sets), tmp_path)
+    alone.run()
+    own = alone.engine.private[0].tensors
+    assert own and all(torch.equal(own[name], shared[name]) for name in own)
+
+
+def test_federated_averaging_is_the_mean_of_what_clients_train(tmp_path):
+    session = Session(config("run.method=fedavg", "stage1.rounds=1", "stage2.rounds=0"), tmp_path)
+    start = session.server.start(session.model.initial(0))
+    message = session.server.message(start)
+    replies = []
+    for client in session.clients:
+        session.model.clear()
+        replies.append(session.method.client_step(session.model, client, Private(), message)[0])
+    after = session.engine.run(start).tensors
+    total = sum(r.n_train for r in replies)
+    for name in replies[0].tensors:
+        mean = sum(r.n_train / total * r.tensors[name].double() for r in replies)
+        assert torch.allclose(after[name].double(), mean, atol=1e-7), name
+        assert not torch.equal(after[name], start.tensors[name])
+    untouched = set(after) - set(replies[0].tensors)
+    assert untouched and all(torch.equal(after[n], start.tensors[n]) for n in untouched)
+
+
+def test_activation_never_changes_the_function(tmp_path):
+    session = Session(config("sal.schedule=every", "sal.every=1"), tmp_path)
+    state = session.run()
+    part, model = session.clients[0].test, session.model
+    outputs = []
+    for depth in (1, 2, 3):
+        model.clear()
+        model.load("local", state.tensors, depth=depth, applied_depth=3)
+        outputs.append(model.all_logits("local", part))
+    assert all(torch.allclose(o, outputs[0], atol=1e-5) for o in outputs)
+
+
+def test_the_cache_changes_nothing(tmp_path):
+    sets = ["sal.schedule=every", "sal.every=2"]
+    with_cache = Session(config(*sets), tmp_path).run().tensors
+    without = Session(config(*sets, "sal.cache=false"), tmp_path).run().tensors
+    assert with_cache.keys() == without.keys()
+    for name in with_cache:
+        assert torch.allclose(with_cache[name], without[name], atol=1e-4), name
+
+
+def test_the_gate_is_trained_on_samples_that_its_expert_has_not_seen(tmp_path):
+    session = Session(config("gate.held_out=0.25"), tmp_path)
+    expert_rows, gate_rows = session.method._split(session.clients[0])
+    n = len(session.clients[0].train)
+    assert len(gate_rows) == n // 4 and sorted([*expert_rows.tolist(), *gate_rows.tolist()]) == list(range(n))
+    again = session.method._split(session.clients[0])
+    assert torch.equal(again[0], expert_rows) and torch.equal(again[1], gate_rows)
+
+
+def test_an_unvisited_client_falls_back_to_the_global_expert(tmp_path):
+    session = Session(config(), tmp_path)
+    state = session.run()
+    final, part = session.server.message(state), session.clients[0].test
+    session.model.clear()
+    prediction = session.method.predict(session.model, part, Private(), final)
+    assert prediction.weights is None and torch.equal(prediction.personalised, prediction.global_)
+
+
+def test_a_mixture_of_two_equal_experts_is_that_expert(tmp_path):
+    session = Session(config("stage2.rounds=0"), tmp_path)
+    state = session.run()
+    part, model = session.clients[0].test, session.model
+    final = session.server.message(state)
+    own = Private({n: t for n, t in state.tensors.items() if n.startswith(("expert/", "head/"))})
+    for sets in (["gate.mixing=outputs"], ["gate.mixing=layers", "gate.features=prefix"], ["gate.on=probabilities"]):
+        method = methods.create(config(*sets))
+        model.config = method.config
+        model.clear()
+        final = session.server.__class__(method.config, model.order, model.block_of, method.carries).message(state)
+        # "done" is no stage: its message carries what stage 2 would.
+        prediction = method.predict(model, part, own, final)
+        shared, mixed = prediction.global_, prediction.personalised
+        if sets[-1] == "gate.on=probabilities":
+            shared = shared.log_softmax(1)
+        assert torch.allclose(mixed, shared, atol=1e-4), sets
+
+
+# What goes wrong
+
+def poison(session, client):
+    """Makes the images of one client NaN, behind the loader's back."""
+    session.dataset.inputs.pixels[session.clients[client].train.indices] = math.nan
+
+
+def test_a_client_that_diverges_is_left_out(tmp_path):
+    session = Session(config("run.method=fedms", "sal.cache=false"), tmp_path)
+    poison(session, 1)
+    state = session.run()
+    visits = session.visits
+    assert {v["client"] for v in visits if v["status"] == "failed"} == {1}
+    assert all("training diverged: loss nan" in v["reason"] for v in visits if v["client"] == 1)
+    assert all(v["bytes_up"] == 0 for v in visits if v["client"] == 1)
+    assert all(torch.isfinite(t).all() for t in state.tensors.values())
+    assert session.engine.private[1] == Private()
+
+
+def test_a_run_in_which_all_clients_fail_stops(tmp_path):
+    session = Session(config("run.method=fedavg", "stage1.lr=1e30"), tmp_path)
+    with pytest.raises(AllClientsFailed, match="stage1, round 1"):
+        session.run()
+
+
+def test_clients_of_few_samples(tmp_path):
+    session = Session(config("clients.count=4"), tmp_path)
+    one, none = session.clients[0], session.clients[1]
+    one.train, one.validation, one.test = Part(one.train.indices[:1]), Part(one.test.indices[:0]), Part(one.test.indices[:1])
+    none.train = Part(none.train.indices[:0])
+    session.run()
+    by_client = {c: list(v) for c, v in itertools.groupby(sorted(session.visits, key=lambda v: v["client"]),
+                                                          key=lambda v: v["client"])}
+    assert all(v["status"] == "ok" and v["validation_accuracy"] is None for v in by_client[0])
+    assert all(v["status"] == "skipped" and v["reason"] == "no training samples" for v in by_client[1])
+
+
+def test_a_class_that_a_client_never_sees(tmp_path):
+    c = config("data.partition=dirichlet", "data.alpha=0.1", "data.max_samples=600", "run.method=fedavg_prior")
+    summary = run.run(c, tmp_path / "run")
+    assert any("lack at least one of the 10 classes" in note for note in summary["notes"])
+    assert summary["personalised_accuracy"]["mean"] >= 0
+
+
+def test_budgets_limit_what_a_client_trains(tmp_path):
+    budgets = "clients.budgets=[{share = 0.5, max_depth = 1}, {share = 0.5, max_depth = 4}]"
+    session = Session(config("sal.schedule=all", "clients.count=4", "clients.unseen=0", budgets), tmp_path)
+    session.run()
+    assert sorted(c.max_depth for c in session.clients) == [1, 1, 4, 4]
+    for visit in session.visits:
+        assert visit["depth"] == session.clients[visit["client"]].max_depth
+    sizes = {v["depth"]: v["bytes_up"] for v in session.visits if v["stage"] == "stage1"}
+    assert sizes[1] < sizes[4]
+
+
+def test_kept_optimisers_go_on_where_they_were(tmp_path):
+    fresh, kept = (Session(config("run.method=fedavg", f"clients.optimizer={o}"), tmp_path) for o in ("fresh", "kept"))
+    first, second = fresh.run().tensors, kept.run().tensors
+    assert not equal(first, second)
+    assert not any("optimizer" in name for p in fresh.engine.private.values() for name in p.tensors)
+    moments = kept.engine.private[0].tensors
+    assert any(name.startswith("optimizer/stage1/") for name in moments)
+    steps = {float(t) for name, t in moments.items() if name.startswith("optimizer/stage1/head") and name.endswith("/step")}
+    per_visit = math.ceil(len(kept.clients[0].train) / kept.config.stage1.batch)
+    assert steps == {float(per_visit * kept.config.stage1.rounds)}
+
+
+def test_training_refuses_infinite_gradients(tmp_path):
+    session = Session(config(), tmp_path)
+    message = session.server.message(session.server.start(session.model.initial(0)))
+    p = torch.nn.Parameter(torch.zeros(1))
+    from fedms.client import Group
+    with pytest.raises(ClientFailure, match="gradient norm inf"):
+        train(session.clients[0], message, Private(), [Group({"p": p}, 1.0)], lambda rows: (p.sqrt()).sum())
