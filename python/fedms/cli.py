@@ -276,7 +276,7 @@ def _exit_codes() -> Iterator[None]:
         code, title = _classify(error)
         if os.environ.get("FEDMS_DEBUG") == "1":
             traceback.print_exc()
-        errors.print(f"[bold red]{title}[/]")
+        errors.print(title, style="bold red", markup=False)
         for line in str(error).split("\n"):
             errors.print(f"  {line}", markup=False, soft_wrap=True)
         if code == FAILED and not isinstance(error, ModuleNotFoundError):

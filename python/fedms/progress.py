@@ -55,7 +55,8 @@ class TerminalProgress(Progress):
         else:
             self._bar.reset(self._task, total=total_visits, state="")
         self._print(title)
-        self._bar.start()
+        if self._console.is_terminal:
+            self._bar.start()
 
     def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
         if self._task is not None:
@@ -79,7 +80,8 @@ class TerminalProgress(Progress):
             self._print(f"{text} ...")
 
     def close(self) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None

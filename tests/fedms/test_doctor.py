@@ -1,0 +1,83 @@
+"""The diagnosis: each thing a run needs is named when it is missing, and nothing hides the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+
+import pytest
+from fedms import doctor
+from fedms.data import sentiment
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def checks() -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.diagnose()}
+
+
+def test_this_machine_can_run_the_smoke_case():
+    found = checks()
+    assert list(found) == ["python", "fedms", "packages", "cpu", "threads", "kernels", "backend cpu", "backend eager",
+                           "gpu", "cache", "model minilm", "data sentiment", "data digits"]
+    assert not [c for c in found.values() if c.state == "problem"]
+    assert "torch" in found["packages"].text and "cores" in found["cpu"].text
+    assert found["backend eager"].state == "ok"
+
+
+def test_nothing_is_written(cache):
+    found = checks()
+    assert found["cache"].state == "ok" and "made when needed" in found["cache"].text
+    assert not cache.exists() and os.listdir(cache.parent) == []
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "file" / "cache"))
+    found = checks()["cache"]
+    assert found.state == "problem" and "FEDMS_CACHE" in found.text
+
+
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
+    version = importlib.metadata.version
+
+    def without(name):
+        if name == "jinja2":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    found = [c for c in doctor.diagnose() if c.name == "packages"]
+    assert [(c.state, c.text) for c in found][0] == ("problem", "missing: jinja2; pip install 'fedms[train]'")
+
+
+def test_a_damaged_data_set_is_a_problem(cache):
+    folder = cache / sentiment.INNER_FOLDER
+    folder.mkdir(parents=True)
+    for stem, _ in sentiment.DOMAINS.values():
+        (folder / (stem + sentiment.SUFFIX)).write_text("1\t0.5\thalf a corp")
+    found = checks()["data sentiment"]
+    assert found.state == "problem" and "damaged file" in found.text and str(folder) in found.text
+
+
+def test_a_data_set_that_can_still_be_fetched_is_a_note(monkeypatch, cache):
+    assert checks()["data sentiment"].state == "note"
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find_spec(name, *a))
+    found = checks()["data sentiment"]
+    assert found.state == "problem" and "pip" in found.text and sentiment.ARCHIVE in found.text
+
+
+def test_a_check_that_breaks_is_a_finding_and_hides_no_other(monkeypatch):
+    def _cache():
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(doctor, "_cache", _cache)
+    found = checks()
+    assert found["cache"] == doctor.Check("cache", "problem", "RuntimeError: boom")
+    assert "data digits" in found
