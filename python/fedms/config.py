@@ -33,8 +33,8 @@ DATA_WITH_GROUPS = ("sentiment",)
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms")
 
 
-class ConfigError(Exception):
-    """A run file or an override that cannot be used.
+class ConfigError(ValueError):
+    """A run file or an override that cannot be used, by itself or with the model that it names.
 
     ``problems`` holds one line for each problem; ``str(error)`` is those lines joined.
     """

@@ -10,14 +10,14 @@ Tensors travel under these names: `expert/<layer>.lora_a`, `expert/<layer>.lora_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fedms.config import RunConfig
+from fedms.config import ConfigError, RunConfig
 from fedms.data import Dataset
 from fedms.models import FoundationModel
 from fedms.models.heads import LinearHead, TextHead
@@ -53,7 +53,7 @@ class ResidentModel:
         config: the run file; the tables [model], [lora], [sal] and [gate] are read.
 
     Raises:
-        ValueError: if the targets match nothing, or an order or depth does not fit the model's blocks.
+        ConfigError: if the targets match nothing, or the order does not fit the model's blocks.
     """
 
     # Samples are sorted by length and run in chunks of this size, always the same ones: padding is then the same at
@@ -64,13 +64,15 @@ class ResidentModel:
         self.foundation, self.dataset, self.config = foundation, dataset, config
         self.fm_params = sum(p.numel() for p in foundation.module.parameters())
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
-        attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
+        with _blamed_on("model.targets"):
+            attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
         for layer in expert_layers(foundation.module).values():
             layer.train()       # LoRA's dropout is on (it acts on trained layers only); the FM's own stays off
         self.layers = expert_layers(foundation.module)
         self.blocks = len(blocks_of(foundation.module))
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
-        self.order = activation_order(self.blocks, config.sal.order)
+        with _blamed_on("sal.order"):
+            self.order = activation_order(self.blocks, config.sal.order)
 
         self.class_embeddings = (None if dataset.prompts is None else
                                  foundation.class_embeddings(dataset.prompts, config.data.max_tokens))
@@ -282,3 +284,12 @@ class ResidentModel:
         for rows in self._chunks(part):
             out[rows] = compute(rows)
         return out
+
+
+@contextmanager
+def _blamed_on(key: str) -> Iterator[None]:
+    """What the model refuses is a mistake in this key of the run file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None

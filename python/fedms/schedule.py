@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fedms.config import ConfigError
+
 
 @dataclass(frozen=True)
 class SalState:
@@ -95,12 +97,12 @@ def from_config(sal, blocks: int) -> Schedule:
     """The schedule of a run file's `[sal]` table for a model with this many blocks in its activation order.
 
     Raises:
-        ValueError: if a depth exceeds the number of blocks.
+        ConfigError: if a depth exceeds the number of blocks.
     """
     max_depth = blocks if sal.max_depth is None else sal.max_depth
     for key, depth in (("sal.depth", sal.depth), ("sal.max_depth", max_depth)):
         if depth > blocks:
-            raise ValueError(f"{key}: got {depth}; the model has {blocks} blocks to activate")
+            raise ConfigError(f"{key}: got {depth}; the model has {blocks} blocks to activate")
     if sal.schedule == "all":
         return Fixed(max_depth)
     if sal.schedule == "fixed":
