@@ -276,4 +276,5 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
         progress.phase("evaluating")
     progress.close()
     line = "  stage 1 round  1  depth 1  loss 1.000  validation  50.0%"
-    assert capsys.readouterr().err.splitlines() == ["fedms, seed 0", line, "evaluating ...", "local, seed 0", line, "evaluating ..."]
+    assert capsys.readouterr().err.splitlines() == [
+        "fedms, seed 0", line, "evaluating ...", "local, seed 0", line, "evaluating ..."]
