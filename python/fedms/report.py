@@ -43,6 +43,9 @@ ONE_SEED = "One seed: a difference of a few points may be chance."
 
 GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would
 
+# Two-sided 95 % quantiles of Student's t for 2, 3, ... values; above 11 values the last is a little too wide.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
 _WIDE, _HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to its column, and to half of it
 
 
@@ -50,17 +53,25 @@ _WIDE, _HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to 
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean over seeds and the sample standard deviation, None for a single seed."""
+    """Mean over seeds, the sample standard deviation, None for a single seed, and the number of seeds."""
 
     mean: float
     std: Optional[float]
+    n: int = 1
 
     @classmethod
     def of(cls, values: Iterable[Optional[float]]) -> Optional[Stat]:
         known = [v for v in values if v is not None]
         if not known:
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether 0 lies in the 95 % confidence interval of the mean (Student's t); False for a single seed."""
+        if self.std is None:
+            return False
+        return abs(self.mean) <= _T95[min(self.n, len(_T95) + 1) - 2] * self.std / math.sqrt(self.n)
 
 
 def read_runs(path: str | Path) -> tuple[list[RunRecords], list[str]]:
@@ -263,12 +274,12 @@ def headline(runs: Sequence[RunRecords]) -> str:
                        or Stat(own.mean - scores[rival].mean, None))  # no seed in common
     # Those it loses to come first, then the others from the nearest on.
     order = sorted(gaps, key=lambda m: (gaps[m].mean >= 0, abs(gaps[m].mean)))
-    clear = [m for m in order if not _within_spread(gaps[m])]
+    clear = [m for m in order if not gaps[m].may_be_zero]
     parts = [f"{_points(gaps[m].mean)} {'ahead of' if gaps[m].mean > 0 else 'behind'} {m}"
              if not _is_zero(gaps[m].mean) else f"level with {m}" for m in clear]
     text += ": " + _listing(parts) if parts else ""
-    if tied := [f"{m} ({_signed(gaps[m].mean)})" for m in order if m not in clear]:
-        text += ("; " if parts else ": ") + "no further than the spread over seeds from " + _listing(tied)
+    if tied := [f"{m} ({_signed(gaps[m].mean)} ± {100 * gaps[m].std:.1f})" for m in order if m not in clear]:
+        text += ("; " if parts else ": ") + "not clearly apart from " + _listing(tied)
     return text + "." + (" " + ONE_SEED if any(g.std is None for g in gaps.values()) else "")
 
 
@@ -352,11 +363,11 @@ def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
             text += (f"{_points(gain.mean)} {'more' if gain.mean > 0 else 'less'} "
                      "(one seed, so no spread to judge it by)")
         else:
-            verdict = "no further than" if _within_spread(gain) else "beyond"
-            text += f"{_signed(gain.mean)} ± {100 * gain.std:.1f} points, {verdict} the spread over seeds"
+            verdict = "not clearly different" if gain.may_be_zero else "clearly different"
+            text += f"{_signed(gain.mean)} ± {100 * gain.std:.1f} points, {verdict} over {gain.n} seeds"
         if oracle := Stat.of(_client_mean(r, "oracle") for r in gated):
             text += f". Picking a right expert for every sample that has one would score {percent(oracle)} %"
-        clear = gain.std is not None and not _within_spread(gain)
+        clear = gain.std is not None and not gain.may_be_zero
         yield text + ".", "plain" if not clear else "good" if gain.mean > 0 else "bad"
 
 
@@ -452,10 +463,6 @@ def _signed(gap: float) -> str:
 def _is_zero(gap: float) -> bool:
     """Whether a gap shows as 0.0 points."""
     return abs(gap) < 0.0005
-
-
-def _within_spread(gap: Stat) -> bool:
-    return gap.std is not None and abs(gap.mean) <= gap.std
 
 
 def _listing(items: Sequence[str]) -> str:
