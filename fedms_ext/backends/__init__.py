@@ -15,9 +15,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import cpu, eager
+from . import cpu, eager, triton
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}  # in the order of preference
+_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "eager": eager}  # in the order of preference
 
 
 def _named(name: str) -> ModuleType:

@@ -1,0 +1,153 @@
+"""The narrow parts: everything with the ranks on one side and the rows, or a side of W, on the other.
+
+All are bound by one pass over x or dy. Sums over the rows, or over the columns of dy, are split into partial sums in
+a workspace, and another kernel adds those in a fixed order: no atomics, so the bits repeat.
+
+`expert_ptr` (R,) int32 names the expert of each rank, `scale_ptr` (E,) its scale, and the gate is (M, E).
+"""
+
+import triton
+import triton.language as tl
+
+from .dropout import keep_tile
+
+
+@triton.jit
+def _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE: tl.constexpr):
+    # scale_e * gate_e of each row and rank, (rows or 1, ranks) in fp32. The scales may be fp64 (a Python number
+    # that a compiler turned into a tensor): they become fp32 here, or all that follows would be fp64.
+    expert = tl.load(expert_ptr + ranks, mask=ranks < R, other=0)
+    factor = tl.load(scale_ptr + expert).to(tl.float32)[None, :]
+    if GATE:
+        gate = gate_ptr + rows.to(tl.int64)[:, None] * gate_stride_m + expert[None, :] * gate_stride_e
+        factor = factor * tl.load(gate, mask=rows[:, None] < M, other=0.0).to(tl.float32)
+    return factor
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, s_ptr, t_ptr, M, K, R,
+           x_stride, a_stride_k, a_stride_r, t_stride, gate_stride_m, gate_stride_e,
+           seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
+           BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
+           DROP: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr):
+    """s = drop(x) A^T (M, R), dense, and t = s with scale and gate, for the GEMM. Also dS from dy, with B for A^T."""
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    steps = tl.arange(0, BK)
+    x_tile = x_ptr + rows.to(tl.int64)[:, None] * x_stride + steps[None, :]
+    a_tile = a_ptr + steps.to(tl.int64)[:, None] * a_stride_k + ranks[None, :] * a_stride_r
+    x_mask, a_mask = rows[:, None] < M, ranks[None, :] < R
+    s = tl.zeros((BM, BR), tl.float32)
+    for first in tl.range(0, K, BK):
+        if EVEN_K:
+            x = tl.load(x_tile, mask=x_mask, other=0.0)
+            a = tl.load(a_tile, mask=a_mask, other=0.0)
+        else:
+            x = tl.load(x_tile, mask=x_mask & (steps[None, :] < K - first), other=0.0)
+            a = tl.load(a_tile, mask=a_mask & (steps[:, None] < K - first), other=0.0)
+        if DROP:
+            keep = keep_tile(seed, threshold, row, first, K, BM, BK, QUADS)
+            x = tl.where(keep != 0, x, 0.0)
+        s = tl.dot(x, a, s)
+        x_tile += BK
+        a_tile += BK * a_stride_k
+    if DROP:
+        s *= kept_scale
+    mask = x_mask & a_mask
+    if KEEP_S:
+        s_tile = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=mask)
+    s *= _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE)
+    t_tile = t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :]
+    tl.store(t_tile, s.to(t_ptr.dtype.element_ty), mask=x_mask & (ranks[None, :] < t_stride))  # zeros behind R
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, u_ptr, g_ptr, M, C, R, rows_a_split,
+          z_stride, t_stride, b_stride, gate_stride_m, gate_stride_e,
+          seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
+          BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PROJECT: tl.constexpr, OUTER: tl.constexpr,
+          FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr):
+    """One pass over z (M, C), which is dy or x; a program holds BC of its columns and walks down its split of rows.
+
+    OUTER: partial sums g (splits, C, R) of z^T t, where t (M, R) is as given, or with FACTOR times scale and gate.
+    That is dB from dy and S, and dA^T from x, with its dropout, and dS.
+    PROJECT: partial sums u (ceil(C / BC), M, R) of z b over the columns, from the same tiles. That is U = dy B.
+    """
+    column = tl.program_id(0) * BC
+    columns = column + tl.arange(0, BC)
+    split = tl.program_id(1)
+    ranks = tl.program_id(2) * BR + tl.arange(0, BR)
+    if PROJECT:
+        b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * b_stride + ranks[None, :],
+                    mask=(columns[:, None] < C) & (ranks[None, :] < R), other=0.0)
+    g = tl.zeros((BC, BR), tl.float32)
+    end = min((split + 1) * rows_a_split, M)
+    for row in tl.range(split * rows_a_split, end, BM):
+        rows = row + tl.arange(0, BM)
+        mask = (rows[:, None] < end) & (ranks[None, :] < R)
+        z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * z_stride + columns[None, :],
+                    mask=(rows[:, None] < end) & (columns[None, :] < C), other=0.0)
+        if DROP:
+            keep = keep_tile(seed, threshold, row, column, C, BM, BC, QUADS)
+            z = tl.where(keep != 0, z, 0.0)
+        if PROJECT:
+            u = tl.dot(z, b)
+            place = tl.program_id(0).to(tl.int64) * M + rows
+            tl.store(u_ptr + place[:, None] * R + ranks[None, :], u, mask=mask)
+        if OUTER:
+            t = tl.load(t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
+            if FACTOR:
+                factor = _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE)
+                t = (t.to(tl.float32) * factor).to(z.dtype)
+            g = tl.dot(tl.trans(z), t, g)
+    if OUTER:
+        if DROP:
+            g *= kept_scale
+        place = split.to(tl.int64) * C + columns
+        tl.store(g_ptr + place[:, None] * R + ranks[None, :], g,
+                 mask=(columns[:, None] < C) & (ranks[None, :] < R))
+
+
+@triton.jit
+def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, ds_ptr, dgate_ptr, M, R, E, parts,
+                s_stride, ds_stride, gate_stride_m, gate_stride_e,
+                BM: tl.constexpr, BR: tl.constexpr, GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr):
+    """Adds the partial sums of U in order; from them dS (M, R), with scale and gate, and dgate (M, E), dense."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    ranks = tl.arange(0, BR)
+    mask = (rows[:, None] < M) & (ranks[None, :] < R)
+    u = tl.zeros((BM, BR), tl.float32)
+    for part in range(0, parts):
+        place = rows + tl.full((BM,), part, tl.int64) * M
+        u += tl.load(u_ptr + place[:, None] * R + ranks[None, :], mask=mask, other=0.0)
+    if DS:
+        ds = u * _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE)
+        ds_tile = ds_ptr + rows.to(tl.int64)[:, None] * ds_stride + ranks[None, :]
+        inside = (rows[:, None] < M) & (ranks[None, :] < ds_stride)
+        tl.store(ds_tile, ds.to(ds_ptr.dtype.element_ty), mask=inside)  # zeros behind R
+    if DGATE:
+        s = tl.load(s_ptr + rows.to(tl.int64)[:, None] * s_stride + ranks[None, :], mask=mask, other=0.0)
+        product = u * s.to(tl.float32)
+        expert = tl.load(expert_ptr + ranks, mask=ranks < R, other=-1)
+        for e in range(0, E):
+            dgate = tl.sum(tl.where(expert[None, :] == e, product, 0.0), axis=1)
+            dgate *= tl.load(scale_ptr + e).to(tl.float32)
+            place = dgate_ptr + rows.to(tl.int64) * E + e
+            tl.store(place, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < M)
+
+
+@triton.jit
+def add_parts(g_ptr, out_ptr, C, R, parts, first, rank, out_stride_c, out_stride_r,
+              BC: tl.constexpr, BR: tl.constexpr):
+    """out (C, rank) = the sum over the parts, in order, of the columns first .. first + rank of g (parts, C, R)."""
+    columns = tl.program_id(0) * BC + tl.arange(0, BC)
+    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    mask = (columns[:, None] < C) & (ranks[None, :] < rank)
+    total = tl.zeros((BC, BR), tl.float32)
+    for part in range(0, parts):
+        place = columns + tl.full((BC,), part, tl.int64) * C
+        total += tl.load(g_ptr + place[:, None] * R + first + ranks[None, :], mask=mask, other=0.0)
+    out = out_ptr + columns.to(tl.int64)[:, None] * out_stride_c + ranks[None, :] * out_stride_r
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,129 @@
+"""Which tiles the GEMM kernels may run with on a chip, in the order in which a cost model expects them to do well.
+
+Nothing here knows the name of a chip: a tile is legal if it fits into the shared memory that the device reports, and
+descriptors need compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the kernels must know of a GPU. `shared_memory`: bytes a program may have."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """The problem: (m, k) times (k, n), joined by `rank` more steps."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a GEMM kernel runs: `kind` is pointer, descriptor or inline (see gemm.py)."""
+
+    kind: str
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.bm}x{self.bn}x{self.bk} w{self.warps} s{self.stages}"
+
+    @property
+    def halves(self) -> bool:
+        """Whether a descriptor kernel writes the tile in two halves: then the rest of shared memory has room."""
+        return self.bm * self.bn > 128 * 128
+
+    def shared_memory(self, chip: Chip, rank: int) -> int:
+        """Bytes of shared memory, within 256: what the compiler was seen to take."""
+        columns = self.bn + (rank_block(rank, 64) if self.kind == "inline" else 0)
+        # Before Hopper the values of the step at hand are in registers.
+        stages = self.stages if chip.capability >= (9, 0) else self.stages - 1
+        pipeline = stages * (self.bm + columns) * self.bk * 2
+        tail = (self.bm + self.bn) * rank_block(rank) * 2
+        if self.kind == "descriptor":  # one loop over tiles and steps: nothing can share its place
+            return pipeline + tail + self.bm * self.bn * 2 // (2 if self.halves else 1)
+        return max(pipeline, tail)
+
+    def resident(self, chip: Chip, rank: int) -> int:
+        """How many programs share a multiprocessor: bounded by 64 Ki registers and by shared memory."""
+        registers = 32 * self.warps * (self.bm * self.bn // (32 * self.warps) + 64)
+        # A multiprocessor has 1 KiB more than a program may ask for, and keeps 1 KiB for each.
+        shared = self.shared_memory(chip, rank) + 1024
+        return max(1, min(65536 // registers, (chip.shared_memory + 1024) // shared))
+
+
+def rank_block(rank: int, largest: int = 32) -> int:
+    """The ranks of one step of the tail: 16 at least, for a matrix instruction, and few, since the rest is zeros."""
+    return min(max(16, 1 << (rank - 1).bit_length()), largest)
+
+
+# Shapes that no target spills with. Before Hopper the operands of a step are in registers too, so the widest tile
+# takes shorter steps.
+_ANY = [
+    Tile("pointer", 128, 128, 64, 8, 3),
+    Tile("pointer", 64, 128, 64, 4, 3),
+    Tile("inline", 128, 128, 64, 8, 3),
+    Tile("inline", 64, 128, 64, 4, 3),
+]
+_BEFORE_HOPPER = [
+    Tile("pointer", 128, 256, 32, 8, 4),
+]
+_HOPPER = [
+    Tile("pointer", 128, 256, 64, 8, 3),
+    Tile("inline", 128, 256, 64, 8, 3),
+]
+_DESCRIPTOR = [
+    Tile("descriptor", 128, 256, 64, 8, 3),
+    Tile("descriptor", 128, 128, 64, 8, 4),
+    Tile("descriptor", 128, 128, 64, 8, 2),  # two of them fit on a multiprocessor: one computes while one writes
+]
+
+
+def cost(tile: Tile, gemm: Gemm, chip: Chip) -> float:
+    """Relative time: waves of tiles, times the work of one, over how well a tile of that shape feeds the cores.
+
+    A tile of bm x bn loads bm + bn values for bm * bn products a step: 128 x 256 counts as enough. This is a guess
+    that orders the tiles where nothing can be measured; `choices.py` measures.
+    """
+    tiles = math.ceil(gemm.m / tile.bm) * math.ceil(gemm.n / tile.bn)
+    waves = math.ceil(tiles / (chip.multiprocessors * tile.resident(chip, gemm.rank)))
+    feeding = min(1.0, tile.bm * tile.bn / (tile.bm + tile.bn) / 85)
+    steps = gemm.k + gemm.rank
+    if tile.kind == "inline":
+        steps += gemm.k * gemm.rank / tile.bn  # S again in every column of tiles
+    work = tile.bm * tile.bn * steps * tile.resident(chip, gemm.rank)
+    return waves * work / feeding * (1.0 if tile.kind == "descriptor" else 1.1)
+
+
+def legal_tiles(gemm: Gemm, chip: Chip, *, aligned: bool, inline: bool, drop: bool) -> list[Tile]:
+    """The tiles that can run, best first.
+
+    `aligned`: all rows start at multiples of 16 bytes, as descriptors need. `inline`: the rows of S may be computed
+    inside the GEMM. `drop`: the accumulator is masked, and the mask takes the registers of half of it.
+    """
+    tiles = _ANY + (_HOPPER if chip.capability >= (9, 0) else _BEFORE_HOPPER)
+    if aligned and chip.capability == (9, 0):
+        tiles = tiles + _DESCRIPTOR
+    legal = [
+        tile
+        for tile in tiles
+        if tile.shared_memory(chip, gemm.rank) <= chip.shared_memory
+        and not (tile.kind == "inline" and not (inline and gemm.n <= 1024 and gemm.rank <= 64))
+        and not (drop and tile.bm * tile.bn > 128 * 128)
+    ]
+    return sorted(legal, key=lambda tile: cost(tile, gemm, chip))

@@ -1,0 +1,116 @@
+"""Every launcher with every tile, compiled for three targets on a machine without a GPU. Run by test_processes.py.
+
+The machine code must not spill, must use the matrix instructions of its target, and must fit into shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from ahead_of_time import compiled_for, facts
+
+from fedms_ext.triton_kernels import launch
+from fedms_ext.triton_kernels.launch import Dropout, Experts
+from fedms_ext.triton_kernels.tiles import Chip, Gemm, legal_tiles
+
+CHIPS = {
+    80: Chip((8, 0), 108, 166912),
+    89: Chip((8, 9), 128, 101376),
+    90: Chip((9, 0), 132, 232448),
+}
+M, N, K, RANKS = 8192, 4096, 4096, (16, 16)
+R = sum(RANKS)
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launches(chip):
+    """(name, function) of every launch to compile: all tiles, and all ways to run a kernel that change its code."""
+    x, weight, dy, bias, t = empty(M, K), empty(N, K), empty(M, N), empty(N), empty(M, R)
+    a, b = empty(R, K), empty(N, R)
+    experts = Experts(a, b, empty(2, dtype=torch.float32), empty(R, dtype=torch.int32), RANKS)
+    gate = empty(M, 2, dtype=torch.float32)
+    dropout = Dropout(0.1, 3)
+    gemm = Gemm(M, N, K, R)
+    tiles = legal_tiles(gemm, chip, aligned=True, inline=False, drop=False)
+    for tile in tiles:
+        yield f"forward {tile}", lambda: launch.gemm(x, weight.t(), bias, t, b.t(), tile, chip)
+        yield f"dx {tile}", lambda: launch.gemm(dy, weight, None, t, a, tile, chip, across=True)
+    for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=True):
+        yield f"dx, dropout {tile}", lambda: launch.gemm(dy, weight, None, t, a, tile, chip, dropout, across=True)
+    narrow = Gemm(12608, 768, 768, R)
+    for tile in legal_tiles(narrow, chip, aligned=True, inline=True, drop=False):
+        if tile.kind == "inline":
+            few = Experts(empty(R, 768), empty(768, R), experts.scale, experts.expert, RANKS)
+            yield str(tile), lambda: launch.gemm_inline(
+                empty(12608, 768), empty(768, 768), empty(768), few, empty(12608, 2, dtype=torch.float32), tile
+            )
+    yield "shrink", lambda: launch.shrink(x, a.t(), experts, gate, None)
+    yield "shrink, dropout", lambda: launch.shrink(x, a.t(), experts, gate, dropout)
+    yield "shrink dy", lambda: launch.shrink(dy, b, experts, None, None, keep_s=False)
+    yield "sweep dy: U, dB", lambda: launch.sweep_dy(dy, t, experts, gate, True, True)
+    yield "sweep dy: U", lambda: launch.sweep_dy(dy, t, experts, gate, True, False)
+    yield "sweep dy: dB", lambda: launch.sweep_dy(dy, t, experts, None, False, True)
+    yield "sweep x: dA", lambda: launch.sweep_x(x, t, None)
+    yield "sweep x: dA, dropout", lambda: launch.sweep_x(x, t, dropout)
+    u = empty(N // 128, M, R, dtype=torch.float32)
+    yield "finish rows", lambda: launch.finish_rows(u, t, experts, gate, gate, dy)
+    yield "add parts", lambda: launch.add_parts(empty(16, N, R, dtype=torch.float32), empty(N, 16), 0)
+
+
+def machine_code(job):
+    """(capability, name, facts) of every kernel of one share of a target's launches."""
+    capability, share, shares = job
+    found = []
+    for number, (name, launch_it) in enumerate(launches(CHIPS[capability])):
+        if number % shares == share:
+            with compiled_for(capability) as kernels:
+                launch_it()
+            found += [(capability, name, facts(kernel)) for kernel in kernels]
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    workers = min(4, os.cpu_count() or 1)
+    jobs = [(capability, share, workers) for capability in CHIPS for share in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = [kernel for share in pool.map(machine_code, jobs) for kernel in share]
+    for capability, name, fact in found:
+        print(f"sm_{capability} {name:44}", " ".join(f"{key} {value}" for key, value in fact.items()))
+    for capability in CHIPS:
+        print(f"sm_{capability}: {sum(c == capability for c, _, _ in found)} launches compiled")
+    if folder := os.environ.get("FEDMS_MACHINE_CODE"):
+        Path(folder).write_text(json.dumps(found, indent=1))
+    return found
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_nothing_spills_and_all_fits(kernels, capability):
+    for name, fact in [(name, fact) for c, name, fact in kernels if c == capability]:
+        assert fact["STL"] == fact["LDL"] == fact["STACK"] == 0, (name, fact)
+        assert fact["shared"] <= CHIPS[capability].shared_memory, (name, fact)
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_matrix_instructions(kernels, capability):
+    for name, fact in [(name, fact) for c, name, fact in kernels if c == capability]:
+        if name not in ("finish rows", "add parts"):
+            assert fact["HGMMA" if capability == 90 else "HMMA"] > 0, (name, fact)
+            loads = "UTMALDG" if "descriptor" in name else "LDGSTS"  # asynchronous copies into shared memory
+            assert fact[loads] > 0, (name, fact)
+
+
+def test_the_estimate_of_shared_memory_is_not_too_low(kernels):
+    for capability, name, fact in kernels:
+        for tile in legal_tiles(Gemm(M, 768, K, R), CHIPS[capability], aligned=True, inline=True, drop=False):
+            if str(tile) in name:
+                assert fact["shared"] <= tile.shared_memory(CHIPS[capability], R) + 256, (name, fact)
