@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fedms/dlpack.h"
+#include "fedms/int8.h"
 #include "fedms/isa.h"
 #include "fedms/lora.h"
 
@@ -33,11 +34,31 @@ bool set_tensor_type(py::type type, bool use_exchange) {
   return exchange != nullptr;
 }
 
-// A float32 CPU tensor as a matrix: its last dimension, and all others as rows. It must be dense, that is row-major
-// without gaps, or, where `dense` is false, have two dimensions and any strides.
-class Matrix {
+// How DLPack and torch name an element type.
+template <class T>
+struct Element;
+template <>
+struct Element<float> {
+  static constexpr uint8_t code = fedms::dlpack::floating;
+  static constexpr const char* name = "float32";
+};
+template <>
+struct Element<int8_t> {
+  static constexpr uint8_t code = fedms::dlpack::signed_integer;
+  static constexpr const char* name = "int8";
+};
+template <>
+struct Element<uint8_t> {
+  static constexpr uint8_t code = fedms::dlpack::unsigned_integer;
+  static constexpr const char* name = "uint8";
+};
+
+// A CPU tensor as a matrix: its last dimension, and all others as rows. It must be dense, that is row-major without
+// gaps, or, where `dense` is false, have two dimensions and any strides.
+template <class T>
+class MatrixOf {
  public:
-  Matrix(const char* name, py::handle tensor, bool dense = true) : name_(name) {
+  MatrixOf(const char* name, py::handle tensor, bool dense = true) : name_(name) {
     if (!PyObject_TypeCheck(tensor.ptr(), tensor_type)) {
       throw py::type_error(std::string(name) + " is not a tensor but " + Py_TYPE(tensor.ptr())->tp_name);
     }
@@ -57,12 +78,12 @@ class Matrix {
     }
   }
 
-  float* data() const { return data_; }
+  T* data() const { return data_; }
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
   int64_t stride(int d) const { return strides_[d]; }
 
-  const Matrix& expect(int64_t rows, int64_t columns) const {
+  const MatrixOf& expect(int64_t rows, int64_t columns) const {
     if (rows_ != rows || columns_ != columns) {
       fail("has the shape (" + std::to_string(rows_) + ", " + std::to_string(columns_) + "), expected (" +
            std::to_string(rows) + ", " + std::to_string(columns) + ")");
@@ -75,8 +96,10 @@ class Matrix {
     fedms::dlpack::Tensor view;
     if (exchange->tensor_from_py_object(tensor.ptr(), &view) != 0) throw py::error_already_set();
     if (view.device.type != fedms::dlpack::cpu) fail("is not on the CPU");
-    if (view.dtype.code != fedms::dlpack::floating || view.dtype.bits != 32 || view.dtype.lanes != 1) fail("is not float32");
-    data_ = reinterpret_cast<float*>(static_cast<char*>(view.data) + view.byte_offset);
+    if (view.dtype.code != Element<T>::code || view.dtype.bits != 8 * sizeof(T) || view.dtype.lanes != 1) {
+      fail(std::string("is not ") + Element<T>::name);
+    }
+    data_ = reinterpret_cast<T*>(static_cast<char*>(view.data) + view.byte_offset);
     shape_.assign(view.shape, view.shape + view.ndim);
     strides_.resize(shape_.size());
     int64_t dense = 1;
@@ -88,8 +111,10 @@ class Matrix {
 
   void read_attributes(py::handle tensor) {
     if (tensor.attr("device").attr("type").cast<std::string>() != "cpu") fail("is not on the CPU");
-    if (py::str(tensor.attr("dtype")).cast<std::string>() != "torch.float32") fail("is not float32");
-    data_ = reinterpret_cast<float*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    if (py::str(tensor.attr("dtype")).cast<std::string>() != std::string("torch.") + Element<T>::name) {
+      fail(std::string("is not ") + Element<T>::name);
+    }
+    data_ = reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
     shape_ = py::tuple(tensor.attr("shape")).cast<std::vector<int64_t>>();
     strides_ = py::tuple(tensor.attr("stride")()).cast<std::vector<int64_t>>();
   }
@@ -97,10 +122,11 @@ class Matrix {
   [[noreturn]] void fail(const std::string& what) const { throw py::value_error(name_ + (" " + what)); }
 
   const char* name_;
-  float* data_ = nullptr;
+  T* data_ = nullptr;
   int64_t rows_ = 1, columns_ = 1;
   std::vector<int64_t> shape_, strides_;
 };
+using Matrix = MatrixOf<float>;
 
 fedms::Lora read_lora(int64_t m, int64_t n, int64_t k, const py::sequence& a, const py::sequence& b,
                       const std::vector<double>& scale, const py::object& gate, double dropout_p, uint64_t seed) {
@@ -140,21 +166,26 @@ void forward(py::handle x, const py::sequence& a, const py::sequence& b, const s
   fedms::lora_forward(lora, x_view.data(), s_view.data(), y_view.data());
 }
 
-void backward(py::handle dy, const py::object& x, const py::sequence& a, const py::sequence& b,
-              const std::vector<double>& scale, const py::object& gate, const py::object& s, double dropout_p,
-              uint64_t seed, const py::object& dx, const py::object& dgate, const py::sequence& da,
-              const py::sequence& db) {
-  if (a.size() == 0) throw py::value_error("there are no experts");
-  const Matrix dy_view("dy", dy);
-  const int64_t m = dy_view.rows(), n = dy_view.columns(), k = Matrix("a", a[0]).columns();
-  const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
+// What `backward` and `int8_backward` have in common.
+struct BackwardOperands {
+  fedms::Lora lora;
+  const float *x, *s;
+  fedms::LoraGradients out;
+};
+
+BackwardOperands read_backward(int64_t m, int64_t n, int64_t k, const py::object& x, const py::sequence& a,
+                               const py::sequence& b, const std::vector<double>& scale, const py::object& gate,
+                               const py::object& s, double dropout_p, uint64_t seed, const py::object& dx,
+                               const py::object& dgate, const py::sequence& da, const py::sequence& db) {
+  BackwardOperands operands{read_lora(m, n, k, a, b, scale, gate, dropout_p, seed), nullptr, nullptr, {}};
+  const fedms::Lora& lora = operands.lora;
   const auto optional = [](const char* name, const py::object& tensor, int64_t rows, int64_t columns) -> float* {
     return tensor.is_none() ? nullptr : Matrix(name, tensor).expect(rows, columns).data();
   };
-  const float* x_data = optional("x", x, m, k);
-  const float* s_data = optional("s", s, m, lora.total_rank());
   const int64_t experts = static_cast<int64_t>(lora.experts.size());
-  fedms::LoraGradients out;
+  operands.x = optional("x", x, m, k);
+  operands.s = optional("s", s, m, lora.total_rank());
+  fedms::LoraGradients& out = operands.out;
   out.dx = optional("dx", dx, m, k);
   out.dgate = optional("dgate", dgate, m, experts);
   if (da.size() != lora.experts.size() || db.size() != lora.experts.size()) {
@@ -170,14 +201,80 @@ void backward(py::handle dy, const py::object& x, const py::sequence& a, const p
   }
   if (needs_x && x.is_none()) throw py::value_error("da needs x");
   if (needs_s && s.is_none()) throw py::value_error("db and dgate need s");
+  return operands;
+}
+
+void backward(py::handle dy, const py::object& x, const py::sequence& a, const py::sequence& b,
+              const std::vector<double>& scale, const py::object& gate, const py::object& s, double dropout_p,
+              uint64_t seed, const py::object& dx, const py::object& dgate, const py::sequence& da,
+              const py::sequence& db) {
+  if (a.size() == 0) throw py::value_error("there are no experts");
+  const Matrix dy_view("dy", dy);
+  const BackwardOperands operands =
+      read_backward(dy_view.rows(), dy_view.columns(), Matrix("a", a[0]).columns(), x, a, b, scale, gate, s, dropout_p,
+                    seed, dx, dgate, da, db);
   const py::gil_scoped_release unlocked;
-  fedms::lora_backward(lora, dy_view.data(), x_data, s_data, out);
+  fedms::lora_backward(operands.lora, dy_view.data(), operands.x, operands.s, operands.out);
+}
+
+int64_t int8_packed_size(int64_t n, int64_t k) {
+  if (n < 0 || k < 0) throw py::value_error("n and k must be at least 0");
+  return fedms::int8_packed_size(n, k);
+}
+
+void int8_pack(py::handle weight, py::handle packed) {
+  const MatrixOf<int8_t> from("weight", weight);
+  const MatrixOf<uint8_t> to("packed", packed);
+  to.expect(1, fedms::int8_packed_size(from.rows(), from.columns()));
+  const py::gil_scoped_release unlocked;
+  fedms::int8_pack(from.rows(), from.columns(), from.data(), to.data());
+}
+
+void int8_unpack(py::handle packed, py::handle weight) {
+  const MatrixOf<uint8_t> from("packed", packed);
+  const MatrixOf<int8_t> to("weight", weight);
+  const py::gil_scoped_release unlocked;
+  fedms::int8_unpack(to.rows(), to.columns(), from.data(), from.columns(), to.data());
+}
+
+fedms::Int8Weight read_weight(int64_t n, py::handle packed, py::handle scale, const py::object& bias) {
+  const MatrixOf<uint8_t> view("packed", packed);
+  const float* scales = Matrix("weight_scale", scale).expect(1, n).data();
+  return {view.data(), view.columns(), scales, bias.is_none() ? nullptr : Matrix("bias", bias).expect(1, n).data()};
+}
+
+void int8_forward(py::handle x, py::handle packed, py::handle weight_scale, const py::object& bias,
+                  const py::sequence& a, const py::sequence& b, const std::vector<double>& scale,
+                  const py::object& gate, double dropout_p, uint64_t seed, py::handle s, py::handle y) {
+  const Matrix x_view("x", x), y_view("y", y), s_view("s", s);
+  const int64_t m = x_view.rows(), k = x_view.columns(), n = y_view.columns();
+  const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
+  const fedms::Int8Weight weight = read_weight(n, packed, weight_scale, bias);
+  y_view.expect(m, n);
+  s_view.expect(m, lora.total_rank());
+  const py::gil_scoped_release unlocked;
+  fedms::int8_forward(weight, lora, x_view.data(), s_view.data(), y_view.data());
+}
+
+void int8_backward(py::handle dy, const py::object& x, int64_t k, const py::object& packed_t,
+                   const py::object& weight_t_scale, const py::sequence& a, const py::sequence& b,
+                   const std::vector<double>& scale, const py::object& gate, const py::object& s, double dropout_p,
+                   uint64_t seed, const py::object& dx, const py::object& dgate, const py::sequence& da,
+                   const py::sequence& db) {
+  const Matrix dy_view("dy", dy);
+  const BackwardOperands operands = read_backward(dy_view.rows(), dy_view.columns(), k, x, a, b, scale, gate, s,
+                                                  dropout_p, seed, dx, dgate, da, db);
+  fedms::Int8Weight transposed{};
+  if (operands.out.dx) transposed = read_weight(k, packed_t, weight_t_scale, py::none());
+  const py::gil_scoped_release unlocked;
+  fedms::int8_backward(transposed, operands.lora, dy_view.data(), operands.x, operands.s, operands.out);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of fedms_ext. Tensors are dense float32 on the CPU, their last dimension the columns; anything else is a ValueError.";
+  m.doc() = "CPU kernels of fedms_ext. Tensors are dense and on the CPU, float32 unless said otherwise, their last "
+            "dimension the columns; anything else is a ValueError.";
   m.def("set_tensor_type", &set_tensor_type, py::arg("type"), py::arg("use_exchange") = true);
   m.def("build_info", [] {
     py::dict info;
@@ -185,10 +282,26 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = false;
     info["isa_detected"] = fedms::name(fedms::detected_isa());
     info["isa_used"] = fedms::name(fedms::isa());
+    py::list available;
+    for (fedms::Isa isa : {fedms::Isa::portable, fedms::Isa::avx2, fedms::Isa::avxvnni, fedms::Isa::avx512}) {
+      if (fedms::available(isa)) available.append(fedms::name(isa));
+    }
+    info["isa_available"] = available;
     info["openmp"] = _OPENMP;
     return info;
   });
   m.def("set_isa", [](const std::string& name) { fedms::set_isa(name.c_str()); }, py::arg("name"));
+  m.def("int8_packed_size", &int8_packed_size, py::arg("n"), py::arg("k"), "Bytes of a packed int8 weight (n, k).");
+  m.def("int8_pack", &int8_pack, py::arg("weight"), py::arg("packed"),
+        "Packs weight (n, k) int8 into packed (int8_packed_size(n, k),) uint8, for the instruction set used now.");
+  m.def("int8_unpack", &int8_unpack, py::arg("packed"), py::arg("weight"), "The inverse of int8_pack.");
+  m.def("int8_forward", &int8_forward, py::arg("x"), py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
+        py::arg("s"), py::arg("y"), "Writes s and y; see csrc/include/fedms/int8.h.");
+  m.def("int8_backward", &int8_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("packed_t"),
+        py::arg("weight_t_scale"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("s"),
+        py::arg("dropout_p"), py::arg("seed"), py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"),
+        "Writes the gradients; None is one that is not needed, and packed_t is one too if dx is.");
   m.def("lora_forward", &forward, py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"),
         py::arg("dropout_p"), py::arg("seed"), py::arg("s"), py::arg("y"),
         "Writes s and adds to y; see csrc/include/fedms/lora.h.");

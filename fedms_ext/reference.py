@@ -126,3 +126,50 @@ def expert_linear_backward(
     if dgate is not None:
         dgate = dgate.reshape(*x.shape[:-1], experts)
     return dx.reshape(x.shape), dgate, da, db
+
+
+# A row whose values all lie below this magnitude is quantised to zeros: 127 / max |x| must be a float32.
+INT8_TINY = 2.0**-100
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 with one scale each, symmetric: x is about q * scale.
+
+    `x` (..., K), converted to float32. Returns q (..., K), float32 that holds whole numbers from -127 to 127, and
+    scale (..., 1) float32: max |x| / 127, the quotient and every step to q rounded as float32. A row with an
+    infinity or a NaN has the scale NaN.
+    """
+    x = x.float()
+    most = x.abs().amax(dim=-1, keepdim=True)
+    zero = most < INT8_TINY
+    q = torch.round(x * torch.where(zero, 0.0, 127.0 / most)).clamp_min(-127)
+    scale = torch.where(zero, 0.0, most / 127.0)
+    return q, torch.where(most.isfinite(), scale, torch.nan)
+
+
+def frozen_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float] | Tensor,
+    gate: Tensor | None = None,
+    active: Sequence[bool] | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """`expert_linear` on an int8 weight: x is quantised row by row for the frozen product, and only for that.
+
+    `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
+    is the result, (..., N). The gradient of x is that of the function before quantisation, which is
+    dy (weight * weight_scale) and the LoRA part.
+    """
+    q, row_scale = quantise_rows(x)
+    product = (q.double() * row_scale.double()) @ (weight.double() * weight_scale.double().unsqueeze(1)).T
+    zero = torch.zeros(weight.shape[0], weight.shape[1], dtype=torch.float64, device=x.device)
+    lora_a, lora_b = [a.double() for a in lora_a], [b.double() for b in lora_b]
+    gate = None if gate is None else gate.double()
+    bias = None if bias is None else bias.double()
+    return product + expert_linear(x.double(), zero, bias, lora_a, lora_b, scale, gate, active, dropout_p, seed)

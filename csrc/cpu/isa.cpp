@@ -1,5 +1,9 @@
 #include "fedms/isa.h"
 
+#ifdef FEDMS_X86
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -8,10 +12,12 @@
 namespace fedms {
 namespace {
 
+constexpr Isa ALL[] = {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512};  // from the slowest to the fastest
+
 Isa parse(const char* text) {
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : ALL) {
     if (std::strcmp(text, name(isa)) == 0) {
-      if (isa > detected_isa()) {
+      if (!available(isa)) {
         throw std::invalid_argument(std::string("instruction set '") + text + "' is not available here; the best is '" +
                                     name(detected_isa()) + "'");
       }
@@ -19,7 +25,7 @@ Isa parse(const char* text) {
     }
   }
   throw std::invalid_argument(std::string("unknown instruction set '") + text +
-                              "' (FEDMS_CPU_ISA); expected portable, avx2 or avx512");
+                              "' (FEDMS_CPU_ISA); expected portable, avx2, avxvnni or avx512");
 }
 
 Isa& current() {
@@ -30,22 +36,53 @@ Isa& current() {
   return value;
 }
 
+#ifdef FEDMS_X86
+// CPUID leaf 7.1: GCC 10's __builtin_cpu_supports does not know AVX-VNNI.
+bool cpu_has_avxvnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4));
+}
+#endif
+
 }  // namespace
 
 const char* name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avxvnni: return "avxvnni";
+    case Isa::avx2: return "avx2";
+    default: return "portable";
+  }
+}
+
+bool available(Isa isa) {
+#ifdef FEDMS_X86
+  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+  switch (isa) {
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    case Isa::avxvnni: return available(Isa::avx2) && cpu_has_avxvnni();
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    default: break;
+  }
+#endif
+  return isa == Isa::portable;
+}
+
+bool avx512_has_vnni() {
+#ifdef FEDMS_X86
+  return available(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
 }
 
 Isa detected_isa() {
-#ifdef FEDMS_X86
-  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-  return Isa::portable;
+  Isa best = Isa::portable;
+  for (Isa isa : ALL)
+    if (available(isa)) best = isa;
+  return best;
 }
 
 Isa isa() { return current(); }

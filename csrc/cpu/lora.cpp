@@ -4,21 +4,11 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
 
-#include "fedms/isa.h"
-#include "lora_kernels.h"
+#include "lora_operands.h"
 
 namespace fedms {
 namespace {
-
-const LoraKernels& kernels() {
-#ifdef FEDMS_X86
-  if (isa() == Isa::avx512) return lora_avx512;
-  if (isa() == Isa::avx2) return lora_avx2;
-#endif
-  return lora_portable;
-}
 
 // Rows that one thread takes at a time: a multiple of every tile height, and few enough that x, S and y of the
 // chunk stay in the L2 cache between the products. Dropout works on as many masked rows.
@@ -34,9 +24,6 @@ int64_t chunk_for(int64_t m) {
   return std::min(ROW_CHUNK, std::max<int64_t>(6, (m + threads - 1) / threads));
 }
 
-// An uninitialised buffer.
-std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
-
 int threads_for(const Lora& lora, int64_t tasks) {
   // Waking threads costs about as much as this many multiply-adds.
   constexpr int64_t work_per_thread = 1 << 17;
@@ -45,58 +32,10 @@ int threads_for(const Lora& lora, int64_t tasks) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(useful, omp_get_max_threads())));
 }
 
-// B_e^T of all experts, (R, n), and pointers to its rows.
-struct TransposedB {
-  std::unique_ptr<float[]> data;
-  std::vector<const float*> rows;
-
-  explicit TransposedB(const Lora& lora) : data(buffer(lora.total_rank() * lora.n)) {
-    float* to = data.get();
-    for (const LoraExpert& expert : lora.experts) {
-      // In blocks that are one cache line wide where they are written, and lie in the L1 cache where they are read.
-      for (int64_t first = 0; first < lora.n; first += 16) {
-        const int64_t last = std::min(first + 16, lora.n);
-        for (int64_t j = 0; j < expert.rank; ++j)
-          for (int64_t c = first; c < last; ++c) to[j * lora.n + c] = expert.b[c * expert.rank + j];
-      }
-      for (int64_t j = 0; j < expert.rank; ++j, to += lora.n) rows.push_back(to);
-    }
-  }
-};
-
-std::vector<const float*> rows_of_a(const Lora& lora) {
-  std::vector<const float*> rows;
-  for (const LoraExpert& expert : lora.experts)
-    for (int64_t j = 0; j < expert.rank; ++j) rows.push_back(expert.a + j * lora.k);
-  return rows;
-}
-
-float gate_at(const Lora& lora, int64_t row, int64_t expert) {
-  return lora.gate ? lora.gate[row * lora.gate_row_stride + expert * lora.gate_expert_stride] : 1.0f;
-}
-
-// to = from, each expert's part of every row times its scale and gate; rows first .. first + count - 1.
-void weigh(const Lora& lora, int64_t first, int64_t count, const float* from, float* to) {
-  for (int64_t i = first; i < first + count; ++i) {
-    for (size_t e = 0; e < lora.experts.size(); ++e) {
-      const float factor = lora.experts[e].scale * gate_at(lora, i, e);
-      for (int64_t j = 0; j < lora.experts[e].rank; ++j) *to++ = factor * *from++;
-    }
-  }
-}
-
-void drop_rows(const Lora& lora, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* from,
-               int64_t from_stride, float* to, int64_t to_stride, bool add) {
-  for (int64_t i = 0; i < rows; ++i) {
-    kernels().dropout(lora.dropout_p, lora.seed, static_cast<uint64_t>((row + i) * lora.k + column), columns,
-                      from + i * from_stride, to + i * to_stride, add);
-  }
-}
-
 }  // namespace
 
 void lora_forward(const Lora& lora, const float* x, float* s, float* y) {
-  const LoraKernels& kernel = kernels();
+  const LoraKernels& kernel = lora_kernels();
   const int64_t m = lora.m, n = lora.n, k = lora.k, r = lora.total_rank();
   if (m == 0 || r == 0) return;
   const std::vector<const float*> a = rows_of_a(lora);
@@ -131,7 +70,7 @@ void lora_forward(const Lora& lora, const float* x, float* s, float* y) {
 }
 
 void lora_backward(const Lora& lora, const float* dy, const float* x, const float* s, const LoraGradients& out) {
-  const LoraKernels& kernel = kernels();
+  const LoraKernels& kernel = lora_kernels();
   const int64_t m = lora.m, n = lora.n, k = lora.k, r = lora.total_rank();
   const int64_t experts = static_cast<int64_t>(lora.experts.size());
   const auto needed = [](const float* gradient) { return gradient != nullptr; };

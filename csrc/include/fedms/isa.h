@@ -3,15 +3,20 @@
 
 namespace fedms {
 
-enum class Isa { portable, avx2, avx512 };
+// avxvnni is AVX2 and AVX-VNNI. avx512 is F, DQ, BW and VL, and VNNI where the CPU has it.
+enum class Isa { portable, avx2, avxvnni, avx512 };
 
 const char* name(Isa isa);
 
-// The best instruction set that this CPU, its operating system and this build have.
+// Whether this CPU, its operating system and this build have it.
+bool available(Isa isa);
+bool avx512_has_vnni();
+
+// The best one that is available.
 Isa detected_isa();
 
-// The one that the kernels use: detected_isa(), unless FEDMS_CPU_ISA=portable|avx2|avx512 or set_isa() named one.
-// Throws std::invalid_argument if FEDMS_CPU_ISA names none of them or one that the CPU lacks.
+// The one that the kernels use: detected_isa(), unless FEDMS_CPU_ISA=portable|avx2|avxvnni|avx512 or set_isa() named
+// one. Throws std::invalid_argument if FEDMS_CPU_ISA names none of them or one that the CPU lacks.
 Isa isa();
 void set_isa(const char* name);
 

@@ -1,0 +1,288 @@
+// The int8 linear layer: packing, and how the product is blocked and shared among threads. The kernels are one file an
+// instruction set.
+#include "fedms/int8.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "int8_kernels.h"
+#include "lora_operands.h"
+
+namespace fedms {
+namespace {
+
+const Int8Kernels* const ALL[] = {
+    &int8_portable,
+#ifdef FEDMS_X86
+    &int8_avx2,     &int8_avxvnni, &int8_avx512vnni,
+#endif
+};
+
+const Int8Kernels& kernels_now() {
+#ifdef FEDMS_X86
+  if (isa() == Isa::avx512 && avx512_has_vnni()) return int8_avx512vnni;
+  if (isa() == Isa::avxvnni || (isa() == Isa::avx512 && available(Isa::avxvnni))) return int8_avxvnni;
+  if (isa() != Isa::portable) return int8_avx2;
+#endif
+  return int8_portable;
+}
+
+int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// A packed weight is this header, where the sums of every column start (int32), and the panels
+// [n / panel][k / group][panel][group], each part at a multiple of 64 bytes.
+struct Header {
+  int32_t magic, kernels;
+  int64_t n, k;
+};
+constexpr int32_t MAGIC = 0x38694d46;  // "FMi8"
+
+struct Packed {
+  const Int8Kernels* kernels;
+  int64_t panels, padded_k, start_at, panels_at, size;
+
+  Packed(const Int8Kernels& with, int64_t n, int64_t k) : kernels(&with) {
+    panels = rounded_up(n, with.panel) / with.panel;
+    padded_k = rounded_up(k, with.group);
+    start_at = 64;
+    panels_at = start_at + rounded_up(panels * with.panel * static_cast<int64_t>(sizeof(int32_t)), 64);
+    size = panels_at + panels * panel_size();
+  }
+
+  int64_t panel_size() const { return kernels->panel * padded_k; }
+
+  // Of wq[column][j] in the panels.
+  int64_t offset(int64_t column, int64_t j) const {
+    const int64_t panel = kernels->panel, group = kernels->group;
+    return column / panel * panel_size() + (j / group * panel + column % panel) * group + j % group;
+  }
+};
+
+Packed layout_of(int64_t n, int64_t k, const uint8_t* packed, int64_t size) {
+  Header header{};
+  if (size >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed, sizeof header);
+  if (header.magic != MAGIC) throw std::invalid_argument("this is not a packed int8 weight");
+  if (header.n != n || header.k != k) {
+    throw std::invalid_argument("the packed weight is (" + std::to_string(header.n) + ", " + std::to_string(header.k) +
+                                "), expected (" + std::to_string(n) + ", " + std::to_string(k) + ")");
+  }
+  for (const Int8Kernels* kernels : ALL) {
+    if (kernels->id != header.kernels) continue;
+    const Packed layout(*kernels, n, k);
+    if (layout.size == size) return layout;
+  }
+  throw std::invalid_argument("the packed weight is damaged, or was packed on another machine");
+}
+
+// A buffer that a thread keeps, so that large ones are not mapped anew at every call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, rounded_up(bytes, 4096));
+      if (!data_) throw std::bad_alloc();
+      size_ = rounded_up(bytes, 4096);
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch_of_thread, scratch_of_team;
+
+// Rows of x after quantisation, and their S times scale and gate.
+struct Strip {
+  uint8_t* q;
+  float *q_scale, *weighed;
+
+  static int64_t size(int64_t rows, int64_t row_size, int64_t rank) {
+    return rounded_up(rows * row_size, 64) + rows * (1 + rank) * static_cast<int64_t>(sizeof(float));
+  }
+  static Strip in(void* memory, int64_t rows, int64_t row_size) {
+    uint8_t* q = static_cast<uint8_t*>(memory);
+    float* q_scale = reinterpret_cast<float*>(q + rounded_up(rows * row_size, 64));
+    return {q, q_scale, q_scale + rows};
+  }
+};
+
+// y = dequantised(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
+struct Product {
+  const Int8Weight& weight;
+  const Packed& layout;
+  const Lora& lora;                        // ranks, scales, gates
+  int64_t m, n, k;                         // of this product
+  std::vector<const float*> shrink;        // R rows of k
+  std::vector<const float*> expand;        // R rows of n
+  const float* x;
+  float *s, *y;
+  bool masked = false;                     // dropout on the x that makes S
+};
+
+// Rows that are quantised at a time: they stay in the L1 cache from the one pass over x to the other.
+constexpr int64_t PREPARED_ROWS = 12;
+
+void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* dropped) {
+  const int64_t rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t row_size = p.layout.padded_k * p.layout.kernels->q_size;
+  for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
+    const int64_t rows = std::min(PREPARED_ROWS, count - i);
+    const float* x = p.x + (first + i) * p.k;
+    p.layout.kernels->quantise(rows, p.k, x, to.q + i * row_size, p.layout.padded_k, to.q_scale + i);
+    if (rank == 0) continue;
+    if (p.masked) {
+      drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);
+      x = dropped;
+    }
+    lora_kernels().dots(rows, rank, p.k, x, p.k, p.shrink.data(), p.s + (first + i) * rank, rank);
+  }
+  if (rank > 0) weigh(p.lora, first, count, p.s + first * rank, to.weighed);
+}
+
+// Rows first .. first + count - 1 of y, one panel of columns.
+void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, const Strip& from) {
+  const Packed& layout = p.layout;
+  const int64_t width = layout.kernels->panel, rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t column = panel * width, columns = std::min(width, p.n - column);
+  const uint8_t* packed = p.weight.packed;
+  Int8Strip strip{};
+  strip.rows = count;
+  strip.k = layout.padded_k;
+  strip.q = from.q;
+  strip.q_scale = from.q_scale;
+  strip.panel = reinterpret_cast<const int8_t*>(packed + layout.panels_at + panel * layout.panel_size());
+  strip.start = reinterpret_cast<const int32_t*>(packed + layout.start_at) + column;
+  strip.rank = rank;
+  strip.s = from.weighed;
+  if (columns == width) {
+    strip.scale = p.weight.scale + column;
+    strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
+    strip.expand = p.expand.data();
+    strip.expand_column = column;
+    strip.y = p.y + first * p.n + column;
+    strip.y_stride = p.n;
+    layout.kernels->multiply(strip);
+    return;
+  }
+  // The last panel: the kernel works on whole ones, so its operands are padded, and its y is copied.
+  std::vector<float> padded((2 + rank + count) * width, 0.0f);
+  std::vector<const float*> expand;
+  float* to = padded.data();
+  const auto pad = [&](const float* values) {
+    std::copy_n(values, columns, to);
+    to += width;
+    return to - width;
+  };
+  strip.scale = pad(p.weight.scale + column);
+  strip.bias = p.weight.bias ? pad(p.weight.bias + column) : nullptr;
+  for (const float* row : p.expand) expand.push_back(pad(row + column));
+  strip.expand = expand.data();
+  strip.y = to;
+  strip.y_stride = width;
+  layout.kernels->multiply(strip);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(to + i * width, columns, p.y + (first + i) * p.n + column);
+}
+
+void run(const Product& p) {
+  if (p.m == 0) return;
+  const int64_t panels = p.layout.panels, rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t row_size = p.layout.padded_k * p.layout.kernels->q_size;
+  const int64_t dropped_size = p.masked ? PREPARED_ROWS * p.k : 0;
+  // Waking a thread costs about as much as this many multiply-adds.
+  constexpr int64_t work_per_thread = 1 << 19;
+  const int64_t useful = p.m * p.n * p.k / work_per_thread;
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(useful, omp_get_max_threads()));
+
+  if (p.m >= 24 * threads) {
+    // A thread takes rows, and meets no barrier. Two chunks a thread and no more than the L2 cache holds of q; a
+    // multiple of the tile heights.
+    const int64_t fitting = (768 << 10) / row_size / 12 * 12;
+    const int64_t chunk = std::max<int64_t>(24, std::min(fitting, rounded_up((p.m + 2 * threads - 1) / (2 * threads), 12)));
+    const int64_t chunks = (p.m + chunk - 1) / chunk;
+    const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, rank), 64);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = c * chunk, count = std::min(chunk, p.m - first);
+      char* memory = static_cast<char*>(
+          scratch_of_thread.reserve(strip_size + dropped_size * static_cast<int64_t>(sizeof(float))));
+      const Strip strip = Strip::in(memory, chunk, row_size);
+      prepare(p, first, count, strip, reinterpret_cast<float*>(memory + strip_size));
+      for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, first, count, strip);
+    }
+    return;
+  }
+
+  // Few rows: they are shared, and a thread takes panels.
+  const Strip strip = Strip::in(scratch_of_team.reserve(Strip::size(p.m, row_size, rank)), p.m, row_size);
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+  {
+    float* dropped = static_cast<float*>(scratch_of_thread.reserve(dropped_size * static_cast<int64_t>(sizeof(float))));
+    const int64_t part = (p.m + threads - 1) / threads;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < p.m; first += part) {
+      const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.weighed + first * rank};
+      prepare(p, first, std::min(part, p.m - first), rows, dropped);
+    }
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, 0, p.m, strip);
+  }
+}
+
+}  // namespace
+
+int64_t int8_packed_size(int64_t n, int64_t k) { return Packed(kernels_now(), n, k).size; }
+
+void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
+  const Packed layout(kernels_now(), n, k);
+  std::memset(packed, 0, layout.size);
+  const Header header{MAGIC, layout.kernels->id, n, k};
+  std::memcpy(packed, &header, sizeof header);
+  int32_t* start = reinterpret_cast<int32_t*>(packed + layout.start_at);
+  int8_t* panels = reinterpret_cast<int8_t*>(packed + layout.panels_at);
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      const int8_t value = wq[c * k + j];
+      panels[layout.offset(c, j)] = value;
+      sum += value;
+    }
+    start[c] = -layout.kernels->offset * sum;
+  }
+}
+
+void int8_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, int8_t* wq) {
+  const Packed layout = layout_of(n, k, packed, packed_size);
+  const int8_t* panels = reinterpret_cast<const int8_t*>(packed + layout.panels_at);
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c)
+    for (int64_t j = 0; j < k; ++j) wq[c * k + j] = panels[layout.offset(c, j)];
+}
+
+void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
+  const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
+  const TransposedB b(lora);
+  run({weight, layout, lora, lora.m, lora.n, lora.k, rows_of_a(lora), b.rows, x, s, y, lora.dropout_p > 0});
+}
+
+void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
+                   const LoraGradients& out) {
+  if (out.dx) {
+    const Packed layout = layout_of(lora.k, lora.n, transposed.packed, transposed.packed_size);
+    run({transposed, layout, lora, lora.m, lora.k, lora.n, {}, {}, dy, nullptr, out.dx});
+  }
+  if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+}
+
+}  // namespace fedms

@@ -1,0 +1,73 @@
+// The operands of the LoRA branch in the form that the kernels want, shared by the layers that contain one.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "fedms/isa.h"
+#include "fedms/lora.h"
+#include "lora_kernels.h"
+
+namespace fedms {
+
+inline const LoraKernels& lora_kernels() {
+#ifdef FEDMS_X86
+  if (isa() == Isa::avx512) return lora_avx512;
+  if (isa() == Isa::avx2 || isa() == Isa::avxvnni) return lora_avx2;
+#endif
+  return lora_portable;
+}
+
+// An uninitialised buffer.
+inline std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
+
+// B_e^T of all experts, (R, n), and pointers to its rows.
+struct TransposedB {
+  std::unique_ptr<float[]> data;
+  std::vector<const float*> rows;
+
+  explicit TransposedB(const Lora& lora) : data(buffer(lora.total_rank() * lora.n)) {
+    float* to = data.get();
+    for (const LoraExpert& expert : lora.experts) {
+      // In blocks that are one cache line wide where they are written, and lie in the L1 cache where they are read.
+      for (int64_t first = 0; first < lora.n; first += 16) {
+        const int64_t last = std::min(first + 16, lora.n);
+        for (int64_t j = 0; j < expert.rank; ++j)
+          for (int64_t c = first; c < last; ++c) to[j * lora.n + c] = expert.b[c * expert.rank + j];
+      }
+      for (int64_t j = 0; j < expert.rank; ++j, to += lora.n) rows.push_back(to);
+    }
+  }
+};
+
+inline std::vector<const float*> rows_of_a(const Lora& lora) {
+  std::vector<const float*> rows;
+  for (const LoraExpert& expert : lora.experts)
+    for (int64_t j = 0; j < expert.rank; ++j) rows.push_back(expert.a + j * lora.k);
+  return rows;
+}
+
+inline float gate_at(const Lora& lora, int64_t row, int64_t expert) {
+  return lora.gate ? lora.gate[row * lora.gate_row_stride + expert * lora.gate_expert_stride] : 1.0f;
+}
+
+// to = from, each expert's part of every row times its scale and gate; rows first .. first + count - 1.
+inline void weigh(const Lora& lora, int64_t first, int64_t count, const float* from, float* to) {
+  for (int64_t i = first; i < first + count; ++i) {
+    for (size_t e = 0; e < lora.experts.size(); ++e) {
+      const float factor = lora.experts[e].scale * gate_at(lora, i, e);
+      for (int64_t j = 0; j < lora.experts[e].rank; ++j) *to++ = factor * *from++;
+    }
+  }
+}
+
+inline void drop_rows(const Lora& lora, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* from,
+               int64_t from_stride, float* to, int64_t to_stride, bool add) {
+  for (int64_t i = 0; i < rows; ++i) {
+    lora_kernels().dropout(lora.dropout_p, lora.seed, static_cast<uint64_t>((row + i) * lora.k + column), columns,
+                      from + i * from_stride, to + i * to_stride, add);
+  }
+}
+
+}  // namespace fedms

@@ -1,0 +1,293 @@
+"""The int8 kernels of fedms_ext._C against the float64 reference, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedms_ext
+from fedms_ext import _C, reference
+
+ISAS = fedms_ext.build_info()["isa_available"]
+# One below, at and above: a group of k, a vector, a panel of columns.
+DIMENSIONS = [1, 2, 3, 4, 5, 15, 16, 17, 23, 25, 48, 63, 64, 65, 100, 431, 768]
+ROWS = [1, 2, 3, 5, 6, 7, 11, 12, 13, 47, 48, 49, 127, 197]
+RANKS = [1, 2, 3, 7, 8, 9, 16, 17, 64, 128]
+NAN = float("nan")
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request):
+    before = fedms_ext.build_info()["isa_used"]
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def packed(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    out = torch.full((_C.int8_packed_size(n, k),), 85, dtype=torch.uint8)
+    _C.int8_pack(weight.to(torch.int8).contiguous(), out)
+    return out
+
+
+class Case:
+    """Random operands of one call; `forward` and `backward` run the kernels, the others the reference."""
+
+    def __init__(self, m: int, n: int, k: int, ranks: list[int], gate: bool = False, bias: bool = True, dropout_p=0.0):
+        self.x, self.dy = torch.randn(m, k), torch.randn(m, n)
+        full = torch.randn(n, k)
+        self.weight, scale = reference.quantise_rows(full)
+        self.weight_t, scale_t = reference.quantise_rows(full.T)
+        self.weight_scale, self.weight_t_scale = scale[:, 0].contiguous(), scale_t[:, 0].contiguous()
+        self.bias = torch.randn(n) if bias else None
+        self.a = [torch.randn(r, k) / k**0.5 for r in ranks]
+        self.b = [torch.randn(n, r) for r in ranks]
+        self.scale = [random.choice([0.5, -1.25, 2.0]) for _ in ranks]
+        self.gate = torch.randn(len(ranks), 2 * m)[:, ::2].T if gate and ranks else None
+        self.dropout_p, self.seed = dropout_p, random.getrandbits(63)
+        self.packed = packed(self.weight)
+        self.packed_t = packed(self.weight_t)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        m, n, total = self.x.shape[0], self.dy.shape[1], sum(a.shape[0] for a in self.a)
+        s, y = torch.full((m, total), NAN), torch.full((m, n), NAN)
+        _C.int8_forward(self.x, self.packed, self.weight_scale, self.bias, self.a, self.b, self.scale, self.gate,
+                        self.dropout_p, self.seed, s, y)  # fmt: skip
+        return y, s
+
+    def want(self) -> Tensor:
+        return reference.frozen_linear(self.x, self.weight, self.weight_scale, self.bias, self.a, self.b, self.scale,
+                                       self.gate, None, self.dropout_p, self.seed)  # fmt: skip
+
+    def backward(self, needs_dx: bool = True) -> dict[str, Tensor]:
+        m, k = self.x.shape
+        s = self.forward()[1]
+        dx = torch.full((m, k), NAN) if needs_dx else None
+        dgate = None if self.gate is None else torch.full((m, len(self.a)), NAN)
+        da, db = [torch.full_like(a, NAN) for a in self.a], [torch.full_like(b, NAN) for b in self.b]
+        _C.int8_backward(self.dy, self.x, k, self.packed_t if needs_dx else None,
+                         self.weight_t_scale if needs_dx else None, self.a, self.b, self.scale, self.gate, s,
+                         self.dropout_p, self.seed, dx, dgate, da, db)  # fmt: skip
+        out = {"dx": dx, "dgate": dgate}
+        for e in range(len(self.a)):
+            out |= {f"da[{e}]": da[e], f"db[{e}]": db[e]}
+        return {name: tensor for name, tensor in out.items() if tensor is not None}
+
+    def want_backward(self) -> dict[str, Tensor]:
+        a, b = [t.double() for t in self.a], [t.double() for t in self.b]
+        gate = None if self.gate is None else self.gate.double()
+        zero = torch.zeros(self.dy.shape[1], self.x.shape[1], dtype=torch.float64)
+        dx, dgate, da, db = reference.expert_linear_backward(
+            self.dy.double(), self.x.double(), zero, a, b, self.scale, gate, None, self.dropout_p, self.seed
+        )
+        out = {"dx": dx + reference.frozen_linear(self.dy, self.weight_t, self.weight_t_scale, None, [], [], [])}
+        out |= {} if dgate is None else {"dgate": dgate}
+        for e in range(len(a)):
+            out |= {f"da[{e}]": da[e], f"db[{e}]": db[e]}
+        return out
+
+    def check(self) -> None:
+        assert_close("y", self.forward()[0], self.want())
+        want = self.want_backward()
+        for name, tensor in self.backward().items():
+            assert_close(name, tensor, want[name])
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
+    # NaN in a result that nothing wrote would fail here too: the outputs start as NaN.
+    error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("n", DIMENSIONS)
+@pytest.mark.parametrize("k", DIMENSIONS)
+def test_dimensions(n, k):
+    Case(m=random.choice(ROWS), n=n, k=k, ranks=[random.choice(RANKS[:6])]).check()
+
+
+@pytest.mark.parametrize("m", ROWS)
+def test_rows(m):
+    Case(m=m, n=100, k=72, ranks=[3, 8], gate=True).check()
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_ranks(r):
+    Case(m=random.choice(ROWS), n=130, k=77, ranks=[r]).check()
+
+
+def test_large_dimensions():
+    Case(m=65, n=4104, k=3072, ranks=[8]).check()
+
+
+@pytest.mark.parametrize("ranks", [[], [8], [1, 17], [2, 8, 5]])
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.35])
+@pytest.mark.parametrize("m", [2, 67])
+def test_experts_gates_and_dropout(m, ranks, gate, dropout_p):
+    Case(m=m, n=90, k=101, ranks=ranks, gate=gate, bias=False, dropout_p=dropout_p).check()
+
+
+def test_without_dx():
+    case = Case(m=33, n=40, k=50, ranks=[4])
+    want = case.want_backward()
+    got = case.backward(needs_dx=False)
+    assert "dx" not in got
+    for name, tensor in got.items():
+        assert_close(name, tensor, want[name])
+
+
+def test_integer_products_are_exact():
+    # The largest products that there are, in one sign: 16-bit sums of two would overflow.
+    for k in (4, 64, 3072):
+        x, weight = torch.full((7, k), 3.0), torch.full((70, k), 127.0)
+        x[::2] *= -1
+        weight[1::2] *= -1
+        y = torch.full((7, 70), NAN)
+        _C.int8_forward(x, packed(weight), torch.ones(70), None, [], [], [], None, 0.0, 0, torch.empty(7, 0), y)
+        assert torch.allclose(y, x @ weight.T, rtol=1e-6)
+
+
+def test_random_cases():
+    for _ in range(25):
+        Case(
+            m=random.randint(1, 140),
+            n=random.randint(1, 300),
+            k=random.randint(1, 300),
+            ranks=[random.randint(1, 20) for _ in range(random.randint(0, 3))],
+            gate=random.random() < 0.5,
+            bias=random.random() < 0.5,
+            dropout_p=random.choice([0.0, 0.0, 0.1, 0.9]),
+        ).check()
+
+
+def test_the_frozen_product_is_the_same_on_every_instruction_set(isa):
+    case = Case(m=37, n=75, k=150, ranks=[])
+    y = case.forward()[0]
+    _C.set_isa("portable")
+    case.packed = packed(case.weight)
+    assert_close("y", y, case.forward()[0].double(), 1e-7)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40, 60, 197])
+def test_bitwise_the_same_for_any_number_of_threads(m):
+    case = Case(m=m, n=431, k=768, ranks=[8, 3], gate=True, dropout_p=0.1)
+    results = []
+    try:
+        for threads in range(1, 9):
+            torch.set_num_threads(threads)
+            results.append({"y": case.forward()[0]} | case.backward())
+    finally:
+        torch.set_num_threads(2)
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in result)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    case = Case(m=61, n=70, k=45, ranks=[5, 2])
+    y = case.forward()[0]
+    for rows in (slice(0, 1), slice(7, 9), slice(20, 61)):
+        part = Case(m=1, n=70, k=45, ranks=[])
+        part.__dict__ |= case.__dict__
+        part.x, part.dy = case.x[rows].contiguous(), case.dy[rows]
+        assert torch.equal(part.forward()[0], y[rows])
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_rows(bad):
+    case = Case(m=50, n=70, k=45, ranks=[5, 2], gate=True)
+    clean = {"y": case.forward()[0], "dx": case.backward()["dx"]}
+    rows = [0, 7, 49]
+    case.x[rows, 3], case.dy[rows, 3] = bad, bad
+    dirty = {"y": case.forward()[0], "dx": case.backward()["dx"]}
+    good = [i for i in range(50) if i not in rows]
+    for name in clean:
+        assert torch.equal(dirty[name][good], clean[name][good]), name
+        assert dirty[name][rows].isnan().all(), name
+
+
+def test_zeros_outliers_and_tiny_rows():
+    case = Case(m=12, n=70, k=45, ranks=[4])
+    case.x[0] = 0
+    case.x[1] = -0.0
+    case.x[2, 5] = 1e4
+    case.x[3] = 0
+    case.x[3, 44] = -2e37
+    case.x[4] *= 1e-28
+    case.x[5] = 1e-40
+    case.x[6] *= 1e-20
+    case.a = [a * 0 for a in case.a]  # so that the frozen product stands alone
+    y, want = case.forward()[0], case.want()
+    for row in range(12):
+        assert_close(f"y[{row}]", y[row], want[row])
+    for row in (0, 1, 5):
+        assert torch.equal(y[row], case.bias)
+    case.weight[9] = 0
+    case.packed = packed(case.weight)
+    assert torch.equal(case.forward()[0][:, 9], case.bias[9].expand(12))
+
+
+def test_nothing_is_read_or_written_beyond_the_matrices():
+    # Every operand lies between NaNs: reading one poisons the result, writing one shows afterwards.
+    def fenced(tensor: Tensor) -> Tensor:
+        store = torch.full((tensor.numel() + 128,), NAN)
+        fences.append(store)
+        inner = store[64:-64].view(tensor.shape)
+        inner.copy_(tensor)
+        return inner
+
+    for m, n, k, rank in [(5, 37, 19, 3), (50, 65, 97, 9), (61, 130, 64, 2)]:
+        fences: list[Tensor] = []
+        case = Case(m, n, k, [rank])
+        case.x, case.bias, case.weight_scale = map(fenced, (case.x, case.bias, case.weight_scale))
+        case.a, case.b = [fenced(case.a[0])], [fenced(case.b[0])]
+        s, y = fenced(torch.zeros(m, rank)), fenced(torch.zeros(m, n))
+        _C.int8_forward(case.x, case.packed, case.weight_scale, case.bias, case.a, case.b, case.scale, None, 0.0, 0, s, y)
+        assert_close("y", y, case.want())
+        assert all(store[:64].isnan().all() and store[-64:].isnan().all() for store in fences)
+
+
+def test_pack_and_unpack():
+    for n, k in [(1, 1), (3, 5), (64, 64), (65, 130), (431, 77), (0, 4), (4, 0)]:
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        out = torch.full_like(weight, 99)
+        _C.int8_unpack(packed(weight), out)
+        assert torch.equal(out, weight)
+
+
+def test_no_rows_and_no_columns():
+    assert Case(m=0, n=5, k=4, ranks=[2]).forward()[0].shape == (0, 5)
+    case = Case(m=3, n=5, k=1, ranks=[])
+    case.x, case.weight, case.packed = torch.empty(3, 0), torch.empty(5, 0), packed(torch.empty(5, 0))
+    assert torch.equal(case.forward()[0], case.bias.expand(3, 5))
+
+
+def test_refused_operands():
+    case = Case(m=4, n=5, k=6, ranks=[2], gate=True)
+    s, y = torch.zeros(4, 2), torch.zeros(4, 5)
+
+    def call(x=case.x, packed=case.packed, scale=case.weight_scale, bias=case.bias, y=y):
+        _C.int8_forward(x, packed, scale, bias, case.a, case.b, case.scale, case.gate, 0.0, 0, s, y)
+
+    call()
+    with pytest.raises(ValueError, match="x is not float32"):
+        call(x=case.x.double())
+    with pytest.raises(ValueError, match="x is not contiguous"):
+        call(x=torch.zeros(6, 4).T)
+    with pytest.raises(ValueError, match="packed is not uint8"):
+        call(packed=case.packed.to(torch.int8))
+    with pytest.raises(ValueError, match="this is not a packed int8 weight"):
+        call(packed=torch.zeros(10, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"the packed weight is \(5, 6\), expected \(6, 6\)"):
+        _C.int8_unpack(case.packed, torch.zeros(6, 6, dtype=torch.int8))
+    with pytest.raises(ValueError, match="damaged"):
+        call(packed=case.packed[:-1])
+    with pytest.raises(ValueError, match=r"weight_scale has the shape \(1, 4\), expected \(1, 5\)"):
+        call(scale=torch.ones(4))
+    with pytest.raises(ValueError, match=r"bias has the shape \(1, 4\)"):
+        call(bias=torch.ones(4))
+    with pytest.raises(ValueError, match=r"packed has the shape \(1, 1\)"):
+        _C.int8_pack(torch.zeros(5, 6, dtype=torch.int8), torch.zeros(1, dtype=torch.uint8))
