@@ -91,16 +91,18 @@ def prefix_depth(model: nn.Module) -> int:
 
 
 def prefix_hash(model: nn.Module, depth: int) -> str:
-    """SHA-256 over the applied pairs inside the first `depth` blocks, whatever their experts' names: with the model's
-    and the data's fingerprints it names what the prefix computes."""
+    """SHA-256 over the applied and the merged pairs inside the first `depth` blocks, whatever their experts' names:
+    with the model's and the data's fingerprints it names what the prefix computes."""
     digest = hashlib.sha256()
     for name, layer in expert_layers(model).items():
         if layer.block <= depth:
-            for expert in layer.applied:
-                lora = layer.experts[expert]
-                digest.update(f"{name}/{lora.scale!r}/{lora.rank}".encode())
-                for pair in (layer.lora_a[expert], layer.lora_b[expert]):
-                    digest.update(pair.detach().cpu().contiguous().view(torch.uint8).numpy())
+            merged = [] if layer.merged is None else [layer.merged[0]]
+            for way, experts in (("applied", layer.applied), ("merged", merged)):
+                for expert in experts:
+                    lora = layer.experts[expert]
+                    digest.update(f"{name}/{way}/{lora.scale!r}/{lora.rank}".encode())
+                    for pair in (layer.lora_a[expert], layer.lora_b[expert]):
+                        digest.update(pair.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -144,12 +146,13 @@ class ConstantPrefix:
         """Runs `forward()` until the prefix ends; returns the hidden state there, (B, T, D).
 
         Raises:
-            RuntimeError: if the forward pass ends without reaching the end of the prefix.
+            RuntimeError: if the forward pass ends without reaching the end of the prefix, or the hidden state is not
+                where it should be.
         """
         if self.depth == len(self.blocks):
             handle = self.blocks[-1].register_forward_hook(lambda _, args, out: _stop(_hidden(out)))
         else:
-            handle = self.blocks[self.depth].register_forward_pre_hook(lambda _, args: _stop(args[0]))
+            handle = self.blocks[self.depth].register_forward_pre_hook(lambda _, args: _stop(*args[:1]))
         try:
             forward()
         except _PrefixEnd as end:
@@ -178,7 +181,10 @@ class _PrefixEnd(Exception):
         self.hidden = hidden
 
 
-def _stop(hidden: Tensor) -> None:
+def _stop(hidden: object = None) -> None:
+    if not isinstance(hidden, Tensor):
+        raise RuntimeError(f"a block's hidden state is {type(hidden).__name__}, expected a tensor; it must be the first "
+                           "positional argument and the first thing that the block returns")
     raise _PrefixEnd(hidden)
 
 

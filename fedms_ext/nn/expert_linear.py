@@ -53,6 +53,19 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:
+    """ValueError if a layer that has the experts `present` cannot take the `new` ones too."""
+    for name in new:
+        if name in present:
+            raise ValueError(f"this layer already has an expert {name!r}; it has {sorted(present)}")
+        # The names become attributes of a `ParameterDict`.
+        if not name or "." in name or hasattr(nn.ParameterDict, name):
+            raise ValueError(f"{name!r} cannot be an expert's name: it is empty, holds a dot, or belongs to PyTorch")
+    dropouts = {name: lora.dropout for name, lora in (*present.items(), *new.items())}
+    if len(set(dropouts.values())) > 1:
+        raise ValueError(f"the experts of a layer share one dropout mask, so one dropout; got {dropouts}")
+
+
 class ExpertLinear(nn.Linear):
     """`y = x W^T + b + sum over applied experts e of s_e * g_e * (x A_e^T) B_e^T`.
 
@@ -107,15 +120,10 @@ class ExpertLinear(nn.Linear):
         """Adds an expert, frozen (which, with B = 0, changes nothing).
 
         Raises:
-            ValueError: if the name is taken, or the dropout differs from that of the layer's other experts (the
-                mask is one per layer, shared by its experts: definition, section 1).
+            ValueError: if the name is taken or unusable, or the dropout differs from that of the layer's other
+                experts (the mask is one per layer, shared by its experts: definition, section 1).
         """
-        if name in self.experts:
-            raise ValueError(f"this layer already has an expert {name!r}; it has {sorted(self.experts)}")
-        if any(other.dropout != lora.dropout for other in self.experts.values()):
-            taken = next(iter(self.experts.values())).dropout
-            raise ValueError(f"expert {name!r} has dropout {lora.dropout}, the layer's other experts {taken}; "
-                             "the dropout mask is shared by all experts of a layer")
+        check_experts(self.experts, {name: lora})
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         a = torch.empty(lora.rank, self.in_features, **like)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -130,15 +138,24 @@ class ExpertLinear(nn.Linear):
         Raises:
             KeyError: if the layer has no such expert.
             ValueError: if `state` is not off, frozen or trained.
+            RuntimeError: if the expert is merged into the weight, so that to apply it would count it twice.
         """
-        if expert not in self.experts:
-            raise KeyError(f"no expert {expert!r} in this layer; it has {sorted(self.experts)}")
-        state = PairState(state)
+        self._check_has(expert)
+        try:
+            state = PairState(state)
+        except ValueError:
+            raise ValueError(f"state is {state!r}, expected {', '.join(s.value for s in PairState)}") from None
+        if self.merged is not None and self.merged[0] == expert and state is not PairState.OFF:
+            raise RuntimeError(f"expert {expert!r} is merged into the weight; unmerge it before it is {state.value}")
         self.states[expert] = state
         for p in (self.lora_a[expert], self.lora_b[expert]):
             p.requires_grad_(state is PairState.TRAINED)
             if state is not PairState.TRAINED:
                 p.grad = None
+
+    def _check_has(self, expert: str) -> None:
+        if expert not in self.experts:
+            raise KeyError(f"no expert {expert!r} in this layer; it has {sorted(self.experts)}")
 
     @property
     def applied(self) -> list[str]:
@@ -180,8 +197,10 @@ class ExpertLinear(nn.Linear):
         `unmerge` restores the very same bits.
 
         Raises:
+            KeyError: if the layer has no such expert.
             RuntimeError: if an expert is merged already.
         """
+        self._check_has(expert)
         if self.merged is not None:
             raise RuntimeError(f"expert {self.merged[0]!r} is merged already; unmerge it first")
         delta = self.delta(expert)
