@@ -5,6 +5,8 @@
 PYTHON ?= python3
 # What `pip install` is given for PyTorch: another version, a wheel file, ...
 TORCH ?= torch==2.13.0
+# Compiles the GPU kernels. A CUDA build of PyTorch brings its own; for a CPU build, the version that goes with it.
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 
 BIN := $(VENV)/bin
@@ -15,11 +17,11 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench wheel clean missing-packages check-system
+.PHONY: help setup demo test check-triton36 gpu bench wheel clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
 
 setup: $(INSTALLED) ## the environment alone
 
@@ -30,6 +32,18 @@ demo: $(INSTALLED) ## five methods on human-rated sentiment, 12 clients: runs/de
 
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest -q --durations=10 tests
+
+# PyTorch 2.11 comes with Triton 3.6, whose interpreter does not work with numpy 2.4. Both lie in a folder that goes
+# before the environment's own packages.
+check-triton36: $(INSTALLED) ## the checks of the GPU kernels on Triton 3.6
+	test -d $(VENV)/triton36 || $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 'numpy<2.4'
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/triton/test_processes.py
+
+# No environment is made: the machine may have no network, and PYTHON has PyTorch already.
+DEST ?= runs/gpu
+gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eight files in DEST=, QUICK=1 for 8 minutes
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick)
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
@@ -44,6 +58,7 @@ clean: ## remove what was built; keep the environment and the runs
 $(INSTALLED): $(SOURCES) | check-system
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install '$(TRITON)'
 	$(PIP) install $(BUILD_REQUIREMENTS)
 	$(PIP) install --no-build-isolation --editable '.[train,test]'
 	@touch $@
