@@ -46,6 +46,11 @@ def launches(chip):
         yield f"dx {tile}", lambda: launch.gemm(dy, weight, None, t, a, tile, chip, across=True)
     for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=True):
         yield f"dx, dropout {tile}", lambda: launch.gemm(dy, weight, None, t, a, tile, chip, dropout, across=True)
+    int8, w_scale = empty(N, K, dtype=torch.int8), empty(N, dtype=torch.float32)
+    for tile in tiles:
+        if tile.kind == "pointer":
+            yield f"forward, int8 {tile}", lambda: launch.gemm(x, int8.t(), bias, t, b.t(), tile, chip, None, w_scale)
+            yield f"dx, int8 {tile}", lambda: launch.gemm(dy, int8, None, t, a, tile, chip, None, w_scale, True)
     narrow = Gemm(12608, 768, 768, R)
     for tile in legal_tiles(narrow, chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":

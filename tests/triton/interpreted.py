@@ -284,3 +284,25 @@ def test_opcheck():
             (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, s, 0.1, 3, True, True,
              [True, False], [True, True]),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (65, 131, 101)])
+def test_int8_weight(rows, k, n, dtype):
+    """The frozen weight as int8 with one scale a row, made wide where a tile is loaded, forward and dx."""
+    layer = Layer(rows, k, n, [3, 8], dtype=dtype)
+    q = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    w_scale = torch.rand(n) / 127 / k**0.5
+    weight = q.double() * w_scale.double()[:, None]
+    experts = launch.pack(layer.a, layer.b, torch.tensor(layer.scale))
+    for x, w, f, across in [(layer.x, q.t(), experts.b.t(), False), (layer.dy, q, experts.a, True)]:
+        wide = weight if across else weight.t()
+        t = torch.randn(rows, 11).to(dtype)
+        want = x.double() @ wide + t.double() @ f.double()
+        eager = torch.addmm(t @ f, x, wide.to(dtype))
+        got = launch.gemm(x, w, None, t, f, SMALL["pointer"], CHIP, w_scale=w_scale, across=across)
+        assert error(got, want) <= 1.5 * error(eager, want)
+        if across:
+            continue
+        # The scale comes after the sum, and is not rounded to the dtype: closer than the weight in that dtype is.
+        assert error(got, want) <= error(eager, want)
