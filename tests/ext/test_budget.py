@@ -1,0 +1,91 @@
+"""fedms_ext.budget against counts by hand and by PyTorch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import BLOCKS, MODELS, WIDTH, bert, stack
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedms_ext import LoRA, activate, attach, budget, deactivate, reference
+
+
+def with_expert(model, rank=3):
+    attach(model, "all-linear", {"e": LoRA(rank, 6)})
+    deactivate(model, "e")
+    return model
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """PyTorch's count of the operations of a call. It cannot look into our operator: the reference stands in."""
+
+    def count(run) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            run()
+        return counter.get_total_flops()
+
+    monkeypatch.setattr("fedms_ext.nn.expert_linear.expert_linear", plain_expert_linear)
+    return count
+
+
+def plain_expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
+    return reference.expert_linear(x, weight, bias, lora_a, lora_b, scale, gate)
+
+
+def test_costs_of_a_block_by_hand():
+    model = with_expert(stack(), rank=3)
+    weights = 2 * WIDTH * 2 * WIDTH  # up and down
+    pairs = 2 * 3 * (WIDTH + 2 * WIDTH)
+    assert budget.block_costs(model) == [budget.BlockCost(weights, 0, WIDTH)] * BLOCKS
+    activate(model, "e", depth=1, applied_depth=2)
+    costs = budget.block_costs(model)
+    assert [cost.lora for cost in costs] == [0, 0, pairs, pairs]
+    assert costs[3].forward(tokens=10, length=5) == 10 * (2 * weights + 2 * pairs + 4 * 5 * WIDTH)
+    assert costs[3].backward(tokens=10, length=5) == 10 * (2 * weights + 4 * pairs + 8 * 5 * WIDTH)
+
+
+def test_sums_over_the_blocks_asked_for():
+    model = with_expert(bert())
+    activate(model, "e", depth=1)
+    whole = budget.forward_flops(model, 3, 7)
+    assert whole == budget.forward_flops(model, 3, 7, last=2) + budget.forward_flops(model, 3, 7, first=2)
+    assert budget.forward_flops(model, 3, 7, first=BLOCKS) == budget.forward_flops(model, 0, 7) == 0
+    one = budget.backward_flops(model, 3, 7)
+    activate(model, "e", depth=BLOCKS)
+    assert budget.backward_flops(model, 3, 7) == BLOCKS * one > 0
+    deactivate(model, "e")
+    assert budget.backward_flops(model, 3, 7) == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("depth", [0, 1, BLOCKS])
+def test_forward_is_what_pytorch_counts(counted, name, depth):
+    pytest.importorskip("transformers")
+    model = with_expert(MODELS[name]())
+    activate(model, "e", depth=depth)
+    model.inner.set_attn_implementation("eager")
+    length = 7 if name == "bert" else 5  # four patches and the class token
+    with torch.no_grad():
+        got = counted(model.run)
+    below = 0 if name == "bert" else counted(lambda: model.inner.embeddings(model.inputs["pixel_values"]))
+    assert budget.forward_flops(model, 3, length) == got - below
+
+
+@pytest.mark.parametrize("depth", [1, 2, BLOCKS])
+def test_backward_is_what_pytorch_counts_but_for_the_lowest_input(counted, depth):
+    pytest.importorskip("transformers")
+    model = with_expert(bert())
+    activate(model, "e", depth=depth)
+    model.inner.set_attn_implementation("eager")
+    y = model.run()
+    got = counted(lambda: y.sum().backward())
+    # The lowest trained block's query, key and value layers need no dx; the model counts it.
+    lowest = 3 * 3 * 7 * (2 * WIDTH * WIDTH + 2 * 3 * WIDTH)
+    assert budget.backward_flops(model, 3, 7) == got + lowest
+
+
+def test_needs_experts():
+    with pytest.raises(ValueError, match="no experts are attached"):
+        budget.forward_flops(stack(), 1, 1)
