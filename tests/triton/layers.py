@@ -1,0 +1,66 @@
+"""Random layers and the comparison that every numerical test makes, on the default device of PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+import fedms_ext
+from fedms_ext import expert_linear, reference
+
+GATES = ["none", "scalar", "expert", "row", "row and expert", "zeros and ones", "strided"]
+
+
+def error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def random_gate(kind, rows, experts):
+    """(rows, E) or what broadcasts to it, on the default device; None for no gate."""
+    return {
+        "none": lambda: None,
+        "scalar": lambda: torch.randn(()),
+        "expert": lambda: torch.randn(experts),
+        "row": lambda: torch.randn(rows, 1),
+        "row and expert": lambda: torch.randn(rows, experts),
+        "zeros and ones": lambda: torch.randint(0, 2, (rows, experts)).float(),
+        "strided": lambda: torch.randn(experts, rows, 2)[..., 1].t(),
+    }[kind]()
+
+
+class Layer:
+    def __init__(self, rows, k, n, ranks, gate="none", dtype=torch.bfloat16, bias=True, dropout_p=0.0, seed=5):
+        self.x = torch.randn(rows, k).to(dtype)
+        self.weight = (torch.randn(n, k) / k**0.5).to(dtype)
+        self.bias = torch.randn(n).to(dtype) if bias else None
+        self.a = [(torch.randn(r, k) / k**0.5).to(dtype) for r in ranks]
+        self.b = [torch.randn(n, r).to(dtype) for r in ranks]
+        self.scale = [0.5 + 0.25 * e for e in range(len(ranks))]
+        self.gate = random_gate(gate, rows, len(ranks))
+        self.options = dict(dropout_p=dropout_p, seed=seed)
+        self.dy = torch.randn(rows, n).to(dtype)
+
+    def run(self, call, active=None, double=False, needs=None):
+        """y and the gradients of x, the gate, every A and B; `needs` are the numbers of those that are asked for."""
+        convert = (lambda t: None if t is None else t.double()) if double else (lambda t: t)
+        inputs = [convert(t) for t in (self.x, self.gate, *self.a, *self.b)]
+        leaves = [None if t is None else t.detach().requires_grad_(needs is None or i in needs)
+                  for i, t in enumerate(inputs)]
+        x, gate, *lora = leaves
+        e = len(self.a)
+        y = call(x, convert(self.weight), convert(self.bias), lora[:e], lora[e:], self.scale, gate, active, **self.options)
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, wanted, convert(self.dy), allow_unused=True)]
+
+
+def check(layer, active=None, needs=None):
+    want = layer.run(reference.expert_linear, active, double=True, needs=needs)
+    with fedms_ext.use_backend("eager"):
+        eager = layer.run(expert_linear, active, needs=needs)
+    with fedms_ext.use_backend("triton"):
+        got = layer.run(expert_linear, active, needs=needs)
+    assert len(got) == len(want)
+    for i, (g, e, w) in enumerate(zip(got, eager, want)):
+        assert (g is None) == (w is None), i
+        if g is not None:
+            assert error(g, w) <= 1.5 * error(e, w) + 1e-7, (i, error(g, w), error(e, w))
+    return got
