@@ -17,8 +17,9 @@ from .activation import (
     prefix_hash,
 )
 from .backends import available, explain, use_backend
-from .nn import ExpertLinear, GateAdapter, LoRA, PairState
+from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantisedWeight
 from .ops import expert_linear
+from .quantize import dequantize, quantize
 from .reference import philox_mask
 from .surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
 
@@ -26,9 +27,11 @@ __all__ = [
     "ConstantCache",
     "ConstantPrefix",
     "ExpertLinear",
+    "FrozenLinear",
     "GateAdapter",
     "LoRA",
     "PairState",
+    "QuantisedWeight",
     "Ragged",
     "activate",
     "activation_order",
@@ -37,6 +40,7 @@ __all__ = [
     "budget",
     "build_info",
     "deactivate",
+    "dequantize",
     "detach",
     "expert_layers",
     "expert_linear",
@@ -48,6 +52,7 @@ __all__ = [
     "philox_mask",
     "prefix_depth",
     "prefix_hash",
+    "quantize",
     "reset_expert",
     "unmerge",
     "use_backend",

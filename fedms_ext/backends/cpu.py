@@ -1,4 +1,5 @@
-"""The CPU backend: the LoRA branch in the fp32 kernels of `fedms_ext._C`, the frozen GEMM in torch (MKL)."""
+"""The CPU backend: the kernels of `fedms_ext._C`. With a floating weight the frozen GEMM is left to torch (MKL), and
+the LoRA branch runs in fp32; with a quantised one both are one kernel."""
 
 from __future__ import annotations
 
@@ -84,3 +85,74 @@ def backward(
     db = [torch.empty_like(b) if needed else None for b, needed in zip(lora_b, needs_db)]
     _C.lora_backward(dy, x, lora_a, lora_b, scale.tolist(), gates, s, dropout_p, seed, dx, dgate, da, db)
     return dx, None if dgate is None else dgate.view(gate.shape), da, db
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """In the form that the kernels take: float32 without gaps."""
+    return tensor.to(torch.float32).contiguous()
+
+
+def _plain_operands(
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor, gate: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], list[float], Tensor | None]:
+    gates = gate.to(torch.float32).reshape(-1, len(lora_a)) if gate is not None and lora_a else None
+    return [_plain(a) for a in lora_a], [_plain(b) for b in lora_b], scale.tolist(), gates
+
+
+def frozen_forward(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """`reference.frozen_linear` in float32; y has x's dtype, s that of the experts."""
+    operands = _plain_operands(lora_a, lora_b, scale, gate)
+    plain = _plain(x)
+    s = plain.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in lora_a]))
+    y = plain.new_empty(*x.shape[:-1], weight_scale.shape[0])
+    _C.int8_forward(
+        plain, weight, weight_scale, None if bias is None else _plain(bias), *operands, dropout_p, seed, s, y
+    )
+    return y.to(x.dtype), s.to(lora_a[0].dtype) if lora_a else s
+
+
+def frozen_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    k: int,
+    weight_t: Tensor | None,
+    weight_t_scale: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    a, b, scales, gates = _plain_operands(lora_a, lora_b, scale, gate)
+    plain = _plain(dy)
+    dx = plain.new_empty(*dy.shape[:-1], k) if needs_dx else None
+    dgate = plain.new_empty(gates.shape) if needs_dgate else None
+    da = [torch.empty_like(t) if needed else None for t, needed in zip(a, needs_da)]
+    db = [torch.empty_like(t) if needed else None for t, needed in zip(b, needs_db)]
+    _C.int8_backward(
+        plain, None if x is None else _plain(x), k, weight_t, weight_t_scale, a, b, scales, gates,
+        None if s is None else _plain(s), dropout_p, seed, dx, dgate, da, db,
+    )  # fmt: skip
+    return (
+        None if dx is None else dx.to(dy.dtype),
+        None if dgate is None else dgate.view(gate.shape).to(gate.dtype),
+        [None if grad is None else grad.to(t.dtype) for grad, t in zip(da, lora_a)],
+        [None if grad is None else grad.to(t.dtype) for grad, t in zip(db, lora_b)],
+    )

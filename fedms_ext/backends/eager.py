@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..reference import dropout
 
 
@@ -119,3 +120,60 @@ def backward(
     if dx is not None:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, None if dgate is None else dgate.view(gate.shape), da, db
+
+
+def frozen_forward(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """`forward` on the data of a QuantisedWeight (N, K), expanded to x's dtype."""
+    expanded = _expand(weight, weight_scale, x.shape[-1], x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if not lora_a:
+        return F.linear(x, expanded, bias), x.new_empty(x.shape[:-1].numel(), 0)
+    return forward(x, expanded, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+
+
+def frozen_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    k: int,
+    weight_t: Tensor | None,
+    weight_t_scale: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`backward` on the data of the transposed QuantisedWeight (K, N); None where dx is not needed."""
+    n = dy.shape[-1]
+    weight = _expand(weight_t, weight_t_scale, n, dy.dtype).t() if needs_dx else dy.new_empty(()).expand(n, k)
+    if not lora_a:
+        return dy @ weight, None, [], []
+    return backward(
+        dy, x, weight, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
+    )
+
+
+def _expand(data: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight (len(scale), columns) in either of its forms, times its scale."""
+    q = data
+    if data.dtype == torch.uint8:
+        q = torch.empty(scale.shape[0], columns, dtype=torch.int8)
+        _C.int8_unpack(data, q)
+    return (q * scale.unsqueeze(1)).to(dtype)

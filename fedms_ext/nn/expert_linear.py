@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedms_ext.frozen_ops import frozen_linear
+from fedms_ext.nn.frozen_linear import FrozenLinear
+from fedms_ext.nn.quantised_weight import QuantisedWeight
 from fedms_ext.ops import expert_linear
 
 
@@ -79,6 +82,8 @@ class ExpertLinear(nn.Linear):
 
     `gate`, set by `fedms_ext.gated`, is a tensor (B, E) with one weight per sample and expert (E counts all
     experts of the layer, in the order of `experts`), or None for weight 1 everywhere.
+
+    After `fedms_ext.quantize`, `frozen` holds the weight and `weight` is None.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, experts: Mapping[str, LoRA],
@@ -113,6 +118,7 @@ class ExpertLinear(nn.Linear):
         self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
         self.gate: Tensor | None = None
         self.merged: tuple[str, PairState, Tensor] | None = None   # what `merge` changed
+        self.frozen: QuantisedWeight | None = None
         for name, lora in experts.items():
             self.add_expert(name, lora)
 
@@ -124,7 +130,8 @@ class ExpertLinear(nn.Linear):
                 experts (the mask is one per layer, shared by its experts: definition, section 1).
         """
         check_experts(self.experts, {name: lora})
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        weight = self.weight if self.frozen is None else self.frozen.scale
+        like = {"device": weight.device, "dtype": weight.dtype}
         a = torch.empty(lora.rank, self.in_features, **like)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.lora_a[name] = nn.Parameter(a, requires_grad=False)
@@ -165,16 +172,19 @@ class ExpertLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         applied = self.applied
         if not applied:
+            if self.frozen is not None:
+                return frozen_linear(x, self.frozen, self.bias)
             return F.linear(x, self.weight, self.bias)
         dropout = self.experts[applied[0]].dropout
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
-        return expert_linear(
-            x, self.weight, self.bias,
+        operator, weight = (expert_linear, self.weight) if self.frozen is None else (frozen_linear, self.frozen)
+        return operator(
+            x, weight, self.bias,
             [self.lora_a[e] for e in applied], [self.lora_b[e] for e in applied],
             [self.experts[e].scale for e in applied],
             gate=None if self.gate is None else self._gate_of_rows(x, applied),
             dropout_p=dropout if drops else 0.0,
-            seed=int(torch.randint(2**63 - 1, ())) if drops else None)
+            seed=int(torch.randint(2**63 - 1, ())) if drops else 0)
 
     def _gate_of_rows(self, x: Tensor, applied: list[str]) -> Tensor:
         gate = self.gate
@@ -198,9 +208,12 @@ class ExpertLinear(nn.Linear):
 
         Raises:
             KeyError: if the layer has no such expert.
-            RuntimeError: if an expert is merged already.
+            RuntimeError: if an expert is merged already, or the weight is quantised.
         """
         self._check_has(expert)
+        if self.frozen is not None:
+            raise RuntimeError("the weight is quantised, so nothing can be merged into it; call fedms_ext.dequantize "
+                               "with the original weights first")
         if self.merged is not None:
             raise RuntimeError(f"expert {self.merged[0]!r} is merged already; unmerge it first")
         delta = self.delta(expert)
@@ -222,8 +235,19 @@ class ExpertLinear(nn.Linear):
         self.merged = None
         self.set_state(expert, state)
 
+    def freeze(self, frozen: QuantisedWeight) -> None:
+        """Takes a quantised weight (N, K) in the place of `weight`; see `fedms_ext.quantize`."""
+        self.weight, self.frozen = None, frozen
+
+    def thaw(self, weight: Tensor) -> None:
+        """Takes a weight (N, K) in the place of the quantised one; see `fedms_ext.dequantize`."""
+        self.weight, self.frozen = nn.Parameter(weight, requires_grad=False), None
+
     def to_linear(self) -> nn.Linear:
-        """A plain `nn.Linear` on the same parameters, without the experts (merge first to keep one)."""
+        """A plain `nn.Linear` on the same parameters, without the experts (merge first to keep one); a `FrozenLinear`
+        if the weight is quantised."""
+        if self.frozen is not None:
+            return FrozenLinear(self.frozen, self.bias).train(self.training)
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
         linear.in_features, linear.out_features = self.in_features, self.out_features

@@ -1,0 +1,162 @@
+"""`expert_linear` on a quantised weight, as PyTorch sees it: registration, fakes and autograd (compare `ops.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import eager
+from .ops import _library, _scale_tensor, _kept_scale_tensor, _without_autocast
+
+if TYPE_CHECKING:
+    from .nn.quantised_weight import QuantisedWeight
+
+# `weight` is the data of a QuantisedWeight (N, K), in either form, and `weight_t` that of its transpose.
+_library.define(
+    "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, "
+    "Tensor scale, Tensor? gate, float dropout_p, SymInt seed) -> (Tensor y, Tensor s)"
+)
+_library.define(
+    "frozen_linear_backward(Tensor dy, Tensor? x, SymInt k, Tensor? weight_t, Tensor? weight_t_scale, "
+    "Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? gate, Tensor? s, float dropout_p, SymInt seed, "
+    "bool needs_dx, bool needs_dgate, bool[] needs_da, bool[] needs_db) -> Tensor[]"
+)
+
+
+def _backend(x: Tensor) -> ModuleType:
+    chosen = backends.choose(x)
+    return chosen if hasattr(chosen, "frozen_forward") else eager
+
+
+@_without_autocast
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _backend(x).frozen_forward(x, *args)
+
+
+@_without_autocast
+def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
+    dx, dgate, da, db = _backend(dy).frozen_backward(dy, *args)
+    return [gradient for gradient in (dx, dgate, *da, *db) if gradient is not None]
+
+
+_library.impl("frozen_linear", _forward, "CompositeExplicitAutograd")
+_library.impl("frozen_linear_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fedms_ext::frozen_linear")
+def _(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
+    rows = math.prod(x.shape[:-1])
+    ranks = sum(a.shape[0] for a in lora_a)
+    dtype = lora_a[0].dtype if lora_a else x.dtype
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0])), x.new_empty((rows, ranks), dtype=dtype)
+
+
+@torch.library.register_fake("fedms_ext::frozen_linear_backward")
+def _(
+    dy, x, k, weight_t, weight_t_scale, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate,
+    needs_da, needs_db,
+):  # fmt: skip
+    gradients = [dy.new_empty((*dy.shape[:-1], k))] if needs_dx else []
+    if needs_dgate:
+        gradients.append(gate.new_empty(gate.shape))
+    gradients += [a.new_empty(a.shape) for a, needed in zip(lora_a, needs_da) if needed]
+    gradients += [b.new_empty(b.shape) for b, needed in zip(lora_b, needs_db) if needed]
+    return gradients
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_t: Tensor | None,
+        weight_t_scale: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        dropout_p: float,
+        seed: int,
+        needs: tuple[bool, ...],
+        *lora: Tensor,
+    ) -> Tensor:
+        experts = len(lora) // 2
+        y, s = torch.ops.fedms_ext.frozen_linear(
+            x, weight, weight_scale, bias, lora[:experts], lora[experts:], scale, gate, dropout_p, seed
+        )
+        # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
+        keep_x = any(needs[2 : 2 + experts])
+        keep_s = needs[1] or any(needs[2 + experts :])
+        ctx.save_for_backward(
+            x if keep_x else None, s if keep_s else None, gate, weight_t, weight_t_scale, scale, *lora
+        )
+        ctx.k, ctx.dropout_p, ctx.seed, ctx.needs = x.shape[-1], dropout_p, seed, needs
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, gate, weight_t, weight_t_scale, scale, *lora = ctx.saved_tensors
+        experts = len(lora) // 2
+        needs = ctx.needs
+        found = iter(
+            torch.ops.fedms_ext.frozen_linear_backward(
+                dy, x, ctx.k, weight_t, weight_t_scale, lora[:experts], lora[experts:], scale, gate, s, ctx.dropout_p,
+                ctx.seed, needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
+            )
+        )  # fmt: skip
+        dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
+        return dx, dgate, *[None] * 9, *dlora
+
+
+def frozen_linear(
+    x: Tensor,
+    frozen: QuantisedWeight,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor] = (),
+    lora_b: Sequence[Tensor] = (),
+    scale: Sequence[float] = (),
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """`expert_linear` on a quantised weight (N, K); only the applied experts are given, if any.
+
+    x is (..., K), any floating dtype, and y (..., N) has the same; `gate` broadcasts to x.shape[:-1] + (E,). The
+    other arguments are those of `expert_linear`. See `reference.frozen_linear` for what is computed on the CPU.
+
+    Raises TypeError for an x that is not floating, ValueError for a wrong shape or device.
+    """
+    n, k = frozen.shape
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, expected a floating dtype")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x has the shape {tuple(x.shape)}, expected (..., {k}) for a weight of {(n, k)}")
+    if frozen.scale.device != x.device:
+        raise ValueError(f"the weight is on {frozen.scale.device}, but x is on {x.device}; move one of them")
+    if gate is not None:
+        gate = gate.expand(*x.shape[:-1], len(lora_a))
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    factors = (_scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor)(tuple(scale))
+
+    needs = (False,)
+    if torch.is_grad_enabled():
+        needs = tuple(tensor is not None and tensor.requires_grad for tensor in (x, gate, *lora_a, *lora_b))
+    if any(needs):
+        weight_t, weight_t_scale = frozen.transposed() if needs[0] else (None, None)
+        return _FrozenLinear.apply(
+            x, gate, frozen.data, frozen.scale, weight_t, weight_t_scale, bias, factors, dropout_p, seed, needs,
+            *lora_a, *lora_b,
+        )  # fmt: skip
+    return torch.ops.fedms_ext.frozen_linear(
+        x, frozen.data, frozen.scale, bias, lora_a, lora_b, factors, gate, dropout_p, seed
+    )[0]
