@@ -65,7 +65,7 @@ class ResidualNorm:
     def result(self) -> float | None:
         """The relative norm; None if no pair was sent or all products are zero."""
         lost = kept = 0.0
-        for pairs in self.pairs.values():
+        for _, pairs in sorted(self.pairs.items()):
             total = sum(weight for _, _, weight in pairs)
             a = torch.cat([a.double() for a, _, _ in pairs])
             b = torch.cat([b.double() * (weight / total) for _, b, weight in pairs], dim=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -62,6 +64,8 @@ Sets = Annotated[Optional[list[str]], typer.Option(
     help="Override one key of the run file; may be repeated. The value is TOML, other text is taken as a string, "
          "and none unsets an optional key.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
+Resume = Annotated[bool, typer.Option(
+    "--resume", help="Go on where an earlier call with the same settings was stopped or killed.")]
 
 
 @app.callback()
@@ -89,6 +93,7 @@ def run(
     engine: Annotated[Optional[str], typer.Option(
         "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process).")] = None,
     force: Force = False,
+    resume: Resume = False,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Check the configuration, print it with all defaults, and stop.")] = False,
 ) -> None:
@@ -102,12 +107,12 @@ def run(
             console.print(dump_toml(config), end="", markup=False, soft_wrap=True)
             return
         out = out or Path("runs") / source_name(source) / f"{config.run.method}-seed{config.run.seed}"
-        _refuse_filled([out], force)
+        _refuse_filled([out], force, resume)
 
         from fedms import run as runner
 
-        with _progress(out) as progress:
-            runner.run(config, out, overwrite=force, progress=progress)
+        with _progress(out) as progress, _polite_stop() as stop:
+            runner.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
         _show_results(out)
 
 
@@ -128,6 +133,7 @@ def compare(
     out: Annotated[Optional[Path], typer.Option(
         "--out", "-o", metavar="DIR", help="Folder of the runs.", show_default="runs/SOURCE")] = None,
     force: Force = False,
+    resume: Resume = False,
 ) -> None:
     """Run several methods on the same clients and seeds, and show them in one table."""
     with _exit_codes():
@@ -135,12 +141,12 @@ def compare(
         chosen = _method_list(methods)
         numbers = _seed_list(seeds, config)
         out = out or Path("runs") / source_name(source)
-        _refuse_filled([out / f"{m}-seed{n}" for m in chosen for n in numbers], force)
+        _refuse_filled([out / f"{m}-seed{n}" for m in chosen for n in numbers], force, resume)
 
         from fedms import run as runner
 
-        with _progress(out) as progress:
-            runner.compare(config, chosen, numbers, out, overwrite=force, progress=progress)
+        with _progress(out) as progress, _polite_stop() as stop:
+            runner.compare(config, chosen, numbers, out, overwrite=force, resume=resume, progress=progress, stop=stop)
         _show_results(out)
 
 
@@ -203,11 +209,41 @@ def _seed_list(text: Optional[str], config: RunConfig) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def _refuse_filled(folders: list[Path], force: bool) -> None:
+def _refuse_filled(folders: list[Path], force: bool, resume: bool) -> None:
     # Asked before the model is loaded; the writer of the records asks again.
+    if force and resume:
+        raise ConfigError("--force starts again and --resume goes on: give one of them")
     for folder in folders:
-        if not force and folder.is_dir() and any(folder.iterdir()):
-            raise RunFolderError(f"{folder}: exists and is not empty; choose another --out, or replace it by --force")
+        if not (force or resume) and folder.is_dir() and any(folder.iterdir()):
+            raise RunFolderError(f"{folder}: exists and is not empty; go on with the run by --resume, replace it by "
+                                 "--force, or choose another --out")
+
+
+class _Stop:
+    """Asks a run to stop between two clients; asked a second time, it stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def on_signal(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        errors.print("\nstopping after this client; once more stops at once", markup=False)
+
+
+@contextlib.contextmanager
+def _polite_stop() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # Output
@@ -217,10 +253,12 @@ def _progress(out: Path) -> Iterator[Progress]:
     progress = TerminalProgress(errors)
     try:
         yield progress
-    except KeyboardInterrupt:
+    except BaseException as error:
         progress.close()
-        if out.is_dir():
-            errors.print(f"\nwhat was recorded so far stays; fedms report {out} shows it", markup=False, soft_wrap=True)
+        if out.is_dir() and (isinstance(error, KeyboardInterrupt) or _name(error) in _RESUMABLE):
+            words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
+            errors.print(f"\nfedms report {out} shows what was recorded so far; go on with\n"
+                         f"  {shlex.join(['fedms', *words, '--resume'])}", markup=False, soft_wrap=True)
         raise
     finally:
         progress.close()
@@ -273,6 +311,9 @@ def _exit_codes() -> Iterator[None]:
         errors.print("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
+        if _name(error) == "Interrupted":
+            errors.print(f"stopped: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
         code, title = _classify(error)
         if os.environ.get("FEDMS_DEBUG") == "1":
             traceback.print_exc()
@@ -284,11 +325,19 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
+# By name: their modules import torch, which an error may well come before.
+_RESUMABLE = ("Interrupted", "CheckpointError", "RunFolderError")
+
+
+def _name(error: BaseException) -> str:
+    return type(error).__name__
+
+
 def _classify(error: Exception) -> tuple[int, str]:
     if isinstance(error, ConfigError):
         problems = len(error.problems)
         return USAGE, "configuration: 1 problem" if problems == 1 else f"configuration: {problems} problems"
-    if isinstance(error, RunFolderError):
+    if isinstance(error, RunFolderError) or _name(error) == "CheckpointError":
         return FOLDER, "run folder"
     if isinstance(error, ModuleNotFoundError):
         return FAILED, "a package is missing: pip install 'fedms[train]'"

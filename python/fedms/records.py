@@ -5,6 +5,7 @@
     visits.jsonl    one line a client and round
     clients.jsonl   one line a client, written at the end
     summary.json    the outcome; missing while a run is under way or when it was killed
+    checkpoint/     what the run needs to go on (:mod:`fedms.checkpoint`)
 
 Numbers: accuracies, shares and gate weights are fractions in [0, 1] (``*_percent`` are percent), times seconds,
 sizes bytes. Keys are sorted and floats written by ``repr``, so equal runs give equal bytes but for :data:`EXEMPT`.
@@ -23,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedms.config import RunConfig, dump_toml
+from fedms.config import ConfigError, RunConfig, dump_toml
+from fedms.files import LOCK, FolderLock, write_durably
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,7 +57,7 @@ SUMMARY_FIELDS = (
 
 CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json")
-_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint"})
+_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", LOCK})
 _FRESH = ".new-"
 _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
              ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))
@@ -66,25 +68,27 @@ class RunFolderError(Exception):
 
 
 class RunFolder:
-    """Writer of one run folder; make it with :meth:`create`."""
+    """Writer of one run folder, which no other process can write to meanwhile; make it with :meth:`create` or
+    :meth:`resume`, and :meth:`close` it."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, lock: FolderLock):
+        self.path, self._lock = path, lock
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, overwrite: bool = False) -> RunFolder:
         """Make the folder with its ``config.toml``, all or nothing.
 
         A folder that holds anything is refused. With ``overwrite`` an earlier run is replaced, but never a folder
-        with files that no run writes. Raises :class:`RunFolderError`.
+        with files that no run writes, nor one that another process writes to. Raises :class:`RunFolderError`.
         """
         path = Path(path)
         text = dump_toml(config)
+        lock = None
         try:
             if path.exists() and not path.is_dir():
                 raise RunFolderError(f"{path}: exists and is no folder; choose another --out")
             existed = path.exists()
-            old = sorted(os.listdir(path)) if existed else []
+            old = sorted(set(os.listdir(path)) - {LOCK}) if existed else []
             if old and not overwrite:
                 raise RunFolderError(f"{path}: exists and is not empty; choose another --out, or replace it by --force")
             if foreign := [name for name in old if not _is_own(name)]:
@@ -93,11 +97,12 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             # All that can fail for lack of space or rights is done in a folder beside the old files.
             try:
+                lock = _lock(path)
                 fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=path))
                 try:
                     for name in (ROUNDS, VISITS, CLIENTS):
                         (fresh / name).touch()
-                    write_durably(fresh / CONFIG, text)
+                    write_durably(fresh / CONFIG, text.encode())
                     for name in old:
                         _remove(path / name)
                     for name in (ROUNDS, VISITS, CLIENTS, CONFIG):  # the last one makes it a run folder
@@ -105,12 +110,69 @@ class RunFolder:
                 finally:
                     shutil.rmtree(fresh, ignore_errors=True)
             except BaseException:
-                if not existed:
-                    shutil.rmtree(path, ignore_errors=True)
+                if lock:
+                    lock.release()
+                    if not existed:
+                        shutil.rmtree(path, ignore_errors=True)
                 raise
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
-        return cls(path)
+        return cls(path, lock)
+
+    @classmethod
+    def resume(cls, path: str | Path, config: RunConfig) -> RunFolder:
+        """Open the folder of a run that was stopped, or make it where no run has begun.
+
+        Raises :class:`RunFolderError`, and :class:`fedms.config.ConfigError` if the run there has another
+        configuration.
+        """
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            return cls.create(path, config, overwrite=True)
+        try:
+            lock = _lock(path)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+        try:
+            _check_same_config(path, config)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a run that has ended."""
+        return RunRecords.read(self.path).summary
+
+    def sync(self) -> dict[str, int]:
+        """Make all records so far last; returns the size of each of their files, bytes, for :meth:`rewind`."""
+        sizes = {}
+        for name in (ROUNDS, VISITS, CLIENTS):
+            try:
+                with open(self.path / name, "rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[name] = file.seek(0, os.SEEK_END)
+            except OSError as error:
+                raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
+        return sizes
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Drop all records that were added after :meth:`sync` returned these sizes; without sizes, all."""
+        for name in (ROUNDS, VISITS, CLIENTS):
+            size = sizes.get(name, 0)
+            try:
+                with open(self.path / name, "r+b") as file:
+                    if file.seek(0, os.SEEK_END) < size:
+                        raise RunFolderError(f"{self.path / name}: lines that belong to the checkpoint are missing; "
+                                             "replace the run by --force")
+                    file.truncate(size)
+            except OSError as error:
+                raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add a line to ``rounds.jsonl``; fields of :data:`ROUND_FIELDS`, missing ones become null."""
@@ -131,7 +193,8 @@ class RunFolder:
         plain = _plain(_complete(summary, SUMMARY_FIELDS))
         text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            write_durably(self.path / SUMMARY, text)
+            self.sync()
+            write_durably(self.path / SUMMARY, text.encode())
         except OSError as error:
             raise RunFolderError(f"{self.path / SUMMARY}: cannot be written: {error.strerror}") from error
         return plain
@@ -139,8 +202,13 @@ class RunFolder:
     def _append(self, name: str, record: dict[str, Any]) -> None:
         line = json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            with open(self.path / name, "a", encoding="utf-8", newline="\n") as file:
-                file.write(line)
+            with open(self.path / name, "r+b", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    _write_all(file, line.encode())
+                except OSError:
+                    file.truncate(end)  # a full disk takes a part of the line
+                    raise
         except OSError as error:
             raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
@@ -240,18 +308,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that after a crash either the old or the new content is there, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def _lock(path: Path) -> FolderLock:
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return FolderLock(path)
+    except BlockingIOError as error:
+        raise RunFolderError(f"{path}: {error}, another run; wait for its end, or choose another --out") from None
+
+
+def _check_same_config(path: Path, config: RunConfig) -> None:
+    there, here = _flat(RunRecords.read(path).config), _flat(tomllib.loads(dump_toml(config)))
+    if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
+        raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "
+                           "go on with that value, or choose another --out" for key in differing])
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    while data:
+        data = data[file.write(data):]
 
 
 def _is_own(name: str) -> bool:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from fedms.config import METHODS
-from fedms.records import CONFIG, RunFolderError, RunRecords, find_runs, write_durably
+from fedms.files import write_durably
+from fedms.records import CONFIG, RunFolderError, RunRecords, find_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -940,6 +941,6 @@ def _svg(figure: Any, name: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_durably(path, text)
+        write_durably(path, text.encode())
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from error

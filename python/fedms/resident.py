@@ -66,8 +66,6 @@ class ResidentModel:
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
         with _blamed_on("model.targets"):
             attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
-        for layer in expert_layers(foundation.module).values():
-            layer.train()       # LoRA's dropout is on (it acts on trained layers only); the FM's own stays off
         self.layers = expert_layers(foundation.module)
         self.blocks = len(blocks_of(foundation.module))
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
@@ -83,7 +81,9 @@ class ResidentModel:
         self.boundary = min(self.order[:config.sal.depth]) - 1   # blocks below the lowest one that is trained
         self.running: str | None = None                     # what the pairs are set for now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
-        self.flops = 0                                      # counted as work is done
+        self.flops = 0                                      # of the run under way, on its clients' devices
+        self.charged: set[str] = set()                      # constants that the run has paid for
+        self.costs: dict[str, int] = {}                     # what computing each constant takes
 
     def _new_head(self) -> nn.Module:
         model = self.config.model
@@ -106,6 +106,11 @@ class ResidentModel:
                                     self.gate.temperature)
         self.running = None
         return {**self.read("global"), **self.read_gate()}
+
+    def start(self) -> None:
+        """The start of a run: nothing is counted yet."""
+        self.flops, self.charged = 0, set()
+        self.clear()
 
     def clear(self) -> None:
         """Forgets which experts are loaded: the start of every visit."""
@@ -194,7 +199,7 @@ class ResidentModel:
         digest = hashlib.sha256()
         for tensor in self.read_applied(expert).values():
             digest.update(tensor.numpy())
-        return self.cache.get((part.key, "logits", digest.digest()), lambda: self.all_logits(expert, part))
+        return self._constant((part.key, "logits", digest.hexdigest()), lambda: self.all_logits(expert, part))
 
     def features(self, part: Part) -> Tensor:
         """(n, D) pooled features of the foundation model alone, all experts off: constant for ever."""
@@ -202,7 +207,7 @@ class ResidentModel:
             with torch.no_grad():
                 self._run(None)
                 return self._in_chunks(part, lambda rows: self._features(part, rows), self.foundation.feature_dim)
-        return self.cache.get((part.key, "features"), compute)
+        return self._constant((part.key, "features"), compute)
 
     def gate_features(self, part: Part) -> Tensor:
         """(n, D) what the gate sees: `[gate] features`."""
@@ -213,13 +218,29 @@ class ResidentModel:
         def compute() -> Tensor:
             prefix = self._prefix(part)
             return torch.stack([prefix.row(i).mean(0) for i in range(len(prefix))])
-        return self.cache.get((part.key, "prefix features", *self.prefix_key), compute)
+        return self._constant((part.key, "prefix features", *self.prefix_key), compute)
 
     def zero_shot_logits(self, part: Part) -> Tensor | None:
         """(n, C) logits of the class prompts on the foundation model's own features; None without prompts."""
         if self.class_embeddings is None:
             return None
         return self.features(part) @ self.class_embeddings.T / self.config.model.temperature
+
+    def _constant(self, key: tuple[str | int, ...], compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
+        """A value that depends on its key alone, from the cache or computed now.
+
+        A client's device computes each once in a run, so that is what the run is charged: whatever this process
+        still has from another run, has had to drop, or must compute again after a restart.
+        """
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        before = self.flops
+        value = self.cache.get(key, compute)
+        if self.flops > before or name not in self.costs:
+            self.costs[name] = self.flops - before
+        due = name not in self.charged or value.nbytes > self.cache.max_bytes
+        self.flops = before + (self.costs[name] if due else 0)
+        self.charged.add(name)
+        return value
 
     def _run(self, stream: str | None) -> None:
         """Sets all pairs for a stream: one expert as `load` said, "mixture" (the global expert frozen, the local one
@@ -243,6 +264,8 @@ class ResidentModel:
     def _features(self, part: Part, rows: Tensor) -> Tensor:
         """(B, D) pooled features of the running stream: the cached prefix, then the live blocks."""
         module, depth = self.foundation.module, self.prefix_key[0]
+        for layer in self.layers.values():      # LoRA's dropout is on where something is trained; the FM's own never
+            layer.train(torch.is_grad_enabled())
         inputs = self.dataset.inputs.batch(part.indices[rows])
         start, prefix = 0, nullcontext()
         if depth > 0 and self.cache.max_bytes:
@@ -272,7 +295,7 @@ class ResidentModel:
                 self.flops += budget.forward_flops(self.foundation.module, len(rows), hidden.shape[1], last=depth)
             return Ragged(outputs)
 
-        return self.cache.get((part.key, "prefix", *self.prefix_key), compute)
+        return self._constant((part.key, "prefix", *self.prefix_key), compute)
 
     def _chunks(self, part: Part) -> Sequence[Tensor]:
         if len(part) == 0:

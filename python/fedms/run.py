@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,62 @@ from fedms import data, methods, models
 from fedms.client import Client
 from fedms.config import RunConfig
 from fedms.data import Dataset, Partition
-from fedms.engine.local import LocalEngine
+from fedms.engine.local import Interrupted, LocalEngine
 from fedms.evaluate import evaluate_client, evaluate_unseen, global_test_accuracy, summarise
+from fedms.methods import Method
 from fedms.progress import Progress
 from fedms.records import RunFolder, RunRecords
 from fedms.resident import Part, ResidentModel
 from fedms.server import STAGES, Server
 
 
-def run(config: RunConfig, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool = False,
+        progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Runs one method with one seed into the run folder `out`; returns its summary.
+
+    Args:
+        overwrite: replace an earlier run in the folder.
+        resume: go on with the run in the folder where it stopped; begin it if there is none.
+        stop: asked between clients whether to stop; the run can then be resumed.
 
     Raises:
         ConfigError, ModelError, DataError: before anything is written.
-        RunFolderError: if the folder exists and `overwrite` is not set, or cannot be written.
+        RunFolderError: if the folder exists and neither `overwrite` nor `resume` is set, or cannot be written.
+        CheckpointError: if a checkpoint cannot be written, or none can be read.
         AllClientsFailed: if no client of a round could train.
+        Interrupted: if `stop` said so.
     """
     progress = progress or Progress()
     try:
-        return _run(_Session(config, progress), config, Path(out), overwrite, progress)
+        return _run(_Session(config, progress), config, _opener(config, Path(out), overwrite, resume), progress, stop)
     finally:
         progress.close()
 
 
 def compare(config: RunConfig, names: Sequence[str], seeds: Sequence[int], out: Path, *, overwrite: bool = False,
-            progress: Progress | None = None) -> list[dict[str, Any]]:
+            resume: bool = False, progress: Progress | None = None,
+            stop: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
     """Runs every method with every seed into `out/METHOD-seedN/`, on the same model, data, partition and cache;
-    returns the summaries. Raises as `run` does."""
+    returns the summaries. Arguments and errors are those of `run`; on resume, runs that have ended stay as they are."""
     progress = progress or Progress()
     try:
         session = _Session(config, progress)
-        return [_run(session, with_run(config, method=name, seed=seed), Path(out) / f"{name}-seed{seed}", overwrite,
-                     progress)
-                for seed in seeds for name in names]
+        summaries = []
+        for seed in seeds:
+            for name in names:
+                one = with_run(config, method=name, seed=seed)
+                opener = _opener(one, Path(out) / f"{name}-seed{seed}", overwrite, resume)
+                summaries.append(_run(session, one, opener, progress, stop))
+        return summaries
     finally:
         progress.close()
+
+
+def _opener(config: RunConfig, out: Path, overwrite: bool, resume: bool) -> Callable[[], RunFolder]:
+    # Opened only once the model and the data are there: a run that cannot begin leaves no folder.
+    if resume:
+        return lambda: RunFolder.resume(out, config)
+    return lambda: RunFolder.create(out, config, overwrite=overwrite)
 
 
 def with_run(config: RunConfig, **values: Any) -> RunConfig:
@@ -66,30 +87,42 @@ class _Session:
         self.model = ResidentModel(self.foundation, self.dataset, config)
 
 
-def _run(session: _Session, config: RunConfig, out: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
-    started = time.perf_counter()
-    seed = config.run.seed
-    partition = data.partition(session.dataset, config.data, config.clients, seed)
-    clients = [Client(split, config) for split in partition.clients]
+def _run(session: _Session, config: RunConfig, open_folder: Callable[[], RunFolder], progress: Progress,
+         stop: Callable[[], bool]) -> dict[str, Any]:
+    partition = data.partition(session.dataset, config.data, config.clients, config.run.seed)
     method = methods.create(config)
     server = Server(config, session.model.order, session.model.block_of, method.carries)
-    folder = RunFolder.create(out, config, overwrite=overwrite)
+    folder = open_folder()
+    try:
+        return folder.summary or _run_into(folder, session, config, partition, method, server, progress, stop)
+    finally:
+        folder.close()
+
+
+def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition: Partition, method: Method,
+              server: Server, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
+    started = time.perf_counter()
+    seed = config.run.seed
     for note in partition.notes:
         progress.note(note)
     progress.start(_visits(server, config), f"{method.name}, seed {seed}")
 
-    session.model.flops = 0
-    engine = LocalEngine(method, server, session.model, clients, folder, progress)
-    state = engine.run(server.start(session.model.initial(seed)))
+    session.model.start()
+    clients = [Client(split, config) for split in partition.clients]
+    engine = LocalEngine(method, server, session.model, clients, folder, progress, stop)
+    state = engine.run(session.model.initial(seed))
 
     progress.phase("evaluating")
     final = server.message(state)
-    records = [evaluate_client(method, session.model, client, engine.private[client.id], final)
-               for client in clients]
+    records = []
+    for client in clients:
+        if stop():
+            raise Interrupted("all rounds are done, evaluation is not")
+        records.append(evaluate_client(method, session.model, client, engine.private[client.id], final))
     arrives, trained = _evaluate_unseen(method, session.model, partition, config, final)
     for record in (*records, *arrives):
         folder.append_client(record)
-    visits = RunRecords.read(out).visits
+    past = RunRecords.read(folder.path)
     return folder.write_summary({
         "method": method.name, "model": config.model.id, "dataset": config.data.name, "seed": seed,
         "rounds": {stage: getattr(config, stage).rounds for stage in STAGES},
@@ -100,13 +133,13 @@ def _run(session: _Session, config: RunConfig, out: Path, overwrite: bool, progr
             "as_it_arrives": summarise(arrives)["personalised_accuracy"]["mean"],
             "after_training": summarise(trained)["personalised_accuracy"]["mean"] if trained else None},
         "final_depth": {stage: state.final_depth.get(stage) for stage in STAGES},
-        "trainable_params": max((v["trained_params"] or 0 for v in visits), default=0),
-        "trainable_percent": max((v["trained_percent"] or 0 for v in visits), default=0),
-        "bytes_up": sum(v["bytes_up"] for v in visits), "bytes_down": sum(v["bytes_down"] for v in visits),
-        "flops": sum(v["flops"] or 0 for v in visits),
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": max((v["peak_memory_bytes"] or 0 for v in visits), default=0),
-        "notes": [*partition.notes, *_failures(visits)],
+        "trainable_params": max((v["trained_params"] or 0 for v in past.visits), default=0),
+        "trainable_percent": max((v["trained_percent"] or 0 for v in past.visits), default=0),
+        "bytes_up": sum(v["bytes_up"] for v in past.visits), "bytes_down": sum(v["bytes_down"] for v in past.visits),
+        "flops": sum(v["flops"] or 0 for v in past.visits),
+        "seconds": engine.seconds_before + time.perf_counter() - started,
+        "peak_memory_bytes": max((v["peak_memory_bytes"] or 0 for v in past.visits), default=0),
+        "notes": [*partition.notes, *_failures(past.visits)],
     })
 
 

@@ -2,7 +2,7 @@
 are active, and words the next message."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,61 @@ class ServerState:
     applied_depth: int
     sums: Tensors = field(default_factory=dict)
     final_depth: Mapping[str, int] = field(default_factory=dict)
+
+
+class Collected:
+    """What has come back in a round so far. Replies are added in ascending order of their clients' ids, so that every
+    engine gives the same bits.
+
+    Args:
+        weights: "samples" weighs a reply by its training samples, "uniform" all alike.
+    """
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+        self.mean, self.residual = WeightedMean(), ResidualNorm()
+        self.sums: Tensors = {}
+        self.numbers: list[dict[str, float | None]] = []        # one dict a reply
+
+    def add(self, reply: Reply) -> None:
+        weight = float(reply.n_train) if self.weights == "samples" else 1.0
+        self.mean.add(reply.tensors, weight)
+        self.residual.add(reply.tensors, weight)
+        for name, tensor in reply.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + tensor
+        self.numbers.append({**reply.metrics, "score": reply.score, "n_train": reply.n_train,
+                             "n_validation": reply.n_validation})
+
+    def average(self, name: str, by: str = "n_validation") -> float | None:
+        """Mean of a number over the clients that have it, weighted by another one."""
+        pairs = [(numbers[by], numbers[name]) for numbers in self.numbers if numbers.get(name) is not None]
+        total = sum(weight for weight, _ in pairs)
+        return sum(weight * value for weight, value in pairs) / total if total else None
+
+    # To and from plain data and tensors, for checkpoints
+
+    def plain(self) -> dict[str, Any]:
+        return {"weights": self.weights, "numbers": self.numbers, "mean_weights": self.mean.weights,
+                "residual_weights": {layer: [w for _, _, w in pairs] for layer, pairs in self.residual.pairs.items()}}
+
+    def tensors(self) -> Tensors:
+        pairs = {f"residual/{layer}/{i}/{x}": pair["ab".index(x)] for layer, pairs in self.residual.pairs.items()
+                 for i, pair in enumerate(pairs) for x in "ab"}
+        return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.sums.items()},
+                **pairs}
+
+    @classmethod
+    def restore(cls, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
+        self = cls(plain["weights"])
+        self.numbers = list(plain["numbers"])
+        self.mean.weights = dict(plain["mean_weights"])
+        self.mean.sums = {name: tensors[f"mean/{name}"] for name in self.mean.weights}
+        self.residual.pairs = {
+            layer: [(tensors[f"residual/{layer}/{i}/a"], tensors[f"residual/{layer}/{i}/b"], weight)
+                    for i, weight in enumerate(weights)]
+            for layer, weights in plain["residual_weights"].items()}
+        self.sums = {n.removeprefix("sums/"): t for n, t in tensors.items() if n.startswith("sums/")}
+        return self
 
 
 class AllClientsFailed(Exception):
@@ -78,8 +133,8 @@ class Server:
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
                        sent["round"], sent["once"], state.sums)
 
-    def step(self, state: ServerState, replies: Iterable[Reply]) -> tuple[ServerState, dict[str, Any]]:
-        """One round: averages the replies as they stream in, in the order of their clients' ids.
+    def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
+        """One round: averages what its clients sent.
 
         Returns:
             The next state, and the round's record.
@@ -87,32 +142,25 @@ class Server:
         Raises:
             AllClientsFailed: if no reply came.
         """
-        mean, residual, numbers = WeightedMean(), ResidualNorm(), []
-        sums = dict(state.sums)
-        for reply in replies:
-            weight = float(reply.n_train) if self.config.aggregate.weights == "samples" else 1.0
-            mean.add(reply.tensors, weight)
-            residual.add(reply.tensors, weight)
-            for name, tensor in reply.sums.items():
-                sums[name] = sums.get(name, 0) + tensor
-            numbers.append((reply.n_train, reply.n_validation, reply.score, reply.metrics))
-        if not numbers:
+        if not collected.numbers:
             raise AllClientsFailed(f"{state.stage}, round {state.round}: no client could train; see visits.jsonl")
-
-        score = _mean((n, s) for _, n, s, _ in numbers)
         last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
-        after = replace(state, tensors={**state.tensors, **mean.result()}, sums=sums,
-                        sal=state.sal if last else self.schedule.advance(state.sal, score))
+        after = replace(state, tensors={**state.tensors, **collected.mean.result()},
+                        sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
+                        sal=state.sal if last else self.schedule.advance(state.sal, collected.average("score")))
         activated = self.order[state.sal.depth:after.sal.depth]
         record = {
-            "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(numbers),
-            **{name: _mean((n, m.get(name)) for n, _, _, m in numbers) for name in ("loss", "gate_mean", "gate_entropy")},
-            **{name: _mean((n, m.get(name)) for _, n, _, m in numbers)
-               for name in ("validation_accuracy", "validation_loss")},
-            "residual_norm": residual.result(),
+            "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(collected.numbers),
+            **{name: collected.average(name, by="n_train") for name in ("loss", "gate_mean", "gate_entropy")},
+            **{name: collected.average(name) for name in ("validation_accuracy", "validation_loss")},
+            "residual_norm": collected.residual.result(),
             "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(map(str, activated))}" if activated else None,
         }
         return self._next_round(after), record
+
+    def collect(self) -> Collected:
+        """An empty round."""
+        return Collected(self.config.aggregate.weights)
 
     def _next_round(self, state: ServerState) -> ServerState:
         state = replace(state, round=state.round + 1, applied_depth=max(state.applied_depth, state.sal.depth))
@@ -135,10 +183,3 @@ class Server:
 
 def round_half_up(value: float) -> int:
     return int(value + 0.5)
-
-
-def _mean(weighted: Iterable[tuple[int, float | None]]) -> float | None:
-    """Weighted mean over those that have a value."""
-    pairs = [(weight, value) for weight, value in weighted if value is not None]
-    total = sum(weight for weight, _ in pairs)
-    return sum(weight * value for weight, value in pairs) / total if total else None

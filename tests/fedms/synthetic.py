@@ -28,6 +28,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
     for stage, count in stages:
         for number in range(1, count + 1):
             if done == stop_after:
+                out.close()
                 return folder
             progress = 1 - math.exp(-number / 2.5)
             start = 0.5 if stage == stages[0][0] else level - 0.01
@@ -85,4 +86,5 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
         "final_depth": {"stage1": depth, "stage2": depth}, "trainable_params": 55000 * depth,
         "trainable_percent": 0.24 * depth, "bytes_up": up, "bytes_down": up, "flops": 10**13, "seconds": 123.4,
         "peak_memory_bytes": 9 * 10**8, "notes": []})
+    out.close()
     return folder

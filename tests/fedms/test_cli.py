@@ -35,16 +35,17 @@ def fake_runs(monkeypatch):
     """Runs that write made-up records; returns what they were asked for."""
     asked = []
 
-    def one(config, out, *, overwrite, progress: Progress):
-        asked.append((config.run.method, config.run.seed, Path(out), overwrite))
+    def one(config, out, *, overwrite, resume, progress: Progress, stop):
+        assert not stop()
+        asked.append((config.run.method, config.run.seed, Path(out), overwrite, resume))
         progress.phase("loading")
         write_run(out, config.run.method, config.run.seed)
 
-    def many(config, names, seeds, out, *, overwrite, progress):
+    def many(config, names, seeds, out, *, overwrite, resume, progress, stop):
         for seed in seeds:
             for name in names:
                 one(run.with_run(config, method=name, seed=seed), out / f"{name}-seed{seed}", overwrite=overwrite,
-                    progress=progress)
+                    resume=resume, progress=progress, stop=stop)
 
     monkeypatch.setattr(run, "run", one)
     monkeypatch.setattr(run, "compare", many)
@@ -116,7 +117,7 @@ def test_mistakes_are_explained(arguments, words, fake_runs, tmp_path):
 def test_a_run_shows_what_came_out(fake_runs, tmp_path):
     result = fedms("run", "digits", "--seed", 3)
     assert result.exit_code == 0, said(result)
-    assert fake_runs == [("fedms", 3, Path("runs/digits/fedms-seed3"), False)]
+    assert fake_runs == [("fedms", 3, Path("runs/digits/fedms-seed3"), False, False)]
     out = tmp_path / "runs" / "digits" / "fedms-seed3"
     assert (out / "report.html").is_file() and not (out / "compare.csv").exists()
     assert "loading ..." in result.stderr and "loading" not in result.stdout
@@ -131,7 +132,7 @@ def test_a_run_shows_what_came_out(fake_runs, tmp_path):
 def test_a_comparison_shows_one_table(fake_runs, tmp_path):
     result = fedms("compare", "digits", "--methods", "fedms, local,fedms", "--seeds", "0,7", "--out", "here")
     assert result.exit_code == 0, said(result)
-    assert fake_runs == [(m, s, Path(f"here/{m}-seed{s}"), False) for s in (0, 7) for m in ("fedms", "local")]
+    assert fake_runs == [(m, s, Path(f"here/{m}-seed{s}"), False, False) for s in (0, 7) for m in ("fedms", "local")]
     assert {p.name for p in (tmp_path / "here").iterdir()} == {
         "fedms-seed0", "fedms-seed7", "local-seed0", "local-seed7", "compare.csv", "compare.md", "report.html"}
     names = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
@@ -166,7 +167,15 @@ def test_existing_runs_are_kept_unless_forced(fake_runs, tmp_path, arguments):
 def test_force_is_passed_on(fake_runs, monkeypatch):
     monkeypatch.setattr(cli, "_show_results", lambda folder: None)
     assert fedms("run", "digits", "--force", "--out", "x").exit_code == 0
-    assert fake_runs[-1][3] is True
+    assert fake_runs[-1][3:] == (True, False)
+
+
+def test_resuming_is_passed_on(fake_runs, monkeypatch):
+    monkeypatch.setattr(cli, "_show_results", lambda folder: None)
+    assert fedms("run", "digits", "--resume", "--out", "x").exit_code == 0
+    assert fake_runs[-1][3:] == (False, True)
+    result = fedms("run", "digits", "--resume", "--force", "--out", "x")
+    assert result.exit_code == cli.USAGE and "give one of them" in result.stderr and len(fake_runs) == 1
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -201,11 +210,14 @@ def test_debugging_shows_the_traceback(monkeypatch):
 
 def test_an_interrupted_run_says_where_its_records_are(monkeypatch):
     def stopped(config, out, **_):
-        RunFolder.create(out, config)
+        RunFolder.create(out, config).close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", stopped)
-    assert "fedms report here shows it" in fedms("run", "digits", "--out", "here").stderr
+    monkeypatch.setattr(cli.sys, "argv", ["fedms", "run", "digits", "--set", "data.path=a b", "--force"])
+    said = fedms("run", "digits", "--out", "here").stderr
+    assert "fedms report here shows what was recorded so far" in said
+    assert "  fedms run digits --set 'data.path=a b' --resume\n" in said
 
 
 # Report and doctor

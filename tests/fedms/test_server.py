@@ -22,6 +22,13 @@ def server(method="fedms", *sets):
     return Server(config, ORDER, BLOCK_OF, create(config).carries)
 
 
+def step(s, state, replies):
+    collected = s.collect()
+    for each in replies:
+        collected.add(each)
+    return s.step(state, collected)
+
+
 def reply(client, tensors, n_train=10, score=0.5, sums=None):
     return Reply(client, tensors, n_train, 5, score, {"loss": 1.0, "validation_accuracy": score}, sums or {})
 
@@ -44,7 +51,7 @@ def test_two_stages_from_the_first_message_to_the_last():
     while state.stage != "done":
         message = s.message(state)
         sent.append((message.stage, message.round, message.depth, message.applied_depth))
-        state, record = s.step(state, [reply(c, dict(message.tensors)) for c in message.clients])
+        state, record = step(s, state, [reply(c, dict(message.tensors)) for c in message.clients])
         assert record["clients"] == 4 and record["loss"] == 1.0
     # tau = 1 activates whenever the queue of two is full, but never in the last round of a stage.
     assert sent == [("stage1", 1, 1, 1), ("stage1", 2, 1, 1), ("stage1", 3, 2, 2),
@@ -79,7 +86,7 @@ def test_replies_are_weighed_by_samples_or_alike():
     zeros = {"head/weight": torch.zeros(2, 2)}
     for weights, expected in (("samples", 0.75), ("uniform", 0.5)):
         s = server("fedavg", f"aggregate.weights={weights}")
-        state, record = s.step(s.start(TENSORS), [reply(0, ones, 30, 0.2), reply(1, zeros, 10, None)])
+        state, record = step(s, s.start(TENSORS), [reply(0, ones, 30, 0.2), reply(1, zeros, 10, None)])
         assert torch.allclose(state.tensors["head/weight"], torch.full((2, 2), expected))
         assert record["validation_accuracy"] == 0.2         # a client without validation samples has no say
         assert state.sal == SalState(1, 1, (0.2,))
@@ -89,14 +96,14 @@ def test_sums_are_added_up_over_rounds():
     s = server("fedavg_prior")
     state = s.start(TENSORS)
     for client in (0, 1):
-        state, _ = s.step(state, [reply(client, {}, sums={"class_counts": torch.tensor([1.0, client])})])
+        state, _ = step(s, state, [reply(client, {}, sums={"class_counts": torch.tensor([1.0, client])})])
     assert state.sums["class_counts"].tolist() == [2.0, 1.0]
 
 
 def test_a_round_without_replies_stops_the_run():
     s = server()
     with pytest.raises(AllClientsFailed, match="stage1, round 1: no client could train"):
-        s.step(s.start(TENSORS), [])
+        step(s, s.start(TENSORS), [])
 
 
 def test_sampling():

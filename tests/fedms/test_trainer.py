@@ -41,11 +41,19 @@ class Session:
         self.engine = LocalEngine(self.method, self.server, self.model, self.clients, self.folder, Progress())
 
     def run(self):
-        return self.engine.run(self.server.start(self.model.initial(self.config.run.seed)))
+        try:
+            return self.engine.run(self.model.initial(self.config.run.seed))
+        finally:
+            self.folder.close()
 
     @property
     def visits(self):
         return RunRecords.read(self.folder.path).visits
+
+
+def trained(tmp_path, *sets):
+    """The server's tensors after a run."""
+    return Session(config(*sets), tmp_path).run().tensors
 
 
 def equal(a, b):
@@ -123,7 +131,7 @@ def test_local_sends_nothing_and_fedms_sends_the_gate_alone_in_stage_2(tmp_path)
 
 def test_federated_averaging_of_one_client_is_training_alone(tmp_path):
     sets = ["clients.count=1", "clients.unseen=0", "stage2.rounds=0", "stage2.keep=last"]
-    shared = Session(config("run.method=fedavg", *sets), tmp_path).run().tensors
+    shared = trained(tmp_path, "run.method=fedavg", *sets)
     alone = Session(config("run.method=local", *sets), tmp_path)
     alone.run()
     own = alone.engine.private[0].tensors
@@ -138,7 +146,7 @@ def test_federated_averaging_is_the_mean_of_what_clients_train(tmp_path):
     for client in session.clients:
         session.model.clear()
         replies.append(session.method.client_step(session.model, client, Private(), message)[0])
-    after = session.engine.run(start).tensors
+    after = session.engine.run(start.tensors).tensors
     total = sum(r.n_train for r in replies)
     for name in replies[0].tensors:
         mean = sum(r.n_train / total * r.tensors[name].double() for r in replies)
@@ -160,10 +168,18 @@ def test_activation_never_changes_the_function(tmp_path):
     assert all(torch.allclose(o, outputs[0], atol=1e-5) for o in outputs)
 
 
+def test_dropout_acts_in_training_alone(tmp_path):
+    session = Session(config("lora.dropout=0.5"), tmp_path)
+    model, part = session.model, session.clients[0].train
+    model.load("global", {n: t + 0.1 for n, t in model.initial(0).items()}, depth=2, applied_depth=2)
+    judged = [model.all_logits("global", part) for _ in range(2)]
+    trained = [model.logits("global", part, torch.arange(len(part))).detach() for _ in range(2)]
+    assert torch.equal(*judged) and not torch.allclose(*trained) and not torch.allclose(trained[0], judged[0])
+
+
 def test_the_cache_changes_nothing(tmp_path):
     sets = ["sal.schedule=every", "sal.every=2"]
-    with_cache = Session(config(*sets), tmp_path).run().tensors
-    without = Session(config(*sets, "sal.cache=false"), tmp_path).run().tensors
+    with_cache, without = trained(tmp_path, *sets), trained(tmp_path, *sets, "sal.cache=false")
     assert with_cache.keys() == without.keys()
     for name in with_cache:
         assert torch.allclose(with_cache[name], without[name], atol=1e-4), name
@@ -262,8 +278,10 @@ def test_budgets_limit_what_a_client_trains(tmp_path):
 
 
 def test_kept_optimisers_go_on_where_they_were(tmp_path):
-    fresh, kept = (Session(config("run.method=fedavg", f"clients.optimizer={o}"), tmp_path) for o in ("fresh", "kept"))
-    first, second = fresh.run().tensors, kept.run().tensors
+    fresh = Session(config("run.method=fedavg", "clients.optimizer=fresh"), tmp_path)
+    first = fresh.run().tensors
+    kept = Session(config("run.method=fedavg", "clients.optimizer=kept"), tmp_path)
+    second = kept.run().tensors
     assert not equal(first, second)
     assert not any("optimizer" in name for p in fresh.engine.private.values() for name in p.tensors)
     moments = kept.engine.private[0].tensors

@@ -222,7 +222,8 @@ def test_ctrl_c_ends_a_run_with_130_and_keeps_its_records(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130 and output == ""
-    assert "interrupted" in errors and "fedms report out shows it" in errors and "Traceback" not in errors
+    assert "stopping after this client" in errors and "stopped: stage1, round 1" in errors and "Traceback" not in errors
+    assert "--out out --resume" in errors
     assert RunRecords.read(tmp_path / "out").summary is None
     assert fedms("report", "out", cwd=tmp_path).returncode == 0
     assert "has not ended" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

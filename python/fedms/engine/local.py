@@ -2,59 +2,83 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
+
+from fedms.checkpoint import CheckpointFolder, Snapshot, pack_server, unpack_server
 from fedms.client import Client, ClientFailure, Message, Private, Reply
 from fedms.meter import peak_memory, reset_peak_memory
 from fedms.methods import Method
 from fedms.progress import Progress
 from fedms.records import RunFolder
 from fedms.resident import ResidentModel, Tensors
-from fedms.server import Server, ServerState
+from fedms.server import Collected, Server, ServerState
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and did so between two clients; everything is in its checkpoint."""
 
 
 class LocalEngine:
-    """Runs the rounds of one run.
+    """Runs the rounds of one run, with a checkpoint after each.
 
     Args:
         method, server, model: what to run, and on which resident model.
         clients: participating clients; client i has id i.
-        folder: where rounds and visits are recorded.
+        folder: where rounds and visits are recorded, and checkpoints kept.
+        stop: asked between clients whether the run shall stop.
     """
 
     def __init__(self, method: Method, server: Server, model: ResidentModel, clients: Sequence[Client],
-                 folder: RunFolder, progress: Progress) -> None:
+                 folder: RunFolder, progress: Progress, stop: Callable[[], bool] = lambda: False) -> None:
         self.method, self.server, self.model, self.clients = method, server, model, clients
-        self.folder, self.progress = folder, progress
+        self.folder, self.progress, self.stop = folder, progress, stop
+        self.checkpoints = CheckpointFolder(folder.path / "checkpoint")
         self.private = {client.id: Private() for client in clients}
         self.received: set[tuple[str, int]] = set()      # (stage, client) that have the stage's constants
-        self.visits: list[dict] = []                     # of the round under way
+        self.visited = 0                                 # clients of the round under way that have been visited
+        self.sent = {"bytes_up": 0, "bytes_down": 0}     # in the round under way
+        self.started = time.perf_counter()
+        self.seconds_before = 0.0                        # spent on the run by processes before this one
 
-    def run(self, state: ServerState) -> ServerState:
-        """All rounds from `state` on; returns the state after the last one.
+    def run(self, tensors: Tensors) -> ServerState:
+        """All rounds, from the folder's checkpoint if it has one, else from these initial tensors; returns the state
+        after the last round.
 
         Raises:
             AllClientsFailed: if no client of a round could train.
+            Interrupted: if asked to stop.
+            CheckpointError, RunFolderError: if the folder cannot be written, or its checkpoints cannot be read.
         """
+        state, collected = self._restore() or (self.server.start(tensors), self.server.collect())
         while state.stage != "done":
             started = time.perf_counter()
-            self.visits = []
-            state, record = self.server.step(state, self._replies(self.server.message(state)))
-            for key in ("bytes_up", "bytes_down"):
-                record[key] = sum(visit[key] for visit in self.visits)
-            record["seconds"] = time.perf_counter() - started
+            self._visit_clients(state, collected)
+            state, record = self.server.step(state, collected)
+            record.update(self.sent, seconds=time.perf_counter() - started)
             self.folder.append_round(record)
+            self.visited, self.sent, collected = 0, dict.fromkeys(self.sent, 0), self.server.collect()
+            self._save(state, collected)
             self.progress.round(**record)
         return state
 
-    def _replies(self, message: Message) -> Iterator[Reply]:
-        for client_id in message.clients:
+    def _visit_clients(self, state: ServerState, collected: Collected) -> None:
+        message = self.server.message(state)
+        for client_id in message.clients[self.visited:]:
+            if self.stop():
+                self._save(state, collected)
+                raise Interrupted(f"{message.stage}, round {message.round}, {self.visited} of {len(message.clients)} "
+                                  "clients visited")
             reply, visit = self._visit(self.clients[client_id], message)
-            self.visits.append(visit)
+            if reply is not None:
+                collected.add(reply)
+            self.visited += 1
+            for key in self.sent:
+                self.sent[key] += visit[key]
             self.folder.append_visit(visit)
             self.progress.visit(**visit)
-            if reply is not None:
-                yield reply
 
     def _visit(self, client: Client, message: Message) -> tuple[Reply | None, dict]:
         record = {"stage": message.stage, "round": message.round, "client": client.id, "status": "ok", "reason": None,
@@ -67,7 +91,8 @@ class LocalEngine:
         self.model.clear()
         reply = None
         try:
-            reply, after = self.method.client_step(self.model, client, self.private[client.id], message)
+            with _memory_errors():
+                reply, after = self.method.client_step(self.model, client, self.private[client.id], message)
         except ClientFailure as failure:
             record.update(status="failed", reason=str(failure))
         else:
@@ -83,6 +108,46 @@ class LocalEngine:
         first = (message.stage, client.id) not in self.received
         self.received.add((message.stage, client.id))
         return nbytes(message.tensors) + (nbytes(message.constants) if first else 0)
+
+    # Checkpoints
+
+    def _save(self, state: ServerState, collected: Collected) -> None:
+        server, tensors = pack_server(state, collected)
+        self.checkpoints.save(Snapshot(
+            {"server": server, "visited": self.visited, "sent": self.sent, "received": sorted(self.received),
+             "charged": sorted(self.model.charged), "records": self.folder.sync(),
+             "seconds": self.seconds_before + time.perf_counter() - self.started},
+            tensors, {client: private.tensors for client, private in self.private.items()}))
+
+    def _restore(self) -> tuple[ServerState, Collected] | None:
+        snapshot, notes = self.checkpoints.load()
+        for note in notes:
+            self.progress.note(note)
+        if snapshot is None:
+            self.folder.rewind({})
+            return None
+        saved = snapshot.state
+        self.visited, self.sent = saved["visited"], saved["sent"]
+        self.received = {(stage, client) for stage, client in saved["received"]}
+        self.model.charged = set(saved["charged"])
+        self.seconds_before = saved["seconds"]
+        self.private = {client: Private(tensors) for client, tensors in snapshot.private.items()}
+        self.folder.rewind(saved["records"])
+        state, collected = unpack_server(saved["server"], snapshot.tensors)
+        where = "all rounds are done" if state.stage == "done" else f"{state.stage}, round {state.round}"
+        self.progress.note(f"going on from the checkpoint: {where}")
+        return state, collected
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A client that runs out of memory fails; the run goes on without it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:        # torch's CPU allocator raises a plain RuntimeError
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise ClientFailure("out of memory; a smaller batch, sal.max_depth or sal.cache_bytes may help") from error
+        raise
 
 
 def nbytes(tensors: Tensors) -> int:

@@ -1,0 +1,208 @@
+"""What survives a crash, and how it is written: the one way of this package to keep state on disk.
+
+    checkpoint/
+      000012.json            a manifest: the plain state, and which object holds which tensors
+      <sha256>.safetensors   objects, named by the hash of their content
+
+A checkpoint is its manifest. Objects are written before it, each file by way of a temporary one, fsync and rename, so
+a manifest never names an object that is not whole. A client whose private state did not change since the checkpoint
+before keeps its object. The last two checkpoints are kept; every byte is verified on load, and a damaged checkpoint
+falls back to the one before it.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from fedms.files import write_durably
+from fedms.resident import Tensors
+from fedms.schedule import SalState
+from fedms.server import Collected, ServerState
+
+FORMAT = 1
+KEPT = 2
+
+# From each older format a function that turns its manifest's content into the next one's.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a run needs to go on.
+
+    state:   plain data (whatever JSON holds).
+    tensors: the server's, by name.
+    private: each client's own, by client id.
+    """
+
+    state: dict[str, Any]
+    tensors: Tensors
+    private: Mapping[int, Tensors]
+
+
+class CheckpointFolder:
+    """Writer and reader of the checkpoints in one folder, which is made when first written to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.good: list[int] = []                           # numbers of the checkpoints known to be whole, ascending
+        self.written: dict[int, tuple[Tensors, str]] = {}   # each client's tensors as last saved, and their object
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Writes a checkpoint; then drops all but the last two.
+
+        Raises:
+            CheckpointError: if it cannot be written. The checkpoints before it are untouched.
+        """
+        try:
+            self.path.mkdir(exist_ok=True)
+            server = self._write_object(snapshot.tensors)
+            changed = {i: t for i, t in snapshot.private.items() if i not in self.written or self.written[i][0] is not t}
+            if changed:
+                name = self._write_object({f"{i}/{key}": tensor for i, t in changed.items() for key, tensor in t.items()})
+                self.written |= {i: (tensors, name) for i, tensors in changed.items()}
+            number = max([*self.good, *self._numbers()], default=0) + 1
+            content = {"format": FORMAT, "state": snapshot.state, "server": server,
+                       "private": {str(i): self.written[i][1] for i in sorted(snapshot.private)}}
+            write_durably(self._manifest(number), _dump({"sha256": _digest(content), "content": content}))
+            self.good = [*self.good, number][-KEPT:]
+            self._drop_unused()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: checkpoint cannot be written: {error.strerror or error}; the one "
+                                  "before is intact") from error
+
+    def load(self) -> tuple[Snapshot | None, list[str]]:
+        """The newest checkpoint that is whole, None if there is none at all; and a note for each damaged one.
+
+        Raises:
+            CheckpointError: if there are checkpoints but none is whole, or one is of a newer format.
+        """
+        notes: list[str] = []
+        for number in sorted(self._numbers(), reverse=True):
+            try:
+                snapshot = self._read(number)
+            except _Damaged as damage:
+                notes.append(f"checkpoint {number} is damaged ({damage}); going back to the one before")
+            else:
+                self.good = [number]
+                return snapshot, notes
+        if notes:
+            raise CheckpointError(f"{self.path}: no checkpoint is whole: {'; '.join(notes)}. Start the run again")
+        return None, notes
+
+    def _read(self, number: int) -> Snapshot:
+        content = self._read_manifest(number)
+        objects: dict[str, Tensors] = {}
+        for name in {content["server"], *content["private"].values()}:
+            objects[name] = self._read_object(name)
+        private: dict[int, Tensors] = {}
+        for client, name in content["private"].items():
+            prefix = f"{client}/"
+            private[int(client)] = {key.removeprefix(prefix): tensor for key, tensor in objects[name].items()
+                                    if key.startswith(prefix)}
+        self.written = {int(i): (private[int(i)], name) for i, name in content["private"].items()}
+        return Snapshot(content["state"], objects[content["server"]], private)
+
+    def _read_manifest(self, number: int) -> dict[str, Any]:
+        path = self._manifest(number)
+        try:
+            outer = json.loads(path.read_bytes())
+            content, digest = outer["content"], outer["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _Damaged(f"{path.name}: {error}") from None
+        if not isinstance(content, dict) or _digest(content) != digest:
+            raise _Damaged(f"{path.name}: wrong checksum")
+        if content["format"] > FORMAT:
+            raise CheckpointError(f"{path}: written by a newer version (format {content['format']}; this one reads up "
+                                  f"to {FORMAT}); update fedms, or start the run again")
+        for version in range(content["format"], FORMAT):
+            content = {**MIGRATIONS[version](content), "format": version + 1}
+        return content
+
+    def _read_object(self, name: str) -> Tensors:
+        path = self._object(name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _Damaged(f"{path.name}: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != name:
+            raise _Damaged(f"{path.name}: wrong checksum")
+        try:
+            return load_tensors(data)
+        except SafetensorError as error:
+            raise _Damaged(f"{path.name}: {error}") from None
+
+    def _write_object(self, tensors: Tensors) -> str:
+        data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+        name = hashlib.sha256(data).hexdigest()
+        write_durably(self._object(name), data)
+        return name
+
+    def _drop_unused(self) -> None:
+        used = {self._manifest(number).name for number in self.good}
+        for number in self.good:
+            content = self._read_manifest(number)
+            used |= {self._object(name).name for name in (content["server"], *content["private"].values())}
+        for file in self.path.iterdir():
+            if file.name not in used:
+                file.unlink()
+
+    def _numbers(self) -> list[int]:
+        return [int(file.stem) for file in self.path.glob("*.json") if file.stem.isdigit()]
+
+    def _manifest(self, number: int) -> Path:
+        return self.path / f"{number:06d}.json"
+
+    def _object(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+
+class _Damaged(Exception):
+    pass
+
+
+# The server's state, with what a round has collected so far, as a snapshot's plain state and tensors.
+
+def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any], Tensors]:
+    plain = {"stage": state.stage, "round": state.round, "applied_depth": state.applied_depth,
+             "final_depth": dict(state.final_depth), "collected": collected.plain(),
+             "sal": {"depth": state.sal.depth, "rounds": state.sal.rounds, "queue": list(state.sal.queue)}}
+    tensors = {**_prefixed("tensors/", state.tensors), **_prefixed("sums/", state.sums),
+               **_prefixed("collected/", collected.tensors())}
+    return plain, tensors
+
+
+def unpack_server(plain: Mapping[str, Any], tensors: Tensors) -> tuple[ServerState, Collected]:
+    sal = plain["sal"]
+    state = ServerState(plain["stage"], plain["round"], _without("tensors/", tensors),
+                        SalState(sal["depth"], sal["rounds"], tuple(sal["queue"])), plain["applied_depth"],
+                        _without("sums/", tensors), plain["final_depth"])
+    return state, Collected.restore(plain["collected"], _without("collected/", tensors))
+
+
+def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _without(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _dump(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, allow_nan=False).encode()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(_dump(content)).hexdigest()
