@@ -72,11 +72,13 @@ def _choices(chip: Chip) -> Choices:
     return Choices(chip)
 
 
-def _in_kernels(x: Tensor, weight: Tensor, lora_a: Sequence[Tensor]) -> bool:
+def _in_kernels(x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
     return (
         x.shape[:-1].numel() > FEW_ROWS
-        and weight.numel() > 0
-        and weight.dtype == lora_a[0].dtype == x.dtype
+        and len(lora_a) > 0
+        and lora_a[0].dtype == x.dtype
+        and lora_a[0].numel() > 0
+        and lora_b[0].numel() > 0
         and sum([a.shape[0] for a in lora_a]) <= LARGEST_RANK
     )
 
@@ -90,23 +92,21 @@ _kept: dict[tuple[object, ...], Tile | None] = {}
 
 
 def _choose(
-    name: str,
-    gemm: Gemm,
-    operands: Sequence[Tensor],
-    gated: bool,
-    drop: bool,
-    run: Callable[[Tile | None], object],
+    name: str, gemm: Gemm, x: Tensor, aligned: bool, gated: bool, drop: bool, run: Callable[[Tile | None], object]
 ) -> Tile | None:
-    """The tile to run a GEMM with, or None for cuBLAS. `run` runs the whole of it; rows count up to a power of two."""
-    x = operands[0]
+    """The tile to run a GEMM with, or None for cuBLAS. `name`: forward or dx, perhaps with int8 behind it. `run` runs
+    the whole of it. Rows count up to a power of two."""
     m = 1 << (gemm.m - 1).bit_length()
-    aligned = _described(*operands) and gemm.n * x.element_size() % 16 == 0
     shape = (name, str(x.dtype)[6:], m, gemm.n, gemm.k, gemm.rank, gated, drop, aligned)
     if (x.device, shape) not in _kept:
         chip = _chip(x.device)
-        forward = name == "forward"
+        forward = name.startswith("forward")
         tiles = legal_tiles(
-            replace(gemm, m=m), chip, aligned=aligned, inline=forward and not drop, drop=drop and not forward
+            replace(gemm, m=m),
+            chip,
+            aligned=aligned,
+            inline=name == "forward" and not drop,
+            drop=drop and not forward,
         )
         ways: dict[str, Tile | None] = {str(tile): tile for tile in tiles}
         if forward or not drop:  # cuBLAS cannot mask the ranks' part of dx
@@ -118,12 +118,12 @@ def _choose(
 
 def _cublas(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, f: Tensor) -> Tensor:
     # The small product first: the large one then adds to it while its tile is written.
-    y = t @ f if bias is None else torch.addmm(bias, t, f)
+    y = t @ f if bias is None else torch.addmm(bias.to(x.dtype), t, f)
     return y.addmm_(x, w)
 
 
-def _dropout(p: float, seed: int) -> Dropout | None:
-    return Dropout(p, seed) if p > 0 else None
+def _expanded(weight: Tensor, w_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight if w_scale is None else (weight * w_scale.unsqueeze(1)).to(dtype)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -143,24 +143,65 @@ def forward(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    if not _in_kernels(x, weight, lora_a):
+    if not _in_kernels(x, lora_a, lora_b) or weight.dtype != x.dtype:
         return eager.forward(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+    return _forward(x, weight, None, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+
+
+def frozen_forward(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """`forward` on an int8 weight (N, K), made wide where a tile is loaded; x is not quantised."""
+    if not _in_kernels(x, lora_a, lora_b) or weight.dtype != torch.int8:
+        return eager.frozen_forward(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+    return _forward(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
     rows, weight = _dense_rows(x), _dense_rows(weight)
     (m, k), n = rows.shape, weight.shape[0]
     experts = launch.pack(lora_a, lora_b, scale)
     gates = None if gate is None else gate.reshape(-1, len(lora_a))
-    dropout = _dropout(dropout_p, seed)
+    dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
 
     def run(tile: Tile | None) -> tuple[Tensor, Tensor]:
         if tile is not None and tile.kind == "inline":
             return launch.gemm_inline(rows, weight, bias, experts, gates, tile)
         s, t = launch.shrink(rows, experts.a.t(), experts, gates, dropout)
         if tile is None:
-            return _cublas(rows, weight.t(), bias, t, experts.b.t()), s
-        return launch.gemm(rows, weight.t(), bias, t, experts.b.t(), tile, _chip(x.device)), s
+            return _cublas(rows, _expanded(weight, w_scale, x.dtype).t(), bias, t, experts.b.t()), s
+        return launch.gemm(rows, weight.t(), bias, t, experts.b.t(), tile, _chip(x.device), w_scale=w_scale), s
 
-    gemm = Gemm(m, n, k, experts.rank)
-    tile = _choose("forward", gemm, (rows, weight, experts.b), gate is not None, dropout is not None, run)
+    aligned = w_scale is None and _described(rows, weight, experts.b) and n * x.element_size() % 16 == 0
+    tile = _choose(
+        "forward" if w_scale is None else "forward int8",
+        Gemm(m, n, k, experts.rank),
+        rows,
+        aligned,
+        gate is not None,
+        dropout is not None,
+        run,
+    )
     y, s = run(tile)
     return y.view(*x.shape[:-1], n), s
 
@@ -181,14 +222,68 @@ def backward(
     needs_da: Sequence[bool],
     needs_db: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    if not _in_kernels(dy, weight, lora_a):
+    if not _in_kernels(dy, lora_a, lora_b) or weight.dtype != dy.dtype:
         return eager.backward(
             dy, x, weight, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
         )
+    return _backward(
+        dy, x, _dense_rows(weight), None, lora_a, lora_b, scale, gate, s, dropout_p, seed,
+        needs_dx, needs_dgate, needs_da, needs_db,
+    )  # fmt: skip
+
+
+def frozen_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    k: int,
+    weight_t: Tensor | None,
+    weight_t_scale: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`backward` on the int8 transpose (K, N) of the weight; None where dx is not needed."""
+    if not _in_kernels(dy, lora_a, lora_b) or (needs_dx and weight_t.dtype != torch.int8):
+        return eager.frozen_backward(
+            dy, x, k, weight_t, weight_t_scale, lora_a, lora_b, scale, gate, s, dropout_p, seed,
+            needs_dx, needs_dgate, needs_da, needs_db,
+        )  # fmt: skip
+    return _backward(
+        dy, x, _dense_rows(weight_t).t() if needs_dx else None, weight_t_scale, lora_a, lora_b, scale, gate, s,
+        dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db,
+    )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    w_scale: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    # `weight` is (N, K); `w_scale` (K,) if it is int8.
     rows = _dense_rows(dy)
     experts = launch.pack(lora_a, lora_b, scale)
     gates = None if gate is None else gate.reshape(-1, len(lora_a))
-    dropout = _dropout(dropout_p, seed)
+    dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
     dgate = gates.new_empty(gates.shape) if needs_dgate else None
     da = [torch.empty_like(a, memory_format=torch.contiguous_format) if n else None for a, n in zip(lora_a, needs_da)]
     db = [torch.empty_like(b, memory_format=torch.contiguous_format) if n else None for b, n in zip(lora_b, needs_db)]
@@ -215,14 +310,18 @@ def backward(
 
     dx = None
     if needs_dx:
-        weight = _dense_rows(weight)
 
         def run(tile: Tile | None) -> Tensor:
             if tile is None:
-                return _cublas(rows, weight, None, ds, experts.a)
-            return launch.gemm(rows, weight, None, ds, experts.a, tile, _chip(dy.device), dropout, across=True)
+                wide = weight if w_scale is None else _expanded(weight.t(), w_scale, dy.dtype).t()
+                return _cublas(rows, wide, None, ds, experts.a)
+            return launch.gemm(
+                rows, weight, None, ds, experts.a, tile, _chip(dy.device), dropout, w_scale, across=w_scale is None
+            )
 
-        gemm = Gemm(rows.shape[0], weight.shape[1], weight.shape[0], experts.rank)
-        dx = run(_choose("dx", gemm, (rows, weight, experts.a), False, dropout is not None, run))
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        n, k = weight.shape
+        aligned = w_scale is None and _described(rows, weight, experts.a)
+        name = "dx" if w_scale is None else "dx int8"
+        dx = run(_choose(name, Gemm(rows.shape[0], k, n, experts.rank), rows, aligned, False, dropout is not None, run))
+        dx = dx.view(*dy.shape[:-1], k)
     return dx, None if dgate is None else dgate.view(gate.shape), da, db

@@ -46,19 +46,18 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, bias_ptr, t_ptr, f_ptr, y_ptr, M, N,
                  x_stride, w_stride_k, w_stride_n, t_stride, f_stride_r, f_stride_n,
                  seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-                 EVEN_K: tl.constexpr, BIAS: tl.constexpr, W_SCALE: tl.constexpr, DROP: tl.constexpr,
+                 EVEN_K: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, DROP: tl.constexpr,
                  QUADS: tl.constexpr):
     """One output tile a program. y is dense.
 
-    W_SCALE: "none"; or W is int8 with one scale a column of the output ("column") or a step of the reduction
-    ("step"). DROP: the part of the ranks is masked, as dx wants it.
+    INT8: W is int8 with one scale a column of the output. DROP: the part of the ranks is masked, as dx wants it.
     """
     block_m, block_n = _place(tl.program_id(0), M, N, BM, BN, GROUP)
     rows = block_m * BM + tl.arange(0, BM)
     columns = block_n * BN + tl.arange(0, BN)
     steps = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    if DROP:
+    if DROP and not INT8:
         # The mask covers the ranks alone, so they come first while nothing else is in the accumulator.
         acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, M, N, R, t_stride, f_stride_r, f_stride_n, BR)
         acc = _drop(acc, seed, threshold, kept_scale, block_m * BM, block_n * BN, N, BM, BN, QUADS)
@@ -73,16 +72,17 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, bias_ptr, t_ptr, f_ptr, y_ptr, M, N,
         else:
             x = tl.load(x_tile, mask=x_mask & (steps[None, :] < K - first), other=0.0)
             w = tl.load(w_tile, mask=w_mask & (steps[:, None] < K - first), other=0)
-        if W_SCALE == "column":
+        if INT8:
             w = w.to(x.dtype)  # exact: 8 bits fit into the significand
-        elif W_SCALE == "step":
-            scale = tl.load(w_scale_ptr + first + steps, mask=steps < K - first, other=0.0)
-            w = (w.to(tl.float32) * scale[:, None]).to(x.dtype)
         acc = tl.dot(x, w, acc)
         x_tile += BK
         w_tile += BK * w_stride_k
-    if W_SCALE == "column":
+    if INT8:
         acc *= tl.load(w_scale_ptr + columns, mask=columns < N, other=0.0)[None, :]
+        if DROP:  # nor does the scale of W cover them: an accumulator of their own
+            part = tl.zeros((BM, BN), tl.float32)
+            part = _add_ranks(part, t_ptr, f_ptr, rows, columns, M, N, R, t_stride, f_stride_r, f_stride_n, BR)
+            acc += _drop(part, seed, threshold, kept_scale, block_m * BM, block_n * BN, N, BM, BN, QUADS)
 
     if not DROP:
         acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, M, N, R, t_stride, f_stride_r, f_stride_n, BR)

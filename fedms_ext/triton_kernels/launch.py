@@ -119,10 +119,10 @@ def gemm(
     x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, f: Tensor, tile: Tile, chip: Chip,
     dropout: Dropout | None = None, w_scale: Tensor | None = None, across: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x w + t f + bias with w (K, N) and f (R, N): views of the layer's weight and of B, transposed, in the forward
-    pass; `across`: the weight and A as they are, for dx.
+    """x w + t f + bias with w (K, N) and f (R, N), each of which has stride 1 along one of its sides.
 
-    `dropout` masks t f. `w_scale`: w is int8 and has one scale for each row of the layer's weight.
+    `dropout` masks t f. `w_scale` (N,) float32: w is int8 with one scale a column; for pointer tiles. `across`, for
+    descriptor tiles: the columns of w and f are the side with stride 1.
     """
     (m, k), n, r = x.shape, w.shape[1], t.shape[1]
     y = x.new_empty(m, n)
@@ -135,7 +135,7 @@ def gemm(
         gemm_kernels.gemm_pointer[triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),](
             x, w, x if w_scale is None else w_scale, x if bias is None else bias, t, f, y, m, n, k, r,
             x.stride(0), w.stride(0), w.stride(1), t.stride(0), f.stride(0), f.stride(1),
-            EVEN_K=k % tile.bk == 0, W_SCALE="none" if w_scale is None else "step" if across else "column",
+            EVEN_K=k % tile.bk == 0, INT8=w_scale is not None,
             **options,
         )  # fmt: skip
         return y

@@ -49,8 +49,11 @@ def launches(chip):
     int8, w_scale = empty(N, K, dtype=torch.int8), empty(N, dtype=torch.float32)
     for tile in tiles:
         if tile.kind == "pointer":
-            yield f"forward, int8 {tile}", lambda: launch.gemm(x, int8.t(), bias, t, b.t(), tile, chip, None, w_scale)
-            yield f"dx, int8 {tile}", lambda: launch.gemm(dy, int8, None, t, a, tile, chip, None, w_scale, True)
+            yield f"int8 {tile}", lambda: launch.gemm(x, int8.t(), bias, t, b.t(), tile, chip, None, w_scale)
+    for tile in legal_tiles(gemm, chip, aligned=False, inline=False, drop=True):
+        yield f"dx, int8, dropout {tile}", lambda: launch.gemm(
+            dy, empty(K, N, dtype=torch.int8).t(), None, t, a, tile, chip, dropout, w_scale
+        )
     narrow = Gemm(12608, 768, 768, R)
     for tile in legal_tiles(narrow, chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":

@@ -14,12 +14,12 @@ import torch
 from layers import GATES, Layer, check, error
 
 import fedms_ext
-from fedms_ext import expert_linear
+from fedms_ext import expert_linear, reference
 from fedms_ext.backends import triton as backend
+from fedms_ext.nn.quantised_weight import QuantisedWeight, unpack
 from fedms_ext.triton_kernels import launch
-from fedms_ext.triton_kernels.tiles import Chip, Tile
+from fedms_ext.triton_kernels.tiles import Tile
 
-CHIP = Chip((9, 0), multiprocessors=4, shared_memory=232448)
 SMALL = {kind: Tile(kind, 64, 64, 64, 4, 3) for kind in ("pointer", "descriptor", "inline")}
 
 
@@ -231,23 +231,32 @@ def test_opcheck():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["pointer", "cublas"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (65, 131, 101)])
-def test_int8_weight(rows, k, n, dtype):
-    """The frozen weight as int8 with one scale a row, made wide where a tile is loaded, forward and dx."""
-    layer = Layer(rows, k, n, [3, 8], dtype=dtype)
-    q = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    w_scale = torch.rand(n) / 127 / k**0.5
-    weight = q.double() * w_scale.double()[:, None]
-    experts = launch.pack(layer.a, layer.b, torch.tensor(layer.scale))
-    for x, w, f, across in [(layer.x, q.t(), experts.b.t(), False), (layer.dy, q, experts.a, True)]:
-        wide = weight if across else weight.t()
-        t = torch.randn(rows, 11).to(dtype)
-        want = x.double() @ wide + t.double() @ f.double()
-        eager = torch.addmm(t @ f, x, wide.to(dtype))
-        got = launch.gemm(x, w, None, t, f, SMALL["pointer"], CHIP, w_scale=w_scale, across=across)
+def test_int8_weight(monkeypatch, rows, k, n, dropout_p, kind):
+    """The frozen weight as int8, made wide where a tile is loaded, forward and dx, against its exact values."""
+    if kind == "cublas" and dropout_p:
+        pytest.skip("cuBLAS cannot mask the ranks' part of dx")
+    monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL.get(kind))
+    layer = Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p)
+    frozen = QuantisedWeight(layer.weight)
+    # On a GPU its data is the logical form. Its transpose is quantised apart.
+    q, (q_t, scale_t) = frozen.q, frozen.transposed()
+    q_t = unpack(q_t, k, n)
+    scale = torch.tensor(layer.scale, dtype=torch.float64)
+    lora = (layer.a, layer.b, scale, layer.gate)
+    options = (dropout_p, 5)
+    needs = (True, True, [True, True], [True, True])
+    found = {}
+    for name in ("eager", "triton"):
+        with fedms_ext.use_backend(name):
+            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, layer.bias, *lora, *options)
+            found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
+                layer.dy, layer.x, k, q_t, scale_t, *lora, s, *options, *needs)]  # fmt: skip
+    layer.weight = q.double() * frozen.scale.double()[:, None]
+    y, *_ = layer.run(reference.expert_linear, double=True)
+    layer.weight = (q_t.double() * scale_t.double()[:, None]).t()
+    _, *gradients = layer.run(reference.expert_linear, double=True)
+    for got, eager, want in zip(found["triton"], found["eager"], [y, *gradients]):
         assert error(got, want) <= 1.5 * error(eager, want)
-        if across:
-            continue
-        # The scale comes after the sum, and is not rounded to the dtype: closer than the weight in that dtype is.
-        assert error(got, want) <= error(eager, want)
