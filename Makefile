@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check-triton36 gpu bench wheel clean missing-packages check-system
+.PHONY: help setup demo test test-full check-triton36 gpu bench wheel clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
