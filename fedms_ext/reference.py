@@ -128,23 +128,35 @@ def expert_linear_backward(
     return dx.reshape(x.shape), dgate, da, db
 
 
-# A row whose values all lie below this magnitude is quantised to zeros: 127 / max |x| must be a float32.
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) as int8 with one scale an output channel, symmetric: W is about q * scale.
+
+    Returns q (N, K), float32 that holds whole numbers from -127 to 127, and scale (N,) float32.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1) / 127
+    return torch.round(weight / scale.clamp_min(INT8_TINY).unsqueeze(1)).clamp(-127, 127), scale
+
+
+# A row whose levels would lie closer than this is quantised to zeros: 1 / scale must be a float32.
 INT8_TINY = 2.0**-100
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as int8 with one scale each, symmetric: x is about q * scale.
+    """The rows of an activation at 256 levels from low = min(x, 0) to high = max(x, 0), of which 0 is one: x is about
+    q * scale.
 
-    `x` (..., K), converted to float32. Returns q (..., K), float32 that holds whole numbers from -127 to 127, and
-    scale (..., 1) float32: max |x| / 127, the quotient and every step to q rounded as float32. A row with an
-    infinity or a NaN has the scale NaN.
+    `x` (..., K), converted to float32. Returns q (..., K), float32 that holds whole numbers from -255 to 255, and
+    scale (..., 1) float32: high / 255 - low / 255; every step is rounded as float32. A row with an infinity or a NaN
+    has the scale NaN.
     """
     x = x.float()
-    most = x.abs().amax(dim=-1, keepdim=True)
-    zero = most < INT8_TINY
-    q = torch.round(x * torch.where(zero, 0.0, 127.0 / most)).clamp_min(-127)
-    scale = torch.where(zero, 0.0, most / 127.0)
-    return q, torch.where(most.isfinite(), scale, torch.nan)
+    low, high = x.amin(dim=-1, keepdim=True).clamp_max(0), x.amax(dim=-1, keepdim=True).clamp_min(0)
+    scale = high / 255.0 - low / 255.0
+    inverse = torch.where(scale < INT8_TINY, 0.0, 1.0 / scale)
+    q = torch.minimum(torch.round(x * inverse), 255 - torch.round(-low * inverse))
+    scale = torch.where(scale < INT8_TINY, 0.0, scale)
+    return q, torch.where(scale.isfinite(), scale, torch.nan)
 
 
 def frozen_linear(

@@ -35,7 +35,7 @@ const Int8Kernels& kernels_now() {
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// A packed weight is this header, where the sums of every column start (int32), and the panels
+// A packed weight is this header, minus the sum of every column (int32), and the panels
 // [n / panel][k / group][panel][group], each part at a multiple of 64 bytes.
 struct Header {
   int32_t magic, kernels;
@@ -45,13 +45,13 @@ constexpr int32_t MAGIC = 0x38694d46;  // "FMi8"
 
 struct Packed {
   const Int8Kernels* kernels;
-  int64_t panels, padded_k, start_at, panels_at, size;
+  int64_t panels, padded_k, sums_at, panels_at, size;
 
   Packed(const Int8Kernels& with, int64_t n, int64_t k) : kernels(&with) {
     panels = rounded_up(n, with.panel) / with.panel;
     padded_k = rounded_up(k, with.group);
-    start_at = 64;
-    panels_at = start_at + rounded_up(panels * with.panel * static_cast<int64_t>(sizeof(int32_t)), 64);
+    sums_at = 64;
+    panels_at = sums_at + rounded_up(panels * with.panel * static_cast<int64_t>(sizeof(int32_t)), 64);
     size = panels_at + panels * panel_size();
   }
 
@@ -105,15 +105,17 @@ thread_local Scratch scratch_of_thread, scratch_of_team;
 // Rows of x after quantisation, and their S times scale and gate.
 struct Strip {
   uint8_t* q;
-  float *q_scale, *weighed;
+  float* q_scale;
+  int32_t* q_zero;
+  float* weighed;
 
   static int64_t size(int64_t rows, int64_t row_size, int64_t rank) {
-    return rounded_up(rows * row_size, 64) + rows * (1 + rank) * static_cast<int64_t>(sizeof(float));
+    return rounded_up(rows * row_size, 64) + rows * (2 + rank) * static_cast<int64_t>(sizeof(float));
   }
   static Strip in(void* memory, int64_t rows, int64_t row_size) {
     uint8_t* q = static_cast<uint8_t*>(memory);
     float* q_scale = reinterpret_cast<float*>(q + rounded_up(rows * row_size, 64));
-    return {q, q_scale, q_scale + rows};
+    return {q, q_scale, reinterpret_cast<int32_t*>(q_scale + rows), q_scale + 2 * rows};
   }
 };
 
@@ -139,7 +141,8 @@ void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, fl
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i);
     const float* x = p.x + (first + i) * p.k;
-    p.layout.kernels->quantise(rows, p.k, x, to.q + i * row_size, p.layout.padded_k, to.q_scale + i);
+    p.layout.kernels->quantise(rows, p.k, x, to.q + i * row_size, p.layout.padded_k, to.q_scale + i,
+                                  to.q_zero + i);
     if (rank == 0) continue;
     if (p.masked) {
       drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);
@@ -162,7 +165,8 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
   strip.q = from.q;
   strip.q_scale = from.q_scale;
   strip.panel = reinterpret_cast<const int8_t*>(packed + layout.panels_at + panel * layout.panel_size());
-  strip.start = reinterpret_cast<const int32_t*>(packed + layout.start_at) + column;
+  strip.q_zero = from.q_zero;
+  strip.minus_sums = reinterpret_cast<const int32_t*>(packed + layout.sums_at) + column;
   strip.rank = rank;
   strip.s = from.weighed;
   if (columns == width) {
@@ -231,7 +235,8 @@ void run(const Product& p) {
     const int64_t part = (p.m + threads - 1) / threads;
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < p.m; first += part) {
-      const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.weighed + first * rank};
+      const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.q_zero + first,
+                       strip.weighed + first * rank};
       prepare(p, first, std::min(part, p.m - first), rows, dropped);
     }
 #pragma omp for schedule(static)
@@ -244,11 +249,12 @@ void run(const Product& p) {
 int64_t int8_packed_size(int64_t n, int64_t k) { return Packed(kernels_now(), n, k).size; }
 
 void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
+  if (k > INT8_LONGEST) throw std::invalid_argument("the weight has rows of more than 65536 values");
   const Packed layout(kernels_now(), n, k);
   std::memset(packed, 0, layout.size);
   const Header header{MAGIC, layout.kernels->id, n, k};
   std::memcpy(packed, &header, sizeof header);
-  int32_t* start = reinterpret_cast<int32_t*>(packed + layout.start_at);
+  int32_t* minus_sums = reinterpret_cast<int32_t*>(packed + layout.sums_at);
   int8_t* panels = reinterpret_cast<int8_t*>(packed + layout.panels_at);
 #pragma omp parallel for schedule(static)
   for (int64_t c = 0; c < n; ++c) {
@@ -258,7 +264,7 @@ void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
       panels[layout.offset(c, j)] = value;
       sum += value;
     }
-    start[c] = -layout.kernels->offset * sum;
+    minus_sums[c] = -sum;
   }
 }
 

@@ -2,16 +2,14 @@
 // stored that wide, the weight is widened on the way into the registers.
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "fedms/int8.h"
 #include "int8_kernels.h"
 
 namespace fedms {
 namespace {
 
 typedef int16_t Q;
-constexpr int OFFSET = 0, GROUP = 2;
+constexpr bool SIGNED = true;
+constexpr int GROUP = 2;
 constexpr int ROWS = 6, VECTORS = 2;  // 12 sums, 2 vectors of the weight, one of x, one of products
 
 inline void store(Q* to, __m256i v) {
@@ -29,6 +27,6 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) { sum = _mm256_add_epi32(sum
 
 }  // namespace
 
-const Int8Kernels int8_avx2 = {"avx2", 1, PANEL, GROUP, sizeof(Q), OFFSET, quantise, multiply};
+const Int8Kernels int8_avx2 = {"avx2", 1, PANEL, GROUP, sizeof(Q), quantise, multiply};
 
 }  // namespace fedms

@@ -1,9 +1,6 @@
-// AVX-512 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so x is stored with an offset of 128.
+// AVX-512 with VNNI: vpdpbusd multiplies unsigned bytes of x by signed bytes of the weight.
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "fedms/int8.h"
 #include "int8_kernels.h"
 
 #define FEDMS_UNROLL _Pragma("GCC unroll 16")
@@ -14,39 +11,42 @@ namespace {
 constexpr int ROWS = 6, VECTORS = 4;  // of a tile: 24 sums, 4 vectors of the weight and one of x fill 29 of 32 registers
 constexpr int PANEL = 16 * VECTORS;
 
-inline __m512i bits(__m512 v) { return _mm512_castps_si512(v); }
+inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
-// max |x|; NaN if there is one. Without their signs, floats are ordered as the integers of their bits, NaN above all.
-inline float largest(const float* x, int64_t k) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i m0 = _mm512_setzero_si512(), m1 = m0;
-  int64_t c = 0;
-  for (; c + 32 <= k; c += 32) {
-    m0 = _mm512_max_epi32(m0, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + c)));
-    m1 = _mm512_max_epi32(m1, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + c + 16)));
-  }
-  for (; c < k; c += 16) {
-    const __mmask16 mask = static_cast<__mmask16>(k - c >= 16 ? 0xffff : (1u << (k - c)) - 1);
-    m0 = _mm512_max_epi32(m0, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(mask, x + c)));
-  }
-  const int32_t most = _mm512_reduce_max_epi32(_mm512_max_epi32(m0, m1));
-  float value;
-  std::memcpy(&value, &most, sizeof value);
-  return value;
-}
-
-void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale) {
-  const __m512i low = _mm512_set1_epi32(-127), offset = _mm512_set1_epi32(128);
+void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero) {
   uint8_t* to = static_cast<uint8_t*>(q);
   for (int64_t i = 0; i < rows; ++i, x += k, to += q_stride) {
-    const float most = largest(x, k);
-    q_scale[i] = most < INT8_TINY ? 0.0f : most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
-    const __m512 inverse = _mm512_set1_ps(most < INT8_TINY ? 0.0f : 127.0f / most);
-    for (int64_t c = 0; c < k; c += 16) {
-      const __mmask16 mask = static_cast<__mmask16>(k - c >= 16 ? 0xffff : (1u << (k - c)) - 1);
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + c), inverse));
-      const __m512i shifted = _mm512_add_epi32(_mm512_max_epi32(rounded, low), offset);
-      _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, shifted);
+    __m512i high0 = _mm512_setzero_si512(), high1 = high0, low0 = high0, low1 = high0;
+    int64_t c = 0;
+    for (; c + 32 <= k; c += 32) {
+      const __m512i v0 = _mm512_loadu_si512(x + c), v1 = _mm512_loadu_si512(x + c + 16);
+      high0 = _mm512_max_epi32(high0, v0);
+      low0 = _mm512_max_epu32(low0, v0);
+      high1 = _mm512_max_epi32(high1, v1);
+      low1 = _mm512_max_epu32(low1, v1);
+    }
+    for (; c < k; c += 16) {
+      const __m512i v = _mm512_maskz_loadu_epi32(first(k - c), x + c);
+      high0 = _mm512_max_epi32(high0, v);
+      low0 = _mm512_max_epu32(low0, v);
+    }
+    const Int8Levels levels(_mm512_reduce_max_epi32(_mm512_max_epi32(high0, high1)),
+                            _mm512_reduce_max_epu32(_mm512_max_epu32(low0, low1)));
+    q_scale[i] = levels.scale;
+    q_zero[i] = levels.zero;
+    const __m512 inverse = _mm512_set1_ps(levels.inverse);
+    const __m512i zero = _mm512_set1_epi32(levels.zero);
+    const auto quantised = [&](__m512 v) {
+      return _mm512_add_epi32(zero, _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
+    };
+    // The stores cut off above 255.
+    for (c = 0; c + 16 <= k; c += 16) {
+      const __m128i bytes = _mm512_cvtusepi32_epi8(quantised(_mm512_loadu_ps(x + c)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c), bytes);
+    }
+    if (c < k) {
+      const __mmask16 mask = first(k - c);
+      _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, quantised(_mm512_maskz_loadu_ps(mask, x + c)));
     }
   }
 }
@@ -60,8 +60,12 @@ void tile(const Int8Strip& strip, int64_t row) {
   const uint8_t* q = static_cast<const uint8_t*>(strip.q) + row * strip.k;
   const int8_t* w = strip.panel;
   __m512i sum[M][VECTORS];
-  FEDMS_UNROLL for (int i = 0; i < M; ++i)
-    FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = _mm512_loadu_si512(strip.start + 16 * v);
+  FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) {
+    const __m512i minus_sums = _mm512_loadu_si512(strip.minus_sums + 16 * v);
+    FEDMS_UNROLL for (int i = 0; i < M; ++i) {
+      sum[i][v] = _mm512_mullo_epi32(minus_sums, _mm512_set1_epi32(strip.q_zero[row + i]));
+    }
+  }
   for (int64_t c = 0; c < strip.k; c += 4, w += 4 * PANEL) {
     __m512i b[VECTORS];
     FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = _mm512_loadu_si512(w + 64 * v);
@@ -111,6 +115,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, 4, 1, 128, quantise, multiply};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, 4, 1, quantise, multiply};
 
 }  // namespace fedms

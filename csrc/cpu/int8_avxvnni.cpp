@@ -1,16 +1,15 @@
-// AVX2 with AVX-VNNI: vpdpbusd on 256 bits. It multiplies unsigned by signed bytes, so x is stored with an offset of 128.
+// AVX2 with AVX-VNNI: vpdpbusd on 256 bits. It multiplies unsigned bytes of x by signed
+// bytes of the weight.
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "fedms/int8.h"
 #include "int8_kernels.h"
 
 namespace fedms {
 namespace {
 
 typedef uint8_t Q;
-constexpr int OFFSET = 128, GROUP = 4;
+constexpr bool SIGNED = false;
+constexpr int GROUP = 4;
 constexpr int ROWS = 4, VECTORS = 3;  // 12 sums, 3 vectors of the weight, one of x
 
 inline void store(Q* to, __m256i v) {
@@ -27,6 +26,6 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) { asm("%{vex%} vpdpbusd %2, 
 
 }  // namespace
 
-const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), OFFSET, quantise, multiply};
+const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), quantise, multiply};
 
 }  // namespace fedms

@@ -1,7 +1,11 @@
 // What an instruction set brings to the int8 linear layer. One table each.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+
+#include "fedms/int8.h"
 
 namespace fedms {
 
@@ -9,9 +13,10 @@ namespace fedms {
 struct Int8Strip {
   int64_t rows, k;             // k rounded up to a multiple of `group`
   const void* q;               // rows of `k` elements, one behind the other
-  const float* q_scale;        // one a row
+  const float* q_scale;        // one a row, as `q_zero`
+  const int32_t* q_zero;       // what q holds for x = 0
   const int8_t* panel;         // [k / group][panel][group]
-  const int32_t* start;        // where the sums start: takes away what the offset of q adds to them
+  const int32_t* minus_sums;   // of the panel's columns: times q_zero, this is where the sums of products start
   const float* scale;          // `panel` values, as `bias`, which may be null, and every row of `expand`
   const float* bias;
   int64_t rank;
@@ -27,11 +32,34 @@ struct Int8Kernels {
   int32_t id;            // stored with a packed weight
   int32_t panel, group;  // columns of a panel, and consecutive k that lie side by side
   int32_t q_size;        // bytes of a quantised value
-  int32_t offset;        // q holds xq + offset
-  // Quantises rows of x (see int8.h). q_stride is k rounded up to a multiple of `group`; what lies between is not read
-  // into any sum, because the weight is zero there.
-  void (*quantise)(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale);
+  // Quantises rows of x (see int8.h): q = xq + q_zero. q_stride is k rounded up to a multiple of `group`; what lies
+  // between may be anything, because the weight is zero there.
+  void (*quantise)(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);
+};
+
+// How a row is quantised, from the bits of its floats: `largest` as signed integers, at least 0, which is its largest
+// positive value, and as unsigned ones, which is its lowest negative value if there is one. (Without the sign, floats
+// are ordered as their bits, and NaN lies above all.)
+struct Int8Levels {
+  float scale, inverse;
+  int32_t zero;
+
+  Int8Levels(int32_t largest, uint32_t largest_unsigned) {
+    const uint32_t lowest_bits = largest_unsigned >> 31 ? largest_unsigned : 0;
+    float high, low;
+    std::memcpy(&high, &largest, sizeof high);
+    std::memcpy(&low, &lowest_bits, sizeof low);
+    scale = high / 255.0f - low / 255.0f;
+    if (scale >= INT8_TINY && scale < __builtin_inff()) {
+      inverse = 1.0f / scale;
+      zero = static_cast<int32_t>(std::nearbyint(-low * inverse));
+    } else {
+      scale = scale < INT8_TINY ? 0.0f : __builtin_nanf("");
+      inverse = 0;
+      zero = 0;
+    }
+  }
 };
 
 extern const Int8Kernels int8_portable;

@@ -1,8 +1,7 @@
-// Any CPU: plain loops over a panel of columns, which the compiler turns into what vectors there are.
-#include <cmath>
-#include <cstring>
+// Any CPU: plain loops over a panel of columns, which the compiler turns into what vectors there are. x is quantised to
+// 16 bits with their sign, so q_zero is 0.
+#include <algorithm>
 
-#include "fedms/int8.h"
 #include "int8_kernels.h"
 
 namespace fedms {
@@ -10,30 +9,27 @@ namespace {
 
 constexpr int PANEL = 16;
 
-// max |x|; NaN if there is one. Without their signs, floats are ordered as the integers of their bits, NaN above all.
-float largest(const float* x, int64_t k) {
-  uint32_t most = 0;
-  for (int64_t c = 0; c < k; ++c) {
-    uint32_t bits;
-    std::memcpy(&bits, x + c, sizeof bits);
-    bits &= 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  float value;
-  std::memcpy(&value, &most, sizeof value);
-  return value;
-}
-
-void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale) {
+void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero) {
   int16_t* to = static_cast<int16_t*>(q);
   for (int64_t i = 0; i < rows; ++i, x += k, to += q_stride) {
-    const float most = largest(x, k);
-    const bool finite = most < __builtin_inff();
-    q_scale[i] = most < INT8_TINY ? 0.0f : finite ? most / 127.0f : __builtin_nanf("");
-    const float inverse = most < INT8_TINY || !finite ? 0.0f : 127.0f / most;
+    int32_t largest = 0;
+    uint32_t largest_unsigned = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      int32_t bits;
+      std::memcpy(&bits, x + c, sizeof bits);
+      largest = std::max(largest, bits);
+      largest_unsigned = std::max(largest_unsigned, static_cast<uint32_t>(bits));
+    }
+    const Int8Levels levels(largest, largest_unsigned);
+    q_scale[i] = levels.scale;
+    q_zero[i] = 0;
+    const float top = static_cast<float>(255 - levels.zero);
     // Adding and taking away 1.5 * 2^23 rounds to the nearest even integer.
     constexpr float rounding = 12582912.0f;
-    for (int64_t c = 0; c < k; ++c) to[c] = finite ? static_cast<int16_t>((x[c] * inverse + rounding) - rounding) : 0;
+    const bool finite = levels.scale >= 0;
+    for (int64_t c = 0; c < k; ++c) {
+      to[c] = finite ? static_cast<int16_t>(std::min(top, (x[c] * levels.inverse + rounding) - rounding)) : 0;
+    }
   }
 }
 
@@ -41,8 +37,7 @@ void multiply(const Int8Strip& strip) {
   for (int64_t i = 0; i < strip.rows; ++i) {
     const int16_t* q = static_cast<const int16_t*>(strip.q) + i * strip.k;
     const int8_t* w = strip.panel;
-    int32_t sum[PANEL];
-    std::memcpy(sum, strip.start, sizeof sum);
+    int32_t sum[PANEL] = {};
     for (int64_t c = 0; c < strip.k; ++c, w += PANEL)
       for (int v = 0; v < PANEL; ++v) sum[v] += q[c] * w[v];
 
@@ -62,6 +57,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), 0, quantise, multiply};
+const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), quantise, multiply};
 
 }  // namespace fedms

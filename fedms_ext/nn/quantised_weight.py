@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms_ext import _C
-from fedms_ext.reference import quantise_rows
+from fedms_ext.reference import quantise_weight
 
 
 class QuantisedWeight(nn.Module):
@@ -36,8 +36,8 @@ class QuantisedWeight(nn.Module):
             raise ValueError("the weight holds an infinity or a NaN, so it cannot be quantised; repair it first")
         self.sha256 = tensor_sha256(weight)
         self._shape = tuple(weight.shape)
-        q, scale = quantise_rows(weight)
-        self._hold(q.to(torch.int8), scale[:, 0].contiguous())
+        q, scale = quantise_weight(weight)
+        self._hold(q.to(torch.int8), scale)
 
     def _hold(self, q: Tensor, scale: Tensor) -> None:
         self.register_buffer("data", _pack(q) if q.device.type == "cpu" else q, persistent=False)
@@ -68,9 +68,9 @@ class QuantisedWeight(nn.Module):
 
     @torch.compiler.disable
     def _transpose(self) -> None:
-        q, scale = quantise_rows(self.dequantise().T)
-        q = q.to(torch.int8).contiguous()
-        self._transposed = _pack(q) if q.device.type == "cpu" else q, scale[:, 0].contiguous()
+        q, scale = quantise_weight(self.dequantise().T)
+        q = q.to(torch.int8)
+        self._transposed = _pack(q) if q.device.type == "cpu" else q, scale
 
     @property
     def nbytes(self) -> int:

@@ -40,9 +40,8 @@ class Case:
     def __init__(self, m: int, n: int, k: int, ranks: list[int], gate: bool = False, bias: bool = True, dropout_p=0.0):
         self.x, self.dy = torch.randn(m, k), torch.randn(m, n)
         full = torch.randn(n, k)
-        self.weight, scale = reference.quantise_rows(full)
-        self.weight_t, scale_t = reference.quantise_rows(full.T)
-        self.weight_scale, self.weight_t_scale = scale[:, 0].contiguous(), scale_t[:, 0].contiguous()
+        self.weight, self.weight_scale = reference.quantise_weight(full)
+        self.weight_t, self.weight_t_scale = reference.quantise_weight(full.T)
         self.bias = torch.randn(n) if bias else None
         self.a = [torch.randn(r, k) / k**0.5 for r in ranks]
         self.b = [torch.randn(n, r) for r in ranks]
@@ -142,7 +141,7 @@ def test_without_dx():
 
 def test_integer_products_are_exact():
     # The largest products that there are, in one sign: 16-bit sums of two would overflow.
-    for k in (4, 64, 3072):
+    for k in (4, 64, 3072, 65536):
         x, weight = torch.full((7, k), 3.0), torch.full((70, k), 127.0)
         x[::2] *= -1
         weight[1::2] *= -1
@@ -289,5 +288,7 @@ def test_refused_operands():
         call(scale=torch.ones(4))
     with pytest.raises(ValueError, match=r"bias has the shape \(1, 4\)"):
         call(bias=torch.ones(4))
+    with pytest.raises(ValueError, match="more than 65536"):
+        packed(torch.zeros(1, 65537))
     with pytest.raises(ValueError, match=r"packed has the shape \(1, 1\)"):
         _C.int8_pack(torch.zeros(5, 6, dtype=torch.int8), torch.zeros(1, dtype=torch.uint8))

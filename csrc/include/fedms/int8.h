@@ -2,9 +2,12 @@
 //
 //   y[i][c] = xs[i] * ws[c] * (sum over j of xq[i][j] * wq[c][j]) + bias[c] + (the LoRA branch of row i)[c]
 //
-// wq (n, k) int8 and ws (n,) are the weight, symmetric, one scale an output channel. xq and xs are made from x here,
-// one scale a row: xs = max |x| / 127, xq = x * (127 / max |x|) rounded to nearest even. The sums of products are exact.
-// A row that holds an infinity or a NaN gives NaN; one whose values all lie below TINY in magnitude counts as zeros.
+// wq (n, k) int8 and ws (n,) are the weight, symmetric, one scale an output channel. x is quantised here, row by row,
+// to 256 levels from low = min(x, 0) to high = max(x, 0), of which 0 is one: xs = high / 255 - low / 255,
+// zero = round(-low / xs), xq = min(round(x / xs), 255 - zero), where / xs is a product with 1 / xs and ties round to
+// even. (Symmetric levels would lose a bit where a row has its outliers on one side: the error on the activations of
+// MiniLM is 1.7 % instead of 1.4 %.) The sums of products are exact. A row that holds an infinity or a NaN gives NaN;
+// one with xs < INT8_TINY counts as zeros.
 //
 // All matrices are row-major and dense. The results are bitwise the same for any number of threads.
 #pragma once
@@ -15,14 +18,16 @@
 
 namespace fedms {
 
-// A row's largest magnitude from which 127 / max |x| is still a float.
+// 1 / INT8_TINY is still a float.
 constexpr float INT8_TINY = 0x1p-100f;
+// Sums of longer rows could leave 32 bits.
+constexpr int64_t INT8_LONGEST = 65536;
 
 // The size in bytes of a packed (n, k) weight, for the instruction set that is used now.
 int64_t int8_packed_size(int64_t n, int64_t k);
 
 // Packs wq for the instruction set that is used now. The multiplication keeps to the one that the weight was packed for.
-// |wq| <= 127.
+// |wq| <= 127, k <= INT8_LONGEST.
 void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed);
 
 // The inverse. int8_pack and int8_unpack throw std::invalid_argument where `packed` is not a packed (n, k) weight.
