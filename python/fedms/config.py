@@ -30,7 +30,7 @@ DATA_OF_MODEL = {"minilm": ("sentiment",), "vit-digits": ("digits",)}
 TEXT_MODELS = ("minilm",)
 DATA_WITH_GROUPS = ("sentiment",)
 
-METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms")
+METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms", "fedms_plus")
 
 
 class ConfigError(ValueError):
@@ -169,8 +169,8 @@ class GateTable(Table):
     temperature: float = Field(1.0, gt=0, description="divides the gate's logits; above 1 is softer")
     lr: float = Field(1e-3, gt=0, description="AdamW learning rate of the gate")
     bottleneck: int = Field(16, ge=1, description="hidden width of the gate adapter")
-    held_out: float = Field(0.2, ge=0, lt=1, description="share of each client's training samples on which the gate "
-                            "alone is trained, in stage 2; 0: expert and gate train together on all")
+    held_out: float = Field(0.2, gt=0, lt=1, description="method fedms_plus: share of each client's training samples "
+                            "on which the gate alone is trained")
 
 
 class Budget(Table):

@@ -62,7 +62,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("sets", [
     ["run.method=fedms"],
-    ["run.method=fedms", "lora.dropout=0.2", "clients.fraction=0.7", "clients.optimizer=kept", "gate.held_out=0"],
+    ["run.method=fedms_plus", "lora.dropout=0.2", "clients.fraction=0.7", "clients.optimizer=kept"],
     ["run.method=fedavg_prior", "data.partition=dirichlet"],
 ], ids=["fedms", "fedms-all-draws", "prior"])
 def test_the_same_seed_gives_the_same_records(sets, tmp_path):
@@ -93,7 +93,7 @@ def _without(value, key):
     *[[f"run.method={m}"] for m in methods.METHODS],
     ["gate.mixing=layers", "gate.features=prefix"],
     ["gate.on=probabilities", "gate.features=prefix", "gate.temperature=2.0"],
-    ["gate.held_out=0", "stage2.keep=last", "stage2.own_loss=0"],
+    ["run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix"], ["stage2.keep=last", "stage2.own_loss=0"],
     ["sal.schedule=all"], ["sal.schedule=every", "sal.every=1", "sal.step=2", "sal.order=bottom_up"],
     ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
     ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
@@ -186,7 +186,7 @@ def test_the_cache_changes_nothing(tmp_path):
 
 
 def test_the_gate_is_trained_on_samples_that_its_expert_has_not_seen(tmp_path):
-    session = Session(config("gate.held_out=0.25"), tmp_path)
+    session = Session(config("run.method=fedms_plus", "gate.held_out=0.25"), tmp_path)
     expert_rows, gate_rows = session.method._split(session.clients[0])
     n = len(session.clients[0].train)
     assert len(gate_rows) == n // 4 and sorted([*expert_rows.tolist(), *gate_rows.tolist()]) == list(range(n))

@@ -7,6 +7,7 @@ from fedms.methods.fedavg import FedAvg
 from fedms.methods.fedavg_ft import FedAvgFT
 from fedms.methods.fedavg_prior import FedAvgPrior
 from fedms.methods.fedms import FedMS
+from fedms.methods.fedms_plus import FedMSPlus
 from fedms.methods.local import Local
 
 METHODS: dict[str, type[Method]] = {
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "fedavg_prior": FedAvgPrior,
     "fedavg_ft": FedAvgFT,
     "fedms": FedMS,
+    "fedms_plus": FedMSPlus,
 }
 
 __all__ = ["METHODS", "Method", "Prediction", "create"]

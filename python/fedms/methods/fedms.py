@@ -6,9 +6,7 @@ expert is frozen; each client trains a private local expert, which starts as its
     z(x) = G_0(x) z_global(x) + G_1(x) z_local(x),      G = softmax(gate(features(x)) / temperature)
 
 on CE(z) + own_loss * CE(z_local), and sends the gate adapter alone. Our choices where the abstracts are silent: the
-mixture is taken on logits; the local expert has a loss of its own (the mixture's alone leaves it weak); and the gate
-is trained on samples that are held out from the local expert (on the expert's own training samples it learns to trust
-an expert that knows them by heart).
+mixture is taken on logits, and the local expert has a loss of its own (the mixture's alone leaves it weak).
 """
 from __future__ import annotations
 
@@ -19,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Message, Private, Reply, Score, score, train
+from fedms.client import Client, Group, Message, Private, Reply, Score, score, train, validate
 from fedms.methods.base import (Method, Prediction, keep_better, load_private, lr_of, make_reply, train_shared)
-from fedms.resident import Part, ResidentModel
-from fedms.rng import generator
+from fedms.resident import Part, ResidentModel, Tensors
 
 
 class FedMS(Method):
@@ -43,23 +40,22 @@ class FedMS(Method):
                 message: Message) -> tuple[Reply, Private]:
         self._load(model, client, private, message)
         received, _ = self._validate(model, client)
-        own_before, before = self._own_score(model, client), model.read_applied("local")
-
-        local, gate = model.trainable("local"), {f"gate/{n}": p for n, p in model.gate.named_parameters()}
-        expert_rows, gate_rows = self._split(client)
-        groups = [Group(local, lr_of(client, message))]
-        if len(gate_rows) == 0:
-            groups.append(Group(gate, self.config.gate.lr))
-        loss, moments = train(client, message, private, groups, self._loss(model, client), expert_rows)
-        kept, _ = keep_better(model, client, message, before, own_before)
-        if len(gate_rows):
-            _, gate_moments = train(client, message, private, [Group(gate, self.config.gate.lr)],
-                                    self._gate_loss(model, client), gate_rows)
-            moments = {**moments, **gate_moments}
+        expert = Group(model.trainable("local"), lr_of(client, message))
+        gate = Group({f"gate/{n}": p for n, p in model.gate.named_parameters()}, self.config.gate.lr)
+        loss, kept, moments = self._fit(model, client, private, message, expert, gate)
         reached, weights = self._validate(model, client)
         reply = make_reply(client, model.read_gate(), received.accuracy, reached, loss=loss, **gate_numbers(weights),
-                           trained_params=sum(p.numel() for p in (*local.values(), *gate.values())))
+                           trained_params=sum(p.numel() for p in (*expert.params.values(), *gate.params.values())))
         return reply, Private({**kept, **moments})
+
+    def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
+             gate: Group) -> tuple[float, Tensors, Tensors]:
+        """Trains the local expert and the gate; returns the mean loss, the expert's tensors that are kept, and the
+        optimiser's state."""
+        own_before, before = validate(model, client, "local"), model.read_applied("local")
+        loss, moments = train(client, message, private, [expert, gate], self._loss(model, client))
+        kept, _ = keep_better(model, client, message, before, own_before)
+        return loss, kept, moments
 
     def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
         depths = {"depth": final.depth, "applied_depth": final.applied_depth}
@@ -79,12 +75,6 @@ class FedMS(Method):
         load_private(model, client, private, message, start=message.constants)
         model.load_gate(message.tensors)
 
-    def _split(self, client: Client) -> tuple[Tensor, Tensor]:
-        """Rows of the training part for the local expert, and those for the gate alone; the same at every visit."""
-        rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
-        held_out = int(self.config.gate.held_out * len(rows))
-        return rows[held_out:], rows[:held_out]
-
     def _loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
         """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
         are constants of a sample."""
@@ -95,12 +85,6 @@ class FedMS(Method):
             labels, own = model.labels(part, rows), model.logits("local", part, rows)
             return F.cross_entropy(mixture(rows, own), labels) + own_loss * F.cross_entropy(own, labels)
         return loss
-
-    def _gate_loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
-        """Mean over a batch of CE(mixture), with both experts constant."""
-        part = client.train
-        mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
-        return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
 
     def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
         """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
@@ -122,9 +106,6 @@ class FedMS(Method):
     def _validate(self, model: ResidentModel, client: Client) -> tuple[Score, Tensor]:
         logits, weights = self._mixture(model, client.validation)
         return score(logits, model.labels(client.validation)), weights
-
-    def _own_score(self, model: ResidentModel, client: Client) -> Score:
-        return score(model.all_logits("local", client.validation), model.labels(client.validation))
 
 
 def mix(weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
