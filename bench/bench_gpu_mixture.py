@@ -1,0 +1,100 @@
+"""Two experts in one layer on a GPU: gates for each row, and the streams of the mixture in one batch.
+
+    python bench/bench_gpu_mixture.py [--quick] [--json FILE] [--rehearse]
+
+"gates": every row takes both experts, weighted. "streams": the first half of the rows takes the first expert, the
+second half the second, which here is a gate of zeros and ones, against two layers called one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+import torch.nn.functional as F
+from bench_gpu_linear import both, forward_only
+from gpu_timing import Clock, compare, table
+from torch import Tensor
+
+import fedms_ext
+from fedms_ext import expert_linear
+
+# (K, N, rows, rank of each expert)
+SHAPES = [(4096, 4096, 8192, 16), (768, 768, 12608, 16), (768, 3072, 12608, 8), (384, 384, 4096, 8)]
+REHEARSAL = [(64, 48, 70, 8)]
+
+
+def operator_by_operator(x: Tensor, weight: Tensor, a: list[Tensor], b: list[Tensor], gate: Tensor) -> Tensor:
+    """What a mixture of PEFT adapters computes: every product an operator of its own."""
+    y = F.linear(x, weight)
+    for e in range(len(a)):
+        y = y + gate[:, e : e + 1] * (0.5 * F.linear(F.linear(x, a[e]), b[e]))
+    return y
+
+
+def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> list[dict[str, object]]:
+    results = []
+    for k, n, rows, rank in shapes:
+        torch.manual_seed(0)
+        like = dict(dtype=dtype, device=clock.device)
+        x, dy = torch.randn(rows, k, **like), torch.randn(rows, n, **like)
+        weight = torch.randn(n, k, **like) / k**0.5
+        a = [(torch.randn(rank, k, **like) / k**0.5).requires_grad_() for _ in range(2)]
+        b = [torch.randn(n, rank, **like).requires_grad_() for _ in range(2)]
+        gates = torch.rand(rows, 2, device=clock.device).to(dtype)
+        half = rows // 2
+        streams = torch.zeros(rows, 2, **like)
+        streams[:half, 0], streams[half:, 1] = 1, 1
+        scale = [0.5, 0.5]
+
+        def apart(x):
+            first = expert_linear(x[:half], weight, None, a[:1], b[:1], scale[:1])
+            second = expert_linear(x[half:], weight, None, a[1:], b[1:], scale[1:])
+            return torch.cat([first, second])
+
+        peers = {
+            "gates": {
+                "bare GEMM": lambda x: F.linear(x, weight),
+                "fedms": lambda x: expert_linear(x, weight, None, a, b, scale, gates),
+                "operator by operator": lambda x: operator_by_operator(x, weight, a, b, gates),
+            },
+            "streams": {
+                "bare GEMM": lambda x: F.linear(x, weight),
+                "fedms, one batch": lambda x: expert_linear(x, weight, None, a, b, scale, streams),
+                "fedms, two layers": apart,
+            },
+        }
+        if clock.device == "cuda":
+            compiled = torch.compile(operator_by_operator, dynamic=False)
+            peers["gates"]["operator by operator, compiled"] = lambda x: compiled(x, weight, a, b, gates)
+        for case, operators in peers.items():
+            for what in ("forward", "forward + backward"):
+                calls = {
+                    name: forward_only(peer, x) if what == "forward"
+                    else both(peer, x, dy, [] if name == "bare GEMM" else [*a, *b])
+                    for name, peer in operators.items()
+                }  # fmt: skip
+                measured = compare(clock, calls, base="bare GEMM")
+                results.append(dict(case=case, k=k, n=n, rows=rows, rank=rank, what=what, results=measured))
+                print(table(f"{case}: {k} -> {n}, {rows} rows, 2 experts of rank {rank}, {what}", measured), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first two shapes")
+    parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: shows that it runs, no more")
+    options = parser.parse_args()
+    clock = Clock("cpu", 0.0) if options.rehearse else Clock("cuda", 0.05 if options.quick else 0.3)
+    shapes = REHEARSAL if options.rehearse else SHAPES[:2] if options.quick else SHAPES
+    print(f"backends: {', '.join(fedms_ext.available())}\n")
+    results = run(clock, shapes, torch.float32 if options.rehearse else torch.bfloat16)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
