@@ -10,7 +10,7 @@ from fedms.config import load_config
 from fedms.records import RunFolder
 
 DOMAINS = ("films", "news", "products", "tweets")
-LEVEL = {"local": 0.66, "fedavg": 0.694, "fedavg_prior": 0.703, "fedavg_ft": 0.709, "fedms": 0.712}
+LEVEL = {"local": 0.66, "fedavg": 0.694, "fedavg_prior": 0.703, "fedavg_ft": 0.709, "fedms": 0.712, "fedms_plus": 0.714}
 
 
 def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: int = 12, unseen: int = 2,

@@ -135,7 +135,7 @@ def test_a_key_without_its_table_is_completed():
                              "bytes"),
     ("sal.cache_bytes=-1", 'sal.cache_bytes: got -1; accepted: a size such as "2GiB" or "500MB", or a number of bytes'),
     ("run.method=fedavgft", 'run.method: got "fedavgft"; accepted: "local", "fedavg", "fedavg_prior", "fedavg_ft", '
-                            '"fedms"; did you mean fedavg_ft?'),
+                            '"fedms", "fedms_plus"; did you mean fedavg_ft?'),
     ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "dirichlet", "iid"; did you mean '
                                 "dirichlet?"),
     ("sal.order=topdown", 'sal.order: got "topdown"; accepted: "top_down", "bottom_up", "interleaved"; or a list of '
