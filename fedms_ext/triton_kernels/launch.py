@@ -183,7 +183,8 @@ def sweep_dy(
 ) -> tuple[Tensor | None, Tensor | None]:
     """One pass over dy: partial sums of U = dy B (parts, M, R) if `project`, and of dB (parts, N, R) if `outer`."""
     (m, n), r = dy.shape, experts.rank
-    bm, bc, br = 64, 128, rank_block(r, 64)
+    # Wide blocks of columns make fewer partial sums of U; a narrow layer would leave multiprocessors idle.
+    bm, bc, br = 64, 256 if n >= 2048 else 128, rank_block(r, 64)
     parts, rows = _splits(m, bm)
     u = dy.new_empty(triton.cdiv(n, bc), m, r, dtype=torch.float32) if project else None
     g = dy.new_empty(parts, n, r, dtype=torch.float32) if outer else None

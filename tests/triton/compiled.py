@@ -65,6 +65,8 @@ def launches(chip):
     yield "shrink, dropout", lambda: launch.shrink(x, a.t(), experts, gate, dropout)
     yield "shrink dy", lambda: launch.shrink(dy, b, experts, None, None, keep_s=False)
     yield "sweep dy: U, dB", lambda: launch.sweep_dy(dy, t, experts, gate, True, True)
+    narrow_dy, narrow_experts = empty(M, 768), Experts(a, empty(768, R), experts.scale, experts.expert, RANKS)
+    yield "sweep narrow dy: U, dB", lambda: launch.sweep_dy(narrow_dy, t, narrow_experts, gate, True, True)
     yield "sweep dy: U", lambda: launch.sweep_dy(dy, t, experts, gate, True, False)
     yield "sweep dy: dB", lambda: launch.sweep_dy(dy, t, experts, None, False, True)
     yield "sweep x: dA", lambda: launch.sweep_x(x, t, None)
