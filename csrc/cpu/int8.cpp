@@ -284,11 +284,24 @@ void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, fl
 
 void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
                    const LoraGradients& out) {
-  if (out.dx) {
-    const Packed layout = layout_of(lora.k, lora.n, transposed.packed, transposed.packed_size);
-    run({transposed, layout, lora, lora.m, lora.k, lora.n, {}, {}, dy, nullptr, out.dx});
+  const int64_t m = lora.m, n = lora.n, k = lora.k;
+  if (!out.dx) {
+    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+    return;
   }
-  if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+  const Packed layout = layout_of(k, n, transposed.packed, transposed.packed_size);
+  if (lora.experts.empty() || lora.dropout_p > 0) {
+    // The mask is on the LoRA part of dx alone, which therefore cannot be added in the product.
+    run({transposed, layout, lora, m, k, n, {}, {}, dy, nullptr, out.dx});
+    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+    return;
+  }
+  const TransposedB b(lora);
+  const std::unique_ptr<float[]> u = buffer(m * lora.total_rank());
+  run({transposed, layout, lora, m, k, n, b.rows, rows_of_a(lora), dy, u.get(), out.dx});
+  LoraGradients rest = out;
+  rest.dx = nullptr;
+  lora_backward_from(lora, dy, x, s, u.get(), rest);
 }
 
 }  // namespace fedms

@@ -70,6 +70,11 @@ void lora_forward(const Lora& lora, const float* x, float* s, float* y) {
 }
 
 void lora_backward(const Lora& lora, const float* dy, const float* x, const float* s, const LoraGradients& out) {
+  lora_backward_from(lora, dy, x, s, nullptr, out);
+}
+
+void lora_backward_from(const Lora& lora, const float* dy, const float* x, const float* s, float* u,
+                        const LoraGradients& out) {
   const LoraKernels& kernel = lora_kernels();
   const int64_t m = lora.m, n = lora.n, k = lora.k, r = lora.total_rank();
   const int64_t experts = static_cast<int64_t>(lora.experts.size());
@@ -80,8 +85,14 @@ void lora_backward(const Lora& lora, const float* dy, const float* x, const floa
 
   const std::vector<const float*> a = rows_of_a(lora);
   std::unique_ptr<TransposedB> b;
-  if (needs_ds) b = std::make_unique<TransposedB>(lora);
-  const std::unique_ptr<float[]> ds = buffer(needs_ds ? m * r : 0);  // dy B, then also times scale and gate
+  std::unique_ptr<float[]> own_u;
+  const bool needs_u = needs_ds && !u;
+  if (needs_u) {
+    b = std::make_unique<TransposedB>(lora);
+    own_u = buffer(m * r);
+    u = own_u.get();
+  }
+  float* const ds = u;  // dy B, then also times scale and gate
   const std::unique_ptr<float[]> weighed = buffer(needs_db ? m * r : 0);  // S times scale and gate
 
   const int64_t chunk = chunk_for(m);
@@ -102,10 +113,10 @@ void lora_backward(const Lora& lora, const float* dy, const float* x, const floa
       const int64_t first = c * chunk, count = std::min(chunk, m - first);
       if (needs_db) weigh(lora, first, count, s + first * r, weighed.get() + first * r);
       if (!needs_ds) continue;
-      float* u = ds.get() + first * r;
-      kernel.dots(count, r, n, dy + first * n, n, b->rows.data(), u, r);
+      float* u_rows = ds + first * r;
+      if (needs_u) kernel.dots(count, r, n, dy + first * n, n, b->rows.data(), u_rows, r);
       if (out.dgate) {
-        const float *su = s + first * r, *uu = u;
+        const float *su = s + first * r, *uu = u_rows;
         for (int64_t i = first; i < first + count; ++i) {
           for (int64_t e = 0; e < experts; ++e) {
             float sum = 0;
@@ -114,16 +125,16 @@ void lora_backward(const Lora& lora, const float* dy, const float* x, const floa
           }
         }
       }
-      weigh(lora, first, count, u, u);
+      weigh(lora, first, count, u_rows, u_rows);
       if (out.dx && lora.dropout_p > 0) {
         for (int64_t i = 0; i < count; i += MASKED_ROWS) {
           const int64_t rows = std::min(MASKED_ROWS, count - i);
           std::fill_n(scratch, rows * k, 0.0f);
-          kernel.expand(rows, r, k, u + i * r, r, a.data(), scratch, k);
+          kernel.expand(rows, r, k, u_rows + i * r, r, a.data(), scratch, k);
           drop_rows(lora, first + i, rows, 0, k, scratch, k, out.dx + (first + i) * k, k, true);
         }
       } else if (out.dx) {
-        kernel.expand(count, r, k, u, r, a.data(), out.dx + first * k, k);
+        kernel.expand(count, r, k, u_rows, r, a.data(), out.dx + first * k, k);
       }
     }  // the implicit barrier: dA and dB need every row
 
@@ -143,7 +154,7 @@ void lora_backward(const Lora& lora, const float* dy, const float* x, const floa
             from = scratch;
             stride = COLUMNS;
           }
-          const float* part = ds.get() + i * r;
+          const float* part = ds + i * r;
           for (int64_t e = 0; e < experts; part += lora.experts[e].rank, ++e) {
             if (out.da[e]) kernel.reduce(rows, lora.experts[e].rank, count, part, r, from, stride, out.da[e] + first, k);
           }

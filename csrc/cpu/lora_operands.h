@@ -70,4 +70,9 @@ inline void drop_rows(const Lora& lora, int64_t row, int64_t rows, int64_t colum
   }
 }
 
+// lora_backward, with u = dy B of all experts side by side, (m, R), where it is known already (null: it is not). It is
+// overwritten.
+void lora_backward_from(const Lora& lora, const float* dy, const float* x, const float* s, float* u,
+                        const LoraGradients& out);
+
 }  // namespace fedms

@@ -69,7 +69,7 @@ class QuantisedWeight(nn.Module):
     @torch.compiler.disable
     def _transpose(self) -> None:
         q, scale = quantise_weight(self.dequantise().T)
-        q = q.to(torch.int8)
+        q = q.to(torch.int8).contiguous()
         self._transposed = _pack(q) if q.device.type == "cpu" else q, scale
 
     @property
