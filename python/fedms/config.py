@@ -83,7 +83,8 @@ class ModelTable(Table):
     """The frozen foundation model and its head."""
 
     id: Literal["minilm", "vit-digits"] = Field("minilm", description="foundation model")
-    frozen: Literal["fp32"] = Field("fp32", description="storage of the frozen weights")
+    frozen: Literal["fp32", "int8"] = Field(
+        "fp32", description="storage of the frozen Linear weights; int8 computes in int8 too")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
     head: Literal["text", "linear"] = Field(

@@ -23,7 +23,8 @@ from fedms.models import FoundationModel
 from fedms.models.heads import LinearHead, TextHead
 from fedms.rng import generator
 from fedms_ext import (ConstantCache, ConstantPrefix, GateAdapter, LoRA, Ragged, activate, activation_order, attach,
-                       budget, deactivate, expert_layers, gated, prefix_depth, prefix_hash, reset_expert)
+                       budget, deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize,
+                       reset_expert)
 from fedms_ext.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -66,6 +67,8 @@ class ResidentModel:
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
         with _blamed_on("model.targets"):
             attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
+        if config.model.frozen != "fp32":
+            quantize(foundation.module, config.model.frozen)
         self.layers = expert_layers(foundation.module)
         self.blocks = len(blocks_of(foundation.module))
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
