@@ -6,9 +6,7 @@ import torch  # noqa: F401  first: the kernels of this package run on the OpenMP
 
 from . import _C, budget
 from .activation import (
-    ConstantCache,
     ConstantPrefix,
-    Ragged,
     activate,
     activation_order,
     deactivate,
@@ -17,6 +15,7 @@ from .activation import (
     prefix_hash,
 )
 from .backends import available, explain, use_backend
+from .cache import ConstantCache, DiskCache, Ragged
 from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantisedWeight
 from .ops import expert_linear
 from .quantize import dequantize, quantize
@@ -26,6 +25,7 @@ from .surgery import attach, detach, expert_layers, expert_tensors, find_blocks,
 __all__ = [
     "ConstantCache",
     "ConstantPrefix",
+    "DiskCache",
     "ExpertLinear",
     "FrozenLinear",
     "GateAdapter",

@@ -7,8 +7,7 @@ pass, and gives the same output for the same sample every time: that output can 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -209,56 +208,3 @@ class _Skip:
             self.returns_tuple[kind] = isinstance(out, tuple)
         hidden = hidden_in if self.hidden is None else self.hidden
         return (hidden,) if self.returns_tuple[kind] else hidden
-
-
-class Ragged:
-    """Rows of different lengths stored end to end, without padding.
-
-    Args:
-        rows: per sample a tensor (T_i, ...), all of one dtype and trailing shape; at least one.
-    """
-
-    def __init__(self, rows: Sequence[Tensor]) -> None:
-        self.lengths = torch.tensor([len(row) for row in rows])
-        self.offsets = torch.cumsum(self.lengths, 0) - self.lengths
-        self.values = torch.cat(list(rows))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.lengths.nbytes + self.offsets.nbytes
-
-    def row(self, i: int) -> Tensor:
-        """Row i, (T_i, ...): a view."""
-        return self.values[self.offsets[i]:self.offsets[i] + self.lengths[i]]
-
-    def pad(self, indices: Tensor) -> Tensor:
-        """The rows at `indices` (B,), padded with zeros to their longest, (B, T, ...)."""
-        return nn.utils.rnn.pad_sequence([self.row(int(i)) for i in indices], batch_first=True)
-
-
-class ConstantCache:
-    """Constants of samples (prefix outputs, logits of a frozen expert, features), computed once.
-
-    Holds at most `max_bytes`; the entries used longest ago make room for new ones. A value larger than that is
-    computed at every request. Values must be a function of their key alone.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.nbytes = 0
-        self.entries: OrderedDict[Hashable, Tensor | Ragged] = OrderedDict()
-
-    def get(self, key: Hashable, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
-        if key in self.entries:
-            self.entries.move_to_end(key)
-            return self.entries[key]
-        value = compute()
-        if value.nbytes <= self.max_bytes:
-            while self.nbytes + value.nbytes > self.max_bytes:
-                self.nbytes -= self.entries.popitem(last=False)[1].nbytes
-            self.entries[key] = value
-            self.nbytes += value.nbytes
-        return value

@@ -132,9 +132,13 @@ class SalTable(Table):
     every: int = Field(2, ge=1, description="rounds between activations for schedule every")
     depth: int = Field(1, ge=1, description="active blocks at the start")
     max_depth: Optional[int] = Field(None, ge=1, description="most active blocks; unset: all blocks")
-    cache: bool = Field(True, description="keep the constant prefix's outputs")
+    cache: Literal["memory", "disk", "off"] = Field(
+        "memory", description="where the constants of samples are kept: the prefix's outputs, the frozen expert's "
+        "logits, the gate's features; disk: in the cache folder, for later runs too")
+    cache_dtype: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="storage of the prefix's outputs; fp32 is exact")
     cache_bytes: Annotated[int, BeforeValidator(parse_size)] = Field(
-        2 * 1024**3, description='memory for that cache, e.g. "2GiB"')
+        2 * 1024**3, description='most that the cache may hold, e.g. "2GiB"')
 
 
 class Stage(Table):

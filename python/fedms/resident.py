@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fedms.config import ConfigError, RunConfig
-from fedms.data import Dataset
+from fedms.data import Dataset, cache_dir
 from fedms.models import FoundationModel
 from fedms.models.heads import LinearHead, TextHead
 from fedms.rng import generator
-from fedms_ext import (ConstantCache, ConstantPrefix, GateAdapter, LoRA, Ragged, activate, activation_order, attach,
-                       budget, deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize,
-                       reset_expert)
+from fedms_ext import (ConstantCache, ConstantPrefix, DiskCache, GateAdapter, LoRA, Ragged, activate, activation_order, attach,
+                       budget, build_info, deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize, reset_expert)
 from fedms_ext.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -79,14 +78,22 @@ class ResidentModel:
                                  foundation.class_embeddings(dataset.prompts, config.data.max_tokens))
         self.heads = nn.ModuleDict({name: self._new_head() for name in EXPERTS})
         self.gate = GateAdapter(foundation.feature_dim, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
-        self.cache = ConstantCache(config.sal.cache_bytes if config.sal.cache else 0)
+        self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.boundary = min(self.order[:config.sal.depth]) - 1   # blocks below the lowest one that is trained
         self.running: str | None = None                     # what the pairs are set for now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
         self.flops = 0                                      # of the run under way, on its clients' devices
         self.charged: set[str] = set()                      # constants that the run has paid for
-        self.costs: dict[str, int] = {}                     # what computing each constant takes
+
+    def _new_cache(self) -> ConstantCache | DiskCache:
+        sal, run = self.config.sal, self.config.run
+        if sal.cache != "disk":
+            return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
+        # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
+        arithmetic = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen, sal.cache_dtype)
+        return DiskCache(cache_dir() / "constants", sal.cache_bytes,
+                         repr((self.foundation.fingerprint, self.dataset.fingerprint, self.CHUNK, arithmetic)))
 
     def _new_head(self) -> nn.Module:
         model = self.config.model
@@ -202,7 +209,8 @@ class ResidentModel:
         digest = hashlib.sha256()
         for tensor in self.read_applied(expert).values():
             digest.update(tensor.numpy())
-        return self._constant((part.key, "logits", digest.hexdigest()), lambda: self.all_logits(expert, part))
+        return self._constant((part.key, "logits", digest.hexdigest()), lambda: self.all_logits(expert, part),
+                              lambda: self._live_flops(expert, part))
 
     def features(self, part: Part) -> Tensor:
         """(n, D) pooled features of the foundation model alone, all experts off: constant for ever."""
@@ -210,7 +218,7 @@ class ResidentModel:
             with torch.no_grad():
                 self._run(None)
                 return self._in_chunks(part, lambda rows: self._features(part, rows), self.foundation.feature_dim)
-        return self._constant((part.key, "features"), compute)
+        return self._constant((part.key, "features"), compute, lambda: self._live_flops(None, part))
 
     def gate_features(self, part: Part) -> Tensor:
         """(n, D) what the gate sees: `[gate] features`."""
@@ -221,7 +229,7 @@ class ResidentModel:
         def compute() -> Tensor:
             prefix = self._prefix(part)
             return torch.stack([prefix.row(i).mean(0) for i in range(len(prefix))])
-        return self._constant((part.key, "prefix features", *self.prefix_key), compute)
+        return self._constant((part.key, "prefix features", *self.prefix_key), compute, lambda: 0)
 
     def zero_shot_logits(self, part: Part) -> Tensor | None:
         """(n, C) logits of the class prompts on the foundation model's own features; None without prompts."""
@@ -229,21 +237,40 @@ class ResidentModel:
             return None
         return self.features(part) @ self.class_embeddings.T / self.config.model.temperature
 
-    def _constant(self, key: tuple[str | int, ...], compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
+    def _constant(self, key: tuple[str | int, ...], compute: Callable[[], Tensor | Ragged],
+                  flops: Callable[[], int]) -> Tensor | Ragged:
         """A value that depends on its key alone, from the cache or computed now.
 
         A client's device computes each once in a run, so that is what the run is charged: whatever this process
         still has from another run, has had to drop, or must compute again after a restart.
         """
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        before = self.flops
+        due = name not in self.charged
+        if due:
+            self.charged.add(name)
+            self.flops += flops()
+        counted = self.flops
         value = self.cache.get(key, compute)
-        if self.flops > before or name not in self.costs:
-            self.costs[name] = self.flops - before
-        due = name not in self.charged or value.nbytes > self.cache.max_bytes
-        self.flops = before + (self.costs[name] if due else 0)
-        self.charged.add(name)
+        if not due and value.nbytes > self.cache.max_bytes:     # too large to be kept: computed every time
+            counted += flops()
+        self.flops = counted
         return value
+
+    def _live_flops(self, stream: str | None, part: Part) -> int:
+        """Operations of running a stream on a whole part, without the prefix where that is cached."""
+        self._run(stream)
+        if self._replays() and len(part):
+            self._prefix(part)      # charged on its own
+        return self._chunk_flops(part, first=self.prefix_key[0] if self._replays() else 0)
+
+    def _chunk_flops(self, part: Part, **blocks: int) -> int:
+        lengths = self.dataset.inputs.lengths[part.indices]
+        return sum(budget.forward_flops(self.foundation.module, len(rows), int(lengths[rows].max()), **blocks)
+                   for rows in self._chunks(part))
+
+    def _replays(self) -> bool:
+        """Whether the running stream starts from a cached prefix."""
+        return self.prefix_key[0] > 0 and self.cache.max_bytes > 0
 
     def _run(self, stream: str | None) -> None:
         """Sets all pairs for a stream: one expert as `load` said, "mixture" (the global expert frozen, the local one
@@ -271,7 +298,7 @@ class ResidentModel:
             layer.train(torch.is_grad_enabled())
         inputs = self.dataset.inputs.batch(part.indices[rows])
         start, prefix = 0, nullcontext()
-        if depth > 0 and self.cache.max_bytes:
+        if self._replays():
             hidden = self._prefix(part).pad(rows)
             start, prefix = depth, ConstantPrefix(module, depth).replay(hidden)
         with prefix:
@@ -295,10 +322,10 @@ class ResidentModel:
                 hidden = prefix.capture(lambda: self.foundation.features(inputs))
                 for row, output in zip(rows.tolist(), hidden):
                     outputs[row] = output[:lengths[row]]
-                self.flops += budget.forward_flops(self.foundation.module, len(rows), hidden.shape[1], last=depth)
-            return Ragged(outputs)
+            return Ragged(outputs, self.config.sal.cache_dtype)
 
-        return self._constant((part.key, "prefix", *self.prefix_key), compute)
+        return self._constant((part.key, "prefix", *self.prefix_key), compute,
+                              lambda: self._chunk_flops(part, last=depth))
 
     def _chunks(self, part: Part) -> Sequence[Tensor]:
         if len(part) == 0:

@@ -97,7 +97,7 @@ def _without(value, key):
     ["sal.schedule=all"], ["sal.schedule=every", "sal.every=1", "sal.step=2", "sal.order=bottom_up"],
     ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
     ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
-    ["sal.cache=false"], ["sal.cache_bytes=20000"], ["lora.rslora=true", "lora.rank=1"],
+    ["sal.cache=off"], ["sal.cache_dtype=bf16"], ["sal.cache_dtype=int8", "lora.dropout=0.1"], ["sal.cache_bytes=20000"], ["lora.rslora=true", "lora.rank=1"],
     ["aggregate.weights=uniform", "data.global_test=0"],
 ], ids=lambda sets: ",".join(sets))
 def test_every_setting_runs_and_is_recorded(sets, tmp_path):
@@ -179,10 +179,33 @@ def test_dropout_acts_in_training_alone(tmp_path):
 
 def test_the_cache_changes_nothing(tmp_path):
     sets = ["sal.schedule=every", "sal.every=2"]
-    with_cache, without = trained(tmp_path, *sets), trained(tmp_path, *sets, "sal.cache=false")
+    with_cache, without = trained(tmp_path, *sets), trained(tmp_path, *sets, "sal.cache=off")
     assert with_cache.keys() == without.keys()
     for name in with_cache:
         assert torch.allclose(with_cache[name], without[name], atol=1e-4), name
+
+
+def test_memory_disk_and_rebuilt_caches_give_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/constants"
+
+    def records(*sets):
+        run.run(config(*sets), tmp_path / "run", overwrite=True)
+        found = comparable(RunRecords.read(tmp_path / "run"))
+        return json.dumps({name: found[name] for name in ("rounds", "visits", "clients", "summary")})
+
+    in_memory = records()
+    assert records("sal.cache=disk") == in_memory and len(list(folder.iterdir())) > 5
+    assert records("sal.cache=disk") == in_memory                # read back
+    for number, file in enumerate(sorted(folder.iterdir())):     # damaged or gone: computed again
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data if number % 3 else data[:-5])
+        if number % 3 == 2:
+            file.unlink()
+    assert records("sal.cache=disk") == in_memory
+    assert records("sal.cache=disk", "sal.cache_bytes=60000") != ""
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 60000
 
 
 def test_the_gate_is_trained_on_samples_that_its_expert_has_not_seen(tmp_path):
@@ -230,7 +253,7 @@ def poison(session, client):
 
 
 def test_a_client_that_diverges_is_left_out(tmp_path):
-    session = Session(config("run.method=fedms", "sal.cache=false"), tmp_path)
+    session = Session(config("run.method=fedms", "sal.cache=off"), tmp_path)
     poison(session, 1)
     state = session.run()
     visits = session.visits

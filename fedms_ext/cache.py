@@ -1,0 +1,195 @@
+"""Constants of samples (prefix outputs, logits of a frozen expert, features), computed once and kept: in memory or on
+disk, in full or reduced precision.
+
+A cache's values must be functions of their keys alone. Each cache holds at most `max_bytes`; the values used longest
+ago make room for new ones, and a value larger than that is computed at every request.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Key = tuple[object, ...]
+
+STORAGE = ("fp32", "bf16", "int8")
+
+
+class Ragged:
+    """Rows of different lengths stored end to end, without padding.
+
+    Args:
+        rows: per sample a tensor (T_i, ..., D), all of one dtype and trailing shape; at least one.
+        storage: "fp32" (as they are), "bf16", or "int8" (symmetric, a scale for each vector of D values); rows come
+            back as they were, or as float32 of reduced precision.
+
+    Raises:
+        ValueError: for another storage.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], storage: str = "fp32") -> None:
+        if storage not in STORAGE:
+            raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+        values = torch.cat(list(rows))
+        self.scales: Tensor | None = None
+        if storage == "int8":
+            self.scales = values.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            values = torch.round(values / self.scales).to(torch.int8)
+        elif storage == "bf16":
+            values = values.bfloat16()
+        self._set(values, torch.tensor([len(row) for row in rows]))
+
+    def _set(self, values: Tensor, lengths: Tensor) -> None:
+        self.values, self.lengths = values, lengths
+        self.offsets = torch.cumsum(lengths, 0) - lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values()) + self.offsets.nbytes
+
+    def row(self, i: int) -> Tensor:
+        """Row i, (T_i, ..., D); a view where it is stored as it was."""
+        span = slice(int(self.offsets[i]), int(self.offsets[i] + self.lengths[i]))
+        row = self.values[span]
+        if self.scales is not None:
+            return row * self.scales[span]
+        return row.float() if row.dtype == torch.bfloat16 else row
+
+    def pad(self, indices: Tensor) -> Tensor:
+        """The rows at `indices` (B,), padded with zeros to their longest, (B, T, ..., D)."""
+        return nn.utils.rnn.pad_sequence([self.row(int(i)) for i in indices], batch_first=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, for storage."""
+        parts = {"values": self.values, "lengths": self.lengths}
+        return parts if self.scales is None else {**parts, "scales": self.scales}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Ragged:
+        self = cls.__new__(cls)
+        self.scales = tensors.get("scales")
+        self._set(tensors["values"], tensors["lengths"])
+        return self
+
+
+class ConstantCache:
+    """A cache in memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.entries: OrderedDict[Key, Tensor | Ragged] = OrderedDict()
+
+    def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
+        """The value of a key, from the cache or computed now."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+            return self.entries[key]
+        value = compute()
+        if value.nbytes <= self.max_bytes:
+            while self.nbytes + value.nbytes > self.max_bytes:
+                self.nbytes -= self.entries.popitem(last=False)[1].nbytes
+            self.entries[key] = value
+            self.nbytes += value.nbytes
+        return value
+
+
+class DiskCache:
+    """A cache in a folder: one memory-mapped safetensors file for each value, which outlives the process.
+
+    A file is written beside its place and renamed, so it is whole or not there; its checksum is verified when a
+    process first opens it, and a damaged file is computed again. A full disk is no error: values that cannot be
+    written are computed at every request.
+
+    Args:
+        folder: made if it is not there. Several processes may share it.
+        max_bytes: most that the folder's files may hold together.
+        fingerprint: what values depend on besides their keys (model, data), as text.
+    """
+
+    SUFFIX = ".constant"
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int, fingerprint: str) -> None:
+        self.folder, self.max_bytes, self.fingerprint = Path(folder), max_bytes, fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.open: dict[Path, Tensor | Ragged] = {}      # mapped and verified by this process
+        self._make_room(0)                               # the budget may have been larger before
+
+    def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
+        """The value of a key, from the cache or computed now."""
+        name = hashlib.sha256(repr((self.fingerprint, key)).encode()).hexdigest()
+        path = self.folder / (name + self.SUFFIX)
+        value = self.open.get(path)
+        if value is None:
+            value = self._read(path)
+        if value is None:
+            value = compute()
+            if not self._write(path, value):
+                return value
+            value = self._read(path)
+            if value is None:
+                raise OSError(f"{path}: was just written and cannot be read back; the disk may be failing")
+        self.open[path] = value
+        if path.exists():
+            os.utime(path)      # the files used longest ago go first
+        return value
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob("*" + self.SUFFIX))
+
+    def _read(self, path: Path) -> Tensor | Ragged | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                digest = (file.metadata() or {}).get("sha256")
+        except (FileNotFoundError, SafetensorError, OSError):
+            return None
+        if digest != _digest(tensors):
+            return None
+        return tensors["tensor"] if "tensor" in tensors else Ragged.from_tensors(tensors)
+
+    def _write(self, path: Path, value: Tensor | Ragged) -> bool:
+        from safetensors.torch import save
+
+        tensors = {"tensor": value} if isinstance(value, Tensor) else value.tensors()
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)})
+        if len(data) > self.max_bytes:
+            return False
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._make_room(len(data))
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _make_room(self, size: int) -> None:
+        files = sorted(self.folder.glob("*" + self.SUFFIX), key=lambda file: file.stat().st_mtime_ns)
+        held = sum(file.stat().st_size for file in files)
+        for file in files:
+            if held + size <= self.max_bytes:
+                break
+            held -= file.stat().st_size
+            self.open.pop(file, None)
+            file.unlink(missing_ok=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([[n, str(t.dtype), list(t.shape)] for n, t in sorted(tensors.items())]).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
