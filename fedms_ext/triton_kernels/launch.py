@@ -166,7 +166,7 @@ def gemm_inline(
         x, weight, x if bias is None else bias, experts.a, experts.b, experts.scale, experts.expert, g, s, y,
         m, n, k, r, x.stride(0), weight.stride(0), experts.a.stride(0), experts.b.stride(0),
         gate_stride_m, gate_stride_e,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=rank_block(r, 64), GROUP=_GROUP, EVEN_K=k % tile.bk == 0,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=rank_block(r), GROUP=_GROUP, EVEN_K=k % tile.bk == 0,
         BIAS=bias is not None, GATE=gate is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, s
@@ -183,8 +183,9 @@ def sweep_dy(
 ) -> tuple[Tensor | None, Tensor | None]:
     """One pass over dy: partial sums of U = dy B (parts, M, R) if `project`, and of dB (parts, N, R) if `outer`."""
     (m, n), r = dy.shape, experts.rank
-    # Wide blocks of columns make fewer partial sums of U; a narrow layer would leave multiprocessors idle.
-    bm, bc, br = 64, 256 if n >= 2048 else 128, rank_block(r, 64)
+    # Wide blocks of columns make fewer partial sums of U; a narrow layer would leave multiprocessors idle, and many
+    # ranks would not fit into the shared memory of small chips.
+    bm, bc, br = 64, 256 if n >= 2048 and r <= 32 else 128, rank_block(r, 64)
     parts, rows = _splits(m, bm)
     u = dy.new_empty(triton.cdiv(n, bc), m, r, dtype=torch.float32) if project else None
     g = dy.new_empty(parts, n, r, dtype=torch.float32) if outer else None

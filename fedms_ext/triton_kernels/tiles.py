@@ -48,15 +48,20 @@ class Tile:
         """Whether a descriptor kernel writes the tile in two halves: then the rest of shared memory has room."""
         return self.bm * self.bn > 128 * 128
 
-    def shared_memory(self, chip: Chip, rank: int) -> int:
+    def shared_memory(self, chip: Chip, rank: int, drop: bool = False) -> int:
         """Bytes of shared memory, within 256: what the compiler was seen to take."""
-        columns = self.bn + (rank_block(rank, 64) if self.kind == "inline" else 0)
+        columns = self.bn + (rank_block(rank) if self.kind == "inline" else 0)
         # Before Hopper the values of the step at hand are in registers.
         stages = self.stages if chip.capability >= (9, 0) else self.stages - 1
         pipeline = stages * (self.bm + columns) * self.bk * 2
         tail = (self.bm + self.bn) * rank_block(rank) * 2
-        if self.kind == "descriptor":  # one loop over tiles and steps: nothing can share its place
-            return pipeline + tail + self.bm * self.bn * 2 // (2 if self.halves else 1)
+        if self.kind == "descriptor":
+            # One loop over tiles and steps, so nothing shares its place, and every step of the ranks has its own. The
+            # compiler also makes a loop without steps of K, which pipelines those of the ranks instead.
+            ranks = -(-rank // rank_block(rank)) * tail
+            out = self.bm * self.bn * 2 // (2 if self.halves else 1)
+            mask = self.bm * self.bn if drop else 0  # on its way to the threads that hold the accumulator
+            return max(pipeline + ranks, stages * ranks) + out + mask
         return max(pipeline, tail)
 
     def resident(self, chip: Chip, rank: int) -> int:
@@ -122,8 +127,8 @@ def legal_tiles(gemm: Gemm, chip: Chip, *, aligned: bool, inline: bool, drop: bo
     legal = [
         tile
         for tile in tiles
-        if tile.shared_memory(chip, gemm.rank) <= chip.shared_memory
-        and not (tile.kind == "inline" and not (inline and gemm.n <= 1024 and gemm.rank <= 64))
+        if tile.shared_memory(chip, gemm.rank, drop) <= chip.shared_memory
+        and not (tile.kind == "inline" and not (inline and gemm.n <= 1024 and gemm.rank <= 32))
         and not (drop and tile.bm * tile.bn > 128 * 128)
     ]
     return sorted(legal, key=lambda tile: cost(tile, gemm, chip))

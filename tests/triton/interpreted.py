@@ -58,7 +58,7 @@ def test_ranks(forced, kinds, ranks):
     check(Layer(70, 104, 72, ranks, "row and expert", torch.float16))
 
 
-@pytest.mark.parametrize("ranks", [[1], [7], [16], [17, 5], [8, 8, 48]])
+@pytest.mark.parametrize("ranks", [[1], [7], [16], [17, 5], [8, 8, 16]])
 def test_ranks_inline(forced, ranks):
     forced("inline")
     check(Layer(70, 104, 72, ranks, "row and expert", bias=False))

@@ -73,8 +73,8 @@ def test_every_chip_has_legal_tiles(chip):
                     tiles = legal_tiles(gemm, chip, aligned=aligned, inline=inline, drop=drop)
                     kinds = {tile.kind for tile in tiles}
                     assert "pointer" in kinds and all(t.shared_memory(chip, gemm.rank) <= chip.shared_memory for t in tiles)
-                    assert ("descriptor" in kinds) == (aligned and chip.capability == (9, 0))
-                    assert ("inline" in kinds) == (inline and gemm.n <= 1024 and gemm.rank <= 64)
+                    assert ("descriptor" in kinds) == (aligned and chip.capability == (9, 0) and gemm.rank <= 128)
+                    assert ("inline" in kinds) == (inline and gemm.n <= 1024 and gemm.rank <= 32)
 
 
 def test_the_cost_model_prefers_large_tiles_for_large_problems_and_small_ones_for_small():
