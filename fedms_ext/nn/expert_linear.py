@@ -170,14 +170,12 @@ class ExpertLinear(nn.Linear):
         return [name for name, state in self.states.items() if state is not PairState.OFF]
 
     def forward(self, x: Tensor) -> Tensor:
-        applied = self.applied
+        applied, frozen = self.applied, self.frozen
         if not applied:
-            if self.frozen is not None:
-                return frozen_linear(x, self.frozen, self.bias)
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)
         dropout = self.experts[applied[0]].dropout
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
-        operator, weight = (expert_linear, self.weight) if self.frozen is None else (frozen_linear, self.frozen)
+        operator, weight = (expert_linear, self.weight) if frozen is None else (frozen_linear, frozen)
         return operator(
             x, weight, self.bias,
             [self.lora_a[e] for e in applied], [self.lora_b[e] for e in applied],

@@ -1,0 +1,50 @@
+"""The inner loops of the int8 kernels, as they were compiled: their sums stay in registers."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from fedms_ext import _C
+
+pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+BRANCH = re.compile(r"j[a-z]+\s+([0-9a-f]+)")
+
+
+@functools.cache
+def inner_loops(path: str) -> list[list[str]]:
+    """The instructions of every loop without a branch in it."""
+    command = ["objdump", "-d", "--no-show-raw-insn", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s*([0-9a-f]+):\t(.*)$", text, flags=re.MULTILINE)
+    if not any("vpdpbusd" in instruction for _, instruction in found):
+        pytest.skip("this build has no x86 int8 kernels")
+    loops: list[list[str]] = []
+    start = 0   # behind the last branch
+    for i, (_, instruction) in enumerate(found):
+        branch = BRANCH.match(instruction)
+        if branch is None:
+            continue
+        target = int(branch[1], 16)
+        body = [text for address, text in found[start:i] if int(address, 16) >= target]
+        if int(found[start][0], 16) <= target < int(found[i][0], 16):
+            loops.append(body)
+        start = i + 1
+    return loops
+
+
+@pytest.mark.parametrize(("register", "sums"), [("zmm", 24), ("ymm", 12)])
+def test_the_sums_of_the_largest_tile_stay_in_registers(register, sums):
+    product = re.compile(rf"vpdpbusd.*,(%{register}\d+)$")
+    tiles = [loop for loop in inner_loops(_C.__file__) if sum(bool(product.search(line)) for line in loop) == sums]
+    assert tiles, f"no loop with {sums} products on {register}"
+    for loop in tiles:
+        written = {product.search(line)[1] for line in loop if product.search(line)}
+        assert len(written) == sums
+        stores = [line for line in loop if re.search(rf"%{register}\d+,.*\(", line) and not line.startswith("vpdp")]
+        assert not stores, f"the loop writes registers to memory: {stores}"
+        assert not [line for line in loop if "%rsp" in line or "%rbp)" in line], "the loop uses the stack"
