@@ -10,38 +10,50 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds a call: median, 20th and 80th percentile over the turns."""
+class Spread:
+    """Median, 20th and 80th percentile over the turns: of seconds a call, or of a ratio."""
 
     median: float
     p20: float
     p80: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.p20:.2f}-{self.p80:.2f})"
+
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], turns: int = 31, seconds_per_turn: float = 2e-3
+    candidates: dict[str, Callable[[], object]],
+    seconds: float = 2.0,
+    least_turns: int = 7,
+    seconds_per_turn: float = 2e-3,
 ) -> dict[str, np.ndarray]:
-    """Seconds a call of every candidate at every turn. A turn calls each in sequence, often enough to be measurable."""
+    """Seconds a call of every candidate at every turn. A turn calls each in sequence, often enough to be measurable.
+
+    Turns are taken for so many `seconds`, but at least `least_turns` and at most 101 of them.
+    """
     repeats = {}
     for name, call in candidates.items():
         call()
         start = time.perf_counter()
         call()
         repeats[name] = max(1, round(seconds_per_turn / max(time.perf_counter() - start, 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(turns):
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    for turn in range(101):
+        if turn >= least_turns and time.perf_counter() > end:
+            break
         for name, call in candidates.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: np.array(values) for name, values in seconds.items()}
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: np.array(values) for name, values in taken.items()}
 
 
-def summarise(seconds: np.ndarray) -> Timing:
-    return Timing(float(np.median(seconds)), float(np.percentile(seconds, 20)), float(np.percentile(seconds, 80)))
+def summarise(values: np.ndarray) -> Spread:
+    return Spread(float(np.median(values)), float(np.percentile(values, 20)), float(np.percentile(values, 80)))
 
 
-def ratio(seconds: np.ndarray, base: np.ndarray) -> float:
-    """The median over the turns of `seconds` over `base`: above 1 is slower than the base."""
-    return float(np.median(seconds / base))
+def ratio(seconds: np.ndarray, base: np.ndarray) -> Spread:
+    """Of `seconds` over `base`, turn by turn: above 1 is slower than the base."""
+    return summarise(seconds / base)
