@@ -1,16 +1,26 @@
-"""Cost model: floating-point operations of a model whose blocks are partly trained, partly a constant prefix.
+"""Cost model: operations and memory of a model whose blocks are partly trained, partly a constant prefix.
 
-One multiply-add counts as two operations. Counted are the Linear layers, their applied LoRA pairs, and the two
+Operations: one multiply-add counts as two. Counted are the Linear layers, their applied LoRA pairs, and the two
 products of attention; normalisation, activations and softmax are left out (a few percent of a transformer).
+
+Memory: what a model keeps for its backward pass depends on every operator in it, so it is not worked out from the
+layers but traced: a piece of work runs on one sample and on two, and `PeakMemory` follows its tensors. The peak is
+affine in the number of samples, so two small traces foretell any batch.
 """
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedms_ext.activation import blocks_of, prefix_depth
 from fedms_ext.nn.expert_linear import ExpertLinear
+from fedms_ext.nn.quantised_weight import QuantisedWeight
 
 
 @dataclass(frozen=True)
@@ -51,3 +61,76 @@ def forward_flops(model: nn.Module, samples: int, length: int, *, first: int = 0
 def backward_flops(model: nn.Module, samples: int, length: int) -> int:
     """Operations of the backward pass down to the end of the constant prefix."""
     return sum(cost.backward(samples * length, length) for cost in block_costs(model)[prefix_depth(model):])
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of parameters that ask for a gradient now."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, buffers and quantised weights, experts included. What several modules share counts
+    once. A quantised weight's transpose counts once a backward pass has asked for it."""
+    quantised = [m for m in model.modules() if isinstance(m, QuantisedWeight)]
+    inside = {id(t) for weight in quantised for t in weight.buffers()}
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
+    return sum(held.values()) + sum(weight.nbytes for weight in quantised)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Within the context: `peak`, the most bytes that tensors made in it held at once.
+
+    Counted are storages as torch's operators return them. What one operator allocates and frees inside itself, and
+    the allocator's own losses, are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of a piece of work on a batch: `fixed + samples * per_sample`."""
+
+    fixed: int
+    per_sample: int
+
+    def of(self, samples: int) -> int:
+        """Peak bytes for a batch of `samples`."""
+        return self.fixed + samples * self.per_sample
+
+
+def memory_of(work: Callable[[int], object]) -> Memory:
+    """The memory that `work(samples)` needs above what is held when it is called, traced with 1 and 2 samples.
+
+    Each size runs twice, and the second run counts: what is made once and kept (a quantised weight's transpose) is
+    no part of it.
+    """
+    peaks = []
+    for samples in (1, 2):
+        work(samples)
+        with PeakMemory() as memory:
+            work(samples)
+        peaks.append(memory.peak)
+    return Memory(fixed=2 * peaks[0] - peaks[1], per_sample=peaks[1] - peaks[0])

@@ -7,7 +7,7 @@ import torch
 from tiny_models import BLOCKS, MODELS, WIDTH, bert, stack
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedms_ext import LoRA, activate, attach, budget, deactivate, reference
+from fedms_ext import LoRA, activate, attach, budget, deactivate, quantize, reference
 
 
 def with_expert(model, rank=3):
@@ -89,3 +89,73 @@ def test_backward_is_what_pytorch_counts_but_for_the_lowest_input(counted, depth
 def test_needs_experts():
     with pytest.raises(ValueError, match="no experts are attached"):
         budget.forward_flops(stack(), 1, 1)
+
+
+# Memory
+
+def test_the_peak_is_what_tensors_hold_at_once():
+    with budget.PeakMemory() as memory:
+        a = torch.ones(1000)  # 4000 bytes
+        b = a.view(10, 100) * 2  # 4000 more; the view holds nothing of its own
+        del a
+        c = torch.cat([b, b])  # 8000
+        b.add_(1)
+        del b
+    assert memory.peak == 12000 and memory.now == c.nbytes
+    del c
+    assert memory.now == 0
+
+
+def test_what_is_kept_for_the_backward_pass_counts():
+    x, w = torch.ones(50, 20), torch.ones(30, 20, requires_grad=True)
+    with budget.PeakMemory() as memory:
+        torch.nn.functional.linear(x, w).square().sum()
+    without = memory.peak
+    with budget.PeakMemory() as memory:
+        torch.nn.functional.linear(x, w).square().sum().backward()
+    assert memory.now == w.grad.nbytes and memory.peak > without >= 2 * 50 * 30 * 4
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "stack"])
+@pytest.mark.parametrize("depth", [0, 1, BLOCKS])
+def test_two_small_traces_foretell_a_batch(name, depth):
+    if name != "stack":
+        pytest.importorskip("transformers")
+    model = with_expert(MODELS[name]())
+    activate(model, "e", depth=depth)
+    whole = {key: value[:1].repeat(9, *[1] * (value.dim() - 1)) for key, value in model.inputs.items()}
+
+    def step(samples):
+        model.inputs = {key: value[:samples] for key, value in whole.items()}
+        y = model.run()
+        if depth:
+            y.square().sum().backward()
+        model.zero_grad()
+
+    foretold = budget.memory_of(step)
+    with budget.PeakMemory() as memory:
+        step(9)
+    assert abs(foretold.of(9) - memory.peak) <= 0.05 * memory.peak
+
+
+def test_weights_count_once_and_a_transpose_when_it_is_there():
+    model = with_expert(stack())
+    plain = sum(p.nbytes for p in model.parameters())
+    assert budget.weight_bytes(model) == plain
+    model.again = model.inner
+    assert budget.weight_bytes(model) == plain
+    del model.again
+    activate(model, "e", depth=2)
+    linear = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+    frozen = [model.get_submodule(name).frozen for name in quantize(model)]
+    forward = budget.weight_bytes(model)
+    assert forward == plain - linear + sum(weight.nbytes for weight in frozen)
+    model.run().sum().backward()
+    assert budget.weight_bytes(model) > forward
+
+
+def test_trained_parameters_follow_the_activation():
+    model = with_expert(stack(), rank=3)
+    assert budget.trained_parameters(model) == 0
+    activate(model, "e", depth=2, applied_depth=3)
+    assert budget.trained_parameters(model) == 2 * 2 * 3 * (WIDTH + 2 * WIDTH)
