@@ -1,6 +1,7 @@
 """The steps a client is made of: plain data in, plain data out. Methods compose them; engines carry the messages."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -159,15 +160,24 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
     for _ in range(settings.epochs):
         for batch in rows[torch.randperm(len(rows), generator=shuffle)].split(settings.batch):
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(batch)
-            loss.backward()
+            loss = accumulate(loss_of, batch, settings.micro_batch or settings.batch)
             norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise ClientFailure(f"training diverged: loss {float(loss.detach()):g}, gradient norm {float(norm):g} after "
+            if not (math.isfinite(loss) and torch.isfinite(norm)):
+                raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
                                     f"{seen} samples; a lower {message.stage}.lr may help")
             optimizer.step()
-            total, seen = total + float(loss.detach()) * len(batch), seen + len(batch)
+            total, seen = total + loss * len(batch), seen + len(batch)
     return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
+
+
+def accumulate(loss_of: Callable[[Tensor], Tensor], batch: Tensor, micro_batch: int) -> float:
+    """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples; returns that loss."""
+    total = 0.0
+    for part in batch.split(micro_batch):
+        loss = loss_of(part) * (len(part) / len(batch))
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def _moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:

@@ -61,6 +61,10 @@ def parse_size(value: Any) -> int:
     return size
 
 
+Size = Annotated[int, BeforeValidator(parse_size)]
+Rate = Annotated[int, BeforeValidator(parse_size), annotated_types.Ge(1)]
+
+
 def _lists_to_tuples(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_lists_to_tuples(item) for item in value)
@@ -137,7 +141,7 @@ class SalTable(Table):
         "logits, the gate's features; disk: in the cache folder, for later runs too")
     cache_dtype: Literal["fp32", "bf16", "int8"] = Field(
         "fp32", description="storage of the prefix's outputs; fp32 is exact")
-    cache_bytes: Annotated[int, BeforeValidator(parse_size)] = Field(
+    cache_bytes: Size = Field(
         2 * 1024**3, description='most that the cache may hold, e.g. "2GiB"')
 
 
@@ -148,6 +152,8 @@ class Stage(Table):
     lr: float = Field(4e-3, gt=0, description="AdamW learning rate")
     epochs: int = Field(1, ge=1, description="local epochs a visit")
     batch: int = Field(32, ge=1, description="samples a step")
+    micro_batch: Optional[int] = Field(
+        None, ge=1, description="samples at a time; gradients add up to those of the batch. unset: the whole batch")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
 
@@ -179,10 +185,20 @@ class GateTable(Table):
 
 
 class Budget(Table):
-    """One class of devices: the share of clients in it and the most blocks they can train."""
+    """One class of devices: the share of clients in it, and what such a device can do; unset: no limit."""
 
     share: float = Field(gt=0, le=1, description="share of the clients")
-    max_depth: int = Field(ge=1, description="most blocks such a client trains")
+    max_depth: Optional[int] = Field(None, ge=1, description="most blocks such a client trains")
+    memory: Optional[Size] = Field(
+        None, description="bytes for weights, constants and a training step; limits the depth by the cost model")
+    flops: Optional[float] = Field(None, gt=0, description="operations a second")
+    bandwidth_up: Optional[Rate] = Field(None, description="bytes a second from the client")
+    bandwidth_down: Optional[Rate] = Field(None, description="bytes a second to the client")
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether time passes on such a device's simulated clock."""
+        return any(v is not None for v in (self.flops, self.bandwidth_up, self.bandwidth_down))
 
 
 class ClientsTable(Table):
@@ -193,6 +209,8 @@ class ClientsTable(Table):
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients sampled each round")
     min: int = Field(1, ge=1, description="least clients sampled each round")
     budgets: tuple[Budget, ...] = Field((), description="device classes; their shares sum to 1; none: no limit")
+    spread: float = Field(0.0, ge=0, le=2, description="how much devices of a class differ: standard deviation of the "
+                          "logarithm of speed and link, drawn once for each client")
     optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimiser state at each visit")
 
 
@@ -262,6 +280,12 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
                f'{_show(c.gate.features)} features; set gate.features to "prefix"')
     if c.clients.min > c.clients.count:
         yield f"clients.min: got {c.clients.min}, above clients.count = {c.clients.count}"
+    for name in ("stage1", "stage2"):
+        stage = getattr(c, name)
+        if stage.micro_batch is not None and stage.micro_batch > stage.batch:
+            yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
+    if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
+        yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
     if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
         yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
                "accepted: shares that sum to 1")
@@ -438,13 +462,13 @@ def _literals(annotation: Any) -> list[str]:
 
 def _accepted(field: Any) -> str:
     """Accepted values of a field in words, from its annotation and bounds."""
-    if any(isinstance(m, BeforeValidator) for m in field.metadata):
-        return 'a size such as "2GiB" or "500MB", or a number of bytes'
     return _type_in_words(field.annotation, field.metadata)
 
 
 def _type_in_words(annotation: Any, metadata: Iterable[Any] = (), many: bool = False) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if any(isinstance(m, BeforeValidator) for m in metadata):
+        return 'a size such as "2GiB" or "500MB", or a number of bytes'
     if origin is Annotated:
         return _type_in_words(args[0], args[1:], many)
     if origin is Literal:
@@ -453,7 +477,7 @@ def _type_in_words(annotation: Any, metadata: Iterable[Any] = (), many: bool = F
         return "; or ".join("unset" if a is type(None) else _type_in_words(a, metadata) for a in args)
     if origin is tuple:
         if args[0] is Budget:
-            return "a list of tables {share = number above 0, at most 1, max_depth = integer, at least 1}"
+            return f"a list of tables with keys {', '.join(Budget.model_fields)}; share is required"
         length = next((f"{m.max_length} " for m in metadata if getattr(m, "max_length", None)), "")
         return f"a list of {length}{_type_in_words(args[0], (), True)}"
     nouns = {bool: "true or false", int: "integer", float: "number", str: "string"}

@@ -41,6 +41,8 @@ def test_the_built_in_run_files_load_and_differ_from_the_defaults():
 @pytest.mark.parametrize("overrides", [
     (), ("sal.max_depth=2", "sal.order=[3, 1, 2]", "model.targets=['query', 'value']", "data.path=a \"b\"/ü.npz"),
     ("clients.budgets=[{share=0.25, max_depth=1}, {share=0.75, max_depth=3}]", "data.max_samples=none"),
+    ("clients.budgets=[{share=1, memory='512MiB', flops=5e9, bandwidth_up='1MB', bandwidth_down=2}]",
+     "clients.spread=0.3", "stage1.micro_batch=8"),
 ])
 def test_a_dumped_configuration_loads_as_itself(name, overrides, tmp_path):
     config = load_config(name, overrides)
@@ -145,12 +147,20 @@ def test_a_key_without_its_table_is_completed():
     ("sal.order=[]", 'sal.order: got []; accepted: "top_down", "bottom_up", "interleaved"; or a list of integers, at '
                      "least 1"),
     ("model.targets=[]", 'model.targets: got []; accepted: "all-linear"; or a list of strings'),
-    ("clients.budgets=3", "clients.budgets: got 3; accepted: a list of tables {share = number above 0, at most 1, "
-                          "max_depth = integer, at least 1}"),
+    ("clients.budgets=3", "clients.budgets: got 3; accepted: a list of tables with keys share, max_depth, memory, "
+                          "flops, bandwidth_up, bandwidth_down; share is required"),
     ("clients.budgets=[{share=2, max_depth=1}]", "clients.budgets[0].share: got 2; accepted: a number, above 0, at "
                                                  "most 1"),
-    ("clients.budgets=[{share=1}]", "clients.budgets[0].max_depth: missing; accepted: an integer, at least 1"),
-    ("clients.budgets=[{share=1, max_depth=1, x=2}]", "clients.budgets[0].x: unknown key; accepted: share, max_depth"),
+    ("clients.budgets=[{max_depth=1}]", "clients.budgets[0].share: missing; accepted: a number, above 0, at most 1"),
+    ("clients.budgets=[{share=1, max_depth=0}]", "clients.budgets[0].max_depth: got 0; accepted: an integer, at least "
+                                                 "1; or unset"),
+    ("clients.budgets=[{share=1, memory='x'}]", 'clients.budgets[0].memory: got "x"; accepted: a size such as "2GiB" '
+                                                'or "500MB", or a number of bytes; or unset'),
+    ("clients.budgets=[{share=1, bandwidth_up=0}]", 'clients.budgets[0].bandwidth_up: got 0; accepted: a size such as '
+                                                    '"2GiB" or "500MB", or a number of bytes; or unset'),
+    ("clients.budgets=[{share=1, flops=0}]", "clients.budgets[0].flops: got 0; accepted: a number, above 0; or unset"),
+    ("clients.budgets=[{share=1, max_depth=1, x=2}]", "clients.budgets[0].x: unknown key; accepted: share, max_depth, "
+                                                      "memory, flops, bandwidth_up, bandwidth_down"),
 ])
 def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
     assert problem(override) == expected
@@ -193,6 +203,8 @@ def test_all_mistakes_are_reported_at_once():
     (("gate.mixing=layers",), "gate.features:", ['"final"', '"prefix"']),
     (("clients.min=9",), "clients.min:", ["got 9", "clients.count = 6"]),
     (("clients.budgets=[{share=0.5, max_depth=1}]",), "clients.budgets:", ["sum to 0.5", "sum to 1"]),
+    (("clients.spread=0.5", "clients.budgets=[{share=1, max_depth=1}]"), "clients.spread:", ["flops or a bandwidth"]),
+    (("stage2.micro_batch=64",), "stage2.micro_batch:", ["got 64", "stage2.batch = 32"]),
 ])
 def test_keys_that_do_not_fit_together(overrides, start, words):
     found = problem(*overrides)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedms import data, methods, models, run
-from fedms.client import Client, ClientFailure, Private, train
+from fedms.client import Client, ClientFailure, Private, accumulate, cross_entropy_of, train
 from fedms.config import load_config
 from fedms.engine.local import LocalEngine
 from fedms.progress import Progress
@@ -96,7 +96,7 @@ def _without(value, key):
     ["run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix"], ["stage2.keep=last", "stage2.own_loss=0"],
     ["sal.schedule=all"], ["sal.schedule=every", "sal.every=1", "sal.step=2", "sal.order=bottom_up"],
     ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
-    ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
+    ["stage1.micro_batch=5", "stage2.micro_batch=1"], ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
     ["sal.cache=off"], ["sal.cache_dtype=bf16"], ["sal.cache_dtype=int8", "lora.dropout=0.1"], ["sal.cache_bytes=20000"], ["lora.rslora=true", "lora.rank=1"],
     ["aggregate.weights=uniform", "data.global_test=0"],
 ], ids=lambda sets: ",".join(sets))
@@ -312,6 +312,22 @@ def test_kept_optimisers_go_on_where_they_were(tmp_path):
     steps = {float(t) for name, t in moments.items() if name.startswith("optimizer/stage1/head") and name.endswith("/step")}
     per_visit = math.ceil(len(kept.clients[0].train) / kept.config.stage1.batch)
     assert steps == {float(per_visit * kept.config.stage1.rounds)}
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path):
+    session = Session(config(), tmp_path)
+    model, client = session.model, session.clients[0]
+    model.load("global", {n: t + 0.02 for n, t in model.initial(0).items()}, depth=2, applied_depth=2)
+    params, loss_of = model.trainable("global"), cross_entropy_of(model, client, "global")
+    found = []
+    for micro_batch in (13, 5, 1):
+        loss = accumulate(loss_of, torch.arange(13), micro_batch)
+        found.append((loss, torch.cat([p.grad.flatten() for p in params.values()])))
+        for p in params.values():
+            p.grad = None
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert float((gradient - found[0][1]).norm() / found[0][1].norm()) < 1e-5
 
 
 def test_training_refuses_infinite_gradients(tmp_path):
