@@ -221,6 +221,13 @@ class AggregateTable(Table):
     weights: Literal["samples", "uniform"] = Field("samples", description="weight of a client's reply")
 
 
+class WireTable(Table):
+    """How tensors travel between server and clients."""
+
+    dtype: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="encoding of what travels; fp32 is exact, int8 has one scale a row")
+
+
 class RunTable(Table):
     """How the run itself is carried out."""
 
@@ -242,6 +249,7 @@ class RunConfig(Table):
     gate: GateTable = GateTable()
     clients: ClientsTable = ClientsTable()
     aggregate: AggregateTable = AggregateTable()
+    wire: WireTable = WireTable()
     run: RunTable = RunTable()
 
     @model_validator(mode="after")

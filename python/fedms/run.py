@@ -113,7 +113,7 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
     state = engine.run(session.model.initial(seed))
 
     progress.phase("evaluating")
-    final = server.message(state)
+    final = engine.final_message(state)
     records = []
     for client in clients:
         if stop():
@@ -138,6 +138,8 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
         "bytes_up": sum(v["bytes_up"] for v in past.visits), "bytes_down": sum(v["bytes_down"] for v in past.visits),
         "flops": sum(v["flops"] or 0 for v in past.visits),
         "seconds": engine.seconds_before + time.perf_counter() - started,
+        "simulated_seconds": sum(r["simulated_seconds"] or 0 for r in past.rounds)
+        if any(r["simulated_seconds"] is not None for r in past.rounds) else None,
         "peak_memory_bytes": max((v["peak_memory_bytes"] or 0 for v in past.visits), default=0),
         "notes": [*partition.notes, *_failures(past.visits)],
     })

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from fedms import data, methods, models, run
+from fedms import data, methods, models, run, wire
 from fedms.client import Client, ClientFailure, Private, accumulate, cross_entropy_of, train
 from fedms.config import load_config
+from fedms.devices import Device, device_of
 from fedms.engine.local import LocalEngine
 from fedms.progress import Progress
 from fedms.records import SUMMARY_FIELDS, RunFolder, RunRecords, comparable
@@ -98,7 +99,7 @@ def _without(value, key):
     ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
     ["stage1.micro_batch=5", "stage2.micro_batch=1"], ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
     ["sal.cache=off"], ["sal.cache_dtype=bf16"], ["sal.cache_dtype=int8", "lora.dropout=0.1"], ["sal.cache_bytes=20000"], ["lora.rslora=true", "lora.rank=1"],
-    ["aggregate.weights=uniform", "data.global_test=0"],
+    ["aggregate.weights=uniform", "data.global_test=0"], ["wire.dtype=bf16"], ["wire.dtype=int8"],
 ], ids=lambda sets: ",".join(sets))
 def test_every_setting_runs_and_is_recorded(sets, tmp_path):
     c = config(*sets)
@@ -122,11 +123,25 @@ def test_local_sends_nothing_and_fedms_sends_the_gate_alone_in_stage_2(tmp_path)
         run.run(config(f"run.method={method}"), tmp_path / method)
     assert all(v["bytes_up"] == v["bytes_down"] == 0 for v in RunRecords.read(tmp_path / "local").visits)
     session = Session(config(), tmp_path)
-    gate = sum(t.nbytes for t in session.model.read_gate().values())
+    gate = len(wire.pack(session.model.read_gate()))
     stage2 = [v for v in RunRecords.read(tmp_path / "fedms").visits if v["stage"] == "stage2"]
     assert {v["bytes_up"] for v in stage2} == {gate}
     later = [v for v in stage2 if v["round"] > 1]
     assert {v["bytes_down"] for v in later} == {gate}
+
+
+def test_traffic_follows_depth_and_encoding(tmp_path):
+    sizes = {}
+    for depth in (1, 4):
+        for dtype in ("fp32", "bf16", "int8"):
+            run.run(config("run.method=fedavg", "sal.schedule=fixed", f"sal.depth={depth}", f"wire.dtype={dtype}",
+                           "stage1.rounds=1", "stage2.rounds=0"), tmp_path / "run", overwrite=True)
+            visits = RunRecords.read(tmp_path / "run").visits
+            (sizes[depth, dtype],) = {v["bytes_up"] for v in visits}
+            assert {v["bytes_down"] for v in visits} == {sizes[depth, dtype]}
+    head = 4 * (64 * 10 + 10)
+    assert (sizes[1, "fp32"] - head) / (sizes[4, "fp32"] - head) == pytest.approx(1 / 4, rel=0.01)
+    assert sizes[4, "bf16"] / sizes[4, "fp32"] < 0.54 and sizes[4, "int8"] / sizes[4, "fp32"] < 0.3
 
 
 def test_federated_averaging_of_one_client_is_training_alone(tmp_path):
@@ -293,11 +308,39 @@ def test_budgets_limit_what_a_client_trains(tmp_path):
     budgets = "clients.budgets=[{share = 0.5, max_depth = 1}, {share = 0.5, max_depth = 4}]"
     session = Session(config("sal.schedule=all", "clients.count=4", "clients.unseen=0", budgets), tmp_path)
     session.run()
-    assert sorted(c.max_depth for c in session.clients) == [1, 1, 4, 4]
+    assert sorted(c.device.max_depth for c in session.clients) == [1, 1, 4, 4]
     for visit in session.visits:
-        assert visit["depth"] == session.clients[visit["client"]].max_depth
+        assert visit["depth"] == session.clients[visit["client"]].device.max_depth and visit["simulated_seconds"] is None
     sizes = {v["depth"]: v["bytes_up"] for v in session.visits if v["stage"] == "stage1"}
     assert sizes[1] < sizes[4]
+
+
+def test_the_simulated_clock_follows_the_slowest_client(tmp_path):
+    classes = ("clients.budgets=[{share = 0.5, flops = 1e9, bandwidth_up = '1kB', bandwidth_down = '1MB'}, "
+               "{share = 0.5, flops = 4e9}]")
+    session = Session(config("clients.count=4", "clients.unseen=0", "stage1.rounds=1", classes), tmp_path)
+    session.run()
+    records = RunRecords.read(session.folder.path)
+    for visit in records.visits:
+        device = session.clients[visit["client"]].device
+        expected = visit["flops"] / device.flops
+        if device.flops == 1e9:
+            expected += visit["bytes_up"] / 1e3 + visit["bytes_down"] / 1e6
+        assert visit["simulated_seconds"] == pytest.approx(expected, rel=1e-12)
+    for number, record in enumerate(records.rounds):
+        assert record["simulated_seconds"] == max(v["simulated_seconds"] for v in records.visits[4 * number:4 * number + 4])
+
+
+def test_devices_of_a_class_differ_by_the_seed():
+    sets = ("clients.count=40", "clients.unseen=0", "clients.budgets=[{share=1, flops=1e9, bandwidth_up=1000}]")
+    assert {device_of(config(*sets), i) for i in range(40)} == {Device(None, 1e9, 1000.0, None)}
+    devices = [device_of(config(*sets, "clients.spread=0.5"), i) for i in range(40)]
+    assert devices == [device_of(config(*sets, "clients.spread=0.5"), i) for i in range(40)]
+    speeds, links = ([math.log(value) for value in values] for values in
+                     ([d.flops / 1e9 for d in devices], [d.bandwidth_up / 1000 for d in devices]))
+    assert speeds != links and all(0.3 < torch.tensor(v).std() < 0.7 for v in (speeds, links))
+    assert device_of(config(*sets, "clients.spread=0.5", "run.seed=1"), 0) != devices[0]
+    assert Device().seconds(1, 1, 1) is None
 
 
 def test_kept_optimisers_go_on_where_they_were(tmp_path):

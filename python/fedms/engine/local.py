@@ -4,9 +4,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from fedms import wire
 from fedms.checkpoint import CheckpointFolder, Snapshot, pack_server, unpack_server
 from fedms.client import Client, ClientFailure, Message, Private, Reply
 from fedms.meter import peak_memory, reset_peak_memory
@@ -35,11 +37,13 @@ class LocalEngine:
                  folder: RunFolder, progress: Progress, stop: Callable[[], bool] = lambda: False) -> None:
         self.method, self.server, self.model, self.clients = method, server, model, clients
         self.folder, self.progress, self.stop = folder, progress, stop
+        self.encoding = server.config.wire.dtype
         self.checkpoints = CheckpointFolder(folder.path / "checkpoint")
         self.private = {client.id: Private() for client in clients}
         self.received: set[tuple[str, int]] = set()      # (stage, client) that have the stage's constants
         self.visited = 0                                 # clients of the round under way that have been visited
         self.sent = {"bytes_up": 0, "bytes_down": 0}     # in the round under way
+        self.slowest: float | None = None                # simulated seconds of its slowest client
         self.started = time.perf_counter()
         self.seconds_before = 0.0                        # spent on the run by processes before this one
 
@@ -57,35 +61,56 @@ class LocalEngine:
             started = time.perf_counter()
             self._visit_clients(state, collected)
             state, record = self.server.step(state, collected)
-            record.update(self.sent, seconds=time.perf_counter() - started)
+            record.update(self.sent, simulated_seconds=self.slowest, seconds=time.perf_counter() - started)
             self.folder.append_round(record)
-            self.visited, self.sent, collected = 0, dict.fromkeys(self.sent, 0), self.server.collect()
+            self.visited, self.sent, self.slowest = 0, dict.fromkeys(self.sent, 0), None
+            collected = self.server.collect()
             self._save(state, collected)
             self.progress.round(**record)
         return state
 
     def _visit_clients(self, state: ServerState, collected: Collected) -> None:
-        message = self.server.message(state)
+        message, sizes = self._send(self.server.message(state))
         for client_id in message.clients[self.visited:]:
             if self.stop():
                 self._save(state, collected)
                 raise Interrupted(f"{message.stage}, round {message.round}, {self.visited} of {len(message.clients)} "
                                   "clients visited")
-            reply, visit = self._visit(self.clients[client_id], message)
+            reply, visit = self._visit(self.clients[client_id], message, sizes)
             if reply is not None:
                 collected.add(reply)
             self.visited += 1
             for key in self.sent:
                 self.sent[key] += visit[key]
+            if (simulated := visit.get("simulated_seconds")) is not None:
+                self.slowest = max(simulated, self.slowest or 0.0)
             self.folder.append_visit(visit)
             self.progress.visit(**visit)
 
-    def _visit(self, client: Client, message: Message) -> tuple[Reply | None, dict]:
+    def _send(self, message: Message) -> tuple[Message, tuple[int, int]]:
+        """A message as it arrives, and the bytes of what is sent every time and of what is sent once a stage."""
+        tensors, constants = (wire.pack(t, self.encoding) for t in (message.tensors, message.constants))
+        sizes = (len(tensors) if message.tensors else 0, len(constants) if message.constants else 0)
+        return replace(message, tensors=wire.unpack(tensors), constants=wire.unpack(constants)), sizes
+
+    def _receive(self, reply: Reply) -> tuple[Reply, int]:
+        """A reply as it arrives, and its bytes."""
+        tensors, sums = wire.pack(reply.tensors, self.encoding), wire.pack(reply.sums)
+        size = (len(tensors) if reply.tensors else 0) + (len(sums) if reply.sums else 0)
+        return replace(reply, tensors=wire.unpack(tensors), sums=wire.unpack(sums)), size
+
+    def final_message(self, state: ServerState) -> Message:
+        """What a client has in the end: the server's tensors as they arrive."""
+        return self._send(self.server.message(state))[0]
+
+    def _visit(self, client: Client, message: Message, sizes: tuple[int, int]) -> tuple[Reply | None, dict]:
         record = {"stage": message.stage, "round": message.round, "client": client.id, "status": "ok", "reason": None,
                   "depth": client.trained_depth(message), "n_train": len(client.train), "bytes_up": 0, "bytes_down": 0}
         if len(client.train) == 0:
             return None, {**record, "status": "skipped", "reason": "no training samples", "seconds": 0.0}
-        record["bytes_down"] = self._bytes_down(client, message)
+        first = (message.stage, client.id) not in self.received
+        self.received.add((message.stage, client.id))
+        record["bytes_down"] = sum(sizes) if first else sizes[0]
         flops, started = self.model.flops, time.perf_counter()
         reset_peak_memory()
         self.model.clear()
@@ -97,24 +122,20 @@ class LocalEngine:
             record.update(status="failed", reason=str(failure))
         else:
             self.private[client.id] = after
-            record.update(reply.metrics, bytes_up=nbytes(reply.tensors) + nbytes(reply.sums))
+            reply, record["bytes_up"] = self._receive(reply)
+            record.update(reply.metrics)
             record["trained_percent"] = 100 * record["trained_params"] / self.model.fm_params
         record.update(flops=self.model.flops - flops, seconds=time.perf_counter() - started,
                       peak_memory_bytes=peak_memory())
+        record["simulated_seconds"] = client.device.seconds(record["flops"], record["bytes_up"], record["bytes_down"])
         return reply, record
-
-    def _bytes_down(self, client: Client, message: Message) -> int:
-        """What travels to this client: the message's tensors, and the stage's constants at the client's first visit."""
-        first = (message.stage, client.id) not in self.received
-        self.received.add((message.stage, client.id))
-        return nbytes(message.tensors) + (nbytes(message.constants) if first else 0)
 
     # Checkpoints
 
     def _save(self, state: ServerState, collected: Collected) -> None:
         server, tensors = pack_server(state, collected)
         self.checkpoints.save(Snapshot(
-            {"server": server, "visited": self.visited, "sent": self.sent, "received": sorted(self.received),
+            {"server": server, "visited": self.visited, "sent": self.sent, "slowest": self.slowest, "received": sorted(self.received),
              "charged": sorted(self.model.charged), "records": self.folder.sync(),
              "seconds": self.seconds_before + time.perf_counter() - self.started},
             tensors, {client: private.tensors for client, private in self.private.items()}))
@@ -127,7 +148,7 @@ class LocalEngine:
             self.folder.rewind({})
             return None
         saved = snapshot.state
-        self.visited, self.sent = saved["visited"], saved["sent"]
+        self.visited, self.sent, self.slowest = saved["visited"], saved["sent"], saved["slowest"]
         self.received = {(stage, client) for stage, client in saved["received"]}
         self.model.charged = set(saved["charged"])
         self.seconds_before = saved["seconds"]
@@ -148,7 +169,3 @@ def _memory_errors() -> Iterator[None]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise ClientFailure("out of memory; a smaller batch, sal.max_depth or sal.cache_bytes may help") from error
         raise
-
-
-def nbytes(tensors: Tensors) -> int:
-    return sum(t.nbytes for t in tensors.values())

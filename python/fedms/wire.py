@@ -1,0 +1,157 @@
+"""What travels: named tensors as one contiguous buffer behind a manifest, nothing that has to be unpickled.
+
+    8 bytes   length of the manifest, little-endian
+    manifest  JSON: a list of [name, shape, dtype, encoding]
+    payload   the tensors' bytes in the manifest's order; an int8 tensor's scale (float32) before its values
+
+Float tensors travel as `fp32`, `bf16` or `int8` (`[wire] dtype`; int8 is symmetric, with a scale for each row or, where those are fewer, column); other
+dtypes as they are. Sizes are checked before anything is allocated, so a message cannot make its reader do more than
+its own length allows.
+"""
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedms.resident import Tensors
+
+ENCODINGS = ("fp32", "bf16", "int8")
+_HEADER = struct.Struct("<Q")
+_EXACT = {"float64": torch.float64, "int64": torch.int64}
+
+
+class WireError(Exception):
+    """A message that is not what it should be; it must be refused."""
+
+
+def pack(tensors: Mapping[str, Tensor], encoding: str = "fp32") -> bytes:
+    """One message from named tensors, float32 (sent in the encoding), float64 or int64 (sent exactly).
+
+    Raises:
+        ValueError: for another encoding or dtype.
+    """
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
+    manifest: list[list[Any]] = []
+    payload: list[bytes] = []
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind == "float32":
+            used = "fp32" if encoding == "int8" and tensor.dim() < 2 else encoding
+            payload += _encode(tensor, used)
+        elif kind in _EXACT:
+            used = "exact"
+            payload.append(tensor.numpy().tobytes())
+        else:
+            raise ValueError(f"{name}: {tensor.dtype} does not travel; use float32, float64 or int64")
+        manifest.append([name, list(tensor.shape), kind, used])
+    head = json.dumps(manifest, separators=(",", ":")).encode()
+    return b"".join([_HEADER.pack(len(head)), head, *payload])
+
+
+def unpack(message: bytes) -> Tensors:
+    """The tensors of a message, float32 where they were.
+
+    Raises:
+        WireError: if the message is cut off, too long, or not of this form.
+    """
+    if len(message) < _HEADER.size:
+        raise WireError(f"a message of {len(message)} bytes; expected at least {_HEADER.size}")
+    (length,) = _HEADER.unpack_from(message)
+    start = _HEADER.size + length
+    if start > len(message):
+        raise WireError(f"the manifest should be {length} bytes; the message has {len(message) - _HEADER.size}")
+    manifest = _check_manifest(message[_HEADER.size:start])
+    due = sum(_size(shape, kind, used) for _, shape, kind, used in manifest)
+    if start + due != len(message):
+        raise WireError(f"the payload should be {due} bytes; the message has {len(message) - start}")
+    tensors: Tensors = {}
+    for name, shape, kind, used in manifest:
+        size = _size(shape, kind, used)
+        tensors[name] = _decode(message[start:start + size], shape, kind, used)
+        start += size
+    return tensors
+
+
+def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses tensors that are not exactly those expected (shapes by name), or hold NaN or infinity.
+
+    Raises:
+        WireError: naming the first that is wrong.
+    """
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise WireError(f"{unknown[0]}: not expected here")
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise WireError(f"{name}: missing")
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise WireError(f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+        if not torch.isfinite(tensors[name]).all():
+            raise WireError(f"{name}: holds NaN or infinity")
+
+
+def _check_manifest(head: bytes) -> list[tuple[str, tuple[int, ...], str, str]]:
+    try:
+        manifest = json.loads(head)
+        entries = [(name, tuple(shape), kind, used) for name, shape, kind, used in manifest]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WireError(f"the manifest is no list of [name, shape, dtype, encoding]: {error}") from None
+    names = [name for name, *_ in entries]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise WireError("the manifest's names are not distinct strings")
+    for name, shape, kind, used in entries:
+        known = used in ENCODINGS if kind == "float32" else kind in _EXACT and used == "exact"
+        if not known or (used == "int8" and len(shape) < 2):
+            raise WireError(f"{name}: unknown form {kind!r}, {used!r}")
+        if not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise WireError(f"{name}: impossible shape {shape}")
+    return entries
+
+
+def _size(shape: tuple[int, ...], kind: str, used: str) -> int:
+    count = math.prod(shape)
+    if used == "int8":
+        return 4 * math.prod(_scale_shape(shape)) + count
+    return count * {"fp32": 4, "bf16": 2, "exact": 8}[used]
+
+
+def _encode(tensor: Tensor, used: str) -> list[bytes]:
+    if used == "fp32":
+        return [tensor.numpy().tobytes()]
+    if used == "bf16":
+        return [tensor.bfloat16().view(torch.int16).numpy().tobytes()]
+    matrix = tensor.view(_matrix_shape(tensor.shape))
+    scale = torch.zeros(_scale_shape(tensor.shape))
+    if tensor.numel():
+        scale = matrix.abs().amax(1 if scale.shape[1] == 1 else 0, keepdim=True) / 127
+    values = torch.round(matrix / scale.clamp_min(torch.finfo(torch.float32).tiny)).to(torch.int8)
+    return [scale.numpy().tobytes(), values.numpy().tobytes()]
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows, columns = _matrix_shape(shape)
+    return (rows, 1) if rows <= columns else (1, columns)
+
+
+def _decode(data: bytes, shape: tuple[int, ...], kind: str, used: str) -> Tensor:
+    if used == "int8":
+        scales = 4 * math.prod(_scale_shape(shape))
+        scale = torch.from_numpy(np.frombuffer(data, "<f4", count=scales // 4).copy()).view(_scale_shape(shape))
+        values = torch.from_numpy(np.frombuffer(data, np.int8, offset=scales).copy()).view(_matrix_shape(shape))
+        return (values.float() * scale).view(shape)
+    if used == "bf16":
+        return torch.from_numpy(np.frombuffer(data, "<i2").copy()).view(torch.bfloat16).view(shape).float()
+    dtype = {"float32": "<f4", "float64": "<f8", "int64": "<i8"}[kind]
+    return torch.from_numpy(np.frombuffer(data, dtype).copy()).view(shape)
