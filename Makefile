@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check-triton36 gpu bench wheel clean missing-packages check-system
+.PHONY: help setup demo test test-full check-triton36 gpu bench docs wheel clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -50,6 +50,9 @@ test-full: $(INSTALLED) ## all tests, with 30 killed runs and 30 full disks
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
+
+docs: $(INSTALLED) ## docs/configuration.md, from the code
+	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/configuration.md
 
 wheel: $(INSTALLED) ## a wheel in dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -339,8 +339,9 @@ def dump_toml(config: RunConfig) -> str:
 
 
 def reference() -> str:
-    """Markdown table of every key: default, accepted values, meaning."""
-    lines = ["| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+    """docs/configuration.md: a table of every key with its default, accepted values and meaning."""
+    lines = ["# The run file", "", "Every key of a run file. `--set table.key=value` overrides one; "
+             "`fedms run NAME --dry-run` prints all as they are then.", "", "| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
     for table, keys in _keys().items():
         for key, field in keys.items():
             default = "unset" if field.default is None else _show(field.default)
