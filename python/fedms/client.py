@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fedms.config import RunConfig
 from fedms.data import ClientSplit
+from fedms.devices import device_of
 from fedms.resident import Part, ResidentModel, Tensors
 from fedms.rng import derive_seed, generator
 
@@ -69,30 +70,17 @@ class Private:
 
 
 class Client:
-    """One client's data and its share of the settings."""
+    """One client's data, its device and its share of the settings. `fitting`: see `device_of`."""
 
-    def __init__(self, split: ClientSplit, config: RunConfig) -> None:
+    def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
         self.id, self.group, self.config = split.id, split.group, config
         self.train, self.validation, self.test = Part(split.train), Part(split.validation), Part(split.test)
-        self.max_depth = self._budget()
-
-    def _budget(self) -> int | None:
-        """Most blocks this client can train; device classes are spread over the clients by their shares."""
-        budgets = self.config.clients.budgets
-        if not budgets:
-            return None
-        total = self.config.clients.count + self.config.clients.unseen
-        ranks = torch.randperm(total, generator=generator(self.config.run.seed, "budgets")).tolist()
-        place, reached = (ranks[self.id] + 0.5) / total, 0.0
-        for tier in budgets:
-            reached += tier.share
-            if place < reached:
-                return tier.max_depth
-        return budgets[-1].max_depth
+        self.device = device_of(config, self.id, fitting)
 
     def trained_depth(self, message: Message) -> int:
         """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
-        return message.depth if self.max_depth is None else min(message.depth, self.max_depth)
+        most = self.device.max_depth
+        return message.depth if most is None else min(message.depth, most)
 
     def seed(self, message: Message, purpose: str) -> int:
         return derive_seed(self.config.run.seed, purpose, message.stage, message.round, self.id)

@@ -8,7 +8,8 @@
     checkpoint/     what the run needs to go on (:mod:`fedms.checkpoint`)
 
 Numbers: accuracies, shares and gate weights are fractions in [0, 1] (``*_percent`` are percent), times seconds,
-sizes bytes. Keys are sorted and floats written by ``repr``, so equal runs give equal bytes but for :data:`EXEMPT`.
+sizes bytes. ``simulated_seconds`` is the time on the clients' own devices (:mod:`fedms.devices`), null where their
+speed and link are not given; a round takes as long as its slowest client. Keys are sorted and floats written by ``repr``, so equal runs give equal bytes but for :data:`EXEMPT`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedms.config import ConfigError, RunConfig, dump_toml
+from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml
 from fedms.files import LOCK, FolderLock, write_durably
 
 if sys.version_info >= (3, 11):
@@ -37,12 +38,12 @@ EXEMPT = frozenset({"seconds", "peak_memory_bytes"})
 
 ROUND_FIELDS = (
     "stage", "round", "depth", "clients", "loss", "validation_accuracy", "validation_loss", "bytes_up", "bytes_down",
-    "gate_mean", "gate_entropy", "residual_norm", "seconds", "event",
+    "gate_mean", "gate_entropy", "residual_norm", "seconds", "simulated_seconds", "event",
 )
 VISIT_FIELDS = (
     "stage", "round", "client", "depth", "status", "reason", "n_train", "loss", "validation_accuracy",
     "validation_loss", "flops", "seconds", "peak_memory_bytes", "bytes_up", "bytes_down", "trained_params",
-    "trained_percent", "gate_mean", "gate_entropy",
+    "trained_percent", "simulated_seconds", "gate_mean", "gate_entropy",
 )
 CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
@@ -52,7 +53,8 @@ ACCURACY_FIELDS = ("personalised", "mixture", "global", "local", "zero_shot", "h
 SUMMARY_FIELDS = (
     "method", "model", "dataset", "seed", "rounds", "personalised_accuracy", "global_test_accuracy",
     "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth", "trainable_params",
-    "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes", "notes",
+    "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
+    "peak_memory_bytes", "notes",
 )
 
 CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
@@ -316,7 +318,8 @@ def _lock(path: Path) -> FolderLock:
 
 
 def _check_same_config(path: Path, config: RunConfig) -> None:
-    there, here = _flat(RunRecords.read(path).config), _flat(tomllib.loads(dump_toml(config)))
+    # Read as a run file: keys that a newer version added have their defaults.
+    there, here = (_flat(c.model_dump(exclude_none=True)) for c in (config_from_dict(RunRecords.read(path).config), config))
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "
                            "go on with that value, or choose another --out" for key in differing])
