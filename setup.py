@@ -13,8 +13,15 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+
+
+def run(what: str, command: list[str]) -> None:
+    """Runs a command; if it fails, setup ends without a traceback, right below the command's own message."""
+    if subprocess.run(command).returncode != 0:
+        raise CompileError(f"{what} failed; the reason is above")
 
 
 class CMakeBuild(build_ext):
@@ -27,7 +34,8 @@ class CMakeBuild(build_ext):
         # An environment's own cmake and ninja, also when it is not activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake, ninja = (shutil.which(tool, path=path) or tool for tool in ("cmake", "ninja"))
-        subprocess.run(
+        run(
+            "configuring the kernels with CMake",
             [
                 cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
                 f"-DPython_EXECUTABLE={sys.executable}",
@@ -38,10 +46,9 @@ class CMakeBuild(build_ext):
                 f"-DFEDMS_SANITIZE={os.environ.get('FEDMS_SANITIZE', '')}",
                 f"-DFEDMS_VERSION={self.distribution.get_version()}",
             ],
-            check=True,
         )
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
+        run("compiling the kernels", [cmake, "--build", str(build), "-j", jobs])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Remove first: writing into a module that a running process has mapped would crash that process.
