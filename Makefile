@@ -37,7 +37,7 @@ test: $(INSTALLED) ## all tests
 # before the environment's own packages.
 check-triton36: $(INSTALLED) ## the checks of the GPU kernels on Triton 3.6
 	test -d $(VENV)/triton36 || $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/triton/test_processes.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/triton_kernels/test_processes.py
 
 # No environment is made: the machine may have no network, and PYTHON has PyTorch already.
 DEST ?= runs/gpu
