@@ -201,8 +201,6 @@ def test_prefix_hash_knows_no_names_of_experts_but_scales():
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    if request.param in ("bert", "vit", "llama"):
-        pytest.importorskip("transformers")
     return with_experts(MODELS[request.param](), "global", "local")
 
 

@@ -13,8 +13,6 @@ from fedms_ext.activation import blocks_of
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    if request.param in ("bert", "vit", "llama"):
-        pytest.importorskip("transformers")
     model = MODELS[request.param]()
     attach(model, "all-linear", {"global": LoRA(3, 6), "local": LoRA(2, 2)})
     return model

@@ -62,7 +62,6 @@ def test_sums_over_the_blocks_asked_for():
 @pytest.mark.parametrize("name", ["bert", "vit"])
 @pytest.mark.parametrize("depth", [0, 1, BLOCKS])
 def test_forward_is_what_pytorch_counts(counted, name, depth):
-    pytest.importorskip("transformers")
     model = with_expert(MODELS[name]())
     activate(model, "e", depth=depth)
     model.inner.set_attn_implementation("eager")
@@ -75,7 +74,6 @@ def test_forward_is_what_pytorch_counts(counted, name, depth):
 
 @pytest.mark.parametrize("depth", [1, 2, BLOCKS])
 def test_backward_is_what_pytorch_counts_but_for_the_lowest_input(counted, depth):
-    pytest.importorskip("transformers")
     model = with_expert(bert())
     activate(model, "e", depth=depth)
     model.inner.set_attn_implementation("eager")
@@ -119,8 +117,6 @@ def test_what_is_kept_for_the_backward_pass_counts():
 @pytest.mark.parametrize("name", ["bert", "vit", "stack"])
 @pytest.mark.parametrize("depth", [0, 1, BLOCKS])
 def test_two_small_traces_foretell_a_batch(name, depth):
-    if name != "stack":
-        pytest.importorskip("transformers")
     model = with_expert(MODELS[name]())
     activate(model, "e", depth=depth)
     whole = {key: value[:1].repeat(9, *[1] * (value.dim() - 1)) for key, value in model.inputs.items()}

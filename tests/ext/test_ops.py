@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fedms_ext
-from fedms_ext import expert_linear, philox_mask, reference
+from fedms_ext import _C, expert_linear, philox_mask, reference
 
 N, K = 9, 7
 
@@ -440,6 +440,25 @@ def test_backends_by_name():
     with fedms_ext.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' was asked for by name"):
         fedms_ext.backends.choose(x)
     assert fedms_ext.backends.choose(x) is fedms_ext.backends.eager
+
+
+@pytest.mark.parametrize(
+    "ranks, dropout_p, in_kernels",
+    [([48], 0.0, True), ([49], 0.0, False), ([90, 6], 0.0, True), ([90, 7], 0.0, False), ([64], 0.1, True)],
+)
+def test_the_cpu_backend_uses_its_kernels_where_they_are_faster(monkeypatch, ranks, dropout_p, in_kernels):
+    calls = []
+    for name in ("lora_forward", "lora_backward"):
+        kernel = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *args, n=name, k=kernel: calls.append(n) or k(*args))
+    x, weight, bias, a, b, scale = operands(ranks, dtype=torch.float32, n=100, k=70)
+    inputs = [x, *a, *b]
+    y = expert_linear(x, weight, bias, a, b, scale, None, None, dropout_p, 4)
+    got = gradients(y.sum(), inputs, None)
+    assert calls == (["lora_forward", "lora_backward"] if in_kernels else [])
+    want = reference.expert_linear(x, weight, bias, a, b, scale, None, None, dropout_p, 4)
+    assert error(y, want) < 1e-5
+    assert all(error(g, w) < 1e-5 for g, w in zip(got, gradients(want.sum(), inputs, None)))
 
 
 def test_build_info():

@@ -33,8 +33,6 @@ BLOCK_NAMES = {
 
 @pytest.fixture(params=MODELS)
 def name(request):
-    if request.param in ("bert", "vit", "llama"):
-        pytest.importorskip("transformers")
     return request.param
 
 
@@ -161,7 +159,6 @@ def test_targets(targets, endings):
 
 def test_the_same_targets_as_peft():
     peft = pytest.importorskip("peft")
-    pytest.importorskip("transformers")
     for targets in (["q_proj", "v_proj"], "all-linear", r".*layers\.[13]\..*_proj"):
         ours, theirs = llama().inner, llama().inner
         names = attach(ours, targets, LORA)

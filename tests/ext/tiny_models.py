@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -31,35 +32,33 @@ def _mask() -> Tensor:
 
 def bert() -> Model:
     """The shape of MiniLM, and narrower: masked attention over padded sequences."""
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
         vocab_size=50, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2,
         intermediate_size=2 * WIDTH, max_position_embeddings=16,
     )  # fmt: skip
     inputs = {"input_ids": _tokens(50), "attention_mask": _mask()}
-    return Model(BertModel(config, add_pooling_layer=False), inputs).eval()
+    return Model(transformers.BertModel(config, add_pooling_layer=False), inputs).eval()
 
 
 def vit() -> Model:
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
         image_size=8, patch_size=4, num_channels=1, hidden_size=WIDTH, num_hidden_layers=BLOCKS,
         num_attention_heads=2, intermediate_size=2 * WIDTH,
     )  # fmt: skip
-    return Model(ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(3, 1, 8, 8)}).eval()
+    inputs = {"pixel_values": torch.randn(3, 1, 8, 8)}
+    return Model(transformers.ViTModel(config, add_pooling_layer=False), inputs).eval()
 
 
 def llama() -> Model:
     """A decoder: causal attention with rotary positions, fewer heads of keys than of queries, no biases."""
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=2 * WIDTH, max_position_embeddings=16,
     )  # fmt: skip
-    return Model(LlamaModel(config), {"input_ids": _tokens(50), "attention_mask": _mask()}).eval()
+    return Model(transformers.LlamaModel(config), {"input_ids": _tokens(50), "attention_mask": _mask()}).eval()
 
 
 class Block(nn.Module):
