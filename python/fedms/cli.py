@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,7 +19,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 
-    from fedms.config import METHODS, ConfigError, RunConfig, builtin_names, dump_toml, load_config, source_name
+    from fedms.config import METHODS, ConfigError, RunConfig, builtin_names, dump_toml, load_config, parse_size, source_name
     from fedms.progress import Progress, TerminalProgress
     from fedms.records import RunFolderError
 except ModuleNotFoundError as missing:
@@ -52,6 +53,7 @@ app = typer.Typer(
         "`fedms run digits` — a smoke case: seconds, no download, meaningless numbers",
         "`fedms run sentiment` — the demo: MiniLM, four domains of human-rated sentences, 12 clients",
         "`fedms compare sentiment --seeds 3` — all methods on three seeds, one table and one report",
+        "`fedms plan sentiment --memory 512MiB` — which depth, batch and precision fit a device?",
         "`fedms report runs/sentiment` — make the report again from the records",
         EXIT_CODES,
     ]),
@@ -150,6 +152,47 @@ def compare(
         _show_results(out)
 
 
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms plan sentiment --memory 512MiB`",
+    "`fedms plan my.toml --memory 1GiB --flops 5G --bandwidth 1MB --out plan.png`",
+    "Nothing is trained: memory is traced on two samples, operations and bytes are counted.",
+    EXIT_CODES]))
+def plan(
+    source: Source,
+    memory: Annotated[Optional[str], typer.Option(
+        "--memory", metavar="SIZE", help="Memory for training, beside the process and the data, such as 512MiB.",
+        show_default="no limit")] = None,
+    flops: Annotated[Optional[str], typer.Option(
+        "--flops", metavar="RATE", help="The device's operations a second, such as 5G.",
+        show_default="this machine's, measured")] = None,
+    bandwidth: Annotated[Optional[str], typer.Option(
+        "--bandwidth", metavar="RATE", help="Bytes a second of its link, up and down, such as 1MB.",
+        show_default="transfers take no time")] = None,
+    set_: Sets = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="FILE", help="Draw the plan into this file: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Show what each depth costs on a client's device, and which settings fit its memory."""
+    with _exit_codes():
+        limits = {name: _amount(f"--{name}", text) for name, text in
+                  {"memory": memory, "flops": flops, "bandwidth": bandwidth}.items() if text is not None}
+        if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
+            raise ConfigError(f"--out: got {str(out)!r}; accepted: a file that ends in .png, .svg or .pdf")
+        config = load_config(source, set_ or [])
+
+        from fedms import plan as planning
+
+        progress = TerminalProgress(errors)
+        found = planning.plan(config, **limits, progress=progress)
+        _show_plan(found)
+        if out is not None:
+            planning.picture(found, out)
+            console.print(f"picture: {out}", markup=False, soft_wrap=True)
+        if found.chosen is None:
+            raise typer.Exit(FAILED)
+
+
 @app.command(epilog=EXIT_CODES)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
@@ -207,6 +250,18 @@ def _seed_list(text: Optional[str], config: RunConfig) -> list[int]:
         raise ConfigError(f"--seeds: got {text!r}; accepted: a number of seeds (3 means 0, 1, 2), or a list such as "
                           "0,7 of integers from 0 to 4294967295")
     return list(dict.fromkeys(numbers))
+
+
+def _amount(option: str, text: str) -> int:
+    """A number of bytes, or of bytes or operations a second: 512MiB, 5G, 5GFLOPS, 1MB/s."""
+    try:
+        amount = parse_size(re.sub(r"(?i)(flop|b)?s?(/s)?$", "", text.strip()))
+    except ValueError:
+        amount = 0
+    if amount <= 0:
+        raise ConfigError(f"{option}: got {text!r}; accepted: a number above 0, with k, M, G, T (thousands) or Ki, Mi, "
+                          "Gi, Ti (1024s)")
+    return amount
 
 
 def _refuse_filled(folders: list[Path], force: bool, resume: bool) -> None:
@@ -298,6 +353,45 @@ def _show_results(folder: Path) -> None:
         for path in reports.write_comparison(folder):
             console.print(f"table:  {path}", markup=False, soft_wrap=True)
     console.print(f"report: {reports.write_report(folder)}", markup=False, soft_wrap=True)
+
+
+def _show_plan(found: Any) -> None:
+    from fedms.report import duration, size
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("depth", "frozen", "cache", "micro-\nbatch", "trained", "trained\n%", "GFLOP\na round", "peak\nmemory",
+                  "up", "down", "time\na round", "fits"):
+        table.add_column(title, justify="left" if title in ("frozen", "cache", "fits") else "right", vertical="bottom",
+                         no_wrap=True)
+    for o in found.options:
+        table.add_row(str(o.depth), o.frozen, o.cache, str(o.micro_batch), f"{o.work.trained_params:,}",
+                      f"{o.trained_percent:.2f}", f"{o.work.flops / 1e9:.1f}", f"{o.peak / 2**20:.0f} MiB",
+                      size(o.work.bytes_up), size(o.work.bytes_down), duration(o.seconds),
+                      "yes" if found.fits(o) else "no", style="bold" if o is found.chosen else None)
+    console.print(table)
+    console.print()
+    speeds = ", ".join(f"{speed / 1e9:.1f} GFLOP/s with {name} weights" for name, speed in found.speed.items())
+    _paragraph("- ", f"A round of stage 1 on the client with the most training data, at {speeds}"
+               + ("." if found.bandwidth is None else f", {size(found.bandwidth)} a second."))
+    shown = found.chosen or found.options[0]
+    _paragraph("- ", f"Memory at depth {shown.depth}: " + ", ".join(
+        f"{part} {amount / 2**20:.0f} MiB" for part, amount in shown.memory.items()) + ".")
+    _paragraph("- ", f"The process around it (Python, its libraries, the data) takes {found.process / 2**20:.0f} MiB "
+               "here, which the limit does not count.")
+    _paragraph("- ", f"The first round also builds the constants: {shown.work.building_flops / 1e9:.1f} GFLOP.")
+    console.print()
+    if found.chosen is None:
+        least = min(found.options, key=lambda o: o.peak)
+        errors.print(f"nothing fits in {found.limit / 2**20:.0f} MiB: the least, at depth {least.depth}, is "
+                     f"{least.peak / 2**20:.0f} MiB and a twentieth to spare", markup=False, soft_wrap=True)
+        return
+    console.print("put into the run file:" if found.limit is not None else "settings:", markup=False)
+    tables: dict[str, list[str]] = {}
+    for key, value in found.settings.items():
+        name, _, entry = key.partition(".")
+        tables.setdefault(name, []).append(f'{entry} = "{value}"' if isinstance(value, str) else f"{entry} = {value}")
+    for name, lines in tables.items():
+        console.print(f"[{name}]", *lines, sep="\n", markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from fedms import data, methods, models
 from fedms.client import Client
 from fedms.config import RunConfig
+from fedms.costs import fitting_depths
 from fedms.data import Dataset, Partition
 from fedms.engine.local import Interrupted, LocalEngine
 from fedms.evaluate import evaluate_client, evaluate_unseen, global_test_accuracy, summarise
@@ -92,15 +93,17 @@ def _run(session: _Session, config: RunConfig, open_folder: Callable[[], RunFold
     partition = data.partition(session.dataset, config.data, config.clients, config.run.seed)
     method = methods.create(config)
     server = Server(config, session.model.order, session.model.block_of, method.carries)
+    fitting = fitting_depths(session.model, method, config, partition)
     folder = open_folder()
     try:
-        return folder.summary or _run_into(folder, session, config, partition, method, server, progress, stop)
+        return folder.summary or _run_into(folder, session, config, partition, method, server, fitting, progress, stop)
     finally:
         folder.close()
 
 
 def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition: Partition, method: Method,
-              server: Server, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
+              server: Server, fitting: Sequence[int | None], progress: Progress,
+              stop: Callable[[], bool]) -> dict[str, Any]:
     started = time.perf_counter()
     seed = config.run.seed
     for note in partition.notes:
@@ -108,7 +111,7 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
     progress.start(_visits(server, config), f"{method.name}, seed {seed}")
 
     session.model.start()
-    clients = [Client(split, config) for split in partition.clients]
+    clients = [Client(split, config, fitting) for split in partition.clients]
     engine = LocalEngine(method, server, session.model, clients, folder, progress, stop)
     state = engine.run(session.model.initial(seed))
 
@@ -119,7 +122,7 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
         if stop():
             raise Interrupted("all rounds are done, evaluation is not")
         records.append(evaluate_client(method, session.model, client, engine.private[client.id], final))
-    arrives, trained = _evaluate_unseen(method, session.model, partition, config, final)
+    arrives, trained = _evaluate_unseen(method, session.model, partition, config, fitting, final)
     for record in (*records, *arrives):
         folder.append_client(record)
     past = RunRecords.read(folder.path)
@@ -151,8 +154,8 @@ def _visits(server: Server, config: RunConfig) -> int:
 
 
 def _evaluate_unseen(method, model: ResidentModel, partition: Partition, config: RunConfig,
-                     final) -> tuple[list[dict], list[dict]]:
-    pairs = [evaluate_unseen(method, model, Client(split, config), final, config.stage2.rounds)
+                     fitting: Sequence[int | None], final) -> tuple[list[dict], list[dict]]:
+    pairs = [evaluate_unseen(method, model, Client(split, config, fitting), final, config.stage2.rounds)
              for split in partition.unseen]
     return [first for first, _ in pairs], [after for _, after in pairs if after is not None]
 
