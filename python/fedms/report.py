@@ -572,11 +572,11 @@ def _client_details(run: RunRecords) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Curve:
-    """One line of a picture over rounds: its label, colour, and values over seeds by position on the axis."""
+    """One line of a picture: its label, colour, and values over seeds by position on the axis."""
 
     label: str
     colour: str
-    xs: list[int]
+    xs: Sequence[float]
     ys: list[list[float]]
 
     @property
@@ -636,6 +636,47 @@ def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     axes.set_ylabel("validation accuracy (%)")
     _round_axis(axes, runs)
     _end_labels(axes, curves)
+    return figure
+
+
+def clock_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
+    """Validation accuracy over the simulated clock of the clients' devices, one line a method; None without clocks.
+
+    Over seeds both coordinates of a round are averaged.
+    """
+    curves = []
+    first = _first_stage_rounds(runs)
+    for method, group in by_method(runs).items():
+        points: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for run in group:
+            clock = 0.0
+            for record in run.rounds:
+                clock += record.get("simulated_seconds") or 0.0
+                if record.get("simulated_seconds") is not None and record.get("validation_accuracy") is not None:
+                    position = record["round"] + (first if record["stage"] == "stage2" else 0)
+                    points[position].append((clock, record["validation_accuracy"]))
+        if points:
+            positions = sorted(points)
+            curves.append((positions, _Curve(method, method_colour(method),
+                                             [statistics.fmean(x for x, _ in points[p]) for p in positions],
+                                             [[y for _, y in points[p]] for p in positions])))
+    if not curves:
+        return None
+    longest = max(curve.xs[-1] for _, curve in curves)
+    unit, scale = ("h", 3600) if longest >= 2 * 3600 else ("min", 60) if longest >= 120 else ("s", 1)
+    figure, axes = _axes(_WIDE, 3.3)
+    for positions, curve in curves:
+        # Stage 2 measures another model, so its line starts anew.
+        split = sum(position <= first for position in positions)
+        for piece in (slice(split), slice(split, None)):
+            axes.plot([x / scale for x in curve.xs[piece]], curve.means[piece], color=curve.colour, marker="o",
+                      linewidth=2.4 if _has_fedms(curve) else 1.7, markersize=4, markeredgecolor=SURFACE,
+                      markeredgewidth=0.8)
+    _percent_axis(axes.yaxis)
+    axes.set_ylabel("validation accuracy (%)")
+    axes.set_xlabel(f"time on the clients' devices, simulated ({unit})")
+    axes.set_xlim(0, longest / scale)
+    _end_labels(axes, [_Curve(c.label, c.colour, [x / scale for x in c.xs], c.ys) for _, c in curves])
     return figure
 
 
@@ -810,6 +851,9 @@ _FIGURES: tuple[tuple[str, Callable[..., Any], str, str, str], ...] = (
      "Mean over clients, weighted by their validation samples. local, and fedavg_ft and fedms in stage 2: each "
      "client's own model after its visit; otherwise the shared model as clients receive it (fedavg_prior: before its "
      "prior). Lines that coincide share a label or lie on each other. Shaded: range over seeds.", "wide"),
+    ("clock", clock_figure, "Validation accuracy over simulated time",
+     "As above, over the time that the rounds would take on the clients' devices: each round lasts as long as its "
+     "slowest client computes, sends and receives. Mean over seeds.", "wide"),
     ("depth", depth_figure, "Depth", "Blocks whose LoRA pairs are trained, mean over seeds. Each stage activates anew.",
      "half"),
     ("bytes", bytes_figure, "Communication", "Bytes sent by all clients, summed over rounds, mean over seeds.", "half"),

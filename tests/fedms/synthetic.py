@@ -14,8 +14,10 @@ LEVEL = {"local": 0.66, "fedavg": 0.694, "fedavg_prior": 0.703, "fedavg_ft": 0.7
 
 
 def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: int = 12, unseen: int = 2,
-              rounds: tuple[int, int] = (8, 4), collapsed: bool = False, stop_after: int | None = None) -> Path:
-    """Write a run folder; ``stop_after`` rounds the run is killed: no clients and no summary."""
+              rounds: tuple[int, int] = (8, 4), collapsed: bool = False, stop_after: int | None = None,
+              round_seconds: float | None = None) -> Path:
+    """Write a run folder; ``stop_after`` rounds the run is killed: no clients and no summary. ``round_seconds``: of a
+    round on the simulated clock."""
     config = load_config("sentiment", [f"run.method={method}", f"run.seed={seed}", f"clients.count={clients}",
                                        f"clients.unseen={unseen}", f"stage1.rounds={rounds[0]}",
                                        f"stage2.rounds={rounds[1]}"])
@@ -51,7 +53,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
                 "stage": stage, "round": number, "depth": depth, "clients": clients, "loss": 1.1 - progress / 2,
                 "validation_accuracy": validation, "validation_loss": 0.9 - progress / 4, "bytes_up": sent,
                 "bytes_down": sent, "gate_mean": gate if gated else None, "gate_entropy": 0.6 if gated else None,
-                "seconds": 10 + noise.random(), "event": event})
+                "seconds": 10 + noise.random(), "simulated_seconds": round_seconds, "event": event})
             done += 1
     accuracies = []
     draw = random.Random(seed)

@@ -131,6 +131,19 @@ def test_the_picture_marks_the_mean_and_the_worst_clients_of_the_table(study):
         assert (mean, worst) == pytest.approx((row["personalised"].mean, row["worst10"].mean)) and marker == "|"
 
 
+def test_accuracy_over_the_simulated_clock(tmp_path):
+    for method, seconds in (("fedms", 100.0), ("local", 50.0)):
+        write_run(tmp_path / method, method, rounds=(3, 2), round_seconds=seconds)
+    runs, _ = report.read_runs(tmp_path)
+    axes = report.clock_figure(runs).axes[0]
+    lines = [[round(float(x), 9) for x in line.get_xdata()] for line in axes.lines]
+    expected = {"fedms": [k * 100 / 60 for k in range(1, 6)], "local": [k * 50 / 60 for k in range(1, 6)]}
+    for xs in expected.values():        # a piece for each stage
+        assert [round(x, 9) for x in xs[:3]] in lines and [round(x, 9) for x in xs[3:]] in lines
+    assert "simulated (min)" in axes.get_xlabel() and "simulated time" in report.render(runs)
+    assert report.clock_figure([RunRecords.read(write_run(tmp_path / "plain"))]) is None
+
+
 def test_a_page_needs_nothing_else(study):
     text = report.write_report(study).read_text(encoding="utf-8")
     page = Page(text)
