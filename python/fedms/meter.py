@@ -1,13 +1,20 @@
 """Peak memory of this process, by stretch of work."""
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # glibc alone has it
+
 
 def reset_peak_memory() -> None:
-    """Starts a new stretch. Where the system cannot forget a peak (anything but Linux), the peak is the process's."""
+    """Starts a new stretch, with all memory that is free handed back to the system: glibc keeps what was freed, in
+    pieces that later allocations do not fit, and a process would grow from stretch to stretch. Where the system cannot
+    forget a peak (anything but Linux), the peak is the process's."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
