@@ -1,4 +1,8 @@
-"""Fair timing on a noisy machine: candidates take turns in one process, and only their ratios are to be trusted."""
+"""Fair timing on a noisy machine: candidates take turns in one process, and only their ratios are to be trusted.
+
+On a machine that others use too, set OMP_NUM_THREADS=1: with one thread its own CPU time is measured, which does not
+count the time that others take. Several threads wait for one another, and then only the clock on the wall will do.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,23 @@ def interleaved(
 
     Turns are taken for so many `seconds`, but at least `least_turns` and at most 101 of them.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     repeats = {}
     for name, call in candidates.items():
         call()
-        start = time.perf_counter()
+        start = clock()
         call()
-        repeats[name] = max(1, round(seconds_per_turn / max(time.perf_counter() - start, 1e-7)))
+        repeats[name] = max(1, round(seconds_per_turn / max(clock() - start, 1e-7)))
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     for turn in range(101):
         if turn >= least_turns and time.perf_counter() > end:
             break
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 call()
-            taken[name].append((time.perf_counter() - start) / repeats[name])
+            taken[name].append((clock() - start) / repeats[name])
     return {name: np.array(values) for name, values in taken.items()}
 
 
