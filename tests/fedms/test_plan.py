@@ -19,7 +19,7 @@ from fedms_ext import ConstantPrefix, LoRA, activate, attach, budget, prefix_dep
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1"]
-BATCH, LENGTH, TOLERANCE = 8, 64, 0.15
+BATCH, LENGTH, TOLERANCE = 4, 64, 0.15
 
 
 def costs_of(*sets, source="digits"):
