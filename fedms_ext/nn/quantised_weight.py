@@ -63,10 +63,10 @@ class QuantisedWeight(nn.Module):
         quantised apart, one scale an input channel, from q * scale, when it is first asked for, and kept:
         there, and only then, torch.compile breaks its graph."""
         if self._transposed is None:
-            self._transpose()
+            # Not as a decorator: that would load torch._dynamo, 1.5 s, whenever this package is imported.
+            torch.compiler.disable(self._transpose)()
         return self._transposed
 
-    @torch.compiler.disable
     def _transpose(self) -> None:
         q, scale = quantise_weight(self.dequantise().T)
         q = q.to(torch.int8).contiguous()
