@@ -23,7 +23,7 @@ def test_the_configuration_page_is_current():
     assert (ROOT / "docs/configuration.md").read_text() == reference(), "run: make docs"
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_blocks_run(code, tmp_path):
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
