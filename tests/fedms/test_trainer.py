@@ -279,6 +279,23 @@ def test_a_client_that_diverges_is_left_out(tmp_path):
     assert session.engine.private[1] == Private()
 
 
+def test_a_reply_that_is_not_finite_never_enters_the_average(tmp_path):
+    session = Session(config("run.method=fedavg", "stage1.rounds=1", "stage2.rounds=0"), tmp_path)
+    step = session.method.client_step
+
+    def poisoned(model, client, private, message):
+        reply, after = step(model, client, private, message)
+        if client.id == 1:
+            next(iter(reply.tensors.values())).view(-1)[0] = math.inf
+        return reply, after
+
+    session.method.client_step = poisoned
+    state = session.run()
+    failed = [v for v in session.visits if v["status"] == "failed"]
+    assert [v["client"] for v in failed] == [1] and "holds NaN or infinity" in failed[0]["reason"]
+    assert failed[0]["bytes_up"] == 0 and all(torch.isfinite(t).all() for t in state.tensors.values())
+
+
 def test_a_run_in_which_all_clients_fail_stops(tmp_path):
     session = Session(config("run.method=fedavg", "stage1.lr=1e30"), tmp_path)
     with pytest.raises(AllClientsFailed, match="stage1, round 1"):

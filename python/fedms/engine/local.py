@@ -93,11 +93,21 @@ class LocalEngine:
         sizes = (len(tensors) if message.tensors else 0, len(constants) if message.constants else 0)
         return replace(message, tensors=wire.unpack(tensors), constants=wire.unpack(constants)), sizes
 
-    def _receive(self, reply: Reply) -> tuple[Reply, int]:
-        """A reply as it arrives, and its bytes."""
+    def _receive(self, reply: Reply, message: Message) -> tuple[Reply, int]:
+        """A reply as it arrives, and its bytes.
+
+        Raises:
+            ClientFailure: if its tensors are not some of those that were sent, or not finite.
+        """
         tensors, sums = wire.pack(reply.tensors, self.encoding), wire.pack(reply.sums)
         size = (len(tensors) if reply.tensors else 0) + (len(sums) if reply.sums else 0)
-        return replace(reply, tensors=wire.unpack(tensors), sums=wire.unpack(sums)), size
+        reply = replace(reply, tensors=wire.unpack(tensors), sums=wire.unpack(sums))
+        sent = {name: tuple(message.tensors[name].shape) for name in reply.tensors if name in message.tensors}
+        try:
+            wire.check(reply.tensors, sent)
+        except wire.WireError as error:
+            raise ClientFailure(f"its reply is refused: {error}") from None
+        return reply, size
 
     def final_message(self, state: ServerState) -> Message:
         """What a client has in the end: the server's tensors as they arrive."""
@@ -117,12 +127,12 @@ class LocalEngine:
         reply = None
         try:
             with _memory_errors():
-                reply, after = self.method.client_step(self.model, client, self.private[client.id], message)
+                answer, after = self.method.client_step(self.model, client, self.private[client.id], message)
+            reply, record["bytes_up"] = self._receive(answer, message)
         except ClientFailure as failure:
             record.update(status="failed", reason=str(failure))
         else:
             self.private[client.id] = after
-            reply, record["bytes_up"] = self._receive(reply)
             record.update(reply.metrics)
             record["trained_percent"] = 100 * record["trained_params"] / self.model.fm_params
         record.update(flops=self.model.flops - flops, seconds=time.perf_counter() - started,
@@ -135,8 +145,8 @@ class LocalEngine:
     def _save(self, state: ServerState, collected: Collected) -> None:
         server, tensors = pack_server(state, collected)
         self.checkpoints.save(Snapshot(
-            {"server": server, "visited": self.visited, "sent": self.sent, "slowest": self.slowest, "received": sorted(self.received),
-             "charged": sorted(self.model.charged), "records": self.folder.sync(),
+            {"server": server, "visited": self.visited, "sent": self.sent, "slowest": self.slowest,
+             "received": sorted(self.received), "charged": sorted(self.model.charged), "records": self.folder.sync(),
              "seconds": self.seconds_before + time.perf_counter() - self.started},
             tensors, {client: private.tensors for client, private in self.private.items()}))
 
