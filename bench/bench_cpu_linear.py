@@ -17,27 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_layers import SHAPES, peft_linear
 from timing import interleaved
 from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, QuantisedWeight
 from fedms_ext.reference import quantise_weight
-
-peft = pytest.importorskip("peft")
-
-# Rows, K, N.
-SHAPES = {
-    "MiniLM attention": (2048, 384, 384),
-    "MiniLM up": (2048, 384, 1536),
-    "MiniLM down": (2048, 1536, 384),
-    "ViT-B attention": (1576, 768, 768),
-    "ViT-B up": (1576, 768, 3072),
-    "ViT-B down": (1576, 3072, 768),
-    "64 rows": (64, 768, 768),
-    "16 rows": (16, 768, 768),
-    "1 row": (1, 768, 768),
-}
 
 
 def int_mm(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -54,11 +40,7 @@ def int_mm(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
 def candidates(rows: int, k: int, n: int, rank: int, backward: bool) -> dict[str, Callable[[], object]]:
     base = nn.Linear(k, n).requires_grad_(False)
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(k, n).requires_grad_(False)),
-        peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["0"], init_lora_weights=False),
-    )
-    in_peft = model.base_model.model[0]
+    in_peft = peft_linear(nn.Linear(k, n).requires_grad_(False), rank)
     ours = ExpertLinear.from_linear(nn.Linear(k, n), {"e": LoRA(rank, 16)})
     nn.init.normal_(ours.lora_b["e"])
     ours.set_state("e", "trained")

@@ -14,26 +14,13 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_layers import SHAPES, peft_linear
 from timing import interleaved, ratio, summarise
 from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, use_backend
 
-peft = pytest.importorskip("peft")
-
-# Rows, K -> N.
-SHAPES = {
-    "MiniLM attention": (2048, 384, 384),
-    "MiniLM up": (2048, 384, 1536),
-    "MiniLM down": (2048, 1536, 384),
-    "ViT-B attention": (1576, 768, 768),
-    "ViT-B up": (1576, 768, 3072),
-    "ViT-B down": (1576, 3072, 768),
-    "64 rows": (64, 768, 768),
-    "16 rows": (16, 768, 768),
-    "1 row": (1, 768, 768),
-}
 PEERS = ("PEFT", "PEFT compiled", "ours, eager backend", "ours, cpu backend")
 
 
@@ -42,10 +29,7 @@ class Case:
 
     def __init__(self, rows: int, k: int, n: int, rank: int) -> None:
         base = nn.Linear(k, n).requires_grad_(False)
-        model = peft.get_peft_model(
-            nn.Sequential(base), peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
-        )
-        self.peft = model.base_model.model[0]
+        self.peft = peft_linear(base, rank)
         self.ours = ExpertLinear.from_linear(base, {"e": LoRA(rank, 16)})
         nn.init.normal_(self.ours.lora_b["e"])
         self.ours.set_state("e", "trained")
