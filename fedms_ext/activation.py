@@ -1,4 +1,4 @@
-"""Sparsely Activated LoRA: which blocks are active, the constant prefix below them, and the cache of its outputs.
+"""Sparsely Activated LoRA: which blocks are active, and the constant prefix below them.
 
 The blocks of a model are numbered 1..L from the input. The *constant prefix* is the run of blocks below the first
 one that holds a trained pair. Nothing in it can change, so it needs no autograd, keeps nothing for the backward

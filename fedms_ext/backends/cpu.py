@@ -34,7 +34,8 @@ def _dense(tensor: Tensor) -> bool:
 #   1576 x 768 -> 3072    0.98 / 1.02    0.98 / 1.01    1.01 / 1.04    1.11 / 1.09
 #   64 x 768 -> 768       0.91 / 0.88    0.99 / 0.99    1.01 / 0.99    1.02 / 1.09
 #   1 x 768 -> 768        0.90 / 0.84    1.00 / 0.94    1.04 / 0.97    1.11 / 1.08
-# With dropout the kernels take 0.3 to 0.8 of the time at any rank: the eager backend computes its mask in many steps.
+# With dropout the kernels take 0.3 to 0.8 of the time at any rank (AVX2: up to 0.96): the eager backend computes its
+# mask in many steps.
 _LARGEST_MEAN_RANK = 48
 
 

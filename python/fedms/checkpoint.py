@@ -69,10 +69,12 @@ class CheckpointFolder:
         try:
             self.path.mkdir(exist_ok=True)
             server = self._write_object(snapshot.tensors)
-            changed = {i: t for i, t in snapshot.private.items() if i not in self.written or self.written[i][0] is not t}
+            changed = {client: tensors for client, tensors in snapshot.private.items()
+                       if client not in self.written or self.written[client][0] is not tensors}
             if changed:
-                name = self._write_object({f"{i}/{key}": tensor for i, t in changed.items() for key, tensor in t.items()})
-                self.written |= {i: (tensors, name) for i, tensors in changed.items()}
+                name = self._write_object({f"{client}/{key}": tensor for client, tensors in changed.items()
+                                           for key, tensor in tensors.items()})
+                self.written |= {client: (tensors, name) for client, tensors in changed.items()}
             number = max([*self.good, *self._numbers()], default=0) + 1
             content = {"format": FORMAT, "state": snapshot.state, "server": server,
                        "private": {str(i): self.written[i][1] for i in sorted(snapshot.private)}}

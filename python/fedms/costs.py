@@ -126,7 +126,7 @@ class CostModel:
         every = [part for split in (*self.partition.clients, *self.partition.unseen)
                  for part in (split.train, split.validation, split.test)]
         tokens = max(self._tokens(part) for part in (*every, self.partition.global_test))
-        width = self._width if self._prefix(depth) else 0
+        width = self._width if self.model.untrained_below(depth) else 0
         return int(BUILDING[self.config.sal.cache_dtype] * 4 * width * tokens)
 
     def experts(self, depth: int) -> int:
@@ -136,9 +136,6 @@ class CostModel:
         one = _nbytes(self._load(depth))
         return one * (self.config.clients.count * kept * bool(self.config.stage2.rounds) + 6)
 
-    def _prefix(self, depth: int) -> int:
-        return min(self.model.order[:depth]) - 1
-
     @property
     def _width(self) -> int:
         return self.model.foundation.module.config.hidden_size
@@ -147,7 +144,7 @@ class CostModel:
         return int(self.model.dataset.inputs.lengths[part].sum())
 
     def _prefix_bytes(self, part: Tensor, depth: int) -> int:
-        if self._prefix(depth) == 0:
+        if self.model.untrained_below(depth) == 0:
             return 0
         storage = self.config.sal.cache_dtype
         scales = 4 if storage == "int8" else 0
@@ -160,7 +157,7 @@ class CostModel:
         applied = self._load(depth)
         module, settings = self.model.foundation.module, self.config.stage1
         params = self.model.trainable("global")
-        first = self._prefix(depth) if replays else 0
+        first = self.model.untrained_below(depth) if replays else 0
         train, validation = (self.model.dataset.inputs.lengths[part]
                              for part in (self.largest.train, self.largest.validation))
         shuffle = generator(self.config.run.seed, "plan")
@@ -208,8 +205,8 @@ def fitting_depths(model: ResidentModel, method: Method, config: RunConfig,
     for number, memory in enumerate(memories):
         fitting = [depth for depth, need in enumerate(needs, start=1) if memory is None or need <= memory]
         if not fitting:
-            raise ConfigError(f"clients.budgets[{number}].memory: got {memory}, but to train one block takes {needs[0]} "
-                              "bytes; give more, or lower stage1.micro_batch and stage2.micro_batch")
+            raise ConfigError(f"clients.budgets[{number}].memory: got {memory}, but to train one block takes "
+                              f"{needs[0]} bytes; give more, or lower stage1.micro_batch and stage2.micro_batch")
         depths.append(None if memory is None else max(fitting))
     return depths
 

@@ -41,7 +41,7 @@ def device_of(config: RunConfig, client: int, fitting: Sequence[int | None] = ()
 
     Args:
         client: its id; participating and unseen clients are counted alike.
-        fitting: most blocks that fit each class's memory (`fedms.plan.fitting_depths`); empty: none is limited by it.
+        fitting: most blocks that fit each class's memory (`fedms.costs.fitting_depths`); empty: none is limited by it.
     """
     budgets = config.clients.budgets
     if not budgets:

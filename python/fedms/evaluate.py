@@ -113,8 +113,9 @@ def _gate_summary(clients: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     means = np.array([c["gate_mean"] for c in clients])
     entropy = _mean([c["gate_entropy"] for c in clients])
-    return {"mean": _mean(means), "std_clients": float(means.std()), "std_samples": _mean([c["gate_std"] for c in clients]),
-            "entropy": entropy, "collapsed": entropy < COLLAPSED_BELOW * math.log(2),
+    return {"mean": _mean(means), "std_clients": float(means.std()),
+            "std_samples": _mean([c["gate_std"] for c in clients]), "entropy": entropy,
+            "collapsed": entropy < COLLAPSED_BELOW * math.log(2),
             "half_mix_accuracy": _mean([c["accuracy"]["half"] for c in clients]),
             "oracle_accuracy": _mean([c["accuracy"]["oracle"] for c in clients])}
 

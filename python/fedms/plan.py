@@ -18,7 +18,7 @@ from fedms.client import Client, Private
 from fedms.config import RunConfig
 from fedms.costs import CostModel, VisitMemory, VisitWork
 from fedms.data import ClientSplit
-from fedms.meter import peak_memory
+from fedms.meter import peak_memory, resident_memory
 from fedms.progress import Progress
 from fedms.resident import ResidentModel
 from fedms_ext import budget, quantize
@@ -48,8 +48,9 @@ class Option:
 @dataclass(frozen=True)
 class Plan:
     """options: the best one at each depth, shallowest first. limit: bytes that training may use, None: any number.
-    process: bytes of the process without the model. chosen: the deepest option that fits; None if none does. speed: operations a second by precision, measured here
-    where none was given. bandwidth: bytes a second, None: transfers take no time. cache_bytes: for the chosen one."""
+    process: bytes of the process without the model. chosen: the deepest option that fits; None if none does.
+    speed: operations a second by precision, measured here where none was given. bandwidth: bytes a second, None:
+    transfers take no time. cache_bytes: for the chosen one."""
 
     options: list[Option]
     limit: int | None
@@ -123,7 +124,7 @@ class _Planner:
         self.frozen = "fp32"
         partition = data.partition(dataset, config.data, config.clients, config.run.seed)
         self.costs = CostModel(self.model, methods.create(config), config, partition)
-        self.process = _resident_memory() - budget.weight_bytes(foundation.module)
+        self.process = resident_memory() - budget.weight_bytes(foundation.module)
         self.loading = peak_memory() - self.process
 
     def freeze(self, frozen: str) -> None:
@@ -181,14 +182,6 @@ def _halves(batch: int) -> Iterator[int]:
         yield batch
         batch = (batch + 1) // 2
     yield 1
-
-
-def _resident_memory() -> int:
-    """Bytes of this process that lie in memory now; where the system does not tell, the most that ever did."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:
-        return peak_memory()
 
 
 def picture(found: Plan, path: Path) -> None:

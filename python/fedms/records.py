@@ -9,7 +9,8 @@
 
 Numbers: accuracies, shares and gate weights are fractions in [0, 1] (``*_percent`` are percent), times seconds,
 sizes bytes. ``simulated_seconds`` is the time on the clients' own devices (:mod:`fedms.devices`), null where their
-speed and link are not given; a round takes as long as its slowest client. Keys are sorted and floats written by ``repr``, so equal runs give equal bytes but for :data:`EXEMPT`.
+speed and link are not given; a round takes as long as its slowest client. Keys are sorted and floats written by
+``repr``, so equal runs give equal bytes but for :data:`EXEMPT`.
 """
 
 from __future__ import annotations
@@ -319,7 +320,8 @@ def _lock(path: Path) -> FolderLock:
 
 def _check_same_config(path: Path, config: RunConfig) -> None:
     # Read as a run file: keys that a newer version added have their defaults.
-    there, here = (_flat(c.model_dump(exclude_none=True)) for c in (config_from_dict(RunRecords.read(path).config), config))
+    earlier = config_from_dict(RunRecords.read(path).config)
+    there, here = (_flat(c.model_dump(exclude_none=True)) for c in (earlier, config))
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "
                            "go on with that value, or choose another --out" for key in differing])

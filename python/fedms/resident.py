@@ -22,8 +22,9 @@ from fedms.data import Dataset, cache_dir
 from fedms.models import FoundationModel
 from fedms.models.heads import LinearHead, TextHead
 from fedms.rng import generator
-from fedms_ext import (ConstantCache, ConstantPrefix, DiskCache, GateAdapter, LoRA, Ragged, activate, activation_order, attach,
-                       budget, build_info, deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize, reset_expert)
+from fedms_ext import (ConstantCache, ConstantPrefix, DiskCache, GateAdapter, LoRA, Ragged, activate, activation_order,
+                       attach, budget, build_info, deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize,
+                       reset_expert)
 from fedms_ext.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -80,7 +81,7 @@ class ResidentModel:
         self.gate = GateAdapter(foundation.feature_dim, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
         self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
-        self.boundary = min(self.order[:config.sal.depth]) - 1   # blocks below the lowest one that is trained
+        self.boundary = self.untrained_below(config.sal.depth)
         self.running: str | None = None                     # what the pairs are set for now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
         self.flops = 0                                      # of the run under way, on its clients' devices
@@ -91,7 +92,8 @@ class ResidentModel:
         if sal.cache != "disk":
             return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
         # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
-        arithmetic = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen, sal.cache_dtype)
+        arithmetic = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen,
+                      sal.cache_dtype)
         return DiskCache(cache_dir() / "constants", sal.cache_bytes,
                          repr((self.foundation.fingerprint, self.dataset.fingerprint, self.CHUNK, arithmetic)))
 
@@ -135,11 +137,15 @@ class ResidentModel:
             KeyError: if a tensor of an applied pair, or of the head, is missing.
         """
         self.depths[expert] = (depth, applied_depth)
-        self.boundary = min(self.order[:max(trained for trained, _ in self.depths.values())] or [self.blocks + 1]) - 1
+        self.boundary = self.untrained_below(max(trained for trained, _ in self.depths.values()))
         self.running = None
         targets = self._targets(expert, self.order[:applied_depth])
         with torch.no_grad():
             torch._foreach_copy_(list(targets.values()), [tensors[name] for name in targets])
+
+    def untrained_below(self, depth: int) -> int:
+        """Number of blocks below the lowest one that a depth trains; all of them at depth 0."""
+        return min(self.order[:depth], default=self.blocks + 1) - 1
 
     def read(self, expert: str) -> Tensors:
         """Copies of all of an expert's pairs and of its head."""

@@ -148,13 +148,13 @@ class Server:
         after = replace(state, tensors={**state.tensors, **collected.mean.result()},
                         sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
                         sal=state.sal if last else self.schedule.advance(state.sal, collected.average("score")))
-        activated = self.order[state.sal.depth:after.sal.depth]
+        activated = [str(block) for block in self.order[state.sal.depth:after.sal.depth]]
         record = {
             "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(collected.numbers),
             **{name: collected.average(name, by="n_train") for name in ("loss", "gate_mean", "gate_entropy")},
             **{name: collected.average(name) for name in ("validation_accuracy", "validation_loss")},
             "residual_norm": collected.residual.result(),
-            "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(map(str, activated))}" if activated else None,
+            "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None,
         }
         return self._next_round(after), record
 

@@ -4,8 +4,8 @@
     manifest  JSON: a list of [name, shape, dtype, encoding]
     payload   the tensors' bytes in the manifest's order; an int8 tensor's scale (float32) before its values
 
-Float tensors travel as `fp32`, `bf16` or `int8` (`[wire] dtype`; int8 is symmetric, with a scale for each row or, where those are fewer, column); other
-dtypes as they are. Sizes are checked before anything is allocated, so a message cannot make its reader do more than
+Float tensors travel as `fp32`, `bf16` or `int8` (`[wire] dtype`; int8 is symmetric, with a scale for each row or,
+where those are fewer, column); other dtypes as they are. Sizes are checked before anything is allocated, so a message cannot make its reader do more than
 its own length allows.
 """
 from __future__ import annotations
