@@ -17,14 +17,15 @@ from .ops import _library, _scale_tensor, _kept_scale_tensor, _without_autocast
 if TYPE_CHECKING:
     from .nn.quantised_weight import QuantisedWeight
 
-# `weight` is the data of a QuantisedWeight (N, K), in either form, and `weight_t` that of its transpose.
+# `weight` and `weight_scale` are the data and the scale of a QuantisedWeight (N, K) of the `kind` and the `group`, and
+# those of the backward pass what its `for_dx` gives.
 _library.define(
-    "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, "
-    "Tensor scale, Tensor? gate, float dropout_p, SymInt seed) -> (Tensor y, Tensor s)"
+    "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, str kind, int group, Tensor? bias, Tensor[] lora_a, "
+    "Tensor[] lora_b, Tensor scale, Tensor? gate, float dropout_p, SymInt seed) -> (Tensor y, Tensor s)"
 )
 _library.define(
-    "frozen_linear_backward(Tensor dy, Tensor? x, SymInt k, Tensor? weight_t, Tensor? weight_t_scale, "
-    "Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? gate, Tensor? s, float dropout_p, SymInt seed, "
+    "frozen_linear_backward(Tensor dy, Tensor? x, SymInt k, Tensor? weight, Tensor? weight_scale, str kind, "
+    "int group, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? gate, Tensor? s, float dropout_p, SymInt seed, "
     "bool needs_dx, bool needs_dgate, bool[] needs_da, bool[] needs_db) -> Tensor[]"
 )
 
@@ -50,7 +51,7 @@ _library.impl("frozen_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fedms_ext::frozen_linear")
-def _(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
+def _(x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
     rows = math.prod(x.shape[:-1])
     ranks = sum(a.shape[0] for a in lora_a)
     dtype = lora_a[0].dtype if lora_a else x.dtype
@@ -59,8 +60,8 @@ def _(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, see
 
 @torch.library.register_fake("fedms_ext::frozen_linear_backward")
 def _(
-    dy, x, k, weight_t, weight_t_scale, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate,
-    needs_da, needs_db,
+    dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx,
+    needs_dgate, needs_da, needs_db,
 ):  # fmt: skip
     gradients = [dy.new_empty((*dy.shape[:-1], k))] if needs_dx else []
     if needs_dgate:
@@ -78,8 +79,9 @@ class _FrozenLinear(torch.autograd.Function):
         gate: Tensor | None,
         weight: Tensor,
         weight_scale: Tensor,
-        weight_t: Tensor | None,
-        weight_t_scale: Tensor | None,
+        for_dx: tuple[Tensor | None, Tensor | None],
+        kind: str,
+        group: int,
         bias: Tensor | None,
         scale: Tensor,
         dropout_p: float,
@@ -89,31 +91,29 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         experts = len(lora) // 2
         y, s = torch.ops.fedms_ext.frozen_linear(
-            x, weight, weight_scale, bias, lora[:experts], lora[experts:], scale, gate, dropout_p, seed
+            x, weight, weight_scale, kind, group, bias, lora[:experts], lora[experts:], scale, gate, dropout_p, seed
         )
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
         keep_s = needs[1] or any(needs[2 + experts :])
-        ctx.save_for_backward(
-            x if keep_x else None, s if keep_s else None, gate, weight_t, weight_t_scale, scale, *lora
-        )
-        ctx.k, ctx.dropout_p, ctx.seed, ctx.needs = x.shape[-1], dropout_p, seed, needs
+        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, *for_dx, scale, *lora)
+        ctx.k, ctx.kind, ctx.group, ctx.dropout_p, ctx.seed, ctx.needs = x.shape[-1], kind, group, dropout_p, seed, needs
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, gate, weight_t, weight_t_scale, scale, *lora = ctx.saved_tensors
+        x, s, gate, weight, weight_scale, scale, *lora = ctx.saved_tensors
         experts = len(lora) // 2
         needs = ctx.needs
         found = iter(
             torch.ops.fedms_ext.frozen_linear_backward(
-                dy, x, ctx.k, weight_t, weight_t_scale, lora[:experts], lora[experts:], scale, gate, s, ctx.dropout_p,
-                ctx.seed, needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
+                dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora[:experts], lora[experts:], scale, gate, s,
+                ctx.dropout_p, ctx.seed, needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
             )
         )  # fmt: skip
         dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
-        return dx, dgate, *[None] * 9, *dlora
+        return dx, dgate, *[None] * 10, *dlora
 
 
 def frozen_linear(
@@ -130,7 +130,8 @@ def frozen_linear(
     """`expert_linear` on a quantised weight (N, K); only the applied experts are given, if any.
 
     x is (..., K), any floating dtype, and y (..., N) has the same; `gate` broadcasts to x.shape[:-1] + (E,). The
-    other arguments are those of `expert_linear`. See `reference.frozen_linear` for what is computed on the CPU.
+    other arguments are those of `expert_linear`. See `reference.frozen_linear` for what is computed on the CPU
+    from int8.
 
     Raises TypeError for an x that is not floating, ValueError for a wrong shape or device.
     """
@@ -152,11 +153,11 @@ def frozen_linear(
     if torch.is_grad_enabled():
         needs = tuple(tensor is not None and tensor.requires_grad for tensor in (x, gate, *lora_a, *lora_b))
     if any(needs):
-        weight_t, weight_t_scale = frozen.transposed() if needs[0] else (None, None)
+        for_dx = frozen.for_dx() if needs[0] else (None, None)
         return _FrozenLinear.apply(
-            x, gate, frozen.data, frozen.scale, weight_t, weight_t_scale, bias, factors, dropout_p, seed, needs,
+            x, gate, frozen.data, frozen.scale, for_dx, frozen.kind, frozen.group, bias, factors, dropout_p, seed, needs,
             *lora_a, *lora_b,
         )  # fmt: skip
     return torch.ops.fedms_ext.frozen_linear(
-        x, frozen.data, frozen.scale, bias, lora_a, lora_b, factors, gate, dropout_p, seed
+        x, frozen.data, frozen.scale, frozen.kind, frozen.group, bias, lora_a, lora_b, factors, gate, dropout_p, seed
     )[0]

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fedms_ext.formats import KINDS
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.quantised_weight import QuantisedWeight, tensor_sha256
+from fedms_ext.reference import GROUP
 
-KINDS = ("int8",)
 
-
-def quantize(model: nn.Module, kind: str = "int8") -> list[str]:
+def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP) -> list[str]:
     """Replaces the frozen weights of a model's Linear layers by quantised ones, in place; the originals are dropped.
 
     Layers with experts keep them; plain Linear layers become `FrozenLinear`. Left alone are layers whose weight still
@@ -22,13 +22,14 @@ def quantize(model: nn.Module, kind: str = "int8") -> list[str]:
 
     Args:
         model: any module.
-        kind: `"int8"`, symmetric, one scale an output channel.
+        kind: the format, `"int8"`, `"fp16"`, `"bf16"`, `"nf4"` or `"int4"`; see `QuantisedWeight`.
+        group: values that share a scale in the 4-bit formats, 32 or 64.
 
     Returns:
         Dotted names of the layers that are quantised now, in the model's order.
 
     Raises:
-        ValueError: for an unknown kind, if no layer can be quantised, or if a weight is not finite.
+        ValueError: for an unknown kind or group, if no layer can be quantised, or if a weight is not finite or beyond fp16.
         RuntimeError: if an expert is merged into a weight.
     """
     if kind not in KINDS:
@@ -48,7 +49,7 @@ def quantize(model: nn.Module, kind: str = "int8") -> list[str]:
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", None) is not None]
     if merged:
         raise RuntimeError(f"an expert is merged into {merged[0]!r}; call unmerge before the weights are quantised")
-    frozen = {name: QuantisedWeight(layer.weight) for name, layer in layers.items()}
+    frozen = {name: QuantisedWeight(layer.weight, kind, group) for name, layer in layers.items()}
     for name, layer in layers.items():
         if isinstance(layer, ExpertLinear):
             layer.freeze(frozen[name])

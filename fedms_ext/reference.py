@@ -185,3 +185,80 @@ def frozen_linear(
     gate = None if gate is None else gate.double()
     bias = None if bias is None else bias.double()
     return product + expert_linear(x.double(), zero, bias, lora_a, lora_b, scale, gate, active, dropout_p, seed)
+
+
+# The 4-bit formats. Along K a row is cut into groups, each with one float32 scale, and
+#     W[n, k] = LEVELS[kind][code[n, k]] * scale[n, k // group].
+# Two codes share a byte: the one at an even k lies in the low nibble. Scales stay float32: at 64 values a group a weight
+# takes 4.5 bits, 14.1 % of fp32; quantising the scales too (QLoRA) would save 1.2 of these points and costs a second
+# rounding.
+GROUP = 64
+LEVELS = {
+    # NormalFloat, of QLoRA (Dettmers et al. 2023, appendix E): quantiles of a normal distribution, 0 and +-1 among them.
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),  # fmt: skip
+    # Whole numbers. The scale has the sign that puts the value of largest magnitude at -8, as in GGUF's Q4_0: so all 16
+    # levels are used, and the error is smaller than with -7 to 7.
+    "int4": tuple(map(float, range(-8, 8))),
+}  # fmt: skip
+
+
+def _of_groups(scale: Tensor, k: int, group: int) -> Tensor:
+    """scale (N, ceil(k / group)) at every column: (N, k)."""
+    return scale.repeat_interleave(group, dim=1)[:, :k]
+
+
+def quantise_groups(weight: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) in a 4-bit format: codes (N, K) uint8, 0 to 15, and scale (N, ceil(K / group)) float32.
+
+    The last group of a row may be shorter. A value divided by its scale, in float32, goes to the nearest level; from
+    half-way to the lower one (nf4) or the even one (int4). A group of zeros has the scale 0.
+    """
+    weight = weight.float()
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -k % group)).view(n, -(-k // group), group)
+    extreme = padded.gather(2, padded.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+    scale = extreme.abs() if kind == "nf4" else extreme / -8
+    wide = _of_groups(scale, k, group)
+    relative = torch.where(wide == 0, 0, weight / wide)
+    if kind == "nf4":
+        levels = torch.tensor(LEVELS["nf4"], device=weight.device)
+        codes = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
+    else:
+        codes = torch.round(relative).clamp(-8, 7) + 8
+    return codes.to(torch.uint8), scale
+
+
+def dequantise_groups(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> Tensor:
+    """The weight (N, K), float32, of `quantise_groups`' codes and scale."""
+    levels = torch.tensor(LEVELS[kind], device=codes.device)
+    return levels[codes.long()] * _of_groups(scale, codes.shape[1], group)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """codes (N, K) as bytes (N, ceil(K / 2)), the even k in the low nibble; what is left of the last byte is 0."""
+    even, odd = codes[:, ::2], torch.nn.functional.pad(codes[:, 1::2], (0, codes.shape[1] % 2))
+    return even | odd << 4
+
+
+def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
+    """The inverse of `pack_nibbles`: codes (N, k) uint8."""
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :k]
+
+
+def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """A 4-bit weight as the CPU multiplies by it: int8 with one scale an output channel, like `quantise_weight`.
+
+    A group's scale is rounded to 1/2048 of the row's largest, and a level to 1/2032 of the format's: the product of
+    these whole numbers, rounded, is the int8 value (pmulhrsw on x86, sqrdmulh on Arm). That adds about as much error as
+    int8 has.
+    """
+    top = max(map(abs, LEVELS[kind]))
+    largest = scale.abs().amax(dim=1, keepdim=True)
+    factor = torch.round(torch.where(largest == 0, 0, scale / largest) * 2048)
+    level = torch.round(torch.tensor(LEVELS[kind], dtype=torch.float64, device=codes.device) / top * 2032)
+    product = level.long()[codes.long()] * _of_groups(factor, codes.shape[1], group).long()
+    return ((product + (1 << 14)) >> 15).float(), (largest * (top / 127)).squeeze(1)

@@ -122,6 +122,8 @@ def frozen_forward(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
+    kind: str,
+    group: int,
     bias: Tensor | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
@@ -131,6 +133,10 @@ def frozen_forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """`reference.frozen_linear` in float32; y has x's dtype, s that of the experts."""
+    if kind != "int8":
+        return eager.frozen_forward(
+            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, dropout_p, seed
+        )
     operands = _plain_operands(lora_a, lora_b, scale, gate)
     plain = _plain(x)
     s = plain.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in lora_a]))
@@ -145,8 +151,10 @@ def frozen_backward(
     dy: Tensor,
     x: Tensor | None,
     k: int,
-    weight_t: Tensor | None,
-    weight_t_scale: Tensor | None,
+    weight: Tensor | None,
+    weight_scale: Tensor | None,
+    kind: str,
+    group: int,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scale: Tensor,
@@ -159,6 +167,11 @@ def frozen_backward(
     needs_da: Sequence[bool],
     needs_db: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    if kind != "int8":
+        return eager.frozen_backward(
+            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, s, dropout_p, seed,
+            needs_dx, needs_dgate, needs_da, needs_db,
+        )  # fmt: skip
     a, b, scales, gates = _plain_operands(lora_a, lora_b, scale, gate)
     plain = _plain(dy)
     dx = plain.new_empty(*dy.shape[:-1], k) if needs_dx else None
@@ -166,7 +179,7 @@ def frozen_backward(
     da = [torch.empty_like(t) if needed else None for t, needed in zip(a, needs_da)]
     db = [torch.empty_like(t) if needed else None for t, needed in zip(b, needs_db)]
     _C.int8_backward(
-        plain, None if x is None else _plain(x), k, weight_t, weight_t_scale, a, b, scales, gates,
+        plain, None if x is None else _plain(x), k, weight, weight_scale, a, b, scales, gates,
         None if s is None else _plain(s), dropout_p, seed, dx, dgate, da, db,
     )  # fmt: skip
     return (

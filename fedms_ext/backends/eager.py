@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
+from ..formats import dequantise
 from ..reference import dropout
 
 
@@ -126,6 +126,8 @@ def frozen_forward(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
+    kind: str,
+    group: int,
     bias: Tensor | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
@@ -135,7 +137,7 @@ def frozen_forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """`forward` on the data of a QuantisedWeight (N, K), expanded to x's dtype."""
-    expanded = _expand(weight, weight_scale, x.shape[-1], x.dtype)
+    expanded = dequantise(weight, weight_scale, kind, group, x.shape[-1]).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if not lora_a:
         return F.linear(x, expanded, bias), x.new_empty(x.shape[:-1].numel(), 0)
@@ -146,8 +148,10 @@ def frozen_backward(
     dy: Tensor,
     x: Tensor | None,
     k: int,
-    weight_t: Tensor | None,
-    weight_t_scale: Tensor | None,
+    weight: Tensor | None,
+    weight_scale: Tensor | None,
+    kind: str,
+    group: int,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scale: Tensor,
@@ -160,20 +164,18 @@ def frozen_backward(
     needs_da: Sequence[bool],
     needs_db: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """`backward` on the data of the transposed QuantisedWeight (K, N); None where dx is not needed."""
+    """`backward` on what QuantisedWeight.for_dx gave; None where dx is not needed."""
     n = dy.shape[-1]
-    weight = _expand(weight_t, weight_t_scale, n, dy.dtype).t() if needs_dx else dy.new_empty(()).expand(n, k)
+    expanded = expand_for_dx(weight, weight_scale, kind, group, n, k).to(dy.dtype) if needs_dx else dy.new_empty(n, 0)
     if not lora_a:
-        return dy @ weight, None, [], []
+        return dy @ expanded, None, [], []
     return backward(
-        dy, x, weight, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
+        dy, x, expanded, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
     )
 
 
-def _expand(data: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight (len(scale), columns) in either of its forms, times its scale."""
-    q = data
-    if data.dtype == torch.uint8:
-        q = torch.empty(scale.shape[0], columns, dtype=torch.int8)
-        _C.int8_unpack(data, q)
-    return (q * scale.unsqueeze(1)).to(dtype)
+def expand_for_dx(weight: Tensor, weight_scale: Tensor, kind: str, group: int, n: int, k: int) -> Tensor:
+    """The weight (n, k), float32, that dx is computed with."""
+    if kind == "int8":
+        return dequantise(weight, weight_scale, kind, group, n).t()
+    return dequantise(weight, weight_scale, kind, group, k)

@@ -152,6 +152,8 @@ def frozen_forward(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
+    kind: str,
+    group: int,
     bias: Tensor | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
@@ -162,7 +164,9 @@ def frozen_forward(
 ) -> tuple[Tensor, Tensor]:
     """`forward` on an int8 weight (N, K), made wide where a tile is loaded; x is not quantised."""
     if not _in_kernels(x, lora_a, lora_b) or weight.dtype != torch.int8:
-        return eager.frozen_forward(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+        return eager.frozen_forward(
+            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, dropout_p, seed
+        )
     return _forward(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
 
 
@@ -236,8 +240,10 @@ def frozen_backward(
     dy: Tensor,
     x: Tensor | None,
     k: int,
-    weight_t: Tensor | None,
-    weight_t_scale: Tensor | None,
+    weight: Tensor | None,
+    weight_scale: Tensor | None,
+    kind: str,
+    group: int,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scale: Tensor,
@@ -251,13 +257,13 @@ def frozen_backward(
     needs_db: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """`backward` on the int8 transpose (K, N) of the weight; None where dx is not needed."""
-    if not _in_kernels(dy, lora_a, lora_b) or (needs_dx and weight_t.dtype != torch.int8):
+    if not _in_kernels(dy, lora_a, lora_b) or (needs_dx and weight.dtype != torch.int8):
         return eager.frozen_backward(
-            dy, x, k, weight_t, weight_t_scale, lora_a, lora_b, scale, gate, s, dropout_p, seed,
+            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, s, dropout_p, seed,
             needs_dx, needs_dgate, needs_da, needs_db,
         )  # fmt: skip
     return _backward(
-        dy, x, _dense_rows(weight_t).t() if needs_dx else None, weight_t_scale, lora_a, lora_b, scale, gate, s,
+        dy, x, _dense_rows(weight).t() if needs_dx else None, weight_scale, lora_a, lora_b, scale, gate, s,
         dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`QuantisedWeight`: the frozen weight of a linear layer as int8."""
+"""`QuantisedWeight`: the frozen weight of a linear layer in a small format."""
 from __future__ import annotations
 
 import hashlib
@@ -6,41 +6,56 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from fedms_ext import _C
-from fedms_ext.reference import quantise_weight
+from fedms_ext.formats import KINDS, dequantise, packed, quantise, unpacked
+from fedms_ext.reference import GROUP, LEVELS, quantise_weight
 
 
 class QuantisedWeight(nn.Module):
-    """A weight (N, K) as int8 `q` (N, K) with one float32 `scale` (N,) an output channel: W is about q * scale.
+    """A weight (N, K) in a small format: `q`, and `scale` in float32.
+
+    | kind         | q                            | scale                  | bits a weight (group 64) |
+    | ------------ | ---------------------------- | ---------------------- | ------------------------ |
+    | `int8`       | (N, K) int8                  | (N,)                   | 8 and 32 / K             |
+    | `nf4` `int4` | (N, ceil(K / 2)) uint8       | (N, ceil(K / group))   | 4.5                      |
+    | `fp16` `bf16`| (N, K) of that dtype         | (N, 0)                 | 16                       |
+
+    int8 is symmetric, W is about q * scale; the 4-bit formats are those of `fedms_ext.reference.LEVELS`.
 
     That is the logical form: the one in the `state_dict` (`q`, `scale`) and in a pickle, and the one that lies on a
-    GPU. On the CPU `data` holds q packed for the instruction set in use instead, (bytes,) uint8, and nothing else
-    is kept. `sha256` names the weight that it was made from.
+    GPU. On the CPU `data` holds an int8 q packed for the instruction set in use instead, (bytes,) uint8, and nothing
+    else is kept. `sha256` names the weight that it was made from.
 
     Args:
-        weight: (N, K), any floating dtype; quantised symmetrically, row by row, in float32. It is not kept.
+        weight: (N, K), any floating dtype; quantised in float32. It is not kept.
+        kind: one of the formats above.
+        group: values that share a scale in the 4-bit formats, 32 or 64.
 
     Raises:
-        ValueError: if the weight is no matrix or holds an infinity or a NaN.
+        ValueError: for an unknown kind or group, if the weight is no matrix, holds an infinity or a NaN, or has values
+            beyond the range of fp16.
     """
 
     data: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, kind: str = "int8", group: int = GROUP) -> None:
         super().__init__()
         weight = weight.detach()
+        if kind not in KINDS:
+            raise ValueError(f"cannot quantise to {kind!r}; expected {', '.join(KINDS)}")
+        if group not in (32, 64):
+            raise ValueError(f"group is {group}, expected 32 or 64")
         if weight.dim() != 2:
             raise ValueError(f"the weight has the shape {tuple(weight.shape)}, expected (N, K)")
         if not weight.isfinite().all():
             raise ValueError("the weight holds an infinity or a NaN, so it cannot be quantised; repair it first")
         self.sha256 = tensor_sha256(weight)
+        self.kind, self.group = kind, group
         self._shape = tuple(weight.shape)
-        q, scale = quantise_weight(weight)
-        self._hold(q.to(torch.int8), scale)
+        self._hold(*quantise(weight, kind, group))
 
     def _hold(self, q: Tensor, scale: Tensor) -> None:
-        self.register_buffer("data", _pack(q) if q.device.type == "cpu" else q, persistent=False)
+        self.register_buffer("data", packed(q, self.kind), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self._transposed: tuple[Tensor, Tensor] | None = None
 
@@ -51,17 +66,22 @@ class QuantisedWeight(nn.Module):
 
     @property
     def q(self) -> Tensor:
-        """(N, K) int8, unpacked."""
-        return unpack(self.data, *self._shape)
+        """The logical form, unpacked."""
+        return unpacked(self.data, self.kind, *self._shape)
 
     def dequantise(self) -> Tensor:
-        """q * scale, (N, K) float32."""
-        return self.q * self.scale.unsqueeze(1)
+        """The weight (N, K) that this stands for, float32."""
+        return dequantise(self.data, self.scale, self.kind, self.group, self._shape[1])
 
-    def transposed(self) -> tuple[Tensor, Tensor]:
-        """The data and the scale (K,) of the transposed weight (K, N), for the gradient of a layer's input. It is
-        quantised apart, one scale an input channel, from q * scale, when it is first asked for, and kept:
-        there, and only then, torch.compile breaks its graph."""
+    def for_dx(self) -> tuple[Tensor, Tensor]:
+        """The data and scale that the gradient of a layer's input is computed from.
+
+        int8 has one scale an output channel, along which that product sums; so it needs the transposed weight (K, N),
+        quantised apart with one scale an input channel, from q * scale, when it is first asked for, and kept: there,
+        and only then, torch.compile breaks its graph. The other formats give what the forward pass uses.
+        """
+        if self.kind != "int8":
+            return self.data, self.scale
         if self._transposed is None:
             # Not as a decorator: that would load torch._dynamo, 1.5 s, whenever this package is imported.
             torch.compiler.disable(self._transpose)()
@@ -69,8 +89,7 @@ class QuantisedWeight(nn.Module):
 
     def _transpose(self) -> None:
         q, scale = quantise_weight(self.dequantise().T)
-        q = q.to(torch.int8).contiguous()
-        self._transposed = _pack(q) if q.device.type == "cpu" else q, scale
+        self._transposed = packed(q.to(torch.int8).contiguous(), "int8"), scale
 
     @property
     def nbytes(self) -> int:
@@ -93,9 +112,10 @@ class QuantisedWeight(nn.Module):
         missing += [prefix + name for name, tensor in found.items() if tensor is None]
         if None not in found.values():
             q, scale = found["q"], found["scale"]
-            if q.dtype != torch.int8 or tuple(q.shape) != self._shape or scale.shape != self._shape[:1]:
-                errors.append(f"{prefix}q is {q.dtype} {tuple(q.shape)} and {prefix}scale {tuple(scale.shape)}, "
-                              f"expected int8 {self._shape} and {self._shape[:1]}")
+            own = self.q
+            if q.dtype != own.dtype or q.shape != own.shape or scale.shape != self.scale.shape:
+                errors.append(f"{prefix}q is {q.dtype} {tuple(q.shape)} and {prefix}scale {tuple(scale.shape)}, expected "
+                              f"{own.dtype} {tuple(own.shape)} and {tuple(self.scale.shape)} for {self.kind}")
             else:
                 device = self.scale.device
                 self._hold(q.to(device), scale.to(device, torch.float32))
@@ -111,7 +131,8 @@ class QuantisedWeight(nn.Module):
         self._hold(self._buffers["data"], self._buffers["scale"])
 
     def extra_repr(self) -> str:
-        return f"{self._shape[0]}, {self._shape[1]}, int8"
+        group = f", group={self.group}" if self.kind in LEVELS else ""
+        return f"{self._shape[0]}, {self._shape[1]}, {self.kind}{group}"
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -119,18 +140,3 @@ def tensor_sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _pack(q: Tensor) -> Tensor:
-    packed = torch.empty(_C.int8_packed_size(*q.shape), dtype=torch.uint8)
-    _C.int8_pack(q.contiguous(), packed)
-    return packed
-
-
-def unpack(data: Tensor, n: int, k: int) -> Tensor:
-    """The logical form, (n, k) int8, of a weight's data in either form."""
-    if data.dtype == torch.int8:
-        return data
-    q = torch.empty(n, k, dtype=torch.int8)
-    _C.int8_unpack(data, q)
-    return q

@@ -118,7 +118,7 @@ def test_bytes_held():
     for n, k in [(384, 384), (1536, 384), (384, 1536), (768, 768)]:
         weight = QuantisedWeight(torch.randn(n, k))
         assert weight.nbytes <= 0.27 * 4 * n * k
-        weight.transposed()
+        weight.for_dx()
         assert weight.nbytes <= 0.53 * 4 * n * k
 
 
@@ -308,18 +308,19 @@ def test_opcheck(needs_dx):
     a, b = [torch.randn(2, 8), torch.randn(3, 8)], [torch.randn(6, 2), torch.randn(6, 3)]
     scale, gate, x, dy = torch.tensor([1.0, 2.0]), torch.rand(4, 2), torch.randn(4, 8), torch.randn(4, 6)
     ops = torch.ops.fedms_ext
-    s = ops.frozen_linear(x, weight.data, weight.scale, None, a, b, scale, gate, 0.0, 0)[1]
+    form = weight.kind, weight.group
+    s = ops.frozen_linear(x, weight.data, weight.scale, *form, None, a, b, scale, gate, 0.0, 0)[1]
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.frozen_linear.default, (x, weight.data, weight.scale, None, a, b, scale, gate, 0.0, 0),
-                          test_utils=utils)
+    torch.library.opcheck(ops.frozen_linear.default, 
+                          (x, weight.data, weight.scale, *form, None, a, b, scale, gate, 0.0, 0), test_utils=utils)
     torch.library.opcheck(
         ops.frozen_linear_backward.default,
-        (dy, x, 8, *(weight.transposed() if needs_dx else (None, None)), a, b, scale, gate, s, 0.0, 0, needs_dx, True,
+        (dy, x, 8, *(weight.for_dx() if needs_dx else (None, None)), *form, a, b, scale, gate, s, 0.0, 0, needs_dx, True,
          [True, False], [False, True]), test_utils=utils)
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="cannot quantise to 'int3'; expected int8"):
+    with pytest.raises(ValueError, match="cannot quantise to 'int3'; expected int8, fp16, bf16, nf4, int4"):
         fedms_ext.quantize(Net(), "int3")
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(Net())

@@ -14,9 +14,9 @@ import torch
 from layers import GATES, Layer, check, error
 
 import fedms_ext
-from fedms_ext import expert_linear, reference
+from fedms_ext import QuantisedWeight, expert_linear, reference
 from fedms_ext.backends import triton as backend
-from fedms_ext.nn.quantised_weight import QuantisedWeight, unpack
+from fedms_ext.formats import unpacked
 from fedms_ext.triton_kernels import launch
 from fedms_ext.triton_kernels.tiles import Tile
 
@@ -242,8 +242,8 @@ def test_int8_weight(monkeypatch, rows, k, n, dropout_p, kind):
     layer = Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p)
     frozen = QuantisedWeight(layer.weight)
     # On a GPU its data is the logical form. Its transpose is quantised apart.
-    q, (q_t, scale_t) = frozen.q, frozen.transposed()
-    q_t = unpack(q_t, k, n)
+    q, (q_t, scale_t) = frozen.q, frozen.for_dx()
+    q_t = unpacked(q_t, "int8", k, n)
     scale = torch.tensor(layer.scale, dtype=torch.float64)
     lora = (layer.a, layer.b, scale, layer.gate)
     options = (dropout_p, 5)
@@ -251,9 +251,9 @@ def test_int8_weight(monkeypatch, rows, k, n, dropout_p, kind):
     found = {}
     for name in ("eager", "triton"):
         with fedms_ext.use_backend(name):
-            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, layer.bias, *lora, *options)
+            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, "int8", 64, layer.bias, *lora, *options)
             found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
-                layer.dy, layer.x, k, q_t, scale_t, *lora, s, *options, *needs)]  # fmt: skip
+                layer.dy, layer.x, k, q_t, scale_t, "int8", 64, *lora, s, *options, *needs)]  # fmt: skip
     layer.weight = q.double() * frozen.scale.double()[:, None]
     y, *_ = layer.run(reference.expert_linear, double=True)
     layer.weight = (q_t.double() * scale_t.double()[:, None]).t()
