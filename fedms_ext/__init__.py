@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch  # noqa: F401  first: the kernels of this package run on the OpenMP runtime that torch brings
 
 from . import _C, budget
+from .accelerate import Accelerated, accelerate
 from .activation import (
     ConstantPrefix,
     activate,
@@ -23,6 +24,7 @@ from .reference import philox_mask
 from .surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
 
 __all__ = [
+    "Accelerated",
     "ConstantCache",
     "ConstantPrefix",
     "DiskCache",
@@ -33,6 +35,7 @@ __all__ = [
     "PairState",
     "QuantisedWeight",
     "Ragged",
+    "accelerate",
     "activate",
     "activation_order",
     "attach",

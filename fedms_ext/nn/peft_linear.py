@@ -1,0 +1,56 @@
+"""PEFT's LoRA linear layer with its forward and backward computed by this package's operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from fedms_ext.ops import expert_linear
+
+
+class PeftLinear(lora.Linear):
+    """`peft.tuners.lora.Linear` that computes `W x + b + sum over active adapters of s B A dropout(x)` by
+    `fedms_ext.expert_linear`. Everything else is PEFT's: parameters and their names, adapters, merging, saving.
+
+    A layer becomes one by a change of its class (see `fedms_ext.accelerate`), so nothing is copied. What the operator
+    does not compute is left to PEFT call by call: see `obstacle`.
+    """
+
+    def obstacle(self) -> str | None:
+        """Why PEFT computes this layer with the adapters that are active now; None if we do."""
+        base, adapters = self.base_layer, self._adapters()
+        if type(base) is not nn.Linear:
+            return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not a torch.nn.Linear"
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return "its base weight is trained"
+        for name in adapters:
+            if name in self.lora_variant:
+                return f"adapter {name!r} is no plain LoRA ({type(self.lora_variant[name]).__name__})"
+            if self.lora_B[name].bias is not None:
+                return f"adapter {name!r} has a bias"
+            if type(self.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
+                return f"adapter {name!r} has a dropout of its own kind ({type(self.lora_dropout[name]).__name__})"
+        if len({self.lora_A[name].weight.dtype for name in adapters}) > 1:
+            return "its adapters differ in dtype"
+        if len(adapters) > 1 and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters):
+            return "several adapters with dropout are active, each of which has a mask of its own"
+        return None
+
+    def _adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = self._adapters()
+        if not adapters or args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[adapters[0]]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
+        return expert_linear(
+            x, self.base_layer.weight, self.base_layer.bias,
+            [self.lora_A[name].weight for name in adapters], [self.lora_B[name].weight for name in adapters],
+            [self.scaling[name] for name in adapters], dropout_p=p,
+            seed=int(torch.randint(2**63 - 1, ())) if p > 0 else None,
+        )  # fmt: skip
