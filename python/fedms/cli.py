@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ try:
     from rich.text import Text
 
     from fedms.config import METHODS, ConfigError, RunConfig, builtin_names, dump_toml, load_config, parse_size, source_name
-    from fedms.progress import Progress, TerminalProgress
+    from fedms.progress import Listeners, Progress, TerminalProgress
     from fedms.records import RunFolderError
 except ModuleNotFoundError as missing:
     sys.exit(f"fedms needs {missing.name}, which is not installed: pip install 'fedms[train]'")
@@ -54,6 +55,7 @@ app = typer.Typer(
         "`fedms run sentiment` — the demo: MiniLM, four domains of human-rated sentences, 12 clients",
         "`fedms compare sentiment --seeds 3` — all methods on three seeds, one table and one report",
         "`fedms plan sentiment --memory 512MiB` — which depth, batch and precision fit a device?",
+        "`fedms watch runs/sentiment` — follow runs live, from another terminal",
         "`fedms report runs/sentiment` — make the report again from the records",
         EXIT_CODES,
     ]),
@@ -66,6 +68,8 @@ Sets = Annotated[Optional[list[str]], typer.Option(
     help="Override one key of the run file; may be repeated. The value is TOML, other text is taken as a string, "
          "and none unsets an optional key.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
+Track = Annotated[Optional[list[str]], typer.Option(
+    "--track", metavar="NAME", help="Send the records to a tracker too: tensorboard, wandb or mlflow; may be repeated.")]
 Resume = Annotated[bool, typer.Option(
     "--resume", help="Go on where an earlier call with the same settings was stopped or killed.")]
 
@@ -96,6 +100,7 @@ def run(
         "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process).")] = None,
     force: Force = False,
     resume: Resume = False,
+    track: Track = None,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Check the configuration, print it with all defaults, and stop.")] = False,
 ) -> None:
@@ -113,7 +118,7 @@ def run(
 
         from fedms import run as runner
 
-        with _progress(out) as progress, _polite_stop() as stop:
+        with _progress(out, track) as progress, _polite_stop() as stop:
             runner.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
         _show_results(out)
 
@@ -136,6 +141,7 @@ def compare(
         "--out", "-o", metavar="DIR", help="Folder of the runs.", show_default="runs/SOURCE")] = None,
     force: Force = False,
     resume: Resume = False,
+    track: Track = None,
 ) -> None:
     """Run several methods on the same clients and seeds, and show them in one table."""
     with _exit_codes():
@@ -147,7 +153,7 @@ def compare(
 
         from fedms import run as runner
 
-        with _progress(out) as progress, _polite_stop() as stop:
+        with _progress(out, track) as progress, _polite_stop() as stop:
             runner.compare(config, chosen, numbers, out, overwrite=force, resume=resume, progress=progress, stop=stop)
         _show_results(out)
 
@@ -200,6 +206,33 @@ def report(
     """Write DIR/report.html from the records on disk: one file, with pictures, that opens anywhere."""
     with _exit_codes():
         _show_results(folder)
+
+
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms watch runs/sentiment` — from another terminal, while `fedms compare sentiment` works there",
+    "`fedms watch runs/demo --once` — where it stands, and back to the prompt",
+    EXIT_CODES]))
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Time between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the state once and end.")] = False,
+) -> None:
+    """Follow runs live: where each stands, its loss and accuracy. Ends when nothing runs any more, or by Ctrl-C."""
+    with _exit_codes():
+        from rich.live import Live
+
+        from fedms import watch as watching
+
+        states = watching.read_states(folder)
+        if once or not console.is_terminal:
+            console.print(watching.view(states))
+            return
+        with Live(watching.view(states), console=console, auto_refresh=False) as live:
+            while not watching.over(states):
+                time.sleep(every)
+                states = watching.read_states(folder)
+                live.update(watching.view(states), refresh=True)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -304,8 +337,12 @@ def _polite_stop() -> Iterator[_Stop]:
 # Output
 
 @contextlib.contextmanager
-def _progress(out: Path) -> Iterator[Progress]:
-    progress = TerminalProgress(errors)
+def _progress(out: Path, track: Optional[list[str]]) -> Iterator[Progress]:
+    progress: Progress = TerminalProgress(errors)
+    if track:
+        from fedms.track import Tracking
+
+        progress = Listeners(progress, Tracking(out, track, progress.note))
     try:
         yield progress
     except BaseException as error:

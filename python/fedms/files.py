@@ -36,6 +36,18 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def owner(folder: Path) -> int | None:
+    """The process that has the folder's :class:`FolderLock`, if one that lives has it. It asks without taking it."""
+    try:
+        number = int((folder / LOCK).read_text())
+        os.kill(number, 0)
+    except PermissionError:
+        return number  # it lives, and belongs to somebody else
+    except (OSError, ValueError):
+        return None
+    return number
+
+
 class FolderLock:
     """Exclusive use of a folder by this process, until :meth:`release` or the process's end, however it ends."""
 

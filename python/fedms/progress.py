@@ -30,6 +30,37 @@ class Progress:
         """The run ended, well or badly."""
 
 
+class Listeners(Progress):
+    """Several listeners as one."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def start(self, total_visits: int, title: str) -> None:
+        for each in self._listeners:
+            each.start(total_visits, title)
+
+    def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
+        for each in self._listeners:
+            each.visit(stage, round, client, **metrics)
+
+    def round(self, stage: str, round: int, **metrics: Any) -> None:
+        for each in self._listeners:
+            each.round(stage, round, **metrics)
+
+    def note(self, text: str) -> None:
+        for each in self._listeners:
+            each.note(text)
+
+    def phase(self, text: str) -> None:
+        for each in self._listeners:
+            each.phase(text)
+
+    def close(self) -> None:
+        for each in self._listeners:
+            each.close()
+
+
 class TerminalProgress(Progress):
     """A heading for each run, a line for each round, and below them a bar over the client visits still to come.
 

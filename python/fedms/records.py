@@ -60,7 +60,7 @@ SUMMARY_FIELDS = (
 
 CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json")
-_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", LOCK})
+_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "tensorboard", "wandb", LOCK})
 _FRESH = ".new-"
 _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
              ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))
@@ -229,9 +229,9 @@ class RunRecords:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: str | Path) -> RunRecords:
-        """Read a run folder. A last line cut off by a kill is dropped and noted; any other damage raises
-        :class:`RunFolderError` with file and line."""
+    def read(cls, path: str | Path, whole: bool = True) -> RunRecords:
+        """Read a run folder; for those who look often, without its visits and clients unless ``whole``. A last line
+        cut off by a kill is dropped and noted; any other damage raises :class:`RunFolderError` with file and line."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{path}: no run folder ({CONFIG} is missing)")
@@ -243,7 +243,8 @@ class RunRecords:
             if not isinstance(config.get(table), dict) or key not in config[table]:
                 raise RunFolderError(f"{path / CONFIG}: {table}.{key} is missing, so it is not a run's configuration")
         notes: list[str] = []
-        lines = {name: _read_lines(path / name, notes) for name in (ROUNDS, VISITS, CLIENTS)}
+        files = (ROUNDS, VISITS, CLIENTS) if whole else (ROUNDS,)
+        lines = {name: _read_lines(path / name, notes) for name in files}
         summary = None
         if (path / SUMMARY).is_file():
             try:
@@ -252,7 +253,7 @@ class RunRecords:
                 raise RunFolderError(f"{path / SUMMARY}: cannot be read: {error}") from None
             if not isinstance(summary, dict):
                 raise RunFolderError(f"{path / SUMMARY}: holds no JSON object")
-        return cls(path, config, lines[ROUNDS], lines[VISITS], lines[CLIENTS], summary, tuple(notes))
+        return cls(path, config, lines[ROUNDS], lines.get(VISITS, []), lines.get(CLIENTS, []), summary, tuple(notes))
 
     @property
     def method(self) -> str:
