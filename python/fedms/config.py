@@ -25,9 +25,10 @@ else:
 
 RUNFILES = Path(__file__).parent / "runfiles"
 
-# What the combinations of a model and a data set can do; the cross-checks of RunConfig read these.
-DATA_OF_MODEL = {"minilm": ("sentiment",), "vit-digits": ("digits",)}
-TEXT_MODELS = ("minilm",)
+# The built-in models and what each reads, the built-in data sets and what each holds; the cross-checks of RunConfig read
+# these. Of anything else that is known once it is loaded.
+MODELS = {"minilm": "text", "vit-digits": "images"}
+DATA = {"sentiment": "text", "digits": "images"}
 DATA_WITH_GROUPS = ("sentiment",)
 
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms", "fedms_plus")
@@ -86,22 +87,46 @@ class Table(BaseModel):
 class ModelTable(Table):
     """The frozen foundation model and its head."""
 
-    id: Literal["minilm", "vit-digits"] = Field("minilm", description="foundation model")
+    id: str = Field("minilm", min_length=1, description="foundation model: built in are "
+                    f"{', '.join(MODELS)}; else a folder in Hugging Face's format, or a hub id such as org/name")
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto", description="how the tokens of a model that is not built in become features; auto: as such models are "
+        "used (sentence encoders and encoders mean, decoders the last token, vision models their own)")
+    blocks: Optional[str] = Field(
+        None, description="dotted name of the list of transformer blocks in a model that is not built in; unset: found "
+        "by inspection")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model's repository")
     frozen: Literal["fp32", "int8"] = Field(
         "fp32", description="storage of the frozen Linear weights; int8 computes in int8 too")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
     head: Literal["text", "linear"] = Field(
         "linear", description="text: frozen class prompts, cosine logits; linear: trained with the expert")
-    temperature: float = Field(0.05, gt=0, description="divides the cosine logits of the text head")
+    temperature: Optional[float] = Field(
+        None, gt=0, description="divides the cosine logits of class prompts; unset: the model's own (0.05 for text models, "
+        "CLIP's as it was learnt)")
     learn_temperature: bool = Field(False, description="train the text head's temperature")
 
 
 class DataTable(Table):
     """The data set and how it is spread over clients."""
 
-    name: Literal["sentiment", "digits"] = Field("sentiment", description="data set")
-    path: Optional[str] = Field(None, description="folder with the data; unset: the built-in source, cached")
+    name: str = Field("sentiment", min_length=1, description="data set: built in are "
+                      f"{', '.join(DATA)}; else a file or a folder of .csv, .tsv, .parquet or .jsonl, a folder of images, "
+                      "or a hub id")
+    path: Optional[str] = Field(
+        None, description="another copy of a built-in data set's files; unset: its own source, cached")
+    text: str = Field("text", min_length=1, description="column of texts")
+    image: str = Field("image", min_length=1, description="column of images, or of their files' names")
+    label: str = Field("label", min_length=1, description="column of labels")
+    client: Optional[str] = Field(
+        None, description="column that says whose sample it is; unset: one file or folder a client, if there are several")
+    classes: Optional[Annotated[tuple[str, ...], annotated_types.MinLen(2)]] = Field(
+        None, description="class names in order; integer labels count them from 0. unset: the labels that occur, sorted")
+    prompt: Optional[str] = Field(
+        None, description='class prompt, {} being the class name; unset: "a photo of a {}." for images, "{}" for text')
+    subset: Optional[str] = Field(None, description="configuration of a hub data set that has several")
+    part: str = Field("train", min_length=1, description="split of a hub data set that is used; clients split it anew")
     max_samples: Optional[int] = Field(
         None, ge=1, description="seeded, stratified subsample of this size; unset: everything")
     max_tokens: int = Field(64, ge=4, le=512, description="texts are cut to this many tokens")
@@ -262,14 +287,32 @@ class RunConfig(Table):
 
 def _cross_problems(c: RunConfig) -> Iterable[str]:
     """Problems that no single key shows, one line each, starting with the key to change."""
-    if c.data.name not in DATA_OF_MODEL[c.model.id]:
-        yield (f"data.name: {_show(c.data.name)} does not fit model.id {_show(c.model.id)}; "
-               f"accepted with it: {_words(DATA_OF_MODEL[c.model.id])}")
-    if c.model.head == "text" and c.model.id not in TEXT_MODELS:
-        yield f'model.head: "text" needs a text model; with model.id {_show(c.model.id)} use "linear"'
+    reads, holds = MODELS.get(c.model.id), DATA.get(c.data.name)
+    if reads is None and (hint := _did_you_mean(c.model.id, MODELS)):
+        yield f"model.id: got {_show(c.model.id)}, which is no built-in model{hint}"
+    if holds is None and (hint := _did_you_mean(c.data.name, DATA)):
+        yield f"data.name: got {_show(c.data.name)}, which is no built-in data set{hint}"
+    if reads and holds and reads != holds:
+        yield (f"data.name: {_show(c.data.name)} holds {holds}, but model.id {_show(c.model.id)} reads {reads}; accepted "
+               f"with it: {_words(name for name, held in DATA.items() if held == reads)}, or data of your own")
+    if c.model.head == "text" and reads == "images":
+        yield (f'model.head: "text" needs a model that embeds class prompts; with model.id {_show(c.model.id)} use '
+               '"linear"')
+    for table, names in (("model", ("pooling", "blocks", "trust_remote_code")),
+                         ("data", ("text", "image", "label", "client", "classes", "prompt", "subset", "part"))):
+        values, builtin = getattr(c, table), reads if table == "model" else holds
+        for name in names:
+            if builtin and getattr(values, name) != type(values).model_fields[name].default:
+                yield f"{table}.{name}: {table}.{'id' if table == 'model' else 'name'} is built in, so this is given"
+    if holds is None and c.data.path is not None:
+        yield "data.path: is for the built-in data sets; name your own file or folder in data.name"
+    if c.data.classes is not None and len(set(c.data.classes)) < len(c.data.classes):
+        yield f"data.classes: got {_show(c.data.classes)}; a class is named twice"
+    if c.data.prompt is not None and c.data.prompt.count("{}") != 1:
+        yield f"data.prompt: got {_show(c.data.prompt)}; accepted: a text with one {{}}, where the class name goes"
     if c.model.learn_temperature and c.model.head != "text":
         yield 'model.learn_temperature: only the text head has a temperature; set model.head to "text"'
-    if c.data.partition == "natural" and c.data.name not in DATA_WITH_GROUPS:
+    if c.data.partition == "natural" and holds and c.data.name not in DATA_WITH_GROUPS:
         yield (f'data.partition: "natural" needs a data set with domains and {_show(c.data.name)} has none; '
                'accepted: "dirichlet", "iid"')
     if min(c.data.split) <= 0 or abs(sum(c.data.split) - 1) > 1e-9:

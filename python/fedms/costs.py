@@ -126,7 +126,7 @@ class CostModel:
         every = [part for split in (*self.partition.clients, *self.partition.unseen)
                  for part in (split.train, split.validation, split.test)]
         tokens = max(self._tokens(part) for part in (*every, self.partition.global_test))
-        width = self._width if self.model.untrained_below(depth) else 0
+        width = self.model.foundation.width if self.model.untrained_below(depth) else 0
         return int(BUILDING[self.config.sal.cache_dtype] * 4 * width * tokens)
 
     def experts(self, depth: int) -> int:
@@ -136,10 +136,6 @@ class CostModel:
         one = _nbytes(self._load(depth))
         return one * (self.config.clients.count * kept * bool(self.config.stage2.rounds) + 6)
 
-    @property
-    def _width(self) -> int:
-        return self.model.foundation.module.config.hidden_size
-
     def _tokens(self, part: Tensor) -> int:
         return int(self.model.dataset.inputs.lengths[part].sum())
 
@@ -148,7 +144,7 @@ class CostModel:
             return 0
         storage = self.config.sal.cache_dtype
         scales = 4 if storage == "int8" else 0
-        return self._tokens(part) * (STORED[storage] * self._width + scales) + 16 * len(part)
+        return self._tokens(part) * (STORED[storage] * self.model.foundation.width + scales) + 16 * len(part)
 
     # Operations and bytes
 

@@ -75,10 +75,15 @@ class ResidentModel:
         with _blamed_on("sal.order"):
             self.order = activation_order(self.blocks, config.sal.order)
 
-        self.class_embeddings = (None if dataset.prompts is None else
+        self.class_embeddings = (None if dataset.prompts is None or foundation.zero_shot_temperature is None else
                                  foundation.class_embeddings(dataset.prompts, config.data.max_tokens))
+        if config.model.head == "text" and self.class_embeddings is None:
+            raise ConfigError(f'model.head: "text" needs a model that embeds class prompts, and {foundation.name} has no '
+                              'text tower; use "linear"')
+        self.temperature = config.model.temperature or foundation.zero_shot_temperature or 1.0
         self.heads = nn.ModuleDict({name: self._new_head() for name in EXPERTS})
-        self.gate = GateAdapter(foundation.feature_dim, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
+        gate_width = foundation.feature_dim if config.gate.features == "final" else foundation.width
+        self.gate = GateAdapter(gate_width, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
         self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.boundary = self.untrained_below(config.sal.depth)
@@ -100,9 +105,9 @@ class ResidentModel:
     def _new_head(self) -> nn.Module:
         model = self.config.model
         if model.head == "text":
-            return TextHead(self.class_embeddings, model.temperature, model.learn_temperature)
+            return TextHead(self.class_embeddings, self.temperature, model.learn_temperature)
         return LinearHead(self.foundation.feature_dim, len(self.dataset.classes), self.class_embeddings,
-                          model.temperature)
+                          self.temperature)
 
     # Tensors in and out
 
@@ -241,7 +246,7 @@ class ResidentModel:
         """(n, C) logits of the class prompts on the foundation model's own features; None without prompts."""
         if self.class_embeddings is None:
             return None
-        return self.features(part) @ self.class_embeddings.T / self.config.model.temperature
+        return self.features(part) @ self.class_embeddings.T / self.temperature
 
     def _constant(self, key: tuple[str | int, ...], compute: Callable[[], Tensor | Ragged],
                   flops: Callable[[], int]) -> Tensor | Ragged:

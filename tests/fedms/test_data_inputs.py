@@ -7,19 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fedms.config import DataTable
 from fedms.data import DataError, ImageInputs, TextInputs, load, make_dataset
 from fedms.data.dataset import stratified_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-IMAGE_MODEL = SimpleNamespace(name="vit-digits", reads="images", image_tokens=17)
+IMAGE_MODEL = SimpleNamespace(name="vit-digits", reads="images", image_tokens=17, pixel_shape=(1, 8, 8))
 TEXT_MODEL = SimpleNamespace(name="minilm", reads="text", image_tokens=None)
 
 
 def data_config(**changes):
-    return SimpleNamespace(
-        **{"name": "digits", "path": None, "max_samples": None, "max_tokens": 64, **changes}
-    )
+    return SimpleNamespace(**{**DataTable(name="digits").model_dump(), **changes})
 
 
 def ragged(lengths: list[int], seed: int = 0) -> tuple[TextInputs, list[torch.Tensor]]:
@@ -161,7 +160,7 @@ def test_digits_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("config", "model", "message"),
     [
-        (data_config(name="sentimnt"), TEXT_MODEL, "unknown data set 'sentimnt'; known: sentiment, digits"),
+        (data_config(name="./sentimnt"), TEXT_MODEL, "sentimnt: no such file or folder"),
         (data_config(), TEXT_MODEL, "'digits' holds images, but model.id 'minilm' reads text"),
         (data_config(name="sentiment"), IMAGE_MODEL, "'sentiment' holds text"),
         (data_config(max_samples=0), IMAGE_MODEL, "data.max_samples: expected at least 1, got 0"),

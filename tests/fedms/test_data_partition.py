@@ -16,7 +16,7 @@ def dataset(n=600, classes=3, groups=4, seed=0):
     rng = np.random.default_rng(seed)
     return make_dataset(
         "made-up",
-        ImageInputs(torch.zeros(n, 1, 1, 1), 1, "made-up"),
+        ImageInputs(torch.arange(float(n)).view(n, 1, 1, 1), 1, "made-up"),
         torch.from_numpy(rng.integers(0, classes, n)),
         tuple(f"class {c}" for c in range(classes)),
         groups=torch.from_numpy(rng.integers(0, groups, n)) if groups else None,
@@ -157,7 +157,7 @@ def test_a_client_with_one_sample_trains_on_it():
 def test_a_class_missing_at_a_client_is_noted():
     data = make_dataset(
         "sorted",
-        ImageInputs(torch.zeros(40, 1, 1, 1), 1, "sorted"),
+        ImageInputs(torch.arange(40.0).view(40, 1, 1, 1), 1, "sorted"),
         torch.arange(40) // 20,
         ("a", "b"),
         groups=torch.arange(40) // 20,
@@ -167,6 +167,18 @@ def test_a_class_missing_at_a_client_is_noted():
     assert result.notes == ("4 of 4 clients lack at least one of the 2 classes",)
     assert data.labels[result.clients[0].train].unique().tolist() == [0]
     assert partition(dataset(), settings_of("iid"), clients_of(3), seed=0).notes == ()
+
+
+def test_samples_that_several_clients_hold_are_noted():
+    pixels = torch.arange(40.0).view(40, 1, 1, 1)
+    pixels[21], pixels[22] = pixels[3], pixels[3]  # at client 1, with the other group
+    data = make_dataset("twice", ImageInputs(pixels, 1, "twice"), torch.arange(40) % 2, ("a", "b"),
+                        groups=torch.arange(40) // 20, group_names=("first", "second"))
+    result = partition(data, settings_of(global_test=0.0), clients_of(2), seed=0)
+    assert len(result.notes) == 1
+    assert result.notes[0].startswith("3 samples occur at more than one client (sample 3 at clients 0 and 1)")
+    assert partition(data, settings_of(global_test=0.0), clients_of(1), seed=0).notes == (
+        "1 clients: no client holds the groups second",)
 
 
 def test_groups_that_no_client_holds_are_noted():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fedms import models
+from fedms.config import ModelTable
 from fedms.data import DataError
 from fedms.models import ModelError, minilm
 from fedms.models.base import FoundationModel
@@ -153,8 +154,8 @@ def test_the_random_vit_is_the_same_each_time_and_leaves_the_random_state(image_
 
 
 def test_an_unknown_model():
-    with pytest.raises(ModelError, match="unknown model 'minilmm'; known: minilm, vit-digits"):
-        models.load(SimpleNamespace(id="minilmm"))
+    with pytest.raises(ModelError, match="'./minilmm' is no folder; accepted: a built-in name"):
+        models.load(ModelTable(id="./minilmm"))
 
 
 def test_missing_packages_are_named(monkeypatch):

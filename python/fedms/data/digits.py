@@ -32,6 +32,9 @@ def load(config, model, seed: int) -> Dataset:
     pixels = torch.from_numpy(images.astype(np.float32) / 16.0)[:, None]
     labels = labels.astype(np.int64)
     inputs = ImageInputs(pixels, model.image_tokens, source)  # all images are checked, used or not
+    if model.pixel_shape != pixels.shape[1:]:
+        raise DataError(f"data.name: the digits are {tuple(pixels.shape[1:])}, but model.id {model.name!r} reads images of "
+                        f"{tuple(model.pixel_shape)}; use vit-digits, or save the digits as a folder of images")
     if config.max_samples is not None:
         kept = stratified_sample(labels, config.max_samples, np.random.default_rng(seed))
         inputs, labels = ImageInputs(pixels[kept], model.image_tokens, source), labels[kept]

@@ -67,26 +67,33 @@ class TextInputs:
     def digest(self) -> bytes:
         return _digest({**self.fields, "offsets": self.offsets})
 
+    def keys(self) -> list[bytes]:
+        """A hash of each sample's content."""
+        return [_short_hash(tokens.numpy()) for tokens in self.fields["input_ids"].split(self.lengths.tolist())]
+
 
 @dataclass(frozen=True)
 class ImageInputs:
     """Images in memory.
 
-    pixels: (n, C, H, W) float32, finite, in the range the model expects.
-    tokens: tokens per image that the model's blocks see (patches and the class token).
-    source: where the images came from; named in errors.
+    pixels:    (n, C, H, W) float32, finite, in the range the model expects; or uint8, with `transform`.
+    tokens:    tokens per image that the model's blocks see (patches and the class token).
+    source:    where the images came from; named in errors.
+    transform: (scale, shift), each (C, 1, 1): the model sees pixels * scale + shift.
     """
 
     pixels: Tensor
     tokens: int
     source: str
+    transform: tuple[Tensor, Tensor] | None = None
     lengths: Tensor = field(init=False)  # (n,) int64, constant
 
     def __post_init__(self) -> None:
-        if self.pixels.dtype != torch.float32 or self.pixels.dim() != 4:
+        expected = torch.float32 if self.transform is None else torch.uint8
+        if self.pixels.dtype != expected or self.pixels.dim() != 4:
             raise DataError(
                 f"{self.source}: images are {self.pixels.dtype} of shape {tuple(self.pixels.shape)}, "
-                "expected torch.float32 of shape (n, channels, height, width)"
+                f"expected {expected} of shape (n, channels, height, width)"
             )
         bad = ~torch.isfinite(self.pixels).flatten(1).all(dim=1)
         if bad.any():
@@ -103,10 +110,20 @@ class ImageInputs:
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward for samples `indices` (B,) int64:
         "pixel_values" (B, C, H, W) float32."""
-        return {"pixel_values": self.pixels[indices]}
+        pixels = self.pixels[indices]
+        return {"pixel_values": pixels if self.transform is None else torch.addcmul(self.transform[1], pixels.float(),
+                                                                                   self.transform[0])}
 
     def digest(self) -> bytes:
-        return _digest({"pixels": self.pixels})
+        return _digest({"pixels": self.pixels, **dict(zip(("scale", "shift"), self.transform or ()))})
+
+    def keys(self) -> list[bytes]:
+        """A hash of each sample's content."""
+        return [_short_hash(image.numpy()) for image in self.pixels]
+
+
+def _short_hash(array) -> bytes:
+    return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> bytes:

@@ -77,7 +77,8 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     names: list[str | None] = [None] * total
     if data.partition == "natural":
         if groups is None:
-            raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid'")
+            raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid', or "
+                            "give data of your own a column of clients (data.client) or a file a client")
         shares = _natural(rest, groups[rest], len(dataset.group_names), total, rng)
         names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
         if total < len(dataset.group_names):
@@ -95,6 +96,7 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
         for i, share in enumerate(shares)
     )
     notes += _oddities(splits, shares, labels, dataset.classes)
+    notes += _duplicates(dataset, shares)
     return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
 
 
@@ -197,3 +199,18 @@ def _oddities(
     if missing:
         notes.append(f"{missing} of {len(splits)} clients lack at least one of the {len(classes)} classes")
     return notes
+
+
+def _duplicates(dataset: Dataset, shares: list[np.ndarray]) -> list[str]:
+    """What one client trains on another may be tested on: such samples are worth a warning."""
+    keys = dataset.inputs.keys()
+    holders: dict[bytes, set[int]] = {}
+    for client, share in enumerate(shares):
+        for i in share.tolist():
+            holders.setdefault(keys[i], set()).add(client)
+    shared = [i for share in shares for i in share.tolist() if len(holders[keys[i]]) > 1]
+    if not shared:
+        return []
+    clients = " and ".join(map(str, sorted(holders[keys[shared[0]]])[:2]))
+    return [f"{len(shared)} samples occur at more than one client (sample {shared[0]} at clients {clients}): one may train "
+            "on what another is tested on"]

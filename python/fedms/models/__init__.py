@@ -1,12 +1,16 @@
-"""Foundation models. A new model is one file here, and a line in `MODELS`."""
+"""Foundation models. A new built-in model is one file here, and a line in `MODELS` and in `config.MODELS`; anything in
+Hugging Face's format is read by `huggingface`, and any other module by `ModuleModel`."""
 
 from __future__ import annotations
 
+from . import huggingface
 from .base import FoundationModel, ModelError
+from .huggingface import wrap
 from .minilm import MiniLM
+from .module import ModuleModel
 from .vit_digits import ViTDigits
 
-__all__ = ["FoundationModel", "ModelError", "load"]
+__all__ = ["FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
 
 MODELS = {
     "minilm": MiniLM,
@@ -14,8 +18,7 @@ MODELS = {
 }
 
 
-def load(config) -> FoundationModel:
-    """Load the frozen model `config.id` (config: the [model] table). ModelError if unknown or missing."""
-    if config.id not in MODELS:
-        raise ModelError(f"model.id: unknown model {config.id!r}; known: {', '.join(MODELS)}")
-    return MODELS[config.id]()
+def load(table) -> FoundationModel:
+    """Load the frozen model `table.id` (table: the run file's [model]): a built-in one by its name, else what
+    `huggingface.load` finds in a folder or on the hub. ModelError if it cannot be had."""
+    return MODELS[table.id]() if table.id in MODELS else huggingface.load(table)

@@ -6,17 +6,14 @@ It needs no download and runs in seconds: for smoke tests. Its accuracies say no
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from .base import FoundationModel, import_transformers
+from .base import import_transformers, quiet_transformers
+from .huggingface import VisionModel
 
 SEED = 2010_11929
 
 
-class ViTDigits(FoundationModel):
-    reads = "images"
-    image_tokens = 17  # 4 x 4 patches and the class token
-
+class ViTDigits(VisionModel):
     def __init__(self) -> None:
         transformers = import_transformers()
         config = transformers.ViTConfig(
@@ -31,8 +28,6 @@ class ViTDigits(FoundationModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             module = transformers.ViTModel(config, add_pooling_layer=False)
-        super().__init__("vit-digits", module, config.hidden_size)
-
-    def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, 64) float32: the mean of the patch tokens after the final LayerNorm (not normalised)."""
-        return self.module(**inputs).last_hidden_state[:, 1:].mean(dim=1)
+        with quiet_transformers():
+            processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
+        super().__init__("vit-digits", module, processor, pooling="mean")
