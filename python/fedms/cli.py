@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -20,7 +20,8 @@ try:
     from rich.table import Table
     from rich.text import Text
 
-    from fedms.config import METHODS, ConfigError, RunConfig, builtin_names, dump_toml, load_config, parse_size, source_name
+    from fedms.config import (METHODS, PRETRAINED, ConfigError, RunConfig, builtin_names, dump_toml, load_config, parse_size,
+                              source_name)
     from fedms.progress import Listeners, Progress, TerminalProgress
     from fedms.records import RunFolderError
 except ModuleNotFoundError as missing:
@@ -199,6 +200,30 @@ def plan(
             raise typer.Exit(FAILED)
 
 
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms pretrain vit-fashion` — about ten minutes on one core, once",
+    "`fedms pretrain vit-fashion --data FOLDER` — where apt-get cannot fetch Fashion-MNIST",
+    "The weights are kept in the cache folder ($FEDMS_CACHE, ~/.cache/fedms), under a hash of all settings.",
+    EXIT_CODES]))
+def pretrain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{' or '.join(PRETRAINED)}.")],
+    data: Annotated[Optional[str], typer.Option(
+        "--data", metavar="PATH", help="The data, as the run file's data.path.", show_default="fetched, cached")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train again even if the weights are there.")] = False,
+) -> None:
+    """Train a small vision model on the public half of its data, without labels. Clients hold the other half."""
+    with _exit_codes():
+        if model not in PRETRAINED:
+            raise ConfigError(f"MODEL: got {model!r}; accepted: {', '.join(PRETRAINED)}")
+
+        from fedms import pretrain as pretraining
+
+        with _bar(f"pretraining {model}") as advance:
+            file, made = pretraining.ensure(model, data, force=force, report=advance)
+        console.print(f"{file}" + ("" if made else ": there already; --force trains again"), markup=False, soft_wrap=True)
+
+
 @app.command(epilog=EXIT_CODES)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
@@ -354,6 +379,17 @@ def _progress(out: Path, track: Optional[list[str]]) -> Iterator[Progress]:
         raise
     finally:
         progress.close()
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar over steps; yields what is called with (step, steps, loss)."""
+    from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    with Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True),
+             TextColumn("{task.fields[loss]}"), console=errors, transient=True) as bar:
+        task = bar.add_task(title, total=None, loss="")
+        yield lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")
 
 
 def _paragraph(mark: str, text: str, style: str = "") -> None:

@@ -27,8 +27,9 @@ RUNFILES = Path(__file__).parent / "runfiles"
 
 # The built-in models and what each reads, the built-in data sets and what each holds; the cross-checks of RunConfig read
 # these. Of anything else that is known once it is loaded.
-MODELS = {"minilm": "text", "vit-digits": "images"}
-DATA = {"sentiment": "text", "digits": "images"}
+MODELS = {"minilm": "text", "vit-digits": "images", "vit-digits-pretrained": "images", "vit-fashion": "images"}
+DATA = {"sentiment": "text", "digits": "images", "fashion-mnist": "images"}
+PRETRAINED = ("vit-digits-pretrained", "vit-fashion")      # models that `fedms pretrain` makes
 DATA_WITH_GROUPS = ("sentiment",)
 
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms", "fedms_plus")
@@ -130,9 +131,12 @@ class DataTable(Table):
     max_samples: Optional[int] = Field(
         None, ge=1, description="seeded, stratified subsample of this size; unset: everything")
     max_tokens: int = Field(64, ge=4, le=512, description="texts are cut to this many tokens")
-    partition: Literal["natural", "dirichlet", "iid"] = Field(
-        "natural", description="natural: client i draws from domain i mod domains")
-    alpha: float = Field(0.3, gt=0, description="concentration of the dirichlet partition; small is skewed")
+    partition: Literal["natural", "dirichlet", "domains", "classes", "quantity", "iid"] = Field(
+        "natural", description="natural: client i draws from domain i mod domains; dirichlet: skewed classes; domains: "
+        "skewed domains; classes: a few classes a client; quantity: skewed sizes; iid: evenly at random")
+    alpha: float = Field(0.3, gt=0, description="concentration of the partitions dirichlet, domains and quantity; small "
+                         "is skewed")
+    classes_per_client: int = Field(2, ge=1, description="classes a client of the partition classes")
     split: Annotated[tuple[float, ...], annotated_types.Len(3, 3)] = Field(
         (0.6, 0.15, 0.25), description="train, validation, test shares of each client; they sum to 1")
     global_test: float = Field(0.1, ge=0, lt=1, description="share held out of every client as a common test set")
@@ -312,9 +316,9 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
         yield f"data.prompt: got {_show(c.data.prompt)}; accepted: a text with one {{}}, where the class name goes"
     if c.model.learn_temperature and c.model.head != "text":
         yield 'model.learn_temperature: only the text head has a temperature; set model.head to "text"'
-    if c.data.partition == "natural" and holds and c.data.name not in DATA_WITH_GROUPS:
-        yield (f'data.partition: "natural" needs a data set with domains and {_show(c.data.name)} has none; '
-               'accepted: "dirichlet", "iid"')
+    if c.data.partition in ("natural", "domains") and holds and c.data.name not in DATA_WITH_GROUPS:
+        yield (f'data.partition: {_show(c.data.partition)} needs a data set with domains and {_show(c.data.name)} has '
+               'none; accepted: "dirichlet", "classes", "quantity", "iid"')
     if min(c.data.split) <= 0 or abs(sum(c.data.split) - 1) > 1e-9:
         yield (f"data.split: got {_show(c.data.split)}, which sums to {sum(c.data.split):g}; "
                "accepted: three numbers above 0 that sum to 1")

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ class Check:
 
 def diagnose() -> Iterator[Check]:
     """All checks, in the order in which one builds on another."""
-    for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _minilm, _sentiment, _digits):
+    for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _minilm, _sentiment, _digits,
+                  _fashion, _pretrained):
         try:
             yield from check()
         except Exception as error:  # a check that breaks is a finding, and must not hide the others
@@ -62,7 +64,7 @@ def _machine() -> Iterator[Check]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = _first_line("/proc/meminfo", "MemAvailable")
     free = f", {int(memory.split()[0]) / 1e6:.1f} GB memory available" if memory else ""
-    yield Check("cpu", "ok", f"{_first_line('/proc/cpuinfo', 'model name') or platform.machine()}, "
+    yield Check("cpu", "ok", f"{cpu_name()}, "
                              f"{usable} cores usable{free}")
     threads = torch.get_num_threads()
     yield Check("threads", "ok" if threads <= usable else "note",
@@ -129,11 +131,36 @@ def _digits() -> Iterator[Check]:
     yield from _attempt("data digits", lambda: "in " + importlib.import_module("sklearn.datasets").__package__)
 
 
+def _fashion() -> Iterator[Check]:
+    from fedms.data import cache_dir, fashion
+
+    if fashion.INSTALLED.exists() or (cache_dir() / "fashion-mnist").exists():
+        yield from _attempt("data fashion-mnist", lambda: f"whole in {fashion.default_folder()}")
+    elif shutil.which("apt-get") and shutil.which("dpkg"):
+        yield Check("data fashion-mnist", "note", "not fetched yet; the first run that needs it does that with apt-get")
+    else:
+        yield Check("data fashion-mnist", "note", "not fetched yet, and there is no apt-get to fetch it with: put its four "
+                                                  "files into a folder and name it by data.path")
+
+
+def _pretrained() -> Iterator[Check]:
+    from fedms.models.vit import RECIPES
+
+    for name, recipe in RECIPES.items():
+        file = recipe.weights(name)
+        yield Check(f"model {name}", "ok" if file.exists() else "note",
+                    str(file) if file.exists() else f"not pretrained yet: fedms pretrain {name}")
+
+
 def _attempt(name: str, look: Callable[[], object]) -> Iterator[Check]:
     try:
         yield Check(name, "ok", str(look()))
     except Exception as error:
         yield Check(name, "problem", str(error))
+
+
+def cpu_name() -> str:
+    return _first_line("/proc/cpuinfo", "model name") or platform.machine()
 
 
 def _first_line(path: str, key: str) -> str | None:

@@ -32,7 +32,7 @@ def problem(*overrides: str, source: str | Path = "digits") -> str:
 # Built-in files, dumping and loading
 
 def test_the_built_in_run_files_load_and_differ_from_the_defaults():
-    assert builtin_names() == ("digits", "sentiment")
+    assert builtin_names() == ("digits", "fashion", "sentiment")
     assert load_config("sentiment").data.max_samples == 4000
     assert load_config("digits").model.id == "vit-digits"
 
@@ -138,7 +138,7 @@ def test_a_key_without_its_table_is_completed():
     ("sal.cache_bytes=-1", 'sal.cache_bytes: got -1; accepted: a size such as "2GiB" or "500MB", or a number of bytes'),
     ("run.method=fedavgft", 'run.method: got "fedavgft"; accepted: "local", "fedavg", "fedavg_prior", "fedavg_ft", '
                             '"fedms", "fedms_plus"; did you mean fedavg_ft?'),
-    ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "dirichlet", "iid"; did you mean '
+    ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "dirichlet", "domains", "classes", "quantity", "iid"; did you mean '
                                 "dirichlet?"),
     ("sal.order=topdown", 'sal.order: got "topdown"; accepted: "top_down", "bottom_up", "interleaved"; or a list of '
                           "integers, at least 1; did you mean top_down?"),
@@ -193,7 +193,7 @@ def test_all_mistakes_are_reported_at_once():
     (("data.name=sentiment",), "data.name:", ['"vit-digits"', '"digits"']),
     (("model.head=text",), "model.head:", ['"linear"', '"vit-digits"']),
     (("model.learn_temperature=true",), "model.learn_temperature:", ["model.head"]),
-    (("data.partition=natural",), "data.partition:", ['"dirichlet", "iid"']),
+    (("data.partition=natural",), "data.partition:", ['"dirichlet", "classes", "quantity", "iid"']),
     (("data.split=[0.5, 0.5, 0.5]",), "data.split:", ["sums to 1.5", "sum to 1"]),
     (("data.split=[1.2, -0.2, 0.0]",), "data.split:", ["above 0"]),
     (("sal.queue=3",), "sal.queue:", ["got 3", "even"]),
@@ -220,7 +220,7 @@ def test_all_cross_field_mistakes_are_reported_at_once():
 # Files
 
 def test_an_unknown_built_in_name_lists_them():
-    assert problem(source="sentimental").endswith("built in: digits, sentiment; did you mean sentiment?")
+    assert problem(source="sentimental").endswith("built in: digits, fashion, sentiment; did you mean sentiment?")
 
 
 def test_files_that_cannot_be_used(tmp_path):

@@ -13,7 +13,7 @@ from fedms.data.dataset import stratified_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-IMAGE_MODEL = SimpleNamespace(name="vit-digits", reads="images", image_tokens=17, pixel_shape=(1, 8, 8))
+IMAGE_MODEL = SimpleNamespace(name="vit-digits", reads="images", image_tokens=17, pixel_shape=(1, 8, 8), pretrained_on=None)
 TEXT_MODEL = SimpleNamespace(name="minilm", reads="text", image_tokens=None)
 
 

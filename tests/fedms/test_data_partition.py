@@ -24,8 +24,9 @@ def dataset(n=600, classes=3, groups=4, seed=0):
     )
 
 
-def settings_of(scheme="natural", alpha=0.3, split=(0.6, 0.15, 0.25), global_test=0.1):
-    return SimpleNamespace(partition=scheme, alpha=alpha, split=split, global_test=global_test)
+def settings_of(scheme="natural", alpha=0.3, split=(0.6, 0.15, 0.25), global_test=0.1, classes_per_client=2):
+    return SimpleNamespace(partition=scheme, alpha=alpha, split=split, global_test=global_test,
+                           classes_per_client=classes_per_client)
 
 
 def clients_of(count=12, unseen=0):
@@ -49,7 +50,7 @@ def same(a, b):
     groups=st.integers(1, 4),
     count=st.integers(1, 20),
     unseen=st.integers(0, 5),
-    scheme=st.sampled_from(["natural", "iid"]),
+    scheme=st.sampled_from(["natural", "quantity", "iid"]),
     global_test=st.sampled_from([0.0, 0.1, 0.4]),
     split=st.sampled_from([(0.6, 0.15, 0.25), (0.34, 0.33, 0.33), (0.9, 0.05, 0.05), (0.1, 0.1, 0.8)]),
     seed=st.integers(0, 2**31),
@@ -66,7 +67,7 @@ def test_any_partition_is_disjoint_and_complete(
         assert piece.dtype == torch.int64 and (piece.diff() > 0).all()
     together = torch.cat(pieces(result))
     assert len(together.unique()) == len(together)
-    if scheme == "iid" or count + unseen >= groups:
+    if scheme != "natural" or count + unseen >= groups:
         assert len(together) == n
     for c in (*result.clients, *result.unseen):
         sizes = len(c.train), len(c.test), len(c.validation)
@@ -78,7 +79,7 @@ def test_any_partition_is_disjoint_and_complete(
             assert (owner == c.id % groups).all() and c.group == f"group {c.id % groups}"
 
 
-@pytest.mark.parametrize("scheme", ["natural", "dirichlet", "iid"])
+@pytest.mark.parametrize("scheme", ["natural", "dirichlet", "domains", "classes", "quantity", "iid"])
 def test_a_partition_is_a_function_of_the_seed_alone(scheme):
     data = dataset()
     torch.manual_seed(1)
@@ -186,6 +187,29 @@ def test_groups_that_no_client_holds_are_noted():
     assert result.notes[0] == "2 clients: no client holds the groups group 2, group 3"
 
 
+@pytest.mark.parametrize("count", [10, 30])
+def test_clients_have_as_many_classes_as_asked_for(count):
+    data = dataset(n=3000, classes=10)
+    result = partition(data, settings_of("classes", classes_per_client=3), clients_of(count), seed=0)
+    held = [torch.cat([c.train, c.validation, c.test]) for c in result.clients]
+    assert all(len(data.labels[own].unique()) == 3 for own in held)
+    assert len(torch.cat([*held, result.global_test])) == 3000
+
+
+def test_domains_and_sizes_are_skewed_by_alpha():
+    def spread(scheme, alpha):
+        data = dataset(n=4000)
+        result = partition(data, settings_of(scheme, alpha=alpha), clients_of(10), seed=0)
+        held = [torch.cat([c.train, c.validation, c.test]) for c in result.clients]
+        if scheme == "quantity":
+            return float(np.std([len(own) for own in held]))
+        shares = [torch.bincount(data.groups[own], minlength=4) / len(own) for own in held]
+        return float(torch.stack(shares).std(0).mean())
+
+    for scheme in ("domains", "quantity"):
+        assert spread(scheme, 0.1) > 2 * spread(scheme, 5.0)
+
+
 @pytest.mark.parametrize(
     ("data", "config", "clients", "message"),
     [
@@ -193,7 +217,7 @@ def test_groups_that_no_client_holds_are_noted():
             dataset(),
             settings_of("naturl"),
             clients_of(),
-            "unknown scheme 'naturl'; known: natural, dirichlet, iid",
+            "unknown scheme 'naturl'; known: natural, dirichlet, domains, classes, quantity, iid",
         ),
         (
             dataset(groups=0),
@@ -201,6 +225,8 @@ def test_groups_that_no_client_holds_are_noted():
             clients_of(),
             "made-up has no natural groups; use 'dirichlet' or 'iid'",
         ),
+        (dataset(groups=0), settings_of("domains"), clients_of(), "made-up has no natural groups"),
+        (dataset(), settings_of("classes", classes_per_client=4), clients_of(), "data.classes_per_client: 4, but the data set holds 3"),
         (dataset(n=5), settings_of("dirichlet"), clients_of(12), "12 clients, but only 5 samples"),
         (dataset(), settings_of(), clients_of(0), "at least one client, got 0"),
         (dataset(n=1), settings_of(global_test=0.9), clients_of(1), "1 samples leave none for the clients"),

@@ -24,7 +24,8 @@ def checks() -> dict[str, doctor.Check]:
 def test_this_machine_can_run_the_smoke_case():
     found = checks()
     assert list(found) == ["python", "fedms", "packages", "cpu", "threads", "kernels", "backend cpu", "backend eager",
-                           "gpu", "cache", "model minilm", "data sentiment", "data digits"]
+                           "gpu", "cache", "model minilm", "data sentiment", "data digits", "data fashion-mnist",
+                           "model vit-fashion", "model vit-digits-pretrained"]
     assert not [c for c in found.values() if c.state == "problem"]
     assert "torch" in found["packages"].text and "cores" in found["cpu"].text
     assert found["backend eager"].state == "ok"

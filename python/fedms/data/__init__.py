@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fedms.config import DATA
 
-from . import digits, own, sentiment
+from . import digits, fashion, own, sentiment
 from .cache import cache_dir
 from .dataset import Dataset, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
@@ -14,6 +14,7 @@ from .partitioning import ClientSplit, Partition, partition
 __all__ = [
     "ClientSplit",
     "DataError",
+    "PUBLIC_HALVES",
     "Dataset",
     "ImageInputs",
     "Partition",
@@ -24,9 +25,13 @@ __all__ = [
     "partition",
 ]
 
+# name -> the images to pretrain a model on, (n, 1, H, W) float32 in [0, 1], which no client of it sees
+PUBLIC_HALVES = {"digits": digits.public_half, "fashion-mnist": fashion.public_half}
+
 LOADERS = {
     "sentiment": sentiment.load,
     "digits": digits.load,
+    "fashion-mnist": fashion.load,
 }
 
 

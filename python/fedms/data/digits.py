@@ -12,33 +12,44 @@ import numpy as np
 import torch
 
 from .dataset import Dataset, make_dataset, stratified_sample
-from .inputs import DataError, ImageInputs
+from .inputs import DataError, ImageInputs, check_shape
 
 
 def load(config, model, seed: int) -> Dataset:
-    """config: the run file's [data] table (path, max_samples). See `fedms.data.load`."""
-    if config.path is not None:
-        source = str(config.path)
-        images, labels = _read_npz(Path(config.path))
-    else:
-        source = "scikit-learn's digits"
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError("digits: scikit-learn is missing; pip install 'fedms[train]'") from error
-        digits = load_digits()
-        images, labels = digits.images, digits.target
-
+    """config: the run file's [data] table (path, max_samples). See `fedms.data.load`. A model that was pretrained on
+    digits has seen the public half: its clients have the others."""
+    source, images, labels = _read(config.path)
     pixels = torch.from_numpy(images.astype(np.float32) / 16.0)[:, None]
     labels = labels.astype(np.int64)
     inputs = ImageInputs(pixels, model.image_tokens, source)  # all images are checked, used or not
-    if model.pixel_shape != pixels.shape[1:]:
-        raise DataError(f"data.name: the digits are {tuple(pixels.shape[1:])}, but model.id {model.name!r} reads images of "
-                        f"{tuple(model.pixel_shape)}; use vit-digits, or save the digits as a folder of images")
+    check_shape("digits", pixels, model)
+    kept = np.arange(_public(len(labels)) if model.pretrained_on == "digits" else 0, len(labels))
     if config.max_samples is not None:
-        kept = stratified_sample(labels, config.max_samples, np.random.default_rng(seed))
-        inputs, labels = ImageInputs(pixels[kept], model.image_tokens, source), labels[kept]
+        kept = kept[stratified_sample(labels[kept], config.max_samples, np.random.default_rng(seed))]
+    inputs, labels = ImageInputs(pixels[kept], model.image_tokens, source), labels[kept]
     return make_dataset("digits", inputs, torch.from_numpy(labels), tuple(str(digit) for digit in range(10)))
+
+
+def public_half(path: str | None = None) -> torch.Tensor:
+    """(898, 1, 8, 8) float32 in [0, 1]: the images to pretrain on, the first half. path: as `data.path`."""
+    images = _read(path)[1]
+    return torch.from_numpy(images[: _public(len(images))].astype(np.float32) / 16.0)[:, None]
+
+
+def _public(samples: int) -> int:
+    return samples // 2
+
+
+def _read(path: str | None) -> tuple[str, np.ndarray, np.ndarray]:
+    """Where they come from, images (n, 8, 8) with values 0..16, labels (n,)."""
+    if path is not None:
+        return str(path), *_read_npz(Path(path))
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("digits: scikit-learn is missing; pip install 'fedms[train]'") from error
+    digits = load_digits()
+    return "scikit-learn's digits", digits.images, digits.target
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -122,6 +122,15 @@ class ImageInputs:
         return [_short_hash(image.numpy()) for image in self.pixels]
 
 
+def check_shape(name: str, pixels: Tensor, model) -> None:
+    """DataError unless images (n, C, H, W) of a built-in data set are of the model's size."""
+    if model.pixel_shape != pixels.shape[1:]:
+        raise DataError(
+            f"data.name: {name} has images of {tuple(pixels.shape[1:])}, but model.id {model.name!r} reads images of "
+            f"{tuple(model.pixel_shape)}; choose a model for them, or save them as a folder of images"
+        )
+
+
 def _short_hash(array) -> bytes:
     return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
 

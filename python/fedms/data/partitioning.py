@@ -16,7 +16,8 @@ from torch import Tensor
 from .dataset import Dataset, strata_of, stratified_sample
 from .inputs import DataError
 
-SCHEMES = ("natural", "dirichlet", "iid")
+SCHEMES = ("natural", "dirichlet", "domains", "classes", "quantity", "iid")
+BY_GROUP = ("natural", "domains")
 
 # What the Dirichlet draw tries to give every client before it gives up (flwr-datasets' default).
 MIN_DIRICHLET_SAMPLES = 10
@@ -50,14 +51,15 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     data:    the run file's [data] table. `global_test` is the share taken out first, stratified by (group,
              class). `partition` is the scheme for the rest: "natural" (client i belongs to group i mod
              #groups, a group is divided evenly at random among its clients), "dirichlet" (each class is
-             divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets) or "iid"
-             (evenly at random). `split` are each client's shares of training, validation and test samples,
+             divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets), "domains" (each
+             group is, likewise), "classes" (`classes_per_client` of them a client, as in arXiv 1602.05629, by flwr-datasets),
+             "quantity" (at random, in sizes drawn from Dirichlet(alpha)) or "iid" (evenly at random). `split` are each client's shares of training, validation and test samples,
              stratified by class.
     clients: the [clients] table (count, unseen).
 
     A client with too few samples for three parts gets training samples first, then test, then validation; a
-    client without any sample is kept, with a note. Raises DataError for an unknown scheme, "natural" without
-    groups, no sample at all.
+    client without any sample is kept, with a note. Raises DataError for an unknown scheme, "natural" or
+    "domains" without groups, more clients than samples, no sample at all.
     """
     total = clients.count + clients.unseen
     if data.partition not in SCHEMES:
@@ -75,18 +77,24 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
 
     notes: list[str] = []
     names: list[str | None] = [None] * total
+    if data.partition in BY_GROUP and groups is None:
+        raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid', or "
+                        "give data of your own a column of clients (data.client) or a file a client")
     if data.partition == "natural":
-        if groups is None:
-            raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid', or "
-                            "give data of your own a column of clients (data.client) or a file a client")
         shares = _natural(rest, groups[rest], len(dataset.group_names), total, rng)
         names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
         if total < len(dataset.group_names):
             notes.append(
                 f"{total} clients: no client holds the groups {', '.join(dataset.group_names[total:])}"
             )
-    elif data.partition == "dirichlet":
-        shares = _dirichlet(rest, labels[rest], data.alpha, total, seed, notes)
+    elif data.partition in ("dirichlet", "domains"):
+        codes = labels if data.partition == "dirichlet" else groups
+        shares = _dirichlet(rest, codes[rest], data.alpha, total, seed, notes)
+    elif data.partition == "classes":
+        shares = _classes(rest, labels[rest], data.classes_per_client, total, seed)
+    elif data.partition == "quantity":
+        ends = np.cumsum(rng.dirichlet(np.full(total, data.alpha)))[:-1]
+        shares = np.split(rng.permutation(rest), np.round(ends * len(rest)).astype(int))
     else:
         shares = np.array_split(rng.permutation(rest), total)
 
@@ -114,20 +122,10 @@ def _natural(
 
 
 def _dirichlet(
-    indices: np.ndarray, labels: np.ndarray, alpha: float, total: int, seed: int, notes: list[str]
+    indices: np.ndarray, codes: np.ndarray, alpha: float, total: int, seed: int, notes: list[str]
 ) -> list[np.ndarray]:
-    try:
-        from datasets import Dataset as Table
-        from flwr_datasets.partitioner import DirichletPartitioner
-    except ImportError as error:
-        raise DataError(
-            "data.partition: 'dirichlet' needs flwr-datasets; pip install 'fedms[train]'"
-        ) from error
-    if total > len(indices):
-        raise DataError(f"clients.count: {total} clients, but only {len(indices)} samples to divide")
-
     def draw(minimum: int) -> list[np.ndarray]:
-        partitioner = DirichletPartitioner(
+        partitioner = _partitioners(total, indices).DirichletPartitioner(
             num_partitions=total,
             partition_by="label",
             alpha=float(alpha),
@@ -135,8 +133,7 @@ def _dirichlet(
             self_balancing=False,
             seed=seed,
         )
-        partitioner.dataset = Table.from_dict({"label": labels, "index": indices})
-        return [np.array(partitioner.load_partition(i)["index"], dtype=np.int64) for i in range(total)]
+        return _apply(partitioner, indices, codes)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one per redraw; the note below says what matters
@@ -148,6 +145,41 @@ def _dirichlet(
                 f"{MIN_DIRICHLET_SAMPLES} samples, so clients with fewer (or none) are kept"
             )
             return draw(0)
+
+
+def _classes(
+    indices: np.ndarray, labels: np.ndarray, classes: int, total: int, seed: int
+) -> list[np.ndarray]:
+    present = len(np.unique(labels))
+    if classes > present:
+        raise DataError(f"data.classes_per_client: {classes}, but the data set holds {present}")
+    partitioner = _partitioners(total, indices).PathologicalPartitioner(
+        num_partitions=total,
+        partition_by="label",
+        num_classes_per_partition=classes,
+        class_assignment_mode="first-deterministic",  # client i has class i mod classes, so all are in use
+        seed=seed,
+    )
+    return _apply(partitioner, indices, labels)
+
+
+def _partitioners(total: int, indices: np.ndarray):
+    """flwr-datasets' partitioners, after the check that all have in common."""
+    try:
+        from flwr_datasets import partitioner
+    except ImportError as error:
+        raise DataError("data.partition: needs flwr-datasets; pip install 'fedms[train]'") from error
+    if total > len(indices):
+        raise DataError(f"clients.count: {total} clients, but only {len(indices)} samples to divide")
+    return partitioner
+
+
+def _apply(partitioner, indices: np.ndarray, codes: np.ndarray) -> list[np.ndarray]:
+    from datasets import Dataset as Table
+
+    partitioner.dataset = Table.from_dict({"label": codes, "index": indices})
+    total = partitioner.num_partitions
+    return [np.array(partitioner.load_partition(i)["index"], dtype=np.int64) for i in range(total)]
 
 
 def _split(

@@ -10,11 +10,9 @@ verified and unpacked into `cache_dir()` once; nothing is fetched again while th
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cache import cache_dir
+from .cache import cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
 from .inputs import DataError
 
@@ -142,7 +140,7 @@ def _own_files(folder: Path) -> dict[str, Path]:
         raise DataError(f"data.path: no file named DOMAIN{SUFFIX} in {folder}")
     for stem, path in found.items():
         if stem in published:
-            _verify(
+            verify(
                 path,
                 DOMAINS[published[stem]][1],
                 "replace it by a whole copy, or rename it if it is your own data",
@@ -156,11 +154,11 @@ def _cached_files() -> dict[str, Path]:
         archive = cache_dir() / ARCHIVE
         if not archive.exists():
             _fetch(archive)
-        _verify(archive, ARCHIVE_SHA256, f"delete {archive} and run again")
+        verify(archive, ARCHIVE_SHA256, f"delete {archive} and run again")
         _unpack(archive, folder)
     files = {domain: folder / (stem + SUFFIX) for domain, (stem, _) in DOMAINS.items()}
     for domain, path in files.items():
-        _verify(path, DOMAINS[domain][1], f"delete the folder {folder} and run again")
+        verify(path, DOMAINS[domain][1], f"delete the folder {folder} and run again")
     return files
 
 
@@ -190,29 +188,10 @@ def _fetch(archive: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the ground-truth files beside `folder`, then rename: the folder is whole or not there."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpack-"))
-    try:
+    with new_folder(folder) as scratch:
         with tarfile.open(archive) as outer:
             inner = io.BytesIO(outer.extractfile(INNER_ARCHIVE).read())
         with tarfile.open(fileobj=inner) as tar:
             for stem, _ in DOMAINS.values():
                 content = tar.extractfile(f"{INNER_FOLDER}/{stem}{SUFFIX}").read()
                 (scratch / (stem + SUFFIX)).write_bytes(content)
-        scratch.chmod(0o755)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was quicker, with the same files
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _verify(path: Path, expected: str, remedy: str) -> None:
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    if found != expected:
-        raise DataError(f"{path}: damaged file: expected sha256 {expected}, found {found}; {remedy}")

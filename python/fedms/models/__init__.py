@@ -3,11 +3,14 @@ Hugging Face's format is read by `huggingface`, and any other module by `ModuleM
 
 from __future__ import annotations
 
+from functools import partial
+
 from . import huggingface
 from .base import FoundationModel, ModelError
 from .huggingface import wrap
 from .minilm import MiniLM
 from .module import ModuleModel
+from .vit import RECIPES, PretrainedViT
 from .vit_digits import ViTDigits
 
 __all__ = ["FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
@@ -15,6 +18,7 @@ __all__ = ["FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
 MODELS = {
     "minilm": MiniLM,
     "vit-digits": ViTDigits,
+    **{name: partial(PretrainedViT, name) for name in RECIPES},
 }
 
 

@@ -34,6 +34,7 @@ class FoundationModel:
     pixel_shape:           (C, H, W) of an image as the model reads it; None for text.
     zero_shot_temperature: temperature of the cosine logits of a zero-shot text head; None where class prompts
                            cannot be embedded.
+    pretrained_on:         the data set whose public half it was pretrained on, which its clients therefore do not have.
     fingerprint:           sha256 (hex) of the weights: names, dtypes, shapes, bytes.
     """
 
@@ -41,6 +42,7 @@ class FoundationModel:
     image_tokens: int | None = None
     pixel_shape: tuple[int, ...] | None = None
     zero_shot_temperature: float | None = None
+    pretrained_on: str | None = None
 
     def __init__(self, name: str, module: nn.Module, feature_dim: int, blocks: str | None = None) -> None:
         """blocks: None finds the list by inspection. Raises ModelError if there is none."""

@@ -1,0 +1,149 @@
+"""Fashion-MNIST: 70,000 images of clothing, 28 x 28, ten classes (Xiao, Rasul & Vollgraf, arXiv 1708.07747; MIT licence).
+
+The first 30,000 images are the *public half*, on which `fedms pretrain` trains the foundation model without their
+labels. Clients never see it: what `load` returns are the other 40,000.
+
+The files are those of the Debian package dataset-fashion-mnist: from /usr/share where it is installed, else fetched
+with apt-get, which needs no root, verified and unpacked into `cache_dir()` once. `data.path` names a folder with the
+same four files, or with others of their format.
+"""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .cache import cache_dir, new_folder, verify
+from .dataset import Dataset, make_dataset, stratified_sample
+from .inputs import DataError, ImageInputs, check_shape
+
+PACKAGE = "dataset-fashion-mnist"
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+FILES = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+SIDE = 28
+PUBLIC = 30_000
+
+
+def load(config, model, seed: int) -> Dataset:
+    """The clients' images. config: the run file's [data] table (path, max_samples). See `fedms.data.load`."""
+    folder, images, labels = read(config.path)
+    images, labels = images[PUBLIC:], labels[PUBLIC:]
+    if config.max_samples is not None:
+        kept = stratified_sample(labels, config.max_samples, np.random.default_rng(seed))
+        images, labels = images[kept], labels[kept]
+    inputs = ImageInputs(pixels(images), model.image_tokens, str(folder))
+    check_shape("fashion-mnist", inputs.pixels, model)
+    return make_dataset("fashion-mnist", inputs, torch.from_numpy(labels), CLASSES)
+
+
+def public_half(path: str | None = None) -> torch.Tensor:
+    """(30000, 1, 28, 28) float32 in [0, 1]: the images to pretrain on. path: as `data.path`."""
+    return pixels(read(path)[1][:PUBLIC])
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """(n, 28, 28) uint8 -> (n, 1, 28, 28) float32 in [0, 1]."""
+    return torch.from_numpy(images.astype(np.float32) / 255.0)[:, None]
+
+
+def read(path: str | None) -> tuple[Path, np.ndarray, np.ndarray]:
+    """The folder, all images (n, 28, 28) uint8 and their labels (n,) int64."""
+    folder = Path(path) if path is not None else default_folder()
+    images, labels = [], []
+    for part in ("train", "t10k"):
+        images.append(read_idx(_file(folder, f"{part}-images-idx3-ubyte"), 3))
+        labels.append(read_idx(_file(folder, f"{part}-labels-idx1-ubyte"), 1))
+        if images[-1].shape != (len(labels[-1]), SIDE, SIDE):
+            raise DataError(
+                f"{folder}: the {part} files hold images of shape {images[-1].shape} and {len(labels[-1])} labels, "
+                f"expected one label an image of {SIDE} x {SIDE} pixels"
+            )
+    images, labels = np.concatenate(images), np.concatenate(labels)
+    if len(labels) <= PUBLIC:
+        raise DataError(f"{folder}: {len(labels)} images; the first {PUBLIC} are for pretraining, none is left")
+    return folder, images, labels.astype(np.int64)
+
+
+def _file(folder: Path, stem: str) -> Path:
+    for path in (folder / f"{stem}.gz", folder / stem):
+        if path.exists():
+            return path
+    raise DataError(
+        f"data.path: {folder} has no file {stem} or {stem}.gz; expected Fashion-MNIST's four files, as in the Debian "
+        f"package {PACKAGE}, or unset data.path to have it fetched"
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """A file of unsigned bytes in the IDX format, gzipped or not: two zero bytes, 8 (the type), the number of
+    dimensions, their sizes as big-endian int32, the values. DataError if the file is not of that form."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); replace it by a whole copy") from error
+    header = 4 + 4 * dimensions
+    shape = np.frombuffer(data[4:header], ">i4") if len(data) >= header else np.zeros(0)
+    if data[:4] != bytes((0, 0, 8, dimensions)) or (shape < 0).any() or len(data) != header + int(np.prod(shape)):
+        raise DataError(
+            f"{path}: not a whole IDX file of unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)} "
+            f"({len(data)} bytes, which begin with {data[:4].hex()}); replace it by a whole copy"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def default_folder() -> Path:
+    """Where the published files are, fetched if need be, and verified."""
+    if all((INSTALLED / name).exists() for name in FILES):
+        return INSTALLED
+    folder = cache_dir() / "fashion-mnist"
+    if not folder.exists():
+        _fetch(folder)
+    for name, digest in FILES.items():
+        verify(folder / name, digest, f"delete the folder {folder} and run again")
+    return folder
+
+
+def _fetch(folder: Path) -> None:
+    """apt-get downloads the package as any user, dpkg unpacks it; nothing is installed."""
+    with tempfile.TemporaryDirectory(prefix="fedms-") as scratch:
+        try:
+            _call(["apt-get", "download", PACKAGE], scratch)
+            package = next(Path(scratch).glob("*.deb"), None)
+            if package is None:
+                raise OSError(f"apt-get download {PACKAGE} left no package")
+            _call(["dpkg", "-x", str(package), scratch], scratch)
+        except OSError as error:
+            raise DataError(
+                f"Fashion-MNIST is not here and could not be fetched: {error}\nEither make "
+                f"`apt-get download {PACKAGE}` work (Debian, Ubuntu; `apt-get update` first), or put the four files "
+                f"{', '.join(FILES)} into a folder and name it by --set data.path=FOLDER"
+            ) from error
+        with new_folder(folder) as new:
+            for name, digest in FILES.items():
+                file = Path(scratch) / INSTALLED.relative_to("/") / name
+                verify(file, digest, "the package holds another version of the data; set data.path")
+                (new / name).write_bytes(file.read_bytes())
+
+
+def _call(command: list[str], folder: str) -> None:
+    """OSError, with the last lines of the output, if the command is missing, fails or takes over ten minutes."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} gave no answer within 600 seconds") from None
+    if done.returncode:
+        last = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+        raise OSError(f"{' '.join(command[:2])} failed: {last}")

@@ -1,0 +1,120 @@
+"""Small Vision Transformers (arXiv 2010.11929) for small grey images, whose weights `fedms pretrain` makes.
+
+A recipe says all that the weights depend on: the shape of the network, the data and the training. Its weights are kept in
+`cache_dir()` under a name that holds a hash of the recipe, so weights of another recipe are never taken for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedms.data.cache import cache_dir
+
+from .base import ModelError, import_transformers, quiet_transformers
+from .huggingface import VisionModel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and its pretraining.
+
+    data:        whose public half it is pretrained on.
+    side, patch: width of an image and of a patch, in pixels. width, blocks, heads: of the transformer.
+    pool:        its features are the means over the patches of each cell of a pool x pool grid: where something is in an
+                 image counts.
+    mean, std:   of the pixels, which the model normalises.
+    task:        "views" or "mae", see `fedms.pretrain`.
+    keep:        share of the patches that the encoder sees in training.
+    flips:       whether an image may be mirrored.
+    """
+
+    data: str
+    side: int
+    patch: int
+    width: int
+    blocks: int
+    heads: int
+    pool: int
+    mean: float
+    std: float
+    task: str
+    keep: float
+    flips: bool
+    epochs: int
+    batch: int
+    lr: float
+    seed: int = 0
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    def weights(self, name: str) -> Path:
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return cache_dir() / "pretrained" / f"{name}-{digest}.safetensors"
+
+
+RECIPES = {
+    "vit-fashion": Recipe("fashion-mnist", side=28, patch=7, width=96, blocks=4, heads=4, pool=2, mean=0.286, std=0.353,
+                          task="mae", keep=0.5, flips=True, epochs=6, batch=256, lr=1.5e-3),
+    "vit-digits-pretrained": Recipe("digits", side=8, patch=2, width=64, blocks=4, heads=4, pool=2, mean=0.305, std=0.376,
+                                    task="mae", keep=0.5, flips=False, epochs=60, batch=64, lr=1.5e-3),
+}
+
+
+def build(recipe: Recipe):
+    """The network (transformers.ViTModel), with random weights drawn from the recipe's seed."""
+    transformers = import_transformers()
+    config = transformers.ViTConfig(
+        image_size=recipe.side,
+        patch_size=recipe.patch,
+        num_channels=1,
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.blocks,
+        num_attention_heads=recipe.heads,
+        intermediate_size=4 * recipe.width,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return transformers.ViTModel(config, add_pooling_layer=False)
+
+
+class PretrainedViT(VisionModel):
+    """name: a key of `RECIPES`. ModelError if its weights are not there yet, or damaged."""
+
+    def __init__(self, name: str) -> None:
+        self.recipe = RECIPES[name]
+        self.pretrained_on = self.recipe.data
+        module = build(self.recipe)
+        _load(module, self.recipe.weights(name), name)
+        with quiet_transformers():
+            size = {"height": self.recipe.side, "width": self.recipe.side}
+            processor = import_transformers().ViTImageProcessor(size=size, do_normalize=False)
+        super().__init__(name, module, processor)
+
+    def features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, pool^2 * width) float32: the means of the patch tokens of each cell, after the final LayerNorm. Pixels in
+        [0, 1]."""
+        pixels = (inputs["pixel_values"] - self.recipe.mean) / self.recipe.std
+        tokens = self.module(pixels).last_hidden_state[:, 1:]
+        side = self.recipe.side // self.recipe.patch
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+        return nn.functional.avg_pool2d(grid, side // self.recipe.pool).flatten(1)
+
+
+def _load(module, path: Path, name: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise ModelError(f"model.id: {name} is not pretrained yet; run `fedms pretrain {name}` once") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path}: damaged weights ({error}); delete the file and run `fedms pretrain {name}`") from error
