@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedms.frames import Results, results
+    from fedms.mixture import Mixture, load
 
-__all__ = ["Results", "results"]
+__all__ = ["Mixture", "Results", "load", "results"]
 
-_HOMES = {"Results": "fedms.frames", "results": "fedms.frames"}
+_HOMES = {"Mixture": "fedms.mixture", "Results": "fedms.frames", "load": "fedms.mixture", "results": "fedms.frames"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -58,6 +59,7 @@ app = typer.Typer(
         "`fedms plan sentiment --memory 512MiB` — which depth, batch and precision fit a device?",
         "`fedms watch runs/sentiment` — follow runs live, from another terminal",
         "`fedms report runs/sentiment` — make the report again from the records",
+        "`fedms export runs/sentiment/fedms-seed0 --out model` and `fedms predict model new.csv --client 7`",
         EXIT_CODES,
     ]),
 )
@@ -114,14 +116,19 @@ def run(
         if dry_run:
             console.print(dump_toml(config), end="", markup=False, soft_wrap=True)
             return
-        out = out or Path("runs") / source_name(source) / f"{config.run.method}-seed{config.run.seed}"
-        _refuse_filled([out], force, resume)
+        _carry_out(config, source, out, force, resume, track)
 
-        from fedms import run as runner
 
-        with _progress(out, track) as progress, _polite_stop() as stop:
-            runner.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
-        _show_results(out)
+def _carry_out(config: RunConfig, source: str, out: Optional[Path], force: bool, resume: bool,
+               track: Optional[list[str]]) -> None:
+    out = out or Path("runs") / source_name(source) / f"{config.run.method}-seed{config.run.seed}"
+    _refuse_filled([out], force, resume)
+
+    from fedms import run as runner
+
+    with _progress(out, track) as progress, _polite_stop() as stop:
+        runner.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
+    _show_results(out)
 
 
 @app.command(epilog="\n\n".join([
@@ -258,6 +265,95 @@ def watch(
                 time.sleep(every)
                 states = watching.read_states(folder)
                 live.update(watching.view(states), refresh=True)
+
+
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms export runs/sentiment/fedms-seed0 --out sentiment-model` — everything, for `fedms predict` and `fedms.load`",
+    "`fedms export runs/sentiment/fedms-seed0 --out adapters --format peft` — an adapter for PEFT for each expert",
+    "`fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7` — client 7's expert in the weights",
+    "Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), merged (one expert "
+    "added into the weights), onnx (the same, one file from inputs to logits).",
+    EXIT_CODES]))
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    form: Annotated[str, typer.Option("--format", "-f", metavar="NAME", help="mixture, peft, merged or onnx.")] = "mixture",
+    client: Annotated[Optional[str], typer.Option(
+        "--client", "-c", metavar="ID", help="For merged and onnx: the client whose own expert is written.",
+        show_default="the global expert")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+) -> None:
+    """Write what a run ended with in a format that others read."""
+    with _exit_codes():
+        if not folder.is_dir():
+            raise RunFolderError(f"{folder}: no such folder")
+        from fedms import export as exporting
+
+        exporting.export(folder, out, form, client=client, overwrite=force, progress=TerminalProgress(errors))
+        for path in sorted(p for p in out.rglob("*") if p.is_file()):
+            console.print(f"{path}  {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
+
+
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms predict sentiment-model new.csv --client 7 --out predicted.csv`",
+    "`fedms predict photo-model photos/ --client plant2` — a folder of images; the table goes to the terminal",
+    "The table: the text or image, label, its probability, and the gate's weight of the client's own expert.",
+    EXIT_CODES]))
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What fedms export wrote in the format mixture.")],
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A table (.csv, .tsv, .parquet, .jsonl), an image, or a "
+                                          "folder of either.")],
+    client: Annotated[Optional[str], typer.Option(
+        "--client", "-c", metavar="ID", help="Id of the client that predicts, or its group's name.",
+        show_default="the global expert")] = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="FILE", help="Table to write: .csv or .parquet.", show_default="CSV to the terminal")] = None,
+    text: Annotated[Optional[str], typer.Option("--text", metavar="NAME", help="Column of texts.",
+                                                show_default="as in the run")] = None,
+    image: Annotated[Optional[str], typer.Option("--image", metavar="NAME", help="Column of images.",
+                                                 show_default="as in the run")] = None,
+) -> None:
+    """Predict with an exported mixture, as one of its clients."""
+    with _exit_codes():
+        if out is not None and out.suffix not in (".csv", ".parquet"):
+            raise ConfigError(f"--out: got {str(out)!r}; accepted: a file that ends in .csv or .parquet")
+        from fedms import mixture
+
+        table = mixture.load(folder, client).predict_file(source, {"text": text, "image": image})
+        if out is None:
+            print(table.to_csv(index=False), end="")
+        else:
+            mixture.write_table(table, out)
+            console.print(f"{len(table)} predictions: {out}", markup=False, soft_wrap=True)
+
+
+@app.command("import-peft", epilog="\n\n".join([
+    "**Examples**",
+    "`fedms import-peft my-adapter my.toml --out runs/from-adapter`",
+    "[lora] rank, alpha and rslora become the adapter's, stage1.rounds 0. A head beside the adapter (head.safetensors, or "
+    "a classifier or score layer in it) is taken if its shape fits.",
+    EXIT_CODES]))
+def import_peft(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder in PEFT's format.")],
+    source: Source,
+    set_: Sets = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="DIR", help="Run folder.", show_default="runs/SOURCE/METHOD-seedN")] = None,
+    force: Force = False,
+    resume: Resume = False,
+    track: Track = None,
+) -> None:
+    """Start stage 2 from an adapter that was trained elsewhere: it is the global expert, and stays as it is."""
+    with _exit_codes():
+        from fedms.adapter import read_shape
+
+        shape = read_shape(adapter)
+        config = load_config(source, [
+            *(set_ or []), f"lora.start={json.dumps(str(adapter))}", f"lora.rank={shape.rank}", f"lora.alpha={shape.alpha}",
+            f"lora.rslora={str(shape.rslora).lower()}", "stage1.rounds=0"])
+        _carry_out(config, source, out, force, resume, track)
 
 
 @app.command(epilog=EXIT_CODES)

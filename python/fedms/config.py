@@ -149,6 +149,9 @@ class LoraTable(Table):
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the LoRA branch")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    start: Optional[str] = Field(
+        None, description="folder of an adapter in PEFT's format that the global expert starts as (fedms import-peft sets "
+        "it); unset: afresh")
 
 
 class SalTable(Table):
@@ -292,9 +295,9 @@ class RunConfig(Table):
 def _cross_problems(c: RunConfig) -> Iterable[str]:
     """Problems that no single key shows, one line each, starting with the key to change."""
     reads, holds = MODELS.get(c.model.id), DATA.get(c.data.name)
-    if reads is None and (hint := _did_you_mean(c.model.id, MODELS)):
+    if reads is None and (hint := _did_you_mean(c.model.id, MODELS, cutoff=0.8)):
         yield f"model.id: got {_show(c.model.id)}, which is no built-in model{hint}"
-    if holds is None and (hint := _did_you_mean(c.data.name, DATA)):
+    if holds is None and (hint := _did_you_mean(c.data.name, DATA, cutoff=0.8)):
         yield f"data.name: got {_show(c.data.name)}, which is no built-in data set{hint}"
     if reads and holds and reads != holds:
         yield (f"data.name: {_show(c.data.name)} holds {holds}, but model.id {_show(c.model.id)} reads {reads}; accepted "
@@ -505,8 +508,8 @@ def _key_list(table: str) -> str:
     return ", ".join(_keys().get(table, Budget.model_fields))
 
 
-def _did_you_mean(word: str, words: Iterable[str], prefix: str = "", suffix: str = "") -> str:
-    near = difflib.get_close_matches(word, list(words), n=1)
+def _did_you_mean(word: str, words: Iterable[str], prefix: str = "", suffix: str = "", cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f"; did you mean {prefix}{near[0]}{suffix}?" if near else ""
 
 

@@ -52,7 +52,8 @@ CLIENT_FIELDS = (
 )
 ACCURACY_FIELDS = ("personalised", "mixture", "global", "local", "zero_shot", "half", "oracle")
 SUMMARY_FIELDS = (
-    "method", "model", "dataset", "seed", "rounds", "personalised_accuracy", "global_test_accuracy",
+    "method", "model", "fingerprint", "dataset", "classes", "prompts", "seed", "rounds", "personalised_accuracy",
+    "global_test_accuracy",
     "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth", "trainable_params",
     "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
     "peak_memory_bytes", "notes",

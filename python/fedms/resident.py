@@ -13,10 +13,12 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fedms.adapter import read_pairs, read_shape
 from fedms.config import ConfigError, RunConfig
 from fedms.data import Dataset, cache_dir
 from fedms.models import FoundationModel
@@ -84,6 +86,7 @@ class ResidentModel:
         self.heads = nn.ModuleDict({name: self._new_head() for name in EXPERTS})
         gate_width = foundation.feature_dim if config.gate.features == "final" else foundation.width
         self.gate = GateAdapter(gate_width, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
+        self.imported = {} if config.lora.start is None else self._import(Path(config.lora.start))
         self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.boundary = self.untrained_below(config.sal.depth)
@@ -122,7 +125,29 @@ class ResidentModel:
             self.gate = GateAdapter(self.gate.norm.normalized_shape[0], len(EXPERTS), self.gate.down.out_features,
                                     self.gate.temperature)
         self.running = None
-        return {**self.read("global"), **self.read_gate()}
+        return {**self.read("global"), **self.read_gate(), **self.imported}
+
+    def _import(self, folder: Path) -> Tensors:
+        """The pairs of an adapter, and its head if it has one that fits. ConfigError for one of another shape."""
+        lora, shape = self.config.lora, read_shape(folder)
+        if (shape.rank, shape.alpha, shape.rslora) != (lora.rank, lora.alpha, lora.rslora):
+            raise ConfigError(f"lora.rank: the adapter in {folder} has rank {shape.rank}, alpha {shape.alpha:g}, rslora "
+                              f"{str(shape.rslora).lower()}; `fedms import-peft` sets [lora] to that")
+        found, own = read_pairs(folder, self.layers), self.read("global")
+        if "head/weight" in found and "head/bias" not in found:
+            found["head/bias"] = torch.zeros(len(found["head/weight"]))
+        head = {name: found.pop(name) for name in ("head/weight", "head/bias") if name in found}
+        if all(name in own and own[name].shape == tensor.shape for name, tensor in head.items()):
+            found |= head
+        for name, tensor in found.items():
+            if tensor.shape != own[name].shape:
+                raise ConfigError(f"lora.start: {folder}: {name} is {tuple(tensor.shape)}, the model's is "
+                                  f"{tuple(own[name].shape)}; is it an adapter of this model?")
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(f"lora.start: {folder}: {name} holds NaN or infinity")
+            if name in self.block_of and name.endswith("lora_b") and tensor.any() and self.block_of[name] not in self.order:
+                raise ConfigError(f"sal.order: leaves out block {self.block_of[name]}, where the adapter in {folder} has a pair")
+        return found
 
     def start(self) -> None:
         """The start of a run: nothing is counted yet."""

@@ -16,6 +16,7 @@ from fedms.data import Dataset, Partition
 from fedms.engine.local import Interrupted, LocalEngine
 from fedms.evaluate import evaluate_client, evaluate_unseen, global_test_accuracy, summarise
 from fedms.methods import Method
+from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.records import RunFolder, RunRecords
 from fedms.resident import Part, ResidentModel
@@ -23,13 +24,16 @@ from fedms.server import STAGES, Server
 
 
 def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool = False,
-        progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
+        foundation: FoundationModel | None = None, dataset: Dataset | None = None) -> dict[str, Any]:
     """Runs one method with one seed into the run folder `out`; returns its summary.
 
     Args:
         overwrite: replace an earlier run in the folder.
         resume: go on with the run in the folder where it stopped; begin it if there is none.
         stop: asked between clients whether to stop; the run can then be resumed.
+        foundation, dataset: objects to use in the place of what the run file names (see `models.ModuleModel`,
+            `models.wrap` and `data.make_dataset`). Experts are attached to the model, so it serves one run.
 
     Raises:
         ConfigError, ModelError, DataError: before anything is written.
@@ -40,7 +44,8 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
     """
     progress = progress or Progress()
     try:
-        return _run(_Session(config, progress), config, _opener(config, Path(out), overwrite, resume), progress, stop)
+        session = _Session(config, progress, foundation, dataset)
+        return _run(session, config, _opener(config, Path(out), overwrite, resume), progress, stop)
     finally:
         progress.close()
 
@@ -79,12 +84,13 @@ def with_run(config: RunConfig, **values: Any) -> RunConfig:
 class _Session:
     """What runs that differ in method and seed alone have in common."""
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, progress: Progress, foundation: FoundationModel | None = None,
+                 dataset: Dataset | None = None) -> None:
         torch.set_num_threads(config.run.threads)
         progress.phase(f"loading model {config.model.id}")
-        self.foundation = models.load(config.model)
+        self.foundation = foundation or models.load(config.model)
         progress.phase(f"loading data {config.data.name}")
-        self.dataset: Dataset = data.load(config.data, self.foundation)
+        self.dataset = dataset or data.load(config.data, self.foundation)
         self.model = ResidentModel(self.foundation, self.dataset, config)
 
 
@@ -127,7 +133,8 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
         folder.append_client(record)
     past = RunRecords.read(folder.path)
     return folder.write_summary({
-        "method": method.name, "model": config.model.id, "dataset": config.data.name, "seed": seed,
+        "method": method.name, "model": config.model.id, "fingerprint": session.foundation.fingerprint,
+        "dataset": config.data.name, "classes": session.dataset.classes, "prompts": session.dataset.prompts, "seed": seed,
         "rounds": {stage: getattr(config, stage).rounds for stage in STAGES},
         **summarise(records),
         "global_test_accuracy": global_test_accuracy(method, session.model, clients, Part(partition.global_test),

@@ -118,7 +118,10 @@ class Server:
         """State before the first round of the first stage that has rounds."""
         sal = self.schedule.start()
         first = next(stage for stage in STAGES if getattr(self.config, stage).rounds)
-        return ServerState(first, 1, tensors, sal, sal.depth)
+        # An expert that was trained before (`[lora] start`) is applied wherever it does something.
+        active = [self.order.index(block) + 1 for name, block in self.block_of.items()
+                  if name.endswith("lora_b") and name in tensors and tensors[name].any()]
+        return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
 
     def message(self, state: ServerState) -> Message:
         """What goes out for the round that comes next. After the last round: the final tensors, to nobody in

@@ -13,7 +13,7 @@ from .module import ModuleModel
 from .vit import RECIPES, PretrainedViT
 from .vit_digits import ViTDigits
 
-__all__ = ["FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
+__all__ = ["MODELS", "FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
 
 MODELS = {
     "minilm": MiniLM,

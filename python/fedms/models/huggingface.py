@@ -87,6 +87,17 @@ class TextModel(FoundationModel):
     def save(self, folder: Path) -> None:
         _save(folder, self.module, self.tokenizer)
 
+    def recipe(self, base: str, max_tokens: int, adapted: str | None) -> list[str]:
+        pooled = {"mean": "(hidden * mask).sum(1) / mask.sum(1)", "cls": "hidden[:, 0]",
+                  "last": "hidden[torch.arange(len(hidden)), mask.sum(1)[:, 0] - 1]"}[self.pooling]
+        return _recipe(self.module, base, adapted) + [
+            f"tokenizer = transformers.AutoTokenizer.from_pretrained({base})",
+            f"inputs = tokenizer(texts, padding=True, padding_side=\"right\", truncation=True, max_length={max_tokens}, "
+            'return_tensors="pt")',
+            f"inputs = {{name: inputs[name] for name in {sorted({*self.accepted} & {*self.tokenizer.model_input_names})}}}",
+            'hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)',
+            f"features = torch.nn.functional.normalize({pooled}, dim=-1)"]
+
 
 class VisionModel(FoundationModel):
     """A vision model.
@@ -159,6 +170,21 @@ class VisionModel(FoundationModel):
     def save(self, folder: Path) -> None:
         _save(folder, self.module, self.processor)
 
+    def recipe(self, base: str, max_tokens: int, adapted: str | None) -> list[str]:
+        mode = "L" if self.channels == 1 else "RGB"
+        return _recipe(self.module, base, adapted) + [
+            f'processor = transformers.AutoImageProcessor.from_pretrained({base}, backend="pil")',
+            f'inputs = processor([image.convert("{mode}") for image in images], return_tensors="pt")',
+            f"out = model(**inputs)\nfeatures = {self._pooled}"]
+
+    @property
+    def _pooled(self) -> str:
+        if self.pooling == "auto" and getattr(self.module(**self.blank), "pooler_output", None) is not None:
+            return "out.pooler_output.flatten(1)"
+        if self.pooling == "mean" or not self.class_tokens:
+            return f"out.last_hidden_state[:, {self.class_tokens}:].mean(1)"
+        return "out.last_hidden_state[:, 0]"
+
 
 class TwoTowerModel(VisionModel):
     """A CLIP-like model: images are read by the image tower, which is what experts are attached to; class
@@ -202,6 +228,11 @@ class TwoTowerModel(VisionModel):
 
     def save(self, folder: Path) -> None:
         _save(folder, self.pair, self.tokenizer, self.processor)
+
+    @property
+    def _pooled(self) -> str:
+        name = "image_embeds" if self.pair.config.model_type == "clip" else "pooler_output"
+        return f"torch.nn.functional.normalize(out.{name}, dim=-1)"
 
 
 def load(table) -> FoundationModel:
@@ -385,3 +416,11 @@ def _save(folder: Path, *parts: Any) -> None:
     with quiet_transformers():
         for part in parts:
             part.save_pretrained(folder)
+
+
+def _recipe(module: nn.Module, base: str, adapted: str | None) -> list[str]:
+    """First lines of code that, without this package, makes `features` of `texts` or `images`: the model."""
+    kind = type(module)
+    bare = ", add_pooling_layer=False" if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else ""
+    loaded = f"transformers.{kind.__name__}.from_pretrained({base}{bare}).float()"
+    return [f"base = {loaded}", f"model = {adapted}.eval()"] if adapted else [f"model = {loaded}.eval()"]

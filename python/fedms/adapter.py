@@ -1,0 +1,118 @@
+"""PEFT's format: a LoRA expert as a folder of adapter_config.json and adapter_model.safetensors, and back.
+
+Beside them lies head.safetensors, our own: `weight` (C, D) and `bias` (C,) that turn pooled features into logits. PEFT
+itself is not needed here; the format is its own (peft 0.10 and later).
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedms.config import ConfigError
+
+CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+PREFIX = "base_model.model."
+# What an adapter may hold beyond plain LoRA, and what the plain value is.
+PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
+         "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "trainable_token_indices": None,
+         "target_parameters": None}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """rank, alpha, rslora: as in the run file's [lora]. base: the model that the adapter names, if it does."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    base: str | None
+
+
+def config_json(shape: Shape, layers: Iterable[str], module: str, library: str) -> str:
+    """adapter_config.json for LoRA on these layers of a module of the class `module` in `library`."""
+    return json.dumps({
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": shape.base, "inference_mode": True,
+        "auto_mapping": {"base_model_class": module, "parent_library": library},
+        "r": shape.rank, "lora_alpha": shape.alpha, "lora_dropout": 0.0, "use_rslora": shape.rslora, "bias": "none",
+        "target_modules": list(layers), "modules_to_save": None, "fan_in_fan_out": False, "init_lora_weights": True,
+    }, indent=2) + "\n"
+
+
+def peft_names(expert: Mapping[str, Any]) -> dict[str, Any]:
+    """Our names of an expert's pairs (`expert/<layer>.lora_a`) as PEFT's."""
+    names = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
+    return {PREFIX + name.removeprefix("expert/").removesuffix(name[-7:]) + names[name[-7:]]: tensor
+            for name, tensor in expert.items() if name.startswith("expert/")}
+
+
+def read_shape(folder: Path) -> Shape:
+    """What adapter_config.json says. It is read without torch.
+
+    Raises:
+        ConfigError: if it is missing, damaged, or describes more than plain LoRA.
+    """
+    path = folder / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = found["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"lora.start: {path}: not an adapter in PEFT's format ({type(error).__name__}: {error})") from None
+    if kind != "LORA":
+        raise ConfigError(f"lora.start: {path}: peft_type is {kind!r}; accepted: \"LORA\"")
+    for key, plain in PLAIN.items():
+        if found.get(key) not in (plain, None):
+            raise ConfigError(f"lora.start: {path}: {key} is {found[key]!r}, which experts here do not have; accepted: "
+                              f"{plain!r}")
+    rank, alpha = found.get("r"), found.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
+        raise ConfigError(f"lora.start: {path}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
+    return Shape(rank, float(alpha), bool(found.get("use_rslora")), found.get("base_model_name_or_path"))
+
+
+def read_pairs(folder: Path, layers: Iterable[str]) -> dict[str, Any]:
+    """An adapter's tensors by our names, for a model whose layers with experts have these names; and `head/weight`,
+    `head/bias` where it has a head.
+
+    An adapter of a model with a head, or of one around ours, names the same layers behind a longer prefix: the end of
+    the name decides.
+
+    Raises:
+        ConfigError: if the weights are missing, damaged or no safetensors, or a layer is not among `layers`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).is_file():
+        advice = "; adapter_model.bin is a pickle and is not read: load it with peft and save it again" if (
+            folder / "adapter_model.bin").is_file() else ""
+        raise ConfigError(f"lora.start: {folder} holds no {WEIGHTS}{advice}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"lora.start: {folder}: the weights cannot be read: {error}") from None
+    layers, found = list(layers), {f"head/{name}": tensor.float() for name, tensor in head.items()}
+    for name, tensor in tensors.items():
+        layer, part = _split(name)
+        if part is None:
+            if name.rsplit(".", 2)[-2:] in (["classifier", "weight"], ["classifier", "bias"], ["score", "weight"]):
+                found.setdefault(f"head/{name.rsplit('.', 1)[1]}", tensor.float())
+                continue
+            raise ConfigError(f"lora.start: {folder / WEIGHTS}: {name} is no LoRA pair of a Linear layer")
+        matching = [own for own in layers if layer == own or layer.endswith("." + own)]
+        if not matching:
+            raise ConfigError(f"model.targets: the adapter in {folder} has a pair for {layer}, where the model has no "
+                              f"expert; its layers are {', '.join(layers[:3])}, ...")
+        found[f"expert/{max(matching, key=len)}.lora_{part}"] = tensor.float()
+    return found
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    for ending, part in ((".lora_A.weight", "a"), (".lora_B.weight", "b"), (".lora_A.default.weight", "a"),
+                         (".lora_B.default.weight", "b")):
+        if name.endswith(ending):
+            return name.removeprefix(PREFIX).removesuffix(ending), part
+    return name, None

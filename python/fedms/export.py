@@ -1,0 +1,315 @@
+"""`fedms export`: what a run ended with, in formats that others read; one folder, whole or not there.
+
+    peft     one folder an expert (global, client-ID), as PEFT's `PeftModel.from_pretrained` reads it, and its head
+    merged   one expert added into the model's weights, as `AutoModel.from_pretrained` reads it, and its head
+    onnx     the same, from inputs to logits, as one model.onnx
+    mixture  everything, with the foundation model, for `fedms predict` and `fedms.load`
+
+Each holds fedms.json: the classes, the settings of the run, and size and SHA-256 of every other file.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedms import adapter, models
+from fedms.config import ConfigError
+from fedms.files import sync_folder
+from fedms.models import FoundationModel, ModelError
+from fedms.models.heads import TextHead
+from fedms.outcome import Task, bind, outcome_of, task_of
+from fedms.progress import Progress
+from fedms.records import RunFolderError
+from fedms.resident import ResidentModel, Tensors
+from fedms_ext import detach, merge
+
+FORMATS = ("peft", "merged", "onnx", "mixture")
+MANIFEST = "fedms.json"
+FORMAT = 1
+
+
+def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = None, overwrite: bool = False,
+           foundation: FoundationModel | None = None, progress: Progress | None = None) -> Path:
+    """Writes the outcome of the run folder `run` into the folder `out`; returns it.
+
+    Args:
+        form: one of `FORMATS`.
+        client: id or group of the client whose expert is merged; None: the global expert. For merged and onnx.
+        overwrite: replace an earlier export in `out`.
+        foundation: the model, where it was given to the run as an object.
+
+    Raises:
+        ConfigError: for an unknown form or client, or a client where there is no choice.
+        RunFolderError: if the run has not ended, or `out` exists or cannot be written.
+        CheckpointError: if the run's checkpoints are damaged.
+        ModelError: if the model cannot be loaded, or is not the one of the run.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--format: got {form!r}; accepted: {', '.join(FORMATS)}")
+    if client is not None and form not in ("merged", "onnx"):
+        raise ConfigError(f"--client: the format {form} holds all clients; it is for merged and onnx")
+    progress = progress or Progress()
+    task = task_of(run)
+    _check_free(out, overwrite)
+    progress.phase(f"loading model {task.config.model.id}")
+    foundation = foundation or models.load(task.config.model)
+    check_fingerprint(foundation, task)
+    with _new_folder(out, overwrite) as folder:
+        if form == "mixture":
+            _mixture(run, folder, foundation, task)
+        elif form == "peft":
+            _peft(run, folder, foundation, task)
+        else:
+            _merged(run, folder, foundation, task, client, onnx=form == "onnx")
+    return out
+
+
+def check_fingerprint(foundation: FoundationModel, task: Task) -> None:
+    """ModelError if the experts were trained on another model."""
+    if foundation.fingerprint != task.fingerprint:
+        raise ModelError(f"model.id: {foundation.name!r} is not the model that the experts were trained on: its weights "
+                         f"have the fingerprint {foundation.fingerprint[:12]}..., expected {task.fingerprint[:12]}...")
+
+
+# The formats
+
+def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> None:
+    model_keys: dict[str, Any] = {}
+    try:
+        foundation.save(folder / "base")        # before experts are attached
+        model_keys = {"id": "base", "pooling": foundation.pooling, "blocks": foundation.blocks}
+    except ModelError:
+        if task.config.model.id not in models.MODELS:
+            model_keys = {"id": foundation.name}    # given as an object then, and to be given again
+    model = bind(foundation, task)
+    outcome = outcome_of(run, task, model)
+    final, parts = outcome.final, {}
+    for name, tensors in (("tensors", final.tensors), ("constants", final.constants), ("sums", final.sums)):
+        parts |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+    _save(parts, folder / "shared.safetensors")
+    for number, private in outcome.private.items():
+        if private.tensors:
+            (folder / "clients").mkdir(exist_ok=True)
+            kept = {n: t for n, t in private.tensors.items() if not n.startswith("optimizer/")}
+            _save(kept, folder / "clients" / f"{number}.safetensors")
+    _manifest(folder, "mixture", task, model=model_keys,
+              final={"stage": final.stage, "round": final.round, "depth": final.depth,
+                     "applied_depth": final.applied_depth})
+
+
+def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> None:
+    _needs_transformers(foundation)
+    base = task.config.model.id
+    if base in models.MODELS:                   # no path of its own
+        foundation.save(folder / "base")
+        base = "../base"
+    elif Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().resolve())
+    model = bind(foundation, task)
+    lora, module = task.config.lora, foundation.module
+    shape = adapter.Shape(lora.rank, lora.alpha, lora.rslora, base)
+    for name, expert in outcome_of(run, task, model).experts(model).items():
+        place = folder / name
+        place.mkdir()
+        layers = [n.removeprefix("expert/").removesuffix(".lora_a") for n in expert if n.endswith(".lora_a")]
+        (place / adapter.CONFIG).write_text(adapter.config_json(shape, layers, type(module).__name__,
+                                                                type(module).__module__))
+        _save(adapter.peft_names(expert), place / adapter.WEIGHTS)
+        _save(linear_head(model, expert), place / adapter.HEAD)
+        (place / "README.md").write_text(_card(foundation, task, name, f'"{base}"', peft=True))
+    _manifest(folder, "peft", task)
+
+
+def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, client: str | None, onnx: bool) -> None:
+    if not onnx:
+        _needs_transformers(foundation)
+    plain = task.config.model.model_copy(update={"frozen": "fp32"})     # nothing is merged into quantised weights
+    model = bind(foundation, Task(task.config.model_copy(update={"model": plain}), task.classes, task.prompts,
+                                  task.groups, task.fingerprint))
+    outcome = outcome_of(run, task, model)
+    number, experts = outcome.client(client), outcome.experts(model)
+    name = "global" if number is None else f"client-{number}"
+    if name not in experts:
+        raise ConfigError(f"--client: the run has no expert {name!r}; it has {', '.join(experts)}")
+    depth = outcome.final.applied_depth
+    model.clear()
+    model.load("global", experts[name], depth=0, applied_depth=depth)
+    model._run("global")
+    head = linear_head(model, experts[name])
+    merge(foundation.module, "global")
+    detach(foundation.module)
+    if onnx:
+        _onnx(foundation, head, folder / "model.onnx", task)
+    else:
+        foundation.save(folder)
+        _save(head, folder / adapter.HEAD)
+        (folder / "README.md").write_text(_card(foundation, task, name, '"."', peft=False))
+    _manifest(folder, "onnx" if onnx else "merged", task, expert=name)
+
+
+def linear_head(model: ResidentModel, expert: Mapping[str, Tensor]) -> Tensors:
+    """`weight` (C, D) and `bias` (C,) of an expert's head: logits = features W^T + b. A text head is one too, on
+    features of unit length."""
+    head = model.heads["global"]
+    if not isinstance(head, TextHead):
+        return {name: expert[f"head/{name}"].clone() for name in ("weight", "bias")}
+    weight = head.class_embeddings / expert["head/log_temperature"].exp()
+    return {"weight": weight, "bias": torch.zeros(len(weight))}
+
+
+def _needs_transformers(foundation: FoundationModel) -> None:
+    if not hasattr(foundation, "recipe"):
+        raise ModelError(f"{foundation.name}: only models of transformers are exported in this format; "
+                         "the mixture format takes any")
+
+
+# ONNX
+
+class _Classifier(nn.Module):
+    """From a batch to logits (B, C), with arguments in the order of `names`."""
+
+    def __init__(self, foundation: FoundationModel, head: Tensors, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.foundation, self.names = foundation.module, [foundation], names
+        self.register_buffer("weight", head["weight"])
+        self.register_buffer("bias", head["bias"])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        features = self.foundation[0].features(dict(zip(self.names, inputs)))
+        return features @ self.weight.T + self.bias
+
+
+def _onnx(foundation: FoundationModel, head: Tensors, path: Path, task: Task) -> None:
+    try:
+        import onnxscript  # noqa: F401  torch's exporter is made of it
+    except ImportError as error:
+        raise ModelError("--format onnx needs the packages onnx and onnxscript; pip install 'fedms[onnx]'") from error
+    if foundation.reads == "text":
+        inputs = foundation.tokenize(["a", "a a a"], task.config.data.max_tokens).batch(torch.arange(2))
+    else:
+        inputs = {"pixel_values": torch.zeros(2, *foundation.pixel_shape)}
+    names = tuple(inputs)
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    axes = {0: batch, 1: tokens} if foundation.reads == "text" else {0: batch}
+    try:
+        torch.onnx.export(_Classifier(foundation, head, names).eval(), tuple(inputs.values()), path, dynamo=True,
+                          input_names=list(names), output_names=["logits"], verbose=False, external_data=False,
+                          dynamic_shapes=((axes,) * len(names),))
+    except Exception as error:  # torch's exporter raises many types
+        raise ModelError(f"torch's ONNX exporter cannot export a {type(foundation.module).__name__}: "
+                         f"{str(error).strip().splitlines()[0]}") from error
+
+
+# Files
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _manifest(folder: Path, kind: str, task: Task, **more: Any) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
+            os.fsync(file.fileno())
+    content = {"format": FORMAT, "kind": kind, "classes": task.classes, "prompts": task.prompts, "clients": task.groups,
+               "model_fingerprint": task.fingerprint, "config": task.config.model_dump(mode="json", exclude_none=True),
+               **more, "files": files}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder, all its files checked.
+
+    Raises:
+        RunFolderError: if it is no export, one of a newer version, or a file is missing or damaged.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, files = content["format"], content["files"]
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder}: holds no {MANIFEST}, so it is no export of a run; make one by `fedms export "
+                             "RUN --out DIR`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder / MANIFEST}: cannot be read: {error}") from None
+    if version > FORMAT:
+        raise RunFolderError(f"{folder}: written by a newer version (format {version}; this one reads up to {FORMAT}); "
+                             "update fedms")
+    for name, expected in files.items():
+        try:
+            with open(folder / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected["bytes"]:
+                    raise RunFolderError(f"{folder / name}: {size} bytes, expected {expected['bytes']}; copy or export it "
+                                         "again")
+                if _sha256(file) != expected["sha256"]:
+                    raise RunFolderError(f"{folder / name}: damaged (wrong SHA-256); copy or export it again")
+        except OSError as error:
+            raise RunFolderError(f"{folder / name}: cannot be read: {error.strerror}") from None
+    return content
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise RunFolderError(f"{out}: exists and is not empty; choose another --out, or replace it by --force")
+    if not (out / MANIFEST).is_file():
+        raise RunFolderError(f"{out}: not replaced, as it is no earlier export; choose another --out")
+
+
+@contextmanager
+def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out`, which takes its place when all went well."""
+    scratch = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        yield scratch
+        scratch.chmod(0o755)
+        if out.exists():
+            _check_free(out, overwrite)
+            old = scratch.with_name(scratch.name + "-old")
+            out.rename(old)
+            scratch.rename(out)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise RunFolderError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _card(foundation: FoundationModel, task: Task, expert: str, base: str, peft: bool) -> str:
+    lines = ["import torch", "import transformers", *(["from peft import PeftModel"] if peft else []),
+             "from safetensors.torch import load_file", "",
+             *foundation.recipe(base, task.config.data.max_tokens, "PeftModel.from_pretrained(base, \".\")" if peft else None),
+             f'head = load_file("{adapter.HEAD}")', 'logits = features @ head["weight"].T + head["bias"]']
+    return "\n".join([
+        f"# {expert} expert", "",
+        f"Method {task.config.run.method}, model {task.config.model.id}, data {task.config.data.name}. Classes, in the order "
+        f"of the logits: {', '.join(task.classes)}.", "", "```python", *lines, "```", ""])

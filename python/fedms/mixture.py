@@ -1,0 +1,134 @@
+"""An exported mixture, loaded: `fedms.load(DIR, client=7).predict(texts)`, and `fedms predict`."""
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from fedms import models
+from fedms.client import Message, Private
+from fedms.config import ConfigError, config_from_dict
+from fedms.data import own
+from fedms.export import check_fingerprint, read_manifest
+from fedms.files import write_durably
+from fedms.models import FoundationModel
+from fedms.outcome import Outcome, Task, bind, predict
+from fedms.records import RunFolderError
+from fedms.resident import Tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = (".csv", ".parquet")
+
+
+class Mixture:
+    """The global expert, one client's local expert, and the gate, on the foundation model.
+
+    client:  id, or None: the global expert alone.
+    classes: class names.
+    """
+
+    def __init__(self, foundation: FoundationModel, outcome: Outcome, client: int | None) -> None:
+        self.model, self.outcome, self.client = bind(foundation, outcome.task), outcome, client
+        self.classes = outcome.task.classes
+
+    def predict(self, samples: Sequence[Any]) -> pd.DataFrame:
+        """A row a sample: `label`, its `probability`, and `gate_weight`, the gate's weight of the local expert (missing
+        where there is no mixture).
+
+        Args:
+            samples: texts; or images as PIL images, paths, or the bytes of their files.
+
+        Raises:
+            DataError: naming the samples that are no text, or cannot be read as images.
+        """
+        return self._table(samples, [f"sample {i}" for i in range(len(samples))])
+
+    def _table(self, samples: Sequence[Any], places: Sequence[str]) -> pd.DataFrame:
+        import pandas as pd
+
+        if not len(samples):
+            return pd.DataFrame({"label": [], "probability": [], "gate_weight": []})
+        max_tokens = self.outcome.task.config.data.max_tokens
+        inputs = own.inputs_of(samples, places, self.model.foundation, "samples", max_tokens)
+        found = predict(self.model, self.outcome, self.client, inputs)
+        best = found.personalised.softmax(1).max(1)
+        return pd.DataFrame({"label": [self.classes[i] for i in best.indices.tolist()],
+                             "probability": best.values.numpy(),
+                             "gate_weight": None if found.weights is None else found.weights[:, 1].detach().numpy()})
+
+    def predict_file(self, source: str, columns: Mapping[str, str | None] = {}) -> pd.DataFrame:
+        """`predict` for all samples of a table, an image, or a folder of either; the first column says which.
+
+        columns: names of the columns `text` and `image` of a table; None or missing: as in the run.
+        """
+        data, reads = self.outcome.task.config.data, self.model.foundation.reads
+        data = data.model_copy(update={"name": source, **{k: v for k, v in columns.items() if v is not None}})
+        samples = own.read(data, reads, labelled=False)
+        table = self._table(samples.content, samples.places)
+        named = samples.content if reads == "text" else [
+            str(item) if isinstance(item, Path) else place for item, place in zip(samples.content, samples.places)]
+        table.insert(0, "text" if reads == "text" else "image", named)
+        return table
+
+
+def load(folder: str | Path, client: str | int | None = None, *, foundation: FoundationModel | None = None) -> Mixture:
+    """A mixture that `fedms export --format mixture` wrote, ready to predict. Sizes and hashes of its files are checked.
+
+    Args:
+        client: id or group of the client whose local expert is used; None: the global expert alone.
+        foundation: the model, where it was given to the run as an object.
+
+    Raises:
+        RunFolderError: if the folder is no mixture, or one of its files is damaged.
+        ConfigError: if there is no such client.
+        ModelError: if the model cannot be loaded, or is not the one of the run.
+    """
+    folder = Path(folder)
+    content = read_manifest(folder)
+    if content["kind"] != "mixture":
+        raise RunFolderError(f"{folder}: is an export in the format {content['kind']}, whose README.md or inputs say how it "
+                             "is read; `fedms predict` and `fedms.load` read --format mixture")
+    config = config_from_dict(content["config"])
+    keys = content["model"]
+    if keys.get("id") == "base":
+        config = config.model_copy(update={"model": config.model.model_copy(update={**keys, "id": str(folder / "base")})})
+    elif keys and foundation is None:
+        raise ConfigError(f"{folder}: its model {keys['id']!r} was given as an object; give it again as foundation=")
+    prompts = content["prompts"]
+    task = Task(config, tuple(content["classes"]), None if prompts is None else tuple(map(tuple, prompts)),
+                {int(i): group for i, group in content["clients"].items()}, content["model_fingerprint"])
+    shared = load_file(folder / "shared.safetensors")
+    parts = {name: _below(name, shared) for name in ("tensors", "constants", "sums")}
+    private = {int(path.stem): Private(load_file(path)) for path in sorted((folder / "clients").glob("*.safetensors"))}
+    outcome = Outcome(task, Message(clients=(), **content["final"], **parts), private)
+    number = outcome.client(client)     # a mistake here is answered before the model is loaded
+    foundation = foundation or models.load(config.model)
+    check_fingerprint(foundation, task)
+    return Mixture(foundation, outcome, number)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Writes a table as .csv or .parquet, whole or not at all.
+
+    Raises:
+        RunFolderError: if it cannot be written.
+    """
+    if path.suffix == ".csv":
+        data = table.to_csv(index=False).encode()
+    else:
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        data = buffer.getvalue()
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}

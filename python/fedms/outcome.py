@@ -1,0 +1,141 @@
+"""What a run ended with, ready to predict: the shared tensors as they arrive at a client, and each client's own."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedms import methods, wire
+from fedms.checkpoint import CheckpointFolder, unpack_server
+from fedms.client import Message, Private
+from fedms.config import ConfigError, RunConfig, config_from_dict
+from fedms.data import Dataset, ImageInputs, TextInputs
+from fedms.methods import Prediction
+from fedms.models import FoundationModel
+from fedms.records import RunFolderError, RunRecords
+from fedms.resident import Part, ResidentModel, Tensors
+from fedms.server import Server
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the tensors belong to. groups: name of each client's group, by id. fingerprint: of the foundation model."""
+
+    config: RunConfig
+    classes: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...] | None
+    groups: dict[int, str | None]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run. final: what every client has in the end. private: what each keeps, by id."""
+
+    task: Task
+    final: Message
+    private: dict[int, Private] = field(default_factory=dict)
+
+    def client(self, name: str | int | None) -> int | None:
+        """The id of a client given by its id or its group's name; None: no client in particular.
+
+        Raises:
+            ConfigError: if there is no such client, or the group has several.
+        """
+        if name is None:
+            return None
+        known = {str(i): i for i in self.task.groups}
+        found = [known[str(name)]] if str(name) in known else [i for i, g in self.task.groups.items() if g == str(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(f"client: {name!r} is the group of the clients {', '.join(map(str, found))}; give one of them")
+        names = ", ".join(str(i) if group is None else f"{i} ({group})" for i, group in self.task.groups.items())
+        raise ConfigError(f"client: there is no client {name!r}; clients are: {names}")
+
+    def experts(self, model: ResidentModel) -> dict[str, Tensors]:
+        """The applied pairs and the head of each expert: "global", and "client-ID" of every client with one of its
+        own."""
+        shared = {**self.final.tensors, **self.final.constants}
+        found = {}
+        if any(name.startswith("expert/") for name in shared):
+            found["global"] = _expert(shared)
+        start = shared if found else model.initial(self.task.config.run.seed)
+        applied = set(model.order[:self.final.applied_depth])
+        for client, private in sorted(self.private.items()):
+            own = _expert(private.tensors)
+            if own:
+                found[f"client-{client}"] = _expert({**start, **own})
+        return {name: {n: t for n, t in tensors.items() if model.block_of.get(n) in applied or n not in model.block_of}
+                for name, tensors in found.items()}
+
+
+def _expert(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(("expert/", "head/"))}
+
+
+def task_of(run: Path) -> Task:
+    """The task of a run that has ended.
+
+    Raises:
+        RunFolderError: if it has not, or its records are not whole.
+    """
+    records = RunRecords.read(run)
+    if records.summary is None:
+        raise RunFolderError(f"{run}: the run has not ended; go on with it by --resume")
+    if not records.summary.get("classes"):
+        raise RunFolderError(f"{run}: its summary does not say its classes, so it was made by an older version; run it again")
+    prompts = records.summary["prompts"]
+    groups = {client["id"]: client["group"] for client in records.clients if not client["unseen"]}
+    return Task(config_from_dict(records.config), tuple(records.summary["classes"]),
+                None if prompts is None else tuple(tuple(texts) for texts in prompts), groups,
+                records.summary["fingerprint"])
+
+
+def outcome_of(run: Path, task: Task, model: ResidentModel) -> Outcome:
+    """What the last checkpoint of a run that has ended holds.
+
+    Raises:
+        RunFolderError: if there is none.
+        CheckpointError: if none is whole.
+    """
+    snapshot, _ = CheckpointFolder(run / "checkpoint").load()
+    if snapshot is None:
+        raise RunFolderError(f"{run}: holds no checkpoint, so what was trained is gone; run it again")
+    server = Server(task.config, model.order, model.block_of, methods.create(task.config).carries)
+    state, _ = unpack_server(snapshot.state["server"], snapshot.tensors)
+    message = server.message(state)
+    tensors, constants = (wire.unpack(wire.pack(t, task.config.wire.dtype)) for t in (message.tensors, message.constants))
+    return Outcome(task, replace(message, tensors=tensors, constants=constants),
+                   {client: Private(tensors) for client, tensors in snapshot.private.items()})
+
+
+def bind(foundation: FoundationModel, task: Task) -> ResidentModel:
+    """A resident model without data: `predict` gives it some."""
+    config = task.config
+    uncached = config.model_copy(update={"sal": config.sal.model_copy(update={"cache": "off"})})
+    return ResidentModel(foundation, _dataset(task, None, 0), uncached)
+
+
+def predict(model: ResidentModel, outcome: Outcome, client: int | None, inputs: TextInputs | ImageInputs) -> Prediction:
+    """What a client predicts for some inputs; without a client, what the shared expert does.
+
+    Raises:
+        ConfigError: without a client, if the method shares no expert.
+    """
+    model.dataset = _dataset(outcome.task, inputs, len(inputs))
+    model.clear()
+    private = Private() if client is None else outcome.private.get(client, Private())
+    prediction = methods.create(outcome.task.config).predict(model, Part(torch.arange(len(inputs))), private, outcome.final)
+    if client is not None:
+        return prediction
+    if prediction.global_ is None:
+        raise ConfigError(f"client: the method {outcome.task.config.run.method} shares no expert; give a client")
+    return Prediction(prediction.global_, global_=prediction.global_)
+
+
+def _dataset(task: Task, inputs: Any, count: int) -> Dataset:
+    return Dataset("new", inputs, torch.zeros(count, dtype=torch.int64), task.classes, task.prompts, None, (), "")
+
