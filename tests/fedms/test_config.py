@@ -169,7 +169,7 @@ def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
 @pytest.mark.parametrize("override, expected", [
     ("lora.rnak=4", "lora.rnak: unknown key; did you mean lora.rank?"),
     ("lora.epochs=4", "lora.epochs: unknown key; did you mean stage1.epochs or stage2.epochs?"),
-    ("lora.zzz=4", "lora.zzz: unknown key; keys of [lora]: rank, alpha, dropout, rslora"),
+    ("lora.zzz=4", "lora.zzz: unknown key; keys of [lora]: rank, alpha, dropout, rslora, start"),
     ("stgae1.lr=4", "stgae1: unknown key; did you mean [stage1]?"),
     ("zzz.lr=4", "zzz: unknown key; tables: model, data, lora, sal, stage1, stage2, gate, clients, aggregate, wire, run"),
 ])
@@ -180,7 +180,7 @@ def test_an_unknown_key_names_the_nearest(override, expected):
 def test_a_value_where_a_table_belongs(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text("lora = 3\n")
-    assert problem(source=path) == "lora: got 3; accepted: a table [lora] with keys rank, alpha, dropout, rslora"
+    assert problem(source=path) == "lora: got 3; accepted: a table [lora] with keys rank, alpha, dropout, rslora, start"
     assert problem("lora.rank=2", source=path).startswith("lora: got 3; accepted: a table [lora]")
 
 
