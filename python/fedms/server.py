@@ -120,7 +120,7 @@ class Server:
         first = next(stage for stage in STAGES if getattr(self.config, stage).rounds)
         # An expert that was trained before (`[lora] start`) is applied wherever it does something.
         active = [self.order.index(block) + 1 for name, block in self.block_of.items()
-                  if name.endswith("lora_b") and name in tensors and tensors[name].any()]
+                  if self.config.lora.start is not None and name.endswith("lora_b") and tensors[name].any()]
         return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
 
     def message(self, state: ServerState) -> Message:

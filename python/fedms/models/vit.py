@@ -107,6 +107,10 @@ class PretrainedViT(VisionModel):
         grid = tokens.transpose(1, 2).unflatten(2, (side, side))
         return nn.functional.avg_pool2d(grid, side // self.recipe.pool).flatten(1)
 
+    def save(self, folder: Path) -> None:
+        raise ModelError(f"{self.name} pools its patches as no model of transformers does; export it in the format mixture, "
+                         "which names it, or onnx")
+
 
 def _load(module, path: Path, name: str) -> None:
     from safetensors import SafetensorError
