@@ -1,8 +1,10 @@
 """How the server combines what clients send."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -42,14 +44,11 @@ class WeightedMean:
         return {name: (total / self.weights[name]).float() for name, total in self.sums.items()}
 
 
-class ResidualNorm:
-    """Relative size of what averaging A and B apart loses:
-    `||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||` over all LoRA pairs together, Frobenius norms.
+class Residual:
+    """What averaging A and B apart loses: mean(B A) - mean(B) mean(A), for each LoRA pair of a round.
 
-    Keeps the round's pairs (references, rank-sized) and never forms an N x K product: with the factors stacked,
-    `||B A||^2 = sum((B^T B) * (A A^T))`.
-
-    Source: definition, section 5; the residual of FedEx-LoRA (Singhal et al. 2024).
+    Keeps the round's pairs (references, rank-sized). Source: definition, section 5; FedEx-LoRA (Singhal et al.,
+    arXiv 2410.09432).
     """
 
     def __init__(self) -> None:
@@ -58,23 +57,80 @@ class ResidualNorm:
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Takes the pairs `<layer>.lora_a` (r, K), `<layer>.lora_b` (N, r) out of one reply."""
         for name, a in tensors.items():
-            if name.endswith(".lora_a"):
-                layer = name.removesuffix(".lora_a")
+            layer = name.removesuffix(".lora_a")
+            if layer != name and f"{layer}.lora_b" in tensors:
                 self.pairs.setdefault(layer, []).append((a, tensors[f"{layer}.lora_b"], weight))
 
-    def result(self) -> float | None:
-        """The relative norm; None if no pair was sent or all products are zero."""
+    def norm(self) -> float | None:
+        """Relative size `||residual|| / ||mean(B A)||` over all pairs together, Frobenius norms; None if no pair was
+        sent or all products are zero. Never forms an N x K product: with the factors stacked,
+        `||B A||^2 = sum((B^T B) * (A A^T))`.
+        """
         lost = kept = 0.0
         for _, pairs in sorted(self.pairs.items()):
-            total = sum(weight for _, _, weight in pairs)
-            a = torch.cat([a.double() for a, _, _ in pairs])
-            b = torch.cat([b.double() * (weight / total) for _, b, weight in pairs], dim=1)
-            mean_a = sum(a.double() * (weight / total) for a, _, weight in pairs)
-            mean_b = sum(b.double() * (weight / total) for _, b, weight in pairs)
+            a, b = _stacked(pairs)
+            mean_a, mean_b = _means(pairs)
             kept += _product_norm_squared(a, b)
             lost += _product_norm_squared(torch.cat([a, mean_a]), torch.cat([b, -mean_b], dim=1))
         return (lost / kept) ** 0.5 if kept > 0 else None
 
+    def corrections(self, means: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """`correction/<layer>` (N, K) float64, what to add to a frozen weight so that with the pair of `means`, applied
+        with this scale, it does what the mean of the clients' products would do."""
+        found = {}
+        for layer, pairs in self.pairs.items():
+            a, b = _stacked(pairs)
+            lost = b @ a - means[f"{layer}.lora_b"].double() @ means[f"{layer}.lora_a"].double()
+            found[f"correction/{layer.removeprefix('expert/')}"] = scale * lost
+        return found
+
+
+def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """A (k r, K) and B (N, k r), whose product is the weighted mean of the products, float64."""
+    total = sum(weight for _, _, weight in pairs)
+    return (torch.cat([a.double() for a, _, _ in pairs]),
+            torch.cat([b.double() * (weight / total) for _, b, weight in pairs], dim=1))
+
+
+def _means(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    total = sum(weight for _, _, weight in pairs)
+    return (sum(a.double() * (weight / total) for a, _, weight in pairs),
+            sum(b.double() * (weight / total) for _, b, weight in pairs))
+
 
 def _product_norm_squared(a: Tensor, b: Tensor) -> float:
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+
+
+# Rules that need all replies of a round at once. Each reply counts once, whatever its weight: a client could claim any
+# number of samples.
+
+def median(replies: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """By element, the median over the clients that sent a tensor (Yin et al., arXiv 1803.01498), float32."""
+    return _by_tensor(replies, lambda values: np.median(values, axis=0))
+
+
+def trimmed_mean(replies: Sequence[Mapping[str, Tensor]], trim: float) -> dict[str, Tensor]:
+    """By element, the mean over the clients that sent a tensor without the floor(trim * k) lowest and highest of its k
+    values (Yin et al., arXiv 1803.01498), float32."""
+    return _by_tensor(replies, lambda values: scipy.stats.trim_mean(values, trim, axis=0))
+
+
+def _by_tensor(replies: Sequence[Mapping[str, Tensor]],
+               combine: Callable[[np.ndarray], np.ndarray]) -> dict[str, Tensor]:
+    names = {name: None for reply in replies for name in reply}     # in the order of their arrival
+    return {name: torch.from_numpy(np.asarray(combine(
+        torch.stack([reply[name] for reply in replies if name in reply]).double().numpy()))).float() for name in names}
+
+
+def krum(replies: Sequence[Mapping[str, Tensor]], current: Mapping[str, Tensor], byzantine: int) -> dict[str, Tensor]:
+    """The one reply with the least sum of squared distances to its k - byzantine - 2 nearest among k (Krum: Blanchard
+    et al., NeurIPS 2017). A tensor that a reply lacks stands at its `current` value, as that client did not change it.
+    """
+    distances = torch.zeros(len(replies), len(replies), dtype=torch.float64)
+    for name in {name for reply in replies for name in reply}:
+        values = torch.stack([reply.get(name, current[name]) for reply in replies]).double().flatten(1)
+        distances += torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
+    itself, neighbours = 1, max(1, len(replies) - byzantine - 2)
+    scores = distances.sort(dim=1).values[:, itself:itself + neighbours].sum(1)
+    return dict(replies[int(scores.argmin())])

@@ -27,11 +27,18 @@ from fedms.resident import Tensors
 from fedms.schedule import SalState
 from fedms.server import Collected, ServerState
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 
+
+def _keep_replies(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 came with rules that need all replies of a round at once."""
+    content["state"]["server"]["collected"] |= {"streams": True, "replies": 0}
+    return content
+
+
 # From each older format a function that turns its manifest's content into the next one's.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_replies}
 
 
 class CheckpointError(Exception):

@@ -120,13 +120,15 @@ class Group:
 
 
 def train(client: Client, message: Message, private: Private, groups: list[Group],
-          loss_of: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> tuple[float, Tensors]:
+          loss_of: Callable[[Tensor], Tensor], rows: Tensor | None = None,
+          epochs: int | None = None) -> tuple[float, Tensors]:
     """Local epochs of AdamW over the client's training part.
 
     Args:
         private: holds the optimiser's state of the last visit, if `[clients] optimizer = "kept"`.
         loss_of: mean loss of the rows (B,) of the training part.
         rows: (n,) rows to train on; default all.
+        epochs: default the stage's.
 
     Returns:
         Mean training loss over all samples seen, and the optimiser's state to keep (empty when it starts afresh).
@@ -137,15 +139,15 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
     settings = getattr(client.config, message.stage)
     rows = torch.arange(len(client.train)) if rows is None else rows
     named = {name: p for group in groups for name, p in group.params.items()}
-    optimizer = torch.optim.AdamW([{"params": list(group.params.values()), "lr": group.lr} for group in groups],
-                                  weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW([{"params": list(group.params.values()), "lr": group.lr} for group in groups
+                                   if group.params], weight_decay=settings.weight_decay)
     keeps = client.config.clients.optimizer == "kept"
     if keeps:
         _load_moments(optimizer, named, private.tensors, message.stage)
     torch.manual_seed(client.seed(message, "dropout"))
     shuffle = generator(client.seed(message, "shuffle"))
     total, seen = 0.0, 0
-    for _ in range(settings.epochs):
+    for _ in range(epochs or settings.epochs):
         for batch in rows[torch.randperm(len(rows), generator=shuffle)].split(settings.batch):
             optimizer.zero_grad(set_to_none=True)
             loss = accumulate(loss_of, batch, settings.micro_batch or settings.batch)

@@ -32,7 +32,10 @@ DATA = {"sentiment": "text", "digits": "images", "fashion-mnist": "images"}
 PRETRAINED = ("vit-digits-pretrained", "vit-fashion")      # models that `fedms pretrain` makes
 DATA_WITH_GROUPS = ("sentiment",)
 
-METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms", "fedms_plus")
+METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora",
+           "fedsa_lora", "fedex_lora", "feddpa", "fedms", "fedms_plus")
+RULE_OF_METHOD = {"ffa_lora": "freeze_a", "fedex_lora": "exact"}    # those whose aggregation rule is what they are
+NEED_A_LINEAR_HEAD = ("fedper", "fedrep")
 
 
 class ConfigError(ValueError):
@@ -212,6 +215,11 @@ class GateTable(Table):
     temperature: float = Field(1.0, gt=0, description="divides the gate's logits; above 1 is softer")
     lr: float = Field(1e-3, gt=0, description="AdamW learning rate of the gate")
     bottleneck: int = Field(16, ge=1, description="hidden width of the gate adapter")
+    training: Literal["aggregated", "private"] = Field(
+        "aggregated", description="aggregated: averaged every round; private: each client keeps its own")
+    weight: Optional[float] = Field(
+        None, ge=0, le=1, description="weight of the local expert, instead of a trained gate's: 0.5 mixes half and half, "
+        "as a gate frozen at its start does; 0 is the global expert alone, 1 the local one; unset: the gate's")
     held_out: float = Field(0.2, gt=0, lt=1, description="method fedms_plus: share of each client's training samples "
                             "on which the gate alone is trained")
 
@@ -245,12 +253,56 @@ class ClientsTable(Table):
                           "logarithm of speed and link, drawn once for each client")
     optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimiser state at each visit")
 
+    @property
+    def sampled(self) -> int:
+        """Clients sampled each round."""
+        return min(self.count, max(self.min, int(self.fraction * self.count + 0.5)))
+
 
 class AggregateTable(Table):
     """How replies are combined."""
 
-    rule: Literal["mean"] = Field("mean", description="aggregation rule")
-    weights: Literal["samples", "uniform"] = Field("samples", description="weight of a client's reply")
+    rule: Optional[Literal["mean", "exact", "freeze_a", "median", "trimmed_mean", "krum"]] = Field(
+        None, description="mean: A and B averaged apart; exact: what that loses is added to the frozen weights; freeze_a: "
+        "A stays as drawn, B is averaged; median, trimmed_mean: by element; krum: the one reply nearest to the others. "
+        "unset: the method's, else mean")
+    weights: Literal["samples", "uniform"] = Field(
+        "samples", description="weight of a client's reply; median, trimmed_mean and krum count each once")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="rule trimmed_mean: share of the values cut at either end")
+    byzantine: int = Field(1, ge=0, description="rule krum: replies that may be hostile; 2 more than twice as many are "
+                           "needed each round")
+
+
+class FedProxTable(Table):
+    """Constants of the method fedprox."""
+
+    mu: float = Field(0.01, ge=0, description="method fedprox: pull to the weights that a client received")
+
+
+class FedRepTable(Table):
+    """Constants of the method fedrep."""
+
+    head_epochs: int = Field(1, ge=1, description="method fedrep: epochs of the head alone, before those of the body")
+
+
+class DittoTable(Table):
+    """Constants of the method ditto."""
+
+    pull: float = Field(0.1, ge=0, description="method ditto: lambda, the pull of the private model to the global one")
+
+
+class APFLTable(Table):
+    """Constants of the method apfl."""
+
+    alpha: float = Field(0.5, gt=0, lt=1, description="method apfl: weight of the private model at the start")
+    lr: float = Field(0.01, ge=0, description="method apfl: AdamW learning rate of that weight; 0 keeps it")
+
+
+class FedDPATable(Table):
+    """Constants of the method feddpa."""
+
+    scale: float = Field(1.0, ge=0, description="method feddpa: weight of the local expert at cosine similarity 1")
+    samples: int = Field(5, ge=1, description="method feddpa: training samples that a sample is compared with")
 
 
 class WireTable(Table):
@@ -281,8 +333,18 @@ class RunConfig(Table):
     gate: GateTable = GateTable()
     clients: ClientsTable = ClientsTable()
     aggregate: AggregateTable = AggregateTable()
+    fedprox: FedProxTable = FedProxTable()
+    fedrep: FedRepTable = FedRepTable()
+    ditto: DittoTable = DittoTable()
+    apfl: APFLTable = APFLTable()
+    feddpa: FedDPATable = FedDPATable()
     wire: WireTable = WireTable()
     run: RunTable = RunTable()
+
+    @property
+    def aggregation(self) -> str:
+        """The aggregation rule in force: the one that is set, else the method's own, else the mean."""
+        return self.aggregate.rule or RULE_OF_METHOD.get(self.run.method, "mean")
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
@@ -342,11 +404,29 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
         stage = getattr(c, name)
         if stage.micro_batch is not None and stage.micro_batch > stage.batch:
             yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
+    yield from _method_problems(c)
     if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
         yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
     if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
         yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
                "accepted: shares that sum to 1")
+
+
+def _method_problems(c: RunConfig) -> Iterable[str]:
+    method, rule = c.run.method, c.aggregation
+    if method in NEED_A_LINEAR_HEAD and c.model.head != "linear":
+        yield f'model.head: {method} gives each client a head of its own; got {_show(c.model.head)}, accepted: "linear"'
+    own = RULE_OF_METHOD.get(method, rule)
+    if rule != own:
+        yield f'aggregate.rule: got {_show(rule)}, but {method} is the method of the rule "{own}"; leave it unset'
+    if method == "fedsa_lora" and rule in ("exact", "freeze_a"):
+        yield f"aggregate.rule: {_show(rule)} needs B to be shared, which fedsa_lora keeps private"
+    if rule == "exact" and c.model.frozen != "fp32":
+        yield (f'aggregate.rule: "exact" adds to the frozen weights, which model.frozen = {_show(c.model.frozen)} '
+               'quantises; set model.frozen to "fp32"')
+    if rule == "krum" and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
+        yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
+               f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")
 
 
 def builtin_names() -> tuple[str, ...]:

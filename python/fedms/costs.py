@@ -13,7 +13,7 @@ from fedms.client import Client, Private
 from fedms.config import ConfigError, RunConfig
 from fedms.data import ClientSplit, Partition
 from fedms.methods import Method
-from fedms.resident import Part, ResidentModel, Tensors
+from fedms.resident import Part, ResidentModel, Tensors, is_a, nothing
 from fedms.rng import generator
 from fedms.schedule import SalState
 from fedms.server import STAGES, Server
@@ -174,11 +174,12 @@ class CostModel:
     def _load(self, depth: int) -> Tensors:
         """Loads a fresh global expert and returns its applied tensors."""
         self.model.clear()
-        self.model.load("global", self.model.initial(self.config.run.seed), depth=depth, applied_depth=depth)
+        self.model.load("global", self.model.initial(self.config.run.seed), depth=depth, applied_depth=depth,
+                        keep=is_a if self.config.aggregation == "freeze_a" else nothing)
         return self.model.read_applied("global")
 
     def _message(self, tensors: Tensors) -> int:
-        sent = {name: tensor for name, tensor in tensors.items() if self.method.carries("stage1", name)}
+        sent = {name: tensor for name, tensor in tensors.items() if self.server.carries("stage1", name)}
         return len(wire.pack(sent, self.config.wire.dtype)) if sent else 0
 
 

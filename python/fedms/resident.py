@@ -5,7 +5,8 @@ two experts, `global` and `local`, each with a head, and the gate adapter; one *
 Whatever is constant for a sample (the prefix's output, a frozen expert's logits, the frozen model's features) is
 computed once and cached.
 
-Tensors travel under these names: `expert/<layer>.lora_a`, `expert/<layer>.lora_b`, `head/<name>`, `gate/<name>`.
+Tensors travel under these names: `expert/<layer>.lora_a`, `expert/<layer>.lora_b`, `head/<name>`, `gate/<name>`, and
+with exact aggregation `correction/<layer>`.
 """
 from __future__ import annotations
 
@@ -45,6 +46,16 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is the A of a pair."""
+    return name.endswith(".lora_a")
+
+
+def nothing(name: str) -> bool:
+    """Accepts no name."""
+    return False
 
 
 class ResidentModel:
@@ -89,6 +100,9 @@ class ResidentModel:
         self.imported = {} if config.lora.start is None else self._import(Path(config.lora.start))
         self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
+        self.kept = dict.fromkeys(EXPERTS, nothing)         # what training each expert leaves as it is
+        self.corrected: Tensors = {}                        # what exact aggregation adds to frozen weights, by layer
+        self.originals: Tensors = {}                        # the weights of those layers without it
         self.boundary = self.untrained_below(config.sal.depth)
         self.running: str | None = None                     # what the pairs are set for now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
@@ -152,6 +166,7 @@ class ResidentModel:
     def start(self) -> None:
         """The start of a run: nothing is counted yet."""
         self.flops, self.charged = 0, set()
+        self._correct({})
         self.clear()
 
     def clear(self) -> None:
@@ -159,19 +174,38 @@ class ResidentModel:
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.running = None
 
-    def load(self, expert: str, tensors: Mapping[str, Tensor], *, depth: int, applied_depth: int) -> None:
-        """Copies an expert into the model: its pairs and its head. The first `depth` blocks of the order will be
-        trained, those up to `applied_depth` applied; pairs of the others are off.
+    def load(self, expert: str, tensors: Mapping[str, Tensor], *, depth: int, applied_depth: int,
+             keep: Callable[[str], bool] = nothing) -> None:
+        """Copies an expert into the model: its pairs and its head, and the corrections of the frozen weights that
+        come with it. The first `depth` blocks of the order will be trained, those up to `applied_depth` applied;
+        pairs of the others are off. Training leaves tensors whose names `keep` accepts as they are.
 
         Raises:
             KeyError: if a tensor of an applied pair, or of the head, is missing.
         """
-        self.depths[expert] = (depth, applied_depth)
+        self.depths[expert], self.kept[expert] = (depth, applied_depth), keep
         self.boundary = self.untrained_below(max(trained for trained, _ in self.depths.values()))
         self.running = None
         targets = self._targets(expert, self.order[:applied_depth])
         with torch.no_grad():
             torch._foreach_copy_(list(targets.values()), [tensors[name] for name in targets])
+            self._correct({name: tensor for name, tensor in tensors.items() if name.startswith("correction/")})
+
+    def _correct(self, corrections: Tensors) -> None:
+        """Puts `correction/<layer>` (N, K) beside the frozen weights: added to them while an expert's stream runs."""
+        if corrections.keys() == self.corrected.keys() and all(c is self.corrected[n] for n, c in corrections.items()):
+            return
+        self._show_corrections(False)
+        self.corrected = corrections
+        self.originals = {name: self._frozen_weight(name).detach().clone() for name in corrections}
+
+    @torch.no_grad()
+    def _show_corrections(self, shown: bool) -> None:
+        for name, original in self.originals.items():
+            self._frozen_weight(name).copy_(original + self.corrected[name] if shown else original)
+
+    def _frozen_weight(self, name: str) -> nn.Parameter:
+        return self.layers[name.removeprefix("correction/")].weight
 
     def untrained_below(self, depth: int) -> int:
         """Number of blocks below the lowest one that a depth trains; all of them at depth 0."""
@@ -198,6 +232,14 @@ class ResidentModel:
         self._run(expert)
         blocks = self.order[:self.depths[expert][0]]
         return {name: p for name, p in self._targets(expert, blocks).items() if p.requires_grad}
+
+    def _freeze_kept(self, expert: str) -> None:
+        """Heads are not parts of blocks, so what trains in them is set here; of active blocks, what stays."""
+        head = self.config.model.head == "linear" or self.config.model.learn_temperature
+        for name, p in self._targets(expert, self.order[:self.depths[expert][0]]).items():
+            if name.startswith("head/") or self.kept[expert](name):
+                p.requires_grad_(head and not self.kept[expert](name))
+                p.grad = None
 
     def read_applied(self, expert: str) -> Tensors:
         """Copies of an expert's applied pairs and of its head."""
@@ -243,7 +285,7 @@ class ResidentModel:
     def frozen_logits(self, expert: str, part: Part) -> Tensor:
         """`all_logits` of an expert that does not change: computed once for the tensors that it has."""
         digest = hashlib.sha256()
-        for tensor in self.read_applied(expert).values():
+        for tensor in (*self.read_applied(expert).values(), *self.corrected.values()):
             digest.update(tensor.numpy())
         return self._constant((part.key, "logits", digest.hexdigest()), lambda: self.all_logits(expert, part),
                               lambda: self._live_flops(expert, part))
@@ -323,9 +365,19 @@ class ResidentModel:
                          applied_depth=applied if expert == "global" else trained)
             else:
                 deactivate(module, expert)
+            if stream == expert:
+                self._freeze_kept(expert)
+        self._show_corrections(stream is not None)      # the foundation model alone has none
         self.running = stream
         depth = min(prefix_depth(module), self.boundary)
-        self.prefix_key = (depth, prefix_hash(module, depth))
+        self.prefix_key = (depth, self._prefix_hash(depth, corrected=stream is not None))
+
+    def _prefix_hash(self, depth: int, corrected: bool) -> str:
+        digest = hashlib.sha256(prefix_hash(self.foundation.module, depth).encode())
+        for name, correction in self.corrected.items() if corrected else ():
+            if self.layers[name.removeprefix("correction/")].block <= depth:
+                digest.update(correction.numpy())
+        return digest.hexdigest()
 
     def _features(self, part: Part, rows: Tensor) -> Tensor:
         """(B, D) pooled features of the running stream: the cached prefix, then the live blocks."""

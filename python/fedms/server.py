@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from fedms import schedule
-from fedms.aggregate import ResidualNorm, WeightedMean
+from fedms.aggregate import Residual, WeightedMean, krum, median, trimmed_mean
 from fedms.client import Message, Reply
 from fedms.config import RunConfig
-from fedms.resident import Tensors
+from fedms.resident import Tensors, is_a
 from fedms.rng import generator
+from fedms_ext import LoRA
 
 STAGES = ("stage1", "stage2")
 
@@ -45,18 +46,23 @@ class Collected:
 
     Args:
         weights: "samples" weighs a reply by its training samples, "uniform" all alike.
+        streams: whether replies are added to a running mean; otherwise all are kept until the round ends.
     """
 
-    def __init__(self, weights: str) -> None:
-        self.weights = weights
-        self.mean, self.residual = WeightedMean(), ResidualNorm()
+    def __init__(self, weights: str, streams: bool = True) -> None:
+        self.weights, self.streams = weights, streams
+        self.mean, self.residual = WeightedMean(), Residual()
+        self.replies: list[Tensors] = []
         self.sums: Tensors = {}
         self.numbers: list[dict[str, float | None]] = []        # one dict a reply
 
     def add(self, reply: Reply) -> None:
         weight = float(reply.n_train) if self.weights == "samples" else 1.0
-        self.mean.add(reply.tensors, weight)
-        self.residual.add(reply.tensors, weight)
+        if self.streams:
+            self.mean.add(reply.tensors, weight)
+            self.residual.add(reply.tensors, weight)
+        else:
+            self.replies.append(reply.tensors)
         for name, tensor in reply.sums.items():
             self.sums[name] = self.sums.get(name, 0) + tensor
         self.numbers.append({**reply.metrics, "score": reply.score, "n_train": reply.n_train,
@@ -71,18 +77,20 @@ class Collected:
     # To and from plain data and tensors, for checkpoints
 
     def plain(self) -> dict[str, Any]:
-        return {"weights": self.weights, "numbers": self.numbers, "mean_weights": self.mean.weights,
+        return {"weights": self.weights, "streams": self.streams, "replies": len(self.replies),
+                "numbers": self.numbers, "mean_weights": self.mean.weights,
                 "residual_weights": {layer: [w for _, _, w in pairs] for layer, pairs in self.residual.pairs.items()}}
 
     def tensors(self) -> Tensors:
         pairs = {f"residual/{layer}/{i}/{x}": pair["ab".index(x)] for layer, pairs in self.residual.pairs.items()
                  for i, pair in enumerate(pairs) for x in "ab"}
+        replies = {f"replies/{i}/{n}": t for i, reply in enumerate(self.replies) for n, t in reply.items()}
         return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.sums.items()},
-                **pairs}
+                **pairs, **replies}
 
     @classmethod
     def restore(cls, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
-        self = cls(plain["weights"])
+        self = cls(plain["weights"], plain["streams"])
         self.numbers = list(plain["numbers"])
         self.mean.weights = dict(plain["mean_weights"])
         self.mean.sums = {name: tensors[f"mean/{name}"] for name in self.mean.weights}
@@ -90,8 +98,13 @@ class Collected:
             layer: [(tensors[f"residual/{layer}/{i}/a"], tensors[f"residual/{layer}/{i}/b"], weight)
                     for i, weight in enumerate(weights)]
             for layer, weights in plain["residual_weights"].items()}
-        self.sums = {n.removeprefix("sums/"): t for n, t in tensors.items() if n.startswith("sums/")}
+        self.sums = _under("sums/", tensors)
+        self.replies = [_under(f"replies/{i}/", tensors) for i in range(plain["replies"])]
         return self
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 class AllClientsFailed(Exception):
@@ -111,8 +124,12 @@ class Server:
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
                  carries: Callable[[str, str], str | None]) -> None:
-        self.config, self.order, self.block_of, self.carries = config, order, block_of, carries
+        self.config, self.order, self.block_of, self._carries = config, order, block_of, carries
         self.schedule = schedule.from_config(config.sal, len(order))
+
+    def carries(self, stage: str, name: str) -> str | None:
+        """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
+        return None if self.config.aggregation == "freeze_a" and is_a(name) else self._carries(stage, name)
 
     def start(self, tensors: Tensors) -> ServerState:
         """State before the first round of the first stage that has rounds."""
@@ -148,7 +165,7 @@ class Server:
         if not collected.numbers:
             raise AllClientsFailed(f"{state.stage}, round {state.round}: no client could train; see visits.jsonl")
         last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
-        after = replace(state, tensors={**state.tensors, **collected.mean.result()},
+        after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
                         sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
                         sal=state.sal if last else self.schedule.advance(state.sal, collected.average("score")))
         activated = [str(block) for block in self.order[state.sal.depth:after.sal.depth]]
@@ -156,14 +173,30 @@ class Server:
             "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(collected.numbers),
             **{name: collected.average(name, by="n_train") for name in ("loss", "gate_mean", "gate_entropy")},
             **{name: collected.average(name) for name in ("validation_accuracy", "validation_loss")},
-            "residual_norm": collected.residual.result(),
+            "residual_norm": collected.residual.norm(),
             "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None,
         }
         return self._next_round(after), record
 
     def collect(self) -> Collected:
         """An empty round."""
-        return Collected(self.config.aggregate.weights)
+        return Collected(self.config.aggregate.weights, self.config.aggregation in ("mean", "exact", "freeze_a"))
+
+    def _combine(self, collected: Collected, current: Tensors) -> Tensors:
+        """What the server has after a round in the place of what clients sent (`[aggregate] rule`)."""
+        rule, settings = self.config.aggregation, self.config.aggregate
+        if rule == "median":
+            return median(collected.replies)
+        if rule == "trimmed_mean":
+            return trimmed_mean(collected.replies, settings.trim)
+        if rule == "krum":
+            return krum(collected.replies, current, settings.byzantine)
+        means = collected.mean.result()
+        if rule != "exact":
+            return means
+        lora = self.config.lora
+        lost = collected.residual.corrections(means, LoRA(lora.rank, lora.alpha, lora.dropout, lora.rslora).scale)
+        return {**means, **{name: (current.get(name, 0) + more).float() for name, more in lost.items()}}
 
     def _next_round(self, state: ServerState) -> ServerState:
         state = replace(state, round=state.round + 1, applied_depth=max(state.applied_depth, state.sal.depth))
@@ -178,11 +211,7 @@ class Server:
     def sample(self, stage: str, round: int) -> tuple[int, ...]:
         """Ids of the clients of a round, ascending."""
         clients = self.config.clients
-        size = min(clients.count, max(clients.min, round_half_up(clients.fraction * clients.count)))
         drawn = torch.randperm(clients.count, generator=generator(
-            self.config.run.seed, "sample-clients", stage, round))[:size]
+            self.config.run.seed, "sample-clients", stage, round))[:clients.sampled]
         return tuple(sorted(drawn.tolist()))
 
-
-def round_half_up(value: float) -> int:
-    return int(value + 0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedms.aggregate import ResidualNorm, WeightedMean
+from fedms.aggregate import Residual, WeightedMean
 
 LAYERS = ("block.0.query", "block.1.value")
 
@@ -57,7 +57,7 @@ def test_refusals():
 
 def test_the_residual_is_what_averaging_the_factors_loses():
     sent, weights = replies(4), [1.0, 2.0, 3.0, 4.0]
-    residual = ResidualNorm()
+    residual = Residual()
     for tensors, weight in zip(sent, weights):
         residual.add(tensors, weight)
     lost = kept = 0.0
@@ -68,20 +68,20 @@ def test_the_residual_is_what_averaging_the_factors_loses():
         means = sum(w * y for w, y in zip(weights, b)) @ sum(w * x for w, x in zip(weights, a)) / 100
         kept += mean.square().sum()
         lost += (mean - means).square().sum()
-    assert residual.result() == pytest.approx(float((lost / kept).sqrt()), rel=1e-9)
+    assert residual.norm() == pytest.approx(float((lost / kept).sqrt()), rel=1e-9)
 
 
 def test_equal_clients_lose_nothing():
     (sent,) = replies(1)
-    residual = ResidualNorm()
+    residual = Residual()
     for _ in range(3):
         residual.add(sent, 2.0)
-    assert residual.result() == pytest.approx(0, abs=1e-6)
+    assert residual.norm() == pytest.approx(0, abs=1e-6)
 
 
 def test_no_residual_without_pairs():
-    residual = ResidualNorm()
+    residual = Residual()
     residual.add({"gate/out.weight": torch.ones(2)}, 1)
-    assert residual.result() is None
+    assert residual.norm() is None
     residual.add({"expert/x.lora_a": torch.ones(1, 2), "expert/x.lora_b": torch.zeros(2, 1)}, 1)
-    assert residual.result() is None
+    assert residual.norm() is None

@@ -121,6 +121,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_next(tmp_path):
 
 
 def test_formats(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
     CheckpointFolder(tmp_path).save(snapshot(1.0))
     monkeypatch.setattr(checkpoint, "FORMAT", 3)
     monkeypatch.setattr(checkpoint, "MIGRATIONS", {

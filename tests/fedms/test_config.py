@@ -112,7 +112,7 @@ def test_a_malformed_override_is_shown_with_what_is_expected(override):
 
 def test_a_key_without_its_table_is_completed():
     assert problem("rank=4") == "--set rank=4: expected table.key=value; did you mean lora.rank?"
-    assert problem("lr=4").endswith("did you mean stage1.lr or stage2.lr or gate.lr?")
+    assert problem("lr=4").endswith("did you mean stage1.lr or stage2.lr or gate.lr or apfl.lr?")
 
 
 # Every value has bounds or a type: each violation names the key, the value and what is accepted
@@ -137,7 +137,8 @@ def test_a_key_without_its_table_is_completed():
                              "bytes"),
     ("sal.cache_bytes=-1", 'sal.cache_bytes: got -1; accepted: a size such as "2GiB" or "500MB", or a number of bytes'),
     ("run.method=fedavgft", 'run.method: got "fedavgft"; accepted: "local", "fedavg", "fedavg_prior", "fedavg_ft", '
-                            '"fedms", "fedms_plus"; did you mean fedavg_ft?'),
+                            '"fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora", "fedsa_lora", "fedex_lora", '
+                            '"feddpa", "fedms", "fedms_plus"; did you mean fedavg_ft?'),
     ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "dirichlet", "domains", "classes", "quantity", "iid"; did you mean '
                                 "dirichlet?"),
     ("sal.order=topdown", 'sal.order: got "topdown"; accepted: "top_down", "bottom_up", "interleaved"; or a list of '
@@ -171,7 +172,8 @@ def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
     ("lora.epochs=4", "lora.epochs: unknown key; did you mean stage1.epochs or stage2.epochs?"),
     ("lora.zzz=4", "lora.zzz: unknown key; keys of [lora]: rank, alpha, dropout, rslora, start"),
     ("stgae1.lr=4", "stgae1: unknown key; did you mean [stage1]?"),
-    ("zzz.lr=4", "zzz: unknown key; tables: model, data, lora, sal, stage1, stage2, gate, clients, aggregate, wire, run"),
+    ("zzz.lr=4", "zzz: unknown key; tables: model, data, lora, sal, stage1, stage2, gate, clients, aggregate, "
+                 "fedprox, fedrep, ditto, apfl, feddpa, wire, run"),
 ])
 def test_an_unknown_key_names_the_nearest(override, expected):
     assert problem(override) == expected

@@ -6,8 +6,9 @@ what they share and keep, and in nothing else.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fedms.client import Client, Group, Message, Private, Reply, Score, cross_entropy_of, train, validate
 from fedms.config import RunConfig
-from fedms.resident import Part, ResidentModel, Tensors
+from fedms.resident import Part, ResidentModel, Tensors, is_a, nothing
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,65 @@ class Method(ABC):
 
 # Steps that several methods share.
 
-def train_shared(model: ResidentModel, client: Client, private: Private, message: Message) -> tuple[Reply, Private]:
-    """Federated averaging's visit: load the shared expert, judge it, train it, send what was trained."""
-    model.load("global", message.tensors, depth=client.trained_depth(message), applied_depth=message.applied_depth)
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]      # of what is trained, by name; added to the loss
+
+
+def shared_expert(model: ResidentModel, message: Message, config: RunConfig) -> Tensors:
+    """The global expert as a client has it: what the message brings and, where A stays as it was drawn (`[aggregate]
+    rule = "freeze_a"`), A from the run's seed: it never travels."""
+    brought = {**message.constants, **message.tensors}
+    if config.aggregation != "freeze_a":
+        return brought
+    return {**{name: t for name, t in model.initial(config.run.seed).items() if is_a(name)}, **brought}
+
+
+def train_shared(model: ResidentModel, client: Client, private: Private, message: Message, *,
+                 start: Mapping[str, Tensor] = MappingProxyType({}),
+                 penalty: Penalty | None = None) -> tuple[Reply, Private]:
+    """Federated averaging's visit: load the shared expert, judge it, train it, send what was trained.
+
+    What the message does not bring is the client's own: it begins as in `start`, is trained with the rest, and stays.
+    """
+    frozen_a = client.config.aggregation == "freeze_a"
+    model.load("global", {**start, **private.tensors, **shared_expert(model, message, client.config)},
+               depth=client.trained_depth(message), applied_depth=message.applied_depth,
+               keep=is_a if frozen_a else nothing)
     received = validate(model, client, "global")
-    params = model.trainable("global")
-    loss, moments = train(client, message, private, [Group(params, lr_of(client, message))],
-                          cross_entropy_of(model, client, "global"))
-    reply = make_reply(client, model.read_trained("global"), received.accuracy, received, loss=loss,
-                       trained_params=sum(p.numel() for p in params.values()))
-    return reply, Private({**private.tensors, **moments})
+    loss, moments, size = fit(model, client, private, message, "global", penalty)
+    trained = model.read_trained("global")
+    sent = {name: tensor for name, tensor in trained.items() if name in message.tensors}
+    own = {name: tensor for name, tensor in trained.items() if name not in message.tensors}
+    reply = make_reply(client, sent, received.accuracy, received, loss=loss, trained_params=size)
+    return reply, Private({**private.tensors, **own, **moments})
 
 
 def train_private(model: ResidentModel, client: Client, private: Private, message: Message,
-                  start: Mapping[str, Tensor]) -> tuple[Reply, Private]:
+                  start: Mapping[str, Tensor], penalty: Penalty | None = None) -> tuple[Reply, Private]:
     """A visit that trains a private expert and sends nothing. `start`: what it begins as, at the first visit."""
     load_private(model, client, private, message, start)
     received = validate(model, client, "local")
     before = model.read_applied("local")
-    params = model.trainable("local")
-    loss, moments = train(client, message, private, [Group(params, lr_of(client, message))],
-                          cross_entropy_of(model, client, "local"))
+    loss, moments, size = fit(model, client, private, message, "local", penalty)
     kept, after = keep_better(model, client, message, before, received)
-    reply = make_reply(client, {}, received.accuracy, after, loss=loss,
-                       trained_params=sum(p.numel() for p in params.values()))
-    return reply, Private({**kept, **moments})
+    reply = make_reply(client, {}, received.accuracy, after, loss=loss, trained_params=size)
+    return reply, Private({**private.tensors, **kept, **moments})
+
+
+def fit(model: ResidentModel, client: Client, private: Private, message: Message, expert: str,
+        penalty: Penalty | None = None) -> tuple[float, Tensors, int]:
+    """Trains a loaded expert on its own loss; returns the mean loss, the optimiser's state to keep, and the number of
+    parameters trained."""
+    params, loss_of = model.trainable(expert), cross_entropy_of(model, client, expert)
+    prefix = "local/" if expert == "local" else ""
+    loss, moments = train(client, message, private,
+                          [Group({prefix + name: p for name, p in params.items()}, lr_of(client, message))],
+                          loss_of if penalty is None else lambda rows: loss_of(rows) + penalty(params))
+    return loss, moments, sum(p.numel() for p in params.values())
+
+
+def proximal(strength: float, anchors: Mapping[str, Tensor]) -> Penalty:
+    """strength / 2 * squared distance of what is trained from its anchors."""
+    return lambda params: strength / 2 * sum((p - anchors[name]).square().sum() for name, p in params.items())
 
 
 def load_private(model: ResidentModel, client: Client, private: Private, message: Message,
@@ -93,14 +128,15 @@ def load_private(model: ResidentModel, client: Client, private: Private, message
                applied_depth=message.applied_depth)
 
 
-def keep_better(model: ResidentModel, client: Client, message: Message, before: Tensors,
-                received: Score) -> tuple[Tensors, Score]:
+def keep_better(model: ResidentModel, client: Client, message: Message, before: Tensors, received: Score,
+                judge: Callable[[], Score] | None = None) -> tuple[Tensors, Score]:
     """Early stopping (`[stage2] keep = "best"`): the private expert after training, or the one before if that has the
-    lower validation loss; and the validation score of the one that is kept. Loads it into the model."""
-    trained = validate(model, client, "local")
-    better = (client.config.stage2.keep == "best" and received.loss is not None and received.loss <= trained.loss)
-    if better:
-        model.load("local", before, depth=client.trained_depth(message), applied_depth=message.applied_depth)
+    lower validation loss; and the validation score of the one that is kept. Loads it into the model. `judge`: scores
+    what is in the model; default the local expert alone."""
+    trained = judge() if judge else validate(model, client, "local")
+    if client.config.stage2.keep == "best" and received.loss is not None and received.loss <= trained.loss:
+        model.load("local", {**before, **model.corrected}, depth=client.trained_depth(message),
+                   applied_depth=message.applied_depth)
         return before, received
     return model.read_applied("local"), trained
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Method, Prediction, train_private, train_shared
+from fedms.methods.base import Method, Prediction, shared_expert, train_private, train_shared
 from fedms.resident import Part, ResidentModel
 
 
@@ -10,7 +10,7 @@ class FedAvgFT(Method):
     name = "fedavg_ft"
 
     def carries(self, stage: str, name: str) -> str | None:
-        if not name.startswith(("expert/", "head/")):
+        if name.startswith("gate/"):
             return None
         return "round" if stage == "stage1" else "once"
 
@@ -18,11 +18,12 @@ class FedAvgFT(Method):
                     message: Message) -> tuple[Reply, Private]:
         if message.stage == "stage1":
             return train_shared(model, client, private, message)
-        return train_private(model, client, private, message, start=message.constants)
+        return train_private(model, client, private, message, start=shared_expert(model, message, self.config))
 
     def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
         depths = {"depth": final.depth, "applied_depth": final.applied_depth}
-        model.load("global", final.constants, **depths)
-        model.load("local", {**final.constants, **private.tensors}, **depths)
-        shared, own = model.all_logits("global", part), model.all_logits("local", part)
-        return Prediction(own, global_=shared, local=own)
+        shared = shared_expert(model, final, self.config)
+        model.load("global", shared, **depths)
+        model.load("local", {**shared, **private.tensors}, **depths)
+        ours, own = model.all_logits("global", part), model.all_logits("local", part)
+        return Prediction(own, global_=ours, local=own)

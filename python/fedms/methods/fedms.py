@@ -7,6 +7,9 @@ expert is frozen; each client trains a private local expert, which starts as its
 
 on CE(z) + own_loss * CE(z_local), and sends the gate adapter alone. Our choices where the abstracts are silent: the
 mixture is taken on logits, and the local expert has a loss of its own (the mixture's alone leaves it weak).
+
+Its ablations are settings: a gate that each client keeps to itself (`[gate] training`), a fixed weight in the gate's place
+(`[gate] weight`), the order and schedule of activation (`[sal]`).
 """
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.client import Client, Group, Message, Private, Reply, Score, score, train, validate
-from fedms.methods.base import (Method, Prediction, keep_better, load_private, lr_of, make_reply, train_shared)
+from fedms.methods.base import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
+                                train_shared)
 from fedms.resident import Part, ResidentModel, Tensors
 
 
@@ -27,8 +31,16 @@ class FedMS(Method):
 
     def carries(self, stage: str, name: str) -> str | None:
         if name.startswith("gate/"):
-            return None if stage == "stage1" else "round"
+            return "round" if stage != "stage1" and self._shares_gate else None
         return "round" if stage == "stage1" else "once"
+
+    @property
+    def _trains_gate(self) -> bool:
+        return self.config.gate.weight is None
+
+    @property
+    def _shares_gate(self) -> bool:
+        return self._trains_gate and self.config.gate.training == "aggregated"
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
@@ -38,15 +50,18 @@ class FedMS(Method):
 
     def _stage2(self, model: ResidentModel, client: Client, private: Private,
                 message: Message) -> tuple[Reply, Private]:
-        self._load(model, client, private, message)
+        self._load(model, private, message, client.trained_depth(message))
         received, _ = self._validate(model, client)
         expert = Group(model.trainable("local"), lr_of(client, message))
-        gate = Group({f"gate/{n}": p for n, p in model.gate.named_parameters()}, self.config.gate.lr)
+        gate = Group({f"gate/{n}": p for n, p in model.gate.named_parameters()} if self._trains_gate else {},
+                     self.config.gate.lr)
         loss, kept, moments = self._fit(model, client, private, message, expert, gate)
         reached, weights = self._validate(model, client)
-        reply = make_reply(client, model.read_gate(), received.accuracy, reached, loss=loss, **gate_numbers(weights),
+        reply = make_reply(client, model.read_gate() if self._shares_gate else {}, received.accuracy, reached, loss=loss,
+                           **gate_numbers(weights),
                            trained_params=sum(p.numel() for p in (*expert.params.values(), *gate.params.values())))
-        return reply, Private({**kept, **moments})
+        own_gate = model.read_gate() if self.config.gate.training == "private" else {}
+        return reply, Private({**kept, **own_gate, **moments})
 
     def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
              gate: Group) -> tuple[float, Tensors, Tensors]:
@@ -58,22 +73,25 @@ class FedMS(Method):
         return loss, kept, moments
 
     def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
-        depths = {"depth": final.depth, "applied_depth": final.applied_depth}
-        model.load("global", final.constants, **depths)
+        shared = shared_expert(model, final, self.config)
         if not private.has_expert:                          # no local expert: weight 1 on the global one
-            shared = model.all_logits("global", part)
-            return Prediction(shared, global_=shared)
-        model.load("local", {**final.constants, **private.tensors}, **depths)
-        model.load_gate(final.tensors)
+            model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
+            logits = model.all_logits("global", part)
+            return Prediction(logits, global_=logits)
+        self._load(model, private, final, final.depth)
         mixed, weights = self._mixture(model, part)
         return Prediction(mixed, model.all_logits("global", part), model.all_logits("local", part), weights)
 
     # The mixture
 
-    def _load(self, model: ResidentModel, client: Client, private: Private, message: Message) -> None:
-        model.load("global", message.constants, depth=0, applied_depth=message.applied_depth)
-        load_private(model, client, private, message, start=message.constants)
-        model.load_gate(message.tensors)
+    def _load(self, model: ResidentModel, private: Private, message: Message, depth: int) -> None:
+        """Loads both experts, the local one to be trained at a depth, and the gate."""
+        start = model.initial(self.config.run.seed) if self.config.gate.training == "private" else {}
+        shared = shared_expert(model, message, self.config)
+        model.load("global", shared, depth=0, applied_depth=message.applied_depth)
+        model.load("local", {**shared, **private.tensors}, depth=depth, applied_depth=message.applied_depth)
+        if self._trains_gate:
+            model.load_gate({**start, **private.tensors, **message.tensors})
 
     def _loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
         """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
@@ -88,16 +106,24 @@ class FedMS(Method):
 
     def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
         """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
-        features = model.gate_features(part)
+        weights = self._weights_of(model, part)
         if self.config.gate.mixing == "layers":
-            return lambda rows, _: model.layer_mixture(part, rows, model.gate(features[rows]))
+            return lambda rows, _: model.layer_mixture(part, rows, weights(rows))
         shared = model.frozen_logits("global", part)
-        return lambda rows, own: mix(model.gate(features[rows]), shared[rows], own, self.config.gate.on)
+        return lambda rows, own: mix(weights(rows), shared[rows], own, self.config.gate.on)
+
+    def _weights_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor | slice], Tensor]:
+        """The weights (B, 2) of both experts for rows (B,) of a part."""
+        fixed = self.config.gate.weight
+        if fixed is not None:
+            return lambda rows: torch.tensor([1 - fixed, fixed]).expand(len(part.indices[rows]), 2)
+        features = model.gate_features(part)
+        return lambda rows: model.gate(features[rows])
 
     @torch.no_grad()
     def _mixture(self, model: ResidentModel, part: Part) -> tuple[Tensor, Tensor]:
         """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part."""
-        weights = model.gate(model.gate_features(part))
+        weights = self._weights_of(model, part)(slice(None))
         if self.config.gate.mixing == "layers":
             return model.all_layer_mixture(part, weights), weights
         shared, own = model.frozen_logits("global", part), model.all_logits("local", part)

@@ -28,7 +28,7 @@ class FedMSPlus(FedMS):
         own_before, before = validate(model, client, "local"), model.read_applied("local")
         loss, moments = train(client, message, private, [expert], self._loss(model, client), expert_rows)
         kept, _ = keep_better(model, client, message, before, own_before)
-        if len(gate_rows):
+        if len(gate_rows) and gate.params:
             _, gate_moments = train(client, message, private, [gate], self._gate_loss(model, client), gate_rows)
             moments = {**moments, **gate_moments}
         return loss, kept, moments

@@ -1,0 +1,77 @@
+"""APFL (Deng et al., arXiv 2003.13461): a FedAvg model w, a private one v, and a weight alpha of each client's own,
+
+    z(x) = alpha * z_v(x) + (1 - alpha) * z_w(x),
+
+with v and alpha trained on CE(z). The weight is the same for all samples: FedMS without a gate.
+
+Our choices: outputs are mixed, as FedMS does it (the paper mixes parameters, which is the same for linear models); while
+v is trained, w is the one received, as it is the average that the client will mix with. alpha is the sigmoid of what is
+trained, and begins at `[apfl] alpha`. Both models are trained at every visit, in both stages."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.client import Client, Group, Message, Private, Reply, Score, score, train
+from fedms.methods.base import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
+from fedms.methods.fedavg import FedAvg
+from fedms.resident import Part, ResidentModel, Tensors
+
+ALPHA = "apfl/alpha"        # the logit of alpha, scalar
+
+
+class APFL(FedAvg):
+    name = "apfl"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        shared = shared_expert(model, message, self.config)
+        reply, private = train_shared(model, client, private, message)
+        own, private = self._train_own(model, client, private, message, shared)
+        size = reply.metrics["trained_params"] + own.metrics["trained_params"]
+        return replace(reply, metrics={**own.metrics, "trained_params": size}), private
+
+    def _train_own(self, model: ResidentModel, client: Client, private: Private, message: Message,
+                   shared: Tensors) -> tuple[Reply, Private]:
+        model.load("global", shared, depth=0, applied_depth=message.applied_depth)
+        load_private(model, client, private, message, start=shared)
+        alpha = self._alpha(private).requires_grad_()
+        ours, params = model.frozen_logits("global", client.train), model.trainable("local")
+
+        def loss(rows: Tensor) -> Tensor:
+            mixed = mix(alpha, model.logits("local", client.train, rows), ours[rows])
+            return F.cross_entropy(mixed, model.labels(client.train, rows))
+
+        def judge() -> Score:
+            own = model.all_logits("local", client.validation)
+            mixed = mix(alpha.detach(), own, model.frozen_logits("global", client.validation))
+            return score(mixed, model.labels(client.validation))
+
+        received, before = judge(), {**model.read_applied("local"), ALPHA: alpha.detach().clone()}
+        mean, moments = train(client, message, private, [
+            Group({f"local/{name}": p for name, p in params.items()}, lr_of(client, message)),
+            Group({ALPHA: alpha}, self.config.apfl.lr)], loss)
+        kept, reached = keep_better(model, client, message, before, received, judge)
+        reply = make_reply(client, {}, None, reached, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
+        return reply, Private({**private.tensors, ALPHA: alpha.detach(), **kept, **moments})
+
+    def _alpha(self, private: Private) -> Tensor:
+        return private.tensors.get(ALPHA, torch.tensor(self.config.apfl.alpha).logit()).clone()
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        prediction = super().predict(model, part, private, final)
+        if not private.has_expert:                          # never visited: no model of its own
+            return prediction
+        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
+                   applied_depth=final.applied_depth)
+        ours, own, alpha = prediction.global_, model.all_logits("local", part), self._alpha(private)
+        weight = alpha.sigmoid()
+        return Prediction(mix(alpha, own, ours), ours, own, torch.stack([1 - weight, weight]).expand(len(part), 2))
+
+
+def mix(alpha: Tensor, own: Tensor, shared: Tensor) -> Tensor:
+    """Logits (B, C) of the mixture; `alpha` is a logit."""
+    return alpha.sigmoid() * own + (1 - alpha.sigmoid()) * shared

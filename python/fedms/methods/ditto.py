@@ -1,0 +1,35 @@
+"""Ditto (Li et al., arXiv 2012.04221): beside the FedAvg model w, each client trains a private one v, pulled to it,
+
+    min over v of  CE(v) + lambda/2 * ||v - w_received||^2;
+
+w is sent, v predicts. Both are trained at every visit, in both stages, so a visit costs two."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedms.client import Client, Message, Private, Reply
+from fedms.methods.base import Prediction, proximal, shared_expert, train_private, train_shared
+from fedms.methods.fedavg import FedAvg
+from fedms.resident import Part, ResidentModel
+
+
+class Ditto(FedAvg):
+    name = "ditto"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        shared = shared_expert(model, message, self.config)
+        reply, private = train_shared(model, client, private, message)
+        own, private = train_private(model, client, private, message, start=shared,
+                                     penalty=proximal(self.config.ditto.pull, shared))
+        size = reply.metrics["trained_params"] + own.metrics["trained_params"]
+        return replace(reply, metrics={**own.metrics, "trained_params": size}), private
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        prediction = super().predict(model, part, private, final)
+        if not private.has_expert:                          # never visited: no model of its own
+            return prediction
+        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
+                   applied_depth=final.applied_depth)
+        own = model.all_logits("local", part)
+        return replace(prediction, personalised=own, local=own)

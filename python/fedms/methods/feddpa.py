@@ -1,0 +1,49 @@
+"""FedDPA (Yang et al., NeurIPS 2024, arXiv 2403.19211), its sequential form FedDPA-F: a global LoRA by federated
+averaging, then a private local one that starts as its copy, and at inference a weight of the local one for each sample:
+
+    weight(x) = clip(scale * mean over s of cos(f(x), f(x_s)), 0, 1)
+
+with x_s some training samples of the client and f the frozen foundation model's features. Nothing is learnt about the
+weights. The two are mixed inside each layer, as in the paper; no source gave the scale for our features, so it is
+`[feddpa] scale`."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.client import Client, Message, Private, Reply
+from fedms.methods.base import Prediction, shared_expert
+from fedms.methods.fedavg_ft import FedAvgFT
+from fedms.resident import Part, ResidentModel
+from fedms.rng import generator
+
+REFERENCES = "feddpa/references"        # (S, D) features of training samples
+
+
+class FedDPA(FedAvgFT):
+    name = "feddpa"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        reply, after = super().client_step(model, client, private, message)
+        if message.stage == "stage2" and REFERENCES not in after.tensors:
+            drawn = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "feddpa", client.id))
+            features = model.features(client.train)[drawn[:self.config.feddpa.samples]]
+            after = replace(after, tensors={**after.tensors, REFERENCES: features.clone()})
+        return reply, after
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        prediction = super().predict(model, part, private, final)
+        if REFERENCES not in private.tensors:               # never visited in stage 2: the global one alone
+            return replace(prediction, personalised=prediction.global_, local=None)
+        own = self._weight(model.features(part), private.tensors[REFERENCES])
+        weights = torch.stack([1 - own, own], dim=1)
+        return replace(prediction, personalised=model.all_layer_mixture(part, weights), weights=weights)
+
+    def _weight(self, features: Tensor, references: Tensor) -> Tensor:
+        """Weights (n,) of the local expert for features (n, D)."""
+        similar = F.normalize(features, dim=1) @ F.normalize(references, dim=1).T
+        return (self.config.feddpa.scale * similar.mean(1)).clamp(0, 1)

@@ -1,0 +1,25 @@
+"""FedPer (Arivazhagan et al., arXiv 1912.00818): a shared body, a private head, trained jointly. Here the body is the
+LoRA expert, and the head a client's own from its first visit on. Needs the linear head."""
+from __future__ import annotations
+
+from fedms.client import Client, Message, Private, Reply
+from fedms.methods.base import Method, Prediction, shared_expert, train_shared
+from fedms.resident import Part, ResidentModel
+
+
+class FedPer(Method):
+    name = "fedper"
+
+    def carries(self, stage: str, name: str) -> str | None:
+        return None if name.startswith(("head/", "gate/")) else "round"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        return train_shared(model, client, private, message, start=model.initial(self.config.run.seed))
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        """A client that was never visited has the head that all begin with."""
+        start, shared = model.initial(self.config.run.seed), shared_expert(model, final, self.config)
+        model.load("global", {**start, **private.tensors, **shared}, depth=final.depth,
+                   applied_depth=final.applied_depth)
+        return Prediction(model.all_logits("global", part))

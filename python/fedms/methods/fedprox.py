@@ -1,0 +1,19 @@
+"""FedProx (Li et al., arXiv 1812.06127): FedAvg whose clients are held near what they received,
+
+    min over w of  CE(w) + mu/2 * ||w - w_received||^2        over the pairs and the head that a client trains.
+"""
+from __future__ import annotations
+
+from fedms.client import Client, Message, Private, Reply
+from fedms.methods.base import proximal, train_shared
+from fedms.methods.fedavg import FedAvg
+from fedms.resident import ResidentModel
+
+
+class FedProx(FedAvg):
+    name = "fedprox"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        return train_shared(model, client, private, message,
+                            penalty=proximal(self.config.fedprox.mu, message.tensors))

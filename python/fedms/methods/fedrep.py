@@ -1,0 +1,30 @@
+"""FedRep (Collins et al., arXiv 2102.07078): FedPer's parts, trained one after the other. At each visit the private head
+is fitted to the body as it arrives, for `[fedrep] head_epochs`; then the head stays and the body, the LoRA expert, is
+trained and sent. Needs the linear head."""
+from __future__ import annotations
+
+from fedms.client import Client, Group, Message, Private, Reply, cross_entropy_of, train, validate
+from fedms.methods.base import fit, lr_of, make_reply, shared_expert
+from fedms.methods.fedper import FedPer
+from fedms.resident import ResidentModel
+
+
+class FedRep(FedPer):
+    name = "fedrep"
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        start, body = model.initial(self.config.run.seed), shared_expert(model, message, self.config)
+        model.load("global", {**start, **private.tensors, **body}, depth=0, applied_depth=message.applied_depth)
+        received = validate(model, client, "global")
+        head = model.trainable("global")
+        _, head_moments = train(client, message, private, [Group(head, lr_of(client, message))],
+                                cross_entropy_of(model, client, "global"), epochs=self.config.fedrep.head_epochs)
+        own = model.read_trained("global")
+
+        model.load("global", {**body, **own}, depth=client.trained_depth(message),
+                   applied_depth=message.applied_depth, keep=lambda name: name in own)
+        loss, moments, size = fit(model, client, private, message, "global")
+        reply = make_reply(client, model.read_trained("global"), received.accuracy, received, loss=loss,
+                           trained_params=size + sum(p.numel() for p in head.values()))
+        return reply, Private({**own, **head_moments, **moments})

@@ -1,0 +1,13 @@
+"""FedSA-LoRA (Guo et al., arXiv 2410.01463): A and B are trained, A alone is shared; it holds what clients have in
+common, B what they do not. The linear head, which the paper does not train, stays with B (our choice)."""
+from __future__ import annotations
+
+from fedms.methods.fedper import FedPer
+from fedms.resident import is_a
+
+
+class FedSALoRA(FedPer):
+    name = "fedsa_lora"
+
+    def carries(self, stage: str, name: str) -> str | None:
+        return "round" if is_a(name) else None
