@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check-triton36 gpu bench docs wheel clean missing-packages check-system
+.PHONY: help setup demo test test-full check-triton36 gpu bench study study-quick docs wheel clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -50,6 +50,12 @@ test-full: $(INSTALLED) ## all tests, with 30 killed runs and 30 full disks
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
+
+study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most eight hours a call: docs/study.md
+	$(BIN)/fedms study --jobs 2 --hours 7.9
+
+study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick.md
+	$(BIN)/fedms study --quick --jobs 2 --out runs/study-quick
 
 docs: $(INSTALLED) ## docs/configuration.md, from the code
 	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/configuration.md

@@ -19,12 +19,14 @@ class GateAdapter(nn.Module):
         experts: number of outputs.
         bottleneck: inner width of the MLP.
         temperature: divides the gate's logits; above 0. Larger is softer.
+        side: number of further inputs, which reach the outputs by a linear map of their own, past the bottleneck.
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
-    def __init__(self, dim: int, experts: int = 2, bottleneck: int = 16, temperature: float = 1.0) -> None:
+    def __init__(self, dim: int, experts: int = 2, bottleneck: int = 16, temperature: float = 1.0,
+                 side: int = 0) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("experts", experts), ("bottleneck", bottleneck)):
             if value < 1:
@@ -38,9 +40,14 @@ class GateAdapter(nn.Module):
         self.out = nn.Linear(dim, experts)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.side_inputs = side
+        if side:
+            self.side = nn.Linear(side, experts, bias=False)
+            nn.init.zeros_(self.side.weight)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, dim) -> weights (B, experts), rows sum to 1."""
+    def forward(self, features: Tensor, side: Tensor | None = None) -> Tensor:
+        """features (B, dim), further inputs (B, side) or None -> weights (B, experts), rows sum to 1."""
         h = self.norm(features)
         h = h + self.up(nn.functional.gelu(self.down(h)))
-        return torch.softmax(self.out(h) / self.temperature, dim=-1)
+        logits = self.out(h) if side is None else self.out(h) + self.side(side)
+        return torch.softmax(logits / self.temperature, dim=-1)

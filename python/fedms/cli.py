@@ -231,6 +231,43 @@ def pretrain(
         console.print(f"{file}" + ("" if made else ": there already; --force trains again"), markup=False, soft_wrap=True)
 
 
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms study --quick --out runs/study-quick` — six methods, two settings, one seed",
+    "`fedms study --jobs 2 --hours 8` — the whole study, or as much of it as fits; called again it goes on",
+    "`fedms study --page-only` — make the page again from the records",
+    "OUT holds records.jsonl, one line a run; run folders are kept in runs/study until they are removed.",
+    EXIT_CODES]))
+def study(
+    quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = Path("docs/study"),
+    page: Annotated[Optional[Path], typer.Option(
+        "--page", metavar="FILE", help="The page.", show_default="OUT.md, beside OUT")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs at a time, one thread each.")] = 1,
+    hours: Annotated[Optional[float], typer.Option(
+        "--hours", min=0, metavar="H", help="Begin no run after that time.", show_default="no limit")] = None,
+    page_only: Annotated[bool, typer.Option("--page-only", help="Run nothing.")] = False,
+) -> None:
+    """Run the study of all methods on four settings, and write its page from the records."""
+    with _exit_codes():
+        from fedms import pretrain as pretraining
+        from fedms import study as studies
+
+        planned, records = studies.plan(quick), out / "records.jsonl"
+        if not page_only:
+            needed = {run.config.model.id for run in planned}
+            for model in (name for name in PRETRAINED if name in needed):
+                with _bar(f"pretraining {model}") as advance:
+                    pretraining.ensure(model, report=advance)
+            end = None if hours is None else time.monotonic() + 3600 * hours
+            with _polite_stop() as stop:
+                studies.carry_out(planned, records, Path("runs") / out.name, jobs=jobs, say=_line,
+                                  stop=lambda: stop() or (end is not None and time.monotonic() > end))
+        page = page or out.with_suffix(".md")
+        studies.write_page(page, planned, records)
+        console.print(f"page: {page}", markup=False, soft_wrap=True)
+
+
 @app.command(epilog=EXIT_CODES)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
@@ -475,6 +512,10 @@ def _progress(out: Path, track: Optional[list[str]]) -> Iterator[Progress]:
         raise
     finally:
         progress.close()
+
+
+def _line(text: str) -> None:
+    errors.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -220,8 +220,23 @@ class GateTable(Table):
     weight: Optional[float] = Field(
         None, ge=0, le=1, description="weight of the local expert, instead of a trained gate's: 0.5 mixes half and half, "
         "as a gate frozen at its start does; 0 is the global expert alone, 1 the local one; unset: the gate's")
-    held_out: float = Field(0.2, gt=0, lt=1, description="method fedms_plus: share of each client's training samples "
-                            "on which the gate alone is trained")
+
+
+class PlusTable(Table):
+    """The pieces of the method fedms_plus, each of which can be switched off; without them it is fedms."""
+
+    prior: Literal["both", "global", "off"] = Field(
+        "both", description="experts to whose logits the client's class prior is added, log p_client(y) - log p_all(y), in "
+        "stage 2 and in use")
+    prior_in_stage1: bool = Field(
+        True, description="the global expert is trained with that prior added, so that it need not learn it")
+    smoothing: float = Field(1.0, gt=0, description="added to each class count before the prior's logarithm")
+    held_out: float = Field(
+        0.2, ge=0, lt=1, description="share of each client's training samples on which the gate alone is trained, and the "
+        "expert is not; 0 trains both on all, as fedms does")
+    gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
+    gate_lr: float = Field(0.02, gt=0, description="AdamW learning rate of the gate on those samples")
+    confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone")
 
 
 class Budget(Table):
@@ -338,6 +353,7 @@ class RunConfig(Table):
     ditto: DittoTable = DittoTable()
     apfl: APFLTable = APFLTable()
     feddpa: FedDPATable = FedDPATable()
+    plus: PlusTable = PlusTable()
     wire: WireTable = WireTable()
     run: RunTable = RunTable()
 
@@ -405,6 +421,9 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
         if stage.micro_batch is not None and stage.micro_batch > stage.batch:
             yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
     yield from _method_problems(c)
+    if c.run.method == "fedms_plus" and c.gate.mixing == "layers" and c.plus.confidences:
+        yield ('plus.confidences: mixing = "layers" decides before there are outputs to be confident of; '
+               'set plus.confidences to false')
     if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
         yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
     if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:

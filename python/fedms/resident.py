@@ -95,11 +95,11 @@ class ResidentModel:
                               'text tower; use "linear"')
         self.temperature = config.model.temperature or foundation.zero_shot_temperature or 1.0
         self.heads = nn.ModuleDict({name: self._new_head() for name in EXPERTS})
-        gate_width = foundation.feature_dim if config.gate.features == "final" else foundation.width
-        self.gate = GateAdapter(gate_width, len(EXPERTS), config.gate.bottleneck, config.gate.temperature)
+        self.gate = self._new_gate()
         self.imported = {} if config.lora.start is None else self._import(Path(config.lora.start))
         self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
+        self.shifts = self._no_shifts()                     # added to each expert's logits, (C,)
         self.kept = dict.fromkeys(EXPERTS, nothing)         # what training each expert leaves as it is
         self.corrected: Tensors = {}                        # what exact aggregation adds to frozen weights, by layer
         self.originals: Tensors = {}                        # the weights of those layers without it
@@ -126,6 +126,11 @@ class ResidentModel:
         return LinearHead(self.foundation.feature_dim, len(self.dataset.classes), self.class_embeddings,
                           self.temperature)
 
+    def _new_gate(self, side: int = 0) -> GateAdapter:
+        gate = self.config.gate
+        width = self.foundation.feature_dim if gate.features == "final" else self.foundation.width
+        return GateAdapter(width, len(EXPERTS), gate.bottleneck, gate.temperature, side)
+
     # Tensors in and out
 
     def initial(self, seed: int) -> Tensors:
@@ -136,8 +141,7 @@ class ResidentModel:
             self.heads["global"].reset(generator(seed, "init", "head"))
         with torch.random.fork_rng():
             torch.manual_seed(generator(seed, "init", "gate").initial_seed())
-            self.gate = GateAdapter(self.gate.norm.normalized_shape[0], len(EXPERTS), self.gate.down.out_features,
-                                    self.gate.temperature)
+            self.gate = self._new_gate()
         self.running = None
         return {**self.read("global"), **self.read_gate(), **self.imported}
 
@@ -172,7 +176,11 @@ class ResidentModel:
     def clear(self) -> None:
         """Forgets which experts are loaded: the start of every visit."""
         self.depths = {name: (0, 0) for name in EXPERTS}
+        self.shifts = self._no_shifts()
         self.running = None
+
+    def _no_shifts(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(len(self.dataset.classes)) for name in EXPERTS}
 
     def load(self, expert: str, tensors: Mapping[str, Tensor], *, depth: int, applied_depth: int,
              keep: Callable[[str], bool] = nothing) -> None:
@@ -216,6 +224,10 @@ class ResidentModel:
         return {name: p.detach().clone() for name, p in self._targets(expert, range(1, self.blocks + 1)).items()}
 
     def load_gate(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies a gate into the model; whether it has further inputs is seen from its tensors."""
+        side = tensors["gate/side.weight"].shape[1] if "gate/side.weight" in tensors else 0
+        if side != self.gate.side_inputs:
+            self.gate = self._new_gate(side)
         self.gate.load_state_dict({name.removeprefix("gate/"): t for name, t in tensors.items()
                                    if name.startswith("gate/")})
 
@@ -259,7 +271,7 @@ class ResidentModel:
         """(B, C) logits of one expert's stream for the rows (B,) of a part, from the cached prefix. Differentiable
         with respect to the expert's trained tensors."""
         self._run(expert)
-        return self.heads[expert](self._features(part, rows))
+        return self.heads[expert](self._features(part, rows)) + self.shifts[expert]
 
     def layer_mixture(self, part: Part, rows: Tensor, weights: Tensor) -> Tensor:
         """(B, C) logits with the experts mixed inside each trained layer by `weights` (B, 2): one stream. Layers whose
@@ -268,7 +280,7 @@ class ResidentModel:
         mixed = [layer for layer in self.layers.values() if layer.block in self.order[:self.depths["local"][0]]]
         with gated(mixed, weights):
             features = self._features(part, rows)
-        logits = torch.stack([self.heads[e](features) for e in EXPERTS], dim=1)
+        logits = torch.stack([self.heads[e](features) + self.shifts[e] for e in EXPERTS], dim=1)
         return (weights.unsqueeze(-1) * logits).sum(1)
 
     @torch.no_grad()
@@ -285,7 +297,7 @@ class ResidentModel:
     def frozen_logits(self, expert: str, part: Part) -> Tensor:
         """`all_logits` of an expert that does not change: computed once for the tensors that it has."""
         digest = hashlib.sha256()
-        for tensor in (*self.read_applied(expert).values(), *self.corrected.values()):
+        for tensor in (*self.read_applied(expert).values(), *self.corrected.values(), self.shifts[expert]):
             digest.update(tensor.numpy())
         return self._constant((part.key, "logits", digest.hexdigest()), lambda: self.all_logits(expert, part),
                               lambda: self._live_flops(expert, part))

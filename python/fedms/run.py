@@ -119,7 +119,7 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
     session.model.start()
     clients = [Client(split, config, fitting) for split in partition.clients]
     engine = LocalEngine(method, server, session.model, clients, folder, progress, stop)
-    state = engine.run(session.model.initial(seed))
+    state = engine.run(method.initial(session.model))
 
     progress.phase("evaluating")
     final = engine.final_message(state)

@@ -38,6 +38,10 @@ class Method(ABC):
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
+    def initial(self, model: ResidentModel) -> Tensors:
+        """All tensors that the server starts with."""
+        return model.initial(self.config.run.seed)
+
     @abstractmethod
     def carries(self, stage: str, name: str) -> str | None:
         """How a tensor goes to clients: "round" (with every message), "once" (kept by the client), None (not)."""

@@ -36,7 +36,7 @@ class FedAvgPrior(FedAvg):
         return replace(shared, personalised=shared.global_ + shift.float())
 
 
-def log_prior(counts: Tensor) -> Tensor:
-    """log p(y) (C,) from class counts, each raised by one (Laplace), so that a class never seen is rare, not
+def log_prior(counts: Tensor, smoothing: float = 1.0) -> Tensor:
+    """log p(y) (C,) from class counts, each raised by `smoothing` (Laplace), so that a class never seen is rare, not
     impossible."""
-    return ((counts + 1) / (counts.sum() + len(counts))).log()
+    return ((counts + smoothing) / (counts.sum() + smoothing * len(counts))).log()

@@ -86,7 +86,7 @@ class FedMS(Method):
 
     def _load(self, model: ResidentModel, private: Private, message: Message, depth: int) -> None:
         """Loads both experts, the local one to be trained at a depth, and the gate."""
-        start = model.initial(self.config.run.seed) if self.config.gate.training == "private" else {}
+        start = self.initial(model) if self.config.gate.training == "private" else {}
         shared = shared_expert(model, message, self.config)
         model.load("global", shared, depth=0, applied_depth=message.applied_depth)
         model.load("local", {**shared, **private.tensors}, depth=depth, applied_depth=message.applied_depth)
@@ -106,27 +106,34 @@ class FedMS(Method):
 
     def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
         """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
-        weights = self._weights_of(model, part)
+        features = model.gate_features(part) if self._trains_gate else torch.empty(len(part), 0)
         if self.config.gate.mixing == "layers":
-            return lambda rows, _: model.layer_mixture(part, rows, weights(rows))
+            return lambda rows, _: model.layer_mixture(part, rows, self._weights(model, features[rows]))
         shared = model.frozen_logits("global", part)
-        return lambda rows, own: mix(weights(rows), shared[rows], own, self.config.gate.on)
 
-    def _weights_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor | slice], Tensor]:
-        """The weights (B, 2) of both experts for rows (B,) of a part."""
+        def mixture(rows: Tensor, own: Tensor) -> Tensor:
+            weights = self._weights(model, features[rows], shared[rows], own)
+            return mix(weights, shared[rows], own, self.config.gate.on)
+        return mixture
+
+    def _weights(self, model: ResidentModel, features: Tensor, shared: Tensor | None = None,
+                 own: Tensor | None = None) -> Tensor:
+        """The weights (B, 2) of both experts for samples of which the gate sees features (B, D). shared, own (B, C): the
+        experts' logits there, where they are known before the gate decides."""
         fixed = self.config.gate.weight
         if fixed is not None:
-            return lambda rows: torch.tensor([1 - fixed, fixed]).expand(len(part.indices[rows]), 2)
-        features = model.gate_features(part)
-        return lambda rows: model.gate(features[rows])
+            return torch.tensor([1 - fixed, fixed]).expand(len(features), 2)
+        return model.gate(features)
 
     @torch.no_grad()
     def _mixture(self, model: ResidentModel, part: Part) -> tuple[Tensor, Tensor]:
         """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part."""
-        weights = self._weights_of(model, part)(slice(None))
+        features = model.gate_features(part) if self._trains_gate else torch.empty(len(part), 0)
         if self.config.gate.mixing == "layers":
+            weights = self._weights(model, features)
             return model.all_layer_mixture(part, weights), weights
         shared, own = model.frozen_logits("global", part), model.all_logits("local", part)
+        weights = self._weights(model, features, shared, own)
         return mix(weights, shared, own, self.config.gate.on), weights
 
     def _validate(self, model: ResidentModel, client: Client) -> tuple[Score, Tensor]:

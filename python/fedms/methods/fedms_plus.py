@@ -1,42 +1,90 @@
-"""FedMS with the gate trained on samples that the local expert has not seen.
+"""FedMS with what validation data asked for. Each piece is a setting of `[plus]`; docs/method.md says what each gains.
 
-On the expert's own training samples the gate learns to trust an expert that knows them by heart, and its weight drifts
-to the local one. Here a share of each client's training samples (`[gate] held_out`) is kept from the local expert; once
-the expert of the visit is trained and chosen, the gate alone is trained on them.
+The clients' class priors. Clients differ most in how often they see a class. The shift log p_client(y) - log p_all(y) is
+added to both experts' logits, in stage 1 in training alone: so no expert spends its few parameters on learning it, and
+averaging need not undo it (balanced softmax: Ren et al., arXiv 2007.10740; logit calibration: Zhang et al., 2209.00189).
+The class counts of all clients are added up by the server; a deployment would use a secure sum.
+
+A gate on held-out samples. On the expert's own training samples the gate learns to trust an expert that knows them by
+heart. Here a share of each client's training samples is kept from the local expert; once the expert of the visit is
+trained and chosen, the gate alone is trained on them.
+
+Confidences. Which expert is right shows in how sure each is: the gate sees that beside the features.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Message, Private, train, validate
-from fedms.methods.base import keep_better
+from fedms.client import Client, Group, Message, Private, Reply, train, validate
+from fedms.methods.base import Prediction, class_counts, keep_better
+from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
-from fedms.resident import ResidentModel, Tensors
+from fedms.resident import EXPERTS, Part, ResidentModel, Tensors
 from fedms.rng import generator
+
+COUNTS = "class_counts"
 
 
 class FedMSPlus(FedMS):
     name = "fedms_plus"
 
+    def initial(self, model: ResidentModel) -> Tensors:
+        side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.config.plus.confidences else {}
+        return {**super().initial(model), **side}
+
+    def client_step(self, model: ResidentModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        counts = class_counts(model, client.train)
+        self._shift(model, message.stage, counts, message.sums)
+        reply, after = super().client_step(model, client, private, message)
+        sums = {COUNTS: counts} if COUNTS not in private.tensors else {}
+        return replace(reply, sums=sums), Private({**after.tensors, COUNTS: counts})
+
+    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+        if COUNTS in private.tensors:                    # a client that was never visited has no counts
+            self._shift(model, "stage2", private.tensors[COUNTS], final.sums)
+        return super().predict(model, part, private, final)
+
+    def _shift(self, model: ResidentModel, stage: str, counts: Tensor, sums: Tensors) -> None:
+        """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
+        plus = self.config.plus
+        everyone = sums.get(COUNTS, torch.zeros_like(counts))
+        shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float()
+        if stage == "stage1" and plus.prior_in_stage1 or stage != "stage1" and plus.prior != "off":
+            model.shifts["global"] = shift
+        if stage != "stage1" and plus.prior == "both":
+            model.shifts["local"] = shift
+
+    def _weights(self, model: ResidentModel, features: Tensor, shared: Tensor | None = None,
+                 own: Tensor | None = None) -> Tensor:
+        if self.config.gate.weight is not None or not self.config.plus.confidences:
+            return super()._weights(model, features, shared, own)
+        return model.gate(features, torch.cat([confidences(shared), confidences(own.detach())], 1))
+
     def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
              gate: Group) -> tuple[float, Tensors, Tensors]:
         expert_rows, gate_rows = self._split(client)
+        if not len(gate_rows):
+            return super()._fit(model, client, private, message, expert, gate)
         own_before, before = validate(model, client, "local"), model.read_applied("local")
         loss, moments = train(client, message, private, [expert], self._loss(model, client), expert_rows)
         kept, _ = keep_better(model, client, message, before, own_before)
-        if len(gate_rows) and gate.params:
-            _, gate_moments = train(client, message, private, [gate], self._gate_loss(model, client), gate_rows)
+        if gate.params:
+            gate = replace(gate, lr=self.config.plus.gate_lr)
+            _, gate_moments = train(client, message, private, [gate], self._gate_loss(model, client), gate_rows,
+                                    self.config.plus.gate_epochs)
             moments = {**moments, **gate_moments}
         return loss, kept, moments
 
     def _split(self, client: Client) -> tuple[Tensor, Tensor]:
         """Rows of the training part for the local expert, and those for the gate; the same at every visit."""
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
-        held_out = int(self.config.gate.held_out * len(rows))
+        held_out = int(self.config.plus.held_out * len(rows))
         return rows[held_out:], rows[:held_out]
 
     def _gate_loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
@@ -44,3 +92,9 @@ class FedMSPlus(FedMS):
         part = client.train
         mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
         return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
+
+
+def confidences(logits: Tensor) -> Tensor:
+    """(B, 2) of logits (B, C): the log-probability of the likeliest class, and its lead over the second one."""
+    best = F.log_softmax(logits, 1).topk(2, dim=1).values
+    return torch.stack([best[:, 0], best[:, 0] - best[:, 1]], 1)

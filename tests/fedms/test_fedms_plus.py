@@ -1,0 +1,81 @@
+"""The pieces of fedms_plus: each does what it says, and without them it is fedms."""
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedms import methods, run
+from fedms.config import ConfigError, load_config
+from fedms.methods.fedavg_prior import log_prior
+from fedms.methods.fedms_plus import confidences
+from fedms.records import RunRecords, comparable
+from fedms_ext import GateAdapter
+
+SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
+         "run.threads=1"]
+OFF = ["plus.prior=off", "plus.prior_in_stage1=false", "plus.held_out=0.0", "plus.confidences=false"]
+
+
+def config(*sets):
+    return load_config("digits", [*SMALL, *sets])
+
+
+def test_without_its_pieces_it_is_fedms(tmp_path):
+    records = []
+    for sets in (["run.method=fedms"], ["run.method=fedms_plus", *OFF]):
+        run.run(config(*sets), tmp_path / sets[0])
+        found = comparable(RunRecords.read(tmp_path / sets[0]))
+        del found["config"]
+        found["summary"].pop("method")
+        for line in (*found["rounds"], *found["visits"], found["summary"]):
+            line.pop("bytes_up"), line.pop("bytes_down")            # plus sends each client's class counts, once
+        records.append(json.dumps(found))
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("sets", [*[[piece] for piece in OFF], ["gate.training=private"], ["gate.weight=0.5"]])
+def test_each_piece_can_be_switched_off(sets, tmp_path):
+    summary = run.run(config("run.method=fedms_plus", *sets), tmp_path / "run")
+    assert summary["personalised_accuracy"]["mean"] is not None
+
+
+def test_the_shift_is_the_clients_prior_over_everybodys():
+    counts, everyone = torch.tensor([8.0, 2.0, 0.0]), torch.tensor([20.0, 30.0, 50.0])
+    expected = torch.tensor([9 / 13, 3 / 13, 1 / 13]).log() - torch.tensor([21 / 103, 31 / 103, 51 / 103]).log()
+    for sets, stage, shifted in [
+            ((), "stage1", ("global",)), ((), "stage2", ("global", "local")), (("plus.prior=global",), "stage2", ("global",)),
+            (("plus.prior=off",), "stage2", ()), (("plus.prior_in_stage1=false",), "stage1", ())]:
+        model = SimpleNamespace(shifts={"global": torch.zeros(3), "local": torch.zeros(3)})
+        method = methods.create(config("run.method=fedms_plus", *sets))
+        method._shift(model, stage, counts, {"class_counts": everyone})
+        for expert, shift in model.shifts.items():
+            assert torch.allclose(shift, expected if expert in shifted else torch.zeros(3)), (sets, stage, expert)
+
+
+def test_smoothing_bounds_a_class_that_was_never_seen():
+    counts = torch.tensor([10.0, 0.0])
+    assert torch.allclose(log_prior(counts, 0.5), torch.tensor([10.5 / 11, 0.5 / 11]).log())
+    assert log_prior(counts, 0.1)[1] < log_prior(counts, 1.0)[1]
+
+
+def test_confidences_are_the_best_log_probability_and_its_lead():
+    found = confidences(torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+    best = torch.tensor([2.0, 0.0, 1.0]).log_softmax(0)[0]
+    assert torch.allclose(found, torch.tensor([[float(best), 1.0], [-float(torch.tensor(3.0).log()), 0.0]]))
+
+
+def test_a_gates_further_inputs_move_its_weights_by_a_linear_map():
+    gate = GateAdapter(4, 2, side=2)
+    features, side = torch.randn(5, 4), torch.randn(5, 2)
+    assert torch.equal(gate(features, side), torch.full((5, 2), 0.5))       # zero at first
+    gate.side.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert torch.allclose(gate(features, side), torch.softmax(side, 1))
+    assert "side.weight" not in GateAdapter(4, 2).state_dict()
+
+
+def test_confidences_need_outputs():
+    with pytest.raises(ConfigError, match='plus.confidences: mixing = "layers"'):
+        config("run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix")
