@@ -235,8 +235,9 @@ class PlusTable(Table):
         0.2, ge=0, lt=1, description="share of each client's training samples on which the gate alone is trained, and the "
         "expert is not; 0 trains both on all, as fedms does")
     gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
-    gate_lr: float = Field(0.02, gt=0, description="AdamW learning rate of the gate on those samples")
     confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone")
+    confidence_lr: float = Field(
+        0.05, gt=0, description="AdamW learning rate of the few weights through which it sees them; the rest has gate.lr")
 
 
 class Budget(Table):

@@ -29,6 +29,9 @@ FIRST = ("fedms", "fedms_plus", "fedavg", "fedavg_ft", "fedavg_prior", "local") 
 PERSONALISED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
 REST = tuple(method for method in METHODS if method not in FIRST)
 
+# Tables that one method reads alone: another method's records do not depend on them.
+TABLE_OF_METHOD = {**{name: name for name in ("fedprox", "fedrep", "ditto", "apfl", "feddpa")}, "plus": "fedms_plus"}
+
 # Runs share their clients' constants on disk, and two of them run side by side on two cores.
 COMMON = ("sal.cache=disk", "run.threads=1")
 
@@ -85,7 +88,12 @@ class Planned:
     @property
     def key(self) -> tuple[str, str]:
         """Everything that the run depends on but the code."""
-        return self.label, dump_toml(self.config)
+        return self.label, dump_toml(config_from_dict(self.values))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The configuration as plain values, without the tables of other methods."""
+        return _of_method(self.config.model_dump(mode="json", exclude_none=True))
 
     @property
     def command(self) -> str:
@@ -187,7 +195,7 @@ def _record(run: Planned, work: Path) -> dict[str, Any]:
     past = RunRecords.read(folder)
     keep = ("personalised_accuracy", "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate",
             "final_depth", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
-    return {"config": run.config.model_dump(mode="json", exclude_none=True)} | _rounded({
+    return {"config": run.values} | _rounded({
         "setting": run.setting.name, "label": run.label, "method": run.config.run.method, "seed": run.config.run.seed,
         "command": run.command, "model_fingerprint": models.load(run.config.model).fingerprint[:16],
         **machine(), **{key: summary[key] for key in keep},
@@ -211,9 +219,14 @@ def machine() -> dict[str, str]:
 def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
     """`Planned.key` of the run that a record is of; None if its configuration is one of the past."""
     try:
-        return line["label"], dump_toml(config_from_dict(line["config"]))
+        return line["label"], dump_toml(config_from_dict(_of_method(line["config"])))
     except ConfigError:
         return None
+
+
+def _of_method(values: Mapping[str, Any]) -> dict[str, Any]:
+    method = values["run"]["method"]
+    return {table: keys for table, keys in values.items() if TABLE_OF_METHOD.get(table, method) == method}
 
 
 def _rounded(value: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedms import methods, run
+from fedms.client import Group
 from fedms.config import ConfigError, load_config
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms_plus import confidences
@@ -79,3 +80,11 @@ def test_a_gates_further_inputs_move_its_weights_by_a_linear_map():
 def test_confidences_need_outputs():
     with pytest.raises(ConfigError, match='plus.confidences: mixing = "layers"'):
         config("run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix")
+
+
+def test_features_and_confidences_have_rates_of_their_own():
+    method = methods.create(config("run.method=fedms_plus", "plus.confidence_lr=0.5"))
+    gate = GateAdapter(4, 2, side=4)
+    groups = method._gate_groups(Group({f"gate/{n}": p for n, p in gate.named_parameters()}, 1e-3))
+    assert [group.lr for group in groups] == [1e-3, 0.5] and list(groups[1].params) == ["gate/side.weight"]
+    assert len(groups[0].params) + 1 == len(list(gate.parameters()))

@@ -83,7 +83,8 @@ def test_records_of_another_setting_or_model_are_left_out():
 def test_a_key_younger_than_a_record_has_its_default_and_one_that_is_gone_outdates_it():
     known = line(RUNS[0], 0.5)
     assert study.key_of(known) == RUNS[0].key
-    del known["config"]["plus"]
+    del known["config"]["wire"]
+    known["config"]["plus"] = {"key of another method": 1}
     assert study.key_of(known) == RUNS[0].key
     known["config"]["gone"] = {"key": 1}
     assert study.key_of(known) is None

@@ -75,11 +75,16 @@ class FedMSPlus(FedMS):
         loss, moments = train(client, message, private, [expert], self._loss(model, client), expert_rows)
         kept, _ = keep_better(model, client, message, before, own_before)
         if gate.params:
-            gate = replace(gate, lr=self.config.plus.gate_lr)
-            _, gate_moments = train(client, message, private, [gate], self._gate_loss(model, client), gate_rows,
-                                    self.config.plus.gate_epochs)
+            _, gate_moments = train(client, message, private, self._gate_groups(gate), self._gate_loss(model, client),
+                                    gate_rows, self.config.plus.gate_epochs)
             moments = {**moments, **gate_moments}
         return loss, kept, moments
+
+    def _gate_groups(self, gate: Group) -> list[Group]:
+        """Hundreds of features need small steps, a handful of confidences larger ones."""
+        side = {name: p for name, p in gate.params.items() if name.startswith("gate/side.")}
+        rest = {name: p for name, p in gate.params.items() if name not in side}
+        return [Group(rest, gate.lr), *([Group(side, self.config.plus.confidence_lr)] if side else [])]
 
     def _split(self, client: Client) -> tuple[Tensor, Tensor]:
         """Rows of the training part for the local expert, and those for the gate; the same at every visit."""
