@@ -110,6 +110,9 @@ def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task) -
 
 def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> None:
     _needs_transformers(foundation)
+    if task.config.aggregation == "exact":
+        raise ConfigError("--format: exact aggregation adds to the frozen weights, which an adapter cannot hold; accepted: "
+                          "merged, onnx, mixture")
     base = task.config.model.id
     if base in models.MODELS:                   # no path of its own
         foundation.save(folder / "base")

@@ -56,13 +56,12 @@ class Outcome:
         raise ConfigError(f"client: there is no client {name!r}; clients are: {names}")
 
     def experts(self, model: ResidentModel) -> dict[str, Tensors]:
-        """The applied pairs and the head of each expert: "global", and "client-ID" of every client with one of its
+        """The applied pairs and the head of each expert, and the corrections that come with it: "global", and "client-ID" of every client with one of its
         own."""
         shared = {**self.final.tensors, **self.final.constants}
-        found = {}
-        if any(name.startswith("expert/") for name in shared):
-            found["global"] = _expert(shared)
-        start = shared if found else model.initial(self.task.config.run.seed)
+        # What never travels is what every client drew.
+        start = {**model.initial(self.task.config.run.seed), **shared}
+        found = {"global": _expert(start)} if any(name.startswith("expert/") for name in shared) else {}
         applied = set(model.order[:self.final.applied_depth])
         for client, private in sorted(self.private.items()):
             own = _expert(private.tensors)
@@ -73,7 +72,7 @@ class Outcome:
 
 
 def _expert(tensors: Tensors) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(("expert/", "head/"))}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(("expert/", "head/", "correction/"))}
 
 
 def task_of(run: Path) -> Task:

@@ -47,6 +47,13 @@ def make_table(path):
     return path
 
 
+def run_of(ended, out, **tables):
+    """Another run on the model and the table of the run "bert"."""
+    before = task_of(ended("bert")).config
+    run.run(settings(before.model.id, before.data.name, data={"client": "who"}, **tables), out)
+    return read_out(out)
+
+
 def make_photos(root):
     for client in ("x", "y"):
         for label, low in (("cat", 0), ("dog", 120)):
@@ -64,6 +71,7 @@ def settings(model_id, name, **tables):
         "lora": {"rank": 2, "alpha": 4.0, **tables.get("lora", {})},
         "sal": {"depth": 2, "schedule": "fixed", **tables.get("sal", {})},
         "stage1": {"rounds": 2, "lr": 0.02, **tables.get("stage1", {})}, "stage2": {"rounds": 1, "lr": 0.02, "keep": "last"},
+        "aggregate": tables.get("aggregate", {}),
         "clients": {"count": tables.get("count", 3)}, "run": {"threads": 1, **tables.get("run", {})}})
 
 
@@ -138,6 +146,27 @@ def test_peft_gives_the_same_logits(kind, ended, tmp_path):
         assert error(logits_of_readme(tmp_path / "out" / name), want) < 1e-5, name
         seen.append(want)
     assert all(error(a, seen[0]) > 1e-3 for a in seen[1:])      # the experts do differ
+
+
+def test_aggregation_that_leaves_a_as_it_was_drawn(ended, tmp_path):
+    outcome, model = run_of(ended, tmp_path / "run", aggregate={"rule": "freeze_a"})
+    export(tmp_path / "run", tmp_path / "out", "peft")
+    want = predict(model, outcome, None, inputs_for(model.foundation)).global_
+    assert error(logits_of_readme(tmp_path / "out/global"), want) < 1e-5
+
+
+def test_exact_aggregation_is_merged_and_is_no_adapter(ended, tmp_path):
+    outcome, model = run_of(ended, tmp_path / "run", aggregate={"rule": "exact"})
+    assert any(name.startswith("correction/") for name in outcome.final.constants)
+    with pytest.raises(ConfigError, match="exact aggregation adds to the frozen weights.*accepted: merged, onnx, mixture"):
+        export(tmp_path / "run", tmp_path / "peft", "peft")
+    export(tmp_path / "run", tmp_path / "out", "merged")
+    inputs = inputs_for(model.foundation)
+    want = predict(model, outcome, None, inputs).global_
+    assert error(logits_of_readme(tmp_path / "out"), want) < 1e-5
+    mixture = fedms.load(export(tmp_path / "run", tmp_path / "mixture"), client="anna")
+    found = predict(model, outcome, 0, inputs).personalised.softmax(1).max(1)
+    assert mixture.predict(TEXTS).probability.tolist() == pytest.approx(found.values.tolist())
 
 
 @pytest.mark.parametrize("kind, client", [("bert", "anna"), ("llama", None), ("clip", "0"), ("siglip", None), ("vit", "y")])
