@@ -73,6 +73,8 @@ Sets = Annotated[Optional[list[str]], typer.Option(
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
 Track = Annotated[Optional[list[str]], typer.Option(
     "--track", metavar="NAME", help="Send the records to a tracker too: tensorboard, wandb or mlflow; may be repeated.")]
+Jobs = Annotated[int, typer.Option(
+    "--jobs", "-j", metavar="N", min=1, help="Runs at a time, each in a process of its own with run.threads threads.")]
 Resume = Annotated[bool, typer.Option(
     "--resume", help="Go on where an earlier call with the same settings was stopped or killed.")]
 
@@ -134,7 +136,10 @@ def _carry_out(config: RunConfig, source: str, out: Optional[Path], force: bool,
 @app.command(epilog="\n\n".join([
     "**Examples**",
     "`fedms compare sentiment` — all methods, the run file's seed",
-    "`fedms compare sentiment --methods fedms,fedavg_ft,local --seeds 3 --out runs/demo`",
+    "`fedms compare sentiment --methods fedms,fedavg_ft,local --seeds 3 --jobs 2 --out runs/demo`",
+    "`fedms compare sentiment --tuned runs/sentiment-tuned` — each method with what `fedms tune` chose for it",
+    "The same command again leaves runs alone that have ended, goes on with those that were stopped, and begins what is "
+    "missing; a run of other settings in OUT is refused.",
     "OUT holds one run folder METHOD-seedN for each run, compare.csv (a line a run), compare.md and report.html.",
     EXIT_CODES]))
 def compare(
@@ -147,23 +152,72 @@ def compare(
     set_: Sets = None,
     out: Annotated[Optional[Path], typer.Option(
         "--out", "-o", metavar="DIR", help="Folder of the runs.", show_default="runs/SOURCE")] = None,
+    jobs: Jobs = 1,
+    tuned: Annotated[Optional[Path], typer.Option(
+        "--tuned", metavar="DIR", help="Folder with the choices of fedms tune, METHOD.toml.")] = None,
     force: Force = False,
-    resume: Resume = False,
     track: Track = None,
 ) -> None:
     """Run several methods on the same clients and seeds, and show them in one table."""
     with _exit_codes():
         config = load_config(source, set_ or [])
-        chosen = _method_list(methods)
         numbers = _seed_list(seeds, config)
         out = out or Path("runs") / source_name(source)
-        _refuse_filled([out / f"{m}-seed{n}" for m in chosen for n in numbers], force, resume)
+        if track and jobs > 1:
+            raise ConfigError("--track: follows one run at a time; leave out --jobs")
 
         from fedms import run as runner
+        from fedms import tune as tuning
 
+        chosen = _fitting_methods(config, methods, runner.with_run)
+        settings = tuning.chosen(tuned, config) if tuned else {}
         with _progress(out, track) as progress, _polite_stop() as stop:
-            runner.compare(config, chosen, numbers, out, overwrite=force, resume=resume, progress=progress, stop=stop)
+            runner.compare(config, chosen, numbers, out, overwrite=force, jobs=jobs, progress=progress, stop=stop,
+                           settings=settings)
         _show_results(out)
+
+
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms tune sentiment --jobs 2 --out runs/sentiment-tuned`",
+    "`fedms compare sentiment --tuned runs/sentiment-tuned`",
+    "The first trial is the run file as it stands, the others are spread evenly over the ranges. No test label is read. "
+    "The same command again goes on where it was stopped.",
+    EXIT_CODES]))
+def tune(
+    source: Source,
+    methods: Annotated[str, typer.Option(
+        "--methods", "-m", metavar="A,B|all", help=f"Methods to tune: {', '.join(METHODS)}.")] = "all",
+    trials: Annotated[int, typer.Option("--trials", metavar="N", min=1, help="Trials of each method.")] = 8,
+    set_: Sets = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="DIR", help="Folder of the choices, METHOD.toml, and of the trials.",
+        show_default="runs/SOURCE-tuned")] = None,
+    jobs: Jobs = 1,
+    force: Force = False,
+) -> None:
+    """Try constants of each method on validation data, the same number of trials for all, at a quarter of the rounds."""
+    with _exit_codes():
+        config = load_config(source, set_ or [])
+        out = out or Path("runs") / f"{source_name(source)}-tuned"
+
+        from fedms import run as runner
+        from fedms import tune as tuning
+
+        chosen = _fitting_methods(config, methods, runner.with_run)
+        with _progress(out, None) as progress, _polite_stop() as stop:
+            found = tuning.tune(config, chosen, out, count=trials, jobs=jobs, overwrite=force, progress=progress, stop=stop)
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+        for title in ("method", "as it was\nvalidation %", "best\nvalidation %", "trial", "chosen"):
+            table.add_column(title, justify="left" if title in ("method", "chosen") else "right", vertical="bottom")
+        for name in chosen:
+            own = [trial for trial in found if trial.method == name]
+            best = min(own, key=lambda trial: trial.rank)
+            table.add_row(name, *(f"{100 * t.score:.1f}" if t.score is not None else "–" for t in (own[0], best)),
+                          str(best.number), ", ".join(f"{key}={value:g}" for key, value in best.values.items()))
+        console.print(table)
+        console.print(f"\nchoices: {out}/METHOD.toml; use them by fedms compare {source} --tuned {out}", markup=False,
+                      soft_wrap=True)
 
 
 @app.command(epilog="\n\n".join([
@@ -417,6 +471,21 @@ def main() -> None:
 
 # Arguments
 
+def _fitting_methods(config: RunConfig, text: str, with_run: Any) -> list[str]:
+    """The methods that are asked for; of `all`, those that fit the run file."""
+    chosen = _method_list(text)
+    if text.strip() != "all":
+        return chosen
+    fitting = []
+    for name in chosen:
+        try:
+            with_run(config, method=name)
+            fitting.append(name)
+        except ConfigError as error:
+            errors.print(f"note: {name} is left out: {error.problems[0]}", markup=False, soft_wrap=True)
+    return fitting
+
+
 def _method_list(text: str) -> list[str]:
     if text.strip() == "all":
         return list(METHODS)
@@ -507,8 +576,9 @@ def _progress(out: Path, track: Optional[list[str]]) -> Iterator[Progress]:
         progress.close()
         if out.is_dir() and (isinstance(error, KeyboardInterrupt) or _name(error) in _RESUMABLE):
             words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
+            words += ["--resume"] if words[:1] == ["run"] else []       # the others go on by themselves
             errors.print(f"\nfedms report {out} shows what was recorded so far; go on with\n"
-                         f"  {shlex.join(['fedms', *words, '--resume'])}", markup=False, soft_wrap=True)
+                         f"  {shlex.join(['fedms', *words])}", markup=False, soft_wrap=True)
         raise
     finally:
         progress.close()
@@ -630,7 +700,7 @@ def _exit_codes() -> Iterator[None]:
 
 
 # By name: their modules import torch, which an error may well come before.
-_RESUMABLE = ("Interrupted", "CheckpointError", "RunFolderError")
+_RESUMABLE = ("Interrupted", "CheckpointError", "RunFolderError", "WorkerDied")
 
 
 def _name(error: BaseException) -> str:

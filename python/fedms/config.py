@@ -466,7 +466,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     value in TOML (``0.01``, ``true``, ``[0.6, 0.2, 0.2]``), any other text being a plain string, and ``none`` unsetting
     an optional key. Raises :class:`ConfigError`.
     """
-    values = _read(source)
+    values = read_tables(source)
     for override in overrides:
         _apply(values, override)
     return config_from_dict(values)
@@ -501,7 +501,8 @@ def reference() -> str:
 
 # Reading
 
-def _read(source: str | Path) -> dict[str, Any]:
+def read_tables(source: str | Path) -> dict[str, Any]:
+    """The plain values of a run file, not validated. Raises :class:`ConfigError`."""
     path = Path(source)
     if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9_-]+", source) and not path.is_file():
         path = RUNFILES / f"{source}.toml"

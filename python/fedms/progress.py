@@ -23,6 +23,9 @@ class Progress:
     def note(self, text: str) -> None:
         """Something worth a line of its own."""
 
+    def done(self, text: str) -> None:
+        """One of several runs that are carried out side by side has ended."""
+
     def phase(self, text: str) -> None:
         """What is being done now, e.g. ``"loading MiniLM"``."""
 
@@ -103,6 +106,9 @@ class TerminalProgress(Progress):
         if text not in self._notes:  # runs of a comparison share their data, and so most of their notes
             self._notes.add(text)
             self._print(f"note: {text}")
+
+    def done(self, text: str) -> None:
+        self._print(f"  {text}")
 
     def phase(self, text: str) -> None:
         if self._task is not None and self._console.is_terminal:

@@ -138,7 +138,7 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         try:
-            _check_same_config(path, config)
+            check_same_config(path, config)
         except BaseException:
             lock.release()
             raise
@@ -320,7 +320,8 @@ def _lock(path: Path) -> FolderLock:
         raise RunFolderError(f"{path}: {error}, another run; wait for its end, or choose another --out") from None
 
 
-def _check_same_config(path: Path, config: RunConfig) -> None:
+def check_same_config(path: Path, config: RunConfig) -> None:
+    """Raises :class:`fedms.config.ConfigError` if the run in a folder has another configuration, naming the keys."""
     # Read as a run file: keys that a newer version added have their defaults.
     earlier = config_from_dict(RunRecords.read(path).config)
     there, here = (_flat(c.model_dump(exclude_none=True)) for c in (earlier, config))

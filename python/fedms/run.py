@@ -2,23 +2,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fedms import data, methods, models
 from fedms.client import Client
-from fedms.config import RunConfig
+from fedms.config import RunConfig, config_from_dict
 from fedms.costs import fitting_depths
 from fedms.data import Dataset, Partition
 from fedms.engine.local import Interrupted, LocalEngine
 from fedms.evaluate import evaluate_client, evaluate_unseen, global_test_accuracy, summarise
+from fedms.jobs import in_processes
 from fedms.methods import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
-from fedms.records import RunFolder, RunRecords
+from fedms.records import CONFIG, RunFolder, RunRecords, check_same_config
 from fedms.resident import Part, ResidentModel
 from fedms.server import STAGES, Server
 
@@ -50,23 +54,101 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
         progress.close()
 
 
+@dataclass(frozen=True)
+class Task:
+    """One run among several. tested: whether test data are read in the end; without it there is no summary."""
+
+    config: RunConfig
+    out: Path
+    tested: bool = True
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.run.method}, seed {self.config.run.seed}"
+
+    @property
+    def visits(self) -> int:
+        return self.config.clients.sampled * sum(getattr(self.config, stage).rounds for stage in STAGES)
+
+    def has_ended(self) -> bool:
+        """Whether the folder holds this very run, and all of it.
+
+        Raises:
+            ConfigError: if the run there has other settings.
+            RunFolderError: if it cannot be read.
+        """
+        if not (self.out / CONFIG).is_file():
+            return False
+        check_same_config(self.out, self.config)
+        past = RunRecords.read(self.out)
+        rounds = sum(getattr(self.config, stage).rounds for stage in STAGES)
+        return past.summary is not None if self.tested else len(past.rounds) == rounds
+
+
 def compare(config: RunConfig, names: Sequence[str], seeds: Sequence[int], out: Path, *, overwrite: bool = False,
-            resume: bool = False, progress: Progress | None = None,
-            stop: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
-    """Runs every method with every seed into `out/METHOD-seedN/`, on the same model, data, partition and cache;
-    returns the summaries. Arguments and errors are those of `run`; on resume, runs that have ended stay as they are."""
+            jobs: int = 1, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
+            settings: Mapping[str, RunConfig] = MappingProxyType({})) -> None:
+    """Runs every method with every seed into `out/METHOD-seedN/`, on the same model, data and partition; see `carry_out`.
+
+    Args:
+        settings: the configuration of a method, where it is not `config`.
+    """
+    carry_out([Task(with_run(settings.get(name, config), method=name, seed=seed), Path(out) / f"{name}-seed{seed}")
+               for seed in seeds for name in names], overwrite=overwrite, jobs=jobs, progress=progress, stop=stop)
+
+
+def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, progress: Progress | None = None,
+              stop: Callable[[], bool] = lambda: False) -> None:
+    """Carries out runs that agree in model, data, experts and the gate's shape, `jobs` at a time.
+
+    Runs that have ended stay as they are, those that were stopped go on: a run is found again by its folder and the
+    resolved configuration in it.
+
+    Args:
+        overwrite: replace earlier runs instead.
+
+    Raises:
+        ConfigError: if a folder holds a run with other settings.
+        What `run` raises; and `jobs.WorkerDied` if a process died.
+    """
     progress = progress or Progress()
+    todo = [task for task in tasks if overwrite or not task.has_ended()]
+    if len(todo) < len(tasks):
+        progress.note(f"{len(tasks) - len(todo)} of {len(tasks)} runs have ended already and stay as they are")
     try:
-        session = _Session(config, progress)
-        summaries = []
-        for seed in seeds:
-            for name in names:
-                one = with_run(config, method=name, seed=seed)
-                opener = _opener(one, Path(out) / f"{name}-seed{seed}", overwrite, resume)
-                summaries.append(_run(session, one, opener, progress, stop))
-        return summaries
+        if min(jobs, len(todo)) < 2:
+            session: list[_Session] = []
+            for task in todo:
+                _carry_out(task, overwrite, session, progress, stop)
+            return
+        progress.start(sum(task.visits for task in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
+        ended = 0
+        for task, seconds in in_processes(partial(_in_a_worker, overwrite=overwrite), todo, jobs, progress, stop):
+            ended += 1
+            progress.done(f"{task.title}: {seconds:.0f} s, {len(todo) - ended} runs to go")
+        if ended < len(todo):
+            raise Interrupted("the runs under way have stopped between two clients")
     finally:
         progress.close()
+
+
+_session_of_worker: list[_Session] = []
+
+
+def _in_a_worker(task: Task, progress: Progress, stop: Callable[[], bool], *, overwrite: bool) -> float:
+    """Carries out a run in a process that keeps its model for the next one; returns the seconds it took."""
+    started = time.perf_counter()
+    _carry_out(task, overwrite, _session_of_worker, progress, stop)
+    return time.perf_counter() - started
+
+
+def _carry_out(task: Task, overwrite: bool, session: list[_Session], progress: Progress,
+               stop: Callable[[], bool]) -> None:
+    """`session`: what is loaded already, if anything; filled here."""
+    if not session:
+        session.append(_Session(task.config, progress))
+    opener = _opener(task.config, task.out, overwrite, resume=not overwrite)
+    _run(session[0], task.config, opener, progress, stop, task.tested)
 
 
 def _opener(config: RunConfig, out: Path, overwrite: bool, resume: bool) -> Callable[[], RunFolder]:
@@ -77,8 +159,13 @@ def _opener(config: RunConfig, out: Path, overwrite: bool, resume: bool) -> Call
 
 
 def with_run(config: RunConfig, **values: Any) -> RunConfig:
-    """The configuration with values of its [run] table replaced."""
-    return config.model_copy(update={"run": config.run.model_copy(update=values)})
+    """The configuration with values of its [run] table replaced.
+
+    Raises:
+        ConfigError: if they do not fit the rest of it.
+    """
+    tables = config.model_dump()
+    return config_from_dict({**tables, "run": {**tables["run"], **values}})
 
 
 class _Session:
@@ -95,21 +182,22 @@ class _Session:
 
 
 def _run(session: _Session, config: RunConfig, open_folder: Callable[[], RunFolder], progress: Progress,
-         stop: Callable[[], bool]) -> dict[str, Any]:
+         stop: Callable[[], bool], tested: bool = True) -> dict[str, Any] | None:
     partition = data.partition(session.dataset, config.data, config.clients, config.run.seed)
     method = methods.create(config)
     server = Server(config, session.model.order, session.model.block_of, method.carries)
     fitting = fitting_depths(session.model, method, config, partition)
     folder = open_folder()
     try:
-        return folder.summary or _run_into(folder, session, config, partition, method, server, fitting, progress, stop)
+        return folder.summary or _run_into(folder, session, config, partition, method, server, fitting, progress, stop,
+                                           tested)
     finally:
         folder.close()
 
 
 def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition: Partition, method: Method,
               server: Server, fitting: Sequence[int | None], progress: Progress,
-              stop: Callable[[], bool]) -> dict[str, Any]:
+              stop: Callable[[], bool], tested: bool) -> dict[str, Any] | None:
     started = time.perf_counter()
     seed = config.run.seed
     for note in partition.notes:
@@ -120,6 +208,8 @@ def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition
     clients = [Client(split, config, fitting) for split in partition.clients]
     engine = LocalEngine(method, server, session.model, clients, folder, progress, stop)
     state = engine.run(method.initial(session.model))
+    if not tested:
+        return None
 
     progress.phase("evaluating")
     final = engine.final_message(state)

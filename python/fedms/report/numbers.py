@@ -1,0 +1,170 @@
+"""Reading runs, and the numbers behind tables, words and pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from fedms.config import METHODS
+from fedms.records import RunFolderError, RunRecords, find_runs
+
+# Two-sided 95 % quantiles of Student's t for 2, 3, ... values; above 11 values the last is a little too wide.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean over seeds, the sample standard deviation, None for a single seed, and the number of seeds."""
+
+    mean: float
+    std: Optional[float]
+    n: int = 1
+
+    @classmethod
+    def of(cls, values: Iterable[Optional[float]]) -> Optional[Stat]:
+        known = [v for v in values if v is not None]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether 0 lies in the 95 % confidence interval of the mean (Student's t); False for a single seed."""
+        if self.std is None:
+            return False
+        return abs(self.mean) <= _T95[min(self.n, len(_T95) + 1) - 2] * self.std / math.sqrt(self.n)
+
+
+def read_runs(path: str | Path) -> tuple[list[RunRecords], list[str]]:
+    """All runs at ``path``, ordered by method and seed, and a note for every one that is damaged.
+
+    Raises :class:`fedms.records.RunFolderError` if not one can be read.
+    """
+    runs, notes = [], []
+    for folder in find_runs(path):
+        try:
+            runs.append(RunRecords.read(folder))
+        except RunFolderError as error:
+            notes.append(str(error))
+    if not runs:
+        raise RunFolderError("\n".join(notes))
+    return sorted(runs, key=lambda r: (_rank(r.method), r.seed, r.path.name)), notes
+
+
+def by_method(runs: Iterable[RunRecords]) -> dict[str, list[RunRecords]]:
+    grouped: dict[str, list[RunRecords]] = defaultdict(list)
+    for run in runs:
+        grouped[run.method].append(run)
+    return {m: grouped[m] for m in sorted(grouped, key=_rank)}
+
+
+def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """One row a method, zero-shot first: :class:`Stat` over seeds of what the summaries hold, None where unknown.
+
+    ``below_local`` is the share of clients whose personalised accuracy is under that of the ``local`` run of the
+    same seed.
+    """
+    rows = []
+    zero_shot = {r.seed: r for r in runs if client_values(r, "zero_shot")}
+    if zero_shot:
+        rows.append({
+            "method": "zero-shot", "seeds": len(zero_shot), "unfinished": 0,
+            "personalised": Stat.of(client_mean(r, "zero_shot") for r in zero_shot.values()),
+            "worst10": Stat.of(worst_tenth(client_values(r, "zero_shot")) for r in zero_shot.values()),
+        })
+    for method, group in by_method(runs).items():
+        ended = [r for r in group if r.summary]
+        row: dict[str, Any] = {"method": method, "seeds": len(ended), "unfinished": len(group) - len(ended)}
+        for name, keys in {"personalised": ("personalised_accuracy", "mean"),
+                           "worst10": ("personalised_accuracy", "worst10"), "macro_f1": ("macro_f1",),
+                           "global_test": ("global_test_accuracy",), "trainable_percent": ("trainable_percent",),
+                           "unseen": ("unseen_accuracy", "after_training"), "bytes_up": ("bytes_up",),
+                           "bytes_down": ("bytes_down",), "flops": ("flops",), "seconds": ("seconds",),
+                           "peak_memory_bytes": ("peak_memory_bytes",)}.items():
+            row[name] = Stat.of(field_of(r.summary, *keys) for r in ended)
+        if method != "local":
+            row["below_local"] = Stat.of(below_local(r, runs) for r in ended)
+        rows.append(row)
+    return rows
+
+
+def worst_tenth(values: Sequence[float]) -> float:
+    """Mean of the worst 10 % of clients, at least one."""
+    return statistics.fmean(sorted(values)[:max(1, math.ceil(len(values) / 10))])
+
+
+def focus_method(methods: Iterable[str]) -> str:
+    """The method a report speaks of first: fedms where present, else the last one."""
+    methods = list(methods)
+    return "fedms" if "fedms" in methods else methods[-1]
+
+
+def _rank(method: str) -> tuple[int, str]:
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def field_of(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def participants(run: RunRecords) -> list[dict[str, Any]]:
+    return [c for c in run.clients if not c.get("unseen")]
+
+
+def client_values(run: RunRecords, name: str) -> list[float]:
+    return [v for c in participants(run) if (v := field_of(c, "accuracy", name)) is not None]
+
+
+def client_mean(run: RunRecords, name: str) -> Optional[float]:
+    values = client_values(run, name)
+    return statistics.fmean(values) if values else None
+
+
+def client_gap(run: RunRecords, name: str, other: str) -> Optional[float]:
+    """Mean over the clients that have both accuracies of the first minus the second."""
+    gaps = [a - b for c in participants(run) if (a := field_of(c, "accuracy", name)) is not None
+            and (b := field_of(c, "accuracy", other)) is not None]
+    return statistics.fmean(gaps) if gaps else None
+
+
+def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
+    """Accuracy of the ``local`` method by client in the run of the same seed; empty if there is none."""
+    for other in runs:
+        if other.method == "local" and other.seed == run.seed and other.clients:
+            return {c["id"]: c["accuracy"]["personalised"] for c in participants(other)
+                    if field_of(c, "accuracy", "personalised") is not None}
+    return {}
+
+
+def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
+    alone = local_only(run, runs)
+    pairs = [(field_of(c, "accuracy", "personalised"), alone.get(c["id"])) for c in participants(run)]
+    pairs = [(own, other) for own, other in pairs if own is not None and other is not None]
+    return statistics.fmean(own < other for own, other in pairs) if pairs and run.method != "local" else None
+
+
+def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords]) -> Optional[Stat]:
+    other = {r.seed: field_of(r.summary, "personalised_accuracy", "mean") for r in theirs}
+    gaps = [own - other[r.seed] for r in ours
+            if (own := field_of(r.summary, "personalised_accuracy", "mean")) is not None and other.get(r.seed) is not None]
+    return Stat.of(gaps)
+
+
+def differing_keys(runs: Sequence[RunRecords]) -> list[str]:
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        return {f"{t}.{k}": v for t, keys in config.items() if isinstance(keys, dict) for k, v in keys.items()}
+
+    configs = [flat(r.config) for r in runs]
+    keys = sorted({k for c in configs for k in c} - {"run.method", "run.seed"})
+    return [k for k in keys if any(c.get(k) != configs[0].get(k) for c in configs)]
+
+
+def first_stage_rounds(runs: Iterable[RunRecords]) -> int:
+    return max((r["round"] for run in runs for r in run.rounds if r["stage"] == "stage1"), default=0)

@@ -1,0 +1,166 @@
+"""The page: one self-contained HTML file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from fedms.records import CONFIG, RunRecords
+from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, method_colour
+from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, field_of, focus_method, participants,
+                                  read_runs)
+from fedms.report.significance import differences
+from fedms.report.tables import table, write_text
+from fedms.report.wording import duration, findings, headline, p_value, percent, signed, size
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+# Light colours are what the figures are drawn in; in the page each becomes a CSS variable with this dark twin.
+DARK = {INK: "#e6e9ef", MUTED: "#98a2b3", GRID: "#2b3442", SURFACE: "#161b24", "#c2410c": "#fb8c3c",
+        "#1d4ed8": "#6ea8fe", "#0f766e": "#2dd4bf", "#7c3aed": "#b197fc", "#5b6b80": "#a3b1c6", "#be185d": "#f472b6",
+        "#4d7c0f": "#a3e635", "#0369a1": "#38bdf8", "#a16207": "#facc15", "#0e7490": "#22d3ee", "#b45309": "#fbbf24",
+        "#6d28d9": "#c4b5fd", "#15803d": "#4ade80", "#be123c": "#fb7185", "#475569": "#cbd5e1", "#86198f": "#e879f9",
+        "#1e6091": "#7dd3fc", "#7f1d1d": "#fca5a5"}
+
+
+def write_report(path: str | Path) -> Path:
+    """Write ``report.html`` into a run folder or a folder of runs; returns its path.
+
+    Raises :class:`fedms.records.RunFolderError` if there is no run or the file cannot be written.
+    """
+    path = Path(path)
+    runs, notes = read_runs(path)
+    target = path / "report.html"
+    write_text(target, render(runs, notes))
+    return target
+
+
+def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
+    """The page as text."""
+    import jinja2
+    from markupsafe import Markup
+
+    methods = by_method(runs)
+    focus = focus_method(methods)
+    focus_runs = methods[focus]
+    figures = []
+    for name, make, title, caption, width in FIGURES:
+        with _plain_style():
+            if (figure := make(runs)) is not None:
+                figures.append({"title": title, "caption": caption, "width": width, "svg": Markup(_svg(figure, name))})
+    header, cells = table(comparison(runs))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined)
+    config = focus_runs[0].config
+    return environment.get_template("report.html.j2").render(
+        title=f"{config['model']['id']} on {config['data']['name']}",
+        setting=_setting(runs), headline=headline(runs), findings=findings(runs, notes),
+        tests=differences(runs), cards=_cards(focus_runs),
+        focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colours=_css_colours(),
+        method_class=_css_name,
+        grouped=any(c.get("group") for r in runs for c in r.clients), clients_by_method=_clients_by_method(runs),
+        details=[_client_details(r) for r in runs if r.clients],
+        rounds=[{"title": f"{r.method}, seed {r.seed}", "rows": r.rounds} for r in runs if r.rounds],
+        config=(focus_runs[0].path / CONFIG).read_text(encoding="utf-8"), differing=differing_keys(runs),
+        percent=percent, signed=signed, p_value=p_value, size=size, duration=duration,
+    )
+
+
+def _setting(runs: Sequence[RunRecords]) -> str:
+    config = runs[0].config
+    seeds = sorted({r.seed for r in runs})
+    partition = config["data"]["partition"]
+    if partition == "dirichlet":
+        partition += f" ({config['data']['alpha']:g})"
+    return (f"{config['clients']['count']} clients, {partition} partition, LoRA rank {config['lora']['rank']}, "
+            f"{config['model']['head']} head, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+
+
+def _cards(runs: Sequence[RunRecords]) -> list[dict[str, str]]:
+    ended = [r for r in runs if r.summary]
+
+    def stat(*keys: str) -> Optional[Stat]:
+        return Stat.of(field_of(r.summary, *keys) for r in ended)
+
+    cards = [
+        ("personalised accuracy", stat("personalised_accuracy", "mean"), lambda s: f"{percent(s)} %"),
+        ("worst 10 % of clients", stat("personalised_accuracy", "worst10"), lambda s: f"{percent(s)} %"),
+        ("global test", stat("global_test_accuracy"), lambda s: f"{percent(s)} %"),
+        ("weight on local expert", stat("gate", "mean"), lambda s: f"{s.mean:.2f}"),
+        ("parameters trained", stat("trainable_percent"), lambda s: f"{s.mean:.2f} %"),
+        ("sent by clients", stat("bytes_up"), lambda s: size(s.mean)),
+        ("time", stat("seconds"), lambda s: duration(s.mean)),
+        ("peak memory", stat("peak_memory_bytes"), lambda s: size(s.mean)),
+    ]
+    return [{"name": name, "value": show(value)} for name, value, show in cards if value]
+
+
+def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
+    """Personalised accuracy of each client under each method, mean over seeds."""
+    methods = {m: group for m, group in by_method(runs).items() if any(r.clients for r in group)}
+    if len(methods) < 2:
+        return None
+    values: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    about: dict[int, dict[str, Any]] = {}
+    for method, group in methods.items():
+        for run in group:
+            for client in participants(run):
+                about.setdefault(client["id"], client)
+                if (v := field_of(client, "accuracy", "personalised")) is not None:
+                    values[client["id"]][method].append(v)
+    rows = []
+    for client in sorted(values):
+        means = {m: statistics.fmean(v) for m, v in values[client].items()}
+        best = max(means.values())
+        rows.append({"id": client, "group": about[client].get("group") or "–", "n_train": about[client].get("n_train"),
+                     "cells": [{"text": percent(means.get(m)), "best": means.get(m) == best} for m in methods]})
+    return {"methods": list(methods), "rows": rows}
+
+
+def _client_details(run: RunRecords) -> dict[str, Any]:
+    names = [n for n in ("personalised", "mixture", "global", "local", "zero_shot", "half", "oracle")
+             if any(field_of(c, "accuracy", n) is not None for c in run.clients)]
+    gated = any(c.get("gate_mean") is not None for c in run.clients)
+    return {"title": f"{run.method}, seed {run.seed}", "names": names, "gated": gated,
+            "rows": sorted(run.clients, key=lambda c: c["id"])}
+
+
+def _css_name(colour_or_method: str) -> str:
+    return "c" + (colour_or_method if colour_or_method.startswith("#") else method_colour(colour_or_method))[1:]
+
+
+def _css_colours() -> list[tuple[str, str, str]]:
+    return [(_css_name(light), light, dark) for light, dark in DARK.items()]
+
+
+@contextlib.contextmanager
+def _plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's settings; and a dollar sign in a name starts no formula."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
+
+
+def _svg(figure: Any, name: str) -> str:
+    """Inline SVG with text kept as text and every colour a CSS variable, so that it follows the page's theme."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg"):]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"(font: [^;\"]*?)'[^;\"]*", r"\1var(--font)", svg)
+    return re.sub("|".join(DARK), lambda match: f"var(--{_css_name(match[0])})", svg)

@@ -1,0 +1,98 @@
+"""The comparison of methods as a table: for the terminal, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from fedms.files import write_durably
+from fedms.records import RunFolderError
+from fedms.report.numbers import Stat, below_local, by_method, comparison, field_of, focus_method, read_runs
+from fedms.report.significance import differences
+from fedms.report.wording import duration, p_value, percent, signed, size
+
+
+def write_comparison(path: str | Path) -> tuple[Path, Path]:
+    """Write ``compare.csv`` (one line a run) and ``compare.md`` (one line a method) into a folder of runs."""
+    path = Path(path)
+    runs, _ = read_runs(path)
+    text = io.StringIO()
+    columns = ("method", "seed", "personalised_mean", "personalised_std", "personalised_worst10", "global_test",
+               "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "below_local", "gate_mean",
+               "gate_collapsed", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for run in runs:
+        s = run.summary
+        writer.writerow([run.method, run.seed,
+                         *(field_of(s, "personalised_accuracy", k) for k in ("mean", "std", "worst10")),
+                         field_of(s, "global_test_accuracy"),
+                         *(field_of(s, "unseen_accuracy", k) for k in ("as_it_arrives", "after_training")),
+                         field_of(s, "zero_shot_accuracy"), field_of(s, "macro_f1"), below_local(run, runs), field_of(s, "gate", "mean"), field_of(s, "gate", "collapsed"),
+                         *(field_of(s, k) for k in columns[-6:])])
+    write_text(path / "compare.csv", text.getvalue())
+    header, rows = table(comparison(runs))
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    if tests := differences(runs):
+        lines += ["", f"{focus_method(by_method(runs))} against the others, paired by client and seed (Wilcoxon's signed-rank "
+                  "test, corrected by Holm):", "", "| against | points | clients better | worse | p | p corrected |",
+                  "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        lines += [f"| {t.against} | {signed(t.gap)} | {t.better} of {t.pairs} | {t.worse} | {p_value(t.p)} | "
+                  f"{p_value(t.corrected)} |" for t in tests]
+    write_text(path / "compare.md", "\n".join(lines) + "\n")
+    return path / "compare.csv", path / "compare.md"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the comparison: ``short`` is its title where room is scarce, ``keep`` says for how long it stays."""
+
+    title: str
+    short: str
+    key: str
+    show: Callable[[Stat], str]
+    keep: int
+
+
+_COLUMNS = (
+    _Column("personalised %", "mean\nacc. %", "personalised", lambda s: percent(s), 8),
+    _Column("worst 10 % of clients %", "worst 10 %\nacc. %", "worst10", lambda s: percent(s), 7),
+    _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),
+    _Column("unseen clients %", "unseen\n%", "unseen", lambda s: percent(s), 1),
+    _Column("macro F1 %", "macro\nF1 %", "macro_f1", lambda s: percent(s), 1),
+    _Column("clients below local %", "below\nlocal %", "below_local", lambda s: percent(s, 0), 6),
+    _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2),
+    _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5),
+    _Column("TFLOP", "TFLOP", "flops", lambda s: f"{s.mean / 1e12:.3g}", 1),
+    _Column("time", "time", "seconds", lambda s: duration(s.mean), 4),
+)
+
+
+def table(rows: Sequence[dict[str, Any]], width: Optional[int] = None) -> tuple[list[str], list[list[str]]]:
+    """A comparison as text: header and cells, for the terminal, Markdown and the page alike.
+
+    With ``width``, in characters, titles are short and of two lines, and the least important columns are left out
+    until the table fits, with two spaces between columns.
+    """
+    columns = [c for c in _COLUMNS if any(row.get(c.key) for row in rows)]
+    names = [row["method"] + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else "") for row in rows]
+    while True:
+        header = ["method", *(c.title if width is None else c.short for c in columns)]
+        cells = [[name, *(c.show(row[c.key]) if row.get(c.key) else "–" for c in columns)]
+                 for name, row in zip(names, rows)]
+        widths = [max(len(line) for text in column for line in text.split("\n")) for column in zip(header, *cells)]
+        if width is None or not columns or sum(widths) + 2 * (len(widths) - 1) <= width:
+            return header, cells
+        columns.remove(min(columns, key=lambda c: c.keep))
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        write_durably(path, text.encode())
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,215 @@
+"""The outcome in words: the headline, the findings, and how numbers are written."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Optional
+
+from fedms.records import RunRecords
+from fedms.report.numbers import (Stat, below_local, by_method, client_gap, client_mean, differing_keys, field_of,
+                                  focus_method, paired_gap)
+
+ONE_SEED = "One seed: a difference of a few points may be chance."
+GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would
+
+
+def headline(runs: Sequence[RunRecords]) -> str:
+    """The outcome in one or two sentences: who is ahead of whom, by how much, and what that is worth."""
+    methods = by_method([r for r in runs if r.summary])
+    scores = {m: Stat.of(field_of(r.summary, "personalised_accuracy", "mean") for r in group)
+              for m, group in methods.items()}
+    scores = {m: s for m, s in scores.items() if s}
+    if not scores:
+        return "No run here has ended, so there is no outcome yet."
+    focus = focus_method(scores)
+    own = scores[focus]
+    text = f"{focus} reaches {percent(own)} % mean personalised accuracy"
+    rivals = sorted((m for m in scores if m != focus), key=lambda m: -scores[m].mean)
+    if not rivals:
+        gaps = {label: Stat.of(client_gap(r, "personalised", name) for r in methods[focus])
+                for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
+        parts = [f"{_points(gap.mean)} {'above' if gap.mean > 0 else 'below'} {label}"
+                 for label, gap in gaps.items() if gap and not _is_zero(gap.mean)]
+        single = len(methods[focus]) == 1
+        return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if single else "")
+    gaps = {}
+    for rival in rivals:
+        gaps[rival] = (paired_gap(methods[focus], methods[rival])
+                       or Stat(own.mean - scores[rival].mean, None))  # no seed in common
+    # Those it loses to come first, then the others from the nearest on.
+    order = sorted(gaps, key=lambda m: (gaps[m].mean >= 0, abs(gaps[m].mean)))
+    clear = [m for m in order if not gaps[m].may_be_zero]
+    parts = [f"{_points(gaps[m].mean)} {'ahead of' if gaps[m].mean > 0 else 'behind'} {m}"
+             if not _is_zero(gaps[m].mean) else f"level with {m}" for m in clear]
+    text += ": " + _listing(parts) if parts else ""
+    if tied := [f"{m} ({signed(gaps[m].mean)} ± {100 * gaps[m].std:.1f})" for m in order if m not in clear]:
+        text += ("; " if parts else ": ") + "not clearly apart from " + _listing(tied)
+    return text + "." + (" " + ONE_SEED if any(g.std is None for g in gaps.values()) else "")
+
+
+def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict[str, str]]:
+    """What a reader must not miss, as ``{"kind": "good" | "bad" | "plain", "text"}``."""
+    found: list[dict[str, str]] = []
+
+    def say(text: str, kind: str = "plain") -> None:
+        if text not in {f["text"] for f in found}:
+            found.append({"kind": kind, "text": text})
+
+    methods = by_method(runs)
+    focus = focus_method(methods)
+    ended = [r for r in methods[focus] if r.summary]
+    for run in runs:
+        if run.summary is None:
+            say(f"{run.method}, seed {run.seed}, has not ended: {_how_far(run)}. It has no test results.", "bad")
+    worst = Stat.of(field_of(r.summary, "personalised_accuracy", "worst10") for r in ended)
+    if worst:
+        say(f"On its worst 10 % of clients {focus} scores {percent(worst)} %.")
+    below = Stat.of(below_local(r, runs) for r in ended)
+    if below and focus != "local":
+        share = f"{percent(below, 0)} % of the clients do" if below.mean > 0 else "No client does"
+        say(f"{share} worse with {focus} than training alone.",
+            "bad" if below.mean > 0.25 else "good" if below.mean == 0 else "plain")
+    for text, kind in _gate_findings(ended):
+        say(text, kind)
+    arrives = Stat.of(field_of(r.summary, "unseen_accuracy", "as_it_arrives") for r in ended)
+    after = Stat.of(field_of(r.summary, "unseen_accuracy", "after_training") for r in ended)
+    if arrives:
+        say(f"Unseen clients: {percent(arrives)} % with the global expert as it arrives"
+            + (f", {percent(after)} % after training." if after else "."))
+    for text in _depth_findings(ended):
+        say(text)
+    for run in runs:
+        lost = [v for v in run.visits if v.get("status") not in ("ok", None)]
+        if lost:
+            reasons = sorted({str(v["reason"]) for v in lost if v.get("reason")})
+            say(f"{run.method}, seed {run.seed}: {len(lost)} of {len(run.visits)} visits did not train"
+                + (f" ({'; '.join(reasons)})." if reasons else "."), "bad")
+        for note in (field_of(run.summary, "notes") or []):
+            say((f"Seed {run.seed}: {note}" if len({r.seed for r in runs}) > 1 else note[:1].upper() + note[1:]) + ".")
+        for note in run.notes:
+            say(f"{run.path.name}: {note}.", "bad")
+    for note in notes:
+        say(note, "bad")
+    if differing := differing_keys(runs):
+        say("The runs differ in more than method and seed: " + ", ".join(differing) + ".", "bad")
+    return found
+
+
+def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
+    gated = [r for r in ended if field_of(r.summary, "gate")]
+    if not gated:
+        return
+    gate = {name: Stat.of(field_of(r.summary, "gate", name) for r in gated)
+            for name in ("mean", "std_clients", "std_samples", "entropy")}
+    collapsed = [r for r in gated if field_of(r.summary, "gate", "collapsed")]
+    numbers = [f"mean weight on the local expert {gate['mean'].mean:.2f}"] if gate["mean"] else []
+    if gate["std_clients"] and gate["std_samples"]:
+        numbers.append(f"standard deviation {gate['std_clients'].mean:.2f} over clients and "
+                       f"{gate['std_samples'].mean:.2f} over a client's samples")
+    if gate["entropy"]:
+        numbers.append(f"entropy {gate['entropy'].mean:.2f} of at most 0.69 nats")
+    if collapsed:
+        side = "local" if statistics.fmean(field_of(r.summary, "gate", "mean") for r in collapsed) > 0.5 else "global"
+        which = "" if len(collapsed) == len(gated) else f" in {len(collapsed)} of {len(gated)} seeds"
+        yield f"The gate collapsed onto the {side} expert{which}: {', '.join(numbers)}.", "bad"
+    elif gate["std_clients"] and gate["std_samples"] and max(gate["std_clients"].mean,
+                                                             gate["std_samples"].mean) < GATE_CONSTANT:
+        yield f"The gate acts as one constant weight, whatever the client or sample: {', '.join(numbers)}.", "plain"
+    else:
+        yield f"The gate did not collapse: {', '.join(numbers)}.", "good"
+    gain = Stat.of(client_gap(r, "mixture", "half") for r in gated)
+    half = Stat.of(client_mean(r, "half") for r in gated)
+    if gain and half:
+        text = f"A fixed half-and-half mix of the same experts scores {percent(half)} %, the learned gate "
+        if _is_zero(gain.mean) and not gain.std:
+            text += "the same"
+        elif gain.std is None:
+            text += (f"{_points(gain.mean)} {'more' if gain.mean > 0 else 'less'} "
+                     "(one seed, so no spread to judge it by)")
+        else:
+            verdict = "not clearly different" if gain.may_be_zero else "clearly different"
+            text += f"{signed(gain.mean)} ± {100 * gain.std:.1f} points, {verdict} over {gain.n} seeds"
+        if oracle := Stat.of(client_mean(r, "oracle") for r in gated):
+            text += f". Picking a right expert for every sample that has one would score {percent(oracle)} %"
+        clear = gain.std is not None and not gain.may_be_zero
+        yield text + ".", "plain" if not clear else "good" if gain.mean > 0 else "bad"
+
+
+def _depth_findings(ended: Sequence[RunRecords]) -> Iterable[str]:
+    """Where activation ended, and the trained share that belongs to it; runs that agree share a sentence."""
+    seeds: dict[str, list[str]] = defaultdict(list)
+    for run in ended:
+        depths = [(_stage(stage), depth) for stage in ("stage1", "stage2")
+                  if (depth := field_of(run.summary, "final_depth", stage)) is not None]
+        if depths and (share := run.summary.get("trainable_percent")) is not None:
+            (first, depth), *rest = depths
+            text = f"{first} ended at depth {depth}" + "".join(f", {stage} at depth {d}" for stage, d in rest)
+            seeds[f"{text}; no visit trained more than {share:.2f} % of the foundation model's number of parameters"
+                  ].append(str(run.seed))
+    for text, which in seeds.items():
+        yield (f"Seed {', '.join(which)}: {text}." if len(seeds) > 1 else f"{text[0].upper()}{text[1:]}.")
+
+
+def _how_far(run: RunRecords) -> str:
+    if run.rounds:
+        last = run.rounds[-1]
+        return f"the last round recorded is {_stage(last['stage'])}, round {last['round']}"
+    return f"no round was completed, {len(run.visits)} visits are recorded"
+
+
+def percent(value: Stat | float | None, digits: int = 1) -> str:
+    """A fraction as percent without the sign, with the spread over seeds where there is one."""
+    if value is None:
+        return "–"
+    if not isinstance(value, Stat):
+        return f"{100 * value:.{digits}f}"
+    spread = f" ± {100 * value.std:.{digits}f}" if value.std is not None else ""
+    return f"{100 * value.mean:.{digits}f}{spread}"
+
+
+def size(value: Optional[float]) -> str:
+    """Bytes in decimal units."""
+    if value is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def duration(seconds: Optional[float]) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _points(gap: float) -> str:
+    return f"{abs(100 * gap):.1f} points"
+
+
+def signed(gap: float) -> str:
+    return f"{100 * gap:+.1f}".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """A p-value to two significant digits."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def _is_zero(gap: float) -> bool:
+    """Whether a gap shows as 0.0 points."""
+    return abs(gap) < 0.0005
+
+
+def _listing(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _stage(stage: str) -> str:
+    return stage.replace("stage", "stage ")
