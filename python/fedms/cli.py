@@ -576,7 +576,7 @@ def _progress(out: Path, track: Optional[list[str]]) -> Iterator[Progress]:
         progress.close()
         if out.is_dir() and (isinstance(error, KeyboardInterrupt) or _name(error) in _RESUMABLE):
             words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
-            words += ["--resume"] if words[:1] == ["run"] else []       # the others go on by themselves
+            words += [] if words[:1] in (["compare"], ["tune"]) else ["--resume"]     # those go on by themselves
             errors.print(f"\nfedms report {out} shows what was recorded so far; go on with\n"
                          f"  {shlex.join(['fedms', *words])}", markup=False, soft_wrap=True)
         raise

@@ -21,7 +21,7 @@ class WorkerDied(Exception):
 
 def in_processes(work: Work, items: Sequence[Item], jobs: int, progress: Progress,
                  stop: Callable[[], bool]) -> Iterator[tuple[Item, Result]]:
-    """`work(item, progress, stop)` for all items, `jobs` at a time, each pair as it is done.
+    """`work(item, progress, stop)` for all items, `jobs` at a time, each pair as it is done; fewer if it is stopped.
 
     Processes are spawned, not forked: a fork would copy the threads of torch in an unknown state. `work` must be
     importable by name, items and results plain enough to be pickled.
@@ -45,6 +45,8 @@ def in_processes(work: Work, items: Sequence[Item], jobs: int, progress: Progres
                 for future in done:
                     yield futures[future], future.result()
         except BrokenProcessPool:
+            if stop():      # the signal reached the workers too
+                return
             raise WorkerDied(f"one of {jobs} processes died; if memory ran out, fewer --jobs help. What had ended is "
                              "kept: the same command goes on") from None
         finally:

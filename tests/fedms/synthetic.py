@@ -23,7 +23,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
                                        f"stage2.rounds={rounds[1]}"])
     out = RunFolder.create(folder, config)
     noise = random.Random(f"{method}-{seed}")
-    level = LEVEL[method] + noise.gauss(0, 0.003)
+    level = LEVEL.get(method, 0.69) + noise.gauss(0, 0.003)
     stages = [("stage1", rounds[0]), ("stage2", rounds[1])]
     private = {"fedavg_ft": "stage2", "local": "stage1"}.get(method)  # the stage from which on nothing is sent
     done, up, depth = 0, 0, 1

@@ -243,7 +243,7 @@ def test_a_comparison_goes_on(tmp_path):
     with pytest.raises(Interrupted):
         run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped", stop=Calls(30))
     assert sorted(p.parent.name for p in tmp_path.glob("stopped/*/summary.json")) == ["fedavg-seed0", "local-seed0"]
-    run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped", resume=True)
+    run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped")
     run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "whole")
     for name in ("local-seed0", "fedavg-seed0", "local-seed1", "fedavg-seed1"):
         assert outcome(tmp_path / "stopped" / name) == outcome(tmp_path / "whole" / name), name

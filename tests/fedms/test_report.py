@@ -88,10 +88,11 @@ def test_a_single_run(tmp_path):
     page = page_of(path)
     summary = json.loads((path / "summary.json").read_text())
     assert f"{100 * summary['personalised_accuracy']['mean']:.1f} %" in page.visible
-    for title in ("Personalised test accuracy", "Validation accuracy per round", "Depth", "Communication",
-                  "Gate weight by client", "Against local-only"):
+    for title in ("Personalised test accuracy", "Validation accuracy per round", "Validation accuracy over bytes",
+                  "Validation accuracy over operations", "Depth", "Communication", "Gate weight by client",
+                  "Gate weight and data size", "Against local-only"):
         assert title in page.inside("h3")
-    assert [t for t, _ in page.tags].count("figure") == 6
+    assert [t for t, _ in page.tags].count("figure") == 9
     assert "Every client of fedms, seed 0" in page.visible and "Every round of fedms, seed 0" in page.visible
     assert report.ONE_SEED in page.inside("header")[1]
 
@@ -212,7 +213,8 @@ def test_a_run_that_has_not_ended(tmp_path):
     page = page_of(path)
     assert "No run here has ended" in page.visible
     assert finding(path, "has not ended: the last round recorded is stage 1, round 5")["kind"] == "bad"
-    assert page.inside("h3") == ["Validation accuracy per round", "Depth", "Communication"]
+    assert page.inside("h3") == ["Validation accuracy per round", "Validation accuracy over bytes",
+                                 "Validation accuracy over operations", "Depth", "Communication"]
 
 
 def test_a_run_killed_before_its_first_round_ended(tmp_path):
@@ -380,7 +382,9 @@ def test_the_comparison_files(study):
         assert int(row["bytes_up"]) == summary["bytes_up"]
         assert row["gate_collapsed"] == ("False" if row["method"] == "fedms" else "")
     lines = text.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 + 6 and len({line.count("|") for line in lines}) == 1
+    assert lines[8] == "" and len({line.count("|") for line in lines[:8]}) == 1
+    tests = lines[lines.index("| against | points | clients better | worse | p | p corrected |") + 2:]
+    assert [line.split()[1] for line in tests] == [m for m in METHODS if m != "fedms"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
@@ -390,7 +394,7 @@ def test_a_table_fits_the_terminal_and_keeps_what_matters(study, width):
     widths = [max(len(part) for text in column for part in text.split("\n")) for column in zip(header, *cells)]
     assert sum(widths) + 2 * (len(widths) - 1) <= width
     assert "mean\nacc. %" in header and (width < 60 or "worst 10 %\nacc. %" in header)
-    assert len(report.table(rows, width=1000)[0]) == len(report.table(rows)[0]) == 9
+    assert len(report.table(rows, width=1000)[0]) == len(report.table(rows)[0]) == 11
 
 
 @pytest.mark.parametrize("value, text", [(None, "–"), (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"),

@@ -1,0 +1,10 @@
+"""Work for processes of a test: without torch, so that they start at once."""
+import os
+import signal
+
+
+def double(item, progress, stop):
+    progress.note(f"at {item}")
+    if item == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * item
