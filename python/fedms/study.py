@@ -304,7 +304,7 @@ def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], sourc
         missing = _missing([run for run in planned if run.setting == setting and run.label in METHODS], of_run)
         parts.append(f"## {setting.title}")
         parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
-        if missing:
+        if here and missing:
             parts.append(f"Not run yet: {missing}.")
     parts += _ablation_part(done, planned, of_run)
     parts.append(CLAIM.rstrip())
@@ -390,8 +390,9 @@ def _ablation_part(done: Sequence[Done], planned: Sequence[Planned], of_run: Map
             mean, worst = (report.Stat.of(line["personalised_accuracy"][key] for line in own) for key in ("mean", "worst10"))
             rows.append([label, str(len(own)), report.percent(mean), report.percent(worst),
                          _signed(gap) if gap else "–"])
-    if rows:
-        parts.append(_table(["run", "seeds", "personalised %", "worst 10 % of clients %", "points against the whole method"], rows))
+    if not rows:
+        return [*parts, "No run is done yet."]
+    parts.append(_table(["run", "seeds", "personalised %", "worst 10 % of clients %", "points against the whole method"], rows))
     if missing := _missing(wanted, of_run):
         parts.append(f"Not run yet: {missing}.")
     return parts
