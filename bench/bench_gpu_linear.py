@@ -3,15 +3,18 @@
     python bench/bench_gpu_linear.py [--quick] [--json FILE] [--rehearse]
 
 All ratios are to the bare frozen GEMM: F.linear, and for forward + backward F.linear and the GEMM of dx. Peers: PEFT,
-PEFT compiled, and the operator sequences of Unsloth (`addmm_` into the frozen GEMM's output, dx written by `addmm_`)
-and of LoRAFusion (S apart, then one GEMM that adds it; dB and dS from one pass over dy), both written anew here.
+PEFT compiled, NeMo AutoModel's Triton kernels beside a frozen GEMM (where nemo-automodel is installed), and the operator
+sequences of Unsloth (`addmm_` into the frozen GEMM's output, dx written by `addmm_`) and of LoRAFusion (S apart, then one
+GEMM that adds it; dS and dB from dy), both written anew here on cuBLAS.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +84,31 @@ def lorafusion(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) ->
     return Layer.apply(x, a, b)
 
 
+def nemo(kernels: ModuleType, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """NeMo AutoModel's LoRATritonFunction, its branch added to the frozen layer's output as in its TritonLinearLoRA."""
+
+    class Branch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a, b):
+            ctx.save_for_backward(x, a, b)
+            return kernels.lora_forward_wrapper(x, a.t(), b.t(), res=None, scale=scale, dtype=x.dtype)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, a, b = ctx.saved_tensors
+            da, dx = kernels.lora_da_dx_update_wrapper(x.t(), dy, b, a, scale, dtype=x.dtype)
+            return dx, da.t(), kernels.lora_db_update_wrapper(a, x.t(), dy, scale, x.dtype)
+
+    return F.linear(x, weight) + Branch.apply(x, a, b)
+
+
+def nemo_kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("nemo_automodel.components._peft.lora_kernel")
+    except ImportError:
+        return None
+
+
 def peft_layer(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> torch.nn.Module:
     import peft
 
@@ -108,6 +136,8 @@ def operators(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> dict[str, t
         "Unsloth's operators": (lambda x: unsloth(x, weight, a, b, scale), [a, b]),
         "LoRAFusion's operators": (lambda x: lorafusion(x, weight, a, b, scale), [a, b]),
     }
+    if weight.is_cuda and (kernels := nemo_kernels()):
+        found["NeMo AutoModel's kernels"] = (lambda x: nemo(kernels, x, weight, a, b, scale), [a, b])
     try:
         layer = peft_layer(weight, a.detach().clone(), b.detach().clone(), scale)
         trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]

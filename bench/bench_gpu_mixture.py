@@ -3,7 +3,8 @@
     python bench/bench_gpu_mixture.py [--quick] [--json FILE] [--rehearse]
 
 "gates": every row takes both experts, weighted. "streams": the first half of the rows takes the first expert, the
-second half the second, which here is a gate of zeros and ones, against two layers called one after the other.
+second half the second, as segments of one batch; beside a gate of zeros and ones, which computes both experts for every
+row, and two layers called one after the other.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtyp
             },
             "streams": {
                 "bare GEMM": lambda x: F.linear(x, weight),
-                "fedms, one batch": lambda x: expert_linear(x, weight, None, a, b, scale, streams),
+                "fedms, segments": lambda x: expert_linear(x, weight, None, a, b, scale, segments=(half, rows - half)),
+                "fedms, zeros and ones": lambda x: expert_linear(x, weight, None, a, b, scale, streams),
                 "fedms, two layers": apart,
             },
         }

@@ -93,6 +93,8 @@ def run(clock: Clock, sizes: tuple[int, int, int, int, int], dtype: torch.dtype)
         calls["fedms"] = step(with_experts(frozen, 16, depth), x)
         try:
             calls["PEFT"] = step(with_peft(frozen, 16, depth), x)
+            if x.is_cuda:
+                calls["PEFT, compiled"] = step(torch.compile(with_peft(frozen, 16, depth), dynamic=False), x)
         except ImportError:
             pass  # the report names the peers that it has
         measured = compare(clock, calls, base="frozen model")

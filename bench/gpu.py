@@ -1,6 +1,6 @@
 """All that a GPU can show, in one folder of at most eight files: tests, machine code, benchmarks, a report.
 
-    python bench/gpu.py --dest FOLDER [--quick]
+    python bench/gpu.py --dest FOLDER [--quick] [--rehearse]
 
 `make gpu` rebuilds the package and calls this. Exit status 1 if a test fails; the benchmarks run all the same.
 """
@@ -29,17 +29,32 @@ QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opchec
 QUICK_LIMITS = {"linear": 150, "mixture": 70, "step": 70}
 
 
+# Of the GEMMs and of the narrow kernels: how busy the tensor cores and the memory are, and what was read of it.
+COUNTERS = [
+    "gpu__time_duration.sum",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "lts__t_sector_hit_rate.pct",
+]
+
+
 def machine() -> dict[str, object]:
-    properties = torch.cuda.get_device_properties(0)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    gpu = {}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
     return {
         "commit": commit,
         "changed files": len(changed.splitlines()),
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
+        **gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -68,9 +83,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dest", required=True, type=Path, help="folder of the results; made if it is not there")
     parser.add_argument("--quick", action="store_true", help="within 8 minutes: fewer tests and shapes")
+    parser.add_argument("--rehearse", action="store_true", help="no GPU: benchmarks on tiny sizes on the CPU, no tests")
     options = parser.parse_args()
-    if reason := fedms_ext.explain("triton"):
-        sys.exit(f"the GPU kernels cannot run here: {reason}")
+    if (reason := fedms_ext.explain("triton")) and not options.rehearse:
+        sys.exit(f"the GPU kernels cannot run here: {reason}; --rehearse shows how this runs, on the CPU")
     dest = options.dest.resolve()
     dest.mkdir(parents=True, exist_ok=True)
     (dest / "machine.json").write_text(json.dumps(machine(), indent=1))
@@ -79,7 +95,10 @@ def main() -> int:
     shutil.rmtree(choices, ignore_errors=True)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
-    if options.quick:
+    quick, linear = options.quick or options.rehearse, str(ROOT / "bench" / "bench_gpu_linear.py")
+    if options.rehearse:
+        steps = {}
+    elif options.quick:
         steps = {"tests on the GPU": run([*pytest, "on_gpu.py", "-k", QUICK], 130)}
     else:
         found = str(dest / "machine_code.json")
@@ -88,16 +107,23 @@ def main() -> int:
             "machine code": run([*pytest, "-s", "compiled.py"], 300, FEDMS_MACHINE_CODE=found),
         }
     sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer and not options.quick:
+    if sanitizer and not quick:
         # PyTorch's caching allocator would hide an access behind the end of a tensor.
         steps["compute-sanitizer"] = run(
             [sanitizer, "--error-exitcode", "9", *pytest, "on_gpu.py", "-k", SANITISED], 1800,
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
+    profiler = shutil.which("ncu")
+    if profiler and not quick:  # needs the right to read counters, which is not everyone's
+        steps["counters"] = run(
+            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm_|shrink|sweep",
+             "--launch-count", "40", sys.executable, linear, "--quick"], 900, FEDMS_TUNE="0",
+        )  # fmt: skip
     tables = []
     for name in ("linear", "mixture", "step"):
         command = [sys.executable, str(ROOT / "bench" / f"bench_gpu_{name}.py"), "--json", str(dest / f"{name}.json")]
-        step = run(command + ["--quick"] * options.quick, QUICK_LIMITS[name] if options.quick else 1500, FEDMS_CACHE=str(choices))
+        command += ["--quick"] * options.quick + ["--rehearse"] * options.rehearse
+        step = run(command, QUICK_LIMITS[name] if options.quick else 1500, FEDMS_CACHE=str(choices))
         steps[f"benchmark {name}"] = step
         tables.append(f"## {name}\n\n{step['all']}")
 
@@ -107,11 +133,14 @@ def main() -> int:
     lines = ["# GPU report", "", *[f"- {key}: {value}" for key, value in machine().items()], "", "| step | status | seconds |",
              "| --- | --- | --- |"]  # fmt: skip
     lines += [f"| {name} | {step['status']} | {step['seconds']} |" for name, step in steps.items()]
-    if not sanitizer or options.quick:
-        lines.append(f"| compute-sanitizer | {'left out' if sanitizer else 'not on this machine'} | |")
+    for name, found in (("compute-sanitizer", sanitizer), ("counters", profiler)):
+        if name not in steps:
+            lines.append(f"| {name} | {'left out' if found else 'not on this machine'} | |")
     failed = {name: step for name, step in steps.items() if step["status"] != 0}
     for name, step in failed.items():
         lines += ["", f"## {name}: {step['status']}", "", "```", step["output"], "```"]
+    if "counters" in steps:
+        tables.append(f"## counters\n\n```\n{steps['counters']['all']}\n```")
     (dest / "report.md").write_text("\n".join(lines) + "\n\n" + "\n".join(tables))
     print(f"{dest / 'report.md'}")
     return 1 if failed else 0

@@ -122,8 +122,19 @@ def compare(clock: Clock, candidates: Mapping[str, Callable[[], object]], base: 
     return rows
 
 
+# What does less than a layer with experts.
+_LESS = ("bare GEMM", "merged W", "frozen model")
+
+
+def faster(rows: Mapping[str, Mapping[str, object]], way: str) -> dict[str, float]:
+    """The peers that take less time than our first row, and how much less: their time over ours."""
+    timed = {name: row[way]["median"] for name, row in rows.items() if "failed" not in row and name not in _LESS}
+    ours = next((name for name in timed if name == "fedms" or name == "fedms, segments"), None)
+    return {name: t / timed[ours] for name, t in timed.items() if ours and not name.startswith("fedms") and t < timed[ours]}
+
+
 def table(title: str, rows: Mapping[str, Mapping[str, object]]) -> str:
-    """The rows as Markdown: microseconds and ratio to the base, CUDA graph with warm L2 first."""
+    """The rows as Markdown: microseconds and ratio to the base, CUDA graph with warm L2 first; then who is faster."""
     lines = [f"### {title}", "", "| | graph, warm | ratio | graph, cold | ratio | eager, warm | ratio | CPU us | peak MiB |",
              "| --- " * 9 + "|"]  # fmt: skip
     for name, row in rows.items():
@@ -134,4 +145,7 @@ def table(title: str, rows: Mapping[str, Mapping[str, object]]) -> str:
                  for way in ("graph, warm", "graph, cold", "eager, warm")]  # fmt: skip
         peak = "" if row["peak_mebibytes"] is None else f"{row['peak_mebibytes']:.1f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {row['cpu_microseconds']:.1f} | {peak} |")
+    for way in ("graph, warm", "eager, warm"):
+        if lost := faster(rows, way):
+            lines += ["", f"Faster than fedms ({way}): " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in lost.items())]
     return "\n".join(lines) + "\n"

@@ -156,10 +156,11 @@ fedms::Lora read_lora(int64_t m, int64_t n, int64_t k, const py::sequence& a, co
 }
 
 void forward(py::handle x, const py::sequence& a, const py::sequence& b, const std::vector<double>& scale,
-             const py::object& gate, double dropout_p, uint64_t seed, py::handle s, py::handle y) {
+             const py::object& gate, double dropout_p, uint64_t seed, py::handle s, py::handle y, int64_t first_row) {
   const Matrix x_view("x", x), y_view("y", y), s_view("s", s);
   const int64_t m = x_view.rows(), k = x_view.columns(), n = y_view.columns();
-  const fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
+  fedms::Lora lora = read_lora(m, n, k, a, b, scale, gate, dropout_p, seed);
+  lora.first_row = first_row;
   y_view.expect(m, n);
   s_view.expect(m, lora.total_rank());
   const py::gil_scoped_release unlocked;
@@ -207,12 +208,13 @@ BackwardOperands read_backward(int64_t m, int64_t n, int64_t k, const py::object
 void backward(py::handle dy, const py::object& x, const py::sequence& a, const py::sequence& b,
               const std::vector<double>& scale, const py::object& gate, const py::object& s, double dropout_p,
               uint64_t seed, const py::object& dx, const py::object& dgate, const py::sequence& da,
-              const py::sequence& db) {
+              const py::sequence& db, int64_t first_row) {
   if (a.size() == 0) throw py::value_error("there are no experts");
   const Matrix dy_view("dy", dy);
-  const BackwardOperands operands =
+  BackwardOperands operands =
       read_backward(dy_view.rows(), dy_view.columns(), Matrix("a", a[0]).columns(), x, a, b, scale, gate, s, dropout_p,
                     seed, dx, dgate, da, db);
+  operands.lora.first_row = first_row;
   const py::gil_scoped_release unlocked;
   fedms::lora_backward(operands.lora, dy_view.data(), operands.x, operands.s, operands.out);
 }
@@ -303,9 +305,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dropout_p"), py::arg("seed"), py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"),
         "Writes the gradients; None is one that is not needed, and packed_t is one too if dx is.");
   m.def("lora_forward", &forward, py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"),
-        py::arg("dropout_p"), py::arg("seed"), py::arg("s"), py::arg("y"),
+        py::arg("dropout_p"), py::arg("seed"), py::arg("s"), py::arg("y"), py::arg("first_row") = 0,
         "Writes s and adds to y; see csrc/include/fedms/lora.h.");
   m.def("lora_backward", &backward, py::arg("dy"), py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scale"),
         py::arg("gate"), py::arg("s"), py::arg("dropout_p"), py::arg("seed"), py::arg("dx"), py::arg("dgate"),
-        py::arg("da"), py::arg("db"), "Adds to dx and writes the other gradients; None is one that is not needed.");
+        py::arg("da"), py::arg("db"), py::arg("first_row") = 0,
+        "Adds to dx and writes the other gradients; None is one that is not needed.");
 }

@@ -14,6 +14,7 @@ from .activation import (
     gated,
     prefix_depth,
     prefix_hash,
+    segmented,
 )
 from .backends import available, explain, use_backend
 from .cache import ConstantCache, DiskCache, Ragged
@@ -57,6 +58,7 @@ __all__ = [
     "prefix_hash",
     "quantize",
     "reset_expert",
+    "segmented",
     "unmerge",
     "use_backend",
 ]

@@ -109,14 +109,29 @@ def prefix_hash(model: nn.Module, depth: int) -> str:
 def gated(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], gate: Tensor) -> Iterator[None]:
     """Within the context each sample of a batch weighs the experts of the given layers by its row of `gate`
     (B, E), E counting all experts of a layer in their order. Differentiable with respect to `gate`."""
+    with _set(layers, "gate", gate):
+        yield
+
+
+@contextmanager
+def segmented(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], segments: Sequence[int]) -> Iterator[None]:
+    """Within the context the samples of a batch take one expert each in the given layers: the first segments[0] of them
+    a layer's first expert, the next segments[1] its second, and so on, E numbers in the order of its experts. So the
+    streams of a mixture run as one batch through one frozen product."""
+    with _set(layers, "segments", segments):
+        yield
+
+
+@contextmanager
+def _set(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], attribute: str, value: object) -> Iterator[None]:
     layers = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
     for layer in layers:
-        layer.gate = gate
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
         for layer in layers:
-            layer.gate = None
+            setattr(layer, attribute, None)
 
 
 class ConstantPrefix:

@@ -41,13 +41,22 @@ class BlockCost:
         return tokens * (2 * self.linear + 4 * self.lora + 8 * length * self.attention)
 
 
+def rank_of_a_row(layer: ExpertLinear) -> int:
+    """The ranks that a layer applies to a row, in the mean where rows are in segments; rounded up."""
+    if layer.segments is None:
+        return sum(layer.experts[e].rank for e in layer.applied)
+    applied = zip(layer.segments, layer.experts.items())
+    total = sum(rows * lora.rank for rows, (e, lora) in applied if e in layer.applied)
+    return -(-total // max(sum(layer.segments), 1))
+
+
 def block_costs(model: nn.Module) -> list[BlockCost]:
     """The cost of each block with the pairs that are applied now."""
     costs = []
     for block in blocks_of(model):
         linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
-        lora = sum(layer.experts[e].rank * (layer.in_features + layer.out_features)
-                   for layer in linears if isinstance(layer, ExpertLinear) for e in layer.applied)
+        lora = sum(rank_of_a_row(layer) * (layer.in_features + layer.out_features)
+                   for layer in linears if isinstance(layer, ExpertLinear))
         costs.append(BlockCost(linear=sum(m.in_features * m.out_features for m in linears), lora=lora,
                                attention=linears[0].in_features))
     return costs

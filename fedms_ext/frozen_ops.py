@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import eager
-from .ops import _library, _scale_tensor, _kept_scale_tensor, _without_autocast
+from .ops import _kept_scale_tensor, _library, _scale_tensor, _without_autocast, applied, fake_s
 
 if TYPE_CHECKING:
     from .nn.quantised_weight import QuantisedWeight
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
 # those of the backward pass what its `for_dx` gives.
 _library.define(
     "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, str kind, int group, Tensor? bias, Tensor[] lora_a, "
-    "Tensor[] lora_b, Tensor scale, Tensor? gate, float dropout_p, SymInt seed) -> (Tensor y, Tensor s)"
+    "Tensor[] lora_b, Tensor scale, Tensor? gate, SymInt[]? segments, float dropout_p, SymInt seed) "
+    "-> (Tensor y, Tensor s)"
 )
 _library.define(
     "frozen_linear_backward(Tensor dy, Tensor? x, SymInt k, Tensor? weight, Tensor? weight_scale, str kind, "
-    "int group, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? gate, Tensor? s, float dropout_p, SymInt seed, "
-    "bool needs_dx, bool needs_dgate, bool[] needs_da, bool[] needs_db) -> Tensor[]"
+    "int group, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? gate, SymInt[]? segments, Tensor? s, "
+    "float dropout_p, SymInt seed, bool needs_dx, bool needs_dgate, bool[] needs_da, bool[] needs_db) -> Tensor[]"
 )
 
 
@@ -51,16 +51,13 @@ _library.impl("frozen_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fedms_ext::frozen_linear")
-def _(x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
-    rows = math.prod(x.shape[:-1])
-    ranks = sum(a.shape[0] for a in lora_a)
-    dtype = lora_a[0].dtype if lora_a else x.dtype
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0])), x.new_empty((rows, ranks), dtype=dtype)
+def _(x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed):
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0])), fake_s(x, lora_a, segments)
 
 
 @torch.library.register_fake("fedms_ext::frozen_linear_backward")
 def _(
-    dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx,
+    dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx,
     needs_dgate, needs_da, needs_db,
 ):  # fmt: skip
     gradients = [dy.new_empty((*dy.shape[:-1], k))] if needs_dx else []
@@ -84,6 +81,7 @@ class _FrozenLinear(torch.autograd.Function):
         group: int,
         bias: Tensor | None,
         scale: Tensor,
+        segments: Sequence[int] | None,
         dropout_p: float,
         seed: int,
         needs: tuple[bool, ...],
@@ -91,13 +89,15 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         experts = len(lora) // 2
         y, s = torch.ops.fedms_ext.frozen_linear(
-            x, weight, weight_scale, kind, group, bias, lora[:experts], lora[experts:], scale, gate, dropout_p, seed
-        )
+            x, weight, weight_scale, kind, group, bias, lora[:experts], lora[experts:], scale, gate, segments,
+            dropout_p, seed,
+        )  # fmt: skip
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
         keep_s = needs[1] or any(needs[2 + experts :])
         ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, *for_dx, scale, *lora)
-        ctx.k, ctx.kind, ctx.group, ctx.dropout_p, ctx.seed, ctx.needs = x.shape[-1], kind, group, dropout_p, seed, needs
+        ctx.k, ctx.kind, ctx.group, ctx.segments = x.shape[-1], kind, group, segments
+        ctx.dropout_p, ctx.seed, ctx.needs = dropout_p, seed, needs
         return y
 
     @staticmethod
@@ -108,12 +108,12 @@ class _FrozenLinear(torch.autograd.Function):
         needs = ctx.needs
         found = iter(
             torch.ops.fedms_ext.frozen_linear_backward(
-                dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora[:experts], lora[experts:], scale, gate, s,
-                ctx.dropout_p, ctx.seed, needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
+                dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora[:experts], lora[experts:], scale, gate,
+                ctx.segments, s, ctx.dropout_p, ctx.seed, needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
             )
         )  # fmt: skip
         dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
-        return dx, dgate, *[None] * 10, *dlora
+        return dx, dgate, *[None] * 11, *dlora
 
 
 def frozen_linear(
@@ -124,14 +124,15 @@ def frozen_linear(
     lora_b: Sequence[Tensor] = (),
     scale: Sequence[float] = (),
     gate: Tensor | None = None,
+    active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """`expert_linear` on a quantised weight (N, K); only the applied experts are given, if any.
+    """`expert_linear` on a quantised weight (N, K).
 
-    x is (..., K), any floating dtype, and y (..., N) has the same; `gate` broadcasts to x.shape[:-1] + (E,). The
-    other arguments are those of `expert_linear`. See `reference.frozen_linear` for what is computed on the CPU
-    from int8.
+    x is (..., K), any floating dtype, and y (..., N) has the same. The other arguments are those of `expert_linear`.
+    See `reference.frozen_linear` for what is computed on the CPU from int8.
 
     Raises TypeError for an x that is not floating, ValueError for a wrong shape or device.
     """
@@ -143,7 +144,10 @@ def frozen_linear(
     if frozen.scale.device != x.device:
         raise ValueError(f"the weight is on {frozen.scale.device}, but x is on {x.device}; move one of them")
     if gate is not None:
-        gate = gate.expand(*x.shape[:-1], len(lora_a))
+        gate = gate.expand(*x.shape[:-1], len(lora_a) if segments is None else 1)
+    lora_a, lora_b, scale, gate, segments = applied(lora_a, lora_b, scale, gate, active, segments)
+    if not lora_a:
+        gate = None
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -155,9 +159,10 @@ def frozen_linear(
     if any(needs):
         for_dx = frozen.for_dx() if needs[0] else (None, None)
         return _FrozenLinear.apply(
-            x, gate, frozen.data, frozen.scale, for_dx, frozen.kind, frozen.group, bias, factors, dropout_p, seed, needs,
-            *lora_a, *lora_b,
+            x, gate, frozen.data, frozen.scale, for_dx, frozen.kind, frozen.group, bias, factors, segments, dropout_p,
+            seed, needs, *lora_a, *lora_b,
         )  # fmt: skip
     return torch.ops.fedms_ext.frozen_linear(
-        x, frozen.data, frozen.scale, frozen.kind, frozen.group, bias, lora_a, lora_b, factors, gate, dropout_p, seed
+        x, frozen.data, frozen.scale, frozen.kind, frozen.group, bias, lora_a, lora_b, factors, gate, segments,
+        dropout_p, seed,
     )[0]

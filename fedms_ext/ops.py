@@ -20,12 +20,12 @@ _library = torch.library.Library("fedms_ext", "DEF")
 # never recompiles a compiled model.
 _library.define(
     "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
-    "Tensor? gate, float dropout_p, SymInt seed) -> (Tensor y, Tensor s)"
+    "Tensor? gate, SymInt[]? segments, float dropout_p, SymInt seed) -> (Tensor y, Tensor s)"
 )
 _library.define(
     "expert_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
-    "Tensor? gate, Tensor? s, float dropout_p, SymInt seed, bool needs_dx, bool needs_dgate, bool[] needs_da, "
-    "bool[] needs_db) -> Tensor[]"
+    "Tensor? gate, SymInt[]? segments, Tensor? s, float dropout_p, SymInt seed, bool needs_dx, bool needs_dgate, "
+    "bool[] needs_da, bool[] needs_db) -> Tensor[]"
 )
 
 
@@ -57,17 +57,21 @@ _library.impl("expert_linear", _forward, "CompositeExplicitAutograd")
 _library.impl("expert_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fedms_ext::expert_linear")
-def _(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
+def fake_s(x: Tensor, lora_a: Sequence[Tensor], segments: Sequence[int] | None) -> Tensor:
     rows = math.prod(x.shape[:-1])  # numel() of a torch.Size would fix the size
-    ranks = sum(a.shape[0] for a in lora_a)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty((rows, ranks), dtype=lora_a[0].dtype)
+    ranks = [a.shape[0] for a in lora_a]
+    width = sum(ranks) if segments is None else max(ranks)
+    return x.new_empty((rows, width), dtype=lora_a[0].dtype if lora_a else x.dtype)
+
+
+@torch.library.register_fake("fedms_ext::expert_linear")
+def _(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed):
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), fake_s(x, lora_a, segments)
 
 
 @torch.library.register_fake("fedms_ext::expert_linear_backward")
 def _(
-    dy, x, weight, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
+    dy, x, weight, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
 ):
     gradients = [dy.new_empty((*dy.shape[:-1], weight.shape[1]))] if needs_dx else []
     if needs_dgate:
@@ -86,6 +90,7 @@ class _ExpertLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         scale: Tensor,
+        segments: Sequence[int] | None,
         dropout_p: float,
         seed: int,
         needs: tuple[bool, ...],
@@ -93,13 +98,13 @@ class _ExpertLinear(torch.autograd.Function):
     ) -> Tensor:
         experts = len(lora) // 2
         y, s = torch.ops.fedms_ext.expert_linear(
-            x, weight, bias, lora[:experts], lora[experts:], scale, gate, dropout_p, seed
+            x, weight, bias, lora[:experts], lora[experts:], scale, gate, segments, dropout_p, seed
         )
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
         keep_s = needs[1] or any(needs[2 + experts :])
         ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, weight, scale, *lora)
-        ctx.dropout_p, ctx.seed, ctx.needs = dropout_p, seed, needs
+        ctx.segments, ctx.dropout_p, ctx.seed, ctx.needs = segments, dropout_p, seed, needs
         return y
 
     @staticmethod
@@ -110,12 +115,12 @@ class _ExpertLinear(torch.autograd.Function):
         needs = ctx.needs
         found = iter(
             torch.ops.fedms_ext.expert_linear_backward(
-                dy, x, weight, lora[:experts], lora[experts:], scale, gate, s, ctx.dropout_p, ctx.seed,
+                dy, x, weight, lora[:experts], lora[experts:], scale, gate, ctx.segments, s, ctx.dropout_p, ctx.seed,
                 needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
             )
         )  # fmt: skip
         dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
-        return dx, dgate, None, None, None, None, None, None, *dlora
+        return dx, dgate, *[None] * 7, *dlora
 
 
 def _shape(tensor: Tensor) -> str:
@@ -137,6 +142,7 @@ def _check(
     lora_b: Sequence[Tensor],
     scale: Sequence[float] | Tensor,
     active: Sequence[bool] | None,
+    segments: Sequence[int] | None,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}, expected a tensor")
@@ -160,6 +166,11 @@ def _check(
         raise ValueError(f"scale has {found}, expected one value for each of the {experts} experts")
     if active is not None and len(active) != experts:
         raise ValueError(f"active has {len(active)} values, expected one for each of the {experts} experts")
+    if segments is not None:
+        rows = math.prod(x.shape[:-1])
+        if len(segments) != experts or any(count < 0 for count in segments) or sum(segments) != rows:
+            raise ValueError(f"segments is {list(segments)}, expected a number of rows for each of the {experts} experts, "
+                             f"at least 0, and {rows} in all")
     for e in range(experts):
         a, b = lora_a[e], lora_b[e]
         _check_tensor(f"lora_a[{e}]", a, x)
@@ -168,6 +179,28 @@ def _check(
             raise ValueError(f"lora_a[{e}] has the shape {_shape(a)}, expected (rank >= 1, {k})")
         if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
             raise ValueError(f"lora_b[{e}] has the shape {_shape(b)}, expected ({n}, {a.shape[0]})")
+
+
+def applied(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float] | Tensor,
+    gate: Tensor | None,
+    active: Sequence[bool] | None,
+    segments: Sequence[int] | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float] | Tensor, Tensor | None, Sequence[int] | None]:
+    """What an operator is given: the active experts alone. With segments an expert that is not active keeps its rows
+    and has the rank 0."""
+    if active is None or all(active):
+        return lora_a, lora_b, scale, gate, segments
+    if segments is None or not any(active):
+        chosen = [e for e, is_active in enumerate(active) if is_active]
+        scale = scale[chosen] if isinstance(scale, Tensor) else [scale[e] for e in chosen]
+        gate = None if gate is None else gate[..., chosen]
+        return [lora_a[e] for e in chosen], [lora_b[e] for e in chosen], scale, gate, None
+    lora_a = [a if is_active else a.detach()[:0] for a, is_active in zip(lora_a, active)]
+    lora_b = [b if is_active else b.detach()[:, :0] for b, is_active in zip(lora_b, active)]
+    return lora_a, lora_b, scale, gate, segments
 
 
 def _check_dtypes(
@@ -208,6 +241,7 @@ def expert_linear(
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """A frozen linear layer with any number of LoRA experts, each weighted by a gate row by row.
 
@@ -228,6 +262,10 @@ def expert_linear(
             F.linear(x, weight, bias), bit for bit, and the gate is not part of it.
         dropout_p: 0 <= p < 1, the dropout on x in the LoRA branch; one mask, shared by the experts.
         seed: 0 <= seed < 2**63, which mask; required if dropout_p > 0. See `fedms_ext.philox_mask`.
+        segments: E numbers of rows that add up to the rows of x, in their order: the first segments[0] rows take
+            expert 0 alone, the next segments[1] rows expert 1, and so on; one may be 0. The rows of an expert that is
+            not active take none. The gate then is one weight a row, that of its own expert: it broadcasts to
+            x.shape[:-1] + (1,). No expert is computed for the rows of another.
 
     Returns y, (..., N), in x's dtype. Gradients flow to x, the gate and every A and B, once: the gradient of a
     gradient is a RuntimeError (`fedms_ext.reference.expert_linear` has them all). Under torch.autocast everything
@@ -235,7 +273,7 @@ def expert_linear(
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value. NaN is not looked for.
     """
-    _check(x, weight, bias, lora_a, lora_b, scale, active)
+    _check(x, weight, bias, lora_a, lora_b, scale, active, segments)
     experts = len(lora_a)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
@@ -245,7 +283,7 @@ def expert_linear(
         raise ValueError(f"seed is {seed}, expected 0 <= seed < 2**63")
     if gate is not None:
         _check_tensor("gate", gate, x)
-        shape = (*x.shape[:-1], experts)
+        shape = (*x.shape[:-1], experts if segments is None else 1)
         try:
             gate = gate if gate.shape == shape else gate.expand(shape)
         except RuntimeError:
@@ -257,12 +295,8 @@ def expert_linear(
     weight = weight.detach() if weight.requires_grad else weight
     bias = bias.detach() if bias is not None and bias.requires_grad else bias
 
-    if active is not None and not all(active):
-        chosen = [e for e in range(experts) if active[e]]
-        lora_a, lora_b = [lora_a[e] for e in chosen], [lora_b[e] for e in chosen]
-        scale = scale[chosen] if isinstance(scale, Tensor) else [scale[e] for e in chosen]
-        gate = None if gate is None else gate[..., chosen]
-        experts = len(chosen)
+    lora_a, lora_b, scale, gate, segments = applied(lora_a, lora_b, scale, gate, active, segments)
+    experts = len(lora_a)
     if experts == 0:
         return F.linear(x, weight, bias)
 
@@ -280,5 +314,5 @@ def expert_linear(
         inputs = (x, gate, *lora_a, *lora_b)
         needs = tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
     if any(needs):
-        return _ExpertLinear.apply(x, gate, weight, bias, scale, dropout_p, seed, needs, *lora_a, *lora_b)
-    return torch.ops.fedms_ext.expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed)[0]
+        return _ExpertLinear.apply(x, gate, weight, bias, scale, segments, dropout_p, seed, needs, *lora_a, *lora_b)
+    return torch.ops.fedms_ext.expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)[0]

@@ -52,7 +52,16 @@ def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
     return torch.where(philox_mask(seed, *x.shape, p, x.device), x / (1 - p), 0)
 
 
-def _gate_rows(gate: Tensor | None, x: Tensor, experts: int) -> Tensor | None:
+def own_expert(segments: Sequence[int], like: Tensor) -> Tensor:
+    """(M, E) in the dtype and on the device of `like`: 1 where a row lies in the segment of an expert, 0 elsewhere."""
+    owners = torch.arange(len(segments), device=like.device).repeat_interleave(torch.tensor(segments, device=like.device))
+    return torch.nn.functional.one_hot(owners, len(segments)).to(like.dtype)
+
+
+def _gate_rows(gate: Tensor | None, x: Tensor, experts: int, segments: Sequence[int] | None) -> Tensor | None:
+    if segments is not None:
+        own = own_expert(segments, x)
+        return own if gate is None else own * gate.expand(*x.shape[:-1], 1).reshape(-1, 1)
     return None if gate is None else gate.expand(*x.shape[:-1], experts).reshape(-1, experts)
 
 
@@ -67,15 +76,16 @@ def expert_linear(
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
 
-    The arguments are those of `fedms_ext.expert_linear`. Differentiable by autograd any number of times, but here
+    The arguments are those of `fedms_ext.expert_linear`; segments are a gate of ones and zeros. Differentiable by autograd any number of times, but here
     the weight and the bias do get gradients if they ask for them.
     """
     experts = len(lora_a)
     rows = x.reshape(-1, x.shape[-1])
-    gates = _gate_rows(gate, x, experts)
+    gates = _gate_rows(gate, x, experts, segments)
     dropped = dropout(rows, dropout_p, seed)
     y = torch.nn.functional.linear(rows, weight, bias)
     for e in range(experts):
@@ -96,17 +106,18 @@ def expert_linear_backward(
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """The gradients of `expert_linear` written out by hand: dx, dgate, [dA_e], [dB_e].
 
-    dgate has the shape x.shape[:-1] + (E,), before any broadcast of the gate is summed up again; None without a
-    gate. An inactive expert has a zero column in dgate and None for dA and dB.
+    dgate has the shape x.shape[:-1] + (E,), in segments x.shape[:-1] + (1,), before any broadcast of the gate is summed
+    up again; None without a gate. An inactive expert has a zero column in dgate and None for dA and dB.
     """
     experts = len(lora_a)
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, weight.shape[0])
-    gates = _gate_rows(gate, x, experts)
+    gates = _gate_rows(gate, x, experts, segments)
     dropped = dropout(rows, dropout_p, seed)
-    dgate = None if gates is None else torch.zeros_like(gates)
+    dgate = None if gate is None else torch.zeros_like(gates)
     da: list[Tensor | None] = [None] * experts
     db: list[Tensor | None] = [None] * experts
     dx_lora = torch.zeros_like(rows)
@@ -124,7 +135,9 @@ def expert_linear_backward(
         dx_lora += ds @ lora_a[e]
     dx = dy_rows @ weight + dropout(dx_lora, dropout_p, seed)
     if dgate is not None:
-        dgate = dgate.reshape(*x.shape[:-1], experts)
+        if segments is not None:
+            dgate = (dgate * own_expert(segments, dgate)).sum(dim=1)
+        dgate = dgate.reshape(*x.shape[:-1], -1)
     return dx.reshape(x.shape), dgate, da, db
 
 
@@ -171,6 +184,7 @@ def frozen_linear(
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """`expert_linear` on an int8 weight: x is quantised row by row for the frozen product, and only for that.
 
@@ -184,7 +198,9 @@ def frozen_linear(
     lora_a, lora_b = [a.double() for a in lora_a], [b.double() for b in lora_b]
     gate = None if gate is None else gate.double()
     bias = None if bias is None else bias.double()
-    return product + expert_linear(x.double(), zero, bias, lora_a, lora_b, scale, gate, active, dropout_p, seed)
+    return product + expert_linear(
+        x.double(), zero, bias, lora_a, lora_b, scale, gate, active, dropout_p, seed, segments
+    )
 
 
 # The 4-bit formats. Along K a row is cut into groups, each with one float32 scale, and

@@ -65,8 +65,8 @@ inline void weigh(const Lora& lora, int64_t first, int64_t count, const float* f
 inline void drop_rows(const Lora& lora, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* from,
                int64_t from_stride, float* to, int64_t to_stride, bool add) {
   for (int64_t i = 0; i < rows; ++i) {
-    lora_kernels().dropout(lora.dropout_p, lora.seed, static_cast<uint64_t>((row + i) * lora.k + column), columns,
-                      from + i * from_stride, to + i * to_stride, add);
+    const auto place = static_cast<uint64_t>((lora.first_row + row + i) * lora.k + column);
+    lora_kernels().dropout(lora.dropout_p, lora.seed, place, columns, from + i * from_stride, to + i * to_stride, add);
   }
 }
 

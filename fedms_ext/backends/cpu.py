@@ -59,13 +59,16 @@ def forward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     if not _in_kernels(x, lora_a, lora_b, gate, dropout_p):
-        return eager.forward(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
-    gates = None if gate is None else gate.reshape(-1, len(lora_a))
+        return eager.forward(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+    gates = eager.gate_rows(gate, len(lora_a), segments)
     y = F.linear(x, weight, bias)
+    if segments is not None:
+        return y, _segments_forward(x, lora_a, lora_b, scale.tolist(), gates, segments, dropout_p, seed, y)
     s = x.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in lora_a]))
     _C.lora_forward(x, lora_a, lora_b, scale.tolist(), gates, dropout_p, seed, s, y)
     return y, s
@@ -79,6 +82,7 @@ def backward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     s: Tensor | None,
     dropout_p: float,
     seed: int,
@@ -91,15 +95,94 @@ def backward(
     dy = dy.contiguous()
     if not _in_kernels(dy, lora_a, lora_b, gate, dropout_p) or (x is not None and not _dense(x)):
         return eager.backward(
-            dy, x, weight, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
-        )
-    gates = None if gate is None else gate.reshape(-1, len(lora_a))
+            dy, x, weight, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
+            needs_db,
+        )  # fmt: skip
     dx = dy @ weight if needs_dx else None
-    dgate = gates.new_empty(gates.shape) if needs_dgate else None
-    da = [torch.empty_like(a) if needed else None for a, needed in zip(lora_a, needs_da)]
-    db = [torch.empty_like(b) if needed else None for b, needed in zip(lora_b, needs_db)]
-    _C.lora_backward(dy, x, lora_a, lora_b, scale.tolist(), gates, s, dropout_p, seed, dx, dgate, da, db)
+    operands = (lora_a, lora_b, scale.tolist(), eager.gate_rows(gate, len(lora_a), segments))
+    dgate, da, db = _gradients(gate, lora_a, lora_b, needs_dgate, needs_da, needs_db)
+    if segments is None:
+        _C.lora_backward(dy, x, *operands, s, dropout_p, seed, dx, dgate, da, db)
+    else:
+        _segments_backward(dy, x, *operands, segments, s, dropout_p, seed, dx, dgate, da, db)
     return dx, None if dgate is None else dgate.view(gate.shape), da, db
+
+
+def _gradients(
+    gate: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Where the gradients go, float32: dgate (M, E), or (M, 1) in segments, and every dA and dB."""
+    like = lora_a[0] if lora_a else gate
+    return (
+        like.new_empty(gate.shape[:-1].numel(), gate.shape[-1]) if needs_dgate else None,
+        [torch.empty_like(a) if needed else None for a, needed in zip(lora_a, needs_da)],
+        [torch.empty_like(b) if needed else None for b, needed in zip(lora_b, needs_db)],
+    )
+
+
+def _segments_forward(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    gates: Tensor | None,
+    segments: Sequence[int],
+    dropout_p: float,
+    seed: int,
+    y: Tensor,
+) -> Tensor:
+    """Adds the branch of every segment to its rows of y, and returns s."""
+    rows, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    parts = [x.new_empty(count, a.shape[0]) for count, a in zip(segments, lora_a)]
+    for e, own in enumerate(eager.spans(segments, len(lora_a))):
+        if parts[e].numel():
+            gate = None if gates is None else gates[own, e : e + 1]
+            _C.lora_forward(
+                rows[own], [lora_a[e]], [lora_b[e]], [scale[e]], gate, dropout_p, seed, parts[e], y[own], own.start
+            )
+    return eager.side_by_side(parts, segments)
+
+
+def _segments_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    gates: Tensor | None,
+    segments: Sequence[int],
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    dx: Tensor | None,
+    dgate: Tensor | None,
+    da: Sequence[Tensor | None],
+    db: Sequence[Tensor | None],
+) -> None:
+    """What `_C.lora_backward` computes, each segment on its own."""
+
+    def rows(tensor: Tensor | None, own: slice) -> Tensor | None:
+        return None if tensor is None else tensor.view(-1, tensor.shape[-1])[own]
+
+    parts = [None] * len(lora_a) if s is None else eager.parts_of(s, [a.shape[0] for a in lora_a], segments)
+    for e, own in enumerate(eager.spans(segments, len(lora_a))):
+        if lora_a[e].shape[0] == 0:
+            if dgate is not None:
+                dgate[own] = 0
+            continue
+        _C.lora_backward(
+            rows(dy, own), rows(x, own), [lora_a[e]], [lora_b[e]], [scale[e]],
+            None if gates is None else gates[own, e : e + 1], None if parts[e] is None else parts[e].contiguous(),
+            dropout_p, seed, rows(dx, own), rows(dgate, own), [da[e]], [db[e]], own.start,
+        )  # fmt: skip
+
+
+_NO_EXPERTS = ((), (), (), None)  # as `_plain_operands` returns them
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -112,9 +195,9 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain_operands(
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor, gate: Tensor | None
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor, gate: Tensor | None, segments: Sequence[int] | None
 ) -> tuple[list[Tensor], list[Tensor], list[float], Tensor | None]:
-    gates = gate.to(torch.float32).reshape(-1, len(lora_a)) if gate is not None and lora_a else None
+    gates = eager.gate_rows(gate.to(torch.float32), len(lora_a), segments) if gate is not None and lora_a else None
     return [_plain(a) for a in lora_a], [_plain(b) for b in lora_b], scale.tolist(), gates
 
 
@@ -129,21 +212,23 @@ def frozen_forward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """`reference.frozen_linear` in float32; y has x's dtype, s that of the experts."""
     if kind != "int8":
         return eager.frozen_forward(
-            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, dropout_p, seed
+            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed
         )
-    operands = _plain_operands(lora_a, lora_b, scale, gate)
-    plain = _plain(x)
-    s = plain.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in lora_a]))
+    operands = _plain_operands(lora_a, lora_b, scale, gate, segments)
+    plain, bias = _plain(x), None if bias is None else _plain(bias)
     y = plain.new_empty(*x.shape[:-1], weight_scale.shape[0])
-    _C.int8_forward(
-        plain, weight, weight_scale, None if bias is None else _plain(bias), *operands, dropout_p, seed, s, y
-    )
+    fused = operands if segments is None else _NO_EXPERTS
+    s = plain.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in fused[0]]))
+    _C.int8_forward(plain, weight, weight_scale, bias, *fused, dropout_p, seed, s, y)
+    if segments is not None:
+        s = _segments_forward(plain, *operands, segments, dropout_p, seed, y)
     return _as(y, x.dtype), _as(s, lora_a[0].dtype) if lora_a else s
 
 
@@ -159,6 +244,7 @@ def frozen_backward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     s: Tensor | None,
     dropout_p: float,
     seed: int,
@@ -169,19 +255,20 @@ def frozen_backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     if kind != "int8":
         return eager.frozen_backward(
-            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, s, dropout_p, seed,
+            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed,
             needs_dx, needs_dgate, needs_da, needs_db,
         )  # fmt: skip
-    a, b, scales, gates = _plain_operands(lora_a, lora_b, scale, gate)
-    plain = _plain(dy)
+    operands = _plain_operands(lora_a, lora_b, scale, gate, segments)
+    plain, x, s = _plain(dy), None if x is None else _plain(x), None if s is None else _plain(s)
     dx = plain.new_empty(*dy.shape[:-1], k) if needs_dx else None
-    dgate = plain.new_empty(gates.shape) if needs_dgate else None
-    da = [torch.empty_like(t) if needed else None for t, needed in zip(a, needs_da)]
-    db = [torch.empty_like(t) if needed else None for t, needed in zip(b, needs_db)]
-    _C.int8_backward(
-        plain, None if x is None else _plain(x), k, weight, weight_scale, a, b, scales, gates,
-        None if s is None else _plain(s), dropout_p, seed, dx, dgate, da, db,
-    )  # fmt: skip
+    dgate, da, db = _gradients(gate, *operands[:2], needs_dgate, needs_da, needs_db)
+    frozen = (k, weight, weight_scale)
+    if segments is None:
+        _C.int8_backward(plain, x, *frozen, *operands, s, dropout_p, seed, dx, dgate, da, db)
+    else:
+        if needs_dx:
+            _C.int8_backward(plain, None, *frozen, *_NO_EXPERTS, None, 0.0, 0, dx, None, [], [])
+        _segments_backward(plain, x, *operands, segments, s, dropout_p, seed, dx, dgate, da, db)
     return (
         None if dx is None else dx.to(dy.dtype),
         None if dgate is None else dgate.view(gate.shape).to(gate.dtype),

@@ -3,11 +3,16 @@
 The two functions here are what a backend is. Shapes: x (..., K), weight (N, K), lora_a[e] (r_e, K),
 lora_b[e] (N, r_e), scale (E,), gate x.shape[:-1] + (E,) or None; only the experts that are applied are given.
 `s` is x A^T of all experts side by side, (M, sum of r_e) with M the number of rows of x, without scale and gate.
+
+With `segments`, E numbers of rows that add up to M, the rows of a segment take its expert alone: the gate is then
+x.shape[:-1] + (1,), and s (M, largest r_e) holds for each row what its own expert makes of it. An expert of rank 0 is
+one that is not applied, where it has rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +30,44 @@ def supports(x: Tensor) -> bool:
     return True
 
 
-def _factor(scale: list[float] | Tensor, gate: Tensor | None, expert: int) -> float | Tensor:
-    """scale_e, times column e of the gate if there is one: a number, a 0-d tensor or (M, 1)."""
-    return scale[expert] if gate is None else gate[:, expert : expert + 1] * scale[expert]
+def spans(segments: Sequence[int] | None, experts: int) -> list[slice | None]:
+    """The rows that take each expert: all of them (None), or one segment after the other."""
+    if segments is None:
+        return [None] * experts
+    return [slice(end - count, end) for count, end in zip(segments, accumulate(segments))]
+
+
+def _rows(tensor: Tensor, own: slice | None) -> Tensor:
+    return tensor if own is None else tensor[own]
+
+
+def gate_rows(gate: Tensor | None, experts: int, segments: Sequence[int] | None) -> Tensor | None:
+    """The gate as (M, E); in segments all columns are the one there is."""
+    if gate is None:
+        return None
+    return gate.reshape(-1, experts) if segments is None else gate.reshape(-1, 1).expand(-1, experts)
+
+
+def _factor(scale: list[float] | Tensor, gate: Tensor | None, expert: int, own: slice | None) -> float | Tensor:
+    """scale_e, times column e of the gate if there is one: a number, a 0-d tensor or (rows, 1)."""
+    return scale[expert] if gate is None else _rows(gate, own)[:, expert : expert + 1] * scale[expert]
+
+
+def side_by_side(parts: Sequence[Tensor], segments: Sequence[int] | None) -> Tensor:
+    """s, from what every expert makes of its rows."""
+    if len(parts) == 1:
+        return parts[0]
+    if segments is None:
+        return torch.cat(parts, dim=1)
+    width = max([part.shape[1] for part in parts])
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def parts_of(s: Tensor, ranks: Sequence[int], segments: Sequence[int] | None) -> list[Tensor]:
+    """What `side_by_side` put together."""
+    if segments is None:
+        return list(s.split(list(ranks), dim=1))
+    return [part[:, :rank] for part, rank in zip(s.split(list(segments)), ranks)]
 
 
 def _scales(scale: Tensor) -> list[float] | Tensor:
@@ -53,19 +93,21 @@ def forward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns y, of shape x.shape[:-1] + (N,), and s."""
     rows = x.reshape(-1, x.shape[-1])
-    gates = None if gate is None else gate.reshape(-1, len(lora_a))
+    gates = gate_rows(gate, len(lora_a), segments)
     scales = _scales(scale)
     y = F.linear(rows, weight, bias)
     dropped = dropout(rows, dropout_p, seed).to(lora_a[0].dtype)
-    parts = [dropped @ a.t() for a in lora_a]
-    for e, (s, b) in enumerate(zip(parts, lora_b)):
-        _add_product(y, _factor(scales, gates, e), s, b.t())
-    return y.view(*x.shape[:-1], weight.shape[0]), parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    owns = spans(segments, len(lora_a))
+    parts = [_rows(dropped, own) @ a.t() for own, a in zip(owns, lora_a)]
+    for e, (own, s, b) in enumerate(zip(owns, parts, lora_b)):
+        _add_product(_rows(y, own), _factor(scales, gates, e, own), s, b.t())
+    return y.view(*x.shape[:-1], weight.shape[0]), side_by_side(parts, segments)
 
 
 def backward(
@@ -76,6 +118,7 @@ def backward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     s: Tensor | None,
     dropout_p: float,
     seed: int,
@@ -92,29 +135,29 @@ def backward(
     dtype = lora_a[0].dtype
     low = dy.reshape(-1, weight.shape[0])
     high = low.to(dtype)
-    gates = None if gate is None else gate.reshape(-1, experts)
+    gates = gate_rows(gate, experts, segments)
     scales = _scales(scale)
-    parts = None if s is None else s.split([a.shape[0] for a in lora_a], dim=1)
+    parts = None if s is None else parts_of(s, [a.shape[0] for a in lora_a], segments)
     dropped = dropout(x.reshape(-1, x.shape[-1]), dropout_p, seed).to(dtype) if any(needs_da) else None
     dx = low @ weight if needs_dx else None
     # With dropout the LoRA part of dx is masked, so it is summed up apart.
     dx_lora = torch.zeros_like(dx, dtype=dtype) if needs_dx and dropout_p > 0 else dx
-    dgate = torch.empty_like(gates) if needs_dgate else None
+    dgate = gate.new_empty(gate.shape).view(-1, gate.shape[-1]) if needs_dgate else None
     da: list[Tensor | None] = [None] * experts
     db: list[Tensor | None] = [None] * experts
-    for e in range(experts):
-        factor = _factor(scales, gates, e)
+    for e, own in enumerate(spans(segments, experts)):
+        factor = _factor(scales, gates, e, own)
         if needs_dx or needs_dgate or needs_da[e]:
-            u = high @ lora_b[e]
+            u = _rows(high, own) @ lora_b[e]
             if dgate is not None:
-                dgate[:, e] = (parts[e] * u).sum(dim=1) * scales[e]
+                _rows(dgate, own)[:, e if segments is None else 0] = (parts[e] * u).sum(dim=1) * scales[e]
             ds = (u * factor).to(dtype)
             if needs_da[e]:
-                da[e] = ds.t() @ dropped
+                da[e] = ds.t() @ _rows(dropped, own)
             if needs_dx:
-                _add_product(dx_lora, 1.0, ds, lora_a[e])
+                _add_product(_rows(dx_lora, own), 1.0, ds, lora_a[e])
         if needs_db[e]:
-            db[e] = high.t() @ (parts[e] * factor).to(dtype)
+            db[e] = _rows(high, own).t() @ (parts[e] * factor).to(dtype)
     if dx_lora is not dx:
         dx += dropout(dx_lora, dropout_p, seed)
     if dx is not None:
@@ -133,6 +176,7 @@ def frozen_forward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
@@ -141,7 +185,7 @@ def frozen_forward(
     bias = None if bias is None else bias.to(x.dtype)
     if not lora_a:
         return F.linear(x, expanded, bias), x.new_empty(x.shape[:-1].numel(), 0)
-    return forward(x, expanded, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+    return forward(x, expanded, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
 
 
 def frozen_backward(
@@ -156,6 +200,7 @@ def frozen_backward(
     lora_b: Sequence[Tensor],
     scale: Tensor,
     gate: Tensor | None,
+    segments: Sequence[int] | None,
     s: Tensor | None,
     dropout_p: float,
     seed: int,
@@ -170,8 +215,9 @@ def frozen_backward(
     if not lora_a:
         return dy @ expanded, None, [], []
     return backward(
-        dy, x, expanded, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
-    )
+        dy, x, expanded, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
+        needs_db,
+    )  # fmt: skip
 
 
 def expand_for_dx(weight: Tensor, weight_scale: Tensor, kind: str, group: int, n: int, k: int) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,9 @@ class ExpertLinear(nn.Linear):
     comes from torch's default generator.
 
     `gate`, set by `fedms_ext.gated`, is a tensor (B, E) with one weight per sample and expert (E counts all
-    experts of the layer, in the order of `experts`), or None for weight 1 everywhere.
+    experts of the layer, in the order of `experts`), or None for weight 1 everywhere. `segments`, set by
+    `fedms_ext.segmented`, are E numbers of samples: the first of them take the first expert alone, and so on, and the
+    gate is (B, 1); None: every sample takes all experts that are applied.
 
     After `fedms_ext.quantize`, `frozen` holds the weight and `weight` is None.
     """
@@ -117,6 +119,7 @@ class ExpertLinear(nn.Linear):
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
         self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
         self.gate: Tensor | None = None
+        self.segments: Sequence[int] | None = None
         self.merged: tuple[str, PairState, Tensor] | None = None   # what `merge` changed
         self.frozen: QuantisedWeight | None = None
         for name, lora in experts.items():
@@ -170,28 +173,36 @@ class ExpertLinear(nn.Linear):
         return [name for name, state in self.states.items() if state is not PairState.OFF]
 
     def forward(self, x: Tensor) -> Tensor:
-        applied, frozen = self.applied, self.frozen
-        if not applied:
+        frozen, active = self.frozen, [state is not PairState.OFF for state in self.states.values()]
+        if not any(active):
             return F.linear(x, self.weight, self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)
-        dropout = self.experts[applied[0]].dropout
+        dropout = next(iter(self.experts.values())).dropout
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
         operator, weight = (expert_linear, self.weight) if frozen is None else (frozen_linear, frozen)
         return operator(
             x, weight, self.bias,
-            [self.lora_a[e] for e in applied], [self.lora_b[e] for e in applied],
-            [self.experts[e].scale for e in applied],
-            gate=None if self.gate is None else self._gate_of_rows(x, applied),
+            list(self.lora_a.values()), list(self.lora_b.values()), [lora.scale for lora in self.experts.values()],
+            gate=None if self.gate is None else self._gate_of_rows(x),
+            active=active,
             dropout_p=dropout if drops else 0.0,
-            seed=int(torch.randint(2**63 - 1, ())) if drops else 0)
+            seed=int(torch.randint(2**63 - 1, ())) if drops else 0,
+            segments=None if self.segments is None else self._segments_of_rows(x))
 
-    def _gate_of_rows(self, x: Tensor, applied: list[str]) -> Tensor:
+    def _gate_of_rows(self, x: Tensor) -> Tensor:
         gate = self.gate
-        if gate.dim() != 2 or gate.shape[1] != len(self.experts) or gate.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"gate must be (B, E) = ({x.shape[0]}, {len(self.experts)}) for an input of shape "
+        columns = len(self.experts) if self.segments is None else 1
+        if gate.dim() != 2 or gate.shape[1] != columns or gate.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"gate must be (B, E) = ({x.shape[0]}, {columns}) for an input of shape "
                              f"{tuple(x.shape)}, got {tuple(gate.shape)}")
-        if len(applied) < len(self.experts):
-            gate = gate[:, [i for i, e in enumerate(self.experts) if e in applied]]
-        return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), len(applied))
+        return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
+
+    def _segments_of_rows(self, x: Tensor) -> list[int]:
+        samples = self.segments
+        if len(samples) != len(self.experts) or x.dim() < 2 or sum(samples) != x.shape[0]:
+            raise ValueError(f"segments must be {len(self.experts)} numbers of samples, {x.shape[0]} in all, for an input "
+                             f"of shape {tuple(x.shape)}, got {list(samples)}")
+        rows = math.prod(x.shape[1:-1])
+        return [count * rows for count in samples]
 
     def delta(self, expert: str) -> Tensor:
         """`s * B A` of one expert, (N, K), in the weight's dtype, computed in float32 or better."""

@@ -4,6 +4,10 @@ All are bound by one pass over x or dy. Sums over the rows, or over the columns 
 a workspace, and another kernel adds those in a fixed order: no atomics, so the bits repeat.
 
 `expert_ptr` (R,) int32 names the expert of each rank, `scale_ptr` (E,) its scale, and the gate is (M, E).
+
+In segments (SEGMENTS) a row has the ranks of its own expert alone, the first of R columns. A program finds in
+`blocks_ptr` which rows are its own and whose they are; the experts lie one after the other, `pitch` ranks apart, and a
+gate is (M, 1).
 """
 
 import triton
@@ -13,31 +17,44 @@ from .dropout import keep_tile
 
 
 @triton.jit
-def _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE: tl.constexpr):
+def row_block(blocks_ptr, number, M, R, SIZE, SEGMENTS: tl.constexpr):
+    """Of block `number` of the rows: its first row, the row where it ends, the expert that owns it, and its ranks.
+    `blocks_ptr` (., 4) int32 holds just these; without segments they follow from SIZE, the rows of a block."""
+    if SEGMENTS:
+        block = blocks_ptr + number * 4
+        return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    else:
+        return number * SIZE, min((number + 1) * SIZE, M), 0, R
+
+
+@triton.jit
+def factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE: tl.constexpr):
     # scale_e * gate_e of each row and rank, (rows or 1, ranks) in fp32. The scales may be fp64 (a Python number
     # that a compiler turned into a tensor): they become fp32 here, or all that follows would be fp64.
     expert = tl.load(expert_ptr + ranks, mask=ranks < R, other=0)
     factor = tl.load(scale_ptr + expert).to(tl.float32)[None, :]
     if GATE:
         gate = gate_ptr + rows.to(tl.int64)[:, None] * gate_stride_m + expert[None, :] * gate_stride_e
-        factor = factor * tl.load(gate, mask=rows[:, None] < M, other=0.0).to(tl.float32)
+        factor = factor * tl.load(gate, mask=rows[:, None] < end, other=0.0).to(tl.float32)
     return factor
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, s_ptr, t_ptr, M, K, R,
+def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_ptr, M, K, R, pitch,
            x_stride, a_stride_k, a_stride_r, t_stride, gate_stride_m, gate_stride_e,
            seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
            BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
-           DROP: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr):
+           DROP: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr, SEGMENTS: tl.constexpr):
     """s = drop(x) A^T (M, R), dense, and t = s with scale and gate, for the GEMM. Also dS from dy, with B for A^T."""
-    row = tl.program_id(0) * BM
+    width = R
+    row, end, owner, R = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
+    a_ptr += owner * tl.cast(pitch, tl.int64) * a_stride_r
     rows = row + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     steps = tl.arange(0, BK)
     x_tile = x_ptr + rows.to(tl.int64)[:, None] * x_stride + steps[None, :]
     a_tile = a_ptr + steps.to(tl.int64)[:, None] * a_stride_k + ranks[None, :] * a_stride_r
-    x_mask, a_mask = rows[:, None] < M, ranks[None, :] < R
+    x_mask, a_mask = rows[:, None] < end, ranks[None, :] < R
     s = tl.zeros((BM, BR), tl.float32)
     for first in tl.range(0, K, BK):
         if EVEN_K:
@@ -54,21 +71,22 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, s_ptr, t_ptr, M, K, R,
         a_tile += BK * a_stride_k
     if DROP:
         s *= kept_scale
-    mask = x_mask & a_mask
+    if SEGMENTS:  # an infinity in x would leave NaN where the expert has no rank
+        s = tl.where(a_mask, s, 0.0)
     if KEEP_S:
-        s_tile = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
-        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=mask)
-    s *= _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE)
+        s_tile = s_ptr + rows.to(tl.int64)[:, None] * width + ranks[None, :]
+        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=x_mask & (ranks[None, :] < width))
+    s *= factor_of(scale_ptr, expert_ptr + owner * pitch, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE)
     t_tile = t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :]
     tl.store(t_tile, s.to(t_ptr.dtype.element_ty), mask=x_mask & (ranks[None, :] < t_stride))  # zeros behind R
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, u_ptr, g_ptr, M, C, R, rows_a_split,
+def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_ptr, g_ptr, M, C, R, pitch, rows_a_split,
           z_stride, t_stride, b_stride, gate_stride_m, gate_stride_e,
           seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
           BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PROJECT: tl.constexpr, OUTER: tl.constexpr,
-          FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr):
+          FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr, SEGMENTS: tl.constexpr):
     """One pass over z (M, C), which is dy or x; a program holds BC of its columns and walks down its split of rows.
 
     OUTER: partial sums g (splits, C, R) of z^T t, where t (M, R) is as given, or with FACTOR times scale and gate.
@@ -78,13 +96,14 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, u_ptr, g_ptr, M,
     column = tl.program_id(0) * BC
     columns = column + tl.arange(0, BC)
     split = tl.program_id(1)
+    width = R
+    start, end, owner, R = row_block(blocks_ptr, split, M, R, rows_a_split, SEGMENTS)
     ranks = tl.program_id(2) * BR + tl.arange(0, BR)
     if PROJECT:
-        b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * b_stride + ranks[None, :],
+        b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * b_stride + owner * pitch + ranks[None, :],
                     mask=(columns[:, None] < C) & (ranks[None, :] < R), other=0.0)
     g = tl.zeros((BC, BR), tl.float32)
-    end = min((split + 1) * rows_a_split, M)
-    for row in tl.range(split * rows_a_split, end, BM):
+    for row in tl.range(start, end, BM):
         rows = row + tl.arange(0, BM)
         mask = (rows[:, None] < end) & (ranks[None, :] < R)
         z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * z_stride + columns[None, :],
@@ -95,47 +114,56 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, u_ptr, g_ptr, M,
         if PROJECT:
             u = tl.dot(z, b)
             place = tl.program_id(0).to(tl.int64) * M + rows
-            tl.store(u_ptr + place[:, None] * R + ranks[None, :], u, mask=mask)
+            tl.store(u_ptr + place[:, None] * width + ranks[None, :], u, mask=mask)
         if OUTER:
             t = tl.load(t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
             if FACTOR:
-                factor = _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE)
+                factor = factor_of(scale_ptr, expert_ptr + owner * pitch, gate_ptr, gate_stride_m, gate_stride_e, rows,
+                                   ranks, end, R, GATE)
                 t = (t.to(tl.float32) * factor).to(z.dtype)
             g = tl.dot(tl.trans(z), t, g)
     if OUTER:
         if DROP:
             g *= kept_scale
         place = split.to(tl.int64) * C + columns
-        tl.store(g_ptr + place[:, None] * R + ranks[None, :], g,
+        tl.store(g_ptr + place[:, None] * width + ranks[None, :], g,
                  mask=(columns[:, None] < C) & (ranks[None, :] < R))
 
 
 @triton.jit
-def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, ds_ptr, dgate_ptr, M, R, E, parts,
-                s_stride, ds_stride, gate_stride_m, gate_stride_e,
-                BM: tl.constexpr, BR: tl.constexpr, GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr):
-    """Adds the partial sums of U in order; from them dS (M, R), with scale and gate, and dgate (M, E), dense."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_ptr, dgate_ptr, M, R, E, parts, pitch,
+                s_stride, ds_stride, gate_stride_m, gate_stride_e, BM: tl.constexpr, BR: tl.constexpr,
+                GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Adds the partial sums of U in order; from them dS (M, R), with scale and gate, and dgate (M, E), dense; in segments
+    dgate (M, 1)."""
+    width = R
+    row, end, owner, R = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
+    expert_ptr += owner * pitch
+    rows = row + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
-    mask = (rows[:, None] < M) & (ranks[None, :] < R)
+    mask = (rows[:, None] < end) & (ranks[None, :] < R)
     u = tl.zeros((BM, BR), tl.float32)
     for part in range(0, parts):
         place = rows + tl.full((BM,), part, tl.int64) * M
-        u += tl.load(u_ptr + place[:, None] * R + ranks[None, :], mask=mask, other=0.0)
+        u += tl.load(u_ptr + place[:, None] * width + ranks[None, :], mask=mask, other=0.0)
     if DS:
-        ds = u * _factor(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, M, R, GATE)
+        ds = u * factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE)
         ds_tile = ds_ptr + rows.to(tl.int64)[:, None] * ds_stride + ranks[None, :]
-        inside = (rows[:, None] < M) & (ranks[None, :] < ds_stride)
+        inside = (rows[:, None] < end) & (ranks[None, :] < ds_stride)
         tl.store(ds_tile, ds.to(ds_ptr.dtype.element_ty), mask=inside)  # zeros behind R
     if DGATE:
         s = tl.load(s_ptr + rows.to(tl.int64)[:, None] * s_stride + ranks[None, :], mask=mask, other=0.0)
         product = u * s.to(tl.float32)
         expert = tl.load(expert_ptr + ranks, mask=ranks < R, other=-1)
-        for e in range(0, E):
-            dgate = tl.sum(tl.where(expert[None, :] == e, product, 0.0), axis=1)
-            dgate *= tl.load(scale_ptr + e).to(tl.float32)
-            place = dgate_ptr + rows.to(tl.int64) * E + e
-            tl.store(place, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < M)
+        if SEGMENTS:
+            dgate = tl.sum(product, axis=1) * tl.load(scale_ptr + owner).to(tl.float32)
+            tl.store(dgate_ptr + rows.to(tl.int64), dgate.to(dgate_ptr.dtype.element_ty), mask=rows < end)
+        else:
+            for e in range(0, E):
+                dgate = tl.sum(tl.where(expert[None, :] == e, product, 0.0), axis=1)
+                dgate *= tl.load(scale_ptr + e).to(tl.float32)
+                place = dgate_ptr + rows.to(tl.int64) * E + e
+                tl.store(place, dgate.to(dgate_ptr.dtype.element_ty), mask=rows < end)
 
 
 @triton.jit

@@ -92,10 +92,11 @@ _HOPPER = [
     Tile("pointer", 128, 256, 64, 8, 3),
     Tile("inline", 128, 256, 64, 8, 3),
 ]
+DESCRIPTOR_ROWS = 128
 _DESCRIPTOR = [
-    Tile("descriptor", 128, 256, 64, 8, 3),
-    Tile("descriptor", 128, 128, 64, 8, 4),
-    Tile("descriptor", 128, 128, 64, 8, 2),  # two of them fit on a multiprocessor: one computes while one writes
+    Tile("descriptor", DESCRIPTOR_ROWS, 256, 64, 8, 3),
+    Tile("descriptor", DESCRIPTOR_ROWS, 128, 64, 8, 4),
+    Tile("descriptor", DESCRIPTOR_ROWS, 128, 64, 8, 2),  # two of them fit on a multiprocessor: one computes while one writes
 ]
 
 
@@ -115,11 +116,14 @@ def cost(tile: Tile, gemm: Gemm, chip: Chip) -> float:
     return waves * work / feeding * (1.0 if tile.kind == "descriptor" else 1.1)
 
 
-def legal_tiles(gemm: Gemm, chip: Chip, *, aligned: bool, inline: bool, drop: bool) -> list[Tile]:
+def legal_tiles(
+    gemm: Gemm, chip: Chip, *, aligned: bool, inline: bool, drop: bool, nibbles: bool = False
+) -> list[Tile]:
     """The tiles that can run, best first.
 
     `aligned`: all rows start at multiples of 16 bytes, as descriptors need. `inline`: the rows of S may be computed
-    inside the GEMM. `drop`: the accumulator is masked, and the mask takes the registers of half of it.
+    inside the GEMM. `drop`: the accumulator is masked, and the mask takes the registers of half of it. `nibbles`: W has 4
+    bits, and to widen it takes as many.
     """
     tiles = _ANY + (_HOPPER if chip.capability >= (9, 0) else _BEFORE_HOPPER)
     if aligned and chip.capability == (9, 0):
@@ -129,6 +133,6 @@ def legal_tiles(gemm: Gemm, chip: Chip, *, aligned: bool, inline: bool, drop: bo
         for tile in tiles
         if tile.shared_memory(chip, gemm.rank, drop) <= chip.shared_memory
         and not (tile.kind == "inline" and not (inline and gemm.n <= 1024 and gemm.rank <= 32))
-        and not (drop and tile.bm * tile.bn > 128 * 128)
+        and not ((drop or nibbles) and tile.bm * tile.bn > 128 * 128)
     ]
     return sorted(legal, key=lambda tile: cost(tile, gemm, chip))

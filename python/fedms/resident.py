@@ -27,7 +27,7 @@ from fedms.models.heads import LinearHead, TextHead
 from fedms.rng import generator
 from fedms_ext import (ConstantCache, ConstantPrefix, DiskCache, GateAdapter, LoRA, Ragged, activate, activation_order,
                        attach, budget, build_info, deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize,
-                       reset_expert)
+                       reset_expert, segmented)
 from fedms_ext.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -289,6 +289,27 @@ class ResidentModel:
         return self._in_chunks(part, lambda rows: self.logits(expert, part, rows), len(self.dataset.classes))
 
     @torch.no_grad()
+    def both_logits(self, part: Part) -> tuple[Tensor, Tensor]:
+        """`all_logits` of the global and of the local expert. Where both start from the same prefix, the two streams run
+        as one batch above it: through one frozen product a layer, each half of the rows with its own expert."""
+        keys = []
+        for expert in EXPERTS:
+            self._run(expert)
+            keys.append(self.prefix_key)
+        if keys[0] != keys[1]:
+            return self.all_logits("global", part), self.all_logits("local", part)
+        prefix = self._prefix(part) if self._replays() and len(part) else None
+        self._run("streams")
+        self.prefix_key = keys[0]
+
+        def compute(rows: Tensor) -> Tensor:
+            with segmented(self.layers, (len(rows), len(rows))):
+                features = self._features(part, rows.repeat(len(EXPERTS)), prefix)
+            return torch.cat([self.heads[e](own) for e, own in zip(EXPERTS, features.chunk(len(EXPERTS)))], dim=1)
+
+        return self._in_chunks(part, compute, len(EXPERTS) * len(self.dataset.classes)).chunk(len(EXPERTS), dim=1)
+
+    @torch.no_grad()
     def all_layer_mixture(self, part: Part, weights: Tensor) -> Tensor:
         """(n, C) logits of `layer_mixture` for a whole part, by weights (n, 2)."""
         return self._in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[rows]),
@@ -364,13 +385,13 @@ class ResidentModel:
 
     def _run(self, stream: str | None) -> None:
         """Sets all pairs for a stream: one expert as `load` said, "mixture" (the global expert frozen, the local one
-        where it is trained), or None (the foundation model alone)."""
+        where it is trained), "streams" (each as `load` said, for `segmented` rows), or None (the foundation model alone)."""
         if self.running == stream and stream is not None:
             return
         module, order = self.foundation.module, self.config.sal.order
         for expert in EXPERTS:
             trained, applied = self.depths[expert]
-            if stream == expert:
+            if stream in (expert, "streams"):
                 activate(module, expert, depth=trained, applied_depth=applied, order=order)
             elif stream == "mixture":
                 activate(module, expert, depth=0 if expert == "global" else trained, order=order,
@@ -391,17 +412,17 @@ class ResidentModel:
                 digest.update(correction.numpy())
         return digest.hexdigest()
 
-    def _features(self, part: Part, rows: Tensor) -> Tensor:
-        """(B, D) pooled features of the running stream: the cached prefix, then the live blocks."""
+    def _features(self, part: Part, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
+        """(B, D) pooled features of the running stream: the cached prefix (`prefix`, if given), then the live blocks."""
         module, depth = self.foundation.module, self.prefix_key[0]
         for layer in self.layers.values():      # LoRA's dropout is on where something is trained; the FM's own never
             layer.train(torch.is_grad_enabled())
         inputs = self.dataset.inputs.batch(part.indices[rows])
-        start, prefix = 0, nullcontext()
+        start, replayed = 0, nullcontext()
         if self._replays():
-            hidden = self._prefix(part).pad(rows)
-            start, prefix = depth, ConstantPrefix(module, depth).replay(hidden)
-        with prefix:
+            prefix = self._prefix(part) if prefix is None else prefix
+            start, replayed = depth, ConstantPrefix(module, depth).replay(prefix.pad(rows))
+        with replayed:
             features = self.foundation.features(inputs)
         length = int(self.dataset.inputs.lengths[part.indices[rows]].max())
         self.flops += budget.forward_flops(module, len(rows), length, first=start)

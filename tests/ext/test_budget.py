@@ -30,8 +30,8 @@ def counted(monkeypatch):
     return count
 
 
-def plain_expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed):
-    return reference.expert_linear(x, weight, bias, lora_a, lora_b, scale, gate)
+def plain_expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, active, dropout_p, seed, segments):
+    return reference.expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, active)
 
 
 def test_costs_of_a_block_by_hand():

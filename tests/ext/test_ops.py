@@ -324,12 +324,12 @@ def test_opcheck(dtype, gated):
     gate = torch.rand(2, 5, 2, dtype=dtype) if gated else None
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64)
     torch.library.opcheck(
-        torch.ops.fedms_ext.expert_linear.default, (x, weight, bias, a, b, scale, gate, 0.1, 3)
+        torch.ops.fedms_ext.expert_linear.default, (x, weight, bias, a, b, scale, gate, None, 0.1, 3)
     )
     dy, s = torch.randn(2, 5, N, dtype=dtype), torch.randn(10, 5, dtype=dtype)
     torch.library.opcheck(
         torch.ops.fedms_ext.expert_linear_backward.default,
-        (dy, x, weight, a, b, scale, gate, s, 0.1, 3, True, gated, [True, False], [True, True]),
+        (dy, x, weight, a, b, scale, gate, None, s, 0.1, 3, True, gated, [True, False], [True, True]),
     )
 
 

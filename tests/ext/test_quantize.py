@@ -309,13 +309,13 @@ def test_opcheck(needs_dx):
     scale, gate, x, dy = torch.tensor([1.0, 2.0]), torch.rand(4, 2), torch.randn(4, 8), torch.randn(4, 6)
     ops = torch.ops.fedms_ext
     form = weight.kind, weight.group
-    s = ops.frozen_linear(x, weight.data, weight.scale, *form, None, a, b, scale, gate, 0.0, 0)[1]
+    s = ops.frozen_linear(x, weight.data, weight.scale, *form, None, a, b, scale, gate, None, 0.0, 0)[1]
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.frozen_linear.default, 
-                          (x, weight.data, weight.scale, *form, None, a, b, scale, gate, 0.0, 0), test_utils=utils)
+                          (x, weight.data, weight.scale, *form, None, a, b, scale, gate, None, 0.0, 0), test_utils=utils)
     torch.library.opcheck(
         ops.frozen_linear_backward.default,
-        (dy, x, 8, *(weight.for_dx() if needs_dx else (None, None)), *form, a, b, scale, gate, s, 0.0, 0, needs_dx, True,
+        (dy, x, 8, *(weight.for_dx() if needs_dx else (None, None)), *form, a, b, scale, gate, None, s, 0.0, 0, needs_dx, True,
          [True, False], [False, True]), test_utils=utils)
 
 

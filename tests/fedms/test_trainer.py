@@ -183,6 +183,38 @@ def test_activation_never_changes_the_function(tmp_path):
     assert all(torch.allclose(o, outputs[0], atol=1e-5) for o in outputs)
 
 
+@pytest.mark.parametrize("sets, prefixes_agree", [([], True), (["sal.cache=off"], True), (["model.frozen=int8"], True),
+                                                  ([], False)])
+def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agree):
+    session = Session(config(*sets), tmp_path)
+    model, part = session.model, session.clients[0].test
+    start = {n: t + 0.05 * torch.randn_like(t) for n, t in model.initial(0).items()}
+    own = {n: t + 0.05 * torch.randn_like(t) if not prefixes_agree or n in trained_names(model, 1) else t
+           for n, t in start.items()}
+    model.load("global", start, depth=0, applied_depth=3)
+    model.load("local", own, depth=1, applied_depth=3)
+    apart = [model.all_logits(e, part) for e in ("global", "local")]
+    batches = []
+    features = model._features
+    monkeypatch.setattr(model, "_features", lambda part, rows, *rest: batches.append(len(rows)) or features(part, rows, *rest))
+    together = model.both_logits(part)
+    assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model._chunks(part))
+    for a, b in zip(apart, together):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert not torch.allclose(*together, atol=1e-2)
+    assert all(layer.segments is None for layer in model.layers.values())
+    model.flops = 0
+    model.both_logits(part)
+    two, model.flops = model.flops, 0
+    for expert in ("global", "local"):
+        model.all_logits(expert, part)
+    assert two == model.flops
+
+
+def trained_names(model, depth):
+    return {name for name, block in model.block_of.items() if block in model.order[:depth]}
+
+
 def test_dropout_acts_in_training_alone(tmp_path):
     session = Session(config("lora.dropout=0.5"), tmp_path)
     model, part = session.model, session.clients[0].train

@@ -16,6 +16,7 @@ from layers import GATES, Layer, check, error
 import fedms_ext
 from fedms_ext import QuantisedWeight, expert_linear, reference
 from fedms_ext.backends import triton as backend
+from fedms_ext.backends.eager import expand_for_dx
 from fedms_ext.formats import unpacked
 from fedms_ext.triton_kernels import launch
 from fedms_ext.triton_kernels.tiles import Tile
@@ -221,42 +222,94 @@ def test_opcheck():
     with fedms_ext.use_backend("triton"):
         torch.library.opcheck(
             torch.ops.fedms_ext.expert_linear.default,
-            (layer.x, layer.weight, layer.bias, layer.a, layer.b, scale, layer.gate, 0.1, 3),
+            (layer.x, layer.weight, layer.bias, layer.a, layer.b, scale, layer.gate, None, 0.1, 3),
         )
         s = torch.randn(70, 5).bfloat16()
         torch.library.opcheck(
             torch.ops.fedms_ext.expert_linear_backward.default,
-            (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, s, 0.1, 3, True, True,
+            (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, None, s, 0.1, 3, True, True,
              [True, False], [True, True]),
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["pointer", "cublas"])
+@pytest.mark.parametrize("tile", ["pointer", "cublas"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind, group", [("int8", 64), ("nf4", 32), ("nf4", 64), ("int4", 64)])
 @pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (65, 131, 101)])
-def test_int8_weight(monkeypatch, rows, k, n, dropout_p, kind):
-    """The frozen weight as int8, made wide where a tile is loaded, forward and dx, against its exact values."""
-    if kind == "cublas" and dropout_p:
+def test_quantised_weight(monkeypatch, rows, k, n, kind, group, dropout_p, tile):
+    """The frozen weight made wide where a tile is loaded, forward and dx, against its exact values."""
+    if tile == "cublas" and dropout_p:
         pytest.skip("cuBLAS cannot mask the ranks' part of dx")
-    monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL.get(kind))
+    monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL.get(tile))
     layer = Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p)
-    frozen = QuantisedWeight(layer.weight)
-    # On a GPU its data is the logical form. Its transpose is quantised apart.
-    q, (q_t, scale_t) = frozen.q, frozen.for_dx()
-    q_t = unpacked(q_t, "int8", k, n)
+    frozen = QuantisedWeight(layer.weight, kind, group)
+    # On a GPU its data is the logical form. An int8 weight has a transpose, which is quantised apart.
+    q, (q_dx, scale_dx) = frozen.q, frozen.for_dx()
+    if kind == "int8":
+        q_dx = unpacked(q_dx, kind, k, n)
     scale = torch.tensor(layer.scale, dtype=torch.float64)
-    lora = (layer.a, layer.b, scale, layer.gate)
+    lora = (layer.a, layer.b, scale, layer.gate, None)
     options = (dropout_p, 5)
     needs = (True, True, [True, True], [True, True])
     found = {}
     for name in ("eager", "triton"):
         with fedms_ext.use_backend(name):
-            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, "int8", 64, layer.bias, *lora, *options)
+            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, kind, group, layer.bias, *lora, *options)
             found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
-                layer.dy, layer.x, k, q_t, scale_t, "int8", 64, *lora, s, *options, *needs)]  # fmt: skip
-    layer.weight = q.double() * frozen.scale.double()[:, None]
+                layer.dy, layer.x, k, q_dx, scale_dx, kind, group, *lora, s, *options, *needs)]  # fmt: skip
+    layer.weight = frozen.dequantise().double()
     y, *_ = layer.run(reference.expert_linear, double=True)
-    layer.weight = (q_t.double() * scale_t.double()[:, None]).t()
+    layer.weight = expand_for_dx(q_dx, scale_dx, kind, group, n, k).double()
     _, *gradients = layer.run(reference.expert_linear, double=True)
     for got, eager, want in zip(found["triton"], found["eager"], [y, *gradients]):
         assert error(got, want) <= 1.5 * error(eager, want)
+
+
+@pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "descriptor"),
+                                   ("cublas", "cublas")])
+@pytest.mark.parametrize("segments, ranks, gate", [
+    ((100, 97), [8, 8], "none"),
+    ((70, 0, 127), [3, 17, 8], "row"),
+    ((64, 128), [16, 16], "scalar"),
+    ((0, 131), [8, 8], "strided"),
+])
+def test_segments(forced, kinds, segments, ranks, gate):
+    forced(*kinds)
+    check(Layer(sum(segments), 72, 136, ranks, gate, segments=segments))
+
+
+@pytest.mark.parametrize("segments", [(30, 40), (1, 1, 68), (69, 1), (33, 0, 37), (5, 5, 60)])
+def test_short_segments(segments):
+    check(Layer(70, 104, 72, [2, 40, 7][: len(segments)], "row", segments=segments))
+
+
+@pytest.mark.parametrize("kind", ["pointer", "descriptor"])
+@pytest.mark.parametrize("segments, ranks", [((65, 70), [8, 8]), ((64, 71), [3, 33])])
+def test_segments_with_dropout(forced, kind, segments, ranks):
+    forced(kind, kind)
+    check(Layer(135, 72, 136, ranks, "row", dropout_p=0.3, segments=segments))
+
+
+def test_segments_of_experts_that_are_not_applied(forced):
+    for kinds in (("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "pointer")):
+        forced(*kinds)
+        layer = Layer(200, 40, 48, [2, 3, 9], "row", segments=(64, 70, 66))
+        for active in ([True, False, True], [False, True, False]):
+            _, _, _, *lora = check(layer, active)
+            assert [g is not None for g in lora] == active * 2
+        with fedms_ext.use_backend("triton"):  # an infinity meets no zeros of an expert that is not there
+            layer.x[70, 3] = torch.inf
+            y = layer.run(expert_linear, [True, False, True])[0]
+            assert not y[70].isnan().any() and y.isfinite().all(dim=1).sum() == 199
+
+
+def test_only_asked_gradients_of_segments_are_made(monkeypatch):
+    layer = Layer(140, 40, 48, [2, 3, 4], "row", segments=(50, 20, 70))
+    swept = []
+    sweep_dy = launch.sweep_dy
+    monkeypatch.setattr(launch, "sweep_dy", lambda *given: swept.append(given[-1]) or sweep_dy(*given))
+    for needs in [{0}, {1}, {2}, {3, 4}, {2, 6}, {5}, {6, 7}, {0, 6}, {1, 5}, {0, 1}, {3, 6}]:
+        swept.clear()
+        assert len(check(layer, needs=needs)) == 1 + len(needs)
+        wanted = [1 in needs or 5 + e in needs for e in range(3)]  # dgate of all rows, dB of an expert's own
+        assert swept == ([wanted] if any(wanted) else [])

@@ -28,15 +28,16 @@ def random_gate(kind, rows, experts):
 
 
 class Layer:
-    def __init__(self, rows, k, n, ranks, gate="none", dtype=torch.bfloat16, bias=True, dropout_p=0.0, seed=5):
+    def __init__(self, rows, k, n, ranks, gate="none", dtype=torch.bfloat16, bias=True, dropout_p=0.0, seed=5,
+                 segments=None):
         self.x = torch.randn(rows, k).to(dtype)
         self.weight = (torch.randn(n, k) / k**0.5).to(dtype)
         self.bias = torch.randn(n).to(dtype) if bias else None
         self.a = [(torch.randn(r, k) / k**0.5).to(dtype) for r in ranks]
         self.b = [torch.randn(n, r).to(dtype) for r in ranks]
         self.scale = [0.5 + 0.25 * e for e in range(len(ranks))]
-        self.gate = random_gate(gate, rows, len(ranks))
-        self.options = dict(dropout_p=dropout_p, seed=seed)
+        self.gate = random_gate(gate, rows, 1 if segments else len(ranks))
+        self.options = dict(dropout_p=dropout_p, seed=seed, segments=segments)
         self.dy = torch.randn(rows, n).to(dtype)
 
     def run(self, call, active=None, double=False, needs=None):

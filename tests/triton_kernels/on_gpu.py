@@ -124,12 +124,12 @@ def test_opcheck():
     scale = torch.tensor(layer.scale)
     torch.library.opcheck(
         torch.ops.fedms_ext.expert_linear.default,
-        (layer.x, layer.weight, layer.bias, layer.a, layer.b, scale, layer.gate, 0.1, 3),
+        (layer.x, layer.weight, layer.bias, layer.a, layer.b, scale, layer.gate, None, 0.1, 3),
     )
     s = torch.randn(130, 11, dtype=torch.bfloat16)
     torch.library.opcheck(
         torch.ops.fedms_ext.expert_linear_backward.default,
-        (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, s, 0.1, 3, True, True,
+        (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, None, s, 0.1, 3, True, True,
          [True, False], [True, True]),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,17 +41,29 @@ def test_peers_agree(linear):
         for got, expected in zip(linear.both(operator, x, dy, trained)(), want):
             assert torch.allclose(got, expected), name
     assert torch.allclose(peers["merged W"][0](x), want_y)
+    # NeMo AutoModel's wrappers compute what these stand-ins do; here is shown that we call them rightly.
+    stand_in = SimpleNamespace(
+        lora_forward_wrapper=lambda x, at, bt, res, scale, dtype: scale * (x @ at @ bt),
+        lora_da_dx_update_wrapper=lambda xt, dy, b, a, scale, dtype: (scale * xt @ (dy @ b), scale * dy @ b @ a),
+        lora_db_update_wrapper=lambda a, xt, dy, scale, dtype: (scale * a @ xt @ dy).t(),
+    )
+    for got, expected in zip(linear.both(lambda x: linear.nemo(stand_in, x, weight, a, b, 0.5), x, dy, [a, b])(), want):
+        assert torch.allclose(got, expected)
     assert torch.equal(peers["fedms, none applied"][0](x), peers["bare GEMM"][0](x))
 
 
-@pytest.mark.parametrize("name", ["linear", "mixture", "step"])
-def test_rehearsal(name, tmp_path):
-    file = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCH / f"bench_gpu_{name}.py"), "--rehearse", "--json", str(file)]
+def test_rehearsal(tmp_path):
+    """All of `make gpu` but the tests on a GPU: the benchmarks, the files, the report."""
+    command = [sys.executable, str(BENCH / "gpu.py"), "--rehearse", "--dest", str(tmp_path)]
     # On sizes as small as these, two threads mostly wait for each other.
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    for case in json.loads(file.read_text()):
-        for peer, row in case["results"].items():
-            assert "failed" not in row, (peer, row)
-            assert row["graph, warm"]["median"] > 0
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    names = ("linear", "mixture", "step")
+    assert len(list(tmp_path.iterdir())) <= 8
+    for name in names:
+        for case in json.loads((tmp_path / f"{name}.json").read_text()):
+            for peer, row in case["results"].items():
+                assert "failed" not in row, (peer, row)
+                assert row["graph, warm"]["median"] > 0
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"| benchmark {name} | 0 |" in report and f"## {name}" in report for name in names)

@@ -25,6 +25,7 @@ struct Lora {
   int64_t gate_row_stride = 0, gate_expert_stride = 0;
   double dropout_p = 0;  // the mask is philox_mask(seed, m, k, dropout_p) of fedms_ext/reference.py, bit for bit
   uint64_t seed = 0;
+  int64_t first_row = 0;  // where these rows lie in the mask, if they are a part of the layer's
 
   int64_t total_rank() const {
     int64_t total = 0;

@@ -25,5 +25,5 @@ class FedAvgFT(Method):
         shared = shared_expert(model, final, self.config)
         model.load("global", shared, **depths)
         model.load("local", {**shared, **private.tensors}, **depths)
-        ours, own = model.all_logits("global", part), model.all_logits("local", part)
+        ours, own = model.both_logits(part)
         return Prediction(own, global_=ours, local=own)

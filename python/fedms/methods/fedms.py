@@ -79,8 +79,9 @@ class FedMS(Method):
             logits = model.all_logits("global", part)
             return Prediction(logits, global_=logits)
         self._load(model, private, final, final.depth)
-        mixed, weights = self._mixture(model, part)
-        return Prediction(mixed, model.all_logits("global", part), model.all_logits("local", part), weights)
+        ours, own = model.both_logits(part)
+        mixed, weights = self._mixture(model, part, (ours, own))
+        return Prediction(mixed, ours, own, weights)
 
     # The mixture
 
@@ -126,13 +127,15 @@ class FedMS(Method):
         return model.gate(features)
 
     @torch.no_grad()
-    def _mixture(self, model: ResidentModel, part: Part) -> tuple[Tensor, Tensor]:
-        """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part."""
+    def _mixture(self, model: ResidentModel, part: Part,
+                 streams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part. `streams`: the logits of both
+        experts, where they are known already."""
         features = model.gate_features(part) if self._trains_gate else torch.empty(len(part), 0)
         if self.config.gate.mixing == "layers":
             weights = self._weights(model, features)
             return model.all_layer_mixture(part, weights), weights
-        shared, own = model.frozen_logits("global", part), model.all_logits("local", part)
+        shared, own = streams or (model.frozen_logits("global", part), model.all_logits("local", part))
         weights = self._weights(model, features, shared, own)
         return mix(weights, shared, own, self.config.gate.on), weights
 
