@@ -305,7 +305,8 @@ class ResidentModel:
         def compute(rows: Tensor) -> Tensor:
             with segmented(self.layers, (len(rows), len(rows))):
                 features = self._features(part, rows.repeat(len(EXPERTS)), prefix)
-            return torch.cat([self.heads[e](own) for e, own in zip(EXPERTS, features.chunk(len(EXPERTS)))], dim=1)
+            halves = zip(EXPERTS, features.chunk(len(EXPERTS)))
+            return torch.cat([self.heads[e](own) + self.shifts[e] for e, own in halves], dim=1)
 
         return self._in_chunks(part, compute, len(EXPERTS) * len(self.dataset.classes)).chunk(len(EXPERTS), dim=1)
 
