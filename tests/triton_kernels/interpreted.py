@@ -11,13 +11,11 @@ import itertools
 
 import pytest
 import torch
-from layers import GATES, Layer, check, error
+from layers import GATES, Layer, check, check_quantised
 
 import fedms_ext
-from fedms_ext import QuantisedWeight, expert_linear, reference
+from fedms_ext import expert_linear
 from fedms_ext.backends import triton as backend
-from fedms_ext.backends.eager import expand_for_dx
-from fedms_ext.formats import unpacked
 from fedms_ext.triton_kernels import launch
 from fedms_ext.triton_kernels.tiles import Tile
 
@@ -241,28 +239,12 @@ def test_quantised_weight(monkeypatch, rows, k, n, kind, group, dropout_p, tile)
     if tile == "cublas" and dropout_p:
         pytest.skip("cuBLAS cannot mask the ranks' part of dx")
     monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL.get(tile))
-    layer = Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p)
-    frozen = QuantisedWeight(layer.weight, kind, group)
-    # On a GPU its data is the logical form. An int8 weight has a transpose, which is quantised apart.
-    q, (q_dx, scale_dx) = frozen.q, frozen.for_dx()
-    if kind == "int8":
-        q_dx = unpacked(q_dx, kind, k, n)
-    scale = torch.tensor(layer.scale, dtype=torch.float64)
-    lora = (layer.a, layer.b, scale, layer.gate, None)
-    options = (dropout_p, 5)
-    needs = (True, True, [True, True], [True, True])
-    found = {}
-    for name in ("eager", "triton"):
-        with fedms_ext.use_backend(name):
-            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, kind, group, layer.bias, *lora, *options)
-            found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
-                layer.dy, layer.x, k, q_dx, scale_dx, kind, group, *lora, s, *options, *needs)]  # fmt: skip
-    layer.weight = frozen.dequantise().double()
-    y, *_ = layer.run(reference.expert_linear, double=True)
-    layer.weight = expand_for_dx(q_dx, scale_dx, kind, group, n, k).double()
-    _, *gradients = layer.run(reference.expert_linear, double=True)
-    for got, eager, want in zip(found["triton"], found["eager"], [y, *gradients]):
-        assert error(got, want) <= 1.5 * error(eager, want)
+    check_quantised(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p), kind, group)
+
+
+def test_quantised_weight_in_segments(monkeypatch):
+    monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL["pointer"])
+    check_quantised(Layer(140, 72, 136, [3, 8], "row", segments=(75, 65)), "nf4", 64)
 
 
 @pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "descriptor"),

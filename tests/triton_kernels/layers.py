@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 import fedms_ext
-from fedms_ext import expert_linear, reference
+from fedms_ext import QuantisedWeight, expert_linear, reference
+from fedms_ext.backends.eager import expand_for_dx
+from fedms_ext.formats import unpacked
 
 GATES = ["none", "scalar", "expert", "row", "row and expert", "zeros and ones", "strided"]
 
@@ -65,3 +67,27 @@ def check(layer, active=None, needs=None):
         if g is not None:
             assert error(g, w) <= 1.5 * error(e, w) + 1e-7, (i, error(g, w), error(e, w))
     return got
+
+
+def check_quantised(layer, kind, group):
+    """`check` on a quantised weight, against the exact values that it stands for, forward and in dx."""
+    (n, k), frozen = layer.weight.shape, QuantisedWeight(layer.weight, kind, group)
+    # The logical form is what a GPU holds. An int8 weight has a transpose, which is quantised apart.
+    q, (q_dx, scale_dx) = frozen.q, frozen.for_dx()
+    if kind == "int8":
+        q_dx = unpacked(q_dx, kind, k, n)
+    lora = (layer.a, layer.b, torch.tensor(layer.scale, dtype=torch.float64), layer.gate, layer.options["segments"])
+    options, e = (layer.options["dropout_p"], layer.options["seed"]), len(layer.a)
+    needs = (True, layer.gate is not None, [True] * e, [True] * e)
+    found = {}
+    for name in ("eager", "triton"):
+        with fedms_ext.use_backend(name):
+            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, kind, group, layer.bias, *lora, *options)
+            found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
+                layer.dy, layer.x, k, q_dx, scale_dx, kind, group, *lora, s, *options, *needs)]  # fmt: skip
+    layer.weight = frozen.dequantise().double()
+    y, *_ = layer.run(reference.expert_linear, double=True)
+    layer.weight = expand_for_dx(q_dx, scale_dx, kind, group, n, k).double()
+    _, *gradients = layer.run(reference.expert_linear, double=True)
+    for i, (got, eager, want) in enumerate(zip(found["triton"], found["eager"], [y, *gradients], strict=True)):
+        assert error(got, want) <= 1.5 * error(eager, want) + 1e-7, (i, error(got, want), error(eager, want))

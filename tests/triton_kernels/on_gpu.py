@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from layers import GATES, Layer, check
+from layers import GATES, Layer, check, check_quantised
 
 import fedms_ext
 from fedms_ext import expert_linear
@@ -96,8 +96,35 @@ def test_more_than_two_to_the_31_values():
     assert (whole[-70:] - end).abs().max() <= 2e-2 * end.abs().max()
 
 
-def test_bits_repeat():
-    layer = Layer(3000, 768, 768, [16, 8], "row and expert", dropout_p=0.1)
+@pytest.mark.parametrize("tile", [*FORWARD, None], ids=str)
+@pytest.mark.parametrize("segments, ranks", [((500, 500), [16, 16]), ((131, 0, 869), [3, 8, 33])], ids=str)
+def test_every_tile_in_segments(monkeypatch, tile, segments, ranks):
+    dx = next(t for t in FORWARD if t.kind == "pointer") if tile is not None and tile.kind == "inline" else tile
+    if tile is not None and tile.kind == "inline" and max(ranks) > 32:
+        pytest.skip("inline tiles hold 32 ranks at most")
+    monkeypatch.setattr(backend, "_choose", lambda name, *rest: tile if name == "forward" else dx)
+    check(Layer(1000, 768, 264, ranks, "row", segments=segments))
+
+
+@pytest.mark.parametrize("segments", [(30, 40), (1, 1, 68), (5, 5, 990), (400, 0, 600)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_segments(segments, p):
+    layer = Layer(sum(segments), 264, 136, [2, 40, 7][: len(segments)], "row", segments=segments, dropout_p=p)
+    check(layer)
+    check(layer, [True, False, True][: len(segments)])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind, group", [("int8", 64), ("nf4", 32), ("nf4", 64), ("int4", 64), ("bf16", 64)])
+@pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (197, 431, 101), (1000, 768, 768)])
+def test_quantised_weight(rows, k, n, kind, group, p):
+    check_quantised(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=p), kind, group)
+
+
+@pytest.mark.parametrize("segments", [None, (2000, 1000)])
+def test_bits_repeat(segments):
+    gate = "row and expert" if segments is None else "row"
+    layer = Layer(3000, 768, 768, [16, 8], gate, dropout_p=0.1, segments=segments)
     first = layer.run(expert_linear)
     for _ in range(20):
         assert all(torch.equal(f, a) for f, a in zip(first, layer.run(expert_linear)))
