@@ -75,7 +75,9 @@ def gemms(chip, ranks):
             name = f"nf4, group {group} {tile}"
             yield f"forward, {name}", lambda: launch.gemm(x, nf4[0], bias, t, f, experts, tile, chip)
             yield f"dx, {name}", lambda: launch.gemm(dy, nf4[1], None, t, experts.a, experts, tile, chip)
-            yield f"dx, dropout, {name}", lambda: launch.gemm(dy, nf4[1], None, t, experts.a, experts, tile, chip, dropout)
+            if group == 64:
+                yield (f"dx, dropout, {name}",
+                       lambda: launch.gemm(dy, nf4[1], None, t, experts.a, experts, tile, chip, dropout))
     narrow = Gemm(12608, 768, 768, rank)
     for tile in legal_tiles(narrow, chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":
