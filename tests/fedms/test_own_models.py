@@ -230,6 +230,11 @@ def test_keys_that_do_not_fit_a_vision_model(keys, message, folder_of):
         load("vit", folder_of, **keys)
 
 
+def test_a_pair_of_towers_pools_itself(folder_of):
+    with pytest.raises(ModelError, match="model.pooling: got 'cls', but .* pools its image tower itself"):
+        load("clip", folder_of, pooling="cls")
+
+
 def test_a_vision_model_embeds_no_prompts(folder_of):
     assert load("vit", folder_of).zero_shot_temperature is None
     with pytest.raises(ModelError, match="reads images, not text"):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class VisionModel(FoundationModel):
 
     def _process(self, images: Sequence[Any], **steps: bool) -> Tensor:
         mode = "L" if self.channels == 1 else "RGB"
-        arrays = [torch.from_numpy(_array(image.convert(mode))).numpy() for image in images]
+        arrays = [_array(image.convert(mode)) for image in images]
         processed = self.processor(images=arrays, input_data_format="channels_last", return_tensors="pt", **steps)
         return processed["pixel_values"]
 
@@ -259,6 +260,8 @@ def wrap(module: nn.Module, processors: Sequence[Any], *, name: str, pooling: st
     pooling:    see `TextModel` and `VisionModel`. blocks: dotted name of the list of transformer blocks.
     """
     if module.config.model_type in TWO_TOWERS:
+        if pooling != "auto":
+            raise ModelError(f"model.pooling: got {pooling!r}, but {name} pools its image tower itself; accepted: \"auto\"")
         return TwoTowerModel(name, module, *processors, blocks=blocks)
     kind = VisionModel if module.main_input_name == "pixel_values" else TextModel
     return kind(name, module, *processors, pooling=pooling, blocks=blocks)
@@ -287,30 +290,26 @@ def _convert(where: str | Path) -> str:
             "save its tokenizer or image processor there too, and set model.id to DIR")
 
 
-class _explained:
+@contextmanager
+def _explained(model_id: str) -> Iterator[None]:
     """What transformers raises for a model that cannot be had, as a ModelError in our words."""
-
-    def __init__(self, model_id: str) -> None:
-        self.model_id = model_id
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, ModelError) or not isinstance(error, Exception):
-            return  # a damaged download shows itself in many types
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file shows itself in many types
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
             advice = ("it brings code of its own, which is not run unless you have read it and set "
                       "model.trust_remote_code = true")
         elif "safetensors" in str(error) and isinstance(error, OSError):
-            advice = _convert(self.model_id)
-        elif Path(self.model_id).expanduser().is_dir():
+            advice = _convert(model_id)
+        elif Path(model_id).expanduser().is_dir():
             advice = "save it again with save_pretrained(), or copy it again"
         else:
             advice = ("check the id, the network and, for a private model, the login of `hf auth login`; a local folder "
                       "works too. Built-in models: see docs/configuration.md")
-        raise ModelError(f"model.id: {self.model_id!r} cannot be loaded ({type(error).__name__}: {reason}); "
+        raise ModelError(f"model.id: {model_id!r} cannot be loaded ({type(error).__name__}: {reason}); "
                          f"{advice}") from error
 
 
