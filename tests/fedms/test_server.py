@@ -1,9 +1,12 @@
 """The server's steps on plain tensors: what it sends, how it averages, when it goes on."""
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from fedms.checkpoint import pack_server, unpack_server
 from fedms.client import Reply
 from fedms.config import load_config
 from fedms.methods import create
@@ -113,3 +116,29 @@ def test_sampling():
     assert set().union(*rounds) == {0, 1, 2, 3}
     assert rounds == [s.sample("stage1", r) for r in range(1, 40)] and len(set(rounds)) > 3
     assert len(server("fedavg", "clients.fraction=0.01", "clients.min=3").sample("stage1", 1)) == 3
+
+
+@pytest.mark.parametrize("rule", ["mean", "exact", "freeze_a", "median", "trimmed_mean", "krum"])
+def test_a_round_goes_on_from_the_middle(rule):
+    """A checkpoint between two replies loses nothing, whether the rule streams or needs all of them."""
+    s = server("fedavg", f"aggregate.rule={rule}", "aggregate.byzantine=0")
+    state = s.start(TENSORS)
+    torch.manual_seed(0)
+    names = s.message(state).tensors
+    assert rule != "freeze_a" or not any(name.endswith(".lora_a") for name in names)
+    replies = [reply(client, {name: torch.randn(2, 2) for name in names}, 10 + client) for client in range(4)]
+    whole, record = step(s, state, replies)
+
+    collected = s.collect()
+    for each in replies[:2]:
+        collected.add(each)
+    plain, tensors = pack_server(state, collected)
+    again, collected = unpack_server(json.loads(json.dumps(plain)), tensors)
+    for each in replies[2:]:
+        collected.add(each)
+    resumed, record_again = s.step(again, collected)
+    assert record == record_again and whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(t, resumed.tensors[name]) for name, t in whole.tensors.items())
+    corrections = [name for name in whole.tensors if name.startswith("correction/")]
+    assert len(corrections) == (rule == "exact")
+    assert set(corrections) <= set(s.message(whole).tensors)
