@@ -22,7 +22,7 @@ def test_the_walks_on_the_page(tmp_path):
                               timeout=600)
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         output += done.stdout
-    assert "text,label,probability,gate_weight\n\"The kettle: terrible, a waste\",bad," in output
+    assert "text,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in output
     reviews, cells = pd.read_parquet(tmp_path / "predicted.parquet"), pd.read_csv(tmp_path / "predicted.csv")
     assert reviews.label.tolist() == ["bad", "good"] and len(cells) == 20
     for table in (reviews, cells):
