@@ -263,7 +263,7 @@ def plan(
 
 @app.command(epilog="\n\n".join([
     "**Examples**",
-    "`fedms pretrain vit-fashion` — about ten minutes on one core, once",
+    "`fedms pretrain vit-fashion` — about three minutes on one core, once",
     "`fedms pretrain vit-fashion --data FOLDER` — where apt-get cannot fetch Fashion-MNIST",
     "The weights are kept in the cache folder ($FEDMS_CACHE, ~/.cache/fedms), under a hash of all settings.",
     EXIT_CODES]))

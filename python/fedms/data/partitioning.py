@@ -52,9 +52,9 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
              class). `partition` is the scheme for the rest: "natural" (client i belongs to group i mod
              #groups, a group is divided evenly at random among its clients), "dirichlet" (each class is
              divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets), "domains" (each
-             group is, likewise), "classes" (`classes_per_client` of them a client, as in arXiv 1602.05629, by flwr-datasets),
-             "quantity" (at random, in sizes drawn from Dirichlet(alpha)) or "iid" (evenly at random). `split` are each client's shares of training, validation and test samples,
-             stratified by class.
+             group is, likewise), "classes" (`classes_per_client` of them a client, as in arXiv 1602.05629, by
+             flwr-datasets), "quantity" (at random, in sizes drawn from Dirichlet(alpha)) or "iid" (evenly at
+             random). `split` are each client's shares of training, validation and test samples, stratified by class.
     clients: the [clients] table (count, unseen).
 
     A client with too few samples for three parts gets training samples first, then test, then validation; a
