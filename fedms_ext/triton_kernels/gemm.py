@@ -33,10 +33,10 @@ def _drop(acc, seed, threshold, kept_scale, row, column, columns, BM: tl.constex
 
 
 @triton.jit
-def _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, R, t_stride, f_stride_r, f_stride_n, BR: tl.constexpr):
+def _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR: tl.constexpr):
     t_rows = t_ptr + rows.to(tl.int64)[:, None] * t_stride
     # One or two steps: a pipeline would only take shared memory from that of the main loop.
-    for first in tl.range(0, R, BR, num_stages=1):
+    for first in tl.range(0, rank, BR, num_stages=1):
         ranks = first + tl.arange(0, BR)
         t = tl.load(t_rows + ranks[None, :], mask=(rows[:, None] < end) & (ranks[None, :] < R), other=0.0)
         f = tl.load(f_ptr + ranks[:, None] * f_stride_r + columns[None, :] * f_stride_n,
@@ -80,7 +80,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
     dx wants it.
     """
     block_m, block_n = _place(tl.program_id(0), blocks_m, N, BN, BAND)
-    row, end, owner, R = row_block(blocks_ptr, block_m, M, R, BM, SEGMENTS)
+    row, end, owner, rank = row_block(blocks_ptr, block_m, M, R, BM, SEGMENTS)
     f_ptr += owner * tl.cast(pitch, tl.int64) * f_stride_r
     rows = row + tl.arange(0, BM)
     columns = block_n * BN + tl.arange(0, BN)
@@ -88,7 +88,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
     acc = tl.zeros((BM, BN), tl.float32)
     if DROP and not INT8:
         # The mask covers the ranks alone, so they come first while nothing else is in the accumulator.
-        acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, R, t_stride, f_stride_r, f_stride_n, BR)
+        acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
         acc = _drop(acc, seed, threshold, kept_scale, row, block_n * BN, N, BM, BN, QUADS)
 
     x_tile = x_ptr + rows.to(tl.int64)[:, None] * x_stride + steps[None, :]
@@ -121,11 +121,11 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
         acc *= tl.load(w_scale_ptr + columns, mask=columns < N, other=0.0)[None, :]
         if DROP:  # nor does the scale of W cover them: an accumulator of their own
             part = tl.zeros((BM, BN), tl.float32)
-            part = _add_ranks(part, t_ptr, f_ptr, rows, columns, end, N, R, t_stride, f_stride_r, f_stride_n, BR)
+            part = _add_ranks(part, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
             acc += _drop(part, seed, threshold, kept_scale, row, block_n * BN, N, BM, BN, QUADS)
 
     if not DROP:
-        acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, R, t_stride, f_stride_r, f_stride_n, BR)
+        acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
     if BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -143,8 +143,7 @@ def gemm_inline(x_ptr, w_ptr, bias_ptr, a_ptr, f_ptr, scale_ptr, expert_ptr, gat
     BR >= R. Writes y and s (M, R), both dense.
     """
     block_m, block_n = _place(tl.program_id(0), blocks_m, N, BN, BAND)
-    width = R
-    row, end, owner, R = row_block(blocks_ptr, block_m, M, R, BM, SEGMENTS)
+    row, end, owner, rank = row_block(blocks_ptr, block_m, M, R, BM, SEGMENTS)
     a_ptr += owner * tl.cast(pitch, tl.int64) * a_stride
     f_ptr += owner * pitch
     rows = row + tl.arange(0, BM)
@@ -173,10 +172,10 @@ def gemm_inline(x_ptr, w_ptr, bias_ptr, a_ptr, f_ptr, scale_ptr, expert_ptr, gat
         a_tile += BK
 
     if SEGMENTS:  # an infinity in x would leave NaN where the expert has no rank
-        s = tl.where(a_mask, s, 0.0)
+        s = tl.where(ranks[None, :] < rank, s, 0.0)
     if block_n == 0:
-        s_tile = s_ptr + rows.to(tl.int64)[:, None] * width + ranks[None, :]
-        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=(rows[:, None] < end) & (ranks[None, :] < width))
+        s_tile = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=(rows[:, None] < end) & a_mask)
     s *= factor_of(scale_ptr, expert_ptr + owner * pitch, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE)
     f = tl.load(f_ptr + ranks[:, None] + columns.to(tl.int64)[None, :] * f_stride,
                 mask=(ranks[:, None] < R) & (columns[None, :] < N), other=0.0)

@@ -7,7 +7,8 @@ a workspace, and another kernel adds those in a fixed order: no atomics, so the 
 
 In segments (SEGMENTS) a row has the ranks of its own expert alone, the first of R columns. A program finds in
 `blocks_ptr` which rows are its own and whose they are; the experts lie one after the other, `pitch` ranks apart, and a
-gate is (M, 1).
+gate is (M, 1). Behind an expert's own ranks A, B, S and dS are zero up to R, so that loads need no mask that the compiler
+knows nothing of.
 """
 
 import triton
@@ -46,8 +47,7 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_p
            BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
            DROP: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr, SEGMENTS: tl.constexpr):
     """s = drop(x) A^T (M, R), dense, and t = s with scale and gate, for the GEMM. Also dS from dy, with B for A^T."""
-    width = R
-    row, end, owner, R = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
+    row, end, owner, rank = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
     a_ptr += owner * tl.cast(pitch, tl.int64) * a_stride_r
     rows = row + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -72,10 +72,10 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_p
     if DROP:
         s *= kept_scale
     if SEGMENTS:  # an infinity in x would leave NaN where the expert has no rank
-        s = tl.where(a_mask, s, 0.0)
+        s = tl.where(ranks[None, :] < rank, s, 0.0)
     if KEEP_S:
-        s_tile = s_ptr + rows.to(tl.int64)[:, None] * width + ranks[None, :]
-        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=x_mask & (ranks[None, :] < width))
+        s_tile = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        tl.store(s_tile, s.to(s_ptr.dtype.element_ty), mask=x_mask & a_mask)
     s *= factor_of(scale_ptr, expert_ptr + owner * pitch, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE)
     t_tile = t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :]
     tl.store(t_tile, s.to(t_ptr.dtype.element_ty), mask=x_mask & (ranks[None, :] < t_stride))  # zeros behind R
@@ -96,8 +96,7 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_pt
     column = tl.program_id(0) * BC
     columns = column + tl.arange(0, BC)
     split = tl.program_id(1)
-    width = R
-    start, end, owner, R = row_block(blocks_ptr, split, M, R, rows_a_split, SEGMENTS)
+    start, end, owner, _ = row_block(blocks_ptr, split, M, R, rows_a_split, SEGMENTS)
     ranks = tl.program_id(2) * BR + tl.arange(0, BR)
     if PROJECT:
         b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * b_stride + owner * pitch + ranks[None, :],
@@ -114,7 +113,7 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_pt
         if PROJECT:
             u = tl.dot(z, b)
             place = tl.program_id(0).to(tl.int64) * M + rows
-            tl.store(u_ptr + place[:, None] * width + ranks[None, :], u, mask=mask)
+            tl.store(u_ptr + place[:, None] * R + ranks[None, :], u, mask=mask)
         if OUTER:
             t = tl.load(t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
             if FACTOR:
@@ -126,7 +125,7 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_pt
         if DROP:
             g *= kept_scale
         place = split.to(tl.int64) * C + columns
-        tl.store(g_ptr + place[:, None] * width + ranks[None, :], g,
+        tl.store(g_ptr + place[:, None] * R + ranks[None, :], g,
                  mask=(columns[:, None] < C) & (ranks[None, :] < R))
 
 
@@ -136,16 +135,15 @@ def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_pt
                 GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr, SEGMENTS: tl.constexpr):
     """Adds the partial sums of U in order; from them dS (M, R), with scale and gate, and dgate (M, E), dense; in segments
     dgate (M, 1)."""
-    width = R
-    row, end, owner, R = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
+    row, end, owner, rank = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
     expert_ptr += owner * pitch
     rows = row + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
-    mask = (rows[:, None] < end) & (ranks[None, :] < R)
+    mask = (rows[:, None] < end) & (ranks[None, :] < rank)
     u = tl.zeros((BM, BR), tl.float32)
     for part in range(0, parts):
         place = rows + tl.full((BM,), part, tl.int64) * M
-        u += tl.load(u_ptr + place[:, None] * width + ranks[None, :], mask=mask, other=0.0)
+        u += tl.load(u_ptr + place[:, None] * R + ranks[None, :], mask=mask, other=0.0)
     if DS:
         ds = u * factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE)
         ds_tile = ds_ptr + rows.to(tl.int64)[:, None] * ds_stride + ranks[None, :]
