@@ -125,7 +125,7 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
         ended = 0
         for task, seconds in in_processes(partial(_in_a_worker, overwrite=overwrite), todo, jobs, progress, stop):
             ended += 1
-            progress.done(f"{task.title}: {seconds:.0f} s, {len(todo) - ended} runs to go")
+            progress.done(f"{task.title}: {seconds:.0f} s ({ended} of {len(todo)})")
         if ended < len(todo):
             raise Interrupted("the runs under way have stopped between two clients")
     finally:
