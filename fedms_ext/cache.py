@@ -34,20 +34,42 @@ class Ragged:
     """
 
     def __init__(self, rows: Sequence[Tensor], storage: str = "fp32") -> None:
+        self._allocate(torch.tensor([len(row) for row in rows]), rows[0], storage)
+        for i, row in enumerate(rows):
+            self.put(i, row)
+
+    @classmethod
+    def empty(cls, lengths: Tensor, like: Tensor, storage: str = "fp32") -> Ragged:
+        """Room for rows of these lengths (n,), each `like` a row (T, ..., D) in dtype and trailing shape. Filled by
+        `put`, it never holds a row twice."""
+        self = cls.__new__(cls)
+        self._allocate(lengths, like, storage)
+        return self
+
+    def _allocate(self, lengths: Tensor, like: Tensor, storage: str) -> None:
         if storage not in STORAGE:
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
-        values = torch.cat(list(rows))
-        self.scales: Tensor | None = None
-        if storage == "int8":
-            self.scales = values.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-            values = torch.round(values / self.scales).to(torch.int8)
-        elif storage == "bf16":
-            values = values.bfloat16()
-        self._set(values, torch.tensor([len(row) for row in rows]))
+        shape = (int(lengths.sum()), *like.shape[1:])
+        dtype = {"fp32": like.dtype, "bf16": torch.bfloat16, "int8": torch.int8}[storage]
+        self.scales = torch.empty(*shape[:-1], 1, dtype=like.dtype) if storage == "int8" else None
+        self._set(torch.empty(shape, dtype=dtype), lengths)
 
     def _set(self, values: Tensor, lengths: Tensor) -> None:
         self.values, self.lengths = values, lengths
         self.offsets = torch.cumsum(lengths, 0) - lengths
+
+    def put(self, i: int, row: Tensor) -> None:
+        """Stores row i, (T_i, ..., D)."""
+        span = self._span(i)
+        if self.scales is not None:
+            scales = row.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny) / 127
+            self.scales[span] = scales
+            row = torch.round(row / scales)
+        self.values[span] = row
+
+    def _span(self, i: int) -> slice:
+        start = int(self.offsets[i])
+        return slice(start, start + int(self.lengths[i]))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,7 +80,7 @@ class Ragged:
 
     def row(self, i: int) -> Tensor:
         """Row i, (T_i, ..., D); a view where it is stored as it was."""
-        span = slice(int(self.offsets[i]), int(self.offsets[i] + self.lengths[i]))
+        span = self._span(i)
         row = self.values[span]
         if self.scales is not None:
             return row * self.scales[span]
@@ -66,7 +88,7 @@ class Ragged:
 
     def pad(self, indices: Tensor) -> Tensor:
         """The rows at `indices` (B,), padded with zeros to their longest, (B, T, ..., D)."""
-        return nn.utils.rnn.pad_sequence([self.row(int(i)) for i in indices], batch_first=True)
+        return nn.utils.rnn.pad_sequence([self.row(i) for i in indices.tolist()], batch_first=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it consists of, for storage."""
@@ -108,7 +130,8 @@ class DiskCache:
 
     A file is written beside its place and renamed, so it is whole or not there; its checksum is verified when a
     process first opens it, and a damaged file is computed again. A full disk is no error: values that cannot be
-    written are computed at every request.
+    written are computed at every request. A file stays mapped only as long as its value is in use, so that what is
+    on disk takes no memory.
 
     Args:
         folder: made if it is not there. Several processes may share it.
@@ -121,16 +144,14 @@ class DiskCache:
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, fingerprint: str) -> None:
         self.folder, self.max_bytes, self.fingerprint = Path(folder), max_bytes, fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.open: dict[Path, Tensor | Ragged] = {}      # mapped and verified by this process
+        self.verified: dict[Path, int] = {}     # files that this process has found whole, by their inodes
         self._make_room(0)                               # the budget may have been larger before
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
         """The value of a key, from the cache or computed now."""
         name = hashlib.sha256(repr((self.fingerprint, key)).encode()).hexdigest()
         path = self.folder / (name + self.SUFFIX)
-        value = self.open.get(path)
-        if value is None:
-            value = self._read(path)
+        value = self._read(path)
         if value is None:
             value = compute()
             if not self._write(path, value):
@@ -138,9 +159,6 @@ class DiskCache:
             value = self._read(path)
             if value is None:
                 raise OSError(f"{path}: was just written and cannot be read back; the disk may be failing")
-        self.open[path] = value
-        if path.exists():
-            os.utime(path)      # the files used longest ago go first
         return value
 
     @property
@@ -151,12 +169,16 @@ class DiskCache:
         from safetensors import SafetensorError, safe_open
 
         try:
+            file_id = path.stat().st_ino        # a new file at every write
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 digest = (file.metadata() or {}).get("sha256")
+            if self.verified.get(path) != file_id:
+                if digest != _digest(tensors):
+                    return None
+                self.verified[path] = file_id
+            os.utime(path)      # the files used longest ago go first
         except (FileNotFoundError, SafetensorError, OSError):
-            return None
-        if digest != _digest(tensors):
             return None
         return tensors["tensor"] if "tensor" in tensors else Ragged.from_tensors(tensors)
 
@@ -184,7 +206,7 @@ class DiskCache:
             if held + size <= self.max_bytes:
                 break
             held -= file.stat().st_size
-            self.open.pop(file, None)
+            self.verified.pop(file, None)
             file.unlink(missing_ok=True)
 
 

@@ -20,8 +20,9 @@ from fedms.server import STAGES, Server
 from fedms_ext import ConstantCache, budget
 from fedms_ext.budget import Memory
 
-# Copies of a part's prefix outputs, as float32, that exist beside what is kept while they are computed and stored.
-BUILDING = {"fp32": 1.0, "bf16": 2.0, "int8": 4.0}
+# Copies of a part's prefix outputs, as they are stored, that exist while they are computed beside what is kept: the new
+# ones, and on disk the file's bytes too.
+BUILDING = {"memory": 1, "disk": 2, "off": 0}
 STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
 
 
@@ -112,7 +113,11 @@ class CostModel:
 
     def _judging(self, depth: int) -> Memory:
         self._load(depth)
-        return budget.memory_of(lambda samples: self.model.all_logits("global", Part(self.longest.repeat(samples))))
+
+        def judge(samples: int) -> None:
+            self.model.judged.clear()
+            self.model.all_logits("global", Part(self.longest.repeat(samples)))
+        return budget.memory_of(judge)
 
     def constants(self, depth: int) -> int:
         """Bytes of what the largest client's cache holds at a depth, training and validation samples, both stages."""
@@ -121,13 +126,11 @@ class CostModel:
         return sum(self._prefix_bytes(part, depth) + (4 * outputs * len(part) if self.config.stage2.rounds else 0)
                    for part in parts)
 
-    def building(self, depth: int) -> int:
-        """Bytes that come and go while the prefix outputs of the largest set of samples are made."""
+    def building(self, depth: int, cache: str) -> int:
+        """Bytes that come and go while the prefix outputs of the largest set of samples are made for a cache."""
         every = [part for split in (*self.partition.clients, *self.partition.unseen)
                  for part in (split.train, split.validation, split.test)]
-        tokens = max(self._tokens(part) for part in (*every, self.partition.global_test))
-        width = self.model.foundation.width if self.model.untrained_below(depth) else 0
-        return int(BUILDING[self.config.sal.cache_dtype] * 4 * width * tokens)
+        return BUILDING[cache] * max(self._prefix_bytes(part, depth) for part in (*every, self.partition.global_test))
 
     def experts(self, depth: int) -> int:
         """Bytes of experts outside the model: a process that plays all clients keeps every client's private one, and

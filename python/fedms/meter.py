@@ -1,4 +1,4 @@
-"""Memory of this process: its peak by stretch of work, and what it has now."""
+"""Memory of this process: how it is handed back, its peak by stretch of work, and what it has now."""
 from __future__ import annotations
 
 import ctypes
@@ -6,13 +6,27 @@ import resource
 import sys
 from pathlib import Path
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # glibc alone has it
+# glibc alone has them.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+_M_MMAP_THRESHOLD = -3      # malloc.h
+
+# Bytes from which a block of memory is one of its own, which goes back to the system when it is freed.
+LARGE_BLOCK = 2**20
+
+
+def hand_back_large_blocks() -> None:
+    """From now on a tensor of `LARGE_BLOCK` bytes or more leaves the process when it is freed.
+
+    Otherwise glibc raises that bound to 32 MiB as it goes, keeps what was freed in pieces that later tensors do not
+    fit, and the process ends up half as large again as all that it holds. To be called before a model is loaded."""
+    if _mallopt is not None:
+        _mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def reset_peak_memory() -> None:
-    """Starts a new stretch, with all memory that is free handed back to the system: glibc keeps what was freed, in
-    pieces that later allocations do not fit, and a process would grow from stretch to stretch. Where the system cannot
-    forget a peak (anything but Linux), the peak is the process's."""
+    """Starts a new stretch, with all memory that is free handed back to the system. Where the system cannot forget a
+    peak (anything but Linux), the peak is the process's."""
     if _malloc_trim is not None:
         _malloc_trim(0)
     try:

@@ -18,10 +18,10 @@ from fedms.client import Client, Private
 from fedms.config import RunConfig
 from fedms.costs import CostModel, VisitMemory, VisitWork
 from fedms.data import ClientSplit
-from fedms.meter import peak_memory, resident_memory
+from fedms.meter import hand_back_large_blocks, peak_memory, resident_memory
 from fedms.progress import Progress
 from fedms.resident import ResidentModel
-from fedms_ext import budget, quantize
+from fedms_ext import budget
 
 # Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
 RESERVE = 0.05
@@ -112,6 +112,7 @@ class _Planner:
     """The loaded model and data, and what the process needs besides them."""
 
     def __init__(self, config: RunConfig, progress: Progress) -> None:
+        hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
         progress.phase(f"loading model {config.model.id}")
         # Loaded as every run does, in full precision; `freeze` quantises it.
@@ -130,7 +131,7 @@ class _Planner:
     def freeze(self, frozen: str) -> None:
         if frozen != self.frozen:
             full = budget.weight_bytes(self.model.foundation.module)
-            quantize(self.model.foundation.module, frozen)
+            self.model.freeze(frozen)
             self.frozen = frozen
             # Both copies of the weights are there for a moment.
             self.loading = max(self.loading, full + budget.weight_bytes(self.model.foundation.module))
@@ -151,10 +152,10 @@ class _Planner:
                              work, 100 * work.trained_params / self.model.fm_params, seconds)
 
     def _memory(self, traced: VisitMemory, depth: int, cache: str, micro_batch: int) -> dict[str, int]:
-        # On disk the constants are mapped, and the system takes their memory back when it needs it.
+        # On disk the constants are mapped while a batch of them is read.
         costs = self.costs
         constants = costs.constants(depth) if cache == "memory" else 0
-        building = costs.building(depth) + traced.judging.of(self.model.CHUNK)
+        building = costs.building(depth, cache) + traced.judging.of(self.model.CHUNK)
         working = max(traced.training.of(micro_batch), building)
         parts = {"weights": traced.weights, "experts": costs.experts(depth), "constants": constants,
                  "training step": working}

@@ -80,8 +80,7 @@ class ResidentModel:
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
         with _blamed_on("model.targets"):
             attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
-        if config.model.frozen != "fp32":
-            quantize(foundation.module, config.model.frozen)
+        self.freeze(config.model.frozen)
         self.layers = expert_layers(foundation.module)
         self.blocks = len(blocks_of(foundation.module))
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
@@ -104,6 +103,7 @@ class ResidentModel:
         self.corrected: Tensors = {}                        # what exact aggregation adds to frozen weights, by layer
         self.originals: Tensors = {}                        # the weights of those layers without it
         self.boundary = self.untrained_below(config.sal.depth)
+        self.judged: dict[tuple[str, str, str], Tensor] = {}    # logits of experts on whole parts, in this visit
         self.running: str | None = None                     # what the pairs are set for now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
         self.flops = 0                                      # of the run under way, on its clients' devices
@@ -130,6 +130,14 @@ class ResidentModel:
         gate = self.config.gate
         width = self.foundation.feature_dim if gate.features == "final" else self.foundation.width
         return GateAdapter(width, len(EXPERTS), gate.bottleneck, gate.temperature, side)
+
+    def freeze(self, frozen: str) -> None:
+        """Stores the frozen weights of Linear layers as `[model] frozen` says; from full precision only."""
+        if frozen != "fp32":
+            quantize(self.foundation.module, frozen)
+            # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantised.
+            for parameter in self.foundation.module.parameters():
+                parameter.data = parameter.data.clone()
 
     # Tensors in and out
 
@@ -174,7 +182,8 @@ class ResidentModel:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets which experts are loaded: the start of every visit."""
+        """Forgets which experts are loaded, and what they answered: the start of every visit."""
+        self.judged = {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
         self.running = None
@@ -285,8 +294,13 @@ class ResidentModel:
 
     @torch.no_grad()
     def all_logits(self, expert: str, part: Part) -> Tensor:
-        """(n, C) logits of one expert's stream for a whole part, as it stands now."""
-        return self._in_chunks(part, lambda rows: self.logits(expert, part, rows), len(self.dataset.classes))
+        """(n, C) logits of one expert's stream for a whole part, as it stands now. A visit judges the same expert on
+        the same samples several times: they are computed once."""
+        key = (expert, part.key, self._digest(expert))
+        if key not in self.judged:
+            self.judged[key] = self._in_chunks(part, lambda rows: self.logits(expert, part, rows),
+                                               len(self.dataset.classes))
+        return self.judged[key]
 
     @torch.no_grad()
     def both_logits(self, part: Part) -> tuple[Tensor, Tensor]:
@@ -318,11 +332,15 @@ class ResidentModel:
 
     def frozen_logits(self, expert: str, part: Part) -> Tensor:
         """`all_logits` of an expert that does not change: computed once for the tensors that it has."""
+        return self._constant((part.key, "logits", self._digest(expert)), lambda: self.all_logits(expert, part),
+                              lambda: self._live_flops(expert, part))
+
+    def _digest(self, expert: str) -> str:
+        """Names an expert's applied tensors by what they hold."""
         digest = hashlib.sha256()
         for tensor in (*self.read_applied(expert).values(), *self.corrected.values(), self.shifts[expert]):
             digest.update(tensor.numpy())
-        return self._constant((part.key, "logits", digest.hexdigest()), lambda: self.all_logits(expert, part),
-                              lambda: self._live_flops(expert, part))
+        return digest.hexdigest()
 
     def features(self, part: Part) -> Tensor:
         """(n, D) pooled features of the foundation model alone, all experts off: constant for ever."""
@@ -438,13 +456,15 @@ class ResidentModel:
         def compute() -> Ragged:
             prefix = ConstantPrefix(self.foundation.module, depth)
             lengths = self.dataset.inputs.lengths[part.indices]
-            outputs: list[Tensor] = [None] * len(part)
+            outputs: Ragged | None = None
             for rows in self._chunks(part):
                 inputs = self.dataset.inputs.batch(part.indices[rows])
                 hidden = prefix.capture(lambda: self.foundation.features(inputs))
+                if outputs is None:
+                    outputs = Ragged.empty(lengths, hidden[0], self.config.sal.cache_dtype)
                 for row, output in zip(rows.tolist(), hidden):
-                    outputs[row] = output[:lengths[row]]
-            return Ragged(outputs, self.config.sal.cache_dtype)
+                    outputs.put(row, output[:lengths[row]])
+            return outputs
 
         return self._constant((part.key, "prefix", *self.prefix_key), compute,
                               lambda: self._chunk_flops(part, last=depth))

@@ -19,6 +19,7 @@ from fedms.data import Dataset, Partition
 from fedms.engine.local import Interrupted, LocalEngine
 from fedms.evaluate import evaluate_client, evaluate_unseen, global_test_accuracy, summarise
 from fedms.jobs import in_processes
+from fedms.meter import hand_back_large_blocks
 from fedms.methods import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
@@ -173,6 +174,7 @@ class _Session:
 
     def __init__(self, config: RunConfig, progress: Progress, foundation: FoundationModel | None = None,
                  dataset: Dataset | None = None) -> None:
+        hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
         progress.phase(f"loading model {config.model.id}")
         self.foundation = foundation or models.load(config.model)
