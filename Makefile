@@ -45,8 +45,8 @@ gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eigh
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick)
 
-test-full: $(INSTALLED) ## all tests, with 30 killed runs and 30 full disks
-	FEDMS_CRASHES=30 $(BIN)/python -m pytest -q --durations=10 tests
+test-full: $(INSTALLED) ## all tests, with 30 killed runs, 30 full disks and 20 runs within limits of memory
+	FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(BIN)/python -m pytest -q --durations=10 tests
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench

@@ -65,7 +65,7 @@ def candidates(case: Case) -> dict[str, Step]:
 @pytest.mark.parametrize("case", [MINILM, VIT_B], ids=lambda case: case.name)
 def test_step(benchmark, case):
     steps = candidates(case)
-    seconds = interleaved(steps, seconds=60.0)
+    seconds = interleaved(steps, seconds=40.0)
     print(f"\n\n{case.name}: {case.samples} x {case.tokens} tokens, {case.trained} of {case.blocks} blocks, ", end="")
     print(f"{fedms_ext.build_info()['isa_used']}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
     print(f"{len(seconds[ALL])} turns")

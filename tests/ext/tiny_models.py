@@ -51,6 +51,17 @@ def vit() -> Model:
     return Model(transformers.ViTModel(config, add_pooling_layer=False), inputs).eval()
 
 
+def clip() -> Model:
+    """CLIP's vision tower; a whole CLIP has two towers, and its blocks must be named."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=WIDTH, num_hidden_layers=BLOCKS,
+        num_attention_heads=2, intermediate_size=2 * WIDTH,
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.randn(3, 1, 8, 8)}
+    return Model(transformers.CLIPVisionModel(config), inputs).eval()
+
+
 def llama() -> Model:
     """A decoder: causal attention with rotary positions, fewer heads of keys than of queries, no biases."""
     transformers = pytest.importorskip("transformers")
@@ -118,4 +129,4 @@ def chain() -> Model:
     return Model(Chain(), {"x": torch.randn(3, 7, WIDTH)}).eval()
 
 
-MODELS = {"bert": bert, "vit": vit, "llama": llama, "stack": stack, "tuple stack": tuple_stack, "chain": chain}
+MODELS = {"bert": bert, "vit": vit, "clip": clip, "llama": llama, "stack": stack, "tuple stack": tuple_stack, "chain": chain}

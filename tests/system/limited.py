@@ -3,8 +3,8 @@
     python tests/system/limited.py --count 20
 
 Each configuration is planned in a process of its own and run in another one, whose limit is the plan's: what the process
-needs by itself, and `--memory`. From the moment its libraries are loaded it may not take more (RLIMIT_DATA: a tensor
-beyond it is refused), and in the end its largest resident size, over its whole life, must lie below the limit too.
+needs by itself, and `--memory`. A process that is larger (its whole resident size, looked at every two milliseconds) is
+killed, and in the end its largest size, as the system noted it, must lie below the limit too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 MIB = 2**20
@@ -57,42 +58,49 @@ def planned(memory: int, sets: list[str]) -> dict:
     return {"process": found.process, "peak": found.chosen.peak, "settings": found.settings}
 
 
-def limited(limit: int, sets: list[str], out: Path) -> dict:
-    """Runs a configuration in this process, which may grow up to `limit` bytes from here on."""
-    from fedms import run
-    from fedms.config import load_config
-    from fedms.meter import resident_memory
-
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    data = int(status["VmData"].split()[0]) * 1024 + limit - resident_memory()
-    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
-    summary = run.run(load_config("sentiment", [*SMALL, *sets]), out)
-    return {"notes": summary["notes"], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+def started(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def in_a_process(*arguments: str) -> dict:
-    process = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if process.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit code {process.returncode}\n{process.stdout}{process.stderr}")
-    return json.loads(process.stdout.splitlines()[-1])
+def run_within(limit: int, sets: list[str], out: Path) -> int:
+    """Runs a configuration in a process of at most `limit` bytes; returns its largest size.
+
+    Raises:
+        SystemExit: if it fails, loses a client, or grows above the limit.
+    """
+    process = started("--run", str(out), *sets)
+    pages = Path(f"/proc/{process.pid}/statm")
+    status = None
+    while status is None:
+        if int(pages.read_text().split()[1]) * resource.getpagesize() > limit:
+            process.kill()
+        time.sleep(0.002)
+        pid, code, usage = os.wait4(process.pid, os.WNOHANG)
+        status = code if pid else None
+    said = process.stdout.read()
+    peak = usage.ru_maxrss * 1024
+    if status or peak > limit or "failed" in said:
+        raise SystemExit(f"{said}\nexit status {status}, largest size {peak}, limit {limit}: {sets}")
+    return peak
 
 
 def check(memory: int, sets: list[str], folder: Path) -> str:
     """Plans a configuration, runs it within its limit, and says what it took.
 
     Raises:
-        SystemExit: if it cannot be planned, fails, loses a client, or grows above its limit.
+        SystemExit: if it cannot be planned, or not be run within its limit.
     """
-    plan = in_a_process("--plan", str(memory), *sets)
-    limit = plan["process"] + memory
+    planning = started("--plan", str(memory), *sets)
+    said, _ = planning.communicate()
+    if planning.returncode:
+        raise SystemExit(said)
+    plan = json.loads(said.splitlines()[-1])
     settings = [f"{key}={json.dumps(value)}" for key, value in plan["settings"].items()]
-    found = in_a_process("--run", str(limit), str(folder / "run"), *sets, *settings)
-    said = (f"limit {limit / MIB:.0f} MiB, planned {(plan['process'] + plan['peak']) / MIB:.0f}, largest "
-            f"{found['peak'] / MIB:.0f}: {memory // MIB} MiB, {', '.join(sets) or 'as built in'} -> {', '.join(settings)}")
-    if found["notes"] or found["peak"] > limit:
-        raise SystemExit(f"{said}\nabove its limit, or a client was lost: {found['notes']}")
-    return said
+    limit = plan["process"] + memory
+    peak = run_within(limit, [*sets, *settings], folder / "run")
+    return (f"limit {limit / MIB:.0f} MiB, planned {(plan['process'] + plan['peak']) / MIB:.0f}, largest "
+            f"{peak / MIB:.0f}: {memory // MIB} MiB, {', '.join(sets) or 'as built in'} -> {', '.join(settings)}")
 
 
 def main() -> None:
@@ -104,7 +112,11 @@ def main() -> None:
     if arguments.plan:
         print(json.dumps(planned(int(arguments.plan[0]), arguments.plan[1:])))
     elif arguments.run:
-        print(json.dumps(limited(int(arguments.run[0]), arguments.run[2:], Path(arguments.run[1]))))
+        from fedms import run
+        from fedms.config import load_config
+
+        notes = run.run(load_config("sentiment", [*SMALL, *arguments.run[1:]]), Path(arguments.run[0]))["notes"]
+        print("\n".join(notes))
     else:
         for number, (memory, sets) in enumerate(CONFIGURATIONS[-arguments.count:]):
             with tempfile.TemporaryDirectory() as folder:
