@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 
 import pytest
@@ -95,3 +96,28 @@ def test_memory_counts_what_it_stores():
     cache = ConstantCache(10**6)
     value = cache.get(("a",), lambda: Ragged(rows(), "int8"))
     assert cache.nbytes == value.nbytes == value.values.nbytes + value.scales.nbytes + 2 * 7 * 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_are_mapped_only_while_their_values_are_in_use(tmp_path):
+    cache = DiskCache(tmp_path, 10**7, "")
+
+    def mapped():
+        with open("/proc/self/maps") as maps:
+            return cache.SUFFIX in maps.read()
+
+    value = cache.get(("a",), lambda: Ragged(rows(50)))
+    kept = value.pad(torch.arange(3)).clone()
+    assert mapped()
+    del value
+    assert not mapped()
+    assert torch.equal(cache.get(("a",), lambda: 1 / 0).pad(torch.arange(3)), kept)
+
+
+def test_rows_are_put_in_any_order():
+    exact = rows()
+    for storage in ("fp32", "bf16", "int8"):
+        ragged = Ragged.empty(torch.tensor([len(row) for row in exact]), exact[0], storage)
+        for i in torch.randperm(len(exact)).tolist():
+            ragged.put(i, exact[i])
+        assert same(ragged, Ragged(exact, storage))
