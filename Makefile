@@ -72,7 +72,7 @@ $(INSTALLED): $(SOURCES) | check-system
 	$(PIP) install '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install '$(TRITON)'
 	$(PIP) install $(BUILD_REQUIREMENTS)
-	$(PIP) install --no-build-isolation --editable '.[train,test]'
+	$(PIP) install --no-build-isolation --editable '.[train,flower,test]'
 	@touch $@
 
 # Debian and Ubuntu name a Python's packages after its command: python3-venv, python3.12-venv.

@@ -60,15 +60,15 @@ class Snapshot:
 
 
 class CheckpointFolder:
-    """Writer and reader of the checkpoints in one folder, which is made when first written to."""
+    """Writer and reader of the checkpoints in one folder, which is made when first written to; the last `kept` stay."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kept: int = KEPT) -> None:
+        self.path, self.kept = path, kept
         self.good: list[int] = []                           # numbers of the checkpoints known to be whole, ascending
         self.written: dict[int, tuple[Tensors, str]] = {}   # each client's tensors as last saved, and their object
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Writes a checkpoint; then drops all but the last two.
+    def save(self, snapshot: Snapshot) -> str:
+        """Writes a checkpoint; then drops all but the last ones. Returns its digest, the same for the same snapshot.
 
         Raises:
             CheckpointError: if it cannot be written. The checkpoints before it are untouched.
@@ -85,15 +85,18 @@ class CheckpointFolder:
             number = max([*self.good, *self._numbers()], default=0) + 1
             content = {"format": FORMAT, "state": snapshot.state, "server": server,
                        "private": {str(i): self.written[i][1] for i in sorted(snapshot.private)}}
-            write_durably(self._manifest(number), _dump({"sha256": _digest(content), "content": content}))
-            self.good = [*self.good, number][-KEPT:]
+            digest = _digest(content)
+            write_durably(self._manifest(number), _dump({"sha256": digest, "content": content}))
+            self.good = [*self.good, number][-self.kept:]
             self._drop_unused()
+            return digest
         except OSError as error:
             raise CheckpointError(f"{self.path}: checkpoint cannot be written: {error.strerror or error}; the one "
                                   "before is intact") from error
 
-    def load(self) -> tuple[Snapshot | None, list[str]]:
-        """The newest checkpoint that is whole, None if there is none at all; and a note for each damaged one.
+    def load(self, digest: str | None = None) -> tuple[Snapshot | None, list[str]]:
+        """The newest checkpoint that is whole, or the one with this digest; None if there is none at all; and a note
+        for each damaged one. What is newer than the one that is found is dropped by the next `save`.
 
         Raises:
             CheckpointError: if there are checkpoints but none is whole, or one is of a newer format.
@@ -101,15 +104,28 @@ class CheckpointFolder:
         notes: list[str] = []
         for number in sorted(self._numbers(), reverse=True):
             try:
+                if digest is not None and _digest(self._read_manifest(number)) != digest:
+                    continue
                 snapshot = self._read(number)
             except _Damaged as damage:
                 notes.append(f"checkpoint {number} is damaged ({damage}); going back to the one before")
             else:
-                self.good = [number]
+                self.good = [*self._readable(number)[:self.kept - 1][::-1], number]
                 return snapshot, notes
-        if notes:
+        if notes and digest is None:
             raise CheckpointError(f"{self.path}: no checkpoint is whole: {'; '.join(notes)}. Start the run again")
         return None, notes
+
+    def _readable(self, below: int) -> list[int]:
+        """Numbers of older checkpoints whose manifests can be read, descending."""
+        found = []
+        for number in sorted((n for n in self._numbers() if n < below), reverse=True):
+            try:
+                self._read_manifest(number)
+            except _Damaged:
+                continue
+            found.append(number)
+        return found
 
     def _read(self, number: int) -> Snapshot:
         content = self._read_manifest(number)

@@ -102,7 +102,8 @@ def run(
         "--method", "-m", metavar="NAME", help=f"Same as --set run.method=NAME: {', '.join(METHODS)}.")] = None,
     seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Same as --set run.seed=N.")] = None,
     engine: Annotated[Optional[str], typer.Option(
-        "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process).")] = None,
+        "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process), "
+        "flower-sim (Flower's simulation), flower (the deployment whose run.toml SOURCE is).")] = None,
     force: Force = False,
     resume: Resume = False,
     track: Track = None,
@@ -118,18 +119,20 @@ def run(
         if dry_run:
             console.print(dump_toml(config), end="", markup=False, soft_wrap=True)
             return
-        _carry_out(config, source, out, force, resume, track)
+        _carry_out(config, source, out, force, resume, track, overrides)
 
 
 def _carry_out(config: RunConfig, source: str, out: Optional[Path], force: bool, resume: bool,
-               track: Optional[list[str]]) -> None:
+               track: Optional[list[str]], overrides: list[str]) -> None:
     out = out or Path("runs") / source_name(source) / f"{config.run.method}-seed{config.run.seed}"
     _refuse_filled([out], force, resume)
+    if config.run.engine == "flower":
+        _run_deployed(source, overrides, out, force, resume)
+    else:
+        from fedms import run as runner
 
-    from fedms import run as runner
-
-    with _progress(out, track) as progress, _polite_stop() as stop:
-        runner.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
+        with _progress(out, track) as progress, _polite_stop() as stop:
+            runner.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
     _show_results(out)
 
 
@@ -161,6 +164,8 @@ def compare(
     """Run several methods on the same clients and seeds, and show them in one table."""
     with _exit_codes():
         config = load_config(source, set_ or [])
+        if config.run.engine == "flower":
+            raise ConfigError("run.engine: a deployment carries out one run at a time; use fedms run, or another engine")
         numbers = _seed_list(seeds, config)
         out = out or Path("runs") / source_name(source)
         if track and jobs > 1:
@@ -441,10 +446,112 @@ def import_peft(
         from fedms.adapter import read_shape
 
         shape = read_shape(adapter)
-        config = load_config(source, [
+        overrides = [
             *(set_ or []), f"lora.start={json.dumps(str(adapter))}", f"lora.rank={shape.rank}", f"lora.alpha={shape.alpha}",
-            f"lora.rslora={str(shape.rslora).lower()}", "stage1.rounds=0"])
-        _carry_out(config, source, out, force, resume, track)
+            f"lora.rslora={str(shape.rslora).lower()}", "stage1.rounds=0"]
+        _carry_out(load_config(source, overrides), source, out, force, resume, track, overrides)
+
+
+flower = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Clients on machines of their own: write, "
+                     "start and end a Flower deployment. `flwr` itself runs and shows runs; docs/deploy.md has every step.")
+app.add_typer(flower, name="flower")
+Deployment = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.")]
+Port = Annotated[Optional[int], typer.Option(
+    "--port", metavar="N", min=1024, max=65000, help="The SuperLink's port; SuperNodes on the same machine take the next ones.",
+    show_default="19091, or as at init")]
+
+
+@flower.command("init", epilog="\n\n".join([
+    "**Examples**",
+    "`fedms flower init dep digits --set clients.count=3`",
+    "DIR gets the Flower app, run.toml, and a data folder for the server and for each client, to be carried to its "
+    "machine: nothing else of the data leaves this one.",
+    EXIT_CODES]))
+def flower_init(
+    folder: Deployment,
+    source: Source,
+    set_: Sets = None,
+    host: Annotated[str, typer.Option("--host", metavar="NAME", help="The SuperLink's machine, by name or address, as "
+                                      "its clients reach it.")] = "127.0.0.1",
+    port: Port = None,
+) -> None:
+    """Write a deployment's folder: the Flower app, the run file, certificates, and each client's own data."""
+    with _exit_codes():
+        config = load_config(source, [*(set_ or []), "run.engine=flower"])
+        if folder.exists() and any(folder.iterdir()):
+            raise RunFolderError(f"{folder}: exists and is not empty; choose another folder")
+        deployment = _deployment()
+
+        from fedms.session import write_shards
+
+        progress = TerminalProgress(errors)
+        write_shards(config, folder / "data", progress)
+        deployment.write_app(folder, dump_toml(config), host, port)
+        console.print(f"{folder}: the app, run.toml, certificates for {host}, and data and keys of the server and "
+                      f"{config.clients.count} clients", markup=False, soft_wrap=True)
+        if host == deployment.HOST:
+            console.print(f"start it all on this machine:  fedms flower up {folder}", markup=False, soft_wrap=True)
+        else:
+            _show_commands(deployment.Commands(folder, host, port))
+
+
+@flower.command("up", epilog=EXIT_CODES)
+def flower_up(
+    folder: Deployment,
+    port: Port = None,
+    insecure: Annotated[bool, typer.Option(
+        "--insecure", help="No TLS and no authentication. For trials on this machine alone.")] = False,
+) -> None:
+    """Start a SuperLink and a SuperNode for each client on this machine, and print the commands for several machines."""
+    with _exit_codes():
+        deployment = _deployment()
+        commands = deployment.up(folder, port, not insecure, lambda text: errors.print(f"{text} ...", markup=False))
+        console.print(f"up, on {deployment.HOST} alone: a SuperLink and {len(deployment.clients_of(folder))} SuperNodes, "
+                      + ("with TLS and SuperNode authentication" if not insecure else "nothing encrypted, and any process "
+                         "here may join: for trials only") + f"; their logs are in {folder}/flower", markup=False,
+                      soft_wrap=True)
+        console.print(f"\nrun it:      fedms run {folder}/run.toml --engine flower\n"
+                      f"see it:      FLWR_HOME={folder.absolute()}/flower flwr list fedms\n"
+                      f"end it all:  fedms flower down {folder}", markup=False, soft_wrap=True)
+        if not insecure:
+            _show_commands(commands)
+
+
+def _show_commands(commands: Any) -> None:
+    console.print("\non separate machines, each with the files that its command names (docs/deploy.md):", markup=False)
+    for line in (commands.superlink("0.0.0.0"), commands.register(0), commands.supernode(0)):
+        console.print(f"  {shlex.join(line)}", markup=False, soft_wrap=True)
+
+
+@flower.command("down", epilog=EXIT_CODES)
+def flower_down(folder: Deployment) -> None:
+    """End what `fedms flower up` started, by the process ids that it noted."""
+    with _exit_codes():
+        ended = _deployment().down(folder.absolute())
+        console.print(f"ended: {', '.join(ended) or 'nothing was running'}", markup=False)
+
+
+def _deployment() -> Any:
+    try:
+        from fedms.engine.flower import deployment
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fedms flower needs {error.name}, which is not installed: pip install 'fedms[flower]'") from None
+    return deployment
+
+
+def _run_deployed(source: str, overrides: list[str], out: Path, force: bool, resume: bool) -> None:
+    folder = Path(source).absolute().parent
+    deployment = _deployment()
+    deployment.clients_of(folder)
+    if "superlink" not in deployment.running(folder):
+        raise deployment.DeploymentError(f"{folder}: is not up; start it by `fedms flower up {folder}`, or run it by "
+                                         "`flwr run` where it runs on other machines")
+    settings = {"out": str(out.absolute()), "set": json.dumps([o for o in overrides if not o.startswith("run.engine=")]),
+                "force": force, "resume": resume}
+    code = deployment.submit(folder, settings)
+    if code or not (out / "summary.json").is_file():
+        raise deployment.DeploymentError(f"the run did not end well; its log is above, and in {folder}/flower; go on by "
+                                         "--resume")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -715,6 +822,8 @@ def _classify(error: Exception) -> tuple[int, str]:
         return FOLDER, "run folder"
     if isinstance(error, ModuleNotFoundError):
         return FAILED, "a package is missing: pip install 'fedms[train]'"
+    if _name(error) == "DeploymentError":
+        return FAILED, "deployment"
     loaded: Any = sys.modules.get("fedms.data")
     if loaded is not None and isinstance(error, loaded.DataError):
         return UNAVAILABLE, "data"

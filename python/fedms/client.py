@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +13,8 @@ from torch.nn import functional as F
 
 from fedms.config import RunConfig
 from fedms.data import ClientSplit
-from fedms.devices import device_of
+from fedms.devices import Device, device_of
+from fedms.meter import peak_memory, reset_peak_memory
 from fedms.resident import Part, ResidentModel, Tensors
 from fedms.rng import derive_seed, generator
 
@@ -69,7 +72,20 @@ class Private:
         return any(name.startswith("expert/") for name in self.tensors)
 
 
-class Client:
+class Participant:
+    """What the server knows of a client: its id, its number of training samples, and its device."""
+
+    id: int
+    n_train: int
+    device: Device
+
+    def trained_depth(self, message: Message) -> int:
+        """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
+        most = self.device.max_depth
+        return message.depth if most is None else min(message.depth, most)
+
+
+class Client(Participant):
     """One client's data, its device and its share of the settings. `fitting`: see `device_of`."""
 
     def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
@@ -77,13 +93,53 @@ class Client:
         self.train, self.validation, self.test = Part(split.train), Part(split.validation), Part(split.test)
         self.device = device_of(config, self.id, fitting)
 
-    def trained_depth(self, message: Message) -> int:
-        """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
-        most = self.device.max_depth
-        return message.depth if most is None else min(message.depth, most)
+    @property
+    def n_train(self) -> int:
+        return len(self.train)
 
     def seed(self, message: Message, purpose: str) -> int:
         return derive_seed(self.config.run.seed, purpose, message.stage, message.round, self.id)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What came of a visit, as the client tells it: its reply, or the reason why there is none; operations, seconds,
+    and peak memory in bytes."""
+
+    reply: Reply | None
+    reason: str | None
+    flops: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+ClientStep = Callable[[ResidentModel, Client, Private, Message], tuple[Reply, Private]]
+
+
+def visit(step: ClientStep, model: ResidentModel, client: Client, private: Private,
+          message: Message) -> tuple[Visit, Private]:
+    """Carries out a method's step and measures it. A client that fails keeps the private state that it had."""
+    flops, started = model.flops, time.perf_counter()
+    reset_peak_memory()
+    model.clear()
+    reply, after, reason = None, private, None
+    try:
+        with _memory_errors():
+            reply, after = step(model, client, private, message)
+    except ClientFailure as failure:
+        reason = str(failure)
+    return Visit(reply, reason, model.flops - flops, time.perf_counter() - started, peak_memory()), after
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A client that runs out of memory fails; the run goes on without it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:        # torch's CPU allocator raises a plain RuntimeError
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise ClientFailure("out of memory; a smaller batch, sal.max_depth or sal.cache_bytes may help") from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,12 @@ class ClientsTable(Table):
     budgets: tuple[Budget, ...] = Field((), description="device classes; their shares sum to 1; none: no limit")
     spread: float = Field(0.0, ge=0, le=2, description="how much devices of a class differ: standard deviation of the "
                           "logarithm of speed and link, drawn once for each client")
+    round_timeout: float = Field(600.0, gt=0, description="seconds in which a client must answer; engine local waits "
+                                 "for every client")
+    quorum: float = Field(0.0, ge=0, le=1, description="least share of a round's clients whose replies must count; "
+                          "with fewer the run stops, and can be resumed")
+    max_change: float = Field(1000.0, gt=0, description="a reply is refused whose change has a larger norm than this "
+                              "many times what was sent (taken as at least 1)")
     optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimiser state at each visit")
 
     @property
@@ -334,7 +340,9 @@ class RunTable(Table):
     method: Literal[METHODS] = Field("fedms", description="algorithm")  # type: ignore[valid-type]
     seed: int = Field(0, ge=0, le=2**32 - 1, description="every random draw comes from this seed")
     threads: int = Field(2, ge=1, description="CPU threads; records repeat byte for byte at a fixed number")
-    engine: Literal["local"] = Field("local", description="local: all clients in this process")
+    engine: Literal["local", "flower-sim", "flower"] = Field(
+        "local", description="local: all clients in this process; flower-sim: Flower's simulation on this machine; "
+        "flower: clients on machines of their own")
 
 
 class RunConfig(Table):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -58,10 +59,14 @@ def device_of(config: RunConfig, client: int, fitting: Sequence[int | None] = ()
 def _class_of(config: RunConfig, client: int) -> int:
     """Classes are spread over the clients by their shares."""
     total = config.clients.count + config.clients.unseen
-    ranks = torch.randperm(total, generator=generator(config.run.seed, "budgets")).tolist()
-    place, reached = (ranks[client] + 0.5) / total, 0.0
+    place, reached = (_ranks(config.run.seed, total)[client] + 0.5) / total, 0.0
     for number, tier in enumerate(config.clients.budgets):
         reached += tier.share
         if place < reached:
             return number
     return len(config.clients.budgets) - 1
+
+
+@lru_cache(maxsize=1)
+def _ranks(seed: int, total: int) -> list[int]:
+    return torch.randperm(total, generator=generator(seed, "budgets")).tolist()

@@ -76,22 +76,20 @@ def evaluate_unseen(method: Method, model: ResidentModel, client: Client, final:
     return as_it_arrives, evaluate_client(method, model, client, private, final, unseen=True)
 
 
-def global_test_accuracy(method: Method, model: ResidentModel, clients: Sequence[Client], part: Part,
-                         private: dict[int, Private], final: Message) -> float | None:
-    """Accuracy on the common test set: of the global expert, or, for a method without one, the mean over the clients'
-    own models."""
+def shared_accuracy(method: Method, model: ResidentModel, part: Part, final: Message) -> float | None:
+    """Accuracy of the global expert on the common test set; None for a method without one."""
     if len(part) == 0:
         return None
-    labels = model.labels(part)
     model.clear()
-    shared = method.predict(model, part, Private(), final).global_
-    if shared is not None:
-        return accuracy(shared, labels)
-    scores = []
-    for client in clients:
-        model.clear()
-        scores.append(accuracy(method.predict(model, part, private[client.id], final).personalised, labels))
-    return float(np.mean(scores))
+    return accuracy(method.predict(model, part, Private(), final).global_, model.labels(part))
+
+
+def own_accuracy(method: Method, model: ResidentModel, part: Part, private: Private, final: Message) -> float | None:
+    """Accuracy on the common test set of what a client answers."""
+    if len(part) == 0:
+        return None
+    model.clear()
+    return accuracy(method.predict(model, part, private, final).personalised, model.labels(part))
 
 
 def summarise(clients: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -100,10 +98,10 @@ def summarise(clients: Sequence[dict[str, Any]]) -> dict[str, Any]:
     personalised = np.array([c["accuracy"]["personalised"] for c in tested])
     worst = np.sort(personalised)[:max(1, math.ceil(len(personalised) / 10))]
     return {
-        "personalised_accuracy": {"mean": _mean(personalised), "std": float(personalised.std()) if tested else None,
-                                  "worst10": _mean(worst)},
-        "zero_shot_accuracy": _mean([c["accuracy"]["zero_shot"] for c in tested]),
-        "macro_f1": _mean([c["macro_f1"] for c in tested]),
+        "personalised_accuracy": {"mean": mean(personalised), "std": float(personalised.std()) if tested else None,
+                                  "worst10": mean(worst)},
+        "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
+        "macro_f1": mean([c["macro_f1"] for c in tested]),
         "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None]),
     }
 
@@ -112,18 +110,18 @@ def _gate_summary(clients: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not clients:
         return None
     means = np.array([c["gate_mean"] for c in clients])
-    entropy = _mean([c["gate_entropy"] for c in clients])
-    return {"mean": _mean(means), "std_clients": float(means.std()),
-            "std_samples": _mean([c["gate_std"] for c in clients]), "entropy": entropy,
+    entropy = mean([c["gate_entropy"] for c in clients])
+    return {"mean": mean(means), "std_clients": float(means.std()),
+            "std_samples": mean([c["gate_std"] for c in clients]), "entropy": entropy,
             "collapsed": entropy < COLLAPSED_BELOW * math.log(2),
-            "half_mix_accuracy": _mean([c["accuracy"]["half"] for c in clients]),
-            "oracle_accuracy": _mean([c["accuracy"]["oracle"] for c in clients])}
+            "half_mix_accuracy": mean([c["accuracy"]["half"] for c in clients]),
+            "oracle_accuracy": mean([c["accuracy"]["oracle"] for c in clients])}
 
 
 def accuracy(logits: Tensor | None, labels: Tensor) -> float | None:
     return None if logits is None else float((logits.argmax(1) == labels).float().mean())
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import struct
 from pathlib import Path
+from typing import Any
 
 LOCK = ".lock"
+SHARD = "data.safetensors"
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -46,6 +50,22 @@ def owner(folder: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return number
+
+
+def shard_about(folder: Path) -> dict[str, Any]:
+    """The plain data of the shard of a data set (:mod:`fedms.data.shard`) in a folder; no tensor is loaded, nor torch.
+
+    Raises ValueError if there is none, or it is damaged.
+    """
+    path = folder / SHARD
+    try:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("it is cut off")
+            return json.loads(json.loads(file.read(size))["__metadata__"]["shard"])
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ValueError(f"{path}: no shard of a data set: {error}; `fedms flower init` writes them") from None
 
 
 class FolderLock:

@@ -6,6 +6,7 @@
     clients.jsonl   one line a client, written at the end
     summary.json    the outcome; missing while a run is under way or when it was killed
     checkpoint/     what the run needs to go on (:mod:`fedms.checkpoint`)
+    clients/        engine flower-sim: the simulated clients' own folders
 
 Numbers: accuracies, shares and gate weights are fractions in [0, 1] (``*_percent`` are percent), times seconds,
 sizes bytes. ``simulated_seconds`` is the time on the clients' own devices (:mod:`fedms.devices`), null where their
@@ -46,6 +47,9 @@ VISIT_FIELDS = (
     "validation_loss", "flops", "seconds", "peak_memory_bytes", "bytes_up", "bytes_down", "trained_params",
     "trained_percent", "simulated_seconds", "gate_mean", "gate_entropy",
 )
+REPLY_METRICS = frozenset({"loss", "validation_accuracy", "validation_loss", "trained_params", "gate_mean",
+                           "gate_entropy"})
+"""Fields of a visit that the client tells in its reply."""
 CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
     "gate_entropy",
@@ -61,7 +65,8 @@ SUMMARY_FIELDS = (
 
 CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json")
-_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "tensorboard", "wandb", LOCK})
+_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "clients", "tensorboard",
+                        "wandb", LOCK})
 _FRESH = ".new-"
 _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
              ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))

@@ -2,35 +2,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fedms import data, methods, models
-from fedms.client import Client
-from fedms.config import RunConfig, config_from_dict
-from fedms.costs import fitting_depths
-from fedms.data import Dataset, Partition
-from fedms.engine.local import Interrupted, LocalEngine
-from fedms.evaluate import evaluate_client, evaluate_unseen, global_test_accuracy, summarise
+from fedms.client import Client, Message
+from fedms.config import ConfigError, RunConfig, config_from_dict
+from fedms.data import Dataset, Shard
+from fedms.engine.base import Engine, Interrupted
+from fedms.engine.local import LocalEngine
+from fedms.evaluate import evaluate_unseen, mean, shared_accuracy, summarise
 from fedms.jobs import in_processes
-from fedms.meter import hand_back_large_blocks
 from fedms.methods import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.records import CONFIG, RunFolder, RunRecords, check_same_config
 from fedms.resident import Part, ResidentModel
 from fedms.server import STAGES, Server
+from fedms.session import Case, Session
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 
 def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool = False,
         progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
-        foundation: FoundationModel | None = None, dataset: Dataset | None = None) -> dict[str, Any]:
+        foundation: FoundationModel | None = None, dataset: Dataset | None = None,
+        grid: Grid | None = None, shard: Shard | None = None) -> dict[str, Any]:
     """Runs one method with one seed into the run folder `out`; returns its summary.
 
     Args:
@@ -39,6 +41,7 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
         stop: asked between clients whether to stop; the run can then be resumed.
         foundation, dataset: objects to use in the place of what the run file names (see `models.ModuleModel`,
             `models.wrap` and `data.make_dataset`). Experts are attached to the model, so it serves one run.
+        grid, shard: for engine "flower", Flower's access to the clients' nodes and the server's own data.
 
     Raises:
         ConfigError, ModelError, DataError: before anything is written.
@@ -49,8 +52,8 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
     """
     progress = progress or Progress()
     try:
-        session = _Session(config, progress, foundation, dataset)
-        return _run(session, config, _opener(config, Path(out), overwrite, resume), progress, stop)
+        session = Session(config, progress, foundation, dataset, shard)
+        return _run(session, config, _opener(config, Path(out), overwrite, resume), progress, stop, grid)
     finally:
         progress.close()
 
@@ -118,7 +121,7 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
         progress.note(f"{len(tasks) - len(todo)} of {len(tasks)} runs have ended already and stay as they are")
     try:
         if min(jobs, len(todo)) < 2:
-            session: list[_Session] = []
+            session: list[Session] = []
             for task in todo:
                 _carry_out(task, overwrite, session, progress, stop)
             return
@@ -133,7 +136,7 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
         progress.close()
 
 
-_session_of_worker: list[_Session] = []
+_session_of_worker: list[Session] = []
 
 
 def _in_a_worker(task: Task, progress: Progress, stop: Callable[[], bool], *, overwrite: bool) -> float:
@@ -143,13 +146,13 @@ def _in_a_worker(task: Task, progress: Progress, stop: Callable[[], bool], *, ov
     return time.perf_counter() - started
 
 
-def _carry_out(task: Task, overwrite: bool, session: list[_Session], progress: Progress,
+def _carry_out(task: Task, overwrite: bool, session: list[Session], progress: Progress,
                stop: Callable[[], bool]) -> None:
     """`session`: what is loaded already, if anything; filled here."""
     if not session:
-        session.append(_Session(task.config, progress))
+        session.append(Session(task.config, progress))
     opener = _opener(task.config, task.out, overwrite, resume=not overwrite)
-    _run(session[0], task.config, opener, progress, stop, task.tested)
+    _run(session[0], task.config, opener, progress, stop, tested=task.tested)
 
 
 def _opener(config: RunConfig, out: Path, overwrite: bool, resume: bool) -> Callable[[], RunFolder]:
@@ -169,68 +172,79 @@ def with_run(config: RunConfig, **values: Any) -> RunConfig:
     return config_from_dict({**tables, "run": {**tables["run"], **values}})
 
 
-class _Session:
-    """What runs that differ in method and seed alone have in common."""
-
-    def __init__(self, config: RunConfig, progress: Progress, foundation: FoundationModel | None = None,
-                 dataset: Dataset | None = None) -> None:
-        hand_back_large_blocks()
-        torch.set_num_threads(config.run.threads)
-        progress.phase(f"loading model {config.model.id}")
-        self.foundation = foundation or models.load(config.model)
-        progress.phase(f"loading data {config.data.name}")
-        self.dataset = dataset or data.load(config.data, self.foundation)
-        self.model = ResidentModel(self.foundation, self.dataset, config)
-
-
-def _run(session: _Session, config: RunConfig, open_folder: Callable[[], RunFolder], progress: Progress,
-         stop: Callable[[], bool], tested: bool = True) -> dict[str, Any] | None:
-    partition = data.partition(session.dataset, config.data, config.clients, config.run.seed)
-    method = methods.create(config)
-    server = Server(config, session.model.order, session.model.block_of, method.carries)
-    fitting = fitting_depths(session.model, method, config, partition)
+def _run(session: Session, config: RunConfig, open_folder: Callable[[], RunFolder], progress: Progress,
+         stop: Callable[[], bool], grid: Grid | None = None, tested: bool = True) -> dict[str, Any] | None:
+    case = session.case(config)
     folder = open_folder()
     try:
-        return folder.summary or _run_into(folder, session, config, partition, method, server, fitting, progress, stop,
-                                           tested)
+        if (summary := folder.summary) is not None:
+            return summary
+        with _engine(folder, session, case, progress, stop, grid) as engine:
+            return _run_on(engine, folder, session.model, case, progress, tested)
     finally:
         folder.close()
 
 
-def _run_into(folder: RunFolder, session: _Session, config: RunConfig, partition: Partition, method: Method,
-              server: Server, fitting: Sequence[int | None], progress: Progress,
-              stop: Callable[[], bool], tested: bool) -> dict[str, Any] | None:
+@contextmanager
+def _engine(folder: RunFolder, session: Session, case: Case, progress: Progress, stop: Callable[[], bool],
+            grid: Grid | None) -> Iterator[Engine]:
+    config, model = case.config, session.model
+    if config.run.engine == "local":
+        yield LocalEngine(case.method, case.server, model, case.clients, Part(case.partition.global_test), folder,
+                          progress, stop)
+        return
+    if session.given:
+        raise ConfigError(f"run.engine: {config.run.engine!r} cannot send a model or a data set that is an object of "
+                          "this process; name them in the run file, or use engine \"local\"")
+    try:
+        from fedms.app import simulation_app
+        from fedms.engine.flower.server import FlowerEngine
+        from fedms.engine.flower.simulation import simulated_grid
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"run.engine: {config.run.engine!r} needs {error.name}, which is not installed: "
+                          "pip install 'fedms[flower]'") from None
+    if config.run.engine == "flower":
+        yield FlowerEngine(case.server, model.fm_params, model.foundation.fingerprint, grid, case.fitting, {},
+                           config.clients.round_timeout, folder, progress, stop)
+        return
+    progress.phase("starting Flower's simulation")
+    clients = simulation_app(folder.path.absolute() / "clients")
+    n_train = {client.id: client.n_train for client in case.clients}
+    with simulated_grid(clients, config.clients.count, config.run.threads) as simulated:
+        yield FlowerEngine(case.server, model.fm_params, model.foundation.fingerprint, simulated, case.fitting, n_train,
+                           None, folder, progress, stop)
+
+
+def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case, progress: Progress,
+            tested: bool) -> dict[str, Any] | None:
     started = time.perf_counter()
-    seed = config.run.seed
+    config, method, partition = case.config, case.method, case.partition
     for note in partition.notes:
         progress.note(note)
-    progress.start(_visits(server, config), f"{method.name}, seed {seed}")
+    progress.start(_visits(case.server, config), f"{method.name}, seed {config.run.seed}")
 
-    session.model.start()
-    clients = [Client(split, config, fitting) for split in partition.clients]
-    engine = LocalEngine(method, server, session.model, clients, folder, progress, stop)
-    state = engine.run(method.initial(session.model))
+    model.start()
+    common_test = Part(partition.global_test)
+    state = engine.run(method.initial(model))
     if not tested:
         return None
 
     progress.phase("evaluating")
     final = engine.final_message(state)
-    records = []
-    for client in clients:
-        if stop():
-            raise Interrupted("all rounds are done, evaluation is not")
-        records.append(evaluate_client(method, session.model, client, engine.private[client.id], final))
-    arrives, trained = _evaluate_unseen(method, session.model, partition, config, fitting, final)
+    shared = shared_accuracy(method, model, common_test, final)
+    evaluations = list(engine.evaluate(final, on_common_test=shared is None and len(common_test) > 0))
+    records = [evaluation.record for evaluation in evaluations]
+    arrives, trained = _evaluate_unseen(method, model, case.unseen, final, config.stage2.rounds)
     for record in (*records, *arrives):
         folder.append_client(record)
     past = RunRecords.read(folder.path)
     return folder.write_summary({
-        "method": method.name, "model": config.model.id, "fingerprint": session.foundation.fingerprint,
-        "dataset": config.data.name, "classes": session.dataset.classes, "prompts": session.dataset.prompts, "seed": seed,
+        "method": method.name, "model": config.model.id, "fingerprint": model.foundation.fingerprint,
+        "dataset": config.data.name, "classes": model.dataset.classes, "prompts": model.dataset.prompts,
+        "seed": config.run.seed,
         "rounds": {stage: getattr(config, stage).rounds for stage in STAGES},
         **summarise(records),
-        "global_test_accuracy": global_test_accuracy(method, session.model, clients, Part(partition.global_test),
-                                                     engine.private, final),
+        "global_test_accuracy": mean([e.on_common_test for e in evaluations]) if shared is None else shared,
         "unseen_accuracy": None if not arrives else {
             "as_it_arrives": summarise(arrives)["personalised_accuracy"]["mean"],
             "after_training": summarise(trained)["personalised_accuracy"]["mean"] if trained else None},
@@ -252,10 +266,9 @@ def _visits(server: Server, config: RunConfig) -> int:
     return per_round * sum(getattr(config, stage).rounds for stage in STAGES)
 
 
-def _evaluate_unseen(method, model: ResidentModel, partition: Partition, config: RunConfig,
-                     fitting: Sequence[int | None], final) -> tuple[list[dict], list[dict]]:
-    pairs = [evaluate_unseen(method, model, Client(split, config, fitting), final, config.stage2.rounds)
-             for split in partition.unseen]
+def _evaluate_unseen(method: Method, model: ResidentModel, clients: Sequence[Client], final: Message,
+                     rounds: int) -> tuple[list[dict], list[dict]]:
+    pairs = [evaluate_unseen(method, model, client, final, rounds) for client in clients]
     return [first for first, _ in pairs], [after for _, after in pairs if after is not None]
 
 

@@ -2,6 +2,7 @@
 are active, and words the next message."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 
 from fedms import schedule
 from fedms.aggregate import Residual, WeightedMean, krum, median, trimmed_mean
-from fedms.client import Message, Reply
+from fedms.client import Message, Participant, Reply
 from fedms.config import RunConfig
+from fedms.records import REPLY_METRICS
 from fedms.resident import Tensors, is_a
 from fedms.rng import generator
 from fedms_ext import LoRA
@@ -108,7 +110,11 @@ def _under(prefix: str, tensors: Tensors) -> Tensors:
 
 
 class AllClientsFailed(Exception):
-    """No client of a round could train; the message says why."""
+    """Too few clients of a round could train; the message says where to look."""
+
+
+class Refused(Exception):
+    """A reply that must not enter the average; the message says what is wrong with it."""
 
 
 class Server:
@@ -153,6 +159,46 @@ class Server:
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
                        sent["round"], sent["once"], state.sums)
 
+    def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected) -> None:
+        """Adds a reply to the round, if it is one that this client can have given to this message.
+
+        Raises:
+            Refused: naming what is wrong with it; the round is then as it was.
+        """
+        if reply.client != participant.id:
+            raise Refused(f"it is client {reply.client}'s, expected client {participant.id}'s")
+        if reply.n_train != participant.n_train:
+            raise Refused(f"n_train {reply.n_train}, but the client has {participant.n_train} training samples")
+        if not 0 <= reply.n_validation < 2**31:
+            raise Refused(f"n_validation {reply.n_validation} is no number of samples")
+        if reply.score is not None and not 0 <= reply.score <= 1:
+            raise Refused(f"score {reply.score:g}, expected an accuracy in [0, 1]")
+        if unknown := sorted(set(reply.metrics) - REPLY_METRICS):
+            raise Refused(f"unknown metric {unknown[0]!r}")
+        for name, value in reply.metrics.items():
+            if value is not None and not math.isfinite(value):
+                raise Refused(f"metric {name} is {value:g}")
+        self._check_tensors(reply.tensors, message, participant)
+        for name, tensor in reply.sums.items():
+            known = collected.sums.get(name, message.sums.get(name, tensor))
+            _check_tensor(name, tensor, tensor.new_zeros(known.shape, dtype=known.dtype))
+        collected.add(reply)
+
+    def _check_tensors(self, tensors: Tensors, message: Message, participant: Participant) -> None:
+        trained = set(self.order[:participant.trained_depth(message)])
+        changed = sent = 0.0
+        for name, tensor in tensors.items():
+            if name not in message.tensors:
+                raise Refused(f"{name}: was not sent to it")
+            if self.block_of.get(name, None) not in {None, *trained}:
+                raise Refused(f"{name}: block {self.block_of[name]} is not trained by this client now")
+            _check_tensor(name, tensor, message.tensors[name])
+            changed += float((tensor.double() - message.tensors[name].double()).square().sum())
+            sent += float(message.tensors[name].double().square().sum())
+        most = self.config.clients.max_change * max(math.sqrt(sent), 1.0)
+        if math.sqrt(changed) > most:
+            raise Refused(f"its change has norm {math.sqrt(changed):g}; accepted: up to {most:g}, by clients.max_change")
+
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
         """One round: averages what its clients sent.
 
@@ -160,10 +206,14 @@ class Server:
             The next state, and the round's record.
 
         Raises:
-            AllClientsFailed: if no reply came.
+            AllClientsFailed: if no reply came, or fewer than `[clients] quorum` asks for.
         """
+        count, sampled = len(collected.numbers), len(self.sample(state.stage, state.round))
         if not collected.numbers:
             raise AllClientsFailed(f"{state.stage}, round {state.round}: no client could train; see visits.jsonl")
+        if count < self.config.clients.quorum * sampled:
+            raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
+                                   f"than clients.quorum = {self.config.clients.quorum:g} asks for; see visits.jsonl")
         last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
         after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
                         sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
@@ -215,3 +265,11 @@ class Server:
             self.config.run.seed, "sample-clients", stage, round))[:clients.sampled]
         return tuple(sorted(drawn.tolist()))
 
+
+def _check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise Refused(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+    if tensor.dtype != expected.dtype:
+        raise Refused(f"{name}: {tensor.dtype}, expected {expected.dtype}")
+    if not torch.isfinite(tensor).all():
+        raise Refused(f"{name}: holds NaN or infinity")

@@ -81,23 +81,6 @@ def unpack(message: bytes) -> Tensors:
     return tensors
 
 
-def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not exactly those expected (shapes by name), or hold NaN or infinity.
-
-    Raises:
-        WireError: naming the first that is wrong.
-    """
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise WireError(f"{unknown[0]}: not expected here")
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise WireError(f"{name}: missing")
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise WireError(f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
-        if not torch.isfinite(tensors[name]).all():
-            raise WireError(f"{name}: holds NaN or infinity")
-
-
 def _check_manifest(head: bytes) -> list[tuple[str, tuple[int, ...], str, str]]:
     try:
         manifest = json.loads(head)

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-from fedms import checkpoint, files, run
+from fedms import checkpoint, files, methods, run
 from fedms.checkpoint import CheckpointError, CheckpointFolder, Snapshot
 from fedms.config import ConfigError, load_config
-from fedms.engine.local import Interrupted
+from fedms.engine.base import Interrupted
 from fedms.progress import Progress
 from fedms.records import RunFolder, RunFolderError, RunRecords, comparable
 
@@ -308,14 +308,14 @@ def test_a_lock_outlives_nobody(tmp_path):
 
 def test_out_of_memory_fails_the_client_alone(tmp_path, monkeypatch):
     steps = Calls(2)
-    step = run.methods.create(CONFIG).__class__.client_step
+    step = methods.create(CONFIG).__class__.client_step
 
     def exhausted(*args):
         if steps():
             torch.empty(1 << 60)        # what torch itself raises
         return step(*args)
 
-    monkeypatch.setattr(run.methods.create(CONFIG).__class__, "client_step", exhausted)
+    monkeypatch.setattr(methods.create(CONFIG).__class__, "client_step", exhausted)
     summary = run.run(CONFIG, tmp_path / "run")
     failed = [v for v in RunRecords.read(tmp_path / "run").visits if v["status"] == "failed"]
     assert len(failed) == 1 and failed[0]["reason"].startswith("out of memory")

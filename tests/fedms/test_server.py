@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedms.checkpoint import pack_server, unpack_server
-from fedms.client import Reply
+from fedms.client import Participant, Reply
 from fedms.config import load_config
 from fedms.methods import create
 from fedms.schedule import SalState
-from fedms.server import AllClientsFailed, Server
+from fedms.devices import Device
+from fedms.server import AllClientsFailed, Refused, Server
 
 ORDER = [3, 2, 1]
 TENSORS = {f"expert/block.{i}.lora_{x}": torch.randn(2, 2) for i in range(3) for x in "ab"} | {
@@ -142,3 +144,58 @@ def test_a_round_goes_on_from_the_middle(rule):
     corrections = [name for name in whole.tensors if name.startswith("correction/")]
     assert len(corrections) == (rule == "exact")
     assert set(corrections) <= set(s.message(whole).tensors)
+
+
+class One(Participant):
+    id, n_train = 2, 10
+
+    def __init__(self, max_depth=None):
+        self.device = Device(max_depth)
+
+
+def changed(tensors, name, change):
+    return {n: change(t) if n == name else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda r: replace(r, client=1), "it is client 1's, expected client 2's"),
+    (lambda r: replace(r, n_train=11), "n_train 11, but the client has 10"),
+    (lambda r: replace(r, n_validation=-1), "n_validation -1 is no number of samples"),
+    (lambda r: replace(r, score=1.5), r"score 1.5, expected an accuracy in \[0, 1\]"),
+    (lambda r: replace(r, metrics={"price": 1.0}), "unknown metric 'price'"),
+    (lambda r: replace(r, metrics={"loss": float("nan")}), "metric loss is nan"),
+    (lambda r: replace(r, tensors={**r.tensors, "gate/out.weight": torch.zeros(2, 2)}), "gate/out.weight: was not sent"),
+    (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t[:1])), r"shape \(1, 2\), expected \(2, 2\)"),
+    (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t.double())), "float64, expected torch.float32"),
+    (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t / 0)), "head/weight: holds NaN or infinity"),
+    (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t + 1e5)), "by clients.max_change"),
+    (lambda r: replace(r, sums={"class_counts": torch.full((2,), float("inf"))}), "class_counts: holds NaN or infinity"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_reply_is_admitted_or_refused_with_a_reason(change, words):
+    s = server()
+    message = s.message(s.start(TENSORS))
+    good, collected = reply(2, dict(message.tensors)), s.collect()
+    with pytest.raises(Refused, match=words):
+        s.admit(change(good), message, One(), collected)
+    assert not collected.numbers and not collected.mean.sums and not collected.sums
+    s.admit(good, message, One(), collected)
+    assert len(collected.numbers) == 1
+
+
+def test_statistics_and_blocks_that_do_not_fit_are_refused():
+    s = server("fedavg", "sal.schedule=all")
+    message, collected = s.message(s.start(TENSORS)), s.collect()
+    with pytest.raises(Refused, match="block 1 is not trained by this client now"):
+        s.admit(reply(2, dict(message.tensors)), message, One(max_depth=2), collected)
+    s.admit(reply(2, {}, sums={"class_counts": torch.ones(3)}), message, One(), collected)
+    with pytest.raises(Refused, match=r"class_counts: shape \(1,\), expected \(3,\)"):
+        s.admit(reply(2, {}, sums={"class_counts": torch.ones(1)}), message, One(), collected)
+
+
+def test_a_quorum_is_kept():
+    s = server("fedavg", "clients.quorum=0.5")
+    state = s.start(TENSORS)
+    message = s.message(state)
+    with pytest.raises(AllClientsFailed, match="1 of 4 clients could train, fewer than clients.quorum = 0.5"):
+        step(s, state, [reply(0, dict(message.tensors))])
+    step(s, state, [reply(i, dict(message.tensors)) for i in (0, 3)])

@@ -39,7 +39,8 @@ class Session:
         self.method = methods.create(config)
         self.server = Server(config, self.model.order, self.model.block_of, self.method.carries)
         self.folder = RunFolder.create(tmp_path / "session", config, overwrite=True)
-        self.engine = LocalEngine(self.method, self.server, self.model, self.clients, self.folder, Progress())
+        self.engine = LocalEngine(self.method, self.server, self.model, self.clients, Part(self.partition.global_test),
+                                  self.folder, Progress())
 
     def run(self):
         try:
@@ -149,7 +150,7 @@ def test_federated_averaging_of_one_client_is_training_alone(tmp_path):
     shared = trained(tmp_path, "run.method=fedavg", *sets)
     alone = Session(config("run.method=local", *sets), tmp_path)
     alone.run()
-    own = alone.engine.private[0].tensors
+    own = alone.engine.states[0].tensors
     assert own and all(torch.equal(own[name], shared[name]) for name in own)
 
 
@@ -308,7 +309,7 @@ def test_a_client_that_diverges_is_left_out(tmp_path):
     assert all("training diverged: loss nan" in v["reason"] for v in visits if v["client"] == 1)
     assert all(v["bytes_up"] == 0 for v in visits if v["client"] == 1)
     assert all(torch.isfinite(t).all() for t in state.tensors.values())
-    assert session.engine.private[1] == Private()
+    assert session.engine.states[1] == Private()
 
 
 def test_a_reply_that_is_not_finite_never_enters_the_average(tmp_path):
@@ -398,8 +399,8 @@ def test_kept_optimisers_go_on_where_they_were(tmp_path):
     kept = Session(config("run.method=fedavg", "clients.optimizer=kept"), tmp_path)
     second = kept.run().tensors
     assert not equal(first, second)
-    assert not any("optimizer" in name for p in fresh.engine.private.values() for name in p.tensors)
-    moments = kept.engine.private[0].tensors
+    assert not any("optimizer" in name for p in fresh.engine.states.values() for name in p.tensors)
+    moments = kept.engine.states[0].tensors
     assert any(name.startswith("optimizer/stage1/") for name in moments)
     steps = {float(t) for name, t in moments.items() if name.startswith("optimizer/stage1/head") and name.endswith("/step")}
     per_visit = math.ceil(len(kept.clients[0].train) / kept.config.stage1.batch)

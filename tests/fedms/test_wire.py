@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedms.wire import WireError, check, pack, unpack
+from fedms.wire import WireError, pack, unpack
 
 
 def tensors():
@@ -117,13 +117,3 @@ def test_random_flips_never_crash():
         except WireError:
             pass
         message[place] ^= bit
-
-
-def test_replies_are_checked():
-    shapes = {"a": (2, 3)}
-    check({"a": torch.zeros(2, 3)}, shapes)
-    for wrong, words in (({}, "a: missing"), ({"a": torch.zeros(3, 2)}, r"a: shape \(3, 2\), expected \(2, 3\)"),
-                         ({"a": torch.zeros(2, 3), "b": torch.zeros(1)}, "b: not expected"),
-                         ({"a": torch.full((2, 3), float("nan"))}, "a: holds NaN")):
-        with pytest.raises(WireError, match=words):
-            check(wrong, shapes)

@@ -10,6 +10,7 @@ from .cache import cache_dir
 from .dataset import Dataset, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition, partition
+from .shard import Shard, ShardError, read_shard, shard_of, write_shard
 
 __all__ = [
     "ClientSplit",
@@ -18,11 +19,16 @@ __all__ = [
     "Dataset",
     "ImageInputs",
     "Partition",
+    "Shard",
+    "ShardError",
     "TextInputs",
     "cache_dir",
     "load",
     "make_dataset",
     "partition",
+    "read_shard",
+    "shard_of",
+    "write_shard",
 ]
 
 # name -> the images to pretrain a model on, (n, 1, H, W) float32 in [0, 1], which no client of it sees

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -188,14 +189,12 @@ def _split(
     """Training, validation and test part of a client's samples, stratified by class (largest remainders, ties
     to training first, so that a class with one sample is trained on)."""
     parts: list[list[int]] = [[], [], []]
-    for label in np.unique(labels[share]):
-        members = rng.permutation(share[labels[share] == label])
-        quota = len(members) * np.asarray(fractions)
-        sizes = np.floor(quota + 1e-9).astype(int)
-        by_remainder = np.argsort(-(quota - sizes), kind="stable")
-        sizes[by_remainder[: len(members) - sizes.sum()]] += 1
-        for part, piece in zip(parts, np.split(members, np.cumsum(sizes)[:-1])):
-            part.extend(piece.tolist())
+    own = labels[share]
+    for label in np.unique(own):
+        members = rng.permutation(share[own == label]).tolist()
+        first, second = _bounds(len(members), tuple(fractions))
+        for part, piece in zip(parts, (members[:first], members[first:second], members[second:])):
+            part.extend(piece)
 
     # Rounding by class can leave a small client without a part. In order of need, an empty part takes a
     # sample from the largest one, if that keeps some or is needed less.
@@ -207,6 +206,16 @@ def _split(
             if len(by_need[donor]) >= 2 or (by_need[donor] and donor > rank):
                 part.append(by_need[donor].pop(int(rng.integers(len(by_need[donor])))))
     return _indices(train), _indices(validation), _indices(test)
+
+
+@lru_cache(maxsize=4096)
+def _bounds(count: int, fractions: tuple[float, float, float]) -> tuple[int, int]:
+    """Where `count` samples are cut into three parts of these shares: largest remainders, ties to the first."""
+    quota = count * np.asarray(fractions)
+    sizes = np.floor(quota + 1e-9).astype(int)
+    by_remainder = np.argsort(-(quota - sizes), kind="stable")
+    sizes[by_remainder[: count - sizes.sum()]] += 1
+    return int(sizes[0]), int(sizes[0] + sizes[1])
 
 
 def _indices(values) -> Tensor:
@@ -236,6 +245,8 @@ def _oddities(
 def _duplicates(dataset: Dataset, shares: list[np.ndarray]) -> list[str]:
     """What one client trains on another may be tested on: such samples are worth a warning."""
     keys = dataset.inputs.keys()
+    if len(set(keys)) == len(keys):
+        return []
     holders: dict[bytes, set[int]] = {}
     for client, share in enumerate(shares):
         for i in share.tolist():

@@ -1,0 +1,275 @@
+"""A deployment's folder, and its processes on this machine.
+
+    DIR/
+      pyproject.toml  fedms_app/     the Flower app: a shim that names `fedms.app`
+      run.toml                       the run file, everything filled in
+      data/server  data/client-0 ... who has which samples
+      certificates/                  see `fedms.engine.flower.certificates`
+      flower/                        Flower's own: its configuration, the SuperLink's database, logs, processes.json
+      states/client-0 ...            clients' private states, where clients run on this machine
+      runs/                          run folders
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedms.engine.flower import certificates
+from fedms.files import write_durably
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HOST, PORT = "127.0.0.1", 19091
+
+_PYPROJECT = '''\
+# A Flower app: `flwr run . fedms` starts the run, `flwr list`, `flwr log RUN` and `flwr stop RUN` look after it.
+[project]
+name = "fedms-app"
+version = "1.0.0"
+description = "A FedMS run on Flower"
+license = {{ text = "unspecified" }}
+dependencies = ["fedms[flower]"]
+
+[tool.flwr.app]
+publisher = "fedms"
+
+[tool.flwr.app.components]
+serverapp = "fedms_app:server"
+clientapp = "fedms_app:client"
+
+# Paths are those of the SuperLink's machine. `set` is a JSON list of overrides of the run file.
+[tool.flwr.app.config]
+run-file = {run_file}
+data = {data}
+out = {out}
+set = "[]"
+force = false
+resume = false
+'''
+_SHIM = '''\
+"""What Flower ships to every node: the names of the two sides, which the installed package brings."""
+from fedms.app import client, server
+
+__all__ = ["client", "server"]
+'''
+
+
+class DeploymentError(Exception):
+    """A deployment's folder or processes that are not what they should be."""
+
+
+def write_app(folder: Path, run_file: str, host: str, port: int | None) -> None:
+    """The Flower app, the run file, and certificates and a connection for a SuperLink on this host."""
+    folder = folder.absolute()
+    write_connection(folder, host, port or PORT, secure=True)
+    certificates.make(folder / "certificates", [host], max(clients_of(folder)) + 1)
+    (folder / "fedms_app").mkdir(parents=True, exist_ok=True)
+    (folder / "fedms_app/__init__.py").write_text(_SHIM)
+    (folder / "run.toml").write_text(run_file)
+    paths = {"run_file": folder / "run.toml", "data": folder / "data/server", "out": folder / "runs/run"}
+    (folder / "pyproject.toml").write_text(_PYPROJECT.format(**{k: json.dumps(str(v)) for k, v in paths.items()}))
+
+
+def write_connection(folder: Path, host: str, port: int, secure: bool) -> None:
+    """Tells `flwr` where the SuperLink is."""
+    home = folder / "flower"
+    home.mkdir(parents=True, exist_ok=True)
+    authority = json.dumps(str(folder.absolute() / "certificates/ca.crt"))
+    trust = f"root-certificates = {authority}" if secure else "insecure = true"
+    write_durably(home / "config.toml", (f'[superlink]\ndefault = "fedms"\n\n[superlink.fedms]\n'
+                                         f'address = "{host}:{port}"\n{trust}\n').encode())
+
+
+def connection(folder: Path) -> tuple[str, int]:
+    """Host and port of the deployment's SuperLink."""
+    text = (folder / "flower/config.toml").read_text()
+    host, port = tomllib.loads(text)["superlink"]["fedms"]["address"].rsplit(":", 1)
+    return host, int(port)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For Flower's processes: its own folder, and this Python's commands first."""
+    return {**os.environ, "FLWR_HOME": str(folder.absolute() / "flower"),
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What starts a deployment's processes: for this machine, or to be typed on others."""
+
+    folder: Path
+    host: str
+    port: int
+    secure: bool = True
+
+    def superlink(self, bind: str) -> list[str]:
+        keys = self.folder / "certificates"
+        security = (["--ssl-certfile", f"{keys}/server.pem", "--ssl-keyfile", f"{keys}/server.key",
+                     "--ssl-ca-certfile", f"{keys}/ca.crt", "--enable-supernode-auth"] if self.secure else ["--insecure"])
+        return ["flower-superlink", *security, "--host", bind, "--port", str(self.port), "--database",
+                f"{self.folder}/flower/superlink.db", "--disable-runtime-dependency-installation"]
+
+    def register(self, client: int) -> list[str]:
+        return ["flwr", "supernode", "register", f"{self.folder}/certificates/client-{client}.pub", "fedms", "--name",
+                f"client-{client}"]
+
+    def supernode(self, client: int, port: int = 9094) -> list[str]:
+        """`port`: for the node's own processes, on its machine alone."""
+        keys = self.folder / "certificates"
+        security = (["--root-certificates", f"{keys}/ca.crt", "--auth-supernode-private-key", f"{keys}/client-{client}"]
+                    if self.secure else ["--insecure"])
+        node = f'client={client} data="{self.folder}/data/client-{client}" state="{self.folder}/states/client-{client}"'
+        return ["flower-supernode", *security, "--superlink", f"{self.host}:{self.port}", "--port", str(port),
+                "--node-config", node]
+
+
+def clients_of(folder: Path) -> list[int]:
+    """Clients whose data the folder holds. Raises DeploymentError if there are none."""
+    found = sorted(int(path.name.removeprefix("client-")) for path in (folder / "data").glob("client-*"))
+    if not found:
+        raise DeploymentError(f"{folder}: no deployment; make one by `fedms flower init {folder} RUNFILE`")
+    return found
+
+
+# Processes on this machine
+
+def up(folder: Path, port: int | None, secure: bool, tell: Callable[[str], None]) -> Commands:
+    """Starts a SuperLink and a SuperNode for each client on loopback; `port`: another one than at init.
+
+    Raises:
+        DeploymentError: if they run already, a port is taken, or one of them ends.
+    """
+    folder = folder.absolute()
+    clients = clients_of(folder)
+    if running(folder):
+        raise DeploymentError(f"{folder}: is up already; `fedms flower down {folder}` ends it")
+    host, agreed = connection(folder)
+    if host != HOST:
+        raise DeploymentError(f"{folder}: was made for {host}; its processes are started one by one, see docs/deploy.md")
+    port = port or agreed
+    ports = range(port, port + 1 + len(clients))
+    for number in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, number))
+            except OSError as error:
+                raise DeploymentError(f"port {number}: {error.strerror}; ports {ports[0]} to {ports[-1]} are needed, "
+                                      "choose others by --port") from None
+    write_connection(folder, HOST, port, secure)
+    commands = Commands(folder, HOST, port, secure)
+    try:
+        start(folder, "superlink", commands.superlink(HOST))
+        _wait(folder, "superlink", port)
+        if secure:
+            for client in clients:
+                tell(f"registering client {client}")
+                _register(folder, commands.register(client))
+        for client, own in zip(clients, ports[1:]):
+            start(folder, f"client-{client}", commands.supernode(client, own))
+    except BaseException:
+        down(folder)
+        raise
+    return commands
+
+
+def start(folder: Path, name: str, command: Sequence[str]) -> None:
+    """Starts one process of a deployment; its output goes to `flower/NAME.log`."""
+    home = folder / "flower"
+    home.mkdir(exist_ok=True)
+    with open(home / f"{name}.log", "ab") as log:
+        program = shutil.which(command[0], path=environment(folder)["PATH"]) or command[0]
+        process = subprocess.Popen([program, *command[1:]], cwd=home, env=environment(folder), stdin=subprocess.DEVNULL,
+                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    _write_processes(folder, {**_processes(folder), name: [process.pid, _started(process.pid)]})
+
+
+def running(folder: Path) -> dict[str, int]:
+    """Process ids of what `up` started here and is still there, by name."""
+    return {name: pid for name, (pid, started) in _processes(folder).items() if _started(pid) == started}
+
+
+def down(folder: Path, names: Sequence[str] | None = None, by: int = signal.SIGTERM) -> list[str]:
+    """Ends what `up` started, or some of it, each with its children; returns the names."""
+    there = running(folder)
+    chosen = [name for name in there if names is None or name in names]
+    for name in chosen:
+        _signal(there[name], by)
+    deadline = time.monotonic() + 20
+    while left := [name for name in chosen if name in running(folder)]:
+        if time.monotonic() > deadline:
+            for name in left:
+                _signal(there[name], signal.SIGKILL)
+        time.sleep(0.1)
+    for name in chosen:
+        _signal(there[name], signal.SIGKILL)        # children that outlived it: its process group is its own
+    _write_processes(folder, {name: entry for name, entry in _processes(folder).items() if name not in chosen})
+    return chosen
+
+
+def _wait(folder: Path, name: str, port: int, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if name not in running(folder):
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        time.sleep(0.2)
+    log = (folder / f"flower/{name}.log").read_text(errors="replace").splitlines()
+    raise DeploymentError("\n".join([f"the {name} did not come up; the end of flower/{name}.log:", *log[-8:]]))
+
+
+def _register(folder: Path, command: Sequence[str]) -> None:
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+    if done.returncode and "already" not in (done.stdout + done.stderr):
+        raise DeploymentError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+
+
+def _processes(folder: Path) -> dict[str, list]:
+    try:
+        return json.loads((folder / "flower/processes.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _write_processes(folder: Path, entries: dict[str, list]) -> None:
+    write_durably(folder / "flower/processes.json", json.dumps(entries, indent=1).encode())
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks: a number that was given again has another. None if it is gone."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else fields[18]
+
+
+def _signal(leader: int, number: int) -> None:
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        pass
+
+
+# A run on it
+
+def submit(folder: Path, settings: dict[str, object]) -> int:
+    """`flwr run`, to its end; the run's log goes to this terminal. Returns its exit code."""
+    words = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+    return subprocess.run(["flwr", "run", str(folder.absolute()), "fedms", "--stream", "-c", words], cwd=folder,
+                          env=environment(folder)).returncode

@@ -1,0 +1,125 @@
+"""A client's own folder: its private expert between visits. It never leaves the client.
+
+    ROOT/RUN/owner.json          which run and client it belongs to
+    ROOT/RUN/state/              checkpoints (`fedms.checkpoint`), one a visit, the last few
+    ROOT/RUN/HASH.constants      the stage's constants, as they arrived
+
+The server says which visit was the last to count, by the hash of what was saved then. So a visit whose reply was lost,
+late or refused leaves no trace, and a server that goes on from an older checkpoint finds clients as they were then.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedms.checkpoint import CheckpointError, CheckpointFolder, Snapshot
+from fedms.client import Private
+from fedms.files import FolderLock, write_durably
+
+KEPT = 3
+
+
+class FolderError(Exception):
+    """A folder that belongs to another client or run, lacks what was asked for, or cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """private: the client's tensors. charged: see `ResidentModel.charged`."""
+
+    private: Private
+    charged: frozenset[str]
+
+
+class ClientFolder:
+    """One client's folder for one run, for this process alone until it is closed.
+
+    Raises:
+        FolderError: if it belongs to another run or client, is in use, or cannot be written.
+    """
+
+    def __init__(self, root: Path, run: str, client: int) -> None:
+        self.path, self.client = root / run, client
+        owner = {"run": run, "client": client}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FolderLock(self.path)
+        except BlockingIOError as error:
+            raise FolderError(f"{self.path}: {error}, another visit of this client") from None
+        except OSError as error:
+            raise FolderError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+        try:
+            self._claim(owner)
+        except BaseException:
+            self.lock.release()
+            raise
+        self.states = CheckpointFolder(self.path / "state", KEPT)
+
+    def __enter__(self) -> ClientFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def load(self, digest: str | None) -> State:
+        """What was saved under this hash; without one, the state of a client that no visit of counted.
+
+        Raises:
+            FolderError: if it is not there, or damaged.
+        """
+        if digest is None:
+            return State(Private(), frozenset())
+        try:
+            snapshot, notes = self.states.load(digest)
+        except CheckpointError as error:
+            raise FolderError(str(error)) from None
+        if snapshot is None:
+            raise FolderError(f"{self.path}: the private state {digest[:12]} that the server asks for is not there"
+                              + "".join(f"; {note}" for note in notes))
+        return State(Private(snapshot.private.get(self.client, {})), frozenset(snapshot.state["charged"]))
+
+    def save(self, state: State, stage: str, round: int) -> str:
+        """Keeps the state after a visit; returns its hash, the same for the same state.
+
+        Raises:
+            FolderError: if it cannot be written; what was there before is then untouched.
+        """
+        plain = {"stage": stage, "round": round, "charged": sorted(state.charged)}
+        try:
+            return self.states.save(Snapshot(plain, {}, {self.client: state.private.tensors}))
+        except CheckpointError as error:
+            raise FolderError(str(error)) from None
+
+    def keep_constants(self, data: bytes) -> None:
+        name = f"{hashlib.sha256(data).hexdigest()}.constants"
+        try:
+            write_durably(self.path / name, data)
+        except OSError as error:
+            raise FolderError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+        for other in self.path.glob("*.constants"):
+            if other.name != name:
+                other.unlink()
+
+    def constants(self, digest: str) -> bytes:
+        """Raises FolderError if they are not there whole."""
+        path = self.path / f"{digest}.constants"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise FolderError(f"{path}: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise FolderError(f"{path}: wrong checksum")
+        return data
+
+    def _claim(self, owner: dict[str, object]) -> None:
+        path = self.path / "owner.json"
+        try:
+            if not path.exists():
+                write_durably(path, json.dumps(owner).encode())
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{path}: {error}") from None
+        if found != owner:
+            raise FolderError(f"{path}: belongs to {found}, not to {owner}; give this client a folder of its own")

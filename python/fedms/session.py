@@ -1,0 +1,89 @@
+"""What a process needs to play its part in a run, as server, as client, or as all of them: the frozen model, the data,
+and who has which of it."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedms import data, methods, models
+from fedms.client import Client
+from fedms.config import RunConfig
+from fedms.costs import fitting_depths
+from fedms.data import Dataset, Partition, Shard
+from fedms.meter import hand_back_large_blocks
+from fedms.methods import Method
+from fedms.models import FoundationModel
+from fedms.progress import Progress
+from fedms.resident import ResidentModel
+from fedms.server import Server
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a session: a method and a seed. `fitting`: see `fedms.devices.device_of`."""
+
+    config: RunConfig
+    partition: Partition
+    fitting: Sequence[int | None]
+    method: Method
+    server: Server
+    clients: tuple[Client, ...]
+    unseen: tuple[Client, ...]
+
+    def client(self, id: int) -> Client:
+        """Raises KeyError if this process has no data of that client."""
+        for client in self.clients:
+            if client.id == id:
+                return client
+        raise KeyError(f"no data of client {id}; there is data of the clients {[c.id for c in self.clients]}")
+
+
+class Session:
+    """What runs that differ in method and seed alone have in common: the frozen model and the data.
+
+    Args:
+        foundation, dataset: objects to use in the place of what the run file names.
+        shard: what this process has of the data, if that is not all of it; it holds for its own run alone.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress, foundation: FoundationModel | None = None,
+                 dataset: Dataset | None = None, shard: Shard | None = None) -> None:
+        hand_back_large_blocks()
+        torch.set_num_threads(config.run.threads)
+        self.given, self.shard = foundation is not None or dataset is not None, shard
+        progress.phase(f"loading model {config.model.id}")
+        self.foundation = foundation or models.load(config.model)
+        progress.phase(f"loading data {config.data.name}")
+        self.dataset = shard.dataset if shard else dataset or data.load(config.data, self.foundation)
+        self.model = ResidentModel(self.foundation, self.dataset, config)
+
+    def case(self, config: RunConfig) -> Case:
+        method = methods.create(config)
+        server = Server(config, self.model.order, self.model.block_of, method.carries)
+        if self.shard is None:
+            partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
+            fitting = fitting_depths(self.model, method, config, partition)
+        else:
+            partition, fitting = self.shard.partition, self.shard.fitting
+        clients, unseen = (tuple(Client(split, config, fitting) for split in splits)
+                           for splits in (partition.clients, partition.unseen))
+        return Case(config, partition, fitting, method, server, clients, unseen)
+
+
+def write_shards(config: RunConfig, folder: Path, progress: Progress) -> None:
+    """Divides a run's data: `folder/client-N` gets what client N has, `folder/server` what no client has. The common test
+    set goes to all.
+
+    Raises:
+        ConfigError, ModelError, DataError: as where the run is begun; ShardError if a folder cannot be written.
+    """
+    session = Session(config, progress)
+    case = session.case(config)
+    progress.phase(f"dividing the data among {config.clients.count} clients")
+    parts = {f"client-{split.id}": replace(case.partition, clients=(split,), unseen=(), notes=())
+             for split in case.partition.clients}
+    for name, part in {"server": replace(case.partition, clients=()), **parts}.items():
+        data.write_shard(folder / name, data.shard_of(session.dataset, part, case.fitting))
