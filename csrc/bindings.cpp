@@ -239,13 +239,48 @@ void int8_unpack(py::handle packed, py::handle weight) {
   fedms::int8_unpack(to.rows(), to.columns(), from.data(), from.columns(), to.data());
 }
 
-fedms::Int8Weight read_weight(int64_t n, py::handle packed, py::handle scale, const py::object& bias) {
+int64_t nibbles_packed_size(int64_t n, int64_t k, int64_t group) {
+  if (n < 0 || k < 0) throw py::value_error("n and k must be at least 0");
+  if (group != 32 && group != 64) throw py::value_error("group must be 32 or 64");
+  return fedms::nibbles_packed_size(n, k, group);
+}
+
+void nibbles_pack(int64_t k, int64_t group, const std::vector<float>& levels, py::handle q, py::handle scale,
+                  py::handle packed) {
+  const MatrixOf<uint8_t> from("q", q), to("packed", packed);
+  const Matrix scales("scale", scale);
+  const int64_t n = from.rows();
+  if (levels.size() != 16) throw py::value_error("levels must be 16 numbers");
+  to.expect(1, nibbles_packed_size(n, k, group));
+  from.expect(n, (k + 1) / 2);
+  scales.expect(n, (k + group - 1) / group);
+  const py::gil_scoped_release unlocked;
+  fedms::nibbles_pack(n, k, group, levels.data(), from.data(), scales.data(), to.data());
+}
+
+void nibbles_unpack(int64_t k, py::handle packed, py::handle q) {
+  const MatrixOf<uint8_t> from("packed", packed), to("q", q);
+  to.expect(to.rows(), (k + 1) / 2);
+  const py::gil_scoped_release unlocked;
+  fedms::nibbles_unpack(to.rows(), k, from.data(), from.columns(), to.data());
+}
+
+void nibbles_dequantise(int64_t group, py::handle packed, py::handle scale, py::handle weight) {
+  const MatrixOf<uint8_t> from("packed", packed);
+  const Matrix scales("scale", scale), to("weight", weight);
+  scales.expect(to.rows(), (to.columns() + group - 1) / group);
+  const py::gil_scoped_release unlocked;
+  fedms::nibbles_dequantise(to.rows(), to.columns(), group, from.data(), from.columns(), scales.data(), to.data());
+}
+
+// A weight of 4 bits has its scale inside.
+fedms::Int8Weight read_weight(int64_t n, py::handle packed, const py::object& scale, const py::object& bias) {
   const MatrixOf<uint8_t> view("packed", packed);
-  const float* scales = Matrix("weight_scale", scale).expect(1, n).data();
+  const float* scales = scale.is_none() ? nullptr : Matrix("weight_scale", scale).expect(1, n).data();
   return {view.data(), view.columns(), scales, bias.is_none() ? nullptr : Matrix("bias", bias).expect(1, n).data()};
 }
 
-void int8_forward(py::handle x, py::handle packed, py::handle weight_scale, const py::object& bias,
+void int8_forward(py::handle x, py::handle packed, const py::object& weight_scale, const py::object& bias,
                   const py::sequence& a, const py::sequence& b, const std::vector<double>& scale,
                   const py::object& gate, double dropout_p, uint64_t seed, py::handle s, py::handle y) {
   const Matrix x_view("x", x), y_view("y", y), s_view("s", s);
@@ -285,7 +320,7 @@ PYBIND11_MODULE(_C, m) {
     info["isa_detected"] = fedms::name(fedms::detected_isa());
     info["isa_used"] = fedms::name(fedms::isa());
     py::list available;
-    for (fedms::Isa isa : {fedms::Isa::portable, fedms::Isa::avx2, fedms::Isa::avxvnni, fedms::Isa::avx512}) {
+    for (fedms::Isa isa : fedms::ALL_ISAS) {
       if (fedms::available(isa)) available.append(fedms::name(isa));
     }
     info["isa_available"] = available;
@@ -297,6 +332,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_pack", &int8_pack, py::arg("weight"), py::arg("packed"),
         "Packs weight (n, k) int8 into packed (int8_packed_size(n, k),) uint8, for the instruction set used now.");
   m.def("int8_unpack", &int8_unpack, py::arg("packed"), py::arg("weight"), "The inverse of int8_pack.");
+  m.def("nibbles_packed_size", &nibbles_packed_size, py::arg("n"), py::arg("k"), py::arg("group"),
+        "Bytes of a packed 4-bit weight (n, k).");
+  m.def("nibbles_pack", &nibbles_pack, py::arg("k"), py::arg("group"), py::arg("levels"), py::arg("q"),
+        py::arg("scale"), py::arg("packed"),
+        "Packs q (n, ceil(k / 2)) uint8 and scale (n, ceil(k / group)); see csrc/include/fedms/int8.h.");
+  m.def("nibbles_unpack", &nibbles_unpack, py::arg("k"), py::arg("packed"), py::arg("q"), "The inverse: q alone.");
+  m.def("nibbles_dequantise", &nibbles_dequantise, py::arg("group"), py::arg("packed"), py::arg("scale"),
+        py::arg("weight"), "Writes the weight (n, k).");
   m.def("int8_forward", &int8_forward, py::arg("x"), py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
         py::arg("s"), py::arg("y"), "Writes s and y; see csrc/include/fedms/int8.h.");

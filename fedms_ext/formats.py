@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .reference import dequantise_groups, pack_nibbles, quantise_groups, quantise_weight, unpack_nibbles
+from .reference import LEVELS, dequantise_groups, pack_nibbles, quantise_groups, quantise_weight, unpack_nibbles
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = ("int8", *HALVES, "nf4", "int4")
@@ -31,26 +31,43 @@ def quantise(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     return pack_nibbles(codes), scale
 
 
-def packed(q: Tensor, kind: str) -> Tensor:
-    """A logical form as its device keeps it: on the CPU int8 is packed for the instruction set in use."""
-    if kind != "int8" or q.device.type != "cpu":
+def packed(q: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
+    """A logical form as its device keeps it: on the CPU packed for the instruction set in use, fp16 and bf16 as they
+    are."""
+    if kind in HALVES or q.device.type != "cpu":
         return q
-    data = torch.empty(_C.int8_packed_size(*q.shape), dtype=torch.uint8)
-    _C.int8_pack(q.contiguous(), data)
+    if kind == "int8":
+        data = torch.empty(_C.int8_packed_size(*q.shape), dtype=torch.uint8)
+        _C.int8_pack(q.contiguous(), data)
+    else:
+        data = torch.empty(_C.nibbles_packed_size(len(q), k, group), dtype=torch.uint8)
+        _C.nibbles_pack(k, group, LEVELS[kind], q.contiguous(), scale.contiguous(), data)
     return data
+
+
+def _is_packed(data: Tensor, kind: str) -> bool:
+    return kind not in HALVES and data.dim() == 1
 
 
 def unpacked(data: Tensor, kind: str, n: int, k: int) -> Tensor:
     """The logical form of the data of a weight (n, k), in either form."""
-    if kind != "int8" or data.dtype == torch.int8:
+    if not _is_packed(data, kind):
         return data
-    q = torch.empty(n, k, dtype=torch.int8)
-    _C.int8_unpack(data, q)
+    if kind == "int8":
+        q = torch.empty(n, k, dtype=torch.int8)
+        _C.int8_unpack(data, q)
+    else:
+        q = torch.empty(n, (k + 1) // 2, dtype=torch.uint8)
+        _C.nibbles_unpack(k, data, q)
     return q
 
 
 def dequantise(data: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
     """The weight (N, k), float32, that the data, in either form, and the scale stand for."""
+    if kind in LEVELS and _is_packed(data, kind):
+        weight = torch.empty(scale.shape[0], k)
+        _C.nibbles_dequantise(group, data, scale, weight)
+        return weight
     q = unpacked(data, kind, scale.shape[0], k)
     if kind in HALVES:
         return q.float()

@@ -268,13 +268,13 @@ def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
 def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """A 4-bit weight as the CPU multiplies by it: int8 with one scale an output channel, like `quantise_weight`.
 
-    A group's scale is rounded to 1/2048 of the row's largest, and a level to 1/2032 of the format's: the product of
-    these whole numbers, rounded, is the int8 value (pmulhrsw on x86, sqrdmulh on Arm). That adds about as much error as
-    int8 has.
+    A group's scale is rounded to 1/2048 of the row's largest, and a level to 1/1008 of the format's: the product of
+    these whole numbers, rounded, is the int8 value (pmulhrsw on x86, sqrdmulh on Arm), from -63 to 63: so AVX2 can add
+    two products in 16 bits. On normal weights that takes the error of nf4 from 9.23 to 9.35 %.
     """
     top = max(map(abs, LEVELS[kind]))
     largest = scale.abs().amax(dim=1, keepdim=True)
     factor = torch.round(torch.where(largest == 0, 0, scale / largest) * 2048)
-    level = torch.round(torch.tensor(LEVELS[kind], dtype=torch.float64, device=codes.device) / top * 2032)
+    level = torch.round(torch.tensor(LEVELS[kind], dtype=torch.float64, device=codes.device) / top * 1008)
     product = level.long()[codes.long()] * _of_groups(factor, codes.shape[1], group).long()
-    return ((product + (1 << 14)) >> 15).float(), (largest * (top / 127)).squeeze(1)
+    return ((product + (1 << 14)) >> 15).float(), (largest * (top / 63)).squeeze(1)

@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "int8_kernels.h"
 #include "lora_operands.h"
@@ -20,7 +21,10 @@ namespace {
 const Int8Kernels* const ALL[] = {
     &int8_portable,
 #ifdef FEDMS_X86
-    &int8_avx2,     &int8_avxvnni, &int8_avx512vnni,
+    &int8_avx2,     &int8_avx2_narrow, &int8_avxvnni, &int8_avx512vnni,
+#endif
+#ifdef FEDMS_ARM64
+    &int8_dotprod,  &int8_i8mm,
 #endif
 };
 
@@ -30,54 +34,97 @@ const Int8Kernels& kernels_now() {
   if (isa() == Isa::avxvnni || (isa() == Isa::avx512 && available(Isa::avxvnni))) return int8_avxvnni;
   if (isa() != Isa::portable) return int8_avx2;
 #endif
+#ifdef FEDMS_ARM64
+  if (isa() == Isa::i8mm) return int8_i8mm;
+  if (isa() == Isa::dotprod) return int8_dotprod;
+#endif
   return int8_portable;
+}
+
+const Int8Kernels& nibble_kernels_now() {
+  const Int8Kernels& kernels = kernels_now();
+#ifdef FEDMS_X86
+  if (&kernels == &int8_avx2) return int8_avx2_narrow;
+#endif
+  return kernels;
 }
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // A packed weight is this header, minus the sum of every column (int32), and the panels
-// [n / panel][k / group][panel][group], each part at a multiple of 64 bytes.
+// [n / panel][k / group][panel][group], each part at a multiple of 64 bytes. One of 4 bits has, in front of the panels,
+// every column's scale (float) and the factors of its groups [n / panel][k / nibble_group][panel] (int16), and half as
+// many bytes a panel: see Int8Kernels::expand for their order.
 struct Header {
   int32_t magic, kernels;
   int64_t n, k;
+  int64_t nibble_group;   // 0: int8
+  int16_t levels[16];     // what `expand` takes
+  float float_levels[16];
 };
 constexpr int32_t MAGIC = 0x38694d46;  // "FMi8"
 
 struct Packed {
   const Int8Kernels* kernels;
-  int64_t panels, padded_k, sums_at, panels_at, size;
+  int64_t nibble_group, panels, padded_k, sums_at, scales_at, factors_at, panels_at, size;
 
-  Packed(const Int8Kernels& with, int64_t n, int64_t k) : kernels(&with) {
+  Packed(const Int8Kernels& with, int64_t n, int64_t k, int64_t nibble_group_ = 0)
+      : kernels(&with), nibble_group(nibble_group_) {
     panels = rounded_up(n, with.panel) / with.panel;
-    padded_k = rounded_up(k, with.group);
-    sums_at = 64;
-    panels_at = sums_at + rounded_up(panels * with.panel * static_cast<int64_t>(sizeof(int32_t)), 64);
+    padded_k = rounded_up(k, nibble_group ? nibble_group : with.group);
+    sums_at = rounded_up(sizeof(Header), 64);
+    const int64_t column_size = rounded_up(panels * with.panel * static_cast<int64_t>(sizeof(int32_t)), 64);
+    scales_at = sums_at + column_size;
+    factors_at = scales_at + (nibble_group ? column_size : 0);
+    panels_at = factors_at + rounded_up(panels * groups() * with.panel * static_cast<int64_t>(sizeof(int16_t)), 64);
     size = panels_at + panels * panel_size();
   }
 
-  int64_t panel_size() const { return kernels->panel * padded_k; }
+  int64_t groups() const { return nibble_group ? padded_k / nibble_group : 0; }
+  int64_t wide_panel_size() const { return kernels->panel * padded_k; }
+  int64_t panel_size() const { return nibble_group ? wide_panel_size() / 2 : wide_panel_size(); }
 
-  // Of wq[column][j] in the panels.
-  int64_t offset(int64_t column, int64_t j) const {
+  // Of wq[column][j] in its panel, as int8.
+  int64_t offset_in_panel(int64_t column, int64_t j) const {
     const int64_t panel = kernels->panel, group = kernels->group;
-    return column / panel * panel_size() + (j / group * panel + column % panel) * group + j % group;
+    return (j / group * panel + column % panel) * group + j % group;
+  }
+  // Of an int8 wq[column][j] from panels_at.
+  int64_t offset(int64_t column, int64_t j) const {
+    return column / kernels->panel * panel_size() + offset_in_panel(column, j);
+  }
+  // Of the byte with the code of [column][j] from panels_at, and how far to shift it.
+  std::pair<int64_t, int> nibble(int64_t column, int64_t j) const {
+    const int64_t at = offset_in_panel(column, j);
+    return {column / kernels->panel * panel_size() + at / 64 * 32 + at % 32, static_cast<int>(at % 64 / 32 * 4)};
+  }
+  // Of the factor of a column's group from factors_at, counted in int16.
+  int64_t factor(int64_t column, int64_t group) const {
+    return (column / kernels->panel * groups() + group) * kernels->panel + column % kernels->panel;
   }
 };
 
 Packed layout_of(int64_t n, int64_t k, const uint8_t* packed, int64_t size) {
   Header header{};
   if (size >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed, sizeof header);
-  if (header.magic != MAGIC) throw std::invalid_argument("this is not a packed int8 weight");
+  if (header.magic != MAGIC) throw std::invalid_argument("this is not a packed weight");
   if (header.n != n || header.k != k) {
     throw std::invalid_argument("the packed weight is (" + std::to_string(header.n) + ", " + std::to_string(header.k) +
                                 "), expected (" + std::to_string(n) + ", " + std::to_string(k) + ")");
   }
   for (const Int8Kernels* kernels : ALL) {
     if (kernels->id != header.kernels) continue;
-    const Packed layout(*kernels, n, k);
+    if (header.nibble_group != 0 && header.nibble_group != 32 && header.nibble_group != 64) break;
+    const Packed layout(*kernels, n, k, header.nibble_group);
     if (layout.size == size) return layout;
   }
   throw std::invalid_argument("the packed weight is damaged, or was packed on another machine");
+}
+
+Packed nibble_layout_of(int64_t n, int64_t k, const uint8_t* packed, int64_t size) {
+  const Packed layout = layout_of(n, k, packed, size);
+  if (!layout.nibble_group) throw std::invalid_argument("this is a packed int8 weight, expected one of 4 bits");
+  return layout;
 }
 
 // A buffer that a thread keeps, so that large ones are not mapped anew at every call.
@@ -100,7 +147,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-thread_local Scratch scratch_of_thread, scratch_of_team;
+thread_local Scratch scratch_of_thread, scratch_of_team, scratch_of_panel;
 
 // Rows of x after quantisation, and their S times scale and gate.
 struct Strip {
@@ -153,24 +200,42 @@ void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, fl
   if (rank > 0) weigh(p.lora, first, count, p.s + first * rank, to.weighed);
 }
 
+// One panel of the weight as int8, and its columns' scales.
+const int8_t* wide_panel(const Product& p, int64_t panel) {
+  const Packed& layout = p.layout;
+  const uint8_t* from = p.weight.packed + layout.panels_at + panel * layout.panel_size();
+  if (!layout.nibble_group) return reinterpret_cast<const int8_t*>(from);
+  const Header* header = reinterpret_cast<const Header*>(p.weight.packed);
+  const int64_t width = layout.kernels->panel, count = layout.nibble_group * width;
+  const int16_t* factors = reinterpret_cast<const int16_t*>(p.weight.packed + layout.factors_at);
+  int8_t* const wide = static_cast<int8_t*>(scratch_of_panel.reserve(layout.wide_panel_size()));
+  for (int64_t g = 0; g < layout.groups(); ++g) {
+    layout.kernels->expand(count, from + g * count / 2, header->levels, factors + layout.factor(panel * width, g),
+                           wide + g * count);
+  }
+  return wide;
+}
+
 // Rows first .. first + count - 1 of y, one panel of columns.
 void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, const Strip& from) {
   const Packed& layout = p.layout;
   const int64_t width = layout.kernels->panel, rank = static_cast<int64_t>(p.shrink.size());
   const int64_t column = panel * width, columns = std::min(width, p.n - column);
   const uint8_t* packed = p.weight.packed;
+  const float* scale = (layout.nibble_group ? reinterpret_cast<const float*>(packed + layout.scales_at) : p.weight.scale) +
+                       column;
   Int8Strip strip{};
   strip.rows = count;
   strip.k = layout.padded_k;
   strip.q = from.q;
   strip.q_scale = from.q_scale;
-  strip.panel = reinterpret_cast<const int8_t*>(packed + layout.panels_at + panel * layout.panel_size());
+  strip.panel = wide_panel(p, panel);
   strip.q_zero = from.q_zero;
   strip.minus_sums = reinterpret_cast<const int32_t*>(packed + layout.sums_at) + column;
   strip.rank = rank;
   strip.s = from.weighed;
   if (columns == width) {
-    strip.scale = p.weight.scale + column;
+    strip.scale = scale;
     strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
     strip.expand = p.expand.data();
     strip.expand_column = column;
@@ -188,7 +253,7 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
     to += width;
     return to - width;
   };
-  strip.scale = pad(p.weight.scale + column);
+  strip.scale = pad(scale);
   strip.bias = p.weight.bias ? pad(p.weight.bias + column) : nullptr;
   for (const float* row : p.expand) expand.push_back(pad(row + column));
   strip.expand = expand.data();
@@ -254,7 +319,7 @@ void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
   if (k > INT8_LONGEST) throw std::invalid_argument("the weight has rows of more than 65536 values");
   const Packed layout(kernels_now(), n, k);
   std::memset(packed, 0, layout.size);
-  const Header header{MAGIC, layout.kernels->id, n, k};
+  const Header header{MAGIC, layout.kernels->id, n, k, 0, {}, {}};
   std::memcpy(packed, &header, sizeof header);
   int32_t* minus_sums = reinterpret_cast<int32_t*>(packed + layout.sums_at);
   int8_t* panels = reinterpret_cast<int8_t*>(packed + layout.panels_at);
@@ -272,14 +337,93 @@ void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
 
 void int8_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, int8_t* wq) {
   const Packed layout = layout_of(n, k, packed, packed_size);
+  if (layout.nibble_group) throw std::invalid_argument("this is a packed weight of 4 bits, expected int8");
   const int8_t* panels = reinterpret_cast<const int8_t*>(packed + layout.panels_at);
 #pragma omp parallel for schedule(static)
   for (int64_t c = 0; c < n; ++c)
     for (int64_t j = 0; j < k; ++j) wq[c * k + j] = panels[layout.offset(c, j)];
 }
 
+int64_t nibbles_packed_size(int64_t n, int64_t k, int64_t group) {
+  return Packed(nibble_kernels_now(), n, k, group).size;
+}
+
+void nibbles_pack(int64_t n, int64_t k, int64_t group, const float* levels, const uint8_t* q, const float* scale,
+                  uint8_t* packed) {
+  if (k > INT8_LONGEST) throw std::invalid_argument("the weight has rows of more than 65536 values");
+  if (group != 32 && group != 64) throw std::invalid_argument("the group is not 32 or 64");
+  const Packed layout(nibble_kernels_now(), n, k, group);
+  std::memset(packed, 0, layout.size);
+  Header header{MAGIC, layout.kernels->id, n, k, group, {}, {}};
+  float top = 0;
+  for (int i = 0; i < 16; ++i) top = std::max(top, std::abs(levels[i]));
+  uint8_t zero = 0;
+  for (int i = 0; i < 16; ++i) {
+    header.float_levels[i] = levels[i];
+    header.levels[i] = static_cast<int16_t>(std::nearbyint(static_cast<double>(levels[i]) / top * 1008));
+    if (levels[i] == 0) zero = static_cast<uint8_t>(i);
+  }
+  std::memcpy(packed, &header, sizeof header);
+  int32_t* minus_sums = reinterpret_cast<int32_t*>(packed + layout.sums_at);
+  float* scales = reinterpret_cast<float*>(packed + layout.scales_at);
+  int16_t* factors = reinterpret_cast<int16_t*>(packed + layout.factors_at);
+  uint8_t* panels = packed + layout.panels_at;
+  std::memset(panels, zero << 4 | zero, layout.panels * layout.panel_size());
+  const int64_t groups = layout.groups();
+#pragma omp parallel for schedule(static)
+  for (int64_t panel = 0; panel < layout.panels; ++panel) {  // a byte holds codes of several columns of a panel
+    for (int64_t c = panel * layout.kernels->panel; c < std::min(n, (panel + 1) * layout.kernels->panel); ++c) {
+      float largest = 0;
+      for (int64_t g = 0; g < groups; ++g) largest = std::max(largest, std::abs(scale[c * groups + g]));
+      scales[c] = largest * static_cast<float>(static_cast<double>(top) / 63);
+      for (int64_t g = 0; g < groups && largest > 0; ++g) {
+        factors[layout.factor(c, g)] = static_cast<int16_t>(std::nearbyint(scale[c * groups + g] / largest * 2048));
+      }
+      int32_t sum = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        const int code = q[c * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15;
+        const auto [at, shift] = layout.nibble(c, j);
+        panels[at] = static_cast<uint8_t>((panels[at] & ~(15 << shift)) | code << shift);
+        sum += (header.levels[code] * factors[layout.factor(c, j / group)] + (1 << 14)) >> 15;
+      }
+      minus_sums[c] = -sum;
+    }
+  }
+}
+
+void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, uint8_t* q) {
+  const Packed layout = nibble_layout_of(n, k, packed, packed_size);
+  const uint8_t* panels = packed + layout.panels_at;
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    uint8_t* to = q + c * ((k + 1) / 2);
+    for (int64_t j = 0; j < k; ++j) {
+      const auto [at, shift] = layout.nibble(c, j);
+      const int code = panels[at] >> shift & 15;
+      to[j / 2] = static_cast<uint8_t>(j % 2 ? to[j / 2] | code << 4 : code);
+    }
+  }
+}
+
+void nibbles_dequantise(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
+                        const float* scale, float* w) {
+  const Packed layout = nibble_layout_of(n, k, packed, packed_size);
+  if (layout.nibble_group != group) throw std::invalid_argument("the packed weight has another group");
+  const Header* header = reinterpret_cast<const Header*>(packed);
+  const uint8_t* panels = packed + layout.panels_at;
+  const int64_t groups = layout.groups();
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    for (int64_t j = 0; j < k; ++j) {
+      const auto [at, shift] = layout.nibble(c, j);
+      w[c * k + j] = header->float_levels[panels[at] >> shift & 15] * scale[c * groups + j / group];
+    }
+  }
+}
+
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
   const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
+  if (!weight.scale && !layout.nibble_group) throw std::invalid_argument("an int8 weight needs its scale");
   const TransposedB b(lora);
   run({weight, layout, lora, lora.m, lora.n, lora.k, rows_of_a(lora), b.rows, x, s, y, lora.dropout_p > 0});
 }

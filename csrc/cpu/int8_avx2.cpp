@@ -2,6 +2,8 @@
 // stored that wide, the weight is widened on the way into the registers.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "int8_kernels.h"
 
 namespace fedms {
@@ -27,6 +29,6 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) { sum = _mm256_add_epi32(sum
 
 }  // namespace
 
-const Int8Kernels int8_avx2 = {"avx2", 1, PANEL, GROUP, sizeof(Q), quantise, multiply};
+const Int8Kernels int8_avx2 = {"avx2", 1, PANEL, GROUP, sizeof(Q), quantise, multiply, expand};
 
 }  // namespace fedms

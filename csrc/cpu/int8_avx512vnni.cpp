@@ -9,7 +9,9 @@ namespace fedms {
 namespace {
 
 constexpr int ROWS = 6, VECTORS = 4;  // of a tile: 24 sums, 4 vectors of the weight and one of x fill 29 of 32 registers
-constexpr int PANEL = 16 * VECTORS;
+constexpr int PANEL = 16 * VECTORS, GROUP = 4;
+
+#include "int8_expand_ymm.inc"
 
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
@@ -115,6 +117,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, 4, 1, quantise, multiply};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, quantise, multiply, expand};
 
 }  // namespace fedms

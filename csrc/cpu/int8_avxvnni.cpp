@@ -2,6 +2,8 @@
 // bytes of the weight.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "int8_kernels.h"
 
 namespace fedms {
@@ -26,6 +28,6 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) { asm("%{vex%} vpdpbusd %2, 
 
 }  // namespace
 
-const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), quantise, multiply};
+const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), quantise, multiply, expand};
 
 }  // namespace fedms

@@ -36,6 +36,9 @@ struct Int8Kernels {
   // between may be anything, because the weight is zero there.
   void (*quantise)(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);
+  // Makes 4-bit codes wide: to[i] = (levels[code i] * factors[i / group % panel] + 2^14) >> 15, i < count, a multiple
+  // of 64. Of every 64 codes the first 32 are the low nibbles of 32 bytes, the others the high ones.
+  void (*expand)(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to);
 };
 
 // How a row is quantised, from the bits of its floats: `largest` as signed integers, at least 0, which is its largest
@@ -65,8 +68,13 @@ struct Int8Levels {
 extern const Int8Kernels int8_portable;
 #ifdef FEDMS_X86
 extern const Int8Kernels int8_avx2;
+extern const Int8Kernels int8_avx2_narrow;
 extern const Int8Kernels int8_avxvnni;
 extern const Int8Kernels int8_avx512vnni;
+#endif
+#ifdef FEDMS_ARM64
+extern const Int8Kernels int8_dotprod;
+extern const Int8Kernels int8_i8mm;
 #endif
 
 }  // namespace fedms

@@ -55,8 +55,15 @@ void multiply(const Int8Strip& strip) {
   }
 }
 
+void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int code = nibbles[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
+    to[i] = static_cast<int8_t>((levels[code] * factors[i % PANEL] + (1 << 14)) >> 15);
+  }
+}
+
 }  // namespace
 
-const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), quantise, multiply};
+const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), quantise, multiply, expand};
 
 }  // namespace fedms

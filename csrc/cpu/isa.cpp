@@ -1,7 +1,12 @@
 #include "fedms/isa.h"
 
-#ifdef FEDMS_X86
+#if defined(FEDMS_X86)
 #include <cpuid.h>
+#elif defined(FEDMS_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(FEDMS_ARM64)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include <cstdlib>
@@ -12,10 +17,8 @@
 namespace fedms {
 namespace {
 
-constexpr Isa ALL[] = {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512};  // from the slowest to the fastest
-
 Isa parse(const char* text) {
-  for (Isa isa : ALL) {
+  for (Isa isa : ALL_ISAS) {
     if (std::strcmp(text, name(isa)) == 0) {
       if (!available(isa)) {
         throw std::invalid_argument(std::string("instruction set '") + text + "' is not available here; the best is '" +
@@ -25,7 +28,7 @@ Isa parse(const char* text) {
     }
   }
   throw std::invalid_argument(std::string("unknown instruction set '") + text +
-                              "' (FEDMS_CPU_ISA); expected portable, avx2, avxvnni or avx512");
+                              "' (FEDMS_CPU_ISA); expected portable, avx2, avxvnni, avx512, dotprod or i8mm");
 }
 
 Isa& current() {
@@ -51,6 +54,8 @@ const char* name(Isa isa) {
     case Isa::avx512: return "avx512";
     case Isa::avxvnni: return "avxvnni";
     case Isa::avx2: return "avx2";
+    case Isa::dotprod: return "dotprod";
+    case Isa::i8mm: return "i8mm";
     default: return "portable";
   }
 }
@@ -66,6 +71,17 @@ bool available(Isa isa) {
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     default: break;
   }
+#elif defined(FEDMS_ARM64) && defined(__APPLE__)
+  const auto has = [](const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+  };
+  if (isa == Isa::dotprod) return has("hw.optional.arm.FEAT_DotProd");
+  if (isa == Isa::i8mm) return has("hw.optional.arm.FEAT_I8MM");
+#elif defined(FEDMS_ARM64)
+  if (isa == Isa::dotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  if (isa == Isa::i8mm) return getauxval(AT_HWCAP2) & HWCAP2_I8MM;
 #endif
   return isa == Isa::portable;
 }
@@ -80,7 +96,7 @@ bool avx512_has_vnni() {
 
 Isa detected_isa() {
   Isa best = Isa::portable;
-  for (Isa isa : ALL)
+  for (Isa isa : ALL_ISAS)
     if (available(isa)) best = isa;
   return best;
 }

@@ -1,5 +1,6 @@
 """The CPU backend: the kernels of `fedms_ext._C`. With a floating weight the frozen GEMM is left to torch (MKL), and
-the LoRA branch runs in fp32; with a quantised one both are one kernel."""
+the LoRA branch runs in fp32; with one of 8 or 4 bits both are one kernel. One of 16 bits is made float32 for the GEMM:
+few CPUs compute in fp16, and without AMX bf16 is half as fast as fp32."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
+from ..formats import HALVES
 from . import eager
 
 _C.set_tensor_type(Tensor)
@@ -216,17 +218,19 @@ def frozen_forward(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.frozen_linear` in float32; y has x's dtype, s that of the experts."""
-    if kind != "int8":
+    """`reference.frozen_linear` in float32, on a weight of 4 bits as `reference.groups_as_int8` makes it int8; y has x's
+    dtype, s that of the experts."""
+    if kind in HALVES:
         return eager.frozen_forward(
-            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed
+            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed, forward
         )
     operands = _plain_operands(lora_a, lora_b, scale, gate, segments)
     plain, bias = _plain(x), None if bias is None else _plain(bias)
     y = plain.new_empty(*x.shape[:-1], weight_scale.shape[0])
     fused = operands if segments is None else _NO_EXPERTS
     s = plain.new_empty(x.shape[:-1].numel(), sum([a.shape[0] for a in fused[0]]))
-    _C.int8_forward(plain, weight, weight_scale, bias, *fused, dropout_p, seed, s, y)
+    # A weight of 4 bits has its scale in the packed form.
+    _C.int8_forward(plain, weight, weight_scale if kind == "int8" else None, bias, *fused, dropout_p, seed, s, y)
     if segments is not None:
         s = _segments_forward(plain, *operands, segments, dropout_p, seed, y)
     return _as(y, x.dtype), _as(s, lora_a[0].dtype) if lora_a else s
@@ -256,7 +260,7 @@ def frozen_backward(
     if kind != "int8":
         return eager.frozen_backward(
             dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed,
-            needs_dx, needs_dgate, needs_da, needs_db,
+            needs_dx, needs_dgate, needs_da, needs_db, backward,
         )  # fmt: skip
     operands = _plain_operands(lora_a, lora_b, scale, gate, segments)
     plain, x, s = _plain(dy), None if x is None else _plain(x), None if s is None else _plain(s)

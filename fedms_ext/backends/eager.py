@@ -11,7 +11,7 @@ one that is not applied, where it has rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -179,13 +179,14 @@ def frozen_forward(
     segments: Sequence[int] | None,
     dropout_p: float,
     seed: int,
+    run: Callable[..., tuple[Tensor, Tensor]] = forward,
 ) -> tuple[Tensor, Tensor]:
-    """`forward` on the data of a QuantisedWeight (N, K), expanded to x's dtype."""
+    """`forward`, or that of another backend, on the data of a QuantisedWeight (N, K), expanded to x's dtype."""
     expanded = dequantise(weight, weight_scale, kind, group, x.shape[-1]).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if not lora_a:
         return F.linear(x, expanded, bias), x.new_empty(x.shape[:-1].numel(), 0)
-    return forward(x, expanded, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+    return run(x, expanded, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
 
 
 def frozen_backward(
@@ -208,13 +209,14 @@ def frozen_backward(
     needs_dgate: bool,
     needs_da: Sequence[bool],
     needs_db: Sequence[bool],
+    run: Callable[..., tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]] = backward,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """`backward` on what QuantisedWeight.for_dx gave; None where dx is not needed."""
+    """`backward`, or that of another backend, on what QuantisedWeight.for_dx gave; None where dx is not needed."""
     n = dy.shape[-1]
     expanded = expand_for_dx(weight, weight_scale, kind, group, n, k).to(dy.dtype) if needs_dx else dy.new_empty(n, 0)
     if not lora_a:
         return dy @ expanded, None, [], []
-    return backward(
+    return run(
         dy, x, expanded, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
         needs_db,
     )  # fmt: skip

@@ -22,8 +22,8 @@ class QuantisedWeight(nn.Module):
     int8 is symmetric, W is about q * scale; the 4-bit formats are those of `fedms_ext.reference.LEVELS`.
 
     That is the logical form: the one in the `state_dict` (`q`, `scale`) and in a pickle, and the one that lies on a
-    GPU. On the CPU `data` holds an int8 q packed for the instruction set in use instead, (bytes,) uint8, and nothing
-    else is kept. `sha256` names the weight that it was made from.
+    GPU. On the CPU `data` holds q packed for the instruction set in use instead, (bytes,) uint8, unless it is fp16 or
+    bf16. `sha256` names the weight that it was made from.
 
     Args:
         weight: (N, K), any floating dtype; quantised in float32. It is not kept.
@@ -55,7 +55,7 @@ class QuantisedWeight(nn.Module):
         self._hold(*quantise(weight, kind, group))
 
     def _hold(self, q: Tensor, scale: Tensor) -> None:
-        self.register_buffer("data", packed(q, self.kind), persistent=False)
+        self.register_buffer("data", packed(q, scale, self.kind, self.group, self._shape[1]), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self._transposed: tuple[Tensor, Tensor] | None = None
 
@@ -89,7 +89,7 @@ class QuantisedWeight(nn.Module):
 
     def _transpose(self) -> None:
         q, scale = quantise_weight(self.dequantise().T)
-        self._transposed = packed(q.to(torch.int8).contiguous(), "int8"), scale
+        self._transposed = packed(q.to(torch.int8), scale, "int8", self.group, self._shape[0]), scale
 
     @property
     def nbytes(self) -> int:

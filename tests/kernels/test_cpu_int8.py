@@ -257,6 +257,37 @@ def test_pack_and_unpack():
         assert torch.equal(out, weight)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 37, 19), (50, 65, 97), (67, 130, 200), (197, 48, 768)])
+def test_weights_of_4_bits(kind, group, m, n, k):
+    codes, scale = reference.quantise_groups(torch.randn(n, k) * torch.rand(n, 1), kind, group)
+    q = reference.pack_nibbles(codes)
+    data = torch.full((_C.nibbles_packed_size(n, k, group),), 85, dtype=torch.uint8)
+    _C.nibbles_pack(k, group, reference.LEVELS[kind], q, scale, data)
+    back, wide = torch.full_like(q, 99), torch.full((n, k), NAN)
+    _C.nibbles_unpack(k, data, back)
+    _C.nibbles_dequantise(group, data, scale, wide)
+    assert torch.equal(back, q) and torch.equal(wide, reference.dequantise_groups(codes, scale, kind, group))
+    case = Case(m, n, k, [3, 8], gate=True)
+    case.weight, case.weight_scale = reference.groups_as_int8(codes, scale, kind, group)
+    s, y = torch.full((m, 11), NAN), torch.full((m, n), NAN)
+    _C.int8_forward(case.x, data, None, case.bias, case.a, case.b, case.scale, case.gate, 0.0, 0, s, y)
+    assert_close("y", y, case.want())
+
+
+def test_sums_of_4_bit_weights_do_not_saturate():
+    # All products of one sign, and the largest that there are: 255 * 63.
+    for k in (4, 64, 3072):
+        codes, scale = torch.full((70, k), 15, dtype=torch.uint8), torch.ones(70, (k + 63) // 64)
+        data = torch.empty(_C.nibbles_packed_size(70, k, 64), dtype=torch.uint8)
+        _C.nibbles_pack(k, 64, reference.LEVELS["nf4"], reference.pack_nibbles(codes), scale, data)
+        x, y = torch.full((7, k), 3.0), torch.full((7, 70), NAN)
+        x[::2] *= -1
+        _C.int8_forward(x, data, None, None, [], [], [], None, 0.0, 0, torch.empty(7, 0), y)
+        assert torch.allclose(y, x.sum(1, keepdim=True).expand(7, 70), rtol=1e-6)
+
+
 def test_no_rows_and_no_columns():
     assert Case(m=0, n=5, k=4, ranks=[2]).forward()[0].shape == (0, 5)
     case = Case(m=3, n=5, k=1, ranks=[])
@@ -278,10 +309,23 @@ def test_refused_operands():
         call(x=torch.zeros(6, 4).T)
     with pytest.raises(ValueError, match="packed is not uint8"):
         call(packed=case.packed.to(torch.int8))
-    with pytest.raises(ValueError, match="this is not a packed int8 weight"):
+    with pytest.raises(ValueError, match="this is not a packed weight"):
         call(packed=torch.zeros(10, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"the packed weight is \(5, 6\), expected \(6, 6\)"):
         _C.int8_unpack(case.packed, torch.zeros(6, 6, dtype=torch.int8))
+    nibbles = torch.empty(_C.nibbles_packed_size(5, 6, 64), dtype=torch.uint8)
+    _C.nibbles_pack(6, 64, reference.LEVELS["nf4"], torch.zeros(5, 3, dtype=torch.uint8), torch.ones(5, 1), nibbles)
+    call(packed=nibbles, scale=None)
+    with pytest.raises(ValueError, match="an int8 weight needs its scale"):
+        call(scale=None)
+    with pytest.raises(ValueError, match="this is a packed weight of 4 bits, expected int8"):
+        _C.int8_unpack(nibbles, torch.zeros(5, 6, dtype=torch.int8))
+    with pytest.raises(ValueError, match="this is a packed int8 weight, expected one of 4 bits"):
+        _C.nibbles_unpack(6, case.packed, torch.zeros(5, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="has another group"):
+        _C.nibbles_dequantise(32, nibbles, torch.ones(5, 1), torch.zeros(5, 6))
+    with pytest.raises(ValueError, match="group must be 32 or 64"):
+        _C.nibbles_packed_size(5, 6, 48)
     with pytest.raises(ValueError, match="damaged"):
         call(packed=case.packed[:-1])
     with pytest.raises(ValueError, match=r"weight_scale has the shape \(1, 4\), expected \(1, 5\)"):

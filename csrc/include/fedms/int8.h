@@ -33,10 +33,25 @@ void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed);
 // The inverse. int8_pack and int8_unpack throw std::invalid_argument where `packed` is not a packed (n, k) weight.
 void int8_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, int8_t* wq);
 
+// A weight of 4 bits is stored as such and made int8 panel by panel, where it is used:
+//
+//   w[c][j] = levels[code[c][j]] * scale[c][j / group],   wq and ws of it as groups_as_int8 in fedms_ext/reference.py
+//
+// levels has 16 values, scale is (n, ceil(k / group)), group 32 or 64, and q (n, ceil(k / 2)) holds the code of an even j
+// in the low nibble. nibbles_pack keeps what makes wq, not `scale`.
+int64_t nibbles_packed_size(int64_t n, int64_t k, int64_t group);
+void nibbles_pack(int64_t n, int64_t k, int64_t group, const float* levels, const uint8_t* q, const float* scale,
+                  uint8_t* packed);
+void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, uint8_t* q);
+// w (n, k) as float, for the product that sums along n.
+void nibbles_dequantise(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
+                        const float* scale, float* w);
+
+// Packed by int8_pack or nibbles_pack.
 struct Int8Weight {
   const uint8_t* packed;
   int64_t packed_size;
-  const float* scale;  // ws
+  const float* scale;  // ws; not looked at for a weight of 4 bits, which brings its own
   const float* bias;   // or null
 };
 

@@ -3,8 +3,11 @@
 
 namespace fedms {
 
-// avxvnni is AVX2 and AVX-VNNI. avx512 is F, DQ, BW and VL, and VNNI where the CPU has it.
-enum class Isa { portable, avx2, avxvnni, avx512 };
+// avxvnni is AVX2 and AVX-VNNI. avx512 is F, DQ, BW and VL, and VNNI where the CPU has it. dotprod and i8mm are Arm's.
+enum class Isa { portable, avx2, avxvnni, avx512, dotprod, i8mm };
+
+// From the slowest to the fastest of a CPU.
+constexpr Isa ALL_ISAS[] = {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::dotprod, Isa::i8mm};
 
 const char* name(Isa isa);
 
@@ -15,8 +18,8 @@ bool avx512_has_vnni();
 // The best one that is available.
 Isa detected_isa();
 
-// The one that the kernels use: detected_isa(), unless FEDMS_CPU_ISA=portable|avx2|avxvnni|avx512 or set_isa() named
-// one. Throws std::invalid_argument if FEDMS_CPU_ISA names none of them or one that the CPU lacks.
+// The one that the kernels use: detected_isa(), unless FEDMS_CPU_ISA=portable|avx2|avxvnni|avx512|dotprod|i8mm or
+// set_isa() named one. Throws std::invalid_argument if FEDMS_CPU_ISA names none of them or one that the CPU lacks.
 Isa isa();
 void set_isa(const char* name);
 
