@@ -17,7 +17,8 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check-triton36 gpu bench study study-quick docs wheel clean missing-packages check-system
+.PHONY: help setup demo test test-full sanitize check-triton36 gpu bench study study-quick docs wheel clean
+.PHONY: missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -44,6 +45,13 @@ DEST ?= runs/gpu
 gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eight files in DEST=, QUICK=1 for 8 minutes
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick)
+
+# A build folder of its own; the kernels without Python, on every instruction set of this machine.
+sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behaviour sanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFEDMS_CHECK=ON \
+	  -DFEDMS_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/int8_check
 
 test-full: $(INSTALLED) ## all tests, with 30 killed runs, 30 full disks and 20 runs within limits of memory
 	FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(BIN)/python -m pytest -q --durations=10 tests

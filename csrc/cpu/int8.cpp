@@ -222,8 +222,8 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
   const int64_t width = layout.kernels->panel, rank = static_cast<int64_t>(p.shrink.size());
   const int64_t column = panel * width, columns = std::min(width, p.n - column);
   const uint8_t* packed = p.weight.packed;
-  const float* scale = (layout.nibble_group ? reinterpret_cast<const float*>(packed + layout.scales_at) : p.weight.scale) +
-                       column;
+  const float* scales =
+      layout.nibble_group ? reinterpret_cast<const float*>(packed + layout.scales_at) : p.weight.scale;
   Int8Strip strip{};
   strip.rows = count;
   strip.k = layout.padded_k;
@@ -235,7 +235,7 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
   strip.rank = rank;
   strip.s = from.weighed;
   if (columns == width) {
-    strip.scale = scale;
+    strip.scale = scales + column;
     strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
     strip.expand = p.expand.data();
     strip.expand_column = column;
@@ -253,7 +253,7 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
     to += width;
     return to - width;
   };
-  strip.scale = pad(scale);
+  strip.scale = pad(scales + column);
   strip.bias = p.weight.bias ? pad(p.weight.bias + column) : nullptr;
   for (const float* row : p.expand) expand.push_back(pad(row + column));
   strip.expand = expand.data();

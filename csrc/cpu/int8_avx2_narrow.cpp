@@ -13,7 +13,7 @@ namespace {
 typedef uint8_t Q;
 constexpr bool SIGNED = false;
 constexpr int GROUP = 4;
-constexpr int ROWS = 6, VECTORS = 2;  // 12 sums, 2 vectors of the weight, one of x, one of ones
+constexpr int ROWS = 4, VECTORS = 2;  // with 6 rows and the vector of ones the products do not fit into 16 registers
 
 inline void store(Q* to, __m256i v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import fedms.run  # noqa: F401  what it loads is part of the process that is measured here
 from fedms import data, methods, models
@@ -22,10 +23,12 @@ from fedms.data import ClientSplit
 from fedms.meter import hand_back_large_blocks, peak_memory, resident_memory
 from fedms.progress import Progress
 from fedms.resident import ResidentModel
-from fedms_ext import budget
+from fedms_ext import budget, dequantize
 
 # Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
 RESERVE = 0.05
+# Precisions of the frozen weights to try after the run file's own: int8 and nf4, where they are smaller.
+SMALLER = {"int8": ("nf4",), "nf4": (), "int4": ()}
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
          progress: Progress | None = None) -> Plan:
     """Costs at each depth, and the settings to use.
 
-    At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8;
-    the run file's place of the cache, then the disk; the whole batch, then halves of it. The deepest one is chosen.
+    At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
+    and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it. The
+    deepest one is chosen.
 
     Args:
         memory: bytes that training may use, beside the process and the data.
@@ -90,7 +94,7 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
     """
     planner = _Planner(config, progress or Progress())
     speeds, tried = {}, {}
-    for frozen in dict.fromkeys((config.model.frozen, "int8")):
+    for frozen in (config.model.frozen, *SMALLER.get(config.model.frozen, ("int8", "nf4"))):
         planner.freeze(frozen)
         speeds[frozen] = flops or planner.speed()
         for depth in range(1, planner.costs.max_depth + 1):
@@ -131,7 +135,12 @@ class _Planner:
 
     def freeze(self, frozen: str) -> None:
         if frozen != self.frozen:
-            full = budget.weight_bytes(self.model.foundation.module)
+            module = self.model.foundation.module
+            if self.frozen != "fp32":
+                dequantize(module, self.originals)
+            full = budget.weight_bytes(module)
+            self.originals = {f"{name}.weight": m.weight for name, m in module.named_modules()
+                              if isinstance(m, nn.Linear)}
             self.model.freeze(frozen)
             self.frozen = frozen
             # Both copies of the weights are there for a moment.

@@ -170,6 +170,12 @@ def test_a_plan_without_limits_keeps_the_settings():
     assert found.settings["sal.cache_bytes"] == 2 * 1024**3
 
 
+def test_a_plan_for_little_memory_tries_4_bits(monkeypatch):
+    monkeypatch.setattr(plan, "peak_memory", lambda: 0)
+    found = plan.plan(load_config("digits", SMALL), memory=1, flops=1e9)
+    assert found.chosen is None and {o.frozen for o in found.options} == {"nf4"}
+
+
 @pytest.mark.parametrize("share", [1.02, 0.8])
 def test_a_plan_fits_its_limit(share, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "peak_memory", lambda: 0)     # the peak of loading hides all others on so small a model

@@ -37,14 +37,25 @@ def inner_loops(path: str) -> list[list[str]]:
     return loops
 
 
-@pytest.mark.parametrize(("register", "sums"), [("zmm", 24), ("ymm", 12)])
-def test_the_sums_of_the_largest_tile_stay_in_registers(register, sums):
-    product = re.compile(rf"vpdpbusd.*,(%{register}\d+)$")
-    tiles = [loop for loop in inner_loops(_C.__file__) if sum(bool(product.search(line)) for line in loop) == sums]
-    assert tiles, f"no loop with {sums} products on {register}"
+# The instruction that adds to a sum, its registers, how many sums, and the one that multiplies.
+TILES = {
+    "avx512vnni": ("vpdpbusd", "zmm", 24, "vpdpbusd"),
+    "avxvnni": ("vpdpbusd", "ymm", 12, "vpdpbusd"),
+    "avx2": ("vpaddd", "ymm", 12, "vpmovsxbw"),
+    "avx2 narrow": ("vpaddd", "ymm", 8, "vpmaddubsw"),
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_the_sums_of_the_largest_tile_stay_in_registers(tile):
+    adding, register, sums, typical = TILES[tile]
+    product = re.compile(rf"{adding} .*,(%{register}\d+)$")
+    tiles = [loop for loop in inner_loops(_C.__file__) if sum(bool(product.search(line)) for line in loop) == sums
+             and any(typical in line for line in loop)]  # fmt: skip
+    assert tiles, f"no loop with {sums} sums on {register}"
     for loop in tiles:
         written = {product.search(line)[1] for line in loop if product.search(line)}
         assert len(written) == sums
-        stores = [line for line in loop if re.search(rf"%{register}\d+,.*\(", line) and not line.startswith("vpdp")]
+        stores = [line for line in loop if re.match(rf"v?mov\S+ +%{register}\d+,.*\(", line)]
         assert not stores, f"the loop writes registers to memory: {stores}"
         assert not [line for line in loop if "%rsp" in line or "%rbp)" in line], "the loop uses the stack"
