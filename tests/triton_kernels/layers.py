@@ -74,8 +74,7 @@ def check_quantised(layer, kind, group):
     (n, k), frozen = layer.weight.shape, QuantisedWeight(layer.weight, kind, group)
     # The logical form is what a GPU holds. An int8 weight has a transpose, which is quantised apart.
     q, (q_dx, scale_dx) = frozen.q, frozen.for_dx()
-    if kind == "int8":
-        q_dx = unpacked(q_dx, kind, k, n)
+    q_dx = unpacked(q_dx, kind, *((k, n) if kind == "int8" else (n, k)))
     lora = (layer.a, layer.b, torch.tensor(layer.scale, dtype=torch.float64), layer.gate, layer.options["segments"])
     options, e = (layer.options["dropout_p"], layer.options["seed"]), len(layer.a)
     needs = (True, layer.gate is not None, [True] * e, [True] * e)
