@@ -17,8 +17,8 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full sanitize check-triton36 gpu bench study study-quick docs wheel clean
-.PHONY: missing-packages check-system
+.PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench study study-quick docs
+.PHONY: wheel clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -39,6 +39,9 @@ test: $(INSTALLED) ## all tests
 check-triton36: $(INSTALLED) ## the checks of the GPU kernels on Triton 3.6
 	test -d $(VENV)/triton36 || $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 'numpy<2.4'
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/triton_kernels/test_processes.py
+
+check-cuda: $(INSTALLED) ## the CUDA kernels without a GPU: all on an emulator, index logic, machine code where nvcc is
+	FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/cuda_kernels
 
 # No environment is made: the machine may have no network, and PYTHON has PyTorch already.
 DEST ?= runs/gpu

@@ -1,6 +1,7 @@
 """Builds `fedms_ext._C` with CMake and Ninja; everything else is in pyproject.toml.
 
-Environment: FEDMS_CUDA=auto|0|1, FEDMS_BUILD_TYPE (Release), FEDMS_SANITIZE (e.g. address,undefined), MAX_JOBS.
+Environment: FEDMS_CUDA=auto|0|1 (the CUDA kernels; auto: where there are an nvcc and a GPU), FEDMS_CUDA_ARCHS (their
+targets, "80;90-real"), FEDMS_BUILD_TYPE (Release), FEDMS_SANITIZE (e.g. address,undefined), MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_BUILD_TYPE={os.environ.get('FEDMS_BUILD_TYPE', 'Release')}",
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
                 f"-DFEDMS_CUDA={os.environ.get('FEDMS_CUDA', 'auto')}",
+                f"-DFEDMS_CUDA_ARCHS={os.environ.get('FEDMS_CUDA_ARCHS', '80;90-real')}",
                 f"-DFEDMS_SANITIZE={os.environ.get('FEDMS_SANITIZE', '')}",
                 f"-DFEDMS_VERSION={self.distribution.get_version()}",
             ],

@@ -39,6 +39,7 @@ SHAPES = [
     (384, 384, 2048, 8),
 ]
 QUICK = SHAPES[:3]
+CUDA = "fedms, CUDA C++"  # csrc/cuda, which is not the default
 REHEARSAL = [(64, 48, 70, 8)]
 
 
@@ -138,6 +139,8 @@ def operators(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> dict[str, t
     }
     if weight.is_cuda and (kernels := nemo_kernels()):
         found["NeMo AutoModel's kernels"] = (lambda x: nemo(kernels, x, weight, a, b, scale), [a, b])
+    if "cuda" in fedms_ext.available():
+        found[CUDA] = found["fedms"]
     try:
         layer = peft_layer(weight, a.detach().clone(), b.detach().clone(), scale)
         trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
@@ -162,6 +165,14 @@ def both(operator: Operator, x: Tensor, dy: Tensor, trained: list[Tensor]) -> Ca
     return lambda: torch.autograd.grad(operator(x), [x, *trained], dy)
 
 
+def on_backend(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def there() -> object:
+        with fedms_ext.use_backend(name):
+            return call()
+
+    return there
+
+
 def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> list[dict[str, object]]:
     results = []
     for k, n, rows, rank in shapes:
@@ -176,6 +187,8 @@ def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtyp
             "forward": {name: forward_only(operator, x) for name, (operator, _) in peers.items()},
             "forward + backward": {name: both(operator, x, dy, trained) for name, (operator, trained) in peers.items()},
         }.items():
+            if CUDA in calls:
+                calls[CUDA] = on_backend("cuda", calls[CUDA])
             measured = compare(clock, calls, base="bare GEMM")
             results.append(dict(k=k, n=n, rows=rows, rank=rank, dtype=str(dtype), what=title, results=measured))
             print(table(f"{k} -> {n}, {rows} rows, rank {rank}, {title}", measured), flush=True)

@@ -23,6 +23,7 @@ import fedms_ext
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "triton_kernels"
+CUDA_TESTS = ROOT / "tests" / "cuda_kernels" / "kernels.py"  # skipped where the build has no CUDA kernels
 SANITISED = "test_every_tile or test_bits_repeat"
 QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opcheck or test_measured_choices"
 # Seconds that a quick run gives each benchmark; most of them go into compiling the tiles that are measured.
@@ -104,6 +105,7 @@ def main() -> int:
         found = str(dest / "machine_code.json")
         steps = {
             "tests on the GPU": run([*pytest, "on_gpu.py"], 1500),
+            "tests of the CUDA kernels": run([*pytest, "-rs", str(CUDA_TESTS)], 900),
             "machine code": run([*pytest, "-s", "compiled.py"], 300, FEDMS_MACHINE_CODE=found),
         }
     sanitizer = shutil.which("compute-sanitizer")
@@ -111,6 +113,10 @@ def main() -> int:
         # PyTorch's caching allocator would hide an access behind the end of a tensor.
         steps["compute-sanitizer"] = run(
             [sanitizer, "--error-exitcode", "9", *pytest, "on_gpu.py", "-k", SANITISED], 1800,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        steps["compute-sanitizer, CUDA kernels"] = run(
+            [sanitizer, "--error-exitcode", "9", *pytest, str(CUDA_TESTS), "-k", "every_tile or dropout or int8"], 1800,
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
     profiler = shutil.which("ncu")

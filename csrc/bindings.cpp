@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "fedms/cuda.h"
 #include "fedms/dlpack.h"
 #include "fedms/int8.h"
 #include "fedms/isa.h"
@@ -307,6 +308,83 @@ void int8_backward(py::handle dy, const py::object& x, int64_t k, const py::obje
   fedms::int8_backward(transposed, operands.lora, dy_view.data(), operands.x, operands.s, operands.out);
 }
 
+#ifdef FEDMS_CUDA_ARCHS
+// Addresses on the device are numbers here: 0 is null. fedms_ext/backends/cuda.py checks the tensors behind them.
+void define_cuda(py::module_ m) {
+  namespace cuda = fedms::cuda;
+  using Address = uintptr_t;
+  m.doc() = "The launchers of csrc/include/fedms/cuda.h on addresses; an error of CUDA is a RuntimeError that names the launch.";
+  const auto element = [](bool bf16) { return bf16 ? cuda::Element::bf16 : cuda::Element::fp16; };
+  const auto at = [](Address address) { return reinterpret_cast<void*>(address); };
+  const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
+
+  py::class_<cuda::Stream>(m, "Stream").def(py::init([at](int device, Address handle) {
+    return cuda::Stream{device, at(handle)};
+  }), py::arg("device"), py::arg("handle"));
+  py::class_<cuda::Chip>(m, "Chip").def(
+      py::init([](int capability, int multiprocessors, int shared_memory) {
+        return cuda::Chip{capability, multiprocessors, shared_memory};
+      }), py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"));
+  py::class_<cuda::Dropout>(m, "Dropout").def(py::init([](double p, uint64_t seed) {
+    return cuda::Dropout{p, seed};
+  }), py::arg("p"), py::arg("seed"));
+  py::class_<cuda::Factors>(m, "Factors").def(
+      py::init([floats](Address scale, Address expert, Address gate, int64_t row_stride, int64_t expert_stride) {
+        return cuda::Factors{floats(scale), reinterpret_cast<const int32_t*>(expert), floats(gate), row_stride,
+                             expert_stride};
+      }), py::arg("scale"), py::arg("expert"), py::arg("gate"), py::arg("row_stride"), py::arg("expert_stride"));
+
+  m.def("check_device", &cuda::check_device, py::arg("device"));
+  m.def("gemm_tiles", &cuda::gemm_tiles, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
+        py::arg("int8"), py::arg("drops"));
+  m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
+  m.def("gemm", [=](bool bf16, int64_t m, int64_t n, int64_t k, int64_t r, Address x, int64_t x_stride, Address w,
+                    int64_t w_stride, Address w_scale, Address bias, Address t, int64_t t_stride, Address f,
+                    int64_t f_stride, Address y, bool across, const cuda::Dropout& dropout, int tile,
+                    const cuda::Chip& chip, const cuda::Stream& stream) {
+    cuda::gemm({element(bf16), m, n, k, r, at(x), x_stride, at(w), w_stride, floats(w_scale), at(bias), at(t), t_stride,
+                at(f), f_stride, at(y), across, dropout}, tile, chip, stream);
+  }, py::arg("bf16"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"),
+        py::arg("w"), py::arg("w_stride"), py::arg("w_scale"), py::arg("bias"), py::arg("t"), py::arg("t_stride"),
+        py::arg("f"), py::arg("f_stride"), py::arg("y"), py::arg("across"), py::arg("dropout"), py::arg("tile"),
+        py::arg("chip"), py::arg("stream"));
+  m.def("shrink", [=](bool bf16, int64_t m, int64_t k, int64_t r, Address x, int64_t x_stride, Address a,
+                      int64_t a_stride, Address s, Address t, int64_t t_stride, const cuda::Factors& factors,
+                      const cuda::Dropout& dropout, const cuda::Stream& stream) {
+    cuda::shrink(element(bf16), m, k, r, at(x), x_stride, at(a), a_stride, at(s), at(t), t_stride, factors, dropout,
+                 stream);
+  }, py::arg("bf16"), py::arg("m"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("a"),
+        py::arg("a_stride"), py::arg("s"), py::arg("t"), py::arg("t_stride"), py::arg("factors"), py::arg("dropout"),
+        py::arg("stream"));
+  m.def("weigh", [=](bool bf16, int64_t m, int64_t r, Address s, Address t, int64_t t_stride,
+                     const cuda::Factors& factors, const cuda::Stream& stream) {
+    cuda::weigh(element(bf16), m, r, at(s), at(t), t_stride, factors, stream);
+  }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("s"), py::arg("t"), py::arg("t_stride"), py::arg("factors"),
+        py::arg("stream"));
+  m.def("sweep_blocks", &cuda::sweep_blocks, py::arg("c"));
+  m.def("sweep", [=](bool bf16, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, Address z, int64_t z_stride,
+                     Address t, int64_t t_stride, Address g, Address b, int64_t b_stride, Address u,
+                     const cuda::Dropout& dropout, const cuda::Stream& stream) {
+    cuda::sweep(element(bf16), m, c, r, rows_a_split, at(z), z_stride, at(t), t_stride, floats(g), at(b), b_stride,
+                floats(u), dropout, stream);
+  }, py::arg("bf16"), py::arg("m"), py::arg("c"), py::arg("r"), py::arg("rows_a_split"), py::arg("z"),
+        py::arg("z_stride"), py::arg("t"), py::arg("t_stride"), py::arg("g"), py::arg("b"), py::arg("b_stride"),
+        py::arg("u"), py::arg("dropout"), py::arg("stream"));
+  m.def("finish_rows", [=](bool bf16, int64_t m, int64_t r, int64_t experts, int64_t parts, Address u, Address s,
+                           Address ds, int64_t ds_stride, Address dgate, const cuda::Factors& factors,
+                           const cuda::Stream& stream) {
+    cuda::finish_rows(element(bf16), m, r, experts, parts, floats(u), at(s), at(ds), ds_stride, floats(dgate), factors,
+                      stream);
+  }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("experts"), py::arg("parts"), py::arg("u"), py::arg("s"),
+        py::arg("ds"), py::arg("ds_stride"), py::arg("dgate"), py::arg("factors"), py::arg("stream"));
+  m.def("add_parts", [=](bool bf16, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, Address g,
+                         Address out, int64_t row_stride, int64_t column_stride, const cuda::Stream& stream) {
+    cuda::add_parts(element(bf16), c, r, parts, first, count, floats(g), at(out), row_stride, column_stride, stream);
+  }, py::arg("bf16"), py::arg("c"), py::arg("r"), py::arg("parts"), py::arg("first"), py::arg("count"), py::arg("g"),
+        py::arg("out"), py::arg("row_stride"), py::arg("column_stride"), py::arg("stream"));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -316,7 +394,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FEDMS_VERSION;
-    info["cuda"] = false;
+#ifdef FEDMS_CUDA_ARCHS
+    info["cuda"] = FEDMS_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+#endif
     info["isa_detected"] = fedms::name(fedms::detected_isa());
     info["isa_used"] = fedms::name(fedms::isa());
     py::list available;
@@ -327,6 +409,9 @@ PYBIND11_MODULE(_C, m) {
     info["openmp"] = _OPENMP;
     return info;
   });
+#ifdef FEDMS_CUDA_ARCHS
+  define_cuda(m.def_submodule("cuda"));
+#endif
   m.def("set_isa", [](const std::string& name) { fedms::set_isa(name.c_str()); }, py::arg("name"));
   m.def("int8_packed_size", &int8_packed_size, py::arg("n"), py::arg("k"), "Bytes of a packed int8 weight (n, k).");
   m.def("int8_pack", &int8_pack, py::arg("weight"), py::arg("packed"),

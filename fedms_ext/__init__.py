@@ -65,7 +65,7 @@ __all__ = [
 
 
 def build_info() -> dict[str, object]:
-    """How the kernels were built and run: version, cuda (compiled or not), isa_detected, isa_used and isa_available
-    (of the instruction sets portable | avx2 | avxvnni | avx512 | dotprod | i8mm, see FEDMS_CPU_ISA), and openmp (the
-    date of the standard, e.g. 201511)."""
+    """How the kernels were built and run: version, cuda (the targets of the CUDA kernels, None without them),
+    isa_detected, isa_used and isa_available (of the instruction sets portable | avx2 | avxvnni | avx512 | dotprod | i8mm,
+    see FEDMS_CPU_ISA), and openmp (the date of the standard, e.g. 201511)."""
     return _C.build_info()

@@ -15,9 +15,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import cpu, eager, triton
+from . import cpu, cuda, eager, triton
 
-_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "eager": eager}  # in the order of preference
+# In the order of preference. `cuda` stands last, behind the one that takes everything: only by name, until a GPU has
+# passed its tests.
+_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "eager": eager, "cuda": cuda}
 
 
 def _named(name: str) -> ModuleType:

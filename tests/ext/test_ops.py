@@ -464,4 +464,4 @@ def test_the_cpu_backend_uses_its_kernels_where_they_are_faster(monkeypatch, ran
 def test_build_info():
     info = fedms_ext.build_info()
     assert set(info) == {
-        "version", "cuda", "isa_detected", "isa_used", "isa_available", "openmp"} and info["cuda"] is False
+        "version", "cuda", "isa_detected", "isa_used", "isa_available", "openmp"} and (info["cuda"] is None or isinstance(info["cuda"], str))

@@ -1,0 +1,48 @@
+// The entry of the GEMMs: checks, and the way to the kernel of a tile.
+#include "gemm.h"
+
+#include <climits>
+
+namespace fedms::cuda {
+namespace {
+
+template <class T>
+void start(const Launch& what, const Gemm& g, int tile, const Chip& chip) {
+  const auto of = [](const void* data) { return static_cast<const T*>(data); };
+  const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
+                                   g.w_stride, g.w_scale,       of(g.bias), of(g.t), g.t_stride, of(g.f),    g.f_stride,
+                                   static_cast<T*>(g.y), mask_of(g.dropout)};
+  if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.across);
+  if constexpr (HAS_WGMMA) start_wgmma_gemm(what, arguments, tile, g.across, chip.multiprocessors);
+}
+
+std::string text(int value) { return std::to_string(value); }
+
+}  // namespace
+
+std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops) {
+  return rank_tiles(chip, m, n, k, r, int8, drops);
+}
+
+std::string gemm_tile_name(int tile) {
+  const Tile& t = TILES[tile];
+  return (t.kind == Kind::mma ? "mma " : "wgmma ") + text(t.bm) + "x" + text(t.bn) + " s" + text(t.stages);
+}
+
+void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
+  if (tile < 0 || tile >= TILE_COUNT) throw Error("there is no tile " + text(tile));
+  const std::string name = "gemm " + gemm_tile_name(tile);
+  const Launch what{name.c_str(), g.m, g.n, g.k, g.r, stream};
+  if (g.m < 1 || g.n < 8 || g.k < 8 || g.r < 0) fail(what, "a size is too small");
+  if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
+  if (g.n % 8 || g.k % (g.w_scale ? 16 : 8)) fail(what, "n or k is not a multiple of 8 (k of 16 for an int8 w)");
+  const bool drops = g.dropout.p > 0;
+  if (!takes(TILES[tile], g.w_scale != nullptr, drops) || (g.w_scale && g.across) || (drops && !g.across)) {
+    fail(what, "this tile does not take an int8 w, or dropout, in this way");
+  }
+  if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
+  if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);
+  start<Fp16>(what, g, tile, chip);
+}
+
+}  // namespace fedms::cuda

@@ -1,0 +1,183 @@
+// The frozen GEMM with the ranks in it, for every GPU from compute capability 8.0 on: cp.async into a ring of stages,
+// ldmatrix, mma.sync. One output tile a block.
+#include "gemm.h"
+#include "mma.h"
+
+namespace fedms::cuda {
+namespace {
+
+template <class T, int TILE, bool INT8, bool ACROSS>
+struct MmaGemm {
+  static constexpr Tile tile = TILES[TILE];
+  static constexpr int BM = tile.bm, BN = tile.bn, STAGES = tile.stages, STAGE = tile.stage_bytes(), THREADS = tile.threads();
+  static constexpr int WARP_ROWS = BM / tile.warps_m, WARP_COLUMNS = BN / tile.warps_n;
+  static constexpr int TILES_M = WARP_ROWS / 16, TILES_N = WARP_COLUMNS / 16;
+  static_assert(!(INT8 && ACROSS));
+
+  using Accumulator = float[TILES_M][2 * TILES_N][4];
+
+  // Loads step `step` of the reduction of one pair of operands: x and W, or T and F.
+  static FEDMS_DEVICE void load(uint32_t stage, const GemmArguments<T>& g, Tile2 block, bool ranks, int step) {
+    const uint32_t b = stage + BM * 128;
+    const int first = step * STEP, row = block.row * BM, column = block.column * BN;
+    const int k = ranks ? g.r : g.k;
+    copy_tile<BM, 8, THREADS>(stage, ranks ? g.t : g.x, ranks ? g.t_stride : g.x_stride, row, g.m, first, k);
+    if (INT8 && !ranks) {
+      copy_tile<BN, 4, THREADS>(b, static_cast<const int8_t*>(g.w), g.w_stride, column, g.n, first, k);
+      return;
+    }
+    const T* from = ranks ? g.f : static_cast<const T*>(g.w);
+    const int64_t stride = ranks ? g.f_stride : g.w_stride;
+    if constexpr (ACROSS) {
+      copy_tile<STEP, BN / 8, THREADS>(b, from, stride, first, k, column, g.n);
+    } else {
+      copy_tile<BN, 8, THREADS>(b, from, stride, column, g.n, first, k);
+    }
+  }
+
+  // 16 k: every warp its part of the tile.
+  template <bool WIDEN>
+  static FEDMS_DEVICE void multiply(Accumulator& sum, uint32_t stage, int k16) {
+    const uint32_t b_tile = stage + BM * 128;
+    const int row = warp() / tile.warps_n * WARP_ROWS, column = warp() % tile.warps_n * WARP_COLUMNS;
+    uint32_t a[TILES_M][4];
+#pragma unroll
+    for (int i = 0; i < TILES_M; ++i) load_a<8>(a[i], stage, row + i * 16, 2 * k16);
+#pragma unroll
+    for (int j = 0; j < TILES_N; ++j) {
+      uint32_t b[4];
+      if constexpr (WIDEN) {
+        load_b_int8<T>(b, b_tile, column + j * 16, k16);
+      } else if constexpr (ACROSS) {
+        load_b_across<BN / 8>(b, b_tile, k16 * 16, column / 8 + 2 * j);
+      } else {
+        load_b<8>(b, b_tile, column + j * 16, 2 * k16);
+      }
+#pragma unroll
+      for (int i = 0; i < TILES_M; ++i) {
+        ptx::mma_16x8x16<T>(sum[i][2 * j], a[i], b[0], b[1]);
+        ptx::mma_16x8x16<T>(sum[i][2 * j + 1], a[i], b[2], b[3]);
+      }
+    }
+  }
+
+  // Calls change(value, row, column) for this thread's part of the output tile, two columns side by side at a time.
+  template <class Change>
+  static FEDMS_DEVICE void for_pairs(Accumulator& sum, Change change) {
+    const int row = warp() / tile.warps_n * WARP_ROWS, column = warp() % tile.warps_n * WARP_COLUMNS;
+#pragma unroll
+    for (int i = 0; i < TILES_M; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2 * TILES_N; ++j) {
+#pragma unroll
+        for (int half = 0; half < 4; half += 2) {
+          change(sum[i][j][half], sum[i][j][half + 1], row + i * 16 + accumulator_row(lane(), half),
+                 column + j * 8 + accumulator_column(lane(), half));
+        }
+      }
+    }
+  }
+
+  static FEDMS_DEVICE void run(const GemmArguments<T>& g) {
+    const uint32_t memory = ptx::shared_memory();
+    const Tile2 block = place_tile(ptx::block_x(), ceil_div(g.m, BM), ceil_div(g.n, BN));
+    const int k_steps = ceil_div(g.k, STEP), rank_steps = ceil_div(g.r, STEP), steps = k_steps + rank_steps;
+    // Dropout covers the ranks' part alone, so that comes first, while nothing else is in the accumulator. The scale of
+    // an int8 W covers W's part alone, so there that comes first.
+    const int first_steps = INT8 ? k_steps : rank_steps;
+    const auto load_step = [&](int step) {
+      if (step < steps) {
+        const bool first = step < first_steps;
+        load(memory + step % STAGES * STAGE, g, block, first != INT8, first ? step : step - first_steps);
+      }
+      ptx::cp_async_commit();
+    };
+    Accumulator sum = {};
+    const auto between = [&] {
+      for_pairs(sum, [&](float& low, float& high, int row, int column) {
+        row += block.row * BM;
+        column += block.column * BN;
+        if constexpr (INT8) {
+          if (column < g.n) {
+            low *= g.w_scale[column];
+            high *= g.w_scale[column + 1];
+          }
+        } else {
+          drop_pair(g.mask, row, column, g.n, low, high);
+        }
+      });
+    };
+
+    for (int step = 0; step < STAGES - 1; ++step) load_step(step);
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<STAGES - 2>();
+      ptx::sync_block();  // all see this step's tiles, and are done with the stage that is filled next
+      load_step(step + STAGES - 1);
+      const uint32_t stage = memory + step % STAGES * STAGE;
+      const bool first = step < first_steps;
+      if (step == first_steps && (INT8 || g.mask.drops())) between();
+      if (first == INT8) {
+#pragma unroll
+        for (int k16 = 0; k16 < STEP / 16; ++k16) multiply<INT8>(sum, stage, k16);
+      } else {
+        const int left = g.r - (first ? step : step - first_steps) * STEP;
+#pragma unroll 1
+        for (int k16 = 0; k16 < STEP / 16 && k16 * 16 < left; ++k16) multiply<false>(sum, stage, k16);
+      }
+    }
+    if (INT8 && rank_steps == 0) between();
+
+    // Through shared memory, so that whole rows of the tile are written.
+    ptx::cp_async_wait<0>();
+    ptx::sync_block();
+    for_pairs(sum, [&](float low, float high, int row, int column) {
+      add_bias(g.bias, block.column * BN + column, g.n, low, high);
+      ptx::store_shared_u32(memory + chunk_offset<BN / 8>(row, column / 8) + column % 8 * 2, pack<T>(low, high));
+    });
+    ptx::sync_block();
+#pragma unroll 4
+    for (int i = ptx::thread(); i < BM * BN / 8; i += THREADS) {
+      const int row = i / (BN / 8), chunk = i % (BN / 8);
+      const Words eight = ptx::load_shared_128(memory + chunk_offset<BN / 8>(row, chunk));
+      const int y_row = block.row * BM + row, y_column = block.column * BN + chunk * 8;
+      if (y_row < g.m && y_column < g.n) *reinterpret_cast<Words*>(g.y + int64_t(y_row) * g.n + y_column) = eight;
+    }
+  }
+};
+
+template <class T, int TILE, bool INT8, bool ACROSS>
+__global__ void __launch_bounds__(TILES[TILE].threads()) mma_gemm(__grid_constant__ const GemmArguments<T> arguments) {
+  MmaGemm<T, TILE, INT8, ACROSS>::run(arguments);
+}
+
+template <class T, int TILE, bool INT8, bool ACROSS>
+void start(const Launch& what, const GemmArguments<T>& arguments) {
+  constexpr Tile tile = TILES[TILE];
+  launch(what, mma_gemm<T, TILE, INT8, ACROSS>, {ceil_div(arguments.m, tile.bm) * ceil_div(arguments.n, tile.bn)},
+         tile.threads(), tile.shared_bytes(), arguments);
+}
+
+template <class T, int TILE>
+void start_layout(const Launch& what, const GemmArguments<T>& arguments, bool across) {
+  if (arguments.w_scale) {
+    start<T, TILE, true, false>(what, arguments);
+  } else if (across) {
+    start<T, TILE, false, true>(what, arguments);
+  } else {
+    start<T, TILE, false, false>(what, arguments);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool across) {
+  switch (tile) {
+    case 0: return start_layout<T, 0>(what, arguments, across);
+    case 1: return start_layout<T, 1>(what, arguments, across);
+  }
+}
+template void start_mma_gemm(const Launch&, const GemmArguments<Bf16>&, int, bool);
+template void start_mma_gemm(const Launch&, const GemmArguments<Fp16>&, int, bool);
+
+}  // namespace fedms::cuda

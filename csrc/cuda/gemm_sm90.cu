@@ -1,0 +1,216 @@
+// The frozen GEMM with the ranks in it, for compute capability 9.0: a persistent grid in which one warpgroup copies
+// tiles through the tensor memory accelerator, and two multiply them with wgmma, 64 rows of the output tile each.
+#include <type_traits>
+
+#include "gemm.h"
+
+namespace fedms::cuda {
+namespace {
+
+constexpr int STEP = 64, BOX = 64 * 128;  // a box: 64 rows of 64 numbers, 128 bytes
+
+template <int VALUE>
+using Count = std::integral_constant<int, VALUE>;
+
+// The operands as the tensor memory accelerator sees them.
+struct Maps {
+  TensorMap x, w, t, f, y;
+};
+
+template <class T, int TILE, bool ACROSS>
+struct WgmmaGemm {
+  static constexpr Tile tile = TILES[TILE];
+  static constexpr int BM = tile.bm, BN = tile.bn, STAGES = tile.stages, STAGE = tile.stage_bytes();
+  static constexpr int CONSUMERS = BM / 64;
+  // What registers there are, 504 for each thread of a warpgroup, shared out in eights.
+  static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+  static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 504);
+
+  struct Ring {
+    uint32_t stages, staged, full, empty;  // addresses in shared memory
+
+    FEDMS_DEVICE uint32_t full_of(int stage) const { return full + stage * 8; }
+    FEDMS_DEVICE uint32_t empty_of(int stage) const { return empty + stage * 8; }
+  };
+
+  // Where in the ring a warpgroup is. `phase` counts the rounds, of which barriers know the last bit.
+  struct Cursor {
+    int stage = 0, phase = 0;
+
+    FEDMS_DEVICE void advance() {
+      if (++stage == STAGES) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  };
+
+  static FEDMS_DEVICE void load(const Ring& ring, const Maps& maps, Cursor at, bool ranks, int row, int column,
+                                int first) {
+    ptx::barrier_wait(ring.empty_of(at.stage), at.phase ^ 1);
+    const uint32_t full = ring.full_of(at.stage), a = ring.stages + at.stage * STAGE, b = a + BM * 128;
+    ptx::barrier_arrive_expect(full, STAGE);
+    ptx::tma_load(a, ranks ? &maps.t : &maps.x, full, row, first);
+    const TensorMap* map = ranks ? &maps.f : &maps.w;
+    if constexpr (ACROSS) {
+#pragma unroll
+      for (int box = 0; box < BN / 64; ++box) ptx::tma_load(b + box * BOX, map, full, first, column + box * 64);
+    } else {
+      ptx::tma_load(b, map, full, column, first);
+    }
+  }
+
+  static FEDMS_DEVICE void produce(const GemmArguments<T>& g, const Maps& maps, const Ring& ring) {
+    const int row_blocks = ceil_div(g.m, BM), column_blocks = ceil_div(g.n, BN);
+    Cursor at;
+    for (int t = ptx::block_x(); t < row_blocks * column_blocks; t += ptx::blocks_x()) {
+      const Tile2 block = place_tile(t, row_blocks, column_blocks);
+      const int row = block.row * BM, column = block.column * BN;
+      for (int first = 0; first < g.k; first += STEP, at.advance()) load(ring, maps, at, false, row, column, first);
+      for (int first = 0; first < g.r; first += STEP, at.advance()) load(ring, maps, at, true, row, column, first);
+    }
+  }
+
+  using Accumulator = float[BN / 2];
+
+  // 16 k of a stage, for the 64 rows of this warpgroup.
+  static FEDMS_DEVICE void multiply(Accumulator& sum, uint32_t stage, int warpgroup, int k16) {
+    const uint64_t a = matrix_descriptor(stage + warpgroup * BOX + k16 * 32, 0);
+    // Along: 16 k are 32 bytes further on in each row. Across: they are 16 rows further down in each box.
+    const uint64_t b = matrix_descriptor(stage + BM * 128 + k16 * (ACROSS ? 16 * 128 : 32), ACROSS ? BOX : 0);
+    ptx::wgmma<T, BN, ACROSS>(sum, a, b);
+  }
+
+  static FEDMS_DEVICE void consume(const GemmArguments<T>& g, const Maps& maps, const Ring& ring, int warpgroup) {
+    const int row_blocks = ceil_div(g.m, BM), column_blocks = ceil_div(g.n, BN);
+    const int thread = ptx::thread() % 128;
+    const uint32_t staged = ring.staged + warpgroup * 2 * BOX;
+    Cursor at;
+    for (int t = ptx::block_x(); t < row_blocks * column_blocks; t += ptx::blocks_x()) {
+      const Tile2 block = place_tile(t, row_blocks, column_blocks);
+      Accumulator sum = {};
+      ptx::keep_in_place(sum);
+      int before = -1;
+      // Issues the multiplications of one stage while those of the stage before may still run; that one is free then.
+      // Their number is known to the compiler: a branch between them would make it wait for each.
+      const auto step = [&](auto count) {
+        ptx::barrier_wait(ring.full_of(at.stage), at.phase);
+        const uint32_t stage = ring.stages + at.stage * STAGE;
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k16 = 0; k16 < decltype(count)::value; ++k16) multiply(sum, stage, warpgroup, k16);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        if (before >= 0 && thread == 0) ptx::barrier_arrive(ring.empty_of(before));
+        before = at.stage;
+        at.advance();
+      };
+      for (int first = 0; first < g.k; first += STEP) step(Count<STEP / 16>());
+      for (int first = 0; first < g.r; first += STEP) {
+        switch (ceil_div(g.r - first, 16)) {
+          case 1: step(Count<1>()); break;
+          case 2: step(Count<2>()); break;
+          case 3: step(Count<3>()); break;
+          default: step(Count<4>());
+        }
+      }
+      ptx::wgmma_wait<0>();
+      ptx::keep_in_place(sum);
+      if (thread == 0) ptx::barrier_arrive(ring.empty_of(before));
+      write(g, maps, staged, warpgroup, block.row * BM + warpgroup * 64, block.column * BN, sum);
+    }
+    if (thread == 0) ptx::tma_store_wait_read<0>();
+  }
+
+  // Boxes of 64 x 64 through two places in shared memory; the tensor memory accelerator writes them behind our back.
+  static FEDMS_DEVICE void write(const GemmArguments<T>& g, const Maps& maps, uint32_t staged, int warpgroup, int row,
+                                 int column, Accumulator& sum) {
+    const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
+#pragma unroll
+    for (int box = 0; box < BN / 64; ++box) {
+      const uint32_t place = staged + box % 2 * BOX;
+      if (thread == 0) ptx::tma_store_wait_read<1>();
+      ptx::named_barrier(1 + warpgroup, 128);
+#pragma unroll
+      for (int i = 0; i < 32; i += 2) {
+        const int box_row = warp * 16 + accumulator_row(lane, i % 4), box_column = i / 4 * 8 + accumulator_column(lane, 0);
+        float low = sum[box * 32 + i], high = sum[box * 32 + i + 1];
+        add_bias(g.bias, column + box * 64 + box_column, g.n, low, high);
+        ptx::store_shared_u32(place + chunk_offset<8>(box_row, box_column / 8) + box_column % 8 * 2, pack<T>(low, high));
+      }
+      ptx::fence_shared_for_tma();
+      ptx::named_barrier(1 + warpgroup, 128);
+      if (thread == 0) {
+        ptx::tma_store(&maps.y, place, row, column + box * 64);
+        ptx::tma_store_commit();
+      }
+    }
+  }
+
+  static FEDMS_DEVICE void run(const GemmArguments<T>& g, const Maps& maps) {
+    const uint32_t memory = ptx::shared_memory(), staged = memory + STAGES * STAGE;
+    const uint32_t barriers = staged + CONSUMERS * 2 * BOX;
+    const Ring ring{memory, staged, barriers, barriers + STAGES * 8};
+    const int warpgroup = ptx::thread() / 128;
+    if (ptx::thread() == 0) {
+      for (int stage = 0; stage < STAGES; ++stage) {
+        ptx::barrier_init(ring.full_of(stage), 1);
+        ptx::barrier_init(ring.empty_of(stage), CONSUMERS);
+      }
+      ptx::fence_barrier_init();
+    }
+    ptx::sync_block();
+    if (warpgroup == CONSUMERS) {
+      ptx::give_registers<PRODUCER_REGISTERS>();
+      if (ptx::thread() == CONSUMERS * 128) produce(g, maps, ring);
+    } else {
+      ptx::take_registers<CONSUMER_REGISTERS>();
+      consume(g, maps, ring, warpgroup);
+    }
+  }
+};
+
+template <class T, int TILE, bool ACROSS>
+__global__ void __launch_bounds__(TILES[TILE].threads(), 1)
+    wgmma_gemm(__grid_constant__ const GemmArguments<T> arguments, __grid_constant__ const Maps maps) {
+  WgmmaGemm<T, TILE, ACROSS>::run(arguments, maps);
+}
+
+template <class T, int TILE, bool ACROSS>
+void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
+  constexpr Tile tile = TILES[TILE];
+  const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+    return tensor_map(what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
+  };
+  const auto operand = [&](const void* data, int k, int64_t stride) {
+    return ACROSS ? map(data, k, g.n, stride, STEP) : map(data, g.n, k, stride, tile.bn);
+  };
+  Maps maps;
+  maps.x = map(g.x, g.m, g.k, g.x_stride, tile.bm);
+  maps.w = operand(g.w, g.k, g.w_stride);
+  // Without ranks nobody looks at their maps, but they travel along.
+  maps.t = g.r == 0 ? maps.x : map(g.t, g.m, g.r, g.t_stride, tile.bm);
+  maps.f = g.r == 0 ? maps.w : operand(g.f, g.r, g.f_stride);
+  maps.y = map(g.y, g.m, g.n, g.n, 64);
+  const int tiles = ceil_div(g.m, tile.bm) * ceil_div(g.n, tile.bn);
+  launch(what, wgmma_gemm<T, TILE, ACROSS>, {std::min(tiles, multiprocessors)}, tile.threads(), tile.shared_bytes(), g,
+         maps);
+}
+
+}  // namespace
+
+template <class T>
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, bool across, int multiprocessors) {
+  const auto start_tile = [&](auto number) {
+    constexpr int TILE = decltype(number)::value;
+    across ? start<T, TILE, true>(what, g, multiprocessors) : start<T, TILE, false>(what, g, multiprocessors);
+  };
+  switch (tile) {
+    case 2: return start_tile(Count<2>());
+    case 3: return start_tile(Count<3>());
+  }
+}
+template void start_wgmma_gemm(const Launch&, const GemmArguments<Bf16>&, int, bool, int);
+template void start_wgmma_gemm(const Launch&, const GemmArguments<Fp16>&, int, bool, int);
+
+}  // namespace fedms::cuda

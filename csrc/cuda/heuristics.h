@@ -1,0 +1,110 @@
+// Which tiles the GEMMs may run with, and in which order they are expected to do well: a cost model, and no table of
+// GPU names. Its constants are round figures of the tensor cores and caches since Ampere; it only orders the tiles
+// where nothing has been measured.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "fedms/cuda.h"
+#include "layout.h"
+
+namespace fedms::cuda {
+
+enum class Kind { mma, wgmma };
+
+struct Tile {
+  Kind kind;
+  int bm, bn, stages;
+  int warps_m, warps_n;  // of mma: a warp has bm / warps_m rows and bn / warps_n columns. wgmma: 64 rows a warpgroup
+
+  constexpr int threads() const {
+    return kind == Kind::mma ? 32 * warps_m * warps_n : 128 * (1 + bm / 64);  // one more warpgroup copies
+  }
+  constexpr int stage_bytes() const { return (bm + bn) * 128; }
+  // mma stages its output where the pipeline was. wgmma has two boxes of 64 x 64 for every warpgroup, so that the next
+  // tile can be loaded meanwhile, and barriers.
+  constexpr int shared_bytes() const {
+    return stages * stage_bytes() + (kind == Kind::mma ? 0 : bm / 64 * 2 * 8192 + stages * 16);
+  }
+  constexpr int accumulators() const { return kind == Kind::mma ? bm * bn / threads() : bn / 2; }
+};
+
+constexpr Tile TILES[] = {
+    {Kind::mma, 128, 128, 3, 2, 4},
+    {Kind::mma, 64, 64, 4, 2, 2},
+    {Kind::wgmma, 128, 256, 4, 0, 0},
+    {Kind::wgmma, 128, 128, 5, 0, 0},
+};
+constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
+// An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both
+// are for mma, and not at once.
+constexpr bool takes(const Tile& tile, bool int8, bool drops) {
+  return !(int8 || drops) || (tile.kind == Kind::mma && !(int8 && drops));
+}
+
+constexpr bool all_fit() {
+  for (const Tile& tile : TILES) {
+    const bool mma = tile.kind == Kind::mma;
+    if (mma && (tile.bm % (16 * tile.warps_m) || tile.bn % (16 * tile.warps_n))) return false;
+    if (!mma && (tile.bm % 64 || tile.bn % 64 || tile.bn > 256)) return false;
+    if (tile.bm * tile.bn * 2 > tile.stages * tile.stage_bytes()) return false;  // the output of mma, staged
+    if (tile.accumulators() > 128 || tile.stages < 2) return false;
+    if (tile.shared_bytes() > (mma ? 166912 : 232448)) return false;  // 8.0 and 8.7; 9.0
+  }
+  return true;
+}
+static_assert(all_fit());
+static_assert(TILES[0].shared_bytes() <= 101376 && TILES[1].shared_bytes() <= 101376, "8.6 and 8.9 need a tile each");
+
+inline int resident(const Tile& tile, const Chip& chip) {
+  const int registers = tile.threads() * std::min(255, tile.accumulators() + 80);
+  // A multiprocessor has 1 KiB more than a block may ask for, and keeps 1 KiB for each.
+  return std::max(1, std::min(65536 / registers, (chip.shared_memory + 1024) / (tile.shared_bytes() + 1024)));
+}
+
+// Clock cycles, by the slower of the tensor cores and the caches.
+inline double cost(const Tile& tile, const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r) {
+  const bool wgmma = tile.kind == Kind::wgmma;
+  const double row_blocks = ceil_div(m, tile.bm), column_blocks = ceil_div(n, tile.bn), tiles = row_blocks * column_blocks;
+  // Steps of 64 along K, the last one filled up with zeros; the ranks come in steps of 16.
+  const double steps = ceil_div(k, 64) + ceil_div(r, 16) / 4.0;
+  const int at_once = chip.multiprocessors * resident(tile, chip);
+  const double waves = std::ceil(tiles / at_once);
+  // Multiply-adds a cycle of a multiprocessor: 2048 by wgmma on 9.0, 1024 by mma there and on 8.0, 512 elsewhere.
+  // The part of them that a tile can feed falls with its loads from shared memory, which 128 x 256 hides.
+  const double peak = wgmma ? 2048 : chip.capability == 80 || chip.capability == 90 ? 1024 : 512;
+  const double feeding = std::min(1.0, double(tile.bm) * tile.bn / (tile.bm + tile.bn) / 85);
+  const double maths = steps * 64 * tile.bm * tile.bn * resident(tile, chip) / (peak * feeding);
+  // A wave reads each of its rows of x and columns of W from memory once (bands, layout.h), and from L2 once a tile.
+  const double together = std::min<double>(at_once, tiles), band = std::min<double>(BAND, row_blocks);
+  const double memory = (band * tile.bm + std::ceil(together / band) * tile.bn) * 128 * steps / (16.0 * chip.multiprocessors);
+  const double cache = together * tile.stage_bytes() * steps / (48.0 * chip.multiprocessors);
+  // Filling the pipeline, and writing the tile: a persistent grid hides the first behind the second.
+  const double ends = (wgmma ? 500 : 1500) + double(tile.bm) * tile.bn * 2 / 32;
+  return waves * (std::max({maths, memory, cache}) + ends);
+}
+
+#ifdef FEDMS_WITH_SM90A
+constexpr bool HAS_WGMMA = true;
+#else
+constexpr bool HAS_WGMMA = false;
+#endif
+
+inline bool runs_on(const Tile& tile, const Chip& chip) {
+  return tile.shared_bytes() <= chip.shared_memory && (tile.kind == Kind::mma || (HAS_WGMMA && chip.capability == 90));
+}
+
+inline std::vector<int> rank_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops) {
+  std::vector<int> legal;
+  for (int i = 0; i < TILE_COUNT; ++i) {
+    if (runs_on(TILES[i], chip) && takes(TILES[i], int8, drops)) legal.push_back(i);
+  }
+  std::stable_sort(legal.begin(), legal.end(), [&](int i, int j) {
+    return cost(TILES[i], chip, m, n, k, r) < cost(TILES[j], chip, m, n, k, r);
+  });
+  return legal;
+}
+
+}  // namespace fedms::cuda

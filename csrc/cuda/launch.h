@@ -1,0 +1,94 @@
+// Starts a kernel, and makes an exception that names the launch out of every error.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "fedms/cuda.h"
+
+namespace fedms::cuda {
+
+struct Grid {
+  int x, y = 1, z = 1;
+};
+
+// What an error message says of a launch.
+struct Launch {
+  const char* kernel;
+  int64_t m, n, k, r;
+  const Stream& stream;
+};
+
+[[noreturn]] inline void fail(const Launch& launch, const std::string& reason) {
+  throw Error(std::string(launch.kernel) + " (m " + std::to_string(launch.m) + ", n " + std::to_string(launch.n) +
+              ", k " + std::to_string(launch.k) + ", total rank " + std::to_string(launch.r) + ") on device " +
+              std::to_string(launch.stream.device) + ": " + reason);
+}
+
+inline void check(cudaError_t error, const Launch& launch) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it has been reported; the next launch starts anew
+  fail(launch, std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")");
+}
+
+// Makes a device the current one for the length of a launch.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Launch& launch) {
+    check(cudaGetDevice(&previous_), launch);
+    if (previous_ != launch.stream.device) {
+      check(cudaSetDevice(launch.stream.device), launch);
+      changed_ = true;
+    }
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+template <class... Parameters>
+void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes,
+            const Parameters&... arguments) {
+  const DeviceGuard guard(what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(what.stream.handle);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+// A matrix (rows, columns) of 16-bit numbers for the tensor memory accelerator, in boxes of `box_rows` x 64, which
+// come with the 128-byte swizzle. The driver makes it; it is asked for by name, so that nothing links to libcuda.
+inline CUtensorMap tensor_map(const Launch& what, bool bf16, const void* data, int64_t rows, int64_t columns,
+                              int64_t stride, int box_rows) {
+  static const auto encode = [&] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), what);
+    if (result != cudaDriverEntryPointSuccess) fail(what, "the driver has no cuTensorMapEncodeTiled; it is too old");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(stride) * 2};
+  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  const CUresult error = encode(
+      &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data),
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS) {
+    fail(what, "cuTensorMapEncodeTiled gave " + std::to_string(error) + " for a matrix (" + std::to_string(rows) + ", " +
+                   std::to_string(columns) + ") with " + std::to_string(stride) + " numbers from row to row");
+  }
+  return map;
+}
+
+}  // namespace fedms::cuda

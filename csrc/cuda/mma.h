@@ -1,0 +1,63 @@
+// Tiles for mma.sync: asynchronous copies into shared memory, and fragments out of it (layout.h says where).
+#pragma once
+
+#include "layout.h"
+
+namespace fedms::cuda {
+
+constexpr int STEP = 64;  // numbers of the reduction in one stage: rows of 128 bytes
+
+// A tile of ROWS x CHUNKS chunks from (first_row, first_column) of a matrix (rows, columns) on; zeros outside of it. Rows
+// of the matrix start at multiples of 16 bytes. A chunk has eight numbers, or 16 int8.
+template <int ROWS, int CHUNKS, int THREADS, class T>
+FEDMS_DEVICE void copy_tile(uint32_t tile, const T* from, int64_t stride, int first_row, int rows, int first_column,
+                            int columns) {
+  static_assert(ROWS * CHUNKS % THREADS == 0);
+  constexpr int LENGTH = 16 / sizeof(T);
+#pragma unroll
+  for (int first = 0; first < ROWS * CHUNKS; first += THREADS) {
+    const int i = first + ptx::thread(), row = i / CHUNKS, chunk = i % CHUNKS, column = first_column + chunk * LENGTH;
+    const int count = first_row + row < rows ? clamp(columns - column, 0, LENGTH) : 0;
+    const T* source = count > 0 ? from + (first_row + row) * stride + column : from;
+    ptx::cp_async_16(tile + chunk_offset<CHUNKS>(row, chunk), source, count * int(sizeof(T)));
+  }
+}
+
+FEDMS_DEVICE int lane() { return ptx::thread() % 32; }
+FEDMS_DEVICE int warp() { return ptx::thread() / 32; }
+
+// 16 x 16 numbers of A for mma_16x8x16, from a tile that is stored (m, k); `row` and `chunk` are their first.
+template <int CHUNKS>
+FEDMS_DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int chunk) {
+  const Place place = rows_first(lane());
+  ptx::ldmatrix_x4(a, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+}
+// The same from a tile that is stored (k, m).
+template <int CHUNKS>
+FEDMS_DEVICE void load_a_across(uint32_t (&a)[4], uint32_t tile, int row, int chunk) {
+  const Place place = chunks_first(lane());
+  ptx::ldmatrix_x4_trans(a, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+}
+// 16 x 16 numbers of B, for two mma_16x8x16 side by side, from a tile that is stored (n, k).
+template <int CHUNKS>
+FEDMS_DEVICE void load_b(uint32_t (&b)[4], uint32_t tile, int row, int chunk) {
+  const Place place = chunks_first(lane());
+  ptx::ldmatrix_x4(b, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+}
+// The same from a tile that is stored (k, n).
+template <int CHUNKS>
+FEDMS_DEVICE void load_b_across(uint32_t (&b)[4], uint32_t tile, int row, int chunk) {
+  const Place place = rows_first(lane());
+  ptx::ldmatrix_x4_trans(b, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+}
+// The same from a tile of int8 that is stored (n, k), made wide here; `chunk` has all of its 16 k.
+template <class T>
+FEDMS_DEVICE void load_b_int8(uint32_t (&b)[4], uint32_t tile, int row, int chunk) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t place = tile + chunk_offset<4>(row + i / 2 * 8 + lane() / 4, chunk) + i % 2 * 8 + 2 * (lane() % 4);
+    b[i] = widen_int8<T>(ptx::load_shared_u16(place));
+  }
+}
+
+}  // namespace fedms::cuda

@@ -1,0 +1,391 @@
+// The narrow parts: everything with the ranks on one side and the rows, or a side of W, on the other. All are bound by
+// one pass over x or dy. Sums over the rows, or over the columns of dy, are split into parts in a workspace, which
+// another kernel adds up in order: no atomics, so the bits repeat.
+#include <climits>
+
+#include "mma.h"
+#include "philox.h"
+
+namespace fedms::cuda {
+namespace {
+
+constexpr int RANKS = 32;        // of one block; more ranks are more blocks
+constexpr int MOST_RANKS = 256;  // of all experts together
+
+FEDMS_DEVICE float factor_of(const Factors& factors, int row, int rank) {
+  const int expert = factors.expert[rank];
+  const float scale = factors.scale[expert];
+  return factors.gate ? scale * factors.gate[row * factors.row_stride + expert * factors.expert_stride] : scale;
+}
+
+// Sets the dropped numbers of a tile in shared memory to zero. (row, column): of its first one in x.
+template <int ROWS, int CHUNKS, int THREADS>
+FEDMS_DEVICE void drop_tile(const Mask& mask, uint32_t tile, int row, int column, int columns) {
+  static_assert(ROWS * CHUNKS % THREADS == 0);
+  for (int first = 0; first < ROWS * CHUNKS; first += THREADS) {
+    const int i = first + ptx::thread();
+    const uint32_t place = tile + chunk_offset<CHUNKS>(i / CHUNKS, i % CHUNKS);
+    Words eight = ptx::load_shared_128(place);
+    drop_eight(mask, uint64_t(row + i / CHUNKS) * columns + column + i % CHUNKS * 8, eight);
+    ptx::store_shared_128(place, eight);
+  }
+}
+
+// --- S and T
+
+template <class T>
+struct ShrinkArguments {
+  int m, k, r;
+  const T* x;
+  int64_t x_stride;
+  const T* a;
+  int64_t a_stride;
+  T* s;
+  T* t;
+  int64_t t_stride;
+  Factors factors;
+  Mask mask;
+};
+
+template <class T>
+struct Shrink {
+  static constexpr int ROWS = 64, THREADS = 128, STAGES = 4, STAGE = (ROWS + RANKS) * 128;
+  static constexpr int SHARED = STAGES * STAGE;
+
+  static FEDMS_DEVICE void run(const ShrinkArguments<T>& g) {
+    const uint32_t memory = ptx::shared_memory();
+    const int row = ptx::block_x() * ROWS, rank = ptx::block_y() * RANKS, steps = ceil_div(g.k, STEP);
+    const auto load = [&](int step) {
+      if (step < steps) {
+        const uint32_t stage = memory + step % STAGES * STAGE;
+        copy_tile<ROWS, 8, THREADS>(stage, g.x, g.x_stride, row, g.m, step * STEP, g.k);
+        copy_tile<RANKS, 8, THREADS>(stage + ROWS * 128, g.a, g.a_stride, rank, g.r, step * STEP, g.k);
+      }
+      ptx::cp_async_commit();
+    };
+    float sum[RANKS / 8][4] = {};
+    for (int step = 0; step < STAGES - 1; ++step) load(step);
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<STAGES - 2>();
+      ptx::sync_block();  // all see this step's tiles, and are done with the stage that is filled next
+      load(step + STAGES - 1);
+      const uint32_t x = memory + step % STAGES * STAGE, a = x + ROWS * 128;
+      if (g.mask.drops()) {
+        drop_tile<ROWS, 8, THREADS>(g.mask, x, row, step * STEP, g.k);
+        ptx::sync_block();
+      }
+#pragma unroll
+      for (int k16 = 0; k16 < STEP / 16; ++k16) {
+        uint32_t left[4], right[4];
+        load_a<8>(left, x, warp() * 16, 2 * k16);
+#pragma unroll
+        for (int j = 0; j < RANKS / 16; ++j) {
+          load_b<8>(right, a, j * 16, 2 * k16);
+          ptx::mma_16x8x16<T>(sum[2 * j], left, right[0], right[1]);
+          ptx::mma_16x8x16<T>(sum[2 * j + 1], left, right[2], right[3]);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < RANKS / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int to_row = row + warp() * 16 + accumulator_row(lane(), i);
+        const int to_rank = rank + j * 8 + accumulator_column(lane(), i);
+        if (to_row >= g.m || to_rank >= g.t_stride) continue;
+        float t = 0;  // behind the last rank, whatever x holds
+        if (to_rank < g.r) {
+          const float s = g.mask.drops() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
+          g.s[int64_t(to_row) * g.r + to_rank] = {Number<T>::narrow(s)};
+          t = s * factor_of(g.factors, to_row, to_rank);
+        }
+        g.t[to_row * g.t_stride + to_rank] = {Number<T>::narrow(t)};
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(Shrink<T>::THREADS) shrink_kernel(__grid_constant__ const ShrinkArguments<T> arguments) {
+  Shrink<T>::run(arguments);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256)
+    weigh_kernel(int64_t m, int r, const T* s, T* t, int64_t t_stride, Factors factors) {
+  const int64_t i = int64_t(ptx::block_x()) * 256 + ptx::thread(), row = i / t_stride;
+  const int rank = int(i % t_stride);
+  if (row >= m) return;
+  const float value = rank < r ? Number<T>::widen(s[row * r + rank]) * factor_of(factors, int(row), rank) : 0;
+  t[i] = {Number<T>::narrow(value)};
+}
+
+// --- one pass over dy or x
+
+template <class T>
+struct SweepArguments {
+  int m, c, r, rows_a_split;
+  const T* z;
+  int64_t z_stride;
+  const T* t;
+  int64_t t_stride;
+  float* g;
+  const T* b;
+  int64_t b_stride;
+  float* u;
+  Mask mask;
+};
+
+// A wide block makes few parts of U; a narrow layer would leave multiprocessors idle with it.
+constexpr int sweep_columns(int64_t c) { return c >= 2048 ? 256 : 128; }
+
+template <class T, int COLUMNS>
+struct Sweep {
+  static constexpr int ROWS = 64, THREADS = 256, STAGES = COLUMNS == 256 ? 2 : 3, CHUNKS = COLUMNS / 8;
+  static constexpr int Z_BYTES = ROWS * COLUMNS * 2, STAGE = Z_BYTES + ROWS * RANKS * 2;
+  static constexpr int SHARED = STAGES * STAGE + COLUMNS * RANKS * 2;
+  static constexpr int OUTER = COLUMNS / 128;  // 16 columns of z each, for every warp
+  static_assert(SHARED <= 101376);
+
+  static FEDMS_DEVICE void run(const SweepArguments<T>& g) {
+    const uint32_t memory = ptx::shared_memory(), b_tile = memory + STAGES * STAGE;
+    const int column = ptx::block_x() * COLUMNS, split = ptx::block_y(), rank = ptx::block_z() * RANKS;
+    const int begin = split * g.rows_a_split, end = g.m - begin < g.rows_a_split ? g.m : begin + g.rows_a_split;
+    const int steps = ceil_div(end - begin, ROWS);
+    const auto load = [&](int step) {
+      if (step < steps) {
+        const uint32_t stage = memory + step % STAGES * STAGE;
+        copy_tile<ROWS, CHUNKS, THREADS>(stage, g.z, g.z_stride, begin + step * ROWS, end, column, g.c);
+        if (g.g) copy_tile<ROWS, 4, THREADS>(stage + Z_BYTES, g.t, g.t_stride, begin + step * ROWS, end, rank, g.r);
+      }
+      ptx::cp_async_commit();
+    };
+    if (g.u) copy_tile<COLUMNS, 4, THREADS>(b_tile, g.b, g.b_stride, column, g.c, rank, g.r);
+    float outer[OUTER][RANKS / 8][4] = {};
+    for (int step = 0; step < STAGES - 1; ++step) load(step);
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<STAGES - 2>();
+      ptx::sync_block();
+      load(step + STAGES - 1);
+      const uint32_t z = memory + step % STAGES * STAGE;
+      if (g.mask.drops()) {
+        drop_tile<ROWS, CHUNKS, THREADS>(g.mask, z, begin + step * ROWS, column, g.c);
+        ptx::sync_block();
+      }
+      if (g.g) add_outer(outer, z, z + Z_BYTES);
+      if (g.u) project(g, z, b_tile, begin + step * ROWS, end, rank);
+    }
+    if (!g.g) return;
+    float* to = g.g + int64_t(split) * g.c * g.r;
+#pragma unroll
+    for (int o = 0; o < OUTER; ++o) {
+#pragma unroll
+      for (int j = 0; j < RANKS / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int to_column = column + (warp() * OUTER + o) * 16 + accumulator_row(lane(), i);
+          const int to_rank = rank + j * 8 + accumulator_column(lane(), i);
+          if (to_column >= g.c || to_rank >= g.r) continue;
+          to[int64_t(to_column) * g.r + to_rank] = g.mask.drops() ? outer[o][j][i] * g.mask.kept_scale : outer[o][j][i];
+        }
+      }
+    }
+  }
+
+  // z^T t: the columns of z are shared out to the warps.
+  static FEDMS_DEVICE void add_outer(float (&outer)[OUTER][RANKS / 8][4], uint32_t z, uint32_t t) {
+#pragma unroll
+    for (int row = 0; row < ROWS; row += 16) {
+      uint32_t right[RANKS / 16][4];
+#pragma unroll
+      for (int j = 0; j < RANKS / 16; ++j) load_b_across<4>(right[j], t, row, 2 * j);
+#pragma unroll
+      for (int o = 0; o < OUTER; ++o) {
+        uint32_t left[4];
+        load_a_across<CHUNKS>(left, z, row, 2 * (warp() * OUTER + o));
+#pragma unroll
+        for (int j = 0; j < RANKS / 16; ++j) {
+          ptx::mma_16x8x16<T>(outer[o][2 * j], left, right[j][0], right[j][1]);
+          ptx::mma_16x8x16<T>(outer[o][2 * j + 1], left, right[j][2], right[j][3]);
+        }
+      }
+    }
+  }
+
+  // z b: the rows of z are shared out to four warps, and the ranks to two.
+  static FEDMS_DEVICE void project(const SweepArguments<T>& g, uint32_t z, uint32_t b, int row, int end, int rank) {
+    const int part = warp() % 4 * 16, half = warp() / 4;
+    float sum[2][4] = {};
+#pragma unroll 4
+    for (int k16 = 0; k16 < COLUMNS / 16; ++k16) {
+      uint32_t left[4], right[4];
+      load_a<CHUNKS>(left, z, part, 2 * k16);
+      load_b_across<4>(right, b, k16 * 16, 2 * half);
+      ptx::mma_16x8x16<T>(sum[0], left, right[0], right[1]);
+      ptx::mma_16x8x16<T>(sum[1], left, right[2], right[3]);
+    }
+    float* to = g.u + int64_t(ptx::block_x()) * g.m * g.r;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int to_row = row + part + accumulator_row(lane(), i);
+        const int to_rank = rank + half * 16 + j * 8 + accumulator_column(lane(), i);
+        if (to_row < end && to_rank < g.r) to[int64_t(to_row) * g.r + to_rank] = sum[j][i];
+      }
+    }
+  }
+};
+
+template <class T, int COLUMNS>
+__global__ void __launch_bounds__(Sweep<T, COLUMNS>::THREADS, 1)
+    sweep_kernel(__grid_constant__ const SweepArguments<T> arguments) {
+  Sweep<T, COLUMNS>::run(arguments);
+}
+
+// --- sums of parts
+
+// A warp for every row.
+template <class T>
+__global__ void __launch_bounds__(256)
+    finish_rows_kernel(int m, int r, int experts, int parts, const float* u, const T* s, T* ds, int64_t ds_stride,
+                       float* dgate, Factors factors) {
+  const int row = ptx::block_x() * 8 + warp();
+  if (row >= m) return;
+  float products[MOST_RANKS / 32];
+#pragma unroll
+  for (int i = 0; i < MOST_RANKS / 32; ++i) {
+    const int rank = i * 32 + lane();
+    float sum = 0;
+    products[i] = 0;
+    if (rank < r) {
+      for (int part = 0; part < parts; ++part) sum += u[(int64_t(part) * m + row) * r + rank];
+      if (dgate) products[i] = sum * Number<T>::widen(s[int64_t(row) * r + rank]);
+    }
+    if (ds && rank < ds_stride) {
+      ds[row * ds_stride + rank] = {Number<T>::narrow(rank < r ? sum * factor_of(factors, row, rank) : 0)};
+    }
+  }
+  if (!dgate) return;
+  for (int expert = 0; expert < experts; ++expert) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < MOST_RANKS / 32; ++i) {
+      const int rank = i * 32 + lane();
+      if (rank < r && factors.expert[rank] == expert) total += products[i];
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) total += ptx::shuffle_xor(total, lanes);
+    if (lane() == 0) dgate[int64_t(row) * experts + expert] = total * factors.scale[expert];
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(256)
+    add_parts_kernel(int64_t c, int64_t r, int parts, int first, int count, const float* g, T* out, int64_t row_stride,
+                     int64_t column_stride) {
+  const int64_t i = int64_t(ptx::block_x()) * 256 + ptx::thread(), row = i / count, column = i % count;
+  if (row >= c) return;
+  float sum = 0;
+  for (int part = 0; part < parts; ++part) sum += g[(part * c + row) * r + first + column];
+  out[row * row_stride + column * column_stride] = {Number<T>::narrow(sum)};
+}
+
+// Calls start with a null pointer of the element's type.
+template <class Start>
+void for_element(Element element, Start start) {
+  element == Element::bf16 ? start(static_cast<Bf16*>(nullptr)) : start(static_cast<Fp16*>(nullptr));
+}
+
+void check_sizes(const Launch& what, int64_t m, int64_t columns, int64_t r) {
+  if (m < 1 || columns < 1 || m > INT_MAX - 1024 || columns > INT_MAX - 1024) fail(what, "a size is out of range");
+  if (r < 1 || r > MOST_RANKS) fail(what, "the total rank must be from 1 to " + std::to_string(MOST_RANKS));
+}
+
+Grid threads_of_256(const Launch& what, int64_t threads) {
+  if (threads > int64_t(INT_MAX) * 256) fail(what, "a size is out of range");
+  return {ceil_div(threads, 256)};
+}
+
+}  // namespace
+
+void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int64_t x_stride, const void* a,
+            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Dropout& dropout,
+            const Stream& stream) {
+  const Launch what{"shrink", m, 0, k, r, stream};
+  check_sizes(what, m, k, r);
+  if (k % 8) fail(what, "k is not a multiple of 8");
+  // Blocks cover the ranks in steps of RANKS: what they do not reach behind the last rank would stay unwritten.
+  if (t_stride < r || t_stride > int64_t(ceil_div(r, RANKS)) * RANKS) fail(what, "the stride of t is out of range");
+  for_element(element, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const ShrinkArguments<T> arguments{int(m), int(k), int(r), static_cast<const T*>(x), x_stride,
+                                       static_cast<const T*>(a), a_stride, static_cast<T*>(s), static_cast<T*>(t),
+                                       t_stride, factors, mask_of(dropout)};
+    launch(what, shrink_kernel<T>, {ceil_div(m, Shrink<T>::ROWS), ceil_div(r, RANKS)}, Shrink<T>::THREADS,
+           Shrink<T>::SHARED, arguments);
+  });
+}
+
+void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
+           const Stream& stream) {
+  const Launch what{"weigh", m, 0, 0, r, stream};
+  check_sizes(what, m, r, r);
+  if (t_stride < r) fail(what, "the stride of t is out of range");
+  for_element(element, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    launch(what, weigh_kernel<T>, threads_of_256(what, m * t_stride), 256, 0, m, int(r), static_cast<const T*>(s),
+           static_cast<T*>(t), t_stride, factors);
+  });
+}
+
+int64_t sweep_blocks(int64_t c) { return ceil_div(c, sweep_columns(c)); }
+
+void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
+           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Dropout& dropout,
+           const Stream& stream) {
+  const Launch what{"sweep", m, c, 0, r, stream};
+  check_sizes(what, m, c, r);
+  if (c % 8) fail(what, "the columns of z are not a multiple of 8");
+  if (rows_a_split < 64 || rows_a_split % 64 || rows_a_split > INT_MAX - 1024) {
+    fail(what, "rows_a_split is not a positive multiple of 64");
+  }
+  if (u && dropout.p > 0) fail(what, "dropout is for z^T t alone");
+  for_element(element, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const SweepArguments<T> arguments{int(m), int(c), int(r), int(rows_a_split), static_cast<const T*>(z), z_stride,
+                                      static_cast<const T*>(t), t_stride, g, static_cast<const T*>(b), b_stride, u,
+                                      mask_of(dropout)};
+    const Grid grid{int(sweep_blocks(c)), ceil_div(m, int(rows_a_split)), ceil_div(r, RANKS)};
+    if (sweep_columns(c) == 256) {
+      launch(what, sweep_kernel<T, 256>, grid, Sweep<T, 256>::THREADS, Sweep<T, 256>::SHARED, arguments);
+    } else {
+      launch(what, sweep_kernel<T, 128>, grid, Sweep<T, 128>::THREADS, Sweep<T, 128>::SHARED, arguments);
+    }
+  });
+}
+
+void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
+                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Stream& stream) {
+  const Launch what{"finish_rows", m, 0, 0, r, stream};
+  check_sizes(what, m, r, r);
+  if (ds && (ds_stride < r || ds_stride > MOST_RANKS)) fail(what, "the stride of ds is out of range");
+  for_element(element, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    launch(what, finish_rows_kernel<T>, {ceil_div(m, 8)}, 256, 0, int(m), int(r), int(experts), int(parts), u,
+           static_cast<const T*>(s), static_cast<T*>(ds), ds_stride, dgate, factors);
+  });
+}
+
+void add_parts(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
+               void* out, int64_t row_stride, int64_t column_stride, const Stream& stream) {
+  const Launch what{"add_parts", c, 0, 0, r, stream};
+  check_sizes(what, c, r, r);
+  if (first < 0 || count < 1 || first + count > r) fail(what, "the columns are out of range");
+  for_element(element, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    launch(what, add_parts_kernel<T>, threads_of_256(what, c * count), 256, 0, c, r, int(parts), int(first),
+           int(count), g, static_cast<T*>(out), row_stride, column_stride);
+  });
+}
+
+}  // namespace fedms::cuda

@@ -1,0 +1,108 @@
+// The linear layer with gated LoRA experts on an NVIDIA GPU, in bf16 and fp16, from compute capability 8.0 on. The
+// parts are launched one by one: S = x A^T (shrink), y = x W^T + T B^T + bias (gemm), and for the gradients one pass
+// over dy (sweep, finish_rows, add_parts), the GEMM again for dx, and a sweep over x for dA.
+//
+// Pointers lead to memory of the device. A stride is the numbers from one row to the next; along a row they lie side by
+// side, and rows start at multiples of 16 bytes. Nothing is allocated, nothing waits for the GPU, and nothing is read
+// that a graph could not capture. The same inputs give the same bits on one kind of GPU: sums have a fixed order.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fedms::cuda {
+
+// An error of CUDA; what() names the launch.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Element { bf16, fp16 };
+
+struct Stream {
+  int device;
+  void* handle;  // a cudaStream_t
+};
+
+// The mask is philox_mask(seed, m, columns, p) of fedms_ext/reference.py, bit for bit; p = 0 drops nothing.
+struct Dropout {
+  double p = 0;
+  uint64_t seed = 0;
+};
+
+// The total rank R: the experts lie side by side.
+struct Factors {
+  const float* scale;    // (E,)
+  const int32_t* expert;  // (R,), the number of each rank's expert
+  const float* gate;     // gate[i * row_stride + e * expert_stride]; null means 1
+  int64_t row_stride, expert_stride;
+};
+
+// What a device can do, as far as the choice of a tile needs it.
+struct Chip {
+  int capability;      // 80 is 8.0
+  int multiprocessors;
+  int shared_memory;   // bytes that a block may have
+};
+
+// y (m, n), dense, = x w + t f + bias, in one fp32 accumulator. x is (m, k), t (m, r), and r may be 0. w and f are given
+// as (n, k) and (n, r), or, with `across`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
+// `w_scale` (n,) or null: w is int8, not across, with one scale a column of y; k is a multiple of 16.
+struct Gemm {
+  Element element;
+  int64_t m, n, k, r;
+  const void* x;
+  int64_t x_stride;
+  const void* w;
+  int64_t w_stride;
+  const float* w_scale;
+  const void* bias;  // (n,) or null
+  const void* t;
+  int64_t t_stride;
+  const void* f;
+  int64_t f_stride;
+  void* y;
+  bool across;
+  Dropout dropout;
+};
+
+// The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first.
+std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops);
+std::string gemm_tile_name(int tile);
+void gemm(const Gemm& gemm, int tile, const Chip& chip, const Stream& stream);
+
+// s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its
+// stride. k is a multiple of 8.
+void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int64_t x_stride, const void* a,
+            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Dropout& dropout,
+            const Stream& stream);
+
+// t (m, r) from a dense s (m, r), as shrink makes it.
+void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
+           const Stream& stream);
+
+// One pass over z (m, c), which is dy or x:
+//   parts of drop(z)^T t, (splits, c, r), one of every `rows_a_split` rows of z, with t (m, r); and
+//   parts of z b, (sweep_blocks(c), m, r), one of every block of columns of z, with b (c, r).
+// Null pointers (g, or u) leave either out. c is a multiple of 8, rows_a_split of 64.
+int64_t sweep_blocks(int64_t c);
+void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
+           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Dropout& dropout,
+           const Stream& stream);
+
+// From the parts of u = dy B (parts, m, r): ds (m, r) = u with scale and gate (zeros up to its stride), and dgate
+// (m, experts) = scale * the sum of s * u over the ranks of an expert, with a dense s (m, r). Null leaves either out.
+void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
+                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Stream& stream);
+
+// out (c, count) = the sum over the parts, in order, of the columns first .. first + count - 1 of g (parts, c, r);
+// out[i * row_stride + j * column_stride].
+void add_parts(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
+               void* out, int64_t row_stride, int64_t column_stride, const Stream& stream);
+
+// Throws if this device cannot run the kernels of this build.
+void check_device(int device);
+
+}  // namespace fedms::cuda

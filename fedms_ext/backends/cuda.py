@@ -1,0 +1,402 @@
+"""The CUDA C++ kernels of csrc/cuda. No GPU has run them yet, so nothing chooses them: FEDMS_BACKEND=cuda does.
+
+For bf16 and fp16 layers whose sides are multiples of 8 (16 along K for an int8 weight), with a total rank of 256 at
+most and experts in the base's dtype, without segments. Everything else goes to the Triton backend where it can run, and
+to `eager`.
+
+FEDMS_CUDA_EMULATED=FILE takes the kernels from a module that was compiled for the emulator of tests/cuda_kernels, and
+then they take tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C
+from . import eager, triton
+
+LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
+_MOST_PARTS = 16    # into which sums over the rows are split
+
+_EMULATED = os.environ.get("FEDMS_CUDA_EMULATED")
+
+
+def _load_emulated(file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.cuda
+
+
+_kernels = _load_emulated(_EMULATED) if _EMULATED else getattr(_C, "cuda", None)
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    if _kernels is None:
+        return "this build has no CUDA kernels; reinstall with FEDMS_CUDA=1 and the CUDA toolkit (nvcc)"
+    if _EMULATED:
+        return None
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA; install a CUDA build of it"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU; see torch.cuda.is_available()"
+    try:
+        _kernels.check_device(torch.cuda.current_device())
+    except RuntimeError as error:
+        return f"{error}; this build is for {_C.build_info()['cuda']}, see FEDMS_CUDA_ARCHS in setup.py"
+    return None
+
+
+def supports(x: Tensor) -> bool:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return x.device.type == "cpu" if _EMULATED else x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _other(x: Tensor) -> ModuleType:
+    """Who takes a call that the kernels do not."""
+    return triton if triton.unavailable() is None and triton.supports(x) else eager
+
+
+def _in_kernels(x: Tensor, n: int, lora_a: Sequence[Tensor]) -> bool:
+    k = x.shape[-1]
+    return (
+        x.numel() > 0
+        and n > 0
+        and n % 8 == 0
+        and k % 8 == 0
+        and len(lora_a) > 0
+        and lora_a[0].dtype == x.dtype
+        and sum([a.shape[0] for a in lora_a]) <= LARGEST_RANK
+    )
+
+
+@lru_cache(maxsize=None)
+def _chip(device: torch.device) -> object:
+    if _EMULATED:
+        return _kernels.Chip(90, 4, 232448)
+    properties = torch.cuda.get_device_properties(device)
+    return _kernels.Chip(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def _stream(x: Tensor) -> object:
+    if _EMULATED:
+        return _kernels.Stream(0, 0)
+    return _kernels.Stream(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K), its rows dense and at multiples of 16 bytes."""
+    rows = x.reshape(-1, x.shape[-1])
+    dense = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+    aligned = rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
+    return rows if dense and aligned else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // 8) * 8
+
+
+@lru_cache(maxsize=256)
+def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The applied experts side by side: a (R, K), b (N, R), scale (E,), owner (R,) the number of a rank's expert."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    owner: Tensor
+    ranks: tuple[int, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        return [sum(self.ranks[:e]) for e in range(len(self.ranks))]
+
+
+def _pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor) -> _Experts:
+    ranks = tuple(a.shape[0] for a in lora_a)
+    rank, device = sum(ranks), lora_a[0].device
+    b = F.pad(torch.cat(list(lora_b), dim=1), (0, _padded(rank) - rank))[:, :rank]
+    if scale.device == device:
+        scale = scale.to(torch.float32)
+    else:
+        scale = _numbers(tuple(scale.tolist()), torch.float32, device)
+    owners = tuple(e for e, r in enumerate(ranks) for _ in range(r))
+    return _Experts(_rows(torch.cat(list(lora_a))), b, scale, _numbers(owners, torch.int32, device), ranks)
+
+
+class _Call:
+    """What the launches of one call of the operator share. It holds the tensors whose addresses the kernels get."""
+
+    def __init__(
+        self, x: Tensor, experts: _Experts, gate: Tensor | None, dropout_p: float, seed: int
+    ) -> None:
+        self.bf16, self.chip, self.stream = x.dtype == torch.bfloat16, _chip(x.device), _stream(x)
+        self.experts, self.rank = experts, experts.a.shape[0]
+        self.gate = None if gate is None else gate.reshape(-1, len(experts.ranks)).to(torch.float32)
+        strides = (0, 0) if self.gate is None else self.gate.stride()
+        self.factors = _kernels.Factors(
+            experts.scale.data_ptr(), experts.owner.data_ptr(), _address(self.gate), *strides
+        )
+        self.dropout, self.drops = _kernels.Dropout(dropout_p, seed), dropout_p > 0
+        self.nothing_dropped = _kernels.Dropout(0.0, 0)
+
+    def shrink(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s = drop(x) A^T (M, R), and t, which is s with scale and gate."""
+        m, a = x.shape[0], self.experts.a
+        s, t = x.new_empty(m, self.rank), x.new_empty(m, _padded(self.rank))
+        _kernels.shrink(
+            self.bf16, m, x.shape[1], self.rank, x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), s.data_ptr(),
+            t.data_ptr(), t.stride(0), self.factors, self.dropout, self.stream,
+        )  # fmt: skip
+        return s, t
+
+    def weigh(self, s: Tensor) -> Tensor:
+        t = s.new_empty(s.shape[0], _padded(self.rank))
+        _kernels.weigh(
+            self.bf16, s.shape[0], self.rank, s.data_ptr(), t.data_ptr(), t.stride(0), self.factors, self.stream
+        )
+        return t
+
+    def gemm(
+        self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, t: Tensor, f: Tensor, across: bool
+    ) -> Tensor:
+        """x w^T + t f^T + bias; `across`: x w + t f, and dropout masks t f."""
+        (m, k), n = x.shape, w.shape[1] if across else w.shape[0]
+        y = x.new_empty(m, n)
+        drops = across and self.drops
+        tile = _kernels.gemm_tiles(self.chip, m, n, k, self.rank, w_scale is not None, drops)[0]
+        _kernels.gemm(
+            self.bf16, m, n, k, self.rank, x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), _address(w_scale),
+            _address(bias), t.data_ptr(), t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), across,
+            self.dropout if drops else self.nothing_dropped, tile, self.chip, self.stream,
+        )  # fmt: skip
+        return y
+
+    def sweep(self, z: Tensor, t: Tensor | None, b: Tensor | None, drops: bool) -> tuple[Tensor | None, Tensor | None]:
+        """One pass over z (M, C): the parts of drop(z)^T t (splits, C, R), and those of z b (blocks, M, R)."""
+        m, c = z.shape
+        rows = -(-max(-(-m // _MOST_PARTS), 64) // 64) * 64
+        g = z.new_empty(-(-m // rows), c, self.rank, dtype=torch.float32) if t is not None else None
+        u = z.new_empty(_kernels.sweep_blocks(c), m, self.rank, dtype=torch.float32) if b is not None else None
+        _kernels.sweep(
+            self.bf16, m, c, self.rank, rows, z.data_ptr(), z.stride(0), _address(t), _stride(t), _address(g),
+            _address(b), _stride(b), _address(u), self.dropout if drops else self.nothing_dropped, self.stream,
+        )  # fmt: skip
+        return g, u
+
+    def finish_rows(self, u: Tensor, s: Tensor | None, dgate: Tensor | None, like: Tensor) -> Tensor:
+        """dS (M, R), in the dtype of `like`, from the parts of U; fills `dgate` (M, E) if it is given."""
+        parts, m, _ = u.shape
+        ds = like.new_empty(m, _padded(self.rank))
+        _kernels.finish_rows(
+            self.bf16, m, self.rank, len(self.experts.ranks), parts, u.data_ptr(), _address(s), ds.data_ptr(),
+            ds.stride(0), _address(dgate), self.factors, self.stream,
+        )  # fmt: skip
+        return ds
+
+    def add_parts(self, g: Tensor, out: Tensor, first: int) -> None:
+        """out (C, r) = the ordered sum over the parts of g (parts, C, R), its columns from `first` on."""
+        parts, c, _ = g.shape
+        _kernels.add_parts(
+            self.bf16, c, self.rank, parts, first, out.shape[1], g.data_ptr(), out.data_ptr(), out.stride(0),
+            out.stride(1), self.stream,
+        )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    segments: Sequence[int] | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    if segments is not None or not _in_kernels(x, weight.shape[0], lora_a) or weight.dtype != x.dtype:
+        return _other(x).forward(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+    return _forward(x, weight, None, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+
+
+def frozen_forward(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    kind: str,
+    group: int,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    segments: Sequence[int] | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """`forward` on an int8 weight (N, K), made wide where a tile is multiplied; x is not quantised."""
+    n, k = weight_scale.shape[0], x.shape[-1]
+    if segments is not None or not _in_kernels(x, n, lora_a) or weight.dtype != torch.int8 or k % 16:
+        return _other(x).frozen_forward(
+            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed
+        )
+    return _forward(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    rows, weight, experts = _rows(x), _rows(weight), _pack(lora_a, lora_b, scale)
+    call = _Call(x, experts, gate, dropout_p, seed)
+    s, t = call.shrink(rows)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = call.gemm(rows, weight, w_scale, bias, t, experts.b, across=False)
+    return y.view(*x.shape[:-1], weight.shape[0]), s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    segments: Sequence[int] | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    if segments is not None or not _in_kernels(dy, weight.shape[1], lora_a) or weight.dtype != dy.dtype:
+        return _other(dy).backward(
+            dy, x, weight, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
+            needs_db,
+        )  # fmt: skip
+    return _backward(
+        dy, x, weight, None, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
+    )
+
+
+def frozen_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    k: int,
+    weight: Tensor | None,
+    weight_scale: Tensor | None,
+    kind: str,
+    group: int,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    segments: Sequence[int] | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`backward` on the int8 transpose (K, N) of the weight; None where dx is not needed."""
+    # The kernels mask the ranks' part of dx before an int8 weight could be scaled, so dropout goes elsewhere.
+    int8 = not needs_dx or (weight.dtype == torch.int8 and dy.shape[-1] % 16 == 0 and dropout_p == 0)
+    if segments is not None or not _in_kernels(dy, k, lora_a) or not int8:
+        return _other(dy).frozen_backward(
+            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed,
+            needs_dx, needs_dgate, needs_da, needs_db,
+        )  # fmt: skip
+    return _backward(
+        dy, x, weight, weight_scale, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
+        needs_db,
+    )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    w_scale: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    gate: Tensor | None,
+    s: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    needs_dx: bool,
+    needs_dgate: bool,
+    needs_da: Sequence[bool],
+    needs_db: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    # `weight` is (N, K), or (K, N) and int8 with one scale a row.
+    rows, experts = _rows(dy), _pack(lora_a, lora_b, scale)
+    call = _Call(dy, experts, gate, dropout_p, seed)
+    s = None if s is None else s.contiguous()
+    dgate = None if not needs_dgate else torch.empty(rows.shape[0], len(lora_a), dtype=torch.float32, device=dy.device)
+    da = [torch.empty_like(a, memory_format=torch.contiguous_format) if n else None for a, n in zip(lora_a, needs_da)]
+    db = [torch.empty_like(b, memory_format=torch.contiguous_format) if n else None for b, n in zip(lora_b, needs_db)]
+
+    # One pass over dy: dB from S with scale and gate, and U = dy B, from which dS and the gate's gradient come.
+    needs_u = needs_dx or needs_dgate or any(needs_da)
+    t = call.weigh(s) if any(needs_db) else None
+    parts, u = call.sweep(rows, t, experts.b if needs_u else None, drops=False)
+    ds = call.finish_rows(u, s, dgate, rows) if needs_u else None
+    for out, first in zip(db, experts.starts):
+        if out is not None:
+            call.add_parts(parts, out, first)
+
+    if any(needs_da):
+        parts, _ = call.sweep(_rows(x), ds, None, drops=call.drops)
+        for out, first in zip(da, experts.starts):
+            if out is not None:
+                call.add_parts(parts, out.t(), first)
+
+    dx = None
+    if needs_dx:
+        # An int8 weight is its own transpose, quantised apart, so its ranks lie along it too.
+        f = experts.a if w_scale is None else _rows(F.pad(experts.a.t(), (0, _padded(call.rank) - call.rank)))
+        dx = call.gemm(rows, _rows(weight), w_scale, None, ds, f, across=w_scale is None)
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx, None if dgate is None else dgate.view(gate.shape).to(gate.dtype), da, db
