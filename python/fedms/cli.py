@@ -295,7 +295,8 @@ def pretrain(
     "`fedms study --quick --out runs/study-quick` — six methods, two settings, one seed",
     "`fedms study --jobs 2 --hours 8` — the whole study, or as much of it as fits; called again it goes on",
     "`fedms study --page-only` — make the page again from the records",
-    "OUT holds records.jsonl, one line a run; run folders are kept in runs/study until they are removed.",
+    "`fedms tune fashion --jobs 2 --out docs/study/tuned/fashion` — before it: constants chosen for each method",
+    "OUT holds records.jsonl, one line a run, and OUT/tuned what fedms tune chose; run folders are kept in runs/study until they are removed.",
     EXIT_CODES]))
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
@@ -304,7 +305,7 @@ def study(
         "--page", metavar="FILE", help="The page.", show_default="OUT.md, beside OUT")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs at a time, one thread each.")] = 1,
     hours: Annotated[Optional[float], typer.Option(
-        "--hours", min=0, metavar="H", help="Begin no run after that time.", show_default="no limit")] = None,
+        "--hours", min=0, metavar="H", help="Stop then, wherever the runs are; the next call goes on.", show_default="no limit")] = None,
     page_only: Annotated[bool, typer.Option("--page-only", help="Run nothing.")] = False,
 ) -> None:
     """Run the study of all methods on four settings, and write its page from the records."""
@@ -312,7 +313,7 @@ def study(
         from fedms import pretrain as pretraining
         from fedms import study as studies
 
-        planned, records = studies.plan(quick), out / "records.jsonl"
+        planned, records = studies.plan(quick, out / "tuned"), out / "records.jsonl"
         if not page_only:
             needed = {run.config.model.id for run in planned}
             for model in (name for name in PRETRAINED if name in needed):

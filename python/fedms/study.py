@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, dump_toml, load_config
+from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, dump_toml, load_config, read_tables
 from fedms.files import FolderLock, write_durably
+from fedms.jobs import in_processes
+from fedms.progress import Progress
 from fedms.records import RunFolderError, RunRecords
 
 SEEDS = (0, 1, 2)
@@ -84,6 +84,7 @@ class Planned:
     label: str
     config: RunConfig
     sets: tuple[str, ...]
+    tuned: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -105,8 +106,10 @@ class Planned:
         return f"{self.setting.name}, {self.label}, seed {self.config.run.seed}"
 
 
-def plan(quick: bool = False) -> list[Planned]:
-    """All runs, those first that the claims rest on."""
+def plan(quick: bool = False, tuned: Path | None = None) -> list[Planned]:
+    """All runs, those first that the claims rest on. tuned: folder with SOURCE/METHOD.toml, as `fedms tune --out
+    TUNED/SOURCE` writes them; a method without such a file has the run file's constants."""
+    _planned = partial(_plan_one, tuned=tuned)
     if quick:
         short = ("stage1.rounds=4", "stage2.rounds=3")
         return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]
@@ -116,9 +119,14 @@ def plan(quick: bool = False) -> list[Planned]:
                    for seed in SEEDS for name, (method, sets) in ABLATIONS.items()]
 
 
-def _planned(setting: Setting, label: str, method: str, seed: int, sets: tuple[str, ...] = ()) -> Planned:
-    sets = (*COMMON, *setting.sets, *sets, f"run.method={method}", f"run.seed={seed}")
-    return Planned(setting, label, load_config(setting.source, sets), sets)
+def _plan_one(setting: Setting, label: str, method: str, seed: int, sets: tuple[str, ...] = (), *,
+              tuned: Path | None) -> Planned:
+    chosen: tuple[str, ...] = ()
+    if tuned is not None and (file := tuned / setting.source / f"{method}.toml").is_file():
+        chosen = tuple(f"{table}.{key}={json.dumps(value)}" for table, keys in read_tables(file).items()
+                       for key, value in keys.items())
+    sets = (*COMMON, *setting.sets, *chosen, *sets, f"run.method={method}", f"run.seed={seed}")
+    return Planned(setting, label, load_config(setting.source, sets), sets, tuned=bool(chosen))
 
 
 def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: int = 1,
@@ -127,7 +135,7 @@ def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: in
 
     Args:
         work: where run folders are kept; a run that was killed goes on from its last round.
-        stop: asked before each run whether to begin it.
+        stop: asked between clients whether to stop; runs under way go on at the next call.
 
     Returns:
         The number of runs still to do: 0 when the study is whole.
@@ -163,35 +171,28 @@ def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: in
 
 def _results(todo: Sequence[Planned], work: Path, jobs: int,
              stop: Callable[[], bool]) -> Iterator[tuple[Planned, dict[str, Any]]]:
-    if jobs == 1:
-        for run in todo:
-            if stop():
-                return
-            yield run, _record(run, work)
+    from fedms.engine.local import Interrupted
+
+    record = partial(_record, work=work)
+    try:
+        if jobs > 1 and todo:
+            yield from in_processes(record, todo, jobs, Progress(), stop)
+        else:
+            yield from ((run, record(run, Progress(), stop)) for run in todo)
+    except Interrupted:
         return
-    # Ctrl-C reaches the whole group of processes: the runs under way end, and no other is begun.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=signal.signal,
-                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        waiting = iter(todo)
-        running = {pool.submit(_record, run, work): run for run, _ in zip(waiting, range(jobs))}
-        while running:
-            done = next(as_completed(running))
-            run = running.pop(done)
-            if not stop() and (following := next(waiting, None)) is not None:
-                running[pool.submit(_record, following, work)] = following
-            yield run, done.result()
 
 
-def _record(run: Planned, work: Path) -> dict[str, Any]:
+def _record(run: Planned, progress: Progress, stop: Callable[[], bool], *, work: Path) -> dict[str, Any]:
     """Carries out a run and makes its line."""
     from fedms import models
     from fedms import run as runner
 
     folder = work / run.setting.name / f"{re.sub('[^a-z0-9_]+', '-', run.label)}-seed{run.config.run.seed}"
     try:
-        summary = runner.run(run.config, folder, resume=True)
+        summary = runner.run(run.config, folder, resume=True, progress=progress, stop=stop)
     except ConfigError:                 # it holds a run with other settings
-        summary = runner.run(run.config, folder, overwrite=True)
+        summary = runner.run(run.config, folder, overwrite=True, progress=progress, stop=stop)
     past = RunRecords.read(folder)
     keep = ("personalised_accuracy", "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate",
             "final_depth", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
@@ -269,8 +270,7 @@ READING = """\
 Accuracies in %, mean ± standard deviation over seeds; each client counts the same. *Worst 10 %*: the mean of the worst
 tenth of clients. *Below local*: the share of clients that would be better off alone. `fedms` is the method as defined,
 `fedms_plus` with the pieces that `docs/method.md` explains. Differences are paired by client and seed, in points, with a
-95 % interval of their mean; those whose interval holds 0 are marked by ~. All methods have the run file's constants: their
-learning rates are the same, and not tuned one by one.
+95 % interval of their mean; those whose interval holds 0 are marked by ~.
 """
 
 
@@ -370,7 +370,15 @@ def _provenance(setting: Setting, done: Sequence[Done]) -> str:
                          + [word for text in (*COMMON, *setting.sets) for word in ("--set", text)])
     return (f"`{command} --method METHOD --seed SEED`; seeds {', '.join(sorted({str(line['seed']) for _, line in done}))}; "
             f"commit {', '.join(sorted(commits))}; {', '.join(sorted(cpus))}, one thread a run; "
-            f"PyTorch {', '.join(sorted(torches))}.")
+            f"PyTorch {', '.join(sorted(torches))}. " + _constants([run for run, _ in done]))
+
+
+def _constants(runs: Sequence[Planned]) -> str:
+    tuned = {run.label: run.tuned for run in runs}
+    if not any(tuned.values()):
+        return "All methods have the run file's constants: their learning rates are the same, and not tuned one by one."
+    rest = [label for label, is_tuned in tuned.items() if not is_tuned]
+    return "Constants chosen by `fedms tune`" + (f", but for {', '.join(rest)}." if rest else ".")
 
 
 def _ablation_part(done: Sequence[Done], planned: Sequence[Planned], of_run: Mapping[Any, Any]) -> list[str]:

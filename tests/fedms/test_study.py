@@ -44,6 +44,17 @@ def test_the_plan_covers_every_method_and_seed_once():
     assert [run.label for run in runs[:6]] == list(study.FIRST)
 
 
+def test_constants_that_were_tuned_are_used_and_said(tmp_path):
+    (tmp_path / "fashion").mkdir()
+    (tmp_path / "fashion" / "ditto.toml").write_text("[ditto]\npull = 0.5\n[stage1]\nlr = 0.001\n")
+    runs = study.plan(tuned=tmp_path)
+    tuned = [run for run in runs if run.tuned]
+    assert {(run.label, run.setting.source) for run in tuned} == {("ditto", "fashion")}
+    assert all(run.config.ditto.pull == 0.5 and run.config.stage1.lr == 0.001 for run in tuned)
+    assert study._constants(tuned + RUNS[:1]) == "Constants chosen by `fedms tune`, but for local."
+    assert study._constants(RUNS).startswith("All methods have the run file's constants")
+
+
 def test_what_is_recorded_is_not_run_again_and_one_removed_line_is(tmp_path):
     runs, records = planned(("fedms", 0), ("local", 0)), tmp_path / "study" / "records.jsonl"
     assert study.carry_out(runs, records, tmp_path / "work", say=lambda text: None) == 0
