@@ -296,7 +296,7 @@ def pretrain(
     "`fedms study --jobs 2 --hours 8` — the whole study, or as much of it as fits; called again it goes on",
     "`fedms study --page-only` — make the page again from the records",
     "`fedms tune fashion --jobs 2 --out docs/study/tuned/fashion` — before it: constants chosen for each method",
-    "OUT holds records.jsonl, one line a run, and OUT/tuned what fedms tune chose; run folders are kept in runs/study until they are removed.",
+    "OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in runs/study.",
     EXIT_CODES]))
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
@@ -305,7 +305,8 @@ def study(
         "--page", metavar="FILE", help="The page.", show_default="OUT.md, beside OUT")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs at a time, one thread each.")] = 1,
     hours: Annotated[Optional[float], typer.Option(
-        "--hours", min=0, metavar="H", help="Stop then, wherever the runs are; the next call goes on.", show_default="no limit")] = None,
+        "--hours", min=0, metavar="H", help="Stop then, wherever the runs are; the next call goes on.",
+        show_default="no limit")] = None,
     page_only: Annotated[bool, typer.Option("--page-only", help="Run nothing.")] = False,
 ) -> None:
     """Run the study of all methods on four settings, and write its page from the records."""
