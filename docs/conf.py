@@ -1,9 +1,9 @@
 """Sphinx: `make docs` writes the pages in this folder, and the API from the docstrings, to build/docs."""
 
-from importlib.metadata import version
+from importlib import metadata
 
 project = "FedMS"
-release = version("fedms")
+release = metadata.version("fedms")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"FedMS {release}"
