@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import tiny_models
+import saved_models
 import torch
 from PIL import Image
 
@@ -19,12 +19,12 @@ LABELS = ["good", "bad", "plain", "good", "bad", "plain"]
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    return models.load(ModelTable(id=str(tiny_models.save("bert", tmp_path_factory.mktemp("bert")))))
+    return models.load(ModelTable(id=str(saved_models.save("bert", tmp_path_factory.mktemp("bert")))))
 
 
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory):
-    return models.load(ModelTable(id=str(tiny_models.save("clip", tmp_path_factory.mktemp("clip")))))
+    return models.load(ModelTable(id=str(saved_models.save("clip", tmp_path_factory.mktemp("clip")))))
 
 
 def frame(**columns):

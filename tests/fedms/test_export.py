@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import peft
 import pytest
-import tiny_models
+import saved_models
 import torch
 import transformers
 from PIL import Image
@@ -40,7 +40,7 @@ def make_table(path):
     rows = []
     for client in ("anna", "berta", "carl"):
         for _ in range(30):
-            words = rng.choice(tiny_models.WORDS, rng.integers(3, 9)).tolist()
+            words = rng.choice(saved_models.WORDS, rng.integers(3, 9)).tolist()
             rows.append({"text": " ".join(words), "label": "yes" if ("good" in words) != (client == "carl") else "no",
                          "who": client})
     pd.DataFrame(rows).to_csv(path, index=False)
@@ -93,8 +93,8 @@ def ended(tmp_path_factory):
     def get(kind):
         out = root / f"run-{kind}"
         if not out.is_dir():
-            model = tiny_models.save(kind, root / kind)
-            run.run(settings(model, table if kind in tiny_models.TEXT else images, **RUNS[kind]), out)
+            model = saved_models.save(kind, root / kind)
+            run.run(settings(model, table if kind in saved_models.TEXT else images, **RUNS[kind]), out)
         return out
 
     yield get
@@ -316,7 +316,7 @@ def test_exports_that_cannot_be_made(ended, tmp_path):
     with pytest.raises(RunFolderError, match="not replaced, as it is no earlier export"):
         export(tmp_path / "run", tmp_path / "mine", overwrite=True)
     task = task_of(tmp_path / "run")
-    other = tiny_models.save("roberta", tmp_path / "other")
+    other = saved_models.save("roberta", tmp_path / "other")
     wrong = models.load(task.config.model.model_copy(update={"id": str(other)}))
     with pytest.raises(ModelError, match="is not the model that the experts were trained on"):
         export(tmp_path / "run", tmp_path / "out", foundation=wrong)
@@ -379,7 +379,7 @@ def test_an_adapter_that_peft_made_starts_stage_2(ended, tmp_path):
     theirs.save_pretrained(tmp_path / "adapter")
     outcome, model = import_adapter(tmp_path / "adapter", config, tmp_path / "run")
     assert [v["stage"] for v in RunRecords.read(tmp_path / "run").visits] == ["stage2"] * 3
-    assert outcome.final.applied_depth == tiny_models.BLOCKS and outcome.final.depth == 2
+    assert outcome.final.applied_depth == saved_models.BLOCKS and outcome.final.depth == 2
     inputs = inputs_for(model.foundation)
     batch = inputs.batch(torch.arange(len(inputs)))
     with torch.no_grad():

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-import tiny_models
+import saved_models
 import torch
 from PIL import Image
 
@@ -15,14 +15,14 @@ from fedms.data import ImageInputs
 from fedms.models import ModelError, ModuleModel
 from fedms_ext import ConstantPrefix, LoRA, activate, attach, expert_layers, merge, prefix_depth
 
-KINDS = [*tiny_models.TEXT, *tiny_models.IMAGES, "timm"]
+KINDS = [*saved_models.TEXT, *saved_models.IMAGES, "timm"]
 TEXTS = ["the film was good", "bad", "a very plain photo of the dog and the cat"]
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return lambda kind: root / kind if (root / kind).is_dir() else tiny_models.save(kind, root / kind)
+    return lambda kind: root / kind if (root / kind).is_dir() else saved_models.save(kind, root / kind)
 
 
 def photos(n=3, size=(20, 24)):
@@ -31,14 +31,14 @@ def photos(n=3, size=(20, 24)):
 
 
 def pixels(images):
-    resized = [np.asarray(image.resize((tiny_models.IMAGE,) * 2), dtype=np.float32) / 255 for image in images]
+    resized = [np.asarray(image.resize((saved_models.IMAGE,) * 2), dtype=np.float32) / 255 for image in images]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
 
 def load(kind, folder_of, **keys):
     if kind == "timm":
         torch.manual_seed(7)
-        return ModuleModel(tiny_models.TimmViT(), blocks="blocks", prepare=pixels, name="timm",
+        return ModuleModel(saved_models.TimmViT(), blocks="blocks", prepare=pixels, name="timm",
                            features=lambda m, inputs: m.forward_features(inputs["pixel_values"])[:, 0])
     return models.load(ModelTable(id=str(folder_of(kind)), **keys))
 
@@ -61,20 +61,20 @@ def test_an_architecture_at_every_depth(kind, folder_of):
         plain = model.features(batch)
     assert plain.shape == (3, model.feature_dim) and plain.dtype == torch.float32
     assert (plain - plain[0]).abs().max() > 1e-4        # it sees its input
-    assert model.width == tiny_models.WIDTH and not any(p.requires_grad for p in module.parameters())
+    assert model.width == saved_models.WIDTH and not any(p.requires_grad for p in module.parameters())
 
     attach(module, "all-linear", {"global": LoRA(2, 4)}, blocks=model.blocks)
     with torch.no_grad():
         assert torch.equal(model.features(batch), plain)
     for layer in expert_layers(module).values():
         torch.nn.init.normal_(layer.lora_b["global"], std=0.05)
-    assert {layer.block for layer in expert_layers(module).values()} == set(range(1, tiny_models.BLOCKS + 1))
+    assert {layer.block for layer in expert_layers(module).values()} == set(range(1, saved_models.BLOCKS + 1))
 
-    for depth in range(tiny_models.BLOCKS + 1):
-        activate(module, "global", depth=depth, applied_depth=tiny_models.BLOCKS)
+    for depth in range(saved_models.BLOCKS + 1):
+        activate(module, "global", depth=depth, applied_depth=saved_models.BLOCKS)
         whole = model.features(batch)
         prefix = ConstantPrefix(module)
-        assert prefix.depth == prefix_depth(module) == tiny_models.BLOCKS - depth
+        assert prefix.depth == prefix_depth(module) == saved_models.BLOCKS - depth
         if prefix.depth:
             hidden = prefix.capture(lambda: model.features(batch))
             tokens = batch["input_ids"].shape[1] if model.reads == "text" else model.image_tokens
@@ -85,11 +85,11 @@ def test_an_architecture_at_every_depth(kind, folder_of):
             whole.square().sum().backward() if kind == "timm" else whole[:, 0].sum().backward()
         for name, layer in expert_layers(module).items():
             grads = [layer.lora_a["global"].grad, layer.lora_b["global"].grad]
-            if layer.block <= tiny_models.BLOCKS - depth:
+            if layer.block <= saved_models.BLOCKS - depth:
                 assert grads == [None, None], name
             else:
                 assert all(torch.isfinite(g).all() for g in grads)
-                assert any(g.abs().max() > 0 for g in grads) or layer.block == tiny_models.BLOCKS, name
+                assert any(g.abs().max() > 0 for g in grads) or layer.block == saved_models.BLOCKS, name
         module.zero_grad()
     merge(module, "global")
     assert torch.allclose(model.features(batch), whole, atol=1e-5)
@@ -126,7 +126,7 @@ def test_pooling(kind, own, folder_of):
 
 
 def test_a_sentence_encoders_own_pooling_is_found(folder_of, tmp_path):
-    folder = tiny_models.save("bert", tmp_path / "model")
+    folder = saved_models.save("bert", tmp_path / "model")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     assert models.load(ModelTable(id=str(folder))).pooling == "cls"
@@ -141,10 +141,10 @@ def test_two_towers_give_the_models_own_zero_shot_logits(kind, folder_of):
     model, folder = load(kind, folder_of), folder_of(kind)
     pair = transformers.AutoModel.from_pretrained(folder).eval()
     prompts = ["a photo of a cat", "the dog"]
-    text = tiny_models.tokenizer()(prompts, padding="max_length" if kind == "siglip" else True, truncation=True, max_length=12,
+    text = saved_models.tokenizer()(prompts, padding="max_length" if kind == "siglip" else True, truncation=True, max_length=12,
                                    return_tensors="pt")
     inputs = {"input_ids": text["input_ids"], **({} if kind == "siglip" else {"attention_mask": text["attention_mask"]})}
-    images = tiny_models.processor(kind)(photos(), return_tensors="pt")["pixel_values"]
+    images = saved_models.processor(kind)(photos(), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         want = pair(pixel_values=images, **inputs).logits_per_image
         features = model.features(batch_of(model))
@@ -158,11 +158,11 @@ def expert_layers_of(model):
     return attach(model.module, ["q_proj", "v_proj"], {"global": LoRA(2, 2)}, blocks=model.blocks)
 
 
-@pytest.mark.parametrize("kind", tiny_models.IMAGES)
+@pytest.mark.parametrize("kind", saved_models.IMAGES)
 def test_images_are_prepared_as_the_models_processor_does(kind, folder_of):
     model = load(kind, folder_of)
     for images in (photos(), [image.convert("L") for image in photos()], [image.convert("RGBA") for image in photos()]):
-        want = tiny_models.processor(kind)([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        want = saved_models.processor(kind)([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         prepared = model.prepare(images)
         assert prepared.dtype == torch.uint8
         got = ImageInputs(prepared, model.image_tokens, "", model.pixel_transform).batch(torch.arange(3))["pixel_values"]
@@ -172,7 +172,7 @@ def test_images_are_prepared_as_the_models_processor_does(kind, folder_of):
 # What cannot be loaded
 
 def test_only_safetensors(tmp_path, folder_of):
-    folder = tiny_models.save("bert", tmp_path / "model")
+    folder = saved_models.save("bert", tmp_path / "model")
     weights = models.load(ModelTable(id=str(folder))).module.state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -181,7 +181,7 @@ def test_only_safetensors(tmp_path, folder_of):
 
 
 def test_code_of_a_repository_is_not_run(tmp_path):
-    folder = tiny_models.save("bert", tmp_path / "model")
+    folder = saved_models.save("bert", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({
         **config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}))
@@ -205,7 +205,7 @@ def test_a_hub_id_without_a_network(monkeypatch):
 
 
 def test_damaged_and_incomplete_folders(tmp_path):
-    folder = tiny_models.save("clip", tmp_path / "model")
+    folder = saved_models.save("clip", tmp_path / "model")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:len(whole) // 2])
@@ -243,12 +243,12 @@ def test_a_vision_model_embeds_no_prompts(folder_of):
 
 def test_what_a_module_must_say():
     with pytest.raises(ModelError, match="no list of blocks at 'layers'"):
-        ModuleModel(tiny_models.TimmViT(), blocks="layers", prepare=pixels, features=lambda m, x: x)
+        ModuleModel(saved_models.TimmViT(), blocks="layers", prepare=pixels, features=lambda m, x: x)
     with pytest.raises(ModelError, match=r"expected float32 \(B, D\)"):
-        ModuleModel(tiny_models.TimmViT(), blocks="blocks", prepare=pixels,
+        ModuleModel(saved_models.TimmViT(), blocks="blocks", prepare=pixels,
                     features=lambda m, x: m.forward_features(x["pixel_values"]))
     with pytest.raises(ModelError, match="one of prepare="):
-        ModuleModel(tiny_models.TimmViT(), blocks="blocks", features=lambda m, x: x)
+        ModuleModel(saved_models.TimmViT(), blocks="blocks", features=lambda m, x: x)
 
 
 @pytest.mark.parametrize("table, key", [

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes:
 
 
 @pytest.fixture(scope="module")
-def tiny_models():
-    """Saves random models of many architectures (tests/fedms/tiny_models.py)."""
+def saved_models():
+    """Saves random models of many architectures (tests/fedms/saved_models.py)."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "fedms"))
-    yield __import__("tiny_models")
+    yield __import__("saved_models")
     sys.path.pop(0)
 
 
@@ -53,16 +53,16 @@ def test_newsrooms(folder):
     assert summary["rounds"] == {"stage1": 1, "stage2": 1} and summary["personalised_accuracy"]["mean"] > 0.3
 
 
-def test_solar_cells(folder, tiny_models):
+def test_solar_cells(folder, saved_models):
     pytest.importorskip("elpv_dataset", reason="pip install elpv-dataset")
     call(folder, sys.executable, "solar_cells.py", "images", "--cells", "240")
     assert sorted(path.name for path in (folder / "images").iterdir()) == [
         f"{kind}{plant}" for kind in ("mono", "poly") for plant in (1, 2, 3)]
-    tiny_models.save("vit", folder / "model")
+    saved_models.save("vit", folder / "model")
     assert fedms(folder, "solar_cells.toml", "--set", "model.id=model")["personalised_accuracy"]["mean"] > 0.3
 
 
-def test_clip(folder, tiny_models):
+def test_clip(folder, saved_models):
     draw = np.random.default_rng(0)
     for client in range(4):
         for label, level in (("cat", 60), ("dog", 190)):
@@ -71,17 +71,17 @@ def test_clip(folder, tiny_models):
             for i in range(12):
                 pixels = draw.normal(level, 40, (20, 24, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{i}.png")
-    tiny_models.save("clip", folder / "model")
+    saved_models.save("clip", folder / "model")
     summary = fedms(folder, "clip.toml", "--set", "model.id=model")
     assert summary["zero_shot_accuracy"] is not None
 
 
-def test_decoder(folder, tiny_models):
+def test_decoder(folder, saved_models):
     draw = random.Random(0)
     rows = [(draw.choice(["the film was good", "bad film", "very plain", "great"]), draw.randrange(4)) for _ in range(160)]
     (folder / "tickets.csv").write_text("text,label,team\n" + "".join(
         f"{text},{'praise' if 'g' in text else 'blame'},team{team}\n" for text, team in rows))
-    tiny_models.save("qwen", folder / "model")
+    saved_models.save("qwen", folder / "model")
     fedms(folder, "decoder.toml", "--set", "model.id=model")
 
 

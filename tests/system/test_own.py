@@ -13,7 +13,7 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs/models-and-data.md"
 
 
-@pytest.mark.skipif("FEDMS_CRASHES" not in os.environ, reason="takes minutes: make test-full")
+@pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="takes minutes: make test-full")
 def test_the_walks_on_the_page(tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     output = ""

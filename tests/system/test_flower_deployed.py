@@ -27,7 +27,7 @@ from fedms.records import RunRecords, comparable
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.max_samples=300", "data.partition=iid", "clients.unseen=1", "run.threads=1", "sal.cache=disk",
          "stage1.rounds=3"]
-pytestmark = pytest.mark.skipif("FEDMS_CRASHES" not in os.environ, reason="minutes: make test-full")
+pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
 
 
 def fedms(folder, *words, timeout=900):
