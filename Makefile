@@ -49,6 +49,13 @@ gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eigh
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick)
 
+# A build folder of its own; the kernels without Python, on every instruction set of this machine.
+sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behaviour sanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFEDMS_CHECK=ON \
+	  -DFEDMS_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/int8_check
+
 test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30 full disks, 20 runs within limits of memory
 	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(BIN)/python -m pytest -q --durations=10 tests
 
