@@ -270,7 +270,7 @@ def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) 
 
     A group's scale is rounded to 1/2048 of the row's largest, and a level to 1/1008 of the format's: the product of
     these whole numbers, rounded, is the int8 value (pmulhrsw on x86, sqrdmulh on Arm), from -63 to 63: so AVX2 can add
-    two products in 16 bits. On normal weights that takes the error of nf4 from 9.23 to 9.35 %.
+    two products in 16 bits. On normal weights and groups of 64 that takes the error of nf4 from 9.20 to 9.34 %.
     """
     top = max(map(abs, LEVELS[kind]))
     largest = scale.abs().amax(dim=1, keepdim=True)
