@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -56,7 +57,7 @@ def accelerate(model: nn.Module) -> Accelerated:
             skipped[name] = f"a {type(module).__module__}.{type(module).__name__}, not a peft.tuners.lora.Linear"
         else:
             module.__class__ = PeftLinear
-            if reason := module.obstacle():
+            if reason := cast(PeftLinear, module).obstacle():
                 module.__class__ = lora.Linear
                 skipped[name] = reason
             else:

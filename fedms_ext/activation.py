@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from fedms_ext.surgery import layers_of, block_list, expert_layers
 ORDERS = ("top_down", "bottom_up", "interleaved")
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential:
     """The blocks of a model that experts are attached to.
 
     Raises:
@@ -179,7 +180,7 @@ class ConstantPrefix:
     @contextmanager
     def replay(self, hidden: Tensor) -> Iterator[None]:
         """Within the context the model's forward skips the prefix and goes on from `hidden` (B, T, D)."""
-        skipped = list(self.blocks[:self.depth])
+        skipped = list(self.blocks)[:self.depth]
         for i, block in enumerate(skipped):
             block.forward = _Skip(block, hidden if i == self.depth - 1 else None)
         try:
@@ -202,7 +203,7 @@ def _stop(hidden: object = None) -> None:
     raise _PrefixEnd(hidden)
 
 
-def _hidden(out: object) -> Tensor:
+def _hidden(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 

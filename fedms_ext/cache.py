@@ -213,5 +213,6 @@ class DiskCache:
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps([[n, str(t.dtype), list(t.shape)] for n, t in sorted(tensors.items())]).encode())
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(data)  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
     return digest.hexdigest()

@@ -145,15 +145,15 @@ def frozen_linear(
         raise ValueError(f"the weight is on {frozen.scale.device}, but x is on {x.device}; move one of them")
     if gate is not None:
         gate = gate.expand(*x.shape[:-1], len(lora_a) if segments is None else 1)
-    lora_a, lora_b, scale, gate, segments = applied(lora_a, lora_b, scale, gate, active, segments)
+    lora_a, lora_b, chosen, gate, segments = applied(lora_a, lora_b, scale, gate, active, segments)
     if not lora_a:
         gate = None
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    factors = (_scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor)(tuple(scale))
+    factors = (_scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor)(tuple(chosen))
 
-    needs = (False,)
+    needs: tuple[bool, ...] = (False,)
     if torch.is_grad_enabled():
         needs = tuple(tensor is not None and tensor.requires_grad for tensor in (x, gate, *lora_a, *lora_b))
     if any(needs):

@@ -309,7 +309,7 @@ def expert_linear(
         scale = make(tuple(scale))
     seed = 0 if seed is None else seed
 
-    needs = (False,)
+    needs: tuple[bool, ...] = (False,)
     if torch.is_grad_enabled():
         inputs = (x, gate, *lora_a, *lora_b)
         needs = tuple(tensor is not None and tensor.requires_grad for tensor in inputs)

@@ -49,7 +49,8 @@ def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
     """x (M, K) with the values that `philox_mask` drops set to zero and the others divided by 1 - p."""
     if p == 0:
         return x
-    return torch.where(philox_mask(seed, *x.shape, p, x.device), x / (1 - p), 0)
+    rows, cols = x.shape
+    return torch.where(philox_mask(seed, rows, cols, p, x.device), x / (1 - p), 0)
 
 
 def own_expert(segments: Sequence[int], like: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def attach(model: nn.Module, targets: str | Sequence[str], experts: Mapping[str,
             layer = ExpertLinear.from_linear(layer, experts)
             layer.block = block
             model.set_submodule(name, layer)
-    model.fedms_blocks = blocks
+    model.fedms_blocks = blocks  # type: ignore[assignment]  # torch's stubs: only tensors and modules
     _leave_fused_paths(model)
     return list(chosen)
 

@@ -89,7 +89,7 @@ def _chip(device: torch.device) -> object:
     return _kernels.Chip(
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in torch's stubs
     )
 
 

@@ -53,7 +53,7 @@ def _factor(scale: list[float] | Tensor, gate: Tensor | None, expert: int, own: 
     return scale[expert] if gate is None else _rows(gate, own)[:, expert : expert + 1] * scale[expert]
 
 
-def side_by_side(parts: Sequence[Tensor], segments: Sequence[int] | None) -> Tensor:
+def side_by_side(parts: list[Tensor], segments: Sequence[int] | None) -> Tensor:
     """s, from what every expert makes of its rows."""
     if len(parts) == 1:
         return parts[0]

@@ -64,7 +64,7 @@ def _chip(device: torch.device) -> Chip:
     return Chip(
         (properties.major, properties.minor),
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in torch's stubs
     )
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class ExpertLinear(nn.Linear):
         """
         check_experts(self.experts, {name: lora})
         weight = self.weight if self.frozen is None else self.frozen.scale
-        like = {"device": weight.device, "dtype": weight.dtype}
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         a = torch.empty(lora.rank, self.in_features, **like)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.lora_a[name] = nn.Parameter(a, requires_grad=False)
@@ -178,7 +179,8 @@ class ExpertLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)
         dropout = next(iter(self.experts.values())).dropout
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
-        operator, weight = (expert_linear, self.weight) if frozen is None else (frozen_linear, frozen)
+        operator: Callable[..., Tensor] = expert_linear if frozen is None else frozen_linear
+        weight = self.weight if frozen is None else frozen
         return operator(
             x, weight, self.bias,
             list(self.lora_a.values()), list(self.lora_b.values()), [lora.scale for lora in self.experts.values()],

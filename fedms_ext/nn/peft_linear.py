@@ -48,9 +48,12 @@ class PeftLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[adapters[0]]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
+        base: Any = self.base_layer
+        down: Any = self.lora_A
+        up: Any = self.lora_B
         return expert_linear(
-            x, self.base_layer.weight, self.base_layer.bias,
-            [self.lora_A[name].weight for name in adapters], [self.lora_B[name].weight for name in adapters],
+            x, base.weight, base.bias,
+            [down[name].weight for name in adapters], [up[name].weight for name in adapters],
             [self.scaling[name] for name in adapters], dropout_p=p,
             seed=int(torch.randint(2**63 - 1, ())) if p > 0 else None,
         )  # fmt: skip

@@ -51,7 +51,7 @@ class QuantisedWeight(nn.Module):
             raise ValueError("the weight holds an infinity or a NaN, so it cannot be quantised; repair it first")
         self.sha256 = tensor_sha256(weight)
         self.kind, self.group = kind, group
-        self._shape = tuple(weight.shape)
+        self._shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self._hold(*quantise(weight, kind, group))
 
     def _hold(self, q: Tensor, scale: Tensor) -> None:
@@ -138,5 +138,6 @@ class QuantisedWeight(nn.Module):
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 (hex) of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    digest.update(data)  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
     return digest.hexdigest()

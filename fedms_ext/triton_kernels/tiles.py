@@ -109,7 +109,7 @@ def cost(tile: Tile, gemm: Gemm, chip: Chip) -> float:
     tiles = math.ceil(gemm.m / tile.bm) * math.ceil(gemm.n / tile.bn)
     waves = math.ceil(tiles / (chip.multiprocessors * tile.resident(chip, gemm.rank)))
     feeding = min(1.0, tile.bm * tile.bn / (tile.bm + tile.bn) / 85)
-    steps = gemm.k + gemm.rank
+    steps: float = gemm.k + gemm.rank
     if tile.kind == "inline":
         steps += gemm.k * gemm.rank / tile.bn  # S again in every column of tiles
     work = tile.bm * tile.bn * steps * tile.resident(chip, gemm.rank)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import scipy.stats
@@ -94,8 +95,8 @@ def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]
 
 def _means(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     total = sum(weight for _, _, weight in pairs)
-    return (sum(a.double() * (weight / total) for a, _, weight in pairs),
-            sum(b.double() * (weight / total) for _, b, weight in pairs))
+    return (cast(Tensor, sum(a.double() * (weight / total) for a, _, weight in pairs)),
+            cast(Tensor, sum(b.double() * (weight / total) for _, b, weight in pairs)))
 
 
 def _product_norm_squared(a: Tensor, b: Tensor) -> float:

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -76,8 +77,11 @@ class Participant:
     """What the server knows of a client: its id, its number of training samples, and its device."""
 
     id: int
-    n_train: int
     device: Device
+
+    if TYPE_CHECKING:       # only to be read, so that a property will do
+        @property
+        def n_train(self) -> int: ...
 
     def trained_depth(self, message: Message) -> int:
         """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
@@ -171,7 +175,7 @@ def cross_entropy_of(model: ResidentModel, client: Client, expert: str) -> Calla
 class Group:
     """Parameters, by the names under which their optimiser state is kept, and their learning rate."""
 
-    params: dict[str, Tensor]
+    params: Mapping[str, Tensor]
     lr: float
 
 

@@ -581,7 +581,9 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
 def _locate(item: Mapping[str, Any], whole: Any) -> tuple[str, Any, Any]:
     """Dotted key, field and value of an error in the run file ``whole``; pydantic's location goes on into branches of
     unions and items of lists, which we drop."""
-    key, field, model = "", None, RunConfig
+    key = ""
+    field: Any = None
+    model: type[BaseModel] | None = RunConfig
     for part in item["loc"]:
         if isinstance(part, int) and field is not None and Budget in get_args(field.annotation):
             key, model = f"{key}[{part}]", Budget

@@ -3,7 +3,7 @@ has been made on training and validation data."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +122,6 @@ def accuracy(logits: Tensor | None, labels: Tensor) -> float | None:
     return None if logits is None else float((logits.argmax(1) == labels).float().mean())
 
 
-def mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None

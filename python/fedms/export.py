@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +28,7 @@ from fedms.config import ConfigError
 from fedms.files import sync_folder
 from fedms.models import FoundationModel, ModelError
 from fedms.models.heads import TextHead
+from fedms.models.huggingface import TextModel, VisionModel
 from fedms.outcome import Task, bind, outcome_of, task_of
 from fedms.progress import Progress
 from fedms.records import RunFolderError
@@ -37,6 +38,8 @@ from fedms_ext import detach, merge
 FORMATS = ("peft", "merged", "onnx", "mixture")
 MANIFEST = "fedms.json"
 FORMAT = 1
+
+_Transformers = TextModel | VisionModel
 
 
 def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = None, overwrite: bool = False,
@@ -88,13 +91,14 @@ def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task) -
     model_keys: dict[str, Any] = {}
     try:
         foundation.save(folder / "base")        # before experts are attached
-        model_keys = {"id": "base", "pooling": foundation.pooling, "blocks": foundation.blocks}
+        model_keys = {"id": "base", "pooling": cast(_Transformers, foundation).pooling, "blocks": foundation.blocks}
     except ModelError:
         if task.config.model.id not in models.MODELS:
             model_keys = {"id": foundation.name}    # given as an object then, and to be given again
     model = bind(foundation, task)
     outcome = outcome_of(run, task, model)
-    final, parts = outcome.final, {}
+    final = outcome.final
+    parts: Tensors = {}
     for name, tensors in (("tensors", final.tensors), ("constants", final.constants), ("sums", final.sums)):
         parts |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
     _save(parts, folder / "shared.safetensors")
@@ -181,6 +185,9 @@ def _needs_transformers(foundation: FoundationModel) -> None:
 
 class _Classifier(nn.Module):
     """From a batch to logits (B, C), with arguments in the order of `names`."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, foundation: FoundationModel, head: Tensors, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -310,7 +317,8 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 def _card(foundation: FoundationModel, task: Task, expert: str, base: str, peft: bool) -> str:
     lines = ["import torch", "import transformers", *(["from peft import PeftModel"] if peft else []),
              "from safetensors.torch import load_file", "",
-             *foundation.recipe(base, task.config.data.max_tokens, "PeftModel.from_pretrained(base, \".\")" if peft else None),
+             *cast(_Transformers, foundation).recipe(base, task.config.data.max_tokens,
+                                                     "PeftModel.from_pretrained(base, \".\")" if peft else None),
              f'head = load_file("{adapter.HEAD}")', 'logits = features @ head["weight"].T + head["bias"]']
     return "\n".join([
         f"# {expert} expert", "",

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from fedms.progress import Progress
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Work = Callable[[Item, Progress, Callable[[], bool]], Result]
 
 
@@ -19,7 +20,7 @@ class WorkerDied(Exception):
     """A worker process ended without a word, as one does that the system kills for want of memory."""
 
 
-def in_processes(work: Work, items: Sequence[Item], jobs: int, progress: Progress,
+def in_processes(work: Work[Item, Result], items: Sequence[Item], jobs: int, progress: Progress,
                  stop: Callable[[], bool]) -> Iterator[tuple[Item, Result]]:
     """`work(item, progress, stop)` for all items, `jobs` at a time, each pair as it is done; fewer if it is stopped.
 

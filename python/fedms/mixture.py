@@ -103,7 +103,7 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     task = Task(config, tuple(content["classes"]), None if prompts is None else tuple(map(tuple, prompts)),
                 {int(i): group for i, group in content["clients"].items()}, content["model_fingerprint"])
     shared = load_file(folder / "shared.safetensors")
-    parts = {name: _below(name, shared) for name in ("tensors", "constants", "sums")}
+    parts: dict[str, Any] = {name: _below(name, shared) for name in ("tensors", "constants", "sums")}
     private = {int(path.stem): Private(load_file(path)) for path in sorted((folder / "clients").glob("*.safetensors"))}
     outcome = Outcome(task, Message(clients=(), **content["final"], **parts), private)
     number = outcome.client(client)     # a mistake here is answered before the model is loaded

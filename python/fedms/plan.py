@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fedms.run  # noqa: F401  what it loads is part of the process that is measured here
 from fedms import data, methods, models
@@ -93,7 +93,8 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
         ConfigError, ModelError, DataError: as a run does.
     """
     planner = _Planner(config, progress or Progress())
-    speeds, tried = {}, {}
+    speeds: dict[str, float] = {}
+    tried: dict[int, list[Option]] = {}
     for frozen in (config.model.frozen, *SMALLER.get(config.model.frozen, ("int8", "nf4"))):
         planner.freeze(frozen)
         speeds[frozen] = flops or planner.speed()
@@ -115,6 +116,8 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
 
 class _Planner:
     """The loaded model and data, and what the process needs besides them."""
+
+    originals: dict[str, Tensor]    # by name, once they are quantised
 
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         hand_back_large_blocks()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from fedms_ext.activation import blocks_of
 
 EXPERTS = ("global", "local")
 Tensors = dict[str, Tensor]
+Constant = TypeVar("Constant", Tensor, Ragged)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class ResidentModel:
         self.cache = self._new_cache()
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.shifts = self._no_shifts()                     # added to each expert's logits, (C,)
-        self.kept = dict.fromkeys(EXPERTS, nothing)         # what training each expert leaves as it is
+        # What training each expert leaves as it is.
+        self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, nothing)
         self.corrected: Tensors = {}                        # what exact aggregation adds to frozen weights, by layer
         self.originals: Tensors = {}                        # the weights of those layers without it
         self.boundary = self.untrained_below(config.sal.depth)
@@ -162,7 +165,7 @@ class ResidentModel:
         found, own = read_pairs(folder, self.layers), self.read("global")
         if "head/weight" in found and "head/bias" not in found:
             found["head/bias"] = torch.zeros(len(found["head/weight"]))
-        head = {name: found.pop(name) for name in ("head/weight", "head/bias") if name in found}
+        head: Tensors = {name: found.pop(name) for name in ("head/weight", "head/bias") if name in found}
         if all(name in own and own[name].shape == tensor.shape for name, tensor in head.items()):
             found |= head
         for name, tensor in found.items():
@@ -221,7 +224,7 @@ class ResidentModel:
         for name, original in self.originals.items():
             self._frozen_weight(name).copy_(original + self.corrected[name] if shown else original)
 
-    def _frozen_weight(self, name: str) -> nn.Parameter:
+    def _frozen_weight(self, name: str) -> Tensor:
         return self.layers[name.removeprefix("correction/")].weight
 
     def untrained_below(self, depth: int) -> int:
@@ -322,7 +325,9 @@ class ResidentModel:
             halves = zip(EXPERTS, features.chunk(len(EXPERTS)))
             return torch.cat([self.heads[e](own) + self.shifts[e] for e, own in halves], dim=1)
 
-        return self._in_chunks(part, compute, len(EXPERTS) * len(self.dataset.classes)).chunk(len(EXPERTS), dim=1)
+        both = self._in_chunks(part, compute, len(EXPERTS) * len(self.dataset.classes))
+        ours, own = both.chunk(len(EXPERTS), dim=1)
+        return ours, own
 
     @torch.no_grad()
     def all_layer_mixture(self, part: Part, weights: Tensor) -> Tensor:
@@ -339,7 +344,7 @@ class ResidentModel:
         """Names an expert's applied tensors by what they hold."""
         digest = hashlib.sha256()
         for tensor in (*self.read_applied(expert).values(), *self.corrected.values(), self.shifts[expert]):
-            digest.update(tensor.numpy())
+            digest.update(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
         return digest.hexdigest()
 
     def features(self, part: Part) -> Tensor:
@@ -367,8 +372,8 @@ class ResidentModel:
             return None
         return self.features(part) @ self.class_embeddings.T / self.temperature
 
-    def _constant(self, key: tuple[str | int, ...], compute: Callable[[], Tensor | Ragged],
-                  flops: Callable[[], int]) -> Tensor | Ragged:
+    def _constant(self, key: tuple[str | int, ...], compute: Callable[[], Constant],
+                  flops: Callable[[], int]) -> Constant:
         """A value that depends on its key alone, from the cache or computed now.
 
         A client's device computes each once in a run, so that is what the run is charged: whatever this process
@@ -380,7 +385,7 @@ class ResidentModel:
             self.charged.add(name)
             self.flops += flops()
         counted = self.flops
-        value = self.cache.get(key, compute)
+        value = cast(Constant, self.cache.get(key, compute))    # what was computed under the key
         if not due and value.nbytes > self.cache.max_bytes:     # too large to be kept: computed every time
             counted += flops()
         self.flops = counted
@@ -428,7 +433,7 @@ class ResidentModel:
         digest = hashlib.sha256(prefix_hash(self.foundation.module, depth).encode())
         for name, correction in self.corrected.items() if corrected else ():
             if self.layers[name.removeprefix("correction/")].block <= depth:
-                digest.update(correction.numpy())
+                digest.update(correction.numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
         return digest.hexdigest()
 
     def _features(self, part: Part, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
@@ -437,7 +442,8 @@ class ResidentModel:
         for layer in self.layers.values():      # LoRA's dropout is on where something is trained; the FM's own never
             layer.train(torch.is_grad_enabled())
         inputs = self.dataset.inputs.batch(part.indices[rows])
-        start, replayed = 0, nullcontext()
+        start = 0
+        replayed: AbstractContextManager[None] = nullcontext()
         if self._replays():
             prefix = self._prefix(part) if prefix is None else prefix
             start, replayed = depth, ConstantPrefix(module, depth).replay(prefix.pad(rows))

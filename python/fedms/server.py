@@ -84,8 +84,8 @@ class Collected:
                 "residual_weights": {layer: [w for _, _, w in pairs] for layer, pairs in self.residual.pairs.items()}}
 
     def tensors(self) -> Tensors:
-        pairs = {f"residual/{layer}/{i}/{x}": pair["ab".index(x)] for layer, pairs in self.residual.pairs.items()
-                 for i, pair in enumerate(pairs) for x in "ab"}
+        pairs = {f"residual/{layer}/{i}/{x}": t for layer, pairs in self.residual.pairs.items()
+                 for i, pair in enumerate(pairs) for x, t in zip("ab", pair[:2])}
         replies = {f"replies/{i}/{n}": t for i, reply in enumerate(self.replies) for n, t in reply.items()}
         return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.sums.items()},
                 **pairs, **replies}

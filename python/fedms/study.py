@@ -171,7 +171,7 @@ def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: in
 
 def _results(todo: Sequence[Planned], work: Path, jobs: int,
              stop: Callable[[], bool]) -> Iterator[tuple[Planned, dict[str, Any]]]:
-    from fedms.engine.local import Interrupted
+    from fedms.engine.base import Interrupted
 
     record = partial(_record, work=work)
     try:

@@ -61,16 +61,16 @@ def pixels(images: np.ndarray) -> torch.Tensor:
 def read(path: str | None) -> tuple[Path, np.ndarray, np.ndarray]:
     """The folder, all images (n, 28, 28) uint8 and their labels (n,) int64."""
     folder = Path(path) if path is not None else default_folder()
-    images, labels = [], []
+    image_parts, label_parts = [], []
     for part in ("train", "t10k"):
-        images.append(read_idx(_file(folder, f"{part}-images-idx3-ubyte"), 3))
-        labels.append(read_idx(_file(folder, f"{part}-labels-idx1-ubyte"), 1))
-        if images[-1].shape != (len(labels[-1]), SIDE, SIDE):
+        image_parts.append(read_idx(_file(folder, f"{part}-images-idx3-ubyte"), 3))
+        label_parts.append(read_idx(_file(folder, f"{part}-labels-idx1-ubyte"), 1))
+        if image_parts[-1].shape != (len(label_parts[-1]), SIDE, SIDE):
             raise DataError(
-                f"{folder}: the {part} files hold images of shape {images[-1].shape} and {len(labels[-1])} labels, "
-                f"expected one label an image of {SIDE} x {SIDE} pixels"
+                f"{folder}: the {part} files hold images of shape {image_parts[-1].shape} and {len(label_parts[-1])} "
+                f"labels, expected one label an image of {SIDE} x {SIDE} pixels"
             )
-    images, labels = np.concatenate(images), np.concatenate(labels)
+    images, labels = np.concatenate(image_parts), np.concatenate(label_parts)
     if len(labels) <= PUBLIC:
         raise DataError(f"{folder}: {len(labels)} images; the first {PUBLIC} are for pretraining, none is left")
     return folder, images, labels.astype(np.int64)

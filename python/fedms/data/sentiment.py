@@ -73,14 +73,14 @@ PROMPTS = (
 def load(config, model, seed: int) -> Dataset:
     """config: the run file's [data] table (path, max_samples, max_tokens). See `fedms.data.load`."""
     files = _own_files(Path(config.path)) if config.path is not None else _cached_files()
-    ratings, texts, groups = [], [], []
+    ratings, texts, domains = [], [], []
     for group, path in enumerate(files.values()):
         for rating, text in read_ratings(path):
             ratings.append(rating)
             texts.append(text)
-            groups.append(group)
+            domains.append(group)
 
-    labels, groups = classify(np.array(ratings)), np.array(groups)
+    labels, groups = classify(np.array(ratings)), np.array(domains)
     if config.max_samples is not None:
         kept = stratified_sample(strata_of(labels, groups), config.max_samples, np.random.default_rng(seed))
         labels, groups, texts = labels[kept], groups[kept], [texts[i] for i in kept]

@@ -49,7 +49,8 @@ def shard_of(dataset: Dataset, partition: Partition, fitting: Sequence[int | Non
     kept = torch.cat(every).unique()                # sorted
 
     def moved(split: ClientSplit) -> ClientSplit:
-        return replace(split, **{part: torch.searchsorted(kept, getattr(split, part)) for part in _PARTS})
+        parts: dict[str, Any] = {part: torch.searchsorted(kept, getattr(split, part)) for part in _PARTS}
+        return replace(split, **parts)
 
     groups = None if dataset.groups is None else dataset.groups[kept]
     small = make_dataset(dataset.name, _take(dataset.inputs, kept), dataset.labels[kept], dataset.classes,

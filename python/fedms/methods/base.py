@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ def fit(model: ResidentModel, client: Client, private: Private, message: Message
 
 def proximal(strength: float, anchors: Mapping[str, Tensor]) -> Penalty:
     """strength / 2 * squared distance of what is trained from its anchors."""
-    return lambda params: strength / 2 * sum((p - anchors[name]).square().sum() for name, p in params.items())
+    return lambda params: strength / 2 * cast(
+        Tensor, sum((p - anchors[name]).square().sum() for name, p in params.items()))
 
 
 def load_private(model: ResidentModel, client: Client, private: Private, message: Message,

@@ -21,9 +21,8 @@ class FedAvgFT(Method):
         return train_private(model, client, private, message, start=shared_expert(model, message, self.config))
 
     def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
-        depths = {"depth": final.depth, "applied_depth": final.applied_depth}
         shared = shared_expert(model, final, self.config)
-        model.load("global", shared, **depths)
-        model.load("local", {**shared, **private.tensors}, **depths)
+        model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
+        model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
         ours, own = model.both_logits(part)
         return Prediction(own, global_=ours, local=own)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,9 @@ class FedMS(Method):
                      self.config.gate.lr)
         loss, kept, moments = self._fit(model, client, private, message, expert, gate)
         reached, weights = self._validate(model, client)
+        numbers: dict[str, Any] = gate_numbers(weights)
         reply = make_reply(client, model.read_gate() if self._shares_gate else {}, received.accuracy, reached, loss=loss,
-                           **gate_numbers(weights),
+                           **numbers,
                            trained_params=sum(p.numel() for p in (*expert.params.values(), *gate.params.values())))
         own_gate = model.read_gate() if self.config.gate.training == "private" else {}
         return reply, Private({**kept, **own_gate, **moments})

@@ -3,6 +3,7 @@ Hugging Face's format is read by `huggingface`, and any other module by `ModuleM
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from . import huggingface
@@ -15,7 +16,7 @@ from .vit_digits import ViTDigits
 
 __all__ = ["MODELS", "FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
 
-MODELS = {
+MODELS: dict[str, Callable[[], FoundationModel]] = {
     "minilm": MiniLM,
     "vit-digits": ViTDigits,
     **{name: partial(PretrainedViT, name) for name in RECIPES},

@@ -18,6 +18,8 @@ class TextHead(nn.Module):
         learn_temperature: train the logarithm of the temperature with the expert (Radford et al. 2021).
     """
 
+    class_embeddings: Tensor
+
     def __init__(self, class_embeddings: Tensor, temperature: float, learn_temperature: bool = False) -> None:
         super().__init__()
         self.register_buffer("class_embeddings", class_embeddings, persistent=False)

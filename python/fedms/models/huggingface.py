@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,9 @@ class TextModel(FoundationModel):
 
     def __init__(self, name: str, module: nn.Module, tokenizer: Any, *, pooling: str = "auto",
                  blocks: str | None = None) -> None:
-        super().__init__(name, module, module.config.hidden_size, blocks)
-        module.config.use_cache = False  # a decoder would keep keys and values for tokens that never come
+        config: Any = module.config
+        super().__init__(name, module, config.hidden_size, blocks)
+        config.use_cache = False  # a decoder would keep keys and values for tokens that never come
         self.tokenizer = tokenizer
         self.pooling = pooling if pooling != "auto" else "last" if _is_decoder(module.config) else "mean"
         self.max_tokens = _most_tokens(module, tokenizer)
@@ -191,7 +192,7 @@ class TwoTowerModel(VisionModel):
     """A CLIP-like model: images are read by the image tower, which is what experts are attached to; class
     prompts are embedded by the text tower. The zero-shot temperature is the one that the model has learnt."""
 
-    def __init__(self, name: str, pair: nn.Module, tokenizer: Any, processor: Any, *, blocks: str | None = None) -> None:
+    def __init__(self, name: str, pair: Any, tokenizer: Any, processor: Any, *, blocks: str | None = None) -> None:
         transformers = import_transformers()
         self.pair, self.tokenizer = pair.eval().requires_grad_(False), tokenizer
         kind = getattr(transformers, TWO_TOWERS[pair.config.model_type][1])
@@ -259,7 +260,7 @@ def wrap(module: nn.Module, processors: Sequence[Any], *, name: str, pooling: st
     processors: the tokenizer, the image processor, or both (tokenizer first) for a pair of towers.
     pooling:    see `TextModel` and `VisionModel`. blocks: dotted name of the list of transformer blocks.
     """
-    if module.config.model_type in TWO_TOWERS:
+    if cast(Any, module.config).model_type in TWO_TOWERS:
         if pooling != "auto":
             raise ModelError(f"model.pooling: got {pooling!r}, but {name} pools its image tower itself; accepted: \"auto\"")
         return TwoTowerModel(name, module, *processors, blocks=blocks)
@@ -332,7 +333,7 @@ def _from_pretrained(transformers, source: str, config, options: dict) -> nn.Mod
 
 
 def _processors(transformers, source: str, model_id: str, module: nn.Module, options: dict) -> list[Any]:
-    pair = module.config.model_type in TWO_TOWERS
+    pair = cast(Any, module.config).model_type in TWO_TOWERS
     images = pair or module.main_input_name == "pixel_values"
     found = []
     try:
@@ -395,7 +396,7 @@ def _array(image: Any):
 def _tokens_in_blocks(model: VisionModel) -> int:
     """Length of the sequence that enters the first block, for one image."""
     seen = []
-    block = model.module.get_submodule(model.blocks)[0]
+    block = cast(nn.ModuleList, model.module.get_submodule(model.blocks))[0]
     handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape) if args else None)
     try:
         with torch.no_grad():

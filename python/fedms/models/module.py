@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class ModuleModel(FoundationModel):
         self.zero_shot_temperature = 0.05 if prepare is None else None
         seen: list[torch.Size] = []
         try:
-            handle = module.get_submodule(blocks)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+            first = cast(nn.ModuleList, module.get_submodule(blocks))[0]
+            handle = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
         except (AttributeError, TypeError, IndexError):
             raise ModelError(f"{name}: the module has no list of blocks at {blocks!r}") from None
         try:

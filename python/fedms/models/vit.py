@@ -89,23 +89,23 @@ class PretrainedViT(VisionModel):
     """name: a key of `RECIPES`. ModelError if its weights are not there yet, or damaged."""
 
     def __init__(self, name: str) -> None:
-        self.recipe = RECIPES[name]
-        self.pretrained_on = self.recipe.data
-        module = build(self.recipe)
-        _load(module, self.recipe.weights(name), name)
+        self.origin = RECIPES[name]
+        self.pretrained_on = self.origin.data
+        module = build(self.origin)
+        _load(module, self.origin.weights(name), name)
         with quiet_transformers():
-            size = {"height": self.recipe.side, "width": self.recipe.side}
+            size = {"height": self.origin.side, "width": self.origin.side}
             processor = import_transformers().ViTImageProcessor(size=size, do_normalize=False)
         super().__init__(name, module, processor)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(B, pool^2 * width) float32: the means of the patch tokens of each cell, after the final LayerNorm. Pixels in
         [0, 1]."""
-        pixels = (inputs["pixel_values"] - self.recipe.mean) / self.recipe.std
+        pixels = (inputs["pixel_values"] - self.origin.mean) / self.origin.std
         tokens = self.module(pixels).last_hidden_state[:, 1:]
-        side = self.recipe.side // self.recipe.patch
+        side = self.origin.side // self.origin.patch
         grid = tokens.transpose(1, 2).unflatten(2, (side, side))
-        return nn.functional.avg_pool2d(grid, side // self.recipe.pool).flatten(1)
+        return nn.functional.avg_pool2d(grid, side // self.origin.pool).flatten(1)
 
     def save(self, folder: Path) -> None:
         raise ModelError(f"{self.name} pools its patches as no model of transformers does; export it in the format mixture, "

@@ -423,7 +423,7 @@ def _round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
         axes.axvline(first + 0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
 
 
-def _part(curve: _Curve, inside: Callable[[int], bool]) -> _Curve:
+def _part(curve: _Curve, inside: Callable[[float], bool]) -> _Curve:
     chosen = [(x, y) for x, y in zip(curve.xs, curve.ys) if inside(x)]
     return _Curve(curve.label, curve.colour, [x for x, _ in chosen], [y for _, y in chosen])
 

@@ -116,10 +116,10 @@ def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
                 if (v := field_of(client, "accuracy", "personalised")) is not None:
                     values[client["id"]][method].append(v)
     rows = []
-    for client in sorted(values):
-        means = {m: statistics.fmean(v) for m, v in values[client].items()}
+    for number in sorted(values):
+        means = {m: statistics.fmean(v) for m, v in values[number].items()}
         best = max(means.values())
-        rows.append({"id": client, "group": about[client].get("group") or "–", "n_train": about[client].get("n_train"),
+        rows.append({"id": number, "group": about[number].get("group") or "–", "n_train": about[number].get("n_train"),
                      "cells": [{"text": percent(means.get(m)), "best": means.get(m) == best} for m in methods]})
     return {"methods": list(methods), "rows": rows}
 
