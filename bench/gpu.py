@@ -23,7 +23,7 @@ import fedms_ext
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "triton_kernels"
-CUDA_TESTS = ROOT / "tests" / "cuda_kernels" / "kernels.py"  # skipped where the build has no CUDA kernels
+CUDA_TESTS = ROOT / "tests" / "cuda_kernels" / "numerics.py"  # skipped where the build has no CUDA kernels
 SANITISED = "test_every_tile or test_bits_repeat"
 QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opcheck or test_measured_choices"
 # Seconds that a quick run gives each benchmark; most of them go into compiling the tiles that are measured.

@@ -51,7 +51,7 @@ def emulated() -> Path:
 @pytest.mark.parametrize("pace", ["late", "early"])
 def test_numerics_on_the_emulator(emulated, pace):
     print(run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "numerics.py"],
         FEDMS_CUDA_EMULATED=str(emulated), FEDMS_EMULATOR=pace,
     ))  # fmt: skip
 

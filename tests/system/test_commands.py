@@ -204,7 +204,8 @@ def test_training_that_diverges_everywhere_fails_with_its_reason(tmp_path):
     assert process.returncode == 1 and "no client could train" in process.stderr
     run = RunRecords.read(tmp_path / "out")
     assert run.summary is None and {v["status"] for v in run.visits[-3:]} == {"failed"}
-    assert "diverged" in run.visits[-1]["reason"]
+    # Not finite in the client, or finite and refused by the server: which one comes first depends on the arithmetic.
+    assert any(word in run.visits[-1]["reason"] for word in ("training diverged", "its change has norm"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
