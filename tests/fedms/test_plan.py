@@ -102,8 +102,8 @@ def test_the_peak_memory_of_a_step_is_as_measured(name, depth):
 def test_the_operations_of_a_step_are_as_counted(name, depth, monkeypatch):
     # PyTorch's counter cannot look into our operator, nor into fused attention: plain ones stand in.
     monkeypatch.setattr("fedms_ext.nn.expert_linear.expert_linear",
-                        lambda x, w, b, lora_a, lora_b, scale, gate, dropout_p, seed:
-                        reference.expert_linear(x, w, b, lora_a, lora_b, scale, gate))
+                        lambda x, w, b, lora_a, lora_b, scale, gate, active, **_:
+                        reference.expert_linear(x, w, b, lora_a, lora_b, scale, gate, active))
     encoder = Encoder(name)
     encoder.module.set_attn_implementation("eager")
     activate(encoder.module, "e", depth=depth)
