@@ -11,13 +11,12 @@ from fedms_ext.reference import GROUP, LEVELS, quantise_weight
 
 
 class QuantisedWeight(nn.Module):
-    """A weight (N, K) in a small format: `q`, and `scale` in float32.
+    """A weight (N, K) in a small format: `q`, and `scale` in float32::
 
-    | kind         | q                            | scale                  | bits a weight (group 64) |
-    | ------------ | ---------------------------- | ---------------------- | ------------------------ |
-    | `int8`       | (N, K) int8                  | (N,)                   | 8 and 32 / K             |
-    | `nf4` `int4` | (N, ceil(K / 2)) uint8       | (N, ceil(K / group))   | 4.5                      |
-    | `fp16` `bf16`| (N, K) of that dtype         | (N, 0)                 | 16                       |
+        kind         q                       scale                  bits a weight (group 64)
+        int8         (N, K) int8             (N,)                   8 and 32 / K
+        nf4, int4    (N, ceil(K / 2)) uint8  (N, ceil(K / group))   4.5
+        fp16, bf16   (N, K) of that dtype    (N, 0)                 16
 
     int8 is symmetric, W is about q * scale; the 4-bit formats are those of `fedms_ext.reference.LEVELS`.
 
