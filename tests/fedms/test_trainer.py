@@ -198,15 +198,18 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
     batches = []
     features = model._features
     monkeypatch.setattr(model, "_features", lambda part, rows, *rest: batches.append(len(rows)) or features(part, rows, *rest))
+    model.judged.clear()        # answers are kept during a visit, and these were just given one by one
     together = model.both_logits(part)
     assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model._chunks(part))
     for a, b in zip(apart, together):
         assert torch.allclose(a, b, atol=1e-5)
     assert not torch.allclose(*together, atol=1e-2)
     assert all(layer.segments is None for layer in model.layers.values())
+    model.judged.clear()
     model.flops = 0
     model.both_logits(part)
     two, model.flops = model.flops, 0
+    model.judged.clear()
     for expert in ("global", "local"):
         model.all_logits(expert, part)
     assert two == model.flops
