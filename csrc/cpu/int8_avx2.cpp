@@ -1,6 +1,5 @@
 // AVX2 without VNNI. Its product of bytes, vpmaddubsw, saturates at 16 bits, so the products are of 16-bit values: x is
-// stored that wide, the weight is widened on the way into the registers. The loop was measured at 1.6 times the
-// fp32 peak of a Zen 3 core (a panel that is wide already: 1.62): docs/cpu.md has the alternatives.
+// stored that wide, the weight is widened on the way into the registers.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -199,13 +199,13 @@ def test_settings_that_do_not_fit_the_model_or_the_data(refused, settings, code)
 
 
 def test_training_that_diverges_everywhere_fails_with_its_reason(tmp_path):
-    process = fedms("run", "digits", *SMALL, "--set", "stage1.lr=1e30", "--set", "stage1.clip=0", "--out", "out",
-                    cwd=tmp_path)
+    process = fedms("run", "digits", *SMALL, "--set", "stage1.lr=1e30", "--set", "stage1.clip=0",
+                    "--set", "stage1.epochs=3", "--out", "out", cwd=tmp_path)
     assert process.returncode == 1 and "no client could train" in process.stderr
     run = RunRecords.read(tmp_path / "out")
     assert run.summary is None and {v["status"] for v in run.visits[-3:]} == {"failed"}
-    # Not finite in the client, or finite and refused by the server: which one comes first depends on the arithmetic.
-    assert any(word in run.visits[-1]["reason"] for word in ("training diverged", "its change has norm"))
+    # Several steps: after the first one alone the weights are huge, and refused by the server, but finite.
+    assert "diverged" in run.visits[-1]["reason"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
