@@ -98,8 +98,10 @@ def check(ours: ExpertLinear, theirs: nn.Module, rows: int) -> None:
     for g, o, w in zip(got, other, want, strict=True):
         assert (g is None) == (o is None) == (w is None)
         if g is not None:
-            assert error(g, w) <= TOLERANCE
-            assert error(g, o) <= TOLERANCE
+            # A sum that cancels is as uncertain in PEFT's arithmetic: with one row and rank 1, dS is a single number.
+            allowed = max(TOLERANCE, 2 * error(o, w))
+            assert error(g, w) <= allowed
+            assert error(g, o) <= allowed
 
 
 @pytest.mark.parametrize("index, shape", list(enumerate(BENCHMARKED + ODD)))
