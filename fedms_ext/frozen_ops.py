@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import eager
-from .ops import _kept_scale_tensor, _library, _scale_tensor, _without_autocast, applied, fake_s
+from .backends.operands import Frozen, Lora, Needs
+from .ops import _kept_scale_tensor, _library, _scale_tensor, _without_autocast, applied, fake_s, given
 
 if TYPE_CHECKING:
     from .nn.quantised_weight import QuantisedWeight
@@ -36,14 +37,22 @@ def _backend(x: Tensor) -> ModuleType:
 
 
 @_without_autocast
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _backend(x).frozen_forward(x, *args)
+def _forward(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, kind: str, group: int, bias: Tensor | None, *lora: Any
+) -> tuple[Tensor, Tensor]:
+    frozen = Frozen(weight, weight_scale, kind, group, weight_scale.shape[0], x.shape[-1])
+    return _backend(x).frozen_forward(x, frozen, bias, Lora(*lora))
 
 
 @_without_autocast
-def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
-    dx, dgate, da, db = _backend(dy).frozen_backward(dy, *args)
-    return [gradient for gradient in (dx, dgate, *da, *db) if gradient is not None]
+def _backward(
+    dy: Tensor, x: Tensor | None, k: int, weight: Tensor | None, weight_scale: Tensor | None, kind: str, group: int,
+    lora_a: list[Tensor], lora_b: list[Tensor], scale: Tensor, gate: Tensor | None, segments: Sequence[int] | None,
+    s: Tensor | None, dropout_p: float, seed: int, *needs: Any,
+) -> list[Tensor]:  # fmt: skip
+    frozen = Frozen(weight, weight_scale, kind, group, dy.shape[-1], k)
+    lora = Lora(lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+    return given(_backend(dy).frozen_backward(dy, x, frozen, lora, s, Needs(*needs)))
 
 
 _library.impl("frozen_linear", _forward, "CompositeExplicitAutograd")

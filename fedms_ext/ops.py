@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .backends.operands import Gradients, Lora, Needs
 
 _library = torch.library.Library("fedms_ext", "DEF")
 
@@ -43,13 +44,22 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_without_autocast
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return backends.choose(x).forward(x, *args)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *lora: Any) -> tuple[Tensor, Tensor]:
+    return backends.choose(x).forward(x, weight, bias, Lora(*lora))
 
 
 @_without_autocast
-def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
-    dx, dgate, da, db = backends.choose(dy).backward(dy, *args)
+def _backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scale: Tensor,
+    gate: Tensor | None, segments: Sequence[int] | None, s: Tensor | None, dropout_p: float, seed: int, *needs: Any,
+) -> list[Tensor]:  # fmt: skip
+    lora = Lora(lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+    return given(backends.choose(dy).backward(dy, x, weight, lora, s, Needs(*needs)))
+
+
+def given(gradients: Gradients) -> list[Tensor]:
+    """Those that were asked for, in the order of an operator's result."""
+    dx, dgate, da, db = gradients
     return [gradient for gradient in (dx, dgate, *da, *db) if gradient is not None]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .. import _C
 from . import eager, triton
+from .operands import Frozen, Gradients, Lora, Needs, empty_gradients
 
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
 _MOST_PARTS = 16    # into which sums over the rows are split
@@ -68,16 +68,17 @@ def _other(x: Tensor) -> ModuleType:
     return triton if triton.unavailable() is None and triton.supports(x) else eager
 
 
-def _in_kernels(x: Tensor, n: int, lora_a: Sequence[Tensor]) -> bool:
+def _in_kernels(x: Tensor, n: int, lora: Lora) -> bool:
     k = x.shape[-1]
     return (
-        x.numel() > 0
+        lora.segments is None
+        and x.numel() > 0
         and n > 0
         and n % 8 == 0
         and k % 8 == 0
-        and len(lora_a) > 0
-        and lora_a[0].dtype == x.dtype
-        and sum([a.shape[0] for a in lora_a]) <= LARGEST_RANK
+        and len(lora.a) > 0
+        and lora.a[0].dtype == x.dtype
+        and lora.rank <= LARGEST_RANK
     )
 
 
@@ -139,32 +140,32 @@ class _Experts:
         return [sum(self.ranks[:e]) for e in range(len(self.ranks))]
 
 
-def _pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor) -> _Experts:
-    ranks = tuple(a.shape[0] for a in lora_a)
-    rank, device = sum(ranks), lora_a[0].device
-    b = F.pad(torch.cat(list(lora_b), dim=1), (0, _padded(rank) - rank))[:, :rank]
+def _pack(lora: Lora) -> _Experts:
+    ranks, scale = tuple(lora.ranks), lora.scale
+    rank, device = sum(ranks), lora.a[0].device
+    b = F.pad(torch.cat(list(lora.b), dim=1), (0, _padded(rank) - rank))[:, :rank]
     if scale.device == device:
         scale = scale.to(torch.float32)
     else:
         scale = _numbers(tuple(scale.tolist()), torch.float32, device)
     owners = tuple(e for e, r in enumerate(ranks) for _ in range(r))
-    return _Experts(_rows(torch.cat(list(lora_a))), b, scale, _numbers(owners, torch.int32, device), ranks)
+    return _Experts(_rows(torch.cat(list(lora.a))), b, scale, _numbers(owners, torch.int32, device), ranks)
 
 
 class _Call:
     """What the launches of one call of the operator share. It holds the tensors whose addresses the kernels get."""
 
-    def __init__(
-        self, x: Tensor, experts: _Experts, gate: Tensor | None, dropout_p: float, seed: int
-    ) -> None:
+    def __init__(self, x: Tensor, lora: Lora) -> None:
         self.bf16, self.chip, self.stream = x.dtype == torch.bfloat16, _chip(x.device), _stream(x)
-        self.experts, self.rank = experts, experts.a.shape[0]
-        self.gate = None if gate is None else gate.reshape(-1, len(experts.ranks)).to(torch.float32)
+        self.experts = experts = _pack(lora)
+        self.rank = experts.a.shape[0]
+        gates = lora.gate_rows()
+        self.gate = None if gates is None else gates.to(torch.float32)
         strides = (0, 0) if self.gate is None else self.gate.stride()
         self.factors = _kernels.Factors(
             experts.scale.data_ptr(), experts.owner.data_ptr(), _address(self.gate), *strides
         )
-        self.dropout, self.drops = _kernels.Dropout(dropout_p, seed), dropout_p > 0
+        self.dropout, self.drops = _kernels.Dropout(lora.dropout_p, lora.seed), lora.dropout_p > 0
         self.nothing_dropped = _kernels.Dropout(0.0, 0)
 
     def shrink(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,173 +231,78 @@ class _Call:
         )  # fmt: skip
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    if segments is not None or not _in_kernels(x, weight.shape[0], lora_a) or weight.dtype != x.dtype:
-        return _other(x).forward(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
-    return _forward(x, weight, None, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
+    if not _in_kernels(x, weight.shape[0], lora) or weight.dtype != x.dtype:
+        return _other(x).forward(x, weight, bias, lora)
+    return _forward(x, weight, None, bias, lora)
 
 
-def frozen_forward(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    kind: str,
-    group: int,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`forward` on an int8 weight (N, K), made wide where a tile is multiplied; x is not quantised."""
-    n, k = weight_scale.shape[0], x.shape[-1]
-    if segments is not None or not _in_kernels(x, n, lora_a) or weight.dtype != torch.int8 or k % 16:
-        return _other(x).frozen_forward(
-            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed
-        )
-    return _forward(x, weight, weight_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed)
+def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
+    """`forward` on an int8 weight, made wide where a tile is multiplied; x is not quantised."""
+    if not _in_kernels(x, frozen.n, lora) or frozen.data.dtype != torch.int8 or frozen.k % 16:
+        return _other(x).frozen_forward(x, frozen, bias, lora)
+    return _forward(x, frozen.data, frozen.scale, bias, lora)
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    dropout_p: float,
-    seed: int,
+    x: Tensor, weight: Tensor, w_scale: Tensor | None, bias: Tensor | None, lora: Lora
 ) -> tuple[Tensor, Tensor]:
-    rows, weight, experts = _rows(x), _rows(weight), _pack(lora_a, lora_b, scale)
-    call = _Call(x, experts, gate, dropout_p, seed)
+    rows, weight = _rows(x), _rows(weight)
+    call = _Call(x, lora)
     s, t = call.shrink(rows)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = call.gemm(rows, weight, w_scale, bias, t, experts.b, across=False)
+    y = call.gemm(rows, weight, w_scale, bias, t, call.experts.b, across=False)
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    s: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    needs_dx: bool,
-    needs_dgate: bool,
-    needs_da: Sequence[bool],
-    needs_db: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    if segments is not None or not _in_kernels(dy, weight.shape[1], lora_a) or weight.dtype != dy.dtype:
-        return _other(dy).backward(
-            dy, x, weight, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
-            needs_db,
-        )  # fmt: skip
-    return _backward(
-        dy, x, weight, None, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da, needs_db
-    )
+def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
+    if not _in_kernels(dy, weight.shape[1], lora) or weight.dtype != dy.dtype:
+        return _other(dy).backward(dy, x, weight, lora, s, needs)
+    return _backward(dy, x, weight, None, lora, s, needs)
 
 
 def frozen_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    k: int,
-    weight: Tensor | None,
-    weight_scale: Tensor | None,
-    kind: str,
-    group: int,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    s: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    needs_dx: bool,
-    needs_dgate: bool,
-    needs_da: Sequence[bool],
-    needs_db: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """`backward` on the int8 transpose (K, N) of the weight; None where dx is not needed."""
+    dy: Tensor, x: Tensor | None, frozen: Frozen, lora: Lora, s: Tensor | None, needs: Needs
+) -> Gradients:
+    """`backward` on the int8 transpose (K, N) of the weight."""
     # The kernels mask the ranks' part of dx before an int8 weight could be scaled, so dropout goes elsewhere.
-    int8 = not needs_dx or (weight.dtype == torch.int8 and dy.shape[-1] % 16 == 0 and dropout_p == 0)
-    if segments is not None or not _in_kernels(dy, k, lora_a) or not int8:
-        return _other(dy).frozen_backward(
-            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed,
-            needs_dx, needs_dgate, needs_da, needs_db,
-        )  # fmt: skip
-    return _backward(
-        dy, x, weight, weight_scale, lora_a, lora_b, scale, gate, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
-        needs_db,
-    )  # fmt: skip
+    int8 = not needs.dx or (frozen.data.dtype == torch.int8 and frozen.n % 16 == 0 and lora.dropout_p == 0)
+    if not _in_kernels(dy, frozen.k, lora) or not int8:
+        return _other(dy).frozen_backward(dy, x, frozen, lora, s, needs)
+    return _backward(dy, x, frozen.data, frozen.scale, lora, s, needs)
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    w_scale: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    s: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    needs_dx: bool,
-    needs_dgate: bool,
-    needs_da: Sequence[bool],
-    needs_db: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, w_scale: Tensor | None, lora: Lora, s: Tensor | None,
+    needs: Needs,
+) -> Gradients:  # fmt: skip
     # `weight` is (N, K), or (K, N) and int8 with one scale a row.
-    rows, experts = _rows(dy), _pack(lora_a, lora_b, scale)
-    call = _Call(dy, experts, gate, dropout_p, seed)
+    rows = _rows(dy)
+    call = _Call(dy, lora)
+    experts = call.experts
     s = None if s is None else s.contiguous()
-    dgate = None if not needs_dgate else torch.empty(rows.shape[0], len(lora_a), dtype=torch.float32, device=dy.device)
-    da = [torch.empty_like(a, memory_format=torch.contiguous_format) if n else None for a, n in zip(lora_a, needs_da)]
-    db = [torch.empty_like(b, memory_format=torch.contiguous_format) if n else None for b, n in zip(lora_b, needs_db)]
+    dgate = rows.new_empty(len(rows), len(lora.a), dtype=torch.float32) if needs.dgate else None
+    da, db = empty_gradients(lora, needs)
 
     # One pass over dy: dB from S with scale and gate, and U = dy B, from which dS and the gate's gradient come.
-    needs_u = needs_dx or needs_dgate or any(needs_da)
-    t = call.weigh(s) if any(needs_db) else None
+    needs_u = needs.dx or needs.dgate or any(needs.da)
+    t = call.weigh(s) if any(needs.db) else None
     parts, u = call.sweep(rows, t, experts.b if needs_u else None, drops=False)
     ds = call.finish_rows(u, s, dgate, rows) if needs_u else None
     for out, first in zip(db, experts.starts):
         if out is not None:
             call.add_parts(parts, out, first)
 
-    if any(needs_da):
+    if any(needs.da):
         parts, _ = call.sweep(_rows(x), ds, None, drops=call.drops)
         for out, first in zip(da, experts.starts):
             if out is not None:
                 call.add_parts(parts, out.t(), first)
 
     dx = None
-    if needs_dx:
+    if needs.dx:
         # An int8 weight is its own transpose, quantised apart, so its ranks lie along it too.
         f = experts.a if w_scale is None else _rows(F.pad(experts.a.t(), (0, _padded(call.rank) - call.rank)))
         dx = call.gemm(rows, _rows(weight), w_scale, None, ds, f, across=w_scale is None)
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
-    return dx, None if dgate is None else dgate.view(gate.shape).to(gate.dtype), da, db
+    return dx, None if dgate is None else dgate.view(lora.gate.shape).to(lora.gate.dtype), da, db

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..formats import HALVES, dequantise
 from ..reference import LEVELS
 from . import eager
+from .operands import Frozen, Gradients, Lora, Needs, empty_gradients, spans
 
 FEW_ROWS = 64  # up to here the layer waits for W to arrive, and cuBLAS reads it as fast as anything
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
@@ -73,17 +74,14 @@ def _choices(chip: Chip) -> Choices:
     return Choices(chip)
 
 
-def _in_kernels(
-    x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], segments: Sequence[int] | None
-) -> bool:
-    if x.shape[:-1].numel() <= FEW_ROWS or not lora_a:
-        return False
-    ranks = [a.shape[0] for a in lora_a]
+def _in_kernels(x: Tensor, lora: Lora) -> bool:
     return (
-        lora_a[0].dtype == x.dtype
-        and lora_a[0].shape[1] > 0
-        and lora_b[0].shape[0] > 0
-        and (sum(ranks) if segments is None else max(ranks)) <= LARGEST_RANK
+        x.shape[:-1].numel() > FEW_ROWS
+        and len(lora.a) > 0
+        and lora.a[0].dtype == x.dtype
+        and lora.a[0].shape[1] > 0
+        and lora.b[0].shape[0] > 0
+        and lora.rank <= LARGEST_RANK
     )
 
 
@@ -143,11 +141,11 @@ def _cublas(x: Tensor, w: Weight, bias: Tensor | None, t: Tensor, f: Tensor, exp
     """x w + t f + bias. The small product first: the large one then adds to it while its tile is written."""
     bias = None if bias is None else bias.to(x.dtype)
     y = x.new_empty(x.shape[0], f.shape[1])
-    for e, own in enumerate(eager.spans(experts.segments, 1 if experts.segments is None else len(experts.ranks))):
-        t_own, f_own, y_own = t, f, y
-        if own is not None:
-            rank = experts.ranks[e]
-            t_own, f_own, y_own = t[own, :rank], f[e * experts.pitch :][:rank], y[own]
+    parts = [(t, f, y)]
+    if experts.segments is not None:
+        owned = enumerate(zip(experts.ranks, spans(experts.segments)))
+        parts = [(t[own, :rank], f[e * experts.pitch :][:rank], y[own]) for e, (rank, own) in owned]
+    for t_own, f_own, y_own in parts:
         if bias is None:
             torch.mm(t_own, f_own, out=y_own)
         else:
@@ -165,76 +163,46 @@ def _wide(w: Weight, x: Tensor, n: int) -> Tensor:
     return rows if w.across else rows.t()
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    if not _in_kernels(x, lora_a, lora_b, segments) or weight.dtype != x.dtype:
-        return eager.forward(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
-    w = Weight(_dense_rows(weight).t(), across=False)
-    return _forward(x, w, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
+    if not _in_kernels(x, lora) or weight.dtype != x.dtype:
+        return eager.forward(x, weight, bias, lora)
+    return _forward(x, Weight(_dense_rows(weight).t(), across=False), bias, lora)
 
 
-def frozen_forward(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    kind: str,
-    group: int,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`forward` on the data of a QuantisedWeight, made wide where a tile is loaded; x is not quantised."""
-    if not _in_kernels(x, lora_a, lora_b, segments) or not _loadable(weight, kind, x):
-        return eager.frozen_forward(
-            x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed
-        )
-    rows = _dense_rows(weight)
-    if kind in HALVES:
+def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
+    """`forward` on a quantised weight, made wide where a tile is loaded; x is not quantised."""
+    if not _in_kernels(x, lora) or not _loadable(frozen, x):
+        return eager.frozen_forward(x, frozen, bias, lora)
+    rows = _dense_rows(frozen.data)
+    if frozen.kind in HALVES:
         w = Weight(rows.t(), across=False)
-    elif kind == "int8":
-        w = Weight(rows.t(), False, weight_scale, kind)
+    elif frozen.kind == "int8":
+        w = Weight(rows.t(), False, frozen.scale, frozen.kind)
     else:
-        w = Weight(rows, False, weight_scale, kind, group)
-    return _forward(x, w, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)
+        w = Weight(rows, False, frozen.scale, frozen.kind, frozen.group)
+    return _forward(x, w, bias, lora)
 
 
-def _loadable(weight: Tensor, kind: str, x: Tensor) -> bool:
-    """Whether the kernels can load the data of a QuantisedWeight for a product with x: on the CPU int8 is packed."""
-    return weight.dtype == {"int8": torch.int8}.get(kind, torch.uint8 if kind in LEVELS else x.dtype)
+def _loadable(frozen: Frozen, x: Tensor) -> bool:
+    """Whether the kernels can load the data of a quantised weight for a product with x: on the CPU int8 is packed."""
+    dtype = torch.uint8 if frozen.kind in LEVELS else torch.int8 if frozen.kind == "int8" else x.dtype
+    return frozen.data.dtype == dtype
 
 
-def _forward(
-    x: Tensor,
-    w: Weight,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def _gates(lora: Lora) -> Tensor | None:
+    """The gate as (M, E), or in segments (M, 1)."""
+    return None if lora.gate is None else lora.gate.reshape(-1, lora.gate.shape[-1])
+
+
+def _dropout(lora: Lora) -> Dropout | None:
+    return Dropout(lora.dropout_p, lora.seed) if lora.dropout_p > 0 else None
+
+
+def _forward(x: Tensor, w: Weight, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     rows = _dense_rows(x)
-    experts = launch.pack(lora_a, lora_b, scale, segments)
+    experts = launch.pack(lora.a, lora.b, lora.scale, lora.segments)
     f = experts.b.t()
-    gates = None if gate is None else gate.reshape(-1, gate.shape[-1])
-    dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
+    gates, dropout = _gates(lora), _dropout(lora)
 
     def run(tile: Tile | None) -> tuple[Tensor, Tensor]:
         if tile is not None and tile.kind == "inline":
@@ -246,124 +214,63 @@ def _forward(
 
     (m, k), n = rows.shape, f.shape[1]
     gemm = Gemm(m, n, k, experts.rank)
-    y, s = run(_choose("forward", gemm, rows, w, f, experts, gate is not None, dropout is not None, run))
+    y, s = run(_choose("forward", gemm, rows, w, f, experts, gates is not None, dropout is not None, run))
     return y.view(*x.shape[:-1], n), s
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    s: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    needs_dx: bool,
-    needs_dgate: bool,
-    needs_da: Sequence[bool],
-    needs_db: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    if not _in_kernels(dy, lora_a, lora_b, segments) or weight.dtype != dy.dtype:
-        return eager.backward(
-            dy, x, weight, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dx, needs_dgate, needs_da,
-            needs_db,
-        )  # fmt: skip
-    return _backward(
-        dy, x, Weight(_dense_rows(weight), across=True) if needs_dx else None, lora_a, lora_b, scale, gate, segments,
-        s, dropout_p, seed, needs_dgate, needs_da, needs_db,
-    )  # fmt: skip
+def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
+    if not _in_kernels(dy, lora) or weight.dtype != dy.dtype:
+        return eager.backward(dy, x, weight, lora, s, needs)
+    return _backward(dy, x, Weight(_dense_rows(weight), across=True) if needs.dx else None, lora, s, needs)
 
 
 def frozen_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    k: int,
-    weight: Tensor | None,
-    weight_scale: Tensor | None,
-    kind: str,
-    group: int,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    s: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    needs_dx: bool,
-    needs_dgate: bool,
-    needs_da: Sequence[bool],
-    needs_db: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """`backward` on what QuantisedWeight.for_dx gave; None where dx is not needed."""
-    if not _in_kernels(dy, lora_a, lora_b, segments) or (needs_dx and not _loadable(weight, kind, dy)):
-        return eager.frozen_backward(
-            dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed,
-            needs_dx, needs_dgate, needs_da, needs_db,
-        )  # fmt: skip
+    dy: Tensor, x: Tensor | None, frozen: Frozen, lora: Lora, s: Tensor | None, needs: Needs
+) -> Gradients:
+    if not _in_kernels(dy, lora) or (needs.dx and not _loadable(frozen, dy)):
+        return eager.frozen_backward(dy, x, frozen, lora, s, needs)
     w = None
-    if needs_dx:
-        rows = _dense_rows(weight)
-        if kind in HALVES:
+    if needs.dx:
+        rows = _dense_rows(frozen.data)
+        if frozen.kind in HALVES:
             w = Weight(rows, across=True)
-        elif kind == "int8":  # of the transposed weight, which is quantised apart
-            w = Weight(rows.t(), False, weight_scale, kind)
+        elif frozen.kind == "int8":  # of the transposed weight, which is quantised apart
+            w = Weight(rows.t(), False, frozen.scale, frozen.kind)
         else:
-            w = Weight(rows, True, weight_scale, kind, group)
-    return _backward(
-        dy, x, w, lora_a, lora_b, scale, gate, segments, s, dropout_p, seed, needs_dgate, needs_da, needs_db
-    )
+            w = Weight(rows, True, frozen.scale, frozen.kind, frozen.group)
+    return _backward(dy, x, w, lora, s, needs)
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    w: Weight | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Tensor,
-    gate: Tensor | None,
-    segments: Sequence[int] | None,
-    s: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    needs_dgate: bool,
-    needs_da: Sequence[bool],
-    needs_db: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    dy: Tensor, x: Tensor | None, w: Weight | None, lora: Lora, s: Tensor | None, needs: Needs
+) -> Gradients:
     # Without `w` dx is not needed.
     rows = _dense_rows(dy)
-    experts = launch.pack(lora_a, lora_b, scale, segments)
-    gates = None if gate is None else gate.reshape(-1, gate.shape[-1])
-    dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
-    dgate = gates.new_empty(gates.shape) if needs_dgate else None
-    da = [torch.empty_like(a, memory_format=torch.contiguous_format) if n else None for a, n in zip(lora_a, needs_da)]
-    db = [torch.empty_like(b, memory_format=torch.contiguous_format) if n else None for b, n in zip(lora_b, needs_db)]
+    experts = launch.pack(lora.a, lora.b, lora.scale, lora.segments)
+    gates, dropout = _gates(lora), _dropout(lora)
+    dgate = gates.new_empty(gates.shape) if needs.dgate else None
+    da, db = empty_gradients(lora, needs)
     needs_dx = w is not None
-    ds = launch.new_rows(rows, experts.rank) if needs_dx or any(needs_da) else None
+    ds = launch.new_rows(rows, experts.rank) if needs_dx or any(needs.da) else None
 
     # The rows that one pass over dy sweeps for all that comes out of it, and those that only need dS.
-    swept = [needs_dgate or (needed if segments else any(needs_db)) for needed in needs_db]
+    swept = [needs.dgate or (needed if lora.segments else any(needs.db)) for needed in needs.db]
     if any(swept):
-        u, parts = launch.sweep_dy(rows, s, experts, gates, ds is not None or needs_dgate, any(needs_db), swept)
+        u, parts = launch.sweep_dy(rows, s, experts, gates, ds is not None or needs.dgate, any(needs.db), swept)
         if u is not None:
             launch.finish_rows(u, s, experts, gates, dgate, ds, swept)
         for e, out in enumerate(db):
             if out is not None:
                 launch.add_parts(parts[e], out, experts.starts[e])
     if ds is not None and not all(swept):
-        rest = [(needs_dx or needed) and not done for needed, done in zip(needs_da, swept)]
+        rest = [(needs_dx or needed) and not done for needed, done in zip(needs.da, swept)]
         launch.shrink(rows, experts.b, experts, gates, None, keep_s=False, t=ds, wanted=rest)
 
-    if any(needs_da):
-        trained = [e for e, needed in enumerate(needs_da) if needed]
+    if any(needs.da):
+        trained = [e for e, needed in enumerate(needs.da) if needed]
         first = min(experts.starts[e] for e in trained)
         last = max(experts.starts[e] + experts.ranks[e] for e in trained)
-        parts = launch.sweep_x(_dense_rows(x), ds[:, first:last], experts, dropout, needs_da)
+        parts = launch.sweep_x(_dense_rows(x), ds[:, first:last], experts, dropout, needs.da)
         for e in trained:
             launch.add_parts(parts[e], da[e].t(), experts.starts[e] - first)
 
@@ -379,4 +286,4 @@ def _backward(
         gemm = Gemm(m, k, n, experts.rank)
         dx = run(_choose("dx", gemm, rows, w, experts.a, experts, False, dropout is not None, run))
         dx = dx.view(*dy.shape[:-1], k)
-    return dx, None if dgate is None else dgate.view(gate.shape), da, db
+    return dx, None if dgate is None else dgate.view(lora.gate.shape), da, db

@@ -16,6 +16,7 @@ import torch
 import fedms_ext
 from fedms_ext import expert_linear, reference
 from fedms_ext.backends import cuda as backend
+from fedms_ext.backends.operands import Frozen, Lora, Needs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton_kernels"))
 from layers import Layer, error  # noqa: E402
@@ -146,22 +147,18 @@ def test_int8_weight(monkeypatch, tile, dtype):
     q, scale = reference.quantise_weight(layer.weight)
     q_t, scale_t = reference.quantise_weight((q * scale[:, None]).t())
 
-    def run(x, gate, a, b):
-        return backend.frozen_forward(x, q.to(torch.int8), scale, "int8", 0, layer.bias, a, b, torch.tensor(layer.scale), gate, None, 0.0, 0)
-
     def double(*tensors):
         return [t.double() for t in tensors]
 
-    y, s = run(layer.x, layer.gate, layer.a, layer.b)
+    lora = Lora(layer.a, layer.b, torch.tensor(layer.scale), layer.gate, None, 0.0, 0)
+    y, s = backend.frozen_forward(layer.x, Frozen(q.to(torch.int8), scale, "int8", 0, 80, 144), layer.bias, lora)
     weight = q.double() * scale.double()[:, None]
     want = reference.expert_linear(
         layer.x.double(), weight, layer.bias.double(), double(*layer.a), double(*layer.b), layer.scale, layer.gate.double()
     )
     assert error(y, want) <= 4e-3
-    dx, dgate, da, db = backend.frozen_backward(
-        layer.dy, layer.x, 144, q_t.to(torch.int8), scale_t, "int8", 0, layer.a, layer.b, torch.tensor(layer.scale),
-        layer.gate, None, s, 0.0, 0, True, True, [True, True], [True, True],
-    )  # fmt: skip
+    frozen, needs = Frozen(q_t.to(torch.int8), scale_t, "int8", 0, 80, 144), Needs(True, True, [True] * 2, [True] * 2)
+    dx, dgate, da, db = backend.frozen_backward(layer.dy, layer.x, frozen, lora, s, needs)
     want = reference.expert_linear_backward(
         layer.dy.double(), layer.x.double(), (q_t.double() * scale_t.double()[:, None]).t(), double(*layer.a),
         double(*layer.b), layer.scale, layer.gate.double(),

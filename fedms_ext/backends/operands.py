@@ -1,0 +1,88 @@
+"""What a call of an operator gives to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def spans(segments: Sequence[int]) -> list[slice]:
+    """The rows of each segment."""
+    return [slice(end - count, end) for count, end in zip(segments, accumulate(segments))]
+
+
+class Lora(NamedTuple):
+    """The LoRA branch of a layer (N, K) with x of (..., K) and M rows in all; only the experts that are applied.
+
+    a[e] is (r_e, K), b[e] (N, r_e), scale (E,), gate x.shape[:-1] + (E,) or None. `dropout_p` and `seed`: of the mask on x.
+
+    With `segments`, E numbers of rows that add up to M, the rows of a segment take its expert alone, and the gate is
+    x.shape[:-1] + (1,). An expert of rank 0 is one that is not applied, where it has rows.
+    """
+
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scale: Tensor
+    gate: Tensor | None
+    segments: Sequence[int] | None
+    dropout_p: float
+    seed: int
+
+    @property
+    def ranks(self) -> list[int]:
+        return [a.shape[0] for a in self.a]
+
+    @property
+    def rank(self) -> int:
+        """The columns of s: all ranks side by side, or in segments the largest."""
+        return sum(self.ranks) if self.segments is None else max(self.ranks)
+
+    def spans(self) -> list[slice | None]:
+        """The rows that take each expert: all of them (None), or one segment after the other."""
+        return [None] * len(self.a) if self.segments is None else [*spans(self.segments)]
+
+    def gate_rows(self) -> Tensor | None:
+        """The gate as (M, E); in segments all columns are the one there is."""
+        if self.gate is None:
+            return None
+        experts = len(self.a)
+        return self.gate.reshape(-1, experts) if self.segments is None else self.gate.reshape(-1, 1).expand(-1, experts)
+
+
+class Frozen(NamedTuple):
+    """The data and the scale of a QuantisedWeight that stands for (n, k); in a backward pass what its `for_dx` gave,
+    None where dx is not needed."""
+
+    data: Tensor | None
+    scale: Tensor | None
+    kind: str
+    group: int
+    n: int
+    k: int
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for: of x, the gate, every A and every B."""
+
+    dx: bool
+    dgate: bool
+    da: Sequence[bool]
+    db: Sequence[bool]
+
+
+# dx, dgate, [dA_e], [dB_e], with None for what is not needed.
+Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]
+
+
+def empty_gradients(lora: Lora, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Where a kernel writes every dA and dB that is asked for."""
+
+    def like(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+        dense = torch.contiguous_format
+        return [torch.empty_like(t, memory_format=dense) if n else None for t, n in zip(tensors, needed)]
+
+    return like(lora.a, needs.da), like(lora.b, needs.db)
