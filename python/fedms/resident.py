@@ -108,6 +108,8 @@ class ResidentModel:
         self.boundary = self.untrained_below(config.sal.depth)
         self.judged: dict[tuple[str, str, str], Tensor] = {}    # logits of experts on whole parts, in this visit
         self.running: str | None = None                     # what the pairs are set for now
+        self.costs: list[budget.BlockCost] = []             # of the blocks as they run now
+        self.untrained = 0                                  # blocks below the first trained pair of what runs now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
         self.flops = 0                                      # of the run under way, on its clients' devices
         self.charged: set[str] = set()                      # constants that the run has paid for
@@ -318,6 +320,8 @@ class ResidentModel:
         prefix = self._prefix(part) if self._replays() and len(part) else None
         self._run("streams")
         self.prefix_key = keys[0]
+        with segmented(self.layers, (1, 1)):    # half of the rows with each expert
+            self.costs = budget.block_costs(self.foundation.module)
 
         def compute(rows: Tensor) -> Tensor:
             with segmented(self.layers, (len(rows), len(rows))):
@@ -400,8 +404,11 @@ class ResidentModel:
 
     def _chunk_flops(self, part: Part, **blocks: int) -> int:
         lengths = self.dataset.inputs.lengths[part.indices]
-        return sum(budget.forward_flops(self.foundation.module, len(rows), int(lengths[rows].max()), **blocks)
-                   for rows in self._chunks(part))
+        return sum(self._forward_flops(len(rows), int(lengths[rows].max()), **blocks) for rows in self._chunks(part))
+
+    def _forward_flops(self, samples: int, length: int, first: int = 0, last: int | None = None) -> int:
+        """As `budget.forward_flops`, of what runs now; its layers are walked once for many batches."""
+        return sum(cost.forward(samples * length, length) for cost in self.costs[first:last])
 
     def _replays(self) -> bool:
         """Whether the running stream starts from a cached prefix."""
@@ -426,7 +433,8 @@ class ResidentModel:
                 self._freeze_kept(expert)
         self._show_corrections(stream is not None)      # the foundation model alone has none
         self.running = stream
-        depth = min(prefix_depth(module), self.boundary)
+        self.costs, self.untrained = budget.block_costs(module), prefix_depth(module)
+        depth = min(self.untrained, self.boundary)
         self.prefix_key = (depth, self._prefix_hash(depth, corrected=stream is not None))
 
     def _prefix_hash(self, depth: int, corrected: bool) -> str:
@@ -439,8 +447,9 @@ class ResidentModel:
     def _features(self, part: Part, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
         """(B, D) pooled features of the running stream: the cached prefix (`prefix`, if given), then the live blocks."""
         module, depth = self.foundation.module, self.prefix_key[0]
-        for layer in self.layers.values():      # LoRA's dropout is on where something is trained; the FM's own never
-            layer.train(torch.is_grad_enabled())
+        if self.config.lora.dropout:    # on where something is trained; the foundation model's own never is
+            for layer in self.layers.values():
+                layer.train(torch.is_grad_enabled())
         inputs = self.dataset.inputs.batch(part.indices[rows])
         start = 0
         replayed: AbstractContextManager[None] = nullcontext()
@@ -450,9 +459,9 @@ class ResidentModel:
         with replayed:
             features = self.foundation.features(inputs)
         length = int(self.dataset.inputs.lengths[part.indices[rows]].max())
-        self.flops += budget.forward_flops(module, len(rows), length, first=start)
+        self.flops += self._forward_flops(len(rows), length, first=start)
         if features.requires_grad:
-            self.flops += budget.backward_flops(module, len(rows), length)
+            self.flops += sum(cost.backward(len(rows) * length, length) for cost in self.costs[self.untrained:])
         return features
 
     def _prefix(self, part: Part) -> Ragged:

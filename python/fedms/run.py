@@ -23,7 +23,7 @@ from fedms.progress import Progress
 from fedms.records import CONFIG, RunFolder, RunRecords, check_same_config
 from fedms.resident import Part, ResidentModel
 from fedms.server import STAGES, Server
-from fedms.session import Case, Session
+from fedms.session import Case, Session, Sessions
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -103,7 +103,7 @@ def compare(config: RunConfig, names: Sequence[str], seeds: Sequence[int], out: 
 
 def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, progress: Progress | None = None,
               stop: Callable[[], bool] = lambda: False) -> None:
-    """Carries out runs that agree in model, data, experts and the gate's shape, `jobs` at a time.
+    """Carries out runs, `jobs` at a time; a run that agrees with the one before it in model and data shares them.
 
     Runs that have ended stay as they are, those that were stopped go on: a run is found again by its folder and the
     resolved configuration in it.
@@ -121,9 +121,8 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
         progress.note(f"{len(tasks) - len(todo)} of {len(tasks)} runs have ended already and stay as they are")
     try:
         if min(jobs, len(todo)) < 2:
-            session: list[Session] = []
             for task in todo:
-                _carry_out(task, overwrite, session, progress, stop)
+                carry_out_one(task, progress, stop, overwrite=overwrite)
             return
         progress.start(sum(task.visits for task in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
         ended = 0
@@ -136,23 +135,25 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
         progress.close()
 
 
-_session_of_worker: list[Session] = []
-
-
 def _in_a_worker(task: Task, progress: Progress, stop: Callable[[], bool], *, overwrite: bool) -> float:
-    """Carries out a run in a process that keeps its model for the next one; returns the seconds it took."""
+    """Returns the seconds that a run took."""
     started = time.perf_counter()
-    _carry_out(task, overwrite, _session_of_worker, progress, stop)
+    carry_out_one(task, progress, stop, overwrite=overwrite)
     return time.perf_counter() - started
 
 
-def _carry_out(task: Task, overwrite: bool, session: list[Session], progress: Progress,
-               stop: Callable[[], bool]) -> None:
-    """`session`: what is loaded already, if anything; filled here."""
-    if not session:
-        session.append(Session(task.config, progress))
+_sessions = Sessions()      # of this process: most runs of many have model and data in common
+
+
+def carry_out_one(task: Task, progress: Progress, stop: Callable[[], bool], *,
+                  overwrite: bool = False) -> dict[str, Any] | None:
+    """One run of many; returns its summary. It goes on where it stopped, unless an earlier one is to be replaced.
+
+    Raises:
+        What `run` raises.
+    """
     opener = _opener(task.config, task.out, overwrite, resume=not overwrite)
-    _run(session[0], task.config, opener, progress, stop, tested=task.tested)
+    return _run(_sessions.of(task.config, progress), task.config, opener, progress, stop, tested=task.tested)
 
 
 def _opener(config: RunConfig, out: Path, overwrite: bool, resume: bool) -> Callable[[], RunFolder]:

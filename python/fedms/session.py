@@ -53,7 +53,7 @@ class Session:
                  dataset: Dataset | None = None, shard: Shard | None = None) -> None:
         hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
-        self.given, self.shard = foundation is not None or dataset is not None, shard
+        self.given, self.shard, self.basis = foundation is not None or dataset is not None, shard, basis(config)
         progress.phase(f"loading model {config.model.id}")
         self.foundation = foundation or models.load(config.model)
         progress.phase(f"loading data {config.data.name}")
@@ -61,6 +61,7 @@ class Session:
         self.model = ResidentModel(self.foundation, self.dataset, config)
 
     def case(self, config: RunConfig) -> Case:
+        torch.set_num_threads(config.run.threads)       # another session of this process may have set it meanwhile
         method = methods.create(config)
         server = Server(config, self.model.order, self.model.block_of, method.carries)
         if self.shard is None:
@@ -71,6 +72,27 @@ class Session:
         clients, unseen = (tuple(Client(split, config, fitting) for split in splits)
                            for splits in (partition.clients, partition.unseen))
         return Case(config, partition, fitting, method, server, clients, unseen)
+
+
+def basis(config: RunConfig) -> tuple[object, ...]:
+    """What a session depends on: runs that agree in it can share one."""
+    return (config.model, config.lora, config.run.threads,
+            config.data.model_dump(exclude={"partition", "alpha", "classes_per_client", "split", "global_test"}),
+            config.sal.model_dump(include={"order", "depth", "cache", "cache_dtype", "cache_bytes"}),
+            config.gate.model_dump(include={"mixing", "features", "temperature", "bottleneck"}))
+
+
+class Sessions:
+    """The session of one run after the other: kept as long as the next run can share it."""
+
+    def __init__(self) -> None:
+        self.last: Session | None = None
+
+    def of(self, config: RunConfig, progress: Progress) -> Session:
+        if self.last is None or self.last.basis != basis(config):
+            self.last = None        # freed before the next one is loaded
+            self.last = Session(config, progress)
+        return self.last
 
 
 def write_shards(config: RunConfig, folder: Path, progress: Progress) -> None:
