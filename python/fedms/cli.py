@@ -294,8 +294,8 @@ def pretrain(
     "**Examples**",
     "`fedms study --quick --out runs/study-quick` — six methods, two settings, one seed",
     "`fedms study --jobs 2 --hours 8` — the whole study, or as much of it as fits; called again it goes on",
-    "`fedms study --page-only` — make the page again from the records",
-    "`fedms tune fashion --jobs 2 --out docs/study/tuned/fashion` — before it: constants chosen for each method",
+    "`fedms study --page-only` — make the page again from the records; it names the `fedms tune` commands that choose "
+    "each method's constants before a study",
     "OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in runs/study.",
     EXIT_CODES]))
 def study(

@@ -104,7 +104,7 @@ def _without(value, key):
 ], ids=lambda sets: ",".join(sets))
 def test_every_setting_runs_and_is_recorded(sets, tmp_path):
     c = config(*sets)
-    summary = run.run(c, tmp_path / "run")
+    summary = run.carry_out_one(run.Task(c, tmp_path / "run"), Progress(), lambda: False)   # shares model and data
     records = RunRecords.read(tmp_path / "run")
     assert set(summary) == set(SUMMARY_FIELDS)
     rounds = c.stage1.rounds + c.stage2.rounds
