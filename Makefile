@@ -31,8 +31,12 @@ demo: $(INSTALLED) ## five methods on human-rated sentiment, 12 clients: runs/de
 	  --out runs/demo --force
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 
+# Two processes at a time; `make test JOBS=8` where there are more cores and 2 GiB of memory for each.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q --durations=10 --numprocesses $(JOBS) --dist worksteal
+
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest -q --durations=10 tests
+	$(PYTEST) tests
 
 # PyTorch 2.11 comes with Triton 3.6, whose interpreter does not work with numpy 2.4. Both lie in a folder that goes
 # before the environment's own packages.
@@ -57,7 +61,7 @@ sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined be
 	build/sanitize/int8_check
 
 test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30 full disks, 20 runs within limits of memory
-	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(BIN)/python -m pytest -q --durations=10 tests
+	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(PYTEST) tests
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
