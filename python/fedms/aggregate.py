@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -114,6 +113,8 @@ def median(replies: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def trimmed_mean(replies: Sequence[Mapping[str, Tensor]], trim: float) -> dict[str, Tensor]:
     """By element, the mean over the clients that sent a tensor without the floor(trim * k) lowest and highest of its k
     values (Yin et al., arXiv 1803.01498), float32."""
+    import scipy.stats      # takes longer to import than a small client to train
+
     return _by_tensor(replies, lambda values: scipy.stats.trim_mean(values, trim, axis=0))
 
 

@@ -206,7 +206,7 @@ class Server:
             The next state, and the round's record.
 
         Raises:
-            AllClientsFailed: if no reply came, or fewer than `[clients] quorum` asks for.
+            AllClientsFailed: if no reply came, or fewer than `[clients] quorum` or the rule asks for.
         """
         count, sampled = len(collected.numbers), len(self.sample(state.stage, state.round))
         if not collected.numbers:
@@ -214,6 +214,10 @@ class Server:
         if count < self.config.clients.quorum * sampled:
             raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
                                    f"than clients.quorum = {self.config.clients.quorum:g} asks for; see visits.jsonl")
+        if count < (least := self._least_of_rule(sampled)):
+            raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
+                                   f"than the {least} without which aggregate.rule = {self.config.aggregation!r} protects "
+                                   "from nothing; see visits.jsonl")
         last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
         after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
                         sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
@@ -227,6 +231,16 @@ class Server:
             "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None,
         }
         return self._next_round(after), record
+
+    def _least_of_rule(self, sampled: int) -> int:
+        """Replies that a robust rule needs to be one: krum's bound, or the first value that a trimmed mean cuts, if it
+        were to cut any had all clients replied."""
+        settings = self.config.aggregate
+        if self.config.aggregation == "krum":
+            return 2 * settings.byzantine + 3
+        if self.config.aggregation == "trimmed_mean" and settings.trim * sampled >= 1:
+            return math.ceil(1 / settings.trim)
+        return 1
 
     def collect(self) -> Collected:
         """An empty round."""

@@ -199,3 +199,16 @@ def test_a_quorum_is_kept():
     with pytest.raises(AllClientsFailed, match="1 of 4 clients could train, fewer than clients.quorum = 0.5"):
         step(s, state, [reply(0, dict(message.tensors))])
     step(s, state, [reply(i, dict(message.tensors)) for i in (0, 3)])
+
+
+@pytest.mark.parametrize("sets, least", [(["aggregate.rule=krum", "aggregate.byzantine=0"], 3),
+                                         (["aggregate.rule=trimmed_mean", "aggregate.trim=0.3"], 4),
+                                         (["aggregate.rule=trimmed_mean", "aggregate.trim=0.1"], 1)])
+def test_a_robust_rule_that_could_not_be_one_is_a_missed_quorum(sets, least):
+    s = server("fedavg", *sets)
+    state = s.start(TENSORS)
+    tensors = dict(s.message(state).tensors)
+    step(s, state, [reply(i, tensors) for i in range(least)])
+    if least > 1:
+        with pytest.raises(AllClientsFailed, match=f"{least - 1} of 4 clients could train, fewer than the {least} without"):
+            step(s, state, [reply(i, tensors) for i in range(least - 1)])
