@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,16 +91,29 @@ class Participant:
 
 
 class Client(Participant):
-    """One client's data, its device and its share of the settings. `fitting`: see `device_of`."""
+    """One client's data, its device and its share of the settings. `fitting`: see `device_of`.
+
+    Of a hundred thousand clients most are never visited: what a visit needs is made by the first one."""
 
     def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
-        self.id, self.group, self.config = split.id, split.group, config
-        self.train, self.validation, self.test = Part(split.train), Part(split.validation), Part(split.test)
-        self.device = device_of(config, self.id, fitting)
+        self.split, self.config, self.fitting = split, config, fitting
+        self.id, self.group, self.n_train = split.id, split.group, len(split.train)
 
-    @property
-    def n_train(self) -> int:
-        return len(self.train)
+    @cached_property
+    def train(self) -> Part:
+        return Part(self.split.train)
+
+    @cached_property
+    def validation(self) -> Part:
+        return Part(self.split.validation)
+
+    @cached_property
+    def test(self) -> Part:
+        return Part(self.split.test)
+
+    @cached_property
+    def device(self) -> Device:
+        return device_of(self.config, self.id, self.fitting)
 
     def seed(self, message: Message, purpose: str) -> int:
         return derive_seed(self.config.run.seed, purpose, message.stage, message.round, self.id)

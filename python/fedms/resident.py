@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -41,10 +42,10 @@ class Part:
     """Some samples of a data set, such as one client's training part; `key` names their set in caches."""
 
     indices: Tensor                               # (n,) int64 sample indices
-    key: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", hashlib.sha256(self.indices.numpy().tobytes()).hexdigest())
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(self.indices.numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.indices)

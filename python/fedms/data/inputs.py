@@ -69,7 +69,8 @@ class TextInputs:
 
     def keys(self) -> list[bytes]:
         """A hash of each sample's content."""
-        return [_short_hash(tokens.numpy()) for tokens in self.fields["input_ids"].split(self.lengths.tolist())]
+        tokens, ends = self.fields["input_ids"].numpy(), self.offsets.tolist()
+        return [_short_hash(tokens[start:end]) for start, end in zip(ends, ends[1:])]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class ImageInputs:
 
     def keys(self) -> list[bytes]:
         """A hash of each sample's content."""
-        return [_short_hash(image.numpy()) for image in self.pixels]
+        return [_short_hash(image) for image in self.pixels.numpy()]
 
 
 def check_shape(name: str, pixels: Tensor, model) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -99,14 +100,13 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     else:
         shares = np.array_split(rng.permutation(rest), total)
 
-    # A client's own split hangs on its id and the seed only, not on how many clients there are.
+    by_class = _by_class(shares, labels)
     splits = tuple(
-        ClientSplit(i, names[i], *_split(share, labels, data.split, np.random.default_rng([seed, 1, i])))
-        for i, share in enumerate(shares)
+        ClientSplit(i, names[i], *_split(i, of, data.split, seed)) for i, of in enumerate(by_class)
     )
-    notes += _oddities(splits, shares, labels, dataset.classes)
+    notes += _oddities(splits, shares, by_class, dataset.classes)
     notes += _duplicates(dataset, shares)
-    return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
+    return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test.tolist()), tuple(notes))
 
 
 def _natural(
@@ -183,15 +183,29 @@ def _apply(partitioner, indices: np.ndarray, codes: np.ndarray) -> list[np.ndarr
     return [np.array(partitioner.load_partition(i)["index"], dtype=np.int64) for i in range(total)]
 
 
+def _by_class(shares: list[np.ndarray], labels: np.ndarray) -> list[list[np.ndarray]]:
+    """Each client's samples, apart by class, classes ascending; all clients are sorted at once."""
+    samples = np.concatenate(shares)
+    owner = np.repeat(np.arange(len(shares)), [len(share) for share in shares])
+    order = np.lexsort((labels[samples], owner))
+    samples, owner = samples[order], owner[order]
+    own = labels[samples]
+    first = np.flatnonzero(np.diff(own, prepend=-1) | np.diff(owner, prepend=-1))
+    pieces = iter(np.split(samples, first[1:]))
+    return [list(islice(pieces, count)) for count in np.bincount(owner[first], minlength=len(shares))]
+
+
 def _split(
-    share: np.ndarray, labels: np.ndarray, fractions: tuple[float, float, float], rng: np.random.Generator
+    client: int, classes: list[np.ndarray], fractions: tuple[float, float, float], seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training, validation and test part of a client's samples, stratified by class (largest remainders, ties
-    to training first, so that a class with one sample is trained on)."""
+    to training first, so that a class with one sample is trained on). It hangs on the client's id and the seed only,
+    not on how many clients there are."""
     parts: list[list[int]] = [[], [], []]
-    own = labels[share]
-    for label in np.unique(own):
-        members = rng.permutation(share[own == label]).tolist()
+    rng = np.random.default_rng([seed, 1, client])
+    for samples in classes:
+        # One sample alone takes nothing from the generator.
+        members = rng.permutation(samples).tolist() if len(samples) > 1 else samples.tolist()
         first, second = _bounds(len(members), tuple(fractions))
         for part, piece in zip(parts, (members[:first], members[first:second], members[second:])):
             part.extend(piece)
@@ -219,14 +233,14 @@ def _bounds(count: int, fractions: tuple[float, float, float]) -> tuple[int, int
 
 
 def _indices(values) -> Tensor:
-    return torch.from_numpy(np.sort(np.asarray(values, dtype=np.int64)))
+    return torch.tensor(sorted(values), dtype=torch.int64)
 
 
 def _oddities(
-    splits: tuple[ClientSplit, ...], shares: list[np.ndarray], labels: np.ndarray, classes: tuple[str, ...]
+    splits: tuple[ClientSplit, ...], shares: list[np.ndarray], by_class: list[list[np.ndarray]],
+    classes: tuple[str, ...]
 ) -> list[str]:
     notes = []
-    missing = 0
     for split, share in zip(splits, shares):
         if len(share) == 0:
             notes.append(f"client {split.id} has no samples")
@@ -236,7 +250,7 @@ def _oddities(
                 f"{len(split.train)} for training, {len(split.validation)} for validation, "
                 f"{len(split.test)} for test"
             )
-        missing += 0 < len(np.unique(labels[share])) < len(classes)
+    missing = sum(0 < len(of) < len(classes) for of in by_class)
     if missing:
         notes.append(f"{missing} of {len(splits)} clients lack at least one of the {len(classes)} classes")
     return notes

@@ -29,7 +29,7 @@ class LocalEngine(Engine):
                  stop: Callable[[], bool] = lambda: False) -> None:
         super().__init__(server, model.fm_params, folder, progress, stop)
         self.method, self.model, self.clients, self.common_test = method, model, clients, common_test
-        self.states = {client.id: Private() for client in clients}
+        self.states: dict[int, Private] = {}        # of clients with a visit that counted
 
     def prepare(self, message: Message) -> Mapping[int, Participant]:
         return {client: self.clients[client] for client in message.clients}
@@ -38,7 +38,7 @@ class LocalEngine(Engine):
         for client in clients:
             bytes_down = self.due_to(client, packed).size
             self.note_received(client, packed)
-            came, after = visit(self.method.client_step, self.model, self.clients[client], self.states[client], message)
+            came, after = visit(self.method.client_step, self.model, self.clients[client], self._state(client), message)
             bytes_up = 0
             if came.reply is not None:
                 answer = pack_reply(came.reply, self.encoding)
@@ -51,9 +51,12 @@ class LocalEngine(Engine):
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
         for client in self.clients:
             self.check_stop(final)
-            private = self.states[client.id]
+            private = self._state(client.id)
             yield Evaluation(evaluate_client(self.method, self.model, client, private, final), own_accuracy(
                 self.method, self.model, self.common_test, private, final) if on_common_test else None)
+
+    def _state(self, client: int) -> Private:
+        return self.states.get(client, Private())
 
     def own_state(self) -> dict[str, Any]:
         return {"charged": sorted(self.model.charged)}
