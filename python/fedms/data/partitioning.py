@@ -7,9 +7,10 @@ changed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -101,12 +102,12 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
         shares = np.array_split(rng.permutation(rest), total)
 
     by_class = _by_class(shares, labels)
-    splits = tuple(
-        ClientSplit(i, names[i], *_split(i, of, data.split, seed)) for i, of in enumerate(by_class)
-    )
+    parts = [part for i, of in enumerate(by_class) for part in _split(i, of, data.split, seed)]
+    indices = _indices(chain.from_iterable(parts)).split(list(map(len, parts)))
+    splits = tuple(ClientSplit(i, names[i], *indices[3 * i:3 * i + 3]) for i in range(total))
     notes += _oddities(splits, shares, by_class, dataset.classes)
     notes += _duplicates(dataset, shares)
-    return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test.tolist()), tuple(notes))
+    return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
 
 
 def _natural(
@@ -197,8 +198,8 @@ def _by_class(shares: list[np.ndarray], labels: np.ndarray) -> list[list[np.ndar
 
 def _split(
     client: int, classes: list[np.ndarray], fractions: tuple[float, float, float], seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test part of a client's samples, stratified by class (largest remainders, ties
+) -> tuple[list[int], list[int], list[int]]:
+    """Training, validation and test part of a client's samples, each sorted, stratified by class (largest remainders, ties
     to training first, so that a class with one sample is trained on). It hangs on the client's id and the seed only,
     not on how many clients there are."""
     parts: list[list[int]] = [[], [], []]
@@ -219,7 +220,7 @@ def _split(
             donor = max(range(3), key=lambda k: (len(by_need[k]), k))
             if len(by_need[donor]) >= 2 or (by_need[donor] and donor > rank):
                 part.append(by_need[donor].pop(int(rng.integers(len(by_need[donor])))))
-    return _indices(train), _indices(validation), _indices(test)
+    return sorted(train), sorted(validation), sorted(test)
 
 
 @lru_cache(maxsize=4096)
@@ -232,8 +233,8 @@ def _bounds(count: int, fractions: tuple[float, float, float]) -> tuple[int, int
     return int(sizes[0]), int(sizes[0] + sizes[1])
 
 
-def _indices(values) -> Tensor:
-    return torch.tensor(sorted(values), dtype=torch.int64)
+def _indices(values: Iterable[int]) -> Tensor:
+    return torch.from_numpy(np.fromiter(values, dtype=np.int64))
 
 
 def _oddities(

@@ -259,6 +259,11 @@ def _started(pid: int) -> str | None:
     return None if state == "Z" else fields[18]
 
 
+def lives(pid: int) -> bool:
+    """Whether there is such a process, other than one that has ended and waits for its parent to notice."""
+    return _started(pid) is not None
+
+
 def _signal(leader: int, number: int) -> None:
     try:
         os.killpg(leader, number)
