@@ -230,11 +230,14 @@ class PlusTable(Table):
         "both", description="experts to whose logits the client's class prior is added, log p_client(y) - log p_all(y), in "
         "stage 2 and in use")
     prior_in_stage1: bool = Field(
-        True, description="the global expert is trained with that prior added, so that it need not learn it")
+        False, description="the global expert is trained with that prior added, so that it need not learn it")
     smoothing: float = Field(1.0, gt=0, description="added to each class count before the prior's logarithm")
+    gate_on: Literal["validation", "held_out", "training"] = Field(
+        "validation", description="samples that the gate is trained on, once the visit's expert is: the client's validation "
+        "samples, or a share held_out of its training samples, which the expert then goes without; training: both are "
+        "trained together on all training samples, as in fedms")
     held_out: float = Field(
-        0.2, ge=0, lt=1, description="share of each client's training samples on which the gate alone is trained, and the "
-        "expert is not; 0 trains both on all, as fedms does")
+        0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out")
     gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
     confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone")
     confidence_lr: float = Field(

@@ -17,7 +17,8 @@ from fedms_ext import GateAdapter
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
          "run.threads=1"]
-OFF = ["plus.prior=off", "plus.prior_in_stage1=false", "plus.held_out=0.0", "plus.confidences=false"]
+OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false"]
+OTHER = ["plus.prior_in_stage1=true", "plus.gate_on=held_out", "gate.training=private", "gate.weight=0.5"]
 
 
 def config(*sets):
@@ -37,9 +38,9 @@ def test_without_its_pieces_it_is_fedms(tmp_path):
     assert records[0] == records[1]
 
 
-@pytest.mark.parametrize("sets", [*[[piece] for piece in OFF], ["gate.training=private"], ["gate.weight=0.5"]])
-def test_each_piece_can_be_switched_off(sets, tmp_path):
-    summary = run.run(config("run.method=fedms_plus", *sets), tmp_path / "run")
+@pytest.mark.parametrize("sets", [*OFF, *OTHER])
+def test_each_piece_can_be_switched(sets, tmp_path):
+    summary = run.run(config("run.method=fedms_plus", sets), tmp_path / "run")
     assert summary["personalised_accuracy"]["mean"] is not None
 
 
@@ -47,8 +48,8 @@ def test_the_shift_is_the_clients_prior_over_everybodys():
     counts, everyone = torch.tensor([8.0, 2.0, 0.0]), torch.tensor([20.0, 30.0, 50.0])
     expected = torch.tensor([9 / 13, 3 / 13, 1 / 13]).log() - torch.tensor([21 / 103, 31 / 103, 51 / 103]).log()
     for sets, stage, shifted in [
-            ((), "stage1", ("global",)), ((), "stage2", ("global", "local")), (("plus.prior=global",), "stage2", ("global",)),
-            (("plus.prior=off",), "stage2", ()), (("plus.prior_in_stage1=false",), "stage1", ())]:
+            ((), "stage1", ()), ((), "stage2", ("global", "local")), (("plus.prior=global",), "stage2", ("global",)),
+            (("plus.prior=off",), "stage2", ()), (("plus.prior_in_stage1=true",), "stage1", ("global",))]:
         model = SimpleNamespace(shifts={"global": torch.zeros(3), "local": torch.zeros(3)})
         method = methods.create(config("run.method=fedms_plus", *sets))
         method._shift(model, stage, counts, {"class_counts": everyone})

@@ -260,12 +260,17 @@ def test_memory_disk_and_rebuilt_caches_give_the_same_bits(tmp_path, monkeypatch
 
 
 def test_the_gate_is_trained_on_samples_that_its_expert_has_not_seen(tmp_path):
-    session = Session(config("run.method=fedms_plus", "plus.held_out=0.25"), tmp_path)
-    expert_rows, gate_rows = session.method._split(session.clients[0])
-    n = len(session.clients[0].train)
-    assert len(gate_rows) == n // 4 and sorted([*expert_rows.tolist(), *gate_rows.tolist()]) == list(range(n))
-    again = session.method._split(session.clients[0])
-    assert torch.equal(again[0], expert_rows) and torch.equal(again[1], gate_rows)
+    session = Session(config("run.method=fedms_plus", "plus.gate_on=held_out", "plus.held_out=0.25"), tmp_path)
+    client, n = session.clients[0], len(session.clients[0].train)
+    expert_rows, part, gate_rows = session.method._split(client)
+    assert part is client.train and len(gate_rows) == n // 4
+    assert sorted([*expert_rows.tolist(), *gate_rows.tolist()]) == list(range(n))
+    again = session.method._split(client)
+    assert torch.equal(again[0], expert_rows) and torch.equal(again[2], gate_rows)
+
+    expert_rows, part, gate_rows = methods.create(config("run.method=fedms_plus"))._split(client)
+    assert part is client.validation and gate_rows.tolist() == list(range(len(client.validation)))
+    assert sorted(expert_rows.tolist()) == list(range(n))
 
 
 def test_an_unvisited_client_falls_back_to_the_global_expert(tmp_path):

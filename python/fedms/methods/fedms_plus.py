@@ -1,13 +1,13 @@
 """FedMS with what validation data asked for. Each piece is a setting of `[plus]`; docs/method.md says what each gains.
 
 The clients' class priors. Clients differ most in how often they see a class. The shift log p_client(y) - log p_all(y) is
-added to both experts' logits, in stage 1 in training alone: so no expert spends its few parameters on learning it, and
-averaging need not undo it (balanced softmax: Ren et al., arXiv 2007.10740; logit calibration: Zhang et al., 2209.00189).
-The class counts of all clients are added up by the server; a deployment would use a secure sum.
+added to both experts' logits, so that the local expert need not spend its few samples on learning it (balanced softmax:
+Ren et al., arXiv 2007.10740; logit calibration: Zhang et al., 2209.00189). The class counts of all clients are added up by
+the server; a deployment would use a secure sum.
 
-A gate on held-out samples. On the expert's own training samples the gate learns to trust an expert that knows them by
-heart. Here a share of each client's training samples is kept from the local expert; once the expert of the visit is
-trained and chosen, the gate alone is trained on them.
+A gate on samples that no expert has seen. On the expert's own training samples the gate learns to trust an expert that
+knows them by heart. Here, once the expert of the visit is trained and chosen, the gate alone is trained on the client's
+validation samples, or on a share of the training samples that is kept from the expert.
 
 Confidences. Which expert is right shows in how sure each is: the gate sees that beside the features.
 """
@@ -68,14 +68,14 @@ class FedMSPlus(FedMS):
 
     def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
              gate: Group) -> tuple[float, Tensors, Tensors]:
-        expert_rows, gate_rows = self._split(client)
-        if not len(gate_rows):
+        if self.config.plus.gate_on == "training":
             return super()._fit(model, client, private, message, expert, gate)
+        rows, part, gate_rows = self._split(client)
         own_before, before = validate(model, client, "local"), model.read_applied("local")
-        loss, moments = train(client, message, private, [expert], self._loss(model, client), expert_rows)
+        loss, moments = train(client, message, private, [expert], self._loss(model, client), rows)
         kept, _ = keep_better(model, client, message, before, own_before)
-        if gate.params:
-            _, gate_moments = train(client, message, private, self._gate_groups(gate), self._gate_loss(model, client),
+        if gate.params and len(gate_rows):
+            _, gate_moments = train(client, message, private, self._gate_groups(gate), self._gate_loss(model, part),
                                     gate_rows, self.config.plus.gate_epochs)
             moments = {**moments, **gate_moments}
         return loss, kept, moments
@@ -86,15 +86,17 @@ class FedMSPlus(FedMS):
         rest = {name: p for name, p in gate.params.items() if name not in side}
         return [Group(rest, gate.lr), *([Group(side, self.config.plus.confidence_lr)] if side else [])]
 
-    def _split(self, client: Client) -> tuple[Tensor, Tensor]:
-        """Rows of the training part for the local expert, and those for the gate; the same at every visit."""
+    def _split(self, client: Client) -> tuple[Tensor, Part, Tensor]:
+        """Rows of the training part for the local expert; the part that the gate is trained on, and its rows there. The
+        same at every visit."""
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
+        if self.config.plus.gate_on == "validation":
+            return rows, client.validation, torch.arange(len(client.validation))
         held_out = int(self.config.plus.held_out * len(rows))
-        return rows[held_out:], rows[:held_out]
+        return rows[held_out:], client.train, rows[:held_out]
 
-    def _gate_loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
+    def _gate_loss(self, model: ResidentModel, part: Part) -> Callable[[Tensor], Tensor]:
         """Mean over a batch of CE(mixture), with both experts constant."""
-        part = client.train
         mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
         return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
 
