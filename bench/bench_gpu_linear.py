@@ -1,43 +1,28 @@
 """One expert linear layer on a GPU, beside its peers: forward, and forward + backward.
 
-    python bench/bench_gpu_linear.py [--quick] [--json FILE] [--rehearse]
+    python bench/bench_gpu_linear.py [--quick] [--seconds S] [--json FILE] [--rehearse]
 
-All ratios are to the bare frozen GEMM: F.linear, and for forward + backward F.linear and the GEMM of dx. Peers: PEFT,
-PEFT compiled, NeMo AutoModel's Triton kernels beside a frozen GEMM (where nemo-automodel is installed), and the operator
+All ratios are to the bare frozen GEMM: F.linear, and for forward + backward F.linear and the GEMM of dx; the floor is the
+one of gpu_work.py. Peers: PEFT, PEFT compiled, NeMo AutoModel's Triton kernels beside a frozen GEMM (where nemo-automodel is installed), and the operator
 sequences of Unsloth (`addmm_` into the frozen GEMM's output, dx written by `addmm_`) and of LoRAFusion (S apart, then one
 GEMM that adds it; dS and dB from dy), both written anew here on cuBLAS.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import Clock, compare, table
+from gpu_timing import Report
+from gpu_work import SHAPES, Work
 from torch import Tensor
 
 import fedms_ext
 from fedms_ext import expert_linear
 
-# (K, N, rows, total rank): the shapes with goals first, then those where a narrow or a short layer may lose.
-SHAPES = [
-    (4096, 4096, 8192, 32),
-    (768, 768, 12608, 32),
-    (4096, 14336, 8192, 32),
-    (768, 3072, 12608, 32),
-    (3072, 768, 12608, 32),
-    (14336, 4096, 8192, 32),
-    (4096, 4096, 8192, 8),
-    (4096, 4096, 8192, 128),
-    (4096, 4096, 64, 32),
-    (4096, 4096, 512, 32),
-    (384, 384, 2048, 8),
-]
 QUICK = SHAPES[:3]
 CUDA = "fedms, CUDA C++"  # csrc/cuda, which is not the default
 REHEARSAL = [(64, 48, 70, 8)]
@@ -125,8 +110,10 @@ def peft_layer(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> torch.nn.M
 Operator = Callable[[Tensor], Tensor]
 
 
-def operators(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> dict[str, tuple[Operator, list[Tensor]]]:
-    """Each peer as a function of x, and the parameters that it trains."""
+def operators(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, compiled: bool = True
+) -> dict[str, tuple[Operator, list[Tensor]]]:
+    """Each peer as a function of x, and the parameters that it trains. `compiled`: on a GPU, those of torch.compile too."""
     merged = weight + scale * (b @ a).detach()
     found: dict[str, tuple[Operator, list[Tensor]]] = {
         "bare GEMM": (lambda x: F.linear(x, weight), []),
@@ -145,8 +132,9 @@ def operators(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> dict[str, t
         layer = peft_layer(weight, a.detach().clone(), b.detach().clone(), scale)
         trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
         found["PEFT"] = (layer, trained)
-        if weight.is_cuda:  # what the compiler makes of it on the CPU is another matter
+        if weight.is_cuda and compiled:  # what the compiler makes of it on the CPU is another matter
             found["PEFT, compiled"] = (torch.compile(layer, dynamic=False), trained)
+            found["fedms, compiled"] = (torch.compile(found["fedms"][0], dynamic=False), [a, b])
     except ImportError:
         pass  # the report names the peers that it has
     return found
@@ -173,41 +161,31 @@ def on_backend(name: str, call: Callable[[], object]) -> Callable[[], object]:
     return there
 
 
-def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> list[dict[str, object]]:
-    results = []
-    for k, n, rows, rank in shapes:
+def run(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
+    for number, (k, n, rows, rank) in enumerate(shapes):
         torch.manual_seed(0)
-        like = dict(dtype=dtype, device=clock.device)
+        like = dict(dtype=report.dtype, device=report.clock.device)
         x, dy = torch.randn(rows, k, **like), torch.randn(rows, n, **like)
         weight = torch.randn(n, k, **like) / k**0.5
         a = (torch.randn(rank, k, **like) / k**0.5).requires_grad_()
         b = torch.randn(n, rank, **like).requires_grad_()
-        peers = operators(weight, a, b, 0.5)
-        for title, calls in {
-            "forward": {name: forward_only(operator, x) for name, (operator, _) in peers.items()},
-            "forward + backward": {name: both(operator, x, dy, trained) for name, (operator, trained) in peers.items()},
-        }.items():
+        # Compilation takes longer than all the timing: a quick run does it for the shape of that goal.
+        peers = operators(weight, a, b, 0.5, compiled=number == 0 or not report.quick)
+        for what, floor, calls in (
+            ("forward", Work(k, n, rows, rank).floor, {name: forward_only(op, x) for name, (op, _) in peers.items()}),
+            ("forward + backward", Work(k, n, rows, rank).floor_of_both,
+             {name: both(op, x, dy, trained) for name, (op, trained) in peers.items()}),
+        ):  # fmt: skip
             if CUDA in calls:
                 calls[CUDA] = on_backend("cuda", calls[CUDA])
-            measured = compare(clock, calls, base="bare GEMM")
-            results.append(dict(k=k, n=n, rows=rows, rank=rank, dtype=str(dtype), what=title, results=measured))
-            print(table(f"{k} -> {n}, {rows} rows, rank {rank}, {title}", measured), flush=True)
-    return results
+            facts = dict(k=k, n=n, rows=rows, rank=rank, dtype=str(report.dtype), what=what, floor=floor)
+            report.add(f"{k} -> {n}, {rows} rows, rank {rank}, {what}, floor {floor:.3f}", facts, calls, "bare GEMM")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the three shapes with goals")
-    parser.add_argument("--json", help="write the figures to this file too")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: shows that it runs, no more")
-    options = parser.parse_args()
-    clock = Clock("cpu", 0.0) if options.rehearse else Clock("cuda", 0.05 if options.quick else 0.3)
-    shapes = REHEARSAL if options.rehearse else QUICK if options.quick else SHAPES
-    print(f"backends: {', '.join(fedms_ext.available())}\n")
-    results = run(clock, shapes, torch.float32 if options.rehearse else torch.bfloat16)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+    report = Report(__doc__, seconds=0.3, quick_seconds=0.05)
+    run(report, REHEARSAL if report.rehearse else QUICK if report.quick else SHAPES)
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Two experts in one layer on a GPU: gates for each row, and the streams of the mixture in one batch.
 
-    python bench/bench_gpu_mixture.py [--quick] [--json FILE] [--rehearse]
+    python bench/bench_gpu_mixture.py [--quick] [--seconds S] [--json FILE] [--rehearse]
 
 "gates": every row takes both experts, weighted. "streams": the first half of the rows takes the first expert, the
 second half the second, as segments of one batch; beside a gate of zeros and ones, which computes both experts for every
@@ -9,16 +9,12 @@ row, and two layers called one after the other.
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import torch
 import torch.nn.functional as F
 from bench_gpu_linear import both, forward_only
-from gpu_timing import Clock, compare, table
+from gpu_timing import Report
 from torch import Tensor
 
-import fedms_ext
 from fedms_ext import expert_linear
 
 # (K, N, rows, rank of each expert)
@@ -34,16 +30,15 @@ def operator_by_operator(x: Tensor, weight: Tensor, a: list[Tensor], b: list[Ten
     return y
 
 
-def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> list[dict[str, object]]:
-    results = []
-    for k, n, rows, rank in shapes:
+def run(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
+    for number, (k, n, rows, rank) in enumerate(shapes):
         torch.manual_seed(0)
-        like = dict(dtype=dtype, device=clock.device)
+        like = dict(dtype=report.dtype, device=report.clock.device)
         x, dy = torch.randn(rows, k, **like), torch.randn(rows, n, **like)
         weight = torch.randn(n, k, **like) / k**0.5
         a = [(torch.randn(rank, k, **like) / k**0.5).requires_grad_() for _ in range(2)]
         b = [torch.randn(n, rank, **like).requires_grad_() for _ in range(2)]
-        gates = torch.rand(rows, 2, device=clock.device).to(dtype)
+        gates = torch.rand(rows, 2, device=x.device).to(x.dtype)
         half = rows // 2
         streams = torch.zeros(rows, 2, **like)
         streams[:half, 0], streams[half:, 1] = 1, 1
@@ -67,7 +62,7 @@ def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtyp
                 "fedms, two layers": apart,
             },
         }
-        if clock.device == "cuda":
+        if x.is_cuda and (number == 0 or not report.quick):
             compiled = torch.compile(operator_by_operator, dynamic=False)
             peers["gates"]["operator by operator, compiled"] = lambda x: compiled(x, weight, a, b, gates)
         for case, operators in peers.items():
@@ -77,25 +72,14 @@ def run(clock: Clock, shapes: list[tuple[int, int, int, int]], dtype: torch.dtyp
                     else both(peer, x, dy, [] if name == "bare GEMM" else [*a, *b])
                     for name, peer in operators.items()
                 }  # fmt: skip
-                measured = compare(clock, calls, base="bare GEMM")
-                results.append(dict(case=case, k=k, n=n, rows=rows, rank=rank, what=what, results=measured))
-                print(table(f"{case}: {k} -> {n}, {rows} rows, 2 experts of rank {rank}, {what}", measured), flush=True)
-    return results
+                facts = dict(case=case, k=k, n=n, rows=rows, rank=rank, what=what)
+                report.add(f"{case}: {k} -> {n}, {rows} rows, 2 experts of rank {rank}, {what}", facts, calls, "bare GEMM")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first two shapes")
-    parser.add_argument("--json", help="write the figures to this file too")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: shows that it runs, no more")
-    options = parser.parse_args()
-    clock = Clock("cpu", 0.0) if options.rehearse else Clock("cuda", 0.05 if options.quick else 0.3)
-    shapes = REHEARSAL if options.rehearse else SHAPES[:2] if options.quick else SHAPES
-    print(f"backends: {', '.join(fedms_ext.available())}\n")
-    results = run(clock, shapes, torch.float32 if options.rehearse else torch.bfloat16)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+    report = Report(__doc__, seconds=0.3, quick_seconds=0.05)
+    run(report, REHEARSAL if report.rehearse else SHAPES[:2] if report.quick else SHAPES)
+    report.close()
 
 
 if __name__ == "__main__":

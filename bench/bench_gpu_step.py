@@ -1,22 +1,20 @@
 """A training step of a transformer encoder on a GPU: forward, backward, AdamW on the experts.
 
-    python bench/bench_gpu_step.py [--quick] [--json FILE] [--rehearse]
+    python bench/bench_gpu_step.py [--quick] [--seconds S] [--json FILE] [--rehearse]
 
 The encoder has the sizes of ViT-B/16 (12 blocks, width 768, 197 tokens). LoRA of rank 16 on every Linear layer of the
-blocks, trained in all blocks or in the last three. Peers: PEFT on the same model, and the frozen model with the
-gradient of its input, which is what a step costs without LoRA.
+blocks, trained in all blocks or in the last three. Peers: PEFT on the same model, also compiled (not with --quick), and
+the frozen model with the gradient of its input, which is what a step costs without LoRA.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import Clock, compare, table
+from gpu_timing import Report
 from torch import Tensor, nn
 
 import fedms_ext
@@ -81,41 +79,29 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return call
 
 
-def run(clock: Clock, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> list[dict[str, object]]:
+def run(report: Report, sizes: tuple[int, int, int, int, int]) -> None:
     blocks, width, heads, batch, tokens = sizes
     torch.manual_seed(0)
-    frozen = Encoder(blocks, width, heads).to(clock.device, dtype).requires_grad_(False)
-    x = torch.randn(batch, tokens, width, device=clock.device, dtype=dtype)
-    results = []
+    frozen = Encoder(blocks, width, heads).to(report.clock.device, report.dtype).requires_grad_(False)
+    x = torch.randn(batch, tokens, width, device=report.clock.device, dtype=report.dtype)
     for depth in (blocks, max(1, blocks // 4)):
         seen = x.clone().requires_grad_()
         calls = {"frozen model": lambda: torch.autograd.grad(frozen(seen).float().square().mean(), seen)}
         calls["fedms"] = step(with_experts(frozen, 16, depth), x)
         try:
             calls["PEFT"] = step(with_peft(frozen, 16, depth), x)
-            if x.is_cuda:
+            if x.is_cuda and not report.quick:  # minutes of compilation
                 calls["PEFT, compiled"] = step(torch.compile(with_peft(frozen, 16, depth), dynamic=False), x)
         except ImportError:
             pass  # the report names the peers that it has
-        measured = compare(clock, calls, base="frozen model")
-        results.append(dict(sizes=sizes, depth=depth, results=measured))
-        print(table(f"{blocks} blocks of width {width}, {batch} x {tokens} tokens, depth {depth}", measured), flush=True)
-    return results
+        title = f"{blocks} blocks of width {width}, {batch} x {tokens} tokens, depth {depth}"
+        report.add(title, dict(sizes=sizes, depth=depth), calls, "frozen model")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter timings")
-    parser.add_argument("--json", help="write the figures to this file too")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: shows that it runs, no more")
-    options = parser.parse_args()
-    clock = Clock("cpu", 0.0) if options.rehearse else Clock("cuda", 0.2 if options.quick else 2.0)
-    print(f"backends: {', '.join(fedms_ext.available())}\n")
-    sizes = (2, 32, 2, 2, 40) if options.rehearse else (12, 768, 12, 64, 197)
-    results = run(clock, sizes, torch.float32 if options.rehearse else torch.bfloat16)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+    report = Report(__doc__, seconds=2.0, quick_seconds=0.2)
+    run(report, (2, 32, 2, 2, 40) if report.rehearse else (12, 768, 12, 64, 197))
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """All that a GPU can show, in one folder of at most eight files: tests, machine code, benchmarks, a report.
 
-    python bench/gpu.py --dest FOLDER [--quick] [--rehearse]
+    python bench/gpu.py --dest FOLDER [--quick] [--since EPOCH] [--rehearse]
 
-`make gpu` rebuilds the package and calls this. Exit status 1 if a test fails; the benchmarks run all the same.
+`make gpu` rebuilds the package and calls this. Exit status 1 if a test fails; the benchmarks run all the same. Where all
+tests of the CUDA C++ kernels pass, $FEDMS_CACHE gets a record of it, and those kernels become candidates from then on.
 """
 
 from __future__ import annotations
@@ -12,23 +13,30 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 import fedms_ext
+from fedms_ext.backends import cuda
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "triton_kernels"
-CUDA_TESTS = ROOT / "tests" / "cuda_kernels" / "numerics.py"  # skipped where the build has no CUDA kernels
+CUDA_TESTS = ROOT / "tests" / "cuda_kernels" / "numerics.py"
 SANITISED = "test_every_tile or test_bits_repeat"
 QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opcheck or test_measured_choices"
-# Seconds that a quick run gives each benchmark; most of them go into compiling the tiles that are measured.
-QUICK_LIMITS = {"linear": 150, "mixture": 70, "step": 70}
-
+QUICK_SECONDS = 8 * 60
+RESERVE = 10.0  # seconds to write the report
+# Of the seconds that are left when a quick run comes to a benchmark: the share that it may have. Most of them go into
+# compiling the tiles that are measured.
+SHARES = {"linear": 0.55, "mixture": 0.6, "step": 1.0}
+# Tests spend their time in compilers, one thread each.
+SHARDS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 # Of the GEMMs and of the narrow kernels: how busy the tensor cores and the memory are, and what was read of it.
 COUNTERS = [
@@ -38,6 +46,9 @@ COUNTERS = [
     "dram__bytes_read.sum",
     "lts__t_sector_hit_rate.pct",
 ]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+Step = dict[str, object]
 
 
 def machine() -> dict[str, object]:
@@ -61,29 +72,127 @@ def machine() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "triton": __import__("triton").__version__,
         "backends": fedms_ext.available(),
+        "CUDA kernels": fedms_ext.explain("cuda") or "built",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def run(command: list[str], limit: float, **environment: str) -> dict[str, object]:
-    """Runs a command in the tests' folder; its exit status, seconds and the end of what it said."""
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=TESTS, env=os.environ | environment, timeout=limit, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        status, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        said = expired.stdout or b""
-        status, said = "timed out", said.decode(errors="replace") if isinstance(said, bytes) else said
-    seconds = round(time.perf_counter() - start, 1)
-    print(f"{' '.join(command[1:])}: {status} after {seconds} s", flush=True)
-    return {"command": " ".join(command), "status": status, "seconds": seconds, "output": said[-4000:], "all": said}
+class Steps:
+    """Runs commands in the tests' folder, until the time is over, and keeps what became of them."""
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+        self.done: dict[str, Step] = {}
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.time()
+
+    def run(self, name: str, command: list[str], limit: float, shards: int = 1, **environment: str) -> Step:
+        """`shards`: as many processes side by side, each with its share of the tests."""
+        limit = min(limit, self.left())
+        if limit < RESERVE:
+            self.done[name] = {"command": " ".join(command), "status": "left out: no time", "seconds": 0.0, "output": ""}
+            return self.done[name]
+        start = time.perf_counter()
+        jobs = [os.environ | environment | {"FEDMS_SHARD": f"{i}/{shards}"} for i in range(shards)]
+        with ThreadPoolExecutor(shards) as pool:
+            results = list(pool.map(lambda environment: self._one(command, limit, environment), jobs))
+        status = next((status for status, _ in results if status != 0), 0)
+        seconds = round(time.perf_counter() - start, 1)
+        print(f"{name}: {status} after {seconds} s", flush=True)
+        output = "\n".join(said for result, said in results if shards == 1 or result != 0)
+        last = "; ".join(said.strip().splitlines()[-1] for _, said in results if said.strip())
+        self.done[name] = {
+            "command": " ".join(command), "status": status, "seconds": seconds, "last": last, "output": output,
+        }  # fmt: skip
+        return self.done[name]
+
+    @staticmethod
+    def _one(command: list[str], limit: float, environment: dict[str, str]) -> tuple[int | str, str]:
+        process = subprocess.Popen(command, cwd=TESTS, env=environment, text=True, errors="replace",
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=limit)
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers too, which hold the pipe open
+            return f"timed out after {limit:.0f} s", process.communicate()[0]
+
+
+def test(steps: Steps, quick: bool, dest: Path) -> None:
+    steps.run("tests on the GPU", [*PYTEST, "on_gpu.py", *(["-k", QUICK] if quick else [])], 150 if quick else 1500, SHARDS)
+    if fedms_ext.explain("cuda") is None:
+        step = steps.run("tests of the CUDA kernels", [*PYTEST, str(CUDA_TESTS)], 90 if quick else 900, SHARDS)
+        if step["status"] == 0:
+            print(f"the CUDA kernels are candidates from now on: {cuda.record_pass()}")
+    if quick:
+        return
+    code = {"FEDMS_MACHINE_CODE": str(dest / "machine_code.json")}
+    steps.run("machine code", [*PYTEST, "-s", "compiled.py"], 600, **code)
+    if sanitizer := shutil.which("compute-sanitizer"):
+        # PyTorch's caching allocator would hide an access behind the end of a tensor.
+        checked, uncached = [sanitizer, "--error-exitcode", "9", *PYTEST], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        steps.run("compute-sanitizer", [*checked, "on_gpu.py", "-k", SANITISED], 1800, **uncached)
+        if fedms_ext.explain("cuda") is None:
+            kernels = [*checked, str(CUDA_TESTS), "-k", "every_tile or dropout or int8 or segments"]
+            steps.run("compute-sanitizer, CUDA kernels", kernels, 1800, **uncached)
+    if profiler := shutil.which("ncu"):  # needs the right to read counters, which is not everyone's
+        steps.run(
+            "counters",
+            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm|shrink|sweep",
+             "--launch-count", "40", sys.executable, str(ROOT / "bench" / "bench_gpu_linear.py"), "--quick"],
+            900, FEDMS_TUNE="0",
+        )  # fmt: skip
+
+
+def measure(steps: Steps, options: argparse.Namespace, dest: Path) -> None:
+    """The benchmarks. The choices that they make are measured on this machine, and belong to the results."""
+    choices = dest / "choices"
+    shutil.rmtree(choices, ignore_errors=True)
+    choices.mkdir()
+    if fedms_ext.explain("cuda") is None and cuda.passed(cuda.capability(None)):
+        shutil.copy(cuda.record(cuda.capability(None)), choices)
+    for name, share in SHARES.items():
+        command = [sys.executable, str(ROOT / "bench" / f"bench_gpu_{name}.py"), "--json", str(dest / f"{name}.json")]
+        command += ["--quick"] * options.quick + ["--rehearse"] * options.rehearse
+        limit = 1500.0
+        if options.quick:
+            limit = max(0.0, share * (steps.left() - RESERVE))
+            command += ["--seconds", f"{0.8 * limit:.0f}"]  # the rest is for the start, and for a table that takes longer
+        steps.run(f"benchmark {name}", command, limit, FEDMS_CACHE=str(choices))
+    kept = {file.name: json.loads(file.read_text()) for file in choices.glob("*.json")}
+    shutil.rmtree(choices, ignore_errors=True)
+    (dest / "choices.json").write_text(json.dumps(kept, indent=1))
+
+
+def report(steps: Steps) -> str:
+    lines = ["# GPU report", "", *[f"- {key}: {value}" for key, value in machine().items()], "",
+             "| step | status | seconds | |", "| --- | --- | --- | --- |"]  # fmt: skip
+    for name, step in steps.done.items():
+        last = "" if name.startswith("benchmark") else str(step.get("last", ""))
+        lines.append(f"| {name} | {step['status']} | {step['seconds']} | {last} |")
+    for name, tool in (("compute-sanitizer", "compute-sanitizer"), ("counters", "ncu")):
+        if name not in steps.done:
+            lines.append(f"| {name} | {'left out' if shutil.which(tool) else 'not on this machine'} | | |")
+    for name, step in steps.done.items():
+        if step["status"] != 0:
+            lines += ["", f"## {name}: {step['status']}", "", "```", str(step["output"])[-8000:], "```"]
+        elif name.startswith("benchmark"):
+            lines += ["", f"## {name}", "", str(step["output"])]
+        elif name == "counters":
+            lines += ["", f"## {name}", "", "```", str(step["output"]), "```"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dest", required=True, type=Path, help="folder of the results; made if it is not there")
-    parser.add_argument("--quick", action="store_true", help="within 8 minutes: fewer tests and shapes")
+    parser.add_argument("--quick", action="store_true",
+                        help=f"within {QUICK_SECONDS // 60} minutes: fewer tests and shapes; the report says what was left "
+                             "out when the time was over")  # fmt: skip
+    parser.add_argument("--since", type=float, metavar="EPOCH", default=time.time(),
+                        help="from when on the minutes of --quick count, in seconds since 1970 (default: now)")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="no GPU: benchmarks on tiny sizes on the CPU, no tests")
     options = parser.parse_args()
     if (reason := fedms_ext.explain("triton")) and not options.rehearse:
@@ -91,65 +200,14 @@ def main() -> int:
     dest = options.dest.resolve()
     dest.mkdir(parents=True, exist_ok=True)
     (dest / "machine.json").write_text(json.dumps(machine(), indent=1))
-    # The choices are measured on this machine, and belong to the results.
-    choices = dest / "choices"
-    shutil.rmtree(choices, ignore_errors=True)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-
-    quick, linear = options.quick or options.rehearse, str(ROOT / "bench" / "bench_gpu_linear.py")
-    if options.rehearse:
-        steps = {}
-    elif options.quick:
-        steps = {"tests on the GPU": run([*pytest, "on_gpu.py", "-k", QUICK], 130)}
-    else:
-        found = str(dest / "machine_code.json")
-        steps = {
-            "tests on the GPU": run([*pytest, "on_gpu.py"], 1500),
-            "tests of the CUDA kernels": run([*pytest, "-rs", str(CUDA_TESTS)], 900),
-            "machine code": run([*pytest, "-s", "compiled.py"], 300, FEDMS_MACHINE_CODE=found),
-        }
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer and not quick:
-        # PyTorch's caching allocator would hide an access behind the end of a tensor.
-        steps["compute-sanitizer"] = run(
-            [sanitizer, "--error-exitcode", "9", *pytest, "on_gpu.py", "-k", SANITISED], 1800,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )  # fmt: skip
-        steps["compute-sanitizer, CUDA kernels"] = run(
-            [sanitizer, "--error-exitcode", "9", *pytest, str(CUDA_TESTS), "-k", "every_tile or dropout or int8"], 1800,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )  # fmt: skip
-    profiler = shutil.which("ncu")
-    if profiler and not quick:  # needs the right to read counters, which is not everyone's
-        steps["counters"] = run(
-            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm_|shrink|sweep",
-             "--launch-count", "40", sys.executable, linear, "--quick"], 900, FEDMS_TUNE="0",
-        )  # fmt: skip
-    tables = []
-    for name in ("linear", "mixture", "step"):
-        command = [sys.executable, str(ROOT / "bench" / f"bench_gpu_{name}.py"), "--json", str(dest / f"{name}.json")]
-        command += ["--quick"] * options.quick + ["--rehearse"] * options.rehearse
-        step = run(command, QUICK_LIMITS[name] if options.quick else 1500, FEDMS_CACHE=str(choices))
-        steps[f"benchmark {name}"] = step
-        tables.append(f"## {name}\n\n{step['all']}")
-
-    kept = {file.name: json.loads(file.read_text()) for file in choices.glob("*.json")}
-    shutil.rmtree(choices, ignore_errors=True)
-    (dest / "choices.json").write_text(json.dumps(kept, indent=1))
-    lines = ["# GPU report", "", *[f"- {key}: {value}" for key, value in machine().items()], "", "| step | status | seconds |",
-             "| --- | --- | --- |"]  # fmt: skip
-    lines += [f"| {name} | {step['status']} | {step['seconds']} |" for name, step in steps.items()]
-    for name, found in (("compute-sanitizer", sanitizer), ("counters", profiler)):
-        if name not in steps:
-            lines.append(f"| {name} | {'left out' if found else 'not on this machine'} | |")
-    failed = {name: step for name, step in steps.items() if step["status"] != 0}
-    for name, step in failed.items():
-        lines += ["", f"## {name}: {step['status']}", "", "```", step["output"], "```"]
-    if "counters" in steps:
-        tables.append(f"## counters\n\n```\n{steps['counters']['all']}\n```")
-    (dest / "report.md").write_text("\n".join(lines) + "\n\n" + "\n".join(tables))
-    print(f"{dest / 'report.md'}")
-    return 1 if failed else 0
+    steps = Steps(options.since + QUICK_SECONDS if options.quick else float("inf"))
+    if not options.rehearse:
+        test(steps, options.quick, dest)
+    measure(steps, options, dest)
+    (dest / "report.md").write_text(report(steps))
+    print(dest / "report.md")
+    in_time = [step["status"] for step in steps.done.values() if not str(step["status"]).startswith("left out")]
+    return 1 if any(status != 0 for status in in_time) else 0
 
 
 if __name__ == "__main__":

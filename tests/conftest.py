@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -16,3 +17,17 @@ torch.set_num_threads(2)
 def _seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FEDMS_SHARD=i/n keeps every n-th test from the i-th on: bench/gpu.py runs such shares side by side."""
+    share, _, shares = os.environ.get("FEDMS_SHARD", "0/1").partition("/")
+    items[:] = items[int(share) :: int(shares)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have to show although they passed: the properties `shown` that they recorded."""
+    for found in terminalreporter.getreports("passed"):
+        for name, value in found.user_properties:
+            if name == "shown":
+                terminalreporter.write_line(value)

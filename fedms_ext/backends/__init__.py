@@ -15,11 +15,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import cpu, cuda, eager, triton
+from . import cpu, cuda, eager, measured, triton
 
-# In the order of preference. `cuda` stands last, behind the one that takes everything: only by name, until a GPU has
-# passed its tests.
-_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "eager": eager, "cuda": cuda}
+# In the order of preference. `cuda` stands last, behind the one that takes everything: only by name, or through
+# `measured`, which is available once a GPU has passed its tests.
+_BACKENDS: dict[str, ModuleType] = {
+    "measured": measured, "triton": triton, "cpu": cpu, "eager": eager, "cuda": cuda,
+}  # fmt: skip
 
 
 def _named(name: str) -> ModuleType:

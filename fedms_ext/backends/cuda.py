@@ -1,4 +1,5 @@
-"""The CUDA C++ kernels of csrc/cuda. No GPU has run them yet, so nothing chooses them: FEDMS_BACKEND=cuda does.
+"""The CUDA C++ kernels of csrc/cuda. FEDMS_BACKEND=cuda forces them; by itself only `measured` chooses them, on a GPU that
+has passed their tests.
 
 For bf16 and fp16 layers whose sides are multiples of 8 (16 along K for an int8 weight), with a total rank of 256 at
 most and experts in the base's dtype, without segments. Everything else goes to the Triton backend where it can run, and
@@ -10,10 +11,13 @@ then they take tensors on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -21,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from . import eager, triton
-from .operands import Frozen, Gradients, Lora, Needs, empty_gradients
+from . import choices, eager, triton
+from .operands import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, numbers
 
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
 _MOST_PARTS = 16    # into which sums over the rows are split
@@ -60,10 +64,42 @@ def unavailable() -> str | None:
 def supports(x: Tensor) -> bool:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return x.device.type == "cpu" if _EMULATED else x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.device.type == "cpu" if _EMULATED else x.is_cuda and capability(x.device) >= (8, 0)
 
 
-def _other(x: Tensor) -> ModuleType:
+@lru_cache(maxsize=None)
+def capability(device: torch.device | None) -> tuple[int, int]:
+    """The compute capability of a device, or of the current one."""
+    return (9, 0) if _EMULATED else torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=1)
+def build_id() -> str:
+    """The hash of the module that holds the kernels: another build may do other things."""
+    return hashlib.sha256(Path(_EMULATED or _C.__file__).read_bytes()).hexdigest()
+
+
+def record(capability: tuple[int, int]) -> Path:
+    """The file that says that the kernels of a build have passed their tests on a GPU of that capability."""
+    return choices.folder() / f"cuda-sm{capability[0]}{capability[1]}-passed.json"
+
+
+@lru_cache(maxsize=None)
+def passed(capability: tuple[int, int]) -> bool:
+    """Whether this build's kernels have passed their tests on a GPU of that capability, as far as $FEDMS_CACHE knows."""
+    kept = choices.read(record(capability))
+    return bool(kept) and kept.get("build") == build_id()
+
+
+def record_pass() -> Path:
+    """Notes in $FEDMS_CACHE that this build's kernels have passed their tests on the current GPU. Only for who ran them."""
+    path = record(capability(None))
+    choices.write(path, {"build": build_id(), "passed": time.strftime("%Y-%m-%d %H:%M:%S")})
+    passed.cache_clear()
+    return path
+
+
+def other(x: Tensor) -> ModuleType:
     """Who takes a call that the kernels do not."""
     return triton if triton.unavailable() is None and triton.supports(x) else eager
 
@@ -109,20 +145,11 @@ def _stride(tensor: Tensor | None) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x (..., K) as (M, K), its rows dense and at multiples of 16 bytes."""
-    rows = x.reshape(-1, x.shape[-1])
-    dense = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
-    aligned = rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
-    return rows if dense and aligned else rows.clone(memory_format=torch.contiguous_format)
+    return dense_rows(x, 16)
 
 
 def _padded(rank: int) -> int:
     return -(-rank // 8) * 8
-
-
-@lru_cache(maxsize=256)
-def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -147,9 +174,9 @@ def _pack(lora: Lora) -> _Experts:
     if scale.device == device:
         scale = scale.to(torch.float32)
     else:
-        scale = _numbers(tuple(scale.tolist()), torch.float32, device)
+        scale = numbers(tuple(scale.tolist()), torch.float32, device)
     owners = tuple(e for e, r in enumerate(ranks) for _ in range(r))
-    return _Experts(_rows(torch.cat(list(lora.a))), b, scale, _numbers(owners, torch.int32, device), ranks)
+    return _Experts(_rows(torch.cat(list(lora.a))), b, scale, numbers(owners, torch.int32, device), ranks)
 
 
 class _Call:
@@ -233,14 +260,14 @@ class _Call:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     if not _in_kernels(x, weight.shape[0], lora) or weight.dtype != x.dtype:
-        return _other(x).forward(x, weight, bias, lora)
+        return other(x).forward(x, weight, bias, lora)
     return _forward(x, weight, None, bias, lora)
 
 
 def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     """`forward` on an int8 weight, made wide where a tile is multiplied; x is not quantised."""
     if not _in_kernels(x, frozen.n, lora) or frozen.data.dtype != torch.int8 or frozen.k % 16:
-        return _other(x).frozen_forward(x, frozen, bias, lora)
+        return other(x).frozen_forward(x, frozen, bias, lora)
     return _forward(x, frozen.data, frozen.scale, bias, lora)
 
 
@@ -257,7 +284,7 @@ def _forward(
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
     if not _in_kernels(dy, weight.shape[1], lora) or weight.dtype != dy.dtype:
-        return _other(dy).backward(dy, x, weight, lora, s, needs)
+        return other(dy).backward(dy, x, weight, lora, s, needs)
     return _backward(dy, x, weight, None, lora, s, needs)
 
 
@@ -268,7 +295,7 @@ def frozen_backward(
     # The kernels mask the ranks' part of dx before an int8 weight could be scaled, so dropout goes elsewhere.
     int8 = not needs.dx or (frozen.data.dtype == torch.int8 and frozen.n % 16 == 0 and lora.dropout_p == 0)
     if not _in_kernels(dy, frozen.k, lora) or not int8:
-        return _other(dy).frozen_backward(dy, x, frozen, lora, s, needs)
+        return other(dy).frozen_backward(dy, x, frozen, lora, s, needs)
     return _backward(dy, x, frozen.data, frozen.scale, lora, s, needs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -86,3 +87,17 @@ def empty_gradients(lora: Lora, needs: Needs) -> tuple[list[Tensor | None], list
         return [torch.empty_like(t, memory_format=dense) if n else None for t, n in zip(tensors, needed)]
 
     return like(lora.a, needs.da), like(lora.b, needs.db)
+
+
+def dense_rows(x: Tensor, alignment: int = 1) -> Tensor:
+    """x (..., K) as (M, K) with stride 1 along K, rows that do not overlap, and all at multiples of `alignment` bytes."""
+    rows = x.reshape(-1, x.shape[-1])
+    dense = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+    aligned = rows.stride(0) * rows.element_size() % alignment == 0 and rows.data_ptr() % alignment == 0
+    return rows if dense and aligned else rows.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=256)
+def numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that nobody writes to, made once."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..formats import HALVES, dequantise
 from ..reference import LEVELS
 from . import eager
-from .operands import Frozen, Gradients, Lora, Needs, empty_gradients, spans
+from .choices import Choices
+from .operands import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, spans
 
 FEW_ROWS = 64  # up to here the layer waits for W to arrive, and cuBLAS reads it as fast as anything
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
@@ -46,7 +47,6 @@ def unavailable() -> str | None:
 
 if unavailable() is None:
     from ..triton_kernels import launch
-    from ..triton_kernels.choices import Choices
     from ..triton_kernels.launch import Dropout, Experts, Weight
     from ..triton_kernels.tiles import DESCRIPTOR_ROWS, Chip, Gemm, Tile, legal_tiles
 
@@ -71,7 +71,8 @@ def _chip(device: torch.device) -> Chip:
 
 @lru_cache(maxsize=None)
 def _choices(chip: Chip) -> Choices:
-    return Choices(chip)
+    major, minor = chip.capability
+    return Choices(f"gemm-sm{major}{minor}-triton{importlib.import_module('triton').__version__}.json")
 
 
 def _in_kernels(x: Tensor, lora: Lora) -> bool:
@@ -83,12 +84,6 @@ def _in_kernels(x: Tensor, lora: Lora) -> bool:
         and lora.b[0].shape[0] > 0
         and lora.rank <= LARGEST_RANK
     )
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """x (..., K) as (M, K) with stride 1 along K and rows that do not overlap."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
 
 
 def _describable(x: Tensor, w: Weight, f: Tensor, columns: int, segments: Sequence[int] | None) -> bool:
@@ -166,14 +161,14 @@ def _wide(w: Weight, x: Tensor, n: int) -> Tensor:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     if not _in_kernels(x, lora) or weight.dtype != x.dtype:
         return eager.forward(x, weight, bias, lora)
-    return _forward(x, Weight(_dense_rows(weight).t(), across=False), bias, lora)
+    return _forward(x, Weight(dense_rows(weight).t(), across=False), bias, lora)
 
 
 def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     """`forward` on a quantised weight, made wide where a tile is loaded; x is not quantised."""
     if not _in_kernels(x, lora) or not _loadable(frozen, x):
         return eager.frozen_forward(x, frozen, bias, lora)
-    rows = _dense_rows(frozen.data)
+    rows = dense_rows(frozen.data)
     if frozen.kind in HALVES:
         w = Weight(rows.t(), across=False)
     elif frozen.kind == "int8":
@@ -199,7 +194,7 @@ def _dropout(lora: Lora) -> Dropout | None:
 
 
 def _forward(x: Tensor, w: Weight, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
-    rows = _dense_rows(x)
+    rows = dense_rows(x)
     experts = launch.pack(lora.a, lora.b, lora.scale, lora.segments)
     f = experts.b.t()
     gates, dropout = _gates(lora), _dropout(lora)
@@ -221,7 +216,7 @@ def _forward(x: Tensor, w: Weight, bias: Tensor | None, lora: Lora) -> tuple[Ten
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
     if not _in_kernels(dy, lora) or weight.dtype != dy.dtype:
         return eager.backward(dy, x, weight, lora, s, needs)
-    return _backward(dy, x, Weight(_dense_rows(weight), across=True) if needs.dx else None, lora, s, needs)
+    return _backward(dy, x, Weight(dense_rows(weight), across=True) if needs.dx else None, lora, s, needs)
 
 
 def frozen_backward(
@@ -231,7 +226,7 @@ def frozen_backward(
         return eager.frozen_backward(dy, x, frozen, lora, s, needs)
     w = None
     if needs.dx:
-        rows = _dense_rows(frozen.data)
+        rows = dense_rows(frozen.data)
         if frozen.kind in HALVES:
             w = Weight(rows, across=True)
         elif frozen.kind == "int8":  # of the transposed weight, which is quantised apart
@@ -245,7 +240,7 @@ def _backward(
     dy: Tensor, x: Tensor | None, w: Weight | None, lora: Lora, s: Tensor | None, needs: Needs
 ) -> Gradients:
     # Without `w` dx is not needed.
-    rows = _dense_rows(dy)
+    rows = dense_rows(dy)
     experts = launch.pack(lora.a, lora.b, lora.scale, lora.segments)
     gates, dropout = _gates(lora), _dropout(lora)
     dgate = gates.new_empty(gates.shape) if needs.dgate else None
@@ -270,7 +265,7 @@ def _backward(
         trained = [e for e, needed in enumerate(needs.da) if needed]
         first = min(experts.starts[e] for e in trained)
         last = max(experts.starts[e] + experts.ranks[e] for e in trained)
-        parts = launch.sweep_x(_dense_rows(x), ds[:, first:last], experts, dropout, needs.da)
+        parts = launch.sweep_x(dense_rows(x), ds[:, first:last], experts, dropout, needs.da)
         for e in trained:
             launch.add_parts(parts[e], da[e].t(), experts.starts[e] - first)
 

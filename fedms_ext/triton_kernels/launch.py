@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backends.operands import numbers
 from ..reference import LEVELS
 from . import gemm as gemm_kernels
 from . import ranks as rank_kernels
@@ -100,11 +101,6 @@ def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=256)
-def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
 def pack(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor, segments: Sequence[int] | None = None
 ) -> Experts:
@@ -112,14 +108,14 @@ def pack(
     ranks = tuple(a.shape[0] for a in lora_a)
     device = lora_a[0].device
     if scale.device != device:
-        scale = _numbers(tuple(scale.tolist()), torch.float32, device)
+        scale = numbers(tuple(scale.tolist()), torch.float32, device)
     if segments is not None:
         pitch, (n, k) = _pitch(ranks), (lora_b[0].shape[0], lora_a[0].shape[1])
         gaps = [pitch - rank for rank in ranks]
         a = torch.cat([t for a, gap in zip(lora_a, gaps) for t in (a, _zeros(gap, k, a.dtype, device))])
         b = torch.cat([t for b, gap in zip(lora_b, gaps) for t in (b, _zeros(n, gap, b.dtype, device))], dim=1)
         owners = tuple(e for e in range(len(ranks)) for _ in range(pitch))
-        return Experts(a, b, scale, _numbers(owners, torch.int32, device), ranks, tuple(segments))
+        return Experts(a, b, scale, numbers(owners, torch.int32, device), ranks, tuple(segments))
     if len(ranks) == 1 and lora_a[0].is_contiguous():
         a = lora_a[0]
     else:
@@ -130,7 +126,7 @@ def pack(
         rank, n = sum(ranks), lora_b[0].shape[0]
         b = torch.cat([*lora_b, _zeros(n, _aligned(rank, a) - rank, a.dtype, device)], dim=1)[:, :rank]
     owners = tuple(e for e, rank in enumerate(ranks) for _ in range(rank))
-    return Experts(a, b, scale, _numbers(owners, torch.int32, device), ranks)
+    return Experts(a, b, scale, numbers(owners, torch.int32, device), ranks)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def cost(tile: Tile, gemm: Gemm, chip: Chip) -> float:
     """Relative time: waves of tiles, times the work of one, over how well a tile of that shape feeds the cores.
 
     A tile of bm x bn loads bm + bn values for bm * bn products a step: 128 x 256 counts as enough. This is a guess
-    that orders the tiles where nothing can be measured; `choices.py` measures.
+    that orders the tiles where nothing can be measured; `backends/choices.py` measures.
     """
     tiles = math.ceil(gemm.m / tile.bm) * math.ceil(gemm.n / tile.bn)
     waves = math.ceil(tiles / (chip.multiprocessors * tile.resident(chip, gemm.rank)))

@@ -76,10 +76,12 @@ def test_a_build_or_a_machine_without_cuda_says_so():
             pass
 
 
-def test_nothing_chooses_it():
+def test_nothing_chooses_it_before_a_gpu_has_passed():
     from fedms_ext import backends
 
     assert list(backends._BACKENDS)[-2:] == ["eager", "cuda"]  # eager takes whatever comes so far
+    if not torch.cuda.is_available():
+        assert fedms_ext.explain("measured") == fedms_ext.explain("cuda") and "measured" not in fedms_ext.available()
 
 
 @pytest.mark.skipif(cuda._kernels is None, reason="this build has no CUDA kernels")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
@@ -139,7 +140,7 @@ def machine_code(job):
         if number % shares == share:
             with compiled_for(capability) as kernels:
                 launch_it()
-            found += [(capability, name, facts(kernel) | {"rank": rank}) for kernel in kernels]
+            found += [(capability, name, facts(kernel) | {"rank": rank, "kernel": kernel.name}) for kernel in kernels]
     return found
 
 
@@ -152,7 +153,9 @@ def kernels():
     for capability, name, fact in found:
         print(f"sm_{capability} {name:44}", " ".join(f"{key} {value}" for key, value in fact.items()))
     for capability in CHIPS:
-        print(f"sm_{capability}: {sum(c == capability for c, _, _ in found)} launches compiled")
+        count = Counter(fact["kernel"] for c, _, fact in found if c == capability)
+        each = ", ".join(f"{kernel} {number}" for kernel, number in sorted(count.items()))
+        print(f"sm_{capability}: {count.total()} configurations of {len(count)} launchers compiled ({each})")
     if folder := os.environ.get("FEDMS_MACHINE_CODE"):
         Path(folder).write_text(json.dumps(found, indent=1))
     return found

@@ -63,8 +63,11 @@ def test_ranks_inline(forced, ranks):
     check(Layer(70, 104, 72, ranks, "row and expert", bias=False))
 
 
-@pytest.mark.parametrize("rows", [65, 127, 128, 197])
-@pytest.mark.parametrize("k, n", [(1, 8), (8, 1), (100, 431), (431, 100), (264, 128)])
+# Every number of rows and every pair of sides, but not all of them together: the interpreter pays for each tile.
+@pytest.mark.parametrize("rows, k, n", [
+    (65, 1, 8), (127, 8, 1), (128, 100, 431), (197, 431, 100), (127, 264, 128), (197, 1, 8), (65, 100, 431), (65, 431, 100),
+    (70, 768, 72), (66, 72, 768), (65, 3072, 8), (66, 8, 4104),
+])
 def test_odd_shapes(forced, rows, k, n):
     forced("pointer")
     check(Layer(rows, k, n, [5, 2], "row", bias=n % 2 == 0))
@@ -107,8 +110,8 @@ def test_only_asked_gradients_are_made():
 
 
 def test_the_default_choice_of_tiles():
-    check(Layer(300, 200, 144, [8, 3], "row and expert"))
-    check(Layer(300, 200, 144, [8, 3], "row and expert", dropout_p=0.1))
+    check(Layer(140, 136, 144, [8, 3], "row and expert"))
+    check(Layer(140, 136, 144, [8, 3], "row and expert", dropout_p=0.1))
 
 
 @pytest.mark.parametrize("tile", [Tile("pointer", 128, 256, 32, 8, 4), Tile("descriptor", 128, 256, 64, 8, 3),
@@ -276,9 +279,9 @@ def test_segments_of_experts_that_are_not_applied(forced):
     for kinds in (("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "pointer")):
         forced(*kinds)
         layer = Layer(200, 40, 48, [2, 3, 9], "row", segments=(64, 70, 66))
-        for active in ([True, False, True], [False, True, False]):
-            _, _, _, *lora = check(layer, active)
-            assert [g is not None for g in lora] == active * 2
+        active = [True, False, True] if kinds[0] != "descriptor" else [False, True, False]
+        _, _, _, *lora = check(layer, active)
+        assert [g is not None for g in lora] == active * 2
         with fedms_ext.use_backend("triton"):  # an infinity meets no zeros of an expert that is not there
             layer.x[70, 3] = torch.inf
             y = layer.run(expert_linear, [True, False, True])[0]
@@ -290,7 +293,7 @@ def test_only_asked_gradients_of_segments_are_made(monkeypatch):
     swept = []
     sweep_dy = launch.sweep_dy
     monkeypatch.setattr(launch, "sweep_dy", lambda *given: swept.append(given[-1]) or sweep_dy(*given))
-    for needs in [{0}, {1}, {2}, {3, 4}, {2, 6}, {5}, {6, 7}, {0, 6}, {1, 5}, {0, 1}, {3, 6}]:
+    for needs in [{0}, {1}, {3, 4}, {2, 6}, {5}, {0, 6}, {1, 5}]:
         swept.clear()
         assert len(check(layer, needs=needs)) == 1 + len(needs)
         wanted = [1 in needs or 5 + e in needs for e in range(3)]  # dgate of all rows, dB of an expert's own

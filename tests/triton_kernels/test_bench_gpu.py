@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,15 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu
+
+    return gpu
 
 
 @pytest.fixture
@@ -52,6 +62,33 @@ def test_peers_agree(linear):
     assert torch.equal(peers["fedms, none applied"][0](x), peers["bare GEMM"][0](x))
 
 
+def test_nothing_begins_or_goes_on_when_the_time_is_over(gpu, monkeypatch):
+    step = gpu.Steps(time.time() + gpu.RESERVE / 2).run("late", [sys.executable, "-c", "1 / 0"], 60)
+    assert step["status"] == "left out: no time"
+    monkeypatch.setattr(gpu, "RESERVE", 0)
+    endless = "import subprocess, sys; print('began', flush=True); subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    steps = gpu.Steps(time.time() + 3)
+    step = steps.run("long", [sys.executable, "-c", endless], 60)
+    assert step["status"].startswith("timed out") and "began" in step["output"] and steps.left() < 0.5
+
+
+def test_shards_run_every_test_once(gpu, tmp_path):
+    (tmp_path / "conftest.py").write_text((BENCH.parent / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_five.py").write_text(
+        "import pytest\n\n@pytest.mark.parametrize('i', range(5))\ndef test(i): assert i != 3, f'ran {i}'"
+    )
+    step = gpu.Steps(float("inf")).run("five", [*gpu.PYTEST, str(tmp_path)], 60, shards=2)
+    assert step["status"] == 1 and "ran 3" in step["output"]
+    assert "3 passed" in step["last"] and "1 failed, 1 passed" in step["last"]
+
+
+def test_tables_that_the_time_does_not_suffice_for_are_named(linear, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu_linear.py", "--rehearse", "--seconds", "0"])
+    linear.main()
+    said = capsys.readouterr().out
+    assert "Left out" in said and "70 rows, rank 8, forward + backward" in said and "###" not in said
+
+
 def test_rehearsal(tmp_path):
     """All of `make gpu` but the tests on a GPU: the benchmarks, the files, the report."""
     command = [sys.executable, str(BENCH / "gpu.py"), "--rehearse", "--dest", str(tmp_path)]
@@ -66,4 +103,4 @@ def test_rehearsal(tmp_path):
                 assert "failed" not in row, (peer, row)
                 assert row["graph, warm"]["median"] > 0
     report = (tmp_path / "report.md").read_text()
-    assert all(f"| benchmark {name} | 0 |" in report and f"## {name}" in report for name in names)
+    assert all(f"| benchmark {name} | 0 |" in report and f"## benchmark {name}" in report for name in names)

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fedms_ext.triton_kernels import choices as module  # noqa: E402
-from fedms_ext.triton_kernels.choices import Choices  # noqa: E402
+from fedms_ext.backends import choices as module  # noqa: E402
+from fedms_ext.backends import triton as backend  # noqa: E402
+from fedms_ext.backends.choices import Choices  # noqa: E402
 from fedms_ext.triton_kernels.tiles import Chip, Gemm, legal_tiles  # noqa: E402
 
 H100 = Chip((9, 0), 132, 232448)
@@ -32,34 +33,35 @@ def measured(tmp_path, monkeypatch):
 
 
 def test_measured_once_and_kept(measured):
-    assert Choices(H100).choose("shape", ["long name", "short"], lambda name: name) == "short"
+    assert Choices("gemm.json").choose("shape", ["long name", "short"], lambda name: name) == "short"
     assert measured == ["long name", "short"]
-    assert Choices(H100).choose("shape", ["long name", "short"], lambda name: name) == "short"
+    assert Choices("gemm.json").choose("shape", ["long name", "short"], lambda name: name) == "short"
     assert len(measured) == 2
     # A choice that no longer exists is measured anew, and other shapes stay.
-    Choices(H100).choose("other", ["a", "bb"], lambda name: name)
-    assert Choices(H100).choose("shape", ["long name", "medium"], lambda name: name) == "medium"
-    assert json.loads(Choices(H100).path.read_text()) == {"shape": "medium", "other": "a"}
+    Choices("gemm.json").choose("other", ["a", "bb"], lambda name: name)
+    assert Choices("gemm.json").choose("shape", ["long name", "medium"], lambda name: name) == "medium"
+    assert json.loads(Choices("gemm.json").path.read_text()) == {"shape": "medium", "other": "a"}
 
 
 def test_a_broken_file_is_written_anew(measured):
-    path = Choices(H100).path
+    path = Choices("gemm.json").path
     path.write_text("{")
     with pytest.warns(UserWarning, match="not valid JSON"):
-        assert Choices(H100).choose("shape", ["bb", "a"], lambda name: name) == "a"
+        assert Choices("gemm.json").choose("shape", ["bb", "a"], lambda name: name) == "a"
     assert json.loads(path.read_text()) == {"shape": "a"}
 
 
 def test_nothing_is_measured_where_it_cannot_be(measured, monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert Choices(H100).choose("shape", ["bb", "a"], lambda name: name) == "bb"
+    assert Choices("gemm.json").choose("shape", ["bb", "a"], lambda name: name) == "bb"
     monkeypatch.setenv("FEDMS_TUNE", "0")
-    assert Choices(H100).choose("shape", ["bb", "a"], lambda name: name) == "bb"
-    assert measured == [] and not Choices(H100).path.exists()
+    assert Choices("gemm.json").choose("shape", ["bb", "a"], lambda name: name) == "bb"
+    assert measured == [] and not Choices("gemm.json").path.exists()
 
 
 def test_files_differ_by_capability(measured):
-    assert Choices(H100).path != Choices(Chip((8, 9), 128, 101376)).path
+    paths = [backend._choices.__wrapped__(chip).path for chip in (H100, Chip((8, 9), 128, 101376))]
+    assert [path.name.partition("-triton")[0] for path in paths] == ["gemm-sm90", "gemm-sm89"]
 
 
 @pytest.mark.parametrize("chip", [H100, Chip((8, 0), 108, 166912), Chip((8, 6), 84, 101376), Chip((12, 0), 170, 101376),

@@ -5,6 +5,7 @@ all kernels that a process defines, and the compiler is asked to compile for a G
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,12 @@ def run(file: str) -> str:
     return done.stdout
 
 
-def test_numerics_under_the_interpreter():
-    print(run("interpreted.py"))
+def test_numerics_under_the_interpreter(record_property):
+    said = run("interpreted.py")
+    record_property("shown", f"Triton's interpreter: {said.strip().splitlines()[-1]}")
 
 
-def test_machine_code():
-    print(run("compiled.py"))
+def test_machine_code(record_property):
+    said = run("compiled.py")
+    print(said)
+    record_property("shown", "\n".join(line for line in said.splitlines() if re.match(r"sm_\d+: ", line)))
