@@ -10,6 +10,7 @@
 
 #include "fedms/cuda.h"
 #include "fedms/dlpack.h"
+#include "fedms/half.h"
 #include "fedms/int8.h"
 #include "fedms/isa.h"
 #include "fedms/lora.h"
@@ -52,6 +53,16 @@ template <>
 struct Element<uint8_t> {
   static constexpr uint8_t code = fedms::dlpack::unsigned_integer;
   static constexpr const char* name = "uint8";
+};
+template <>
+struct Element<fedms::Fp16> {
+  static constexpr uint8_t code = fedms::dlpack::floating;
+  static constexpr const char* name = "float16";
+};
+template <>
+struct Element<fedms::Bf16> {
+  static constexpr uint8_t code = fedms::dlpack::brain_floating;
+  static constexpr const char* name = "bfloat16";
 };
 
 // A CPU tensor as a matrix: its last dimension, and all others as rows. It must be dense, that is row-major without
@@ -308,6 +319,18 @@ void int8_backward(py::handle dy, const py::object& x, int64_t k, const py::obje
   fedms::int8_backward(transposed, operands.lora, dy_view.data(), operands.x, operands.s, operands.out);
 }
 
+template <class Half>
+void half_forward(py::handle x, py::handle weight, const py::object& bias, py::handle y) {
+  const Matrix x_view("x", x), y_view("y", y);
+  const MatrixOf<Half> w_view("weight", weight);
+  const int64_t m = x_view.rows(), n = w_view.rows(), k = x_view.columns();
+  w_view.expect(n, k);
+  y_view.expect(m, n);
+  const float* const b = bias.is_none() ? nullptr : Matrix("bias", bias).expect(1, n).data();
+  const py::gil_scoped_release unlocked;
+  fedms::half_forward(m, n, k, x_view.data(), w_view.data(), b, y_view.data());
+}
+
 #ifdef FEDMS_CUDA_ARCHS
 // Addresses on the device are numbers here: 0 is null. fedms_ext/backends/cuda.py checks the tensors behind them.
 void define_cuda(py::module_ m) {
@@ -428,6 +451,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_forward", &int8_forward, py::arg("x"), py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
         py::arg("s"), py::arg("y"), "Writes s and y; see csrc/include/fedms/int8.h.");
+  m.def("fp16_forward", &half_forward<fedms::Fp16>, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
+        "Writes y from weight (n, k) float16; see csrc/include/fedms/half.h.");
+  m.def("bf16_forward", &half_forward<fedms::Bf16>, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
+        "The same from bfloat16.");
   m.def("int8_backward", &int8_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("packed_t"),
         py::arg("weight_t_scale"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("s"),
         py::arg("dropout_p"), py::arg("seed"), py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"),

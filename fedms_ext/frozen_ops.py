@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends
 from .backends import eager
 from .backends.operands import Frozen, Lora, Needs
-from .ops import _kept_scale_tensor, _library, _scale_tensor, _without_autocast, applied, fake_s, given
+from .ops import _kept_scale_tensor, _library, _scale_tensor, _without_autocast, applied, call, fake_s, given
 
 if TYPE_CHECKING:
     from .nn.quantised_weight import QuantisedWeight
@@ -97,9 +97,9 @@ class _FrozenLinear(torch.autograd.Function):
         *lora: Tensor,
     ) -> Tensor:
         experts = len(lora) // 2
-        y, s = torch.ops.fedms_ext.frozen_linear(
-            x, weight, weight_scale, kind, group, bias, lora[:experts], lora[experts:], scale, gate, segments,
-            dropout_p, seed,
+        y, s = call(
+            torch.ops.fedms_ext.frozen_linear, _forward, x, weight, weight_scale, kind, group, bias, lora[:experts],
+            lora[experts:], scale, gate, segments, dropout_p, seed,
         )  # fmt: skip
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
@@ -116,9 +116,10 @@ class _FrozenLinear(torch.autograd.Function):
         experts = len(lora) // 2
         needs = ctx.needs
         found = iter(
-            torch.ops.fedms_ext.frozen_linear_backward(
-                dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora[:experts], lora[experts:], scale, gate,
-                ctx.segments, s, ctx.dropout_p, ctx.seed, needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
+            call(
+                torch.ops.fedms_ext.frozen_linear_backward, _backward, dy, x, ctx.k, weight, weight_scale, ctx.kind,
+                ctx.group, lora[:experts], lora[experts:], scale, gate, ctx.segments, s, ctx.dropout_p, ctx.seed, needs[0],
+                needs[1], needs[2 : 2 + experts], needs[2 + experts :],
             )
         )  # fmt: skip
         dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
@@ -171,7 +172,7 @@ def frozen_linear(
             x, gate, frozen.data, frozen.scale, for_dx, frozen.kind, frozen.group, bias, factors, segments, dropout_p,
             seed, needs, *lora_a, *lora_b,
         )  # fmt: skip
-    return torch.ops.fedms_ext.frozen_linear(
-        x, frozen.data, frozen.scale, frozen.kind, frozen.group, bias, lora_a, lora_b, factors, gate, segments,
-        dropout_p, seed,
+    return call(
+        torch.ops.fedms_ext.frozen_linear, _forward, x, frozen.data, frozen.scale, frozen.kind, frozen.group, bias, lora_a,
+        lora_b, factors, gate, segments, dropout_p, seed,
     )[0]

@@ -67,6 +67,22 @@ _library.impl("expert_linear", _forward, "CompositeExplicitAutograd")
 _library.impl("expert_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
+def call(operator: Callable[..., Any], implementation: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """`operator`, past PyTorch's dispatcher if nothing listens there, be it a compiler, a mode, a transform or the profiler:
+    from Python to Python it takes as long as the kernel of a layer at one row."""
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return operator(x, *args)
+    with torch.no_grad():  # as below the dispatcher's autograd
+        return implementation(x, *args)
+
+
 def fake_s(x: Tensor, lora_a: Sequence[Tensor], segments: Sequence[int] | None) -> Tensor:
     rows = math.prod(x.shape[:-1])  # numel() of a torch.Size would fix the size
     ranks = [a.shape[0] for a in lora_a]
@@ -107,9 +123,10 @@ class _ExpertLinear(torch.autograd.Function):
         *lora: Tensor,
     ) -> Tensor:
         experts = len(lora) // 2
-        y, s = torch.ops.fedms_ext.expert_linear(
-            x, weight, bias, lora[:experts], lora[experts:], scale, gate, segments, dropout_p, seed
-        )
+        y, s = call(
+            torch.ops.fedms_ext.expert_linear, _forward, x, weight, bias, lora[:experts], lora[experts:], scale, gate,
+            segments, dropout_p, seed,
+        )  # fmt: skip
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
         keep_s = needs[1] or any(needs[2 + experts :])
@@ -124,9 +141,10 @@ class _ExpertLinear(torch.autograd.Function):
         experts = len(lora) // 2
         needs = ctx.needs
         found = iter(
-            torch.ops.fedms_ext.expert_linear_backward(
-                dy, x, weight, lora[:experts], lora[experts:], scale, gate, ctx.segments, s, ctx.dropout_p, ctx.seed,
-                needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :],
+            call(
+                torch.ops.fedms_ext.expert_linear_backward, _backward, dy, x, weight, lora[:experts], lora[experts:],
+                scale, gate, ctx.segments, s, ctx.dropout_p, ctx.seed, needs[0], needs[1], needs[2 : 2 + experts],
+                needs[2 + experts :],
             )
         )  # fmt: skip
         dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
@@ -325,4 +343,6 @@ def expert_linear(
         needs = tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
     if any(needs):
         return _ExpertLinear.apply(x, gate, weight, bias, scale, segments, dropout_p, seed, needs, *lora_a, *lora_b)
-    return torch.ops.fedms_ext.expert_linear(x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed)[0]
+    return call(
+        torch.ops.fedms_ext.expert_linear, _forward, x, weight, bias, lora_a, lora_b, scale, gate, segments, dropout_p, seed
+    )[0]

@@ -179,17 +179,21 @@ struct Product {
   bool masked = false;                     // dropout on the x that makes S
 };
 
+// From one row of the quantised x to the next, in bytes: odd multiples of a cache line, because rows of a tile that lie a
+// multiple of a power of two apart push each other out of the L1 cache.
+int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
+
 // Rows that are quantised at a time: they stay in the L1 cache from the one pass over x to the other.
 constexpr int64_t PREPARED_ROWS = 12;
 
 void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* dropped) {
   const int64_t rank = static_cast<int64_t>(p.shrink.size());
-  const int64_t row_size = p.layout.padded_k * p.layout.kernels->q_size;
+  const int64_t row_size = row_size_of(p.layout);
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i);
     const float* x = p.x + (first + i) * p.k;
-    p.layout.kernels->quantise(rows, p.k, x, to.q + i * row_size, p.layout.padded_k, to.q_scale + i,
-                                  to.q_zero + i);
+    p.layout.kernels->quantise(rows, p.k, x, to.q + i * row_size, row_size / p.layout.kernels->q_size, to.q_scale + i,
+                               to.q_zero + i);
     if (rank == 0) continue;
     if (p.masked) {
       drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);
@@ -228,6 +232,7 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
   strip.rows = count;
   strip.k = layout.padded_k;
   strip.q = from.q;
+  strip.q_stride = row_size_of(layout) / layout.kernels->q_size;
   strip.q_scale = from.q_scale;
   strip.panel = wide_panel(p, panel);
   strip.q_zero = from.q_zero;
@@ -266,7 +271,7 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
 void run(const Product& p) {
   if (p.m == 0) return;
   const int64_t panels = p.layout.panels, rank = static_cast<int64_t>(p.shrink.size());
-  const int64_t row_size = p.layout.padded_k * p.layout.kernels->q_size;
+  const int64_t row_size = row_size_of(p.layout);
   const int64_t dropped_size = p.masked ? PREPARED_ROWS * p.k : 0;
   // Waking a thread costs about as much as this many multiply-adds.
   constexpr int64_t work_per_thread = 1 << 19;

@@ -28,6 +28,8 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) {
 
 #include "int8_ymm.inc"
 
+void multiply(const Int8Strip& strip) { multiply_columns(strip, strip.panel, 0, strip.k); }
+
 }  // namespace
 
 const Int8Kernels int8_avx2_narrow = {"avx2 narrow", 4, PANEL, GROUP, sizeof(Q), quantise, multiply, expand};

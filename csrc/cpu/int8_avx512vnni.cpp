@@ -59,7 +59,7 @@ inline void dot(__m512i& sum, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" 
 
 template <int M>
 void tile(const Int8Strip& strip, int64_t row) {
-  const uint8_t* q = static_cast<const uint8_t*>(strip.q) + row * strip.k;
+  const uint8_t* q = static_cast<const uint8_t*>(strip.q) + row * strip.q_stride;
   const int8_t* w = strip.panel;
   __m512i sum[M][VECTORS];
   FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) {
@@ -73,7 +73,7 @@ void tile(const Int8Strip& strip, int64_t row) {
     FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = _mm512_loadu_si512(w + 64 * v);
     FEDMS_UNROLL for (int i = 0; i < M; ++i) {
       int32_t four;
-      std::memcpy(&four, q + i * strip.k + c, sizeof four);
+      std::memcpy(&four, q + i * strip.q_stride + c, sizeof four);
       const __m512i a = _mm512_set1_epi32(four);
       FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) dot(sum[i][v], a, b[v]);
     }

@@ -26,6 +26,8 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) { asm("%{vex%} vpdpbusd %2, 
 
 #include "int8_ymm.inc"
 
+void multiply(const Int8Strip& strip) { multiply_columns(strip, strip.panel, 0, strip.k); }
+
 }  // namespace
 
 const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), quantise, multiply, expand};

@@ -17,7 +17,7 @@ constexpr int ROWS = 6;  // of a tile: 24 sums, 4 vectors of the weight and one 
 
 template <int M>
 void tile(const Int8Strip& strip, int64_t row) {
-  const Q* q = static_cast<const Q*>(strip.q) + row * strip.k;
+  const Q* q = static_cast<const Q*>(strip.q) + row * strip.q_stride;
   const int8_t* w = strip.panel;
   int32x4_t sum[M][VECTORS];
   FEDMS_UNROLL for (int i = 0; i < M; ++i)
@@ -27,7 +27,7 @@ void tile(const Int8Strip& strip, int64_t row) {
     FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = vld1q_s8(w + 16 * v);
     FEDMS_UNROLL for (int i = 0; i < M; ++i) {
       int32_t four;
-      std::memcpy(&four, q + i * strip.k + c, sizeof four);
+      std::memcpy(&four, q + i * strip.q_stride + c, sizeof four);
       const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(four));
       FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = vdotq_s32(sum[i][v], b[v], a);
     }

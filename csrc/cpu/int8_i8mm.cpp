@@ -18,7 +18,7 @@ constexpr int ROWS = 8;  // of a tile: 16 sums of 2 x 2, 4 vectors of the weight
 template <int M>
 void tile(const Int8Strip& strip, int64_t row) {
   constexpr int PAIRS = (M + 1) / 2;  // of rows; with one row, it is its own partner
-  const Q* q = static_cast<const Q*>(strip.q) + row * strip.k;
+  const Q* q = static_cast<const Q*>(strip.q) + row * strip.q_stride;
   const int8_t* w = strip.panel;
   int32x4_t pair[PAIRS][PANEL / 2];
   FEDMS_UNROLL for (int p = 0; p < PAIRS; ++p)
@@ -27,8 +27,8 @@ void tile(const Int8Strip& strip, int64_t row) {
     int8x16_t b[PANEL / 2];
     FEDMS_UNROLL for (int v = 0; v < PANEL / 2; ++v) b[v] = vld1q_s8(w + 16 * v);
     FEDMS_UNROLL for (int p = 0; p < PAIRS; ++p) {
-      const Q* first = q + 2 * p * strip.k + c;
-      const uint8x16_t a = vcombine_u8(vld1_u8(first), vld1_u8(2 * p + 1 < M ? first + strip.k : first));
+      const Q* first = q + 2 * p * strip.q_stride + c;
+      const uint8x16_t a = vcombine_u8(vld1_u8(first), vld1_u8(2 * p + 1 < M ? first + strip.q_stride : first));
       FEDMS_UNROLL for (int v = 0; v < PANEL / 2; ++v) pair[p][v] = vusmmlaq_s32(pair[p][v], a, b[v]);
     }
   }

@@ -12,7 +12,8 @@ namespace fedms {
 // A strip of rows of the quantised x times one panel of the packed weight, and all that is added to it.
 struct Int8Strip {
   int64_t rows, k;             // k rounded up to a multiple of `group`
-  const void* q;               // rows of `k` elements, one behind the other
+  const void* q;               // rows of `k` elements
+  int64_t q_stride;            // from one row to the next, in elements
   const float* q_scale;        // one a row, as `q_zero`
   const int32_t* q_zero;       // what q holds for x = 0
   const int8_t* panel;         // [k / group][panel][group]
@@ -32,8 +33,8 @@ struct Int8Kernels {
   int32_t id;            // stored with a packed weight
   int32_t panel, group;  // columns of a panel, and consecutive k that lie side by side
   int32_t q_size;        // bytes of a quantised value
-  // Quantises rows of x (see int8.h): q = xq + q_zero. q_stride is k rounded up to a multiple of `group`; what lies
-  // between may be anything, because the weight is zero there.
+  // Quantises rows of x (see int8.h): q = xq + q_zero. What lies between k and its next multiple of `group` may be
+  // anything, because the weight is zero there; q_stride is at least that.
   void (*quantise)(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);
   // Makes 4-bit codes wide: to[i] = (levels[code i] * factors[i / group % panel] + 2^14) >> 15, i < count, a multiple

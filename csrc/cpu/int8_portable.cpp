@@ -35,7 +35,7 @@ void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride
 
 void multiply(const Int8Strip& strip) {
   for (int64_t i = 0; i < strip.rows; ++i) {
-    const int16_t* q = static_cast<const int16_t*>(strip.q) + i * strip.k;
+    const int16_t* q = static_cast<const int16_t*>(strip.q) + i * strip.q_stride;
     const int8_t* w = strip.panel;
     int32_t sum[PANEL] = {};
     for (int64_t c = 0; c < strip.k; ++c, w += PANEL)

@@ -1,6 +1,8 @@
 // AVX-512 (F, DQ, BW, VL): 16 lanes, 32 registers.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "lora_kernels.h"
 
 namespace fedms {
@@ -16,6 +18,13 @@ typedef __m512 Vec;
 inline __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Vec splat(float value) { return _mm512_set1_ps(value); }
 inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vec load(const Fp16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Vec load(const Bf16* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 inline Vec load_part(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(mask(count), from); }
 inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
 inline void store_part(float* to, Vec v, int64_t count) { _mm512_mask_storeu_ps(to, mask(count), v); }
@@ -39,6 +48,6 @@ inline void sums(const Vec* v, float* to) {
 
 }  // namespace
 
-const LoraKernels lora_avx512 = {dots, expand, reduce, dropout};
+const LoraKernels lora_avx512 = {dots<float>, dots<Fp16>, dots<Bf16>, expand, reduce, dropout};
 
 }  // namespace fedms

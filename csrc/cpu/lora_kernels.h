@@ -1,8 +1,11 @@
-// The three skinny products that the LoRA branch is made of, and its dropout. One table per instruction set.
+// The three skinny products that the LoRA branch is made of, its dropout, and the first of them on rows of 16 bits. One table
+// per instruction set.
 // `rows` points at r rows of a matrix that need not lie behind one another: so experts are joined without a copy.
 #pragma once
 
 #include <cstdint>
+
+#include "fedms/half.h"
 
 namespace fedms {
 
@@ -10,6 +13,10 @@ struct LoraKernels {
   // s[i][j] = sum over c of x[i][c] * rows[j][c],   i < m, j < r, c < k
   void (*dots)(int64_t m, int64_t r, int64_t k, const float* x, int64_t x_stride, const float* const* rows, float* s,
                int64_t s_stride);
+  void (*fp16_dots)(int64_t m, int64_t r, int64_t k, const float* x, int64_t x_stride, const Fp16* const* rows, float* s,
+                    int64_t s_stride);
+  void (*bf16_dots)(int64_t m, int64_t r, int64_t k, const float* x, int64_t x_stride, const Bf16* const* rows, float* s,
+                    int64_t s_stride);
   // y[i][c] += sum over j of s[i][j] * rows[j][c],   i < m, j < r, c < n
   void (*expand)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* const* rows, float* y,
                  int64_t y_stride);

@@ -19,6 +19,22 @@ inline Vec load(const float* from) {
   std::memcpy(&v, from, sizeof v);
   return v;
 }
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float wide(Bf16 v) { return as_float(uint32_t{v.bits} << 16); }
+inline float wide(Fp16 v) {
+  const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16, size = uint32_t{v.bits & 0x7fffu} << 13;
+  if (size >= 0x0f800000) return as_float(sign | size | 0x7f800000);  // infinity and NaN
+  const float scaled = as_float(size) * 0x1p112f;  // the exponents' biases differ by 112; right for subnormal ones too
+  return sign ? -scaled : scaled;
+}
+template <class Half>
+inline Vec load(const Half* from) {
+  return Vec{wide(from[0]), wide(from[1]), wide(from[2]), wide(from[3])};
+}
 inline Vec load_part(const float* from, int64_t count) {
   Vec v = splat(0);
   std::memcpy(&v, from, count * sizeof(float));
@@ -38,6 +54,6 @@ inline void sums(const Vec* v, float* to) {
 
 }  // namespace
 
-const LoraKernels lora_portable = {dots, expand, reduce, dropout};
+const LoraKernels lora_portable = {dots<float>, dots<Fp16>, dots<Bf16>, expand, reduce, dropout};
 
 }  // namespace fedms

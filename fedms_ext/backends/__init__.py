@@ -16,6 +16,7 @@ from types import ModuleType
 from torch import Tensor
 
 from . import cpu, cuda, eager, measured, triton
+from .operands import Lora
 
 # In the order of preference. `cuda` stands last, behind the one that takes everything: only by name, or through
 # `measured`, which is available once a GPU has passed its tests.
@@ -72,6 +73,15 @@ def choose(x: Tensor) -> ModuleType:
         if backend.supports(x):
             return backend
     raise AssertionError("the eager backend supports every tensor")
+
+
+def serving(x: Tensor, lora: Lora, kind: str | None, backward: bool) -> str:
+    """The name of the backend that `choose` gives, or eager where the CPU backend hands the call on. `kind`: of the frozen
+    weight, None for a floating one."""
+    chosen = choose(x)
+    if chosen is cpu and not cpu.serves(x, lora, kind, backward):
+        chosen = eager
+    return next(name for name, backend in _BACKENDS.items() if backend is chosen)
 
 
 _usable = [_BACKENDS[name] for name in available()]

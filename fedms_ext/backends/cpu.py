@@ -1,10 +1,11 @@
 """The CPU backend: the kernels of `fedms_ext._C`. With a floating weight the frozen GEMM is left to torch (MKL), and
-the LoRA branch runs in fp32; with one of 8 or 4 bits both are one kernel. One of 16 bits is made float32 for the GEMM:
-few CPUs compute in fp16, and without AMX bf16 is half as fast as fp32."""
+the LoRA branch runs in fp32; with one of 8 or 4 bits both are one kernel. One of 16 bits is made float32, for few rows in
+the registers: few CPUs compute in fp16, and without AMX bf16 is half as fast as fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from .. import _C
 from ..formats import HALVES
+from ..reference import LEVELS
 from . import eager
+from .cpu_ranks import LARGEST_RANK
 from .operands import Frozen, Gradients, Lora, Needs, empty_gradients
 
 _C.set_tensor_type(Tensor)
@@ -30,26 +33,36 @@ def _dense(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-# The largest mean rank of the experts at which the kernels are used. The time of a layer in the kernels over that in
-# the eager backend, on one thread of a Xeon (AVX-512; AVX2 alike), one expert, forward / forward and backward:
-#   M x K -> N            r = 8          r = 48         r = 64         r = 128
-#   2048 x 384 -> 384     0.97 / 0.87    1.05 / 1.05    1.05 / 1.08    1.12 / 1.11
-#   1576 x 768 -> 3072    0.98 / 1.02    0.98 / 1.01    1.01 / 1.04    1.11 / 1.09
-#   64 x 768 -> 768       0.91 / 0.88    0.99 / 0.99    1.01 / 0.99    1.02 / 1.09
-#   1 x 768 -> 768        0.90 / 0.84    1.00 / 0.94    1.04 / 0.97    1.11 / 1.08
-# With dropout the kernels take 0.3 to 0.8 of the time at any rank (AVX2: up to 0.96): the eager backend computes its
-# mask in many steps.
-_LARGEST_MEAN_RANK = 48
+# Those of the LoRA kernels: AVX-VNNI runs AVX2's, and Arm the portable ones.
+_RANKS = {"avxvnni": LARGEST_RANK["avx2"], **LARGEST_RANK}.get(_C.build_info()["isa_used"], LARGEST_RANK["portable"])
 
 
-def _in_kernels(x: Tensor, lora: Lora) -> bool:
+@lru_cache(maxsize=4096)
+def _largest_ranks(rows: int) -> tuple[int, int]:
+    """In a forward and in a backward pass."""
+    _, forward, backward = [rule for rule in _RANKS if rule[0] <= max(rows, 1)][-1]
+    return forward, backward
+
+
+def in_kernels(x: Tensor, lora: Lora, backward: bool) -> bool:
+    """Whether a call on a floating weight runs in the kernels: where they take the operands, and are faster than the eager
+    backend. With dropout they are at any rank: the eager backend computes its mask in many steps."""
     return (
-        (lora.dropout_p > 0 or sum(lora.ranks) <= _LARGEST_MEAN_RANK * len(lora.a))
+        (lora.dropout_p > 0 or sum(lora.ranks) <= _largest_ranks(x.shape[:-1].numel())[backward] * len(lora.a))
         and _dense(x)
         and all(map(_dense, lora.a))
         and all(map(_dense, lora.b))
         and (lora.gate is None or lora.gate.dtype == torch.float32)
     )
+
+
+def serves(x: Tensor, lora: Lora, kind: str | None, backward: bool) -> bool:
+    """Whether a call on a weight of this kind (None: a floating one) is left neither to the eager backend nor to PyTorch."""
+    if kind == "int8" or (kind in LEVELS and not backward):
+        return True
+    if kind in HALVES and not backward and not lora.a:
+        return x.shape[:-1].numel() <= _FEW_ROWS and _dense(x)
+    return bool(lora.a) and in_kernels(x.contiguous() if backward else x, lora, backward)
 
 
 # a, b, scale and the gate of the experts as the kernels take them.
@@ -61,20 +74,25 @@ def _experts(lora: Lora) -> _Experts:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
-    if not _in_kernels(x, lora):
+    if not in_kernels(x, lora, backward=False):
         return eager.forward(x, weight, bias, lora)
     y = F.linear(x, weight, bias)
+    return y, _add_branch(x, lora, y)
+
+
+def _add_branch(x: Tensor, lora: Lora, y: Tensor) -> Tensor:
+    """Adds the LoRA branch to y, and returns s."""
     if lora.segments is not None:
-        return y, _segments_forward(x, lora, _experts(lora), y)
+        return _segments_forward(x, lora, _experts(lora), y)
     s = x.new_empty(x.shape[:-1].numel(), lora.rank)
     _C.lora_forward(x, *_experts(lora), lora.dropout_p, lora.seed, s, y)
-    return y, s
+    return s
 
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
     # dy may be expanded from fewer values (the gradient of a sum); the kernels want it written out.
     dy = dy.contiguous()
-    if not _in_kernels(dy, lora) or (x is not None and not _dense(x)):
+    if not in_kernels(dy, lora, backward=True) or (x is not None and not _dense(x)):
         return eager.backward(dy, x, weight, lora, s, needs)
     dx = dy @ weight if needs.dx else None
     experts = _experts(lora)
@@ -153,7 +171,7 @@ def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -
     """`reference.frozen_linear` in float32, on a weight of 4 bits as `reference.groups_as_int8` makes it int8; y has x's
     dtype, s that of the experts."""
     if frozen.kind in HALVES:
-        return eager.frozen_forward(x, frozen, bias, lora, forward)
+        return _half_forward(x, frozen, bias, lora)
     experts = _plain_experts(lora)
     plain, bias = _plain(x), None if bias is None else _plain(bias)
     y = plain.new_empty(*x.shape[:-1], frozen.n)
@@ -165,6 +183,20 @@ def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -
     if lora.segments is not None:
         s = _segments_forward(plain, lora, experts, y)
     return _as(y, x.dtype), _as(s, lora.a[0].dtype) if lora.a else s
+
+
+# With more rows it is faster to write the weight out as float32 once (bench/bench_cpu_linear.py).
+_FEW_ROWS = 16
+
+
+def _half_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    if rows > _FEW_ROWS or not _dense(x) or (lora.a and not in_kernels(x, lora, backward=False)):
+        return eager.frozen_forward(x, frozen, bias, lora, forward)
+    y = x.new_empty(*x.shape[:-1], frozen.n)
+    product = _C.fp16_forward if frozen.kind == "fp16" else _C.bf16_forward
+    product(x, frozen.data, None if bias is None else _plain(bias), y)
+    return y, _add_branch(x, lora, y) if lora.a else x.new_empty(rows, 0)
 
 
 def frozen_backward(

@@ -556,17 +556,39 @@ def _run_deployed(source: str, overrides: list[str], out: Path, force: bool, res
                                          "--resume")
 
 
-@app.command(epilog=EXIT_CODES)
-def doctor() -> None:
+@app.command(epilog="\n\n".join([
+    "**Examples**",
+    "`fedms doctor` — is everything here that a run needs?",
+    "`fedms doctor sentiment --set model.frozen=int8` — and who computes the products of that run's training step?",
+    "There `cpu`, `triton` and `cuda` are the kernels of fedms, `eager` its layers by way of PyTorch's operators, and "
+    "`pytorch` what lies outside of them, or has no experts applied.",
+    EXIT_CODES]))
+def doctor(
+    source: Annotated[Optional[str], typer.Argument(
+        metavar="[SOURCE]", help="A run file (TOML) or a built-in one, to see which backend serves its model's shapes.",
+        show_default=False)] = None,
+    set_: Sets = None,
+) -> None:
     """Check what a run needs: versions, CPU and kernels, cache folder, model and data."""
     with _exit_codes():
-        from fedms.doctor import diagnose
+        if source is None and set_:
+            raise ConfigError("--set: nothing to override; name a run file, as in `fedms doctor sentiment --set ...`")
+        config = None if source is None else load_config(source, set_ or [])
+
+        from fedms.doctor import diagnose, served
 
         marks = {"ok": "green", "note": "yellow", "problem": "bold red"}
         checks = []
         for check in diagnose():
-            _paragraph(f"{check.state:<8}{check.name:<15}", check.text, marks[check.state])
+            _paragraph(f"{check.state:<8}{check.name:<28}", check.text, marks[check.state])
             checks.append(check)
+        if config is not None:
+            progress = TerminalProgress(errors)
+            try:
+                counted = served(config, progress)
+            finally:
+                progress.close()
+            _show_served(counted)
         if problems := [c for c in checks if c.state == "problem"]:
             errors.print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}: "
                          + ", ".join(c.name for c in problems), markup=False)
@@ -742,6 +764,23 @@ def _show_results(folder: Path) -> None:
         for path in reports.write_comparison(folder):
             console.print(f"table:  {path}", markup=False, soft_wrap=True)
     console.print(f"report: {reports.write_report(folder)}", markup=False, soft_wrap=True)
+
+
+def _show_served(counted: Any) -> None:
+    """A line for each backend, and below it what it was given, the largest first."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("served by", "product (rows; K -> N, rank)", "calls", "GFLOP", "share"):
+        table.add_column(title, justify="left" if title.startswith(("served", "product")) else "right")
+    total = sum(counted.flops.values())
+    for name, (calls, flops) in counted.backends().items():
+        table.add_row(name, "all", str(calls), f"{flops / 1e9:.3g}", f"{100 * flops / total:.1f} %", style="bold")
+        for (server, product), part in counted.flops.most_common():
+            if server == name:
+                table.add_row("", str(product), str(counted.calls[server, product]), f"{part / 1e9:.3g}",
+                              f"{100 * part / total:.1f} %")
+    console.print("\none training step of the first client, with the prefix of its samples and the validation of one",
+                  markup=False)
+    console.print(table)
 
 
 def _show_plan(found: Any) -> None:

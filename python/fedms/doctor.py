@@ -11,9 +11,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fedms.config import RunConfig
+    from fedms.progress import Progress
+    from fedms_ext.served import Served
 
 PACKAGES = ("torch", "numpy", "transformers", "safetensors", "scikit-learn", "flwr-datasets", "pydantic", "matplotlib",
             "jinja2", "tomli-w")
@@ -36,6 +41,31 @@ def diagnose() -> Iterator[Check]:
             yield from check()
         except Exception as error:  # a check that breaks is a finding, and must not hide the others
             yield Check(check.__name__.strip("_"), "problem", f"{type(error).__name__}: {error}")
+
+
+def served(config: RunConfig, progress: Progress) -> Served:
+    """What computes the products of one training step of a run, and of what its visit needs before and after it: the prefix
+    of those samples, and the validation of one.
+
+    Raises:
+        ConfigError, ModelError, DataError: as where the run is begun.
+    """
+    from fedms.client import Client, Private
+    from fedms.data import ClientSplit
+    from fedms.session import Session
+    from fedms_ext.served import Served
+
+    model, case = (session := Session(config, progress)).model, session.case(config)
+    split = case.partition.clients[0]
+    stage = config.stage1.model_copy(update={"epochs": 1})
+    client = Client(replace(split, train=split.train[: stage.batch], validation=split.validation[:1]),
+                    config.model_copy(update={"stage1": stage}), case.fitting)
+    message = case.server.message(case.server.start(model.initial(config.run.seed)))
+    model.start()
+    progress.phase("one training step")
+    with Served() as counted:
+        case.method.client_step(model, client, Private(), message)
+    return counted
 
 
 def _python() -> Iterator[Check]:

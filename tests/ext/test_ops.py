@@ -447,6 +447,7 @@ def test_backends_by_name():
     [([48], 0.0, True), ([49], 0.0, False), ([90, 6], 0.0, True), ([90, 7], 0.0, False), ([64], 0.1, True)],
 )
 def test_the_cpu_backend_uses_its_kernels_where_they_are_faster(monkeypatch, ranks, dropout_p, in_kernels):
+    monkeypatch.setattr(fedms_ext.backends.cpu, "_largest_ranks", lambda rows: (48, 48))
     calls = []
     for name in ("lora_forward", "lora_backward"):
         kernel = getattr(_C, name)
@@ -459,6 +460,12 @@ def test_the_cpu_backend_uses_its_kernels_where_they_are_faster(monkeypatch, ran
     want = reference.expert_linear(x, weight, bias, a, b, scale, None, None, dropout_p, 4)
     assert error(y, want) < 1e-5
     assert all(error(g, w) < 1e-5 for g, w in zip(got, gradients(want.sum(), inputs, None)))
+
+
+def test_the_largest_rank_of_the_kernels_is_that_of_the_most_rows_reached(monkeypatch):
+    monkeypatch.setattr(fedms_ext.backends.cpu, "_RANKS", ((1, 8, 16), (64, 32, 48)))
+    largest = fedms_ext.backends.cpu._largest_ranks.__wrapped__
+    assert [largest(rows) for rows in (0, 1, 63, 64, 999)] == [(8, 16)] * 3 + [(32, 48)] * 2
 
 
 def test_build_info():

@@ -253,6 +253,24 @@ def test_doctor_tells_by_its_exit_code(monkeypatch, state, code):
     assert ("1 problem: threads" in result.stderr) == (state == "problem")
 
 
+def test_doctor_shows_who_serves_a_run(monkeypatch):
+    from fedms_ext.served import Product, Served
+
+    counted = Served()
+    for server, product, calls, flops in (("cpu", Product("frozen_linear", 64, 8, 24, 2.0), 3, 3e9),
+                                          ("pytorch", Product("bmm"), 2, 1e9)):
+        counted.calls[server, product], counted.flops[server, product] = calls, int(flops)
+    monkeypatch.setattr("fedms.doctor.diagnose", lambda: [Check("python", "ok", "3")])
+    monkeypatch.setattr("fedms.doctor.served", lambda config, progress: counted)
+    result = fedms("doctor", "digits")
+    assert result.exit_code == cli.OK
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert "cpu all 3 3 75.0 %".split() in lines and "pytorch all 2 1 25.0 %".split() in lines
+    assert "frozen_linear 64; 8 -> 24, r = 2 3 3 75.0 %".split() in lines
+    result = fedms("doctor", "--set", "model.frozen=int8")
+    assert result.exit_code == cli.USAGE and "--set: nothing to override" in result.stderr
+
+
 # Progress
 
 def test_the_progress_bar_shows_round_loss_accuracy_and_depth_within_80_columns():

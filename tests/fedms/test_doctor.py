@@ -8,7 +8,9 @@ import os
 
 import pytest
 from fedms import doctor
+from fedms.config import load_config
 from fedms.data import sentiment
+from fedms.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +84,16 @@ def test_a_check_that_breaks_is_a_finding_and_hides_no_other(monkeypatch):
     found = checks()
     assert found["cache"] == doctor.Check("cache", "problem", "RuntimeError: boom")
     assert "data digits" in found
+
+
+@pytest.mark.parametrize("frozen, servers", [("fp32", {"cpu", "pytorch"}), ("int8", {"cpu", "pytorch"})])
+def test_who_serves_a_run(frozen, servers):
+    config = load_config("digits", [f"model.frozen={frozen}", "run.threads=1"])
+    counted = doctor.served(config, Progress())
+    assert set(counted.backends()) == servers
+    products = {product for server, product in counted.calls if server == "cpu"}
+    operator = "expert_linear" if frozen == "fp32" else "frozen_linear"
+    trained = {(p.k, p.n) for p in products if p.name == f"{operator}_backward"}
+    assert trained == {(64, 64), (64, 256), (256, 64)}      # the last block of the small ViT
+    # Layers below it have no expert: PyTorch's in fp32, the int8 kernels otherwise.
+    assert ((64, 64) in {(p.k, p.n) for server, p in counted.calls if server == "pytorch"}) == (frozen == "fp32")

@@ -41,7 +41,7 @@ def inner_loops(path: str) -> list[list[str]]:
 TILES = {
     "avx512vnni": ("vpdpbusd", "zmm", 24, "vpdpbusd"),
     "avxvnni": ("vpdpbusd", "ymm", 12, "vpdpbusd"),
-    "avx2": ("vpaddd", "ymm", 12, "vpmovsxbw"),
+    "avx2": ("vpaddd", "ymm", 12, "vpmaddwd"),
     "avx2 narrow": ("vpaddd", "ymm", 8, "vpmaddubsw"),
 }
 

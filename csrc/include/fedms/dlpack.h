@@ -7,7 +7,7 @@
 namespace fedms::dlpack {
 
 enum DeviceType : int32_t { cpu = 1 };
-enum TypeCode : uint8_t { signed_integer = 0, unsigned_integer = 1, floating = 2 };
+enum TypeCode : uint8_t { signed_integer = 0, unsigned_integer = 1, floating = 2, brain_floating = 4 };
 
 struct Device {
   int32_t type;

@@ -1,0 +1,56 @@
+// What an x86 core with AVX2 multiplies at most, from registers alone: the floor under the int8 kernels.
+//
+//   g++ -O2 bench/cpu_peak.cpp -o build/cpu_peak && build/cpu_peak
+//
+// Twelve independent sums, as the tiles have; multiply-adds a second, the best of 200 stretches of CPU time.
+#include <algorithm>
+#include <cstdio>
+#include <ctime>
+
+namespace {
+
+double seconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+#define TWELVE(STEP) \
+  STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
+#define FMA(i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n"
+#define WORDS(i) "vpmaddwd %%ymm15, %%ymm14, %%ymm13\n vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
+#define BYTES(i)                                                                            \
+  "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n vpmaddwd %%ymm12, %%ymm13, %%ymm13\n vpaddd %%ymm13, %%ymm" #i \
+  ", %%ymm" #i "\n"
+
+constexpr long TURNS = 20000;
+
+#define LOOP(NAME, STEP)                                                                                             \
+  void NAME() {                                                                                                      \
+    long turns = TURNS;                                                                                              \
+    asm volatile("vzeroall\n1:\n" TWELVE(STEP) "sub $1, %0\n jnz 1b\n vzeroupper"                                    \
+                 : "+r"(turns)::"xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+                   "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                                                     \
+  }
+
+LOOP(fma, FMA)
+LOOP(words, WORDS)
+LOOP(bytes, BYTES)
+
+void report(const char* name, void (*loop)(), int products) {
+  double best = 1e9;
+  for (int i = 0; i < 200; ++i) {
+    const double start = seconds();
+    loop();
+    best = std::min(best, seconds() - start);
+  }
+  std::printf("%-58s %6.1f GMAC/s\n", name, 12.0 * TURNS * products / best / 1e9);
+}
+
+}  // namespace
+
+int main() {
+  report("fp32: vfmadd231ps", fma, 8);
+  report("16-bit values (int8 weights): vpmaddwd, vpaddd", words, 16);
+  report("bytes (4-bit weights): vpmaddubsw, vpmaddwd, vpaddd", bytes, 32);
+}
