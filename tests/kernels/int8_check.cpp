@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "fedms/half.h"
 #include "fedms/int8.h"
 #include "fedms/isa.h"
 
@@ -160,6 +161,35 @@ void check(int m, int n, int k, int rank, int group) {
   compare("db", db, want_db);
 }
 
+double value_of(fedms::Fp16 v) {
+  const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
+  const double size = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return v.bits >> 15 ? -size : size;
+}
+double value_of(fedms::Bf16 v) {
+  const int exponent = v.bits >> 7 & 255, mantissa = v.bits & 127;
+  const double size = std::ldexp(exponent ? 128 + mantissa : mantissa, std::max(exponent, 1) - 134);
+  return v.bits >> 15 ? -size : size;
+}
+
+template <class Half>
+void check_half(int m, int n, int k, int mantissa_bits) {
+  const std::vector<float> x = normal(m * k), bias = normal(n);
+  std::vector<Half> weight(n * k);
+  const int one = (mantissa_bits == 10 ? 15 : 127) << mantissa_bits;  // so that values lie around 1, subnormal ones apart
+  for (Half& v : weight) {
+    const int bits = between(0, 9) ? one + between(-(4 << mantissa_bits), 2 << mantissa_bits) : between(0, 1);
+    v.bits = static_cast<uint16_t>(bits | between(0, 1) << 15);
+  }
+  std::vector<double> decoded, want(m * n);
+  for (const Half v : weight) decoded.push_back(value_of(v));
+  add_product(want, wide(x), decoded, m, n, k);
+  for (int i = 0; i < m * n; ++i) want[i] += bias[i % n];
+  std::vector<float> y(m * n, NAN);
+  fedms::half_forward(m, n, k, x.data(), weight.data(), bias.data(), y.data());
+  compare("y of 16 bits", y, want);
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -172,7 +202,11 @@ int main(int count, char** names) {
     int cases = 0;
     for (int group : {0, 0, 32, 64}) {
       for (int i = 0; i < 12; ++i, ++cases) check(between(1, 60), between(1, 100), between(1, 200), between(1, 18), group);
-      check(1, 1, 1, 1, group), check(25, 64, 128, 8, group), cases += 2;
+      check(1, 1, 1, 1, group), check(25, 64, 128, 8, group), check(26, 40, 801, 3, group), cases += 3;
+    }
+    for (int i = 0; i < 12; ++i, cases += 2) {
+      check_half<fedms::Fp16>(between(1, 20), between(1, 150), between(1, 200), 10);
+      check_half<fedms::Bf16>(between(1, 20), between(1, 150), between(1, 200), 7);
     }
     std::printf("%s: %d cases, largest relative error %.1e\n", fedms::name(isa), cases, worst);
   }

@@ -30,6 +30,6 @@ def test_int8_on_arm(tmp_path):
     run(cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DFEDMS_CHECK=ON", "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")  # fmt: skip
     run(cmake, "--build", str(tmp_path))
-    assert "i8mm: 56 cases" in run(
+    assert "i8mm: 84 cases" in run(
         "qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "max", str(tmp_path / "int8_check"), "dotprod", "i8mm"
     )
