@@ -11,7 +11,6 @@ of threads that runs use.
 from __future__ import annotations
 
 import argparse
-import pprint
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -81,7 +80,8 @@ def main() -> None:
         rules = {**cpu_ranks.LARGEST_RANK, isa: tuple(rule)}
         file = Path(cpu_ranks.__file__)
         head = file.read_text().partition("LARGEST_RANK = ")[0]
-        file.write_text(f"{head}LARGEST_RANK = {pprint.pformat(rules, width=100)}\n")
+        lines = "".join(f'    "{name}": {limits},\n' for name, limits in rules.items())
+        file.write_text(f"{head}LARGEST_RANK = {{\n{lines}}}\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ void multiply(const Int8Strip& strip) {
   // Widening takes the ports that the products need: many rows do it once, a block of the panel that fits into the L1
   // cache at a time.
   constexpr int64_t ENOUGH_ROWS = 4 * ROWS, BLOCK = 384;
-  if (strip.rows < ENOUGH_ROWS) return multiply_columns(strip, strip.panel, 0, strip.k);
+  constexpr int DIRECT_ROWS = 2;  // a widened vector needs a register, a loaded one can be read where it lies
+  if (strip.rows < ENOUGH_ROWS) return multiply_rows<DIRECT_ROWS>(strip, 0, strip.panel, 0, strip.k);
   alignas(64) int16_t wide[BLOCK * PANEL];
   for (int64_t first = 0; first < strip.k; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, strip.k);
@@ -41,7 +42,7 @@ void multiply(const Int8Strip& strip) {
     for (int64_t i = 0; i < (last - first) * PANEL; i += 16) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(wide + i), load_weight(from + i));
     }
-    multiply_columns(strip, wide, first, last);
+    multiply_rows<ROWS>(strip, 0, wide, first, last);
   }
 }
 

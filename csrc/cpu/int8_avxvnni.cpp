@@ -26,7 +26,7 @@ inline void dot(__m256i& sum, __m256i x, __m256i w) { asm("%{vex%} vpdpbusd %2, 
 
 #include "int8_ymm.inc"
 
-void multiply(const Int8Strip& strip) { multiply_columns(strip, strip.panel, 0, strip.k); }
+void multiply(const Int8Strip& strip) { multiply_rows<ROWS>(strip, 0, strip.panel, 0, strip.k); }
 
 }  // namespace
 
