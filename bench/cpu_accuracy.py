@@ -56,10 +56,11 @@ class Case:
             layer.register_forward_hook(lambda _, inputs, y, name=name: keep(name, inputs[0], y))
             for name, layer in self.layers.items()
         ]
-        first = next(iter(self.layers.values())).weight.requires_grad_()  # so that every layer has a gradient
+        biases = [layer.bias.requires_grad_() for layer in self.layers.values()]  # so that every output has a gradient
         inputs, labels = self.batches[0]
         nn.functional.cross_entropy(self.head(self.foundation.features(inputs)), labels).backward()
-        first.requires_grad_(False).grad = None
+        for bias in biases:
+            bias.requires_grad_(False).grad = None
         for hook in hooks:
             hook.remove()
         return ((self.layers[name], x, dy) for name, (x, dy) in seen.items())
