@@ -95,6 +95,8 @@ class Client(Participant):
 
     Of a hundred thousand clients most are never visited: what a visit needs is made by the first one."""
 
+    n_train: int
+
     def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
         self.split, self.config, self.fitting = split, config, fitting
         self.id, self.group, self.n_train = split.id, split.group, len(split.train)

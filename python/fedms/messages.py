@@ -6,6 +6,7 @@ count the same bytes.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,12 +75,17 @@ def unpack_reply(packed: Packed) -> Reply:
     if not isinstance(metrics, Mapping):
         raise WireError(f"metrics are {metrics!r}, expected numbers by name")
     for name, value in {"score": head.get("score"), **metrics}.items():
-        if value is not None and type(value) not in (int, float):
-            raise WireError(f"{name} is {value!r}, expected a number")
+        if value is not None and not is_number(value):
+            raise WireError(f"{name} is {value!r:.40}, expected a number")
     if unknown := sorted(packed.parts.keys() - {"tensors", "sums"}):
         raise WireError(f"an unknown part {unknown[0]!r}")
     return Reply(counts["client"], packed.tensors("tensors"), counts["n_train"], counts["n_validation"],
                  head.get("score"), dict(metrics), packed.tensors("sums"))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of JSON is a finite number that arithmetic can take; JSON's whole numbers may have any length."""
+    return type(value) in (int, float) and abs(value) < sys.float_info.max
 
 
 def _pack(groups: Mapping[str, Tensors], encoding: str = "fp32") -> dict[str, bytes]:

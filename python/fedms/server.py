@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedms import schedule
 from fedms.aggregate import Residual, WeightedMean, krum, median, trimmed_mean
@@ -126,11 +128,12 @@ class Server:
         block_of: block number of each tensor under `expert/`.
         carries: `carries(stage, name)` says how a tensor goes to clients in a stage: "round" (with every message),
             "once" (a client keeps it), or None. The method decides.
+        sums: statistics that clients may send to be added up, as zeros. The method decides.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
-                 carries: Callable[[str, str], str | None]) -> None:
-        self.config, self.order, self.block_of, self._carries = config, order, block_of, carries
+                 carries: Callable[[str, str], str | None], sums: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.config, self.order, self.block_of, self._carries, self.sums = config, order, block_of, carries, sums
         self.schedule = schedule.from_config(config.sal, len(order))
 
     def carries(self, stage: str, name: str) -> str | None:
@@ -180,8 +183,9 @@ class Server:
                 raise Refused(f"metric {name} is {value:g}")
         self._check_tensors(reply.tensors, message, participant)
         for name, tensor in reply.sums.items():
-            known = collected.sums.get(name, message.sums.get(name, tensor))
-            _check_tensor(name, tensor, tensor.new_zeros(known.shape, dtype=known.dtype))
+            if name not in self.sums:
+                raise Refused(f"{name}: is no statistic that was asked for")
+            _check_tensor(name, tensor, self.sums[name])
         collected.add(reply)
 
     def _check_tensors(self, tensors: Tensors, message: Message, participant: Participant) -> None:

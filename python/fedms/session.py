@@ -63,7 +63,8 @@ class Session:
     def case(self, config: RunConfig) -> Case:
         torch.set_num_threads(config.run.threads)       # another session of this process may have set it meanwhile
         method = methods.create(config)
-        server = Server(config, self.model.order, self.model.block_of, method.carries)
+        server = Server(config, self.model.order, self.model.block_of, method.carries,
+                        method.sums(len(self.dataset.classes)))
         if self.shard is None:
             partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
             fitting = fitting_depths(self.model, method, config, partition)

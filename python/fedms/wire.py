@@ -91,6 +91,8 @@ def _check_manifest(head: bytes) -> list[tuple[str, tuple[int, ...], str, str]]:
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise WireError("the manifest's names are not distinct strings")
     for name, shape, kind, used in entries:
+        if not isinstance(kind, str) or not isinstance(used, str):
+            raise WireError(f"{name}: dtype and encoding are no strings")
         known = used in ENCODINGS if kind == "float32" else kind in _EXACT and used == "exact"
         if not known or (used == "int8" and len(shape) < 2):
             raise WireError(f"{name}: unknown form {kind!r}, {used!r}")

@@ -57,7 +57,8 @@ class World:
         self.model.config = config
         self.model.start()
         made = methods.create(config)
-        server = Server(config, self.model.order, self.model.block_of, made.carries)
+        server = Server(config, self.model.order, self.model.block_of, made.carries,
+                        made.sums(len(self.model.dataset.classes)))
         state = server.start(shared or self.shared)
         if stage == "stage2":
             state = type(state)(**{**vars(state), "stage": stage})

@@ -24,7 +24,8 @@ BLOCK_OF = {name: int(name[13]) + 1 for name in TENSORS if name.startswith("expe
 def server(method="fedms", *sets):
     config = load_config("digits", ["clients.count=4", "clients.unseen=0", "stage1.rounds=3", "stage2.rounds=2",
                                     "sal.max_depth=3", "sal.queue=2", "sal.tau=1.0", f"run.method={method}", *sets])
-    return Server(config, ORDER, BLOCK_OF, create(config).carries)
+    method = create(config)
+    return Server(config, ORDER, BLOCK_OF, method.carries, method.sums(3))
 
 
 def step(s, state, replies):
@@ -101,8 +102,8 @@ def test_sums_are_added_up_over_rounds():
     s = server("fedavg_prior")
     state = s.start(TENSORS)
     for client in (0, 1):
-        state, _ = step(s, state, [reply(client, {}, sums={"class_counts": torch.tensor([1.0, client])})])
-    assert state.sums["class_counts"].tolist() == [2.0, 1.0]
+        state, _ = step(s, state, [reply(client, {}, sums={"class_counts": torch.tensor([1.0, client, 0.0])})])
+    assert state.sums["class_counts"].tolist() == [2.0, 1.0, 0.0]
 
 
 def test_a_round_without_replies_stops_the_run():
@@ -169,7 +170,7 @@ def changed(tensors, name, change):
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t.double())), "float64, expected torch.float32"),
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t / 0)), "head/weight: holds NaN or infinity"),
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t + 1e5)), "by clients.max_change"),
-    (lambda r: replace(r, sums={"class_counts": torch.full((2,), float("inf"))}), "class_counts: holds NaN or infinity"),
+    (lambda r: replace(r, sums={"anything": torch.zeros(2)}), "anything: is no statistic that was asked for"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_reply_is_admitted_or_refused_with_a_reason(change, words):
     s = server()
@@ -183,13 +184,14 @@ def test_a_reply_is_admitted_or_refused_with_a_reason(change, words):
 
 
 def test_statistics_and_blocks_that_do_not_fit_are_refused():
-    s = server("fedavg", "sal.schedule=all")
+    s = server("fedavg_prior", "sal.schedule=all")
     message, collected = s.message(s.start(TENSORS)), s.collect()
     with pytest.raises(Refused, match="block 1 is not trained by this client now"):
         s.admit(reply(2, dict(message.tensors)), message, One(max_depth=2), collected)
-    s.admit(reply(2, {}, sums={"class_counts": torch.ones(3)}), message, One(), collected)
-    with pytest.raises(Refused, match=r"class_counts: shape \(1,\), expected \(3,\)"):
-        s.admit(reply(2, {}, sums={"class_counts": torch.ones(1)}), message, One(), collected)
+    for counts, words in ((torch.ones(1), r"class_counts: shape \(1,\), expected \(3,\)"),
+                          (torch.full((3,), float("inf")), "class_counts: holds NaN or infinity")):
+        with pytest.raises(Refused, match=words):
+            s.admit(reply(2, {}, sums={"class_counts": counts.double()}), message, One(), collected)
 
 
 def test_a_quorum_is_kept():

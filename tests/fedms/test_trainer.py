@@ -37,7 +37,8 @@ class Session:
         self.partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
         self.clients = [Client(split, config) for split in self.partition.clients]
         self.method = methods.create(config)
-        self.server = Server(config, self.model.order, self.model.block_of, self.method.carries)
+        self.server = Server(config, self.model.order, self.model.block_of, self.method.carries,
+                             self.method.sums(len(self.dataset.classes)))
         self.folder = RunFolder.create(tmp_path / "session", config, overwrite=True)
         self.engine = LocalEngine(self.method, self.server, self.model, self.clients, Part(self.partition.global_test),
                                   self.folder, Progress())

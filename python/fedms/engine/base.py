@@ -17,6 +17,9 @@ from fedms.resident import Tensors
 from fedms.server import Collected, Refused, Server, ServerState
 
 
+REASON = 1000       # most characters of a reason in the records: it may quote what a client sent
+
+
 class Interrupted(Exception):
     """A run was asked to stop and did so between two clients; everything is in its checkpoint."""
 
@@ -196,7 +199,7 @@ class Engine(ABC):
             try:
                 self.server.admit(visit.reply, message, participant, collected)
             except Refused as refused:
-                record["reason"] = f"its reply is refused: {refused}"
+                record["reason"] = f"its reply is refused: {refused}"[:REASON]
             else:
                 self.keep(arrival)
                 record.update(visit.reply.metrics, status="ok", bytes_up=arrival.bytes_up)

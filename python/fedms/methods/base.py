@@ -46,6 +46,10 @@ class Method(ABC):
     def carries(self, stage: str, name: str) -> str | None:
         """How a tensor goes to clients: "round" (with every message), "once" (kept by the client), None (not)."""
 
+    def sums(self, classes: int) -> Tensors:
+        """Statistics that clients send for the server to add up, as zeros."""
+        return {}
+
     @abstractmethod
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fedms.client import Client, Message, Private, Reply
 from fedms.methods.base import Prediction, class_counts
 from fedms.methods.fedavg import FedAvg
-from fedms.resident import Part, ResidentModel
+from fedms.resident import Part, ResidentModel, Tensors
 
 
 class FedAvgPrior(FedAvg):
     name = "fedavg_prior"
+
+    def sums(self, classes: int) -> Tensors:
+        return {"class_counts": torch.zeros(classes, dtype=torch.float64)}
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

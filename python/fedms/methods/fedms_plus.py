@@ -33,6 +33,9 @@ COUNTS = "class_counts"
 class FedMSPlus(FedMS):
     name = "fedms_plus"
 
+    def sums(self, classes: int) -> Tensors:
+        return {COUNTS: torch.zeros(classes, dtype=torch.float64)}
+
     def initial(self, model: ResidentModel) -> Tensors:
         side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.config.plus.confidences else {}
         return {**super().initial(model), **side}
