@@ -380,6 +380,10 @@ def export(
     client: Annotated[Optional[str], typer.Option(
         "--client", "-c", metavar="ID", help="For merged and onnx: the client whose own expert is written.",
         show_default="the global expert")] = None,
+    states: Annotated[Optional[Path], typer.Option(
+        "--states", metavar="STATES", help="For a run on Flower: the folder where a client keeps its private expert "
+        "(state= of its node), or one with those of several clients (a deployment's states/).",
+        show_default="a simulation's own")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
 ) -> None:
     """Write what a run ended with in a format that others read."""
@@ -388,7 +392,8 @@ def export(
             raise RunFolderError(f"{folder}: no such folder")
         from fedms import export as exporting
 
-        exporting.export(folder, out, form, client=client, overwrite=force, progress=TerminalProgress(errors))
+        exporting.export(folder, out, form, client=client, states=states, overwrite=force,
+                         progress=TerminalProgress(errors))
         for path in sorted(p for p in out.rglob("*") if p.is_file()):
             console.print(f"{path}  {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
 

@@ -42,13 +42,14 @@ FORMAT = 1
 _Transformers = TextModel | VisionModel
 
 
-def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = None, overwrite: bool = False,
-           foundation: FoundationModel | None = None, progress: Progress | None = None) -> Path:
+def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = None, states: Path | None = None,
+           overwrite: bool = False, foundation: FoundationModel | None = None, progress: Progress | None = None) -> Path:
     """Writes the outcome of the run folder `run` into the folder `out`; returns it.
 
     Args:
         form: one of `FORMATS`.
         client: id or group of the client whose expert is merged; None: the global expert. For merged and onnx.
+        states: of a run on Flower, the folder in which a client keeps what is its own, or one with those of several.
         overwrite: replace an earlier export in `out`.
         foundation: the model, where it was given to the run as an object.
 
@@ -70,11 +71,14 @@ def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = 
     check_fingerprint(foundation, task)
     with _new_folder(out, overwrite) as folder:
         if form == "mixture":
-            _mixture(run, folder, foundation, task)
+            elsewhere = _mixture(run, folder, foundation, task, states)
         elif form == "peft":
-            _peft(run, folder, foundation, task)
+            elsewhere = _peft(run, folder, foundation, task, states)
         else:
-            _merged(run, folder, foundation, task, client, onnx=form == "onnx")
+            elsewhere = _merged(run, folder, foundation, task, states, client, onnx=form == "onnx")
+    if elsewhere and client is None:
+        progress.note(f"what {len(elsewhere)} clients keep to themselves is not in it, as it is in folders of their own; "
+                      "--states DIR names one")
     return out
 
 
@@ -87,7 +91,9 @@ def check_fingerprint(foundation: FoundationModel, task: Task) -> None:
 
 # The formats
 
-def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> None:
+# Each returns the clients whose private state was not at hand.
+
+def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task, states: Path | None) -> frozenset[int]:
     model_keys: dict[str, Any] = {}
     try:
         foundation.save(folder / "base")        # before experts are attached
@@ -96,7 +102,7 @@ def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task) -
         if task.config.model.id not in models.MODELS:
             model_keys = {"id": foundation.name}    # given as an object then, and to be given again
     model = bind(foundation, task)
-    outcome = outcome_of(run, task, model)
+    outcome = outcome_of(run, task, model, states)
     final = outcome.final
     parts: Tensors = {}
     for name, tensors in (("tensors", final.tensors), ("constants", final.constants), ("sums", final.sums)):
@@ -107,12 +113,13 @@ def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task) -
             (folder / "clients").mkdir(exist_ok=True)
             kept = {n: t for n, t in private.tensors.items() if not n.startswith("optimizer/")}
             _save(kept, folder / "clients" / f"{number}.safetensors")
-    _manifest(folder, "mixture", task, model=model_keys,
+    _manifest(folder, "mixture", task, model=model_keys, elsewhere=sorted(outcome.elsewhere),
               final={"stage": final.stage, "round": final.round, "depth": final.depth,
                      "applied_depth": final.applied_depth})
+    return outcome.elsewhere
 
 
-def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> None:
+def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task, states: Path | None) -> frozenset[int]:
     _needs_transformers(foundation)
     if task.config.aggregation == "exact":
         raise ConfigError("--format: exact aggregation adds to the frozen weights, which an adapter cannot hold; accepted: "
@@ -126,7 +133,8 @@ def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> N
     model = bind(foundation, task)
     lora, module = task.config.lora, foundation.module
     shape = adapter.Shape(lora.rank, lora.alpha, lora.rslora, base)
-    for name, expert in outcome_of(run, task, model).experts(model).items():
+    outcome = outcome_of(run, task, model, states)
+    for name, expert in outcome.experts(model).items():
         place = folder / name
         place.mkdir()
         layers = [n.removeprefix("expert/").removesuffix(".lora_a") for n in expert if n.endswith(".lora_a")]
@@ -136,15 +144,17 @@ def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task) -> N
         _save(linear_head(model, expert), place / adapter.HEAD)
         (place / "README.md").write_text(_card(foundation, task, name, f'"{base}"', peft=True))
     _manifest(folder, "peft", task)
+    return outcome.elsewhere
 
 
-def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, client: str | None, onnx: bool) -> None:
+def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, states: Path | None, client: str | None,
+            onnx: bool) -> frozenset[int]:
     if not onnx:
         _needs_transformers(foundation)
     plain = task.config.model.model_copy(update={"frozen": "fp32"})     # nothing is merged into quantised weights
     model = bind(foundation, Task(task.config.model_copy(update={"model": plain}), task.classes, task.prompts,
                                   task.groups, task.fingerprint))
-    outcome = outcome_of(run, task, model)
+    outcome = outcome_of(run, task, model, states)
     number, experts = outcome.client(client), outcome.experts(model)
     name = "global" if number is None else f"client-{number}"
     if name not in experts:
@@ -163,6 +173,7 @@ def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, cl
         _save(head, folder / adapter.HEAD)
         (folder / "README.md").write_text(_card(foundation, task, name, '"."', peft=False))
     _manifest(folder, "onnx" if onnx else "merged", task, expert=name)
+    return outcome.elsewhere
 
 
 def linear_head(model: ResidentModel, expert: Mapping[str, Tensor]) -> Tensors:

@@ -105,7 +105,8 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     shared = load_file(folder / "shared.safetensors")
     parts: dict[str, Any] = {name: _below(name, shared) for name in ("tensors", "constants", "sums")}
     private = {int(path.stem): Private(load_file(path)) for path in sorted((folder / "clients").glob("*.safetensors"))}
-    outcome = Outcome(task, Message(clients=(), **content["final"], **parts), private)
+    outcome = Outcome(task, Message(clients=(), **content["final"], **parts), private,
+                      frozenset(content.get("elsewhere", ())))
     number = outcome.client(client)     # a mistake here is answered before the model is loaded
     foundation = foundation or models.load(config.model)
     check_fingerprint(foundation, task)

@@ -12,6 +12,7 @@ from fedms.checkpoint import CheckpointFolder, unpack_server
 from fedms.client import Message, Private
 from fedms.config import ConfigError, RunConfig, config_from_dict
 from fedms.data import Dataset, ImageInputs, TextInputs
+from fedms.engine.flower.folder import FolderError, find_private
 from fedms.methods import Prediction
 from fedms.models import FoundationModel
 from fedms.records import RunFolderError, RunRecords
@@ -32,22 +33,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run. final: what every client has in the end. private: what each keeps, by id."""
+    """The end of a run. final: what every client has in the end. private: what each keeps, by id. elsewhere: clients that
+    keep something which is not at hand."""
 
     task: Task
     final: Message
     private: dict[int, Private] = field(default_factory=dict)
+    elsewhere: frozenset[int] = frozenset()
 
     def client(self, name: str | int | None) -> int | None:
         """The id of a client given by its id or its group's name; None: no client in particular.
 
         Raises:
-            ConfigError: if there is no such client, or the group has several.
+            ConfigError: if there is no such client, the group has several, or what it keeps to itself is not at hand.
         """
         if name is None:
             return None
         known = {str(i): i for i in self.task.groups}
         found = [known[str(name)]] if str(name) in known else [i for i, g in self.task.groups.items() if g == str(name)]
+        if len(found) == 1 and found[0] in self.elsewhere:
+            raise ConfigError(f"client: what client {found[0]} keeps to itself is in a folder of its own, and was not at "
+                              "hand; `fedms export RUN --states DIR` reads it there")
         if len(found) == 1:
             return found[0]
         if found:
@@ -93,11 +99,14 @@ def task_of(run: Path) -> Task:
                 records.summary["fingerprint"])
 
 
-def outcome_of(run: Path, task: Task, model: ResidentModel) -> Outcome:
+def outcome_of(run: Path, task: Task, model: ResidentModel, states: Path | None = None) -> Outcome:
     """What the last checkpoint of a run that has ended holds.
 
+    Args:
+        states: of a run on Flower, where clients keep what is their own; None: where a simulation does.
+
     Raises:
-        RunFolderError: if there is none.
+        RunFolderError: if there is none, or a client's folder is damaged or not of this run.
         CheckpointError: if none is whole.
     """
     snapshot, _ = CheckpointFolder(run / "checkpoint").load()
@@ -107,8 +116,26 @@ def outcome_of(run: Path, task: Task, model: ResidentModel) -> Outcome:
     state, _ = unpack_server(snapshot.state["server"], snapshot.tensors)
     message = server.message(state)
     tensors, constants = (wire.unpack(wire.pack(t, task.config.wire.dtype)) for t in (message.tensors, message.constants))
-    return Outcome(task, replace(message, tensors=tensors, constants=constants),
-                   {client: Private(tensors) for client, tensors in snapshot.private.items()})
+    private = {client: Private(tensors) for client, tensors in snapshot.private.items()}
+    private |= _private_of_nodes(snapshot.state, states or run / "clients")
+    if states is not None and not private:
+        raise RunFolderError(f"{states}: holds no private state of a client of {run}; expected the folder that a client's "
+                             "node names as state=, or one of client-0, client-1, ...")
+    return Outcome(task, replace(message, tensors=tensors, constants=constants), private,
+                   frozenset(snapshot.state.get("private_at", ())) - private.keys())
+
+
+def _private_of_nodes(state: dict[str, Any], root: Path) -> dict[int, Private]:
+    """What clients of a run on Flower keep under this folder, as the server knows it."""
+    found = {}
+    for client in state.get("private_at", ()):
+        try:
+            private = find_private(root, state["run"], client, state["kept"][str(client)])
+        except FolderError as error:
+            raise RunFolderError(str(error)) from None
+        if private is not None:
+            found[client] = private
+    return found
 
 
 def bind(foundation: FoundationModel, task: Task) -> ResidentModel:

@@ -12,17 +12,19 @@ pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from fake_grid import FakeGrid
 from flwr.app import Error, Message
+from safetensors.torch import load_file
 
-from fedms import run, wire
+from fedms import mixture, run, wire
 from fedms.checkpoint import CheckpointFolder
 from fedms.client import ClientFailure, Private
-from fedms.config import load_config
+from fedms.config import ConfigError, load_config
 from fedms.data import read_shard
 from fedms.engine.base import Interrupted
 from fedms.engine.flower import certificates, deployment, mail
 from fedms.engine.flower.folder import ClientFolder, FolderError, State
+from fedms.export import export
 from fedms.progress import Progress
-from fedms.records import RunRecords, comparable
+from fedms.records import RunFolderError, RunRecords, comparable
 from fedms.server import AllClientsFailed
 from fedms.files import shard_about
 from fedms.session import Session, write_shards
@@ -127,6 +129,19 @@ def headed(change):
     return fault
 
 
+def packed(change):
+    """A fault in the first entry of the tensors' manifest."""
+    def fault(message, answer):
+        head, parts = mail.read(answer(message).content)
+        length = int.from_bytes(parts["tensors"][:8], "little")
+        manifest = json.loads(parts["tensors"][8:8 + length])
+        change(manifest[0])
+        new = json.dumps(manifest).encode()
+        parts["tensors"] = len(new).to_bytes(8, "little") + new + parts["tensors"][8 + length:]
+        return Message(mail.write(head, mail.buffers(parts)), reply_to=message)
+    return fault
+
+
 def first(tensors):
     return next(iter(tensors))
 
@@ -177,6 +192,8 @@ FAULTS = {
     "unknown metric": (headed(lambda h: h["reply"]["metrics"].update(price=1.0)), "unknown metric 'price'"),
     "other client": (headed(lambda h: h.update(client=0)), "it is client 0's"),
     "no visit": (headed(lambda h: h.pop("visit")), "it tells of no visit"),
+    "endless number": (headed(lambda h: h["reply"]["metrics"].update(loss=10**4000)), "expected a number"),
+    "strange dtype": (packed(lambda entry: entry.__setitem__(2, [])), "dtype and encoding are no strings"),
     "score": (headed(lambda h: h["reply"].update(score=7)), "expected an accuracy in [0, 1]"),
 }
 
@@ -349,9 +366,11 @@ def test_large_private_states_last(tmp_path):
 
 
 def test_chaos(tmp_path, shards_of_twelve, monkeypatch):
-    """12 clients, 12 rounds, and most of what can go wrong: the honest lose nothing."""
+    """12 clients, 12 rounds of six, and most of what can go wrong: the honest lose nothing. Among real processes:
+    tests/system/test_flower_deployed.py."""
     folder, n_train = shards_of_twelve
-    sets = ["clients.count=12", "clients.unseen=0", "data.max_samples=480", "stage1.rounds=7", "stage2.rounds=5"]
+    sets = ["clients.count=12", "clients.unseen=0", "clients.fraction=0.5", "data.max_samples=480", "stage1.rounds=7",
+            "stage2.rounds=5"]
     old, held, kills = [], {}, {"stage1 4", "stage2 3"}
 
     def remember(message, answer):
@@ -368,12 +387,12 @@ def test_chaos(tmp_path, shards_of_twelve, monkeypatch):
             raise KeyboardInterrupt
         return reply
 
-    faults = {("train", "stage1 3", 3): crashed, ("train", "stage1 4", 5): hang, ("train", "stage1 2", 7): edited(poisoned),
-              ("train", "stage2 2", 7): edited(poisoned), ("train", "stage1 5", 2): edited(renamed),
+    faults = {("train", "stage1 3", 1): crashed, ("train", "stage1 4", 5): hang, ("train", "stage1 2", 7): edited(poisoned),
+              ("train", "stage2 2", 7): edited(poisoned), ("train", "stage1 5", 3): edited(renamed),
               ("train", "stage2 1", 2): edited(reshaped), ("train", "stage1 1", 9): remember,
               ("train", "stage1 6", 9): lambda message, answer: Message(old[0].content, reply_to=message),
               ("train", "stage2 4", 0): crashed, ("train", "stage1 4", 6): kill_server, ("train", "stage2 3", 6): kill_server}
-    absent = {("stage1", 3, 3), ("stage1", 4, 5), ("stage1", 2, 7), ("stage2", 2, 7), ("stage1", 5, 2), ("stage2", 1, 2),
+    absent = {("stage1", 3, 1), ("stage1", 4, 5), ("stage1", 2, 7), ("stage2", 2, 7), ("stage1", 5, 3), ("stage2", 1, 2),
               ("stage1", 6, 9), ("stage2", 4, 0)}
     server = read_shard(folder / "server")
     for _ in range(3):
@@ -384,7 +403,7 @@ def test_chaos(tmp_path, shards_of_twelve, monkeypatch):
             continue
     found = outcome(tmp_path / "chaos")
     failed = {(v["stage"], v["round"], v["client"]): v["reason"] for v in found[0]["visits"] if v["status"] != "ok"}
-    assert failed.keys() == absent and all(failed.values()) and len(found[0]["visits"]) == 12 * 12
+    assert failed.keys() == absent and all(failed.values()) and len(found[0]["visits"]) == 12 * 6
     same_result(found, embedded(tmp_path, *sets, absent=absent, monkeypatch=monkeypatch))
     snapshot, _ = CheckpointFolder(tmp_path / "embedded/checkpoint").load()
     engine, _ = CheckpointFolder(tmp_path / "chaos/checkpoint").load()
@@ -410,3 +429,31 @@ def test_the_example_is_what_init_writes(tmp_path):
     assert oct((tmp_path / "certificates/client-0").stat().st_mode)[-3:] == "600"
     with pytest.raises(FileExistsError, match="its certificate is for 127.0.0.1, not for example.org"):
         certificates.make(tmp_path / "certificates", ["example.org"], 1)
+
+
+def test_private_experts_are_exported_from_the_clients_own_folders(tmp_path, shards):
+    """As the embedded run's; without them the server's part alone, and a client's prediction is refused."""
+    deployed(tmp_path, shards)
+    embedded(tmp_path)
+    said = Notes()
+    for name, states in (("flower", tmp_path / "states"), ("flower", tmp_path / "states/2"), ("flower", None),
+                         ("embedded", None)):
+        export(tmp_path / name, tmp_path / "out", states=states, progress=said, overwrite=True)
+        files = {path.stem: load_file(path) for path in (tmp_path / "out/clients").glob("*.safetensors")}
+        if name == "embedded":
+            assert files.keys() == everyone.keys()
+            assert all(torch.equal(files[i][n], t) for i in files for n, t in everyone[i].items())
+        elif states is None:
+            assert not files and "what 4 clients keep to themselves is not in it" in said.notes[-1]
+            with pytest.raises(ConfigError, match="what client 2 keeps to itself is in a folder of its own"):
+                mixture.load(tmp_path / "out", 2)
+            mixture.load(tmp_path / "out")
+        elif states.name == "2":
+            assert files.keys() == {"2"}
+        else:
+            everyone = files
+            assert everyone.keys() == {"0", "1", "2", "3"}
+    with pytest.raises(ConfigError, match="what client 1 keeps to itself"):
+        export(tmp_path / "flower", tmp_path / "merged", "merged", client="1")
+    with pytest.raises(RunFolderError, match="holds no private state of a client of"):
+        export(tmp_path / "flower", tmp_path / "more", states=tmp_path)

@@ -81,7 +81,7 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
         came, after = visit(case.method.client_step, session.model, client, state.private, message)
         digest = folder.save(State(after, frozenset(session.model.charged)), message.stage, message.round)
     answer = {"visit": {"reason": came.reason, "flops": came.flops, "seconds": came.seconds,
-                        "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest}
+                        "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest, "private": bool(after.tensors)}
     if came.reply is None:
         return answer, {}
     packed = pack_reply(came.reply, config.wire.dtype)

@@ -19,6 +19,7 @@ from fedms.client import Private
 from fedms.files import FolderLock, write_durably
 
 KEPT = 3
+OWNER = "owner.json"
 
 
 class FolderError(Exception):
@@ -114,7 +115,7 @@ class ClientFolder:
         return data
 
     def _claim(self, owner: dict[str, object]) -> None:
-        path = self.path / "owner.json"
+        path = self.path / OWNER
         try:
             if not path.exists():
                 write_durably(path, json.dumps(owner).encode())
@@ -123,3 +124,21 @@ class ClientFolder:
             raise FolderError(f"{path}: {error}") from None
         if found != owner:
             raise FolderError(f"{path}: belongs to {found}, not to {owner}; give this client a folder of its own")
+
+
+def find_private(root: Path, run: str, client: int, digest: str) -> Private | None:
+    """What a client kept under this hash. `root`: its own folder, or one with those of several clients, as a deployment
+    on one machine and a simulation have them. None if the client has no folder there.
+
+    Raises:
+        FolderError: if it has one without that state, or a damaged one.
+    """
+    for place in (root / f"client-{client}", root / str(client), root):
+        try:
+            owner = json.loads((place / run / OWNER).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if owner == {"run": run, "client": client}:
+            with ClientFolder(place, run, client) as folder:
+                return folder.load(digest).private
+    return None

@@ -15,10 +15,10 @@ from flwr.serverapp import Grid
 from fedms.client import Message, Participant, Visit
 from fedms.config import RunConfig
 from fedms.devices import Device, device_of
-from fedms.engine.base import Arrival, Engine, Evaluation
+from fedms.engine.base import REASON, Arrival, Engine, Evaluation
 from fedms.engine.flower import mail
 from fedms.engine.flower.client import FORMAT
-from fedms.messages import Packed, pack_message, unpack_reply
+from fedms.messages import Packed, is_number, pack_message, unpack_reply
 from fedms.progress import Progress
 from fedms.records import ACCURACY_FIELDS, CLIENT_FIELDS, RunFolder
 from fedms.resident import Tensors
@@ -64,6 +64,7 @@ class FlowerEngine(Engine):
         self.n_train = dict(n_train)
         self.run_id = uuid.uuid4().hex
         self.kept: dict[int, str] = {}              # by client: its private state after the last visit that counted
+        self.private_at: set[int] = set()           # clients that have something of their own in it
         self.node_of: dict[int, int] = {}           # by client
         self.greeted: dict[int, float] = {}         # nodes that were asked who they are, and when
         self.greetings: dict[str, int] = {}         # nodes whose answer is awaited, by message
@@ -82,7 +83,8 @@ class FlowerEngine(Engine):
             yield self._arrival(answer, message, packed)
 
     def keep(self, arrival: Arrival) -> None:
-        self.kept[arrival.client] = arrival.after
+        self.kept[arrival.client], private = arrival.after
+        (self.private_at.add if private else self.private_at.discard)(arrival.client)
 
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
         clients = range(self.config.clients.count)
@@ -102,11 +104,13 @@ class FlowerEngine(Engine):
 
     def own_state(self) -> dict[str, Any]:
         return {"run": self.run_id, "kept": {str(client): digest for client, digest in self.kept.items()},
+                "private_at": sorted(self.private_at),
                 "n_train": {str(client): count for client, count in self.n_train.items()}}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
         self.run_id = state["run"]
         self.kept = {int(client): digest for client, digest in state["kept"].items()}
+        self.private_at = set(state.get("private_at", ()))
         self.n_train = {int(client): count for client, count in state["n_train"].items()} | self.n_train
 
     # Who is there
@@ -227,13 +231,13 @@ class FlowerEngine(Engine):
         try:
             head = self._open(answer, limit=2 * packed.size + SLACK)
         except _Unusable as problem:
-            return Arrival(answer.client, None, 0, sent, str(problem))
+            return Arrival(answer.client, None, 0, sent, str(problem)[:REASON])
         self.note_received(answer.client, packed)
         try:
             visit, size = _visit_of(head)
         except (WireError, _Unusable) as problem:
-            return Arrival(answer.client, None, 0, sent, f"its reply is refused: {problem}")
-        return Arrival(answer.client, visit, size, sent, after=head["kept"])
+            return Arrival(answer.client, None, 0, sent, f"its reply is refused: {problem}"[:REASON])
+        return Arrival(answer.client, visit, size, sent, after=(head["kept"], head["private"]))
 
     def _open(self, answer: _Answer, limit: int) -> dict[str, Any]:
         """The head of an answer, its buffers under `parts`, if it answers what was asked.
@@ -250,7 +254,7 @@ class FlowerEngine(Engine):
         if head.get("client") != answer.client:
             raise _Unusable(f"its reply is refused: it is client {head.get('client')!r}'s")
         if "problem" in head:
-            raise _Unusable(f"the client says: {str(head['problem'])[:1000]}")
+            raise _Unusable(f"the client says: {str(head['problem'])[:REASON]}")
         return {**head, "parts": parts}
 
 
@@ -291,12 +295,14 @@ def _visit_of(head: Mapping[str, Any]) -> tuple[Visit, int]:
     told, kept = head.get("visit"), head.get("kept")
     if not isinstance(told, dict) or not isinstance(kept, str) or not re.fullmatch("[0-9a-f]{64}", kept):
         raise _Unusable("it tells of no visit")
+    if not isinstance(head.get("private"), bool):
+        raise _Unusable("it does not say whether there is a private state")
     numbers = {name: told.get(name) for name in ("flops", "seconds", "peak_memory_bytes")}
     for name, value in numbers.items():
         if type(value) not in (int, float) or not 0 <= value < 2**63:
             raise _Unusable(f"{name} is {value!r}, expected a number from 0")
     if (reason := told.get("reason")) is not None:
-        return Visit(None, str(reason)[:1000], **numbers), 0
+        return Visit(None, str(reason)[:REASON], **numbers), 0
     if not isinstance(head.get("reply"), dict):
         raise _Unusable("it holds neither a reply nor a reason")
     packed = Packed(head["reply"], head["parts"])
@@ -313,11 +319,11 @@ def _checked_record(record: Any, client: int) -> dict[str, Any]:
     for value in (*accuracies.values(), record.get("macro_f1")):
         _share(value)
     for name in ("n_train", "n_validation", "n_test"):
-        if type(record.get(name)) is not int or record[name] < 0:
-            raise _Unusable(f"{name} is {record.get(name)!r}, expected a whole number")
+        if type(record.get(name)) is not int or not 0 <= record[name] < 2**31:
+            raise _Unusable(f"{name} is {record.get(name)!r:.40}, expected a whole number")
     for name in ("gate_mean", "gate_std", "gate_entropy"):
-        if type(record.get(name)) not in (int, float, type(None)):
-            raise _Unusable(f"{name} is {record.get(name)!r}, expected a number")
+        if record.get(name) is not None and not is_number(record[name]):
+            raise _Unusable(f"{name} is {record[name]!r:.40}, expected a number")
     if not isinstance(record.get("group"), (str, type(None))) or record.get("unseen") is not False:
         raise _Unusable("its record is not of the form of clients.jsonl")
     return record
