@@ -173,7 +173,7 @@ def up(folder: Path, port: int | None, secure: bool, tell: Callable[[str], None]
     commands = Commands(folder, HOST, port, secure)
     try:
         start(folder, "superlink", commands.superlink(HOST))
-        _wait(folder, "superlink", port)
+        wait(folder, "superlink", port)
         if secure:
             for client in clients:
                 tell(f"registering client {client}")
@@ -220,7 +220,8 @@ def down(folder: Path, names: Sequence[str] | None = None, by: int = signal.SIGT
     return chosen
 
 
-def _wait(folder: Path, name: str, port: int, seconds: float = 180) -> None:
+def wait(folder: Path, name: str, port: int, seconds: float = 180) -> None:
+    """Until a process of the deployment takes connections. Raises DeploymentError if it has ended, or does not come up."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if name not in running(folder):

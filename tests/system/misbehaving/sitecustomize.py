@@ -1,0 +1,39 @@
+"""On the PYTHONPATH of a SuperNode this changes what its ClientApp does, as who has that machine could.
+
+MISBEHAVIOUR (JSON): by client, what it does with the messages of a round, such as {"3": {"stage1 1": "remember",
+"stage1 3": "replay"}}; other things are "nan" and "hang".
+"""
+import json
+import os
+import sys
+import time
+
+if any(word.endswith("flwr-clientapp") for word in sys.orig_argv):
+    from fedms.engine.flower import client, mail
+    from flwr.app import Message
+
+    plan, honest = json.loads(os.environ["MISBEHAVIOUR"]), client.train
+
+    def train(message, identity, open_case):
+        what = plan.get(str(identity.client), {}).get(message.metadata.group_id)
+        old = identity.state / "old.json"
+        if what == "hang":
+            time.sleep(10**6)
+        if what == "replay":
+            head, parts = json.loads(old.read_text())
+            parts = {name: bytes.fromhex(data) for name, data in parts.items()}
+            return Message(mail.write(head, mail.buffers(parts)), reply_to=message)
+        answer = honest(message, identity, open_case)
+        head, parts = mail.read(answer.content)
+        if what == "remember":
+            old.write_text(json.dumps([head, {name: data.hex() for name, data in parts.items()}]))
+        if what == "nan":
+            from fedms import wire
+
+            tensors = wire.unpack(parts["tensors"])
+            next(iter(tensors.values())).fill_(float("nan"))
+            parts["tensors"] = wire.pack(tensors)
+            return Message(mail.write(head, mail.buffers(parts)), reply_to=message)
+        return answer
+
+    client.train = train
