@@ -1,8 +1,10 @@
 """The distributed engine against the embedded one, and against nodes that fail, dawdle and lie."""
 from __future__ import annotations
 
+import io
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -426,6 +428,9 @@ def test_the_example_is_what_init_writes(tmp_path):
     example = Path(__file__).parents[2] / "examples/flower"
     for name in ("pyproject.toml", "fedms_app/__init__.py"):
         assert (tmp_path / name).read_text().replace(str(tmp_path), "/srv/deployment") == (example / name).read_text()
+    build_fab_from_disk = pytest.importorskip("flwr.cli.build").build_fab_from_disk
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))) as app:        # what Flower sends to every node
+        assert {name for name in app.namelist() if not name.startswith(".info")} == {"pyproject.toml", "fedms_app/__init__.py"}
     assert oct((tmp_path / "certificates/client-0").stat().st_mode)[-3:] == "600"
     with pytest.raises(FileExistsError, match="its certificate is for 127.0.0.1, not for example.org"):
         certificates.make(tmp_path / "certificates", ["example.org"], 1)

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,8 @@ dependencies = ["fedms[flower]"]
 
 [tool.flwr.app]
 publisher = "fedms"
+# What goes to every node; without this, each text file below this folder.
+fab-include = ["fedms_app/*.py"]
 
 [tool.flwr.app.components]
 serverapp = "fedms_app:server"
@@ -206,6 +209,8 @@ def down(folder: Path, names: Sequence[str] | None = None, by: int = signal.SIGT
     """Ends what `up` started, or some of it, each with its children; returns the names."""
     there = running(folder)
     chosen = [name for name in there if names is None or name in names]
+    # Flower gives some children process groups of their own; who has a child is known while it lives alone.
+    family = {child: _started(child) for name in chosen for child in _descendants(there[name])}
     for name in chosen:
         _signal(there[name], by)
     deadline = time.monotonic() + 20
@@ -214,8 +219,12 @@ def down(folder: Path, names: Sequence[str] | None = None, by: int = signal.SIGT
             for name in left:
                 _signal(there[name], signal.SIGKILL)
         time.sleep(0.1)
+    for child, started in family.items():
+        if started is not None and _started(child) == started:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
     for name in chosen:
-        _signal(there[name], signal.SIGKILL)        # children that outlived it: its process group is its own
+        _signal(there[name], signal.SIGKILL)        # its process group is its own
     _write_processes(folder, {name: entry for name, entry in _processes(folder).items() if name not in chosen})
     return chosen
 
@@ -263,6 +272,19 @@ def _started(pid: int) -> str | None:
 def lives(pid: int) -> bool:
     """Whether there is such a process, other than one that has ended and waits for its parent to notice."""
     return _started(pid) is not None
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
 
 
 def _signal(leader: int, number: int) -> None:
