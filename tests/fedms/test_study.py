@@ -74,9 +74,12 @@ def test_what_is_recorded_is_not_run_again_and_one_removed_line_is(tmp_path):
 
 def test_the_page_says_what_was_run_and_what_was_not():
     lines = [line(run, mean) for run, mean in zip(RUNS, (0.5, 0.6, 0.7, 0.72, 0.8))]
+    lines[3]["gate"] = {"mean": 0.9, "entropy": 0.25, "half_mix_accuracy": 0.7, "oracle_accuracy": 0.8, "collapsed": False}
     page = study.render(RUNS, lines[:4], "records.jsonl")
     assert page == study.render(RUNS, lines[:4][::-1], "records.jsonl")
     assert "4 of 5 runs are done" in page and "Not run yet: fedms (seed 1)." in page
+    assert "The gate of `fedms` gives the local expert 90 % of the weight (entropy 0.25, at most 0.69)." in page
+    assert "Half and half would have 70.0 %; the right expert for each sample, which no gate can know, 80.0 %." in page
     assert "`fedms` is number 1 of 4: +12.0 ± 0.0 against `fedavg`, +2.0 ± 0.0 against `fedavg_ft`" in page
     assert "commit abc1234" in page and "+44.0 % relative" in page
 
