@@ -20,7 +20,7 @@ from fedms.client import Client, Private
 from fedms.config import RunConfig
 from fedms.costs import CostModel, VisitMemory, VisitWork
 from fedms.data import ClientSplit
-from fedms.meter import hand_back_large_blocks, peak_memory, resident_memory
+from fedms.meter import hand_back_large_blocks, peak_memory, reset_peak_memory, resident_memory
 from fedms.progress import Progress
 from fedms.resident import ResidentModel
 from fedms_ext import budget, dequantize
@@ -133,8 +133,11 @@ class _Planner:
         self.frozen = "fp32"
         partition = data.partition(dataset, config.data, config.clients, config.run.seed)
         self.costs = CostModel(self.model, methods.create(config), config, partition)
+        loading = peak_memory()
+        self._visit()       # what stays of a first visit, such as buffers of the kernels, is a part of the process
+        reset_peak_memory()
         self.process = resident_memory() - budget.weight_bytes(foundation.module)
-        self.loading = peak_memory() - self.process
+        self.loading = loading - self.process
 
     def freeze(self, frozen: str) -> None:
         if frozen != self.frozen:
