@@ -27,14 +27,15 @@ from fedms_ext.budget import PeakMemory
 ALL, SAME = "PEFT, all blocks", "PEFT, the same blocks"
 
 
-def kept_bytes(step: Callable[[], object]) -> int:
-    """Bytes of the tensors that a step keeps for its backward pass, each storage counted once. Parameters are not
-    among them: they are there anyway."""
+def kept_bytes(step: Step) -> int:
+    """Bytes of the tensors that a step keeps for its backward pass, each storage counted once. The model's weights are
+    not among them: they are there anyway."""
+    weights = {t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.model.buffers())}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -43,13 +44,13 @@ def kept_bytes(step: Callable[[], object]) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
+def peak_bytes(step: Step) -> int:
     with PeakMemory() as memory:
         step()
     return memory.peak
 
 
-# What PyTorch's profiler calls the operators, ours and its own, by what they are for. Each is timed with all that it calls.
+# What PyTorch's profiler calls the operators, ours and its own, by what they are for.
 KINDS = {
     "Linear layers, forward": ("aten::linear", "fedms_ext::expert_linear", "fedms_ext::frozen_linear"),
     "Linear layers, backward": ("fedms_ext::expert_linear_backward", "fedms_ext::frozen_linear_backward"),
@@ -62,13 +63,19 @@ KINDS = {
 
 def where_time_goes(step: Callable[[], object], repeats: int = 5) -> dict[str, float]:
     """Share of a step's time by kind of operator, and the rest: LayerNorm, sums, copies, embeddings, Python."""
+    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
     with profile(activities=[ProfilerActivity.CPU]) as found:
         start = time.perf_counter()
         for _ in range(repeats):
             step()
         whole = 1e6 * (time.perf_counter() - start)
-    spent = {event.key: event.cpu_time_total for event in found.key_averages()}
-    shares = {kind: sum(spent.get(name, 0.0) for name in names) / whole for kind, names in KINDS.items()}
+    shares = dict.fromkeys(KINDS, 0.0)
+    for event in found.events():
+        parent = event.cpu_parent
+        while parent is not None and parent.name not in kind_of:
+            parent = parent.cpu_parent
+        if event.name in kind_of and parent is None:        # what an operator calls is a part of it
+            shares[kind_of[event.name]] += event.cpu_time_total / whole
     return {**shares, "rest": 1 - sum(shares.values())}
 
 

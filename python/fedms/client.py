@@ -182,9 +182,13 @@ def validate(model: ResidentModel, client: Client, expert: str) -> Score:
     return score(model.all_logits(expert, client.validation), model.labels(client.validation))
 
 
-def cross_entropy_of(model: ResidentModel, client: Client, expert: str) -> Callable[[Tensor], Tensor]:
-    """Loss of one expert's own logits on rows of the client's training part."""
-    return lambda rows: F.cross_entropy(model.logits(expert, client.train, rows), model.labels(client.train, rows))
+Loss = Callable[[Tensor], Tensor]               # mean over rows (B,) of a part
+LossOn = Callable[[Part], Loss]
+
+
+def cross_entropy_of(model: ResidentModel, expert: str) -> LossOn:
+    """Loss of one expert's own logits."""
+    return lambda part: lambda rows: F.cross_entropy(model.logits(expert, part, rows), model.labels(part, rows))
 
 
 @dataclass(frozen=True)
@@ -195,15 +199,16 @@ class Group:
     lr: float
 
 
-def train(client: Client, message: Message, private: Private, groups: list[Group],
-          loss_of: Callable[[Tensor], Tensor], rows: Tensor | None = None,
+def train(model: ResidentModel, client: Client, message: Message, private: Private, groups: list[Group],
+          loss_on: LossOn, part: Part | None = None, rows: Tensor | None = None,
           epochs: int | None = None) -> tuple[float, Tensors]:
-    """Local epochs of AdamW over the client's training part.
+    """Local epochs of AdamW over a part of the client's samples.
 
     Args:
         private: holds the optimiser's state of the last visit, if `[clients] optimizer = "kept"`.
-        loss_of: mean loss of the rows (B,) of the training part.
-        rows: (n,) rows to train on; default all.
+        loss_on: given the part once; with `[data] augment`, at every step the batch's images as they are then.
+        part: default the training part.
+        rows: (n,) rows of it; default all.
         epochs: default the stage's.
 
     Returns:
@@ -213,7 +218,8 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
         ClientFailure: when a loss or a gradient norm is NaN or infinite.
     """
     settings = getattr(client.config, message.stage)
-    rows = torch.arange(len(client.train)) if rows is None else rows
+    part = client.train if part is None else part
+    rows = torch.arange(len(part)) if rows is None else rows
     named = {name: p for group in groups for name, p in group.params.items()}
     # Fused: one kernel for all pairs, of which there are many small ones.
     optimizer = torch.optim.AdamW([{"params": list(group.params.values()), "lr": group.lr} for group in groups
@@ -224,10 +230,16 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
     torch.manual_seed(client.seed(message, "dropout"))
     shuffle = generator(client.seed(message, "shuffle"))
     total, seen = 0.0, 0
+    micro_batch = settings.micro_batch or settings.batch
+    loss_of = None if client.config.data.augment else loss_on(part)
     for _ in range(epochs or settings.epochs):
         for batch in rows[torch.randperm(len(rows), generator=shuffle)].split(settings.batch):
             optimizer.zero_grad(set_to_none=True)
-            loss = accumulate(loss_of, batch, settings.micro_batch or settings.batch)
+            if loss_of is not None:
+                loss = accumulate(loss_of, batch, micro_batch)
+            else:
+                with model.varied(part, batch) as images:
+                    loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch)
             norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
             if not (math.isfinite(loss) and torch.isfinite(norm)):
                 raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
@@ -237,7 +249,7 @@ def train(client: Client, message: Message, private: Private, groups: list[Group
     return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
 
 
-def accumulate(loss_of: Callable[[Tensor], Tensor], batch: Tensor, micro_batch: int) -> float:
+def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int) -> float:
     """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples; returns that loss."""
     total = 0.0
     for part in batch.split(micro_batch):

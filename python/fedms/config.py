@@ -132,6 +132,9 @@ class DataTable(Table):
         None, description='class prompt, {} being the class name; unset: "a photo of a {}." for images, "{}" for text')
     subset: Optional[str] = Field(None, description="configuration of a hub data set that has several")
     part: str = Field("train", min_length=1, description="split of a hub data set that is used; clients split it anew")
+    augment: tuple[Literal["flip", "shift"], ...] = Field(
+        (), description="images are varied anew at every step of training, so nothing of training samples is cached; flip: "
+        "half of them are mirrored; shift: they are moved by up to an eighth, their edges repeated")
     max_samples: Optional[int] = Field(
         None, ge=1, description="seeded, stratified subsample of this size; unset: everything")
     max_tokens: int = Field(64, ge=4, le=512, description="texts are cut to this many tokens")

@@ -121,7 +121,7 @@ class CostModel:
 
     def constants(self, depth: int) -> int:
         """Bytes of what the largest client's cache holds at a depth, training and validation samples, both stages."""
-        parts = [self.largest.train, self.largest.validation]
+        parts = [self.largest.validation, *([] if self.config.data.augment else [self.largest.train])]
         outputs = self.model.foundation.feature_dim + len(self.model.dataset.classes)
         return sum(self._prefix_bytes(part, depth) + (4 * outputs * len(part) if self.config.stage2.rounds else 0)
                    for part in parts)
@@ -160,12 +160,13 @@ class CostModel:
         train, validation = (self.model.dataset.inputs.lengths[part]
                              for part in (self.largest.train, self.largest.validation))
         shuffle = generator(self.config.run.seed, "plan")
+        again = 0 if self.config.data.augment else first        # blocks of a training pass that are not run again
         flops = building = 0
         for _ in range(settings.epochs):
             for batch in train[torch.randperm(len(train), generator=shuffle)].split(micro_batch or settings.batch):
                 size = len(batch), int(batch.max())
-                flops += budget.forward_flops(module, *size, first=first) + budget.backward_flops(module, *size)
-        for lengths, judged in ((train, False), (validation, True)):
+                flops += budget.forward_flops(module, *size, first=again) + budget.backward_flops(module, *size)
+        for lengths, judged in ((train[:0] if self.config.data.augment else train, False), (validation, True)):
             for chunk in lengths.sort().values.split(self.model.CHUNK) if len(lengths) else ():
                 size = len(chunk), int(chunk.max())
                 flops += budget.forward_flops(module, *size, first=first) if judged else 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, cast
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedms.adapter import read_pairs, read_shape
 from fedms.config import ConfigError, RunConfig
 from fedms.data import Dataset, cache_dir
+from fedms.data.inputs import ImageInputs
 from fedms.models import FoundationModel
 from fedms.models.heads import LinearHead, TextHead
 from fedms.rng import generator
@@ -70,7 +71,8 @@ class ResidentModel:
         config: the run file; the tables [model], [lora], [sal] and [gate] are read.
 
     Raises:
-        ConfigError: if the targets match nothing, or the order does not fit the model's blocks.
+        ConfigError: if the targets match nothing, the order does not fit the model's blocks, or what is to be augmented
+            is no image.
     """
 
     # Samples are sorted by length and run in chunks of this size, always the same ones: padding is then the same at
@@ -79,6 +81,9 @@ class ResidentModel:
 
     def __init__(self, foundation: FoundationModel, dataset: Dataset, config: RunConfig) -> None:
         self.foundation, self.dataset, self.config = foundation, dataset, config
+        if config.data.augment and not isinstance(dataset.inputs, ImageInputs):
+            raise ConfigError(f"data.augment: got {list(config.data.augment)}, which is for images, and {dataset.name} holds "
+                              "texts; leave it out")
         self.fm_params = sum(p.numel() for p in foundation.module.parameters())
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
         with _blamed_on("model.targets"):
@@ -276,6 +281,20 @@ class ResidentModel:
     def read_trained(self, expert: str) -> Tensors:
         """Copies of what training this expert changed."""
         return {name: p.detach().clone() for name, p in self.trainable(expert).items()}
+
+    @contextmanager
+    def varied(self, part: Part, rows: Tensor) -> Iterator[Part]:
+        """Within the context the data set is a random variation (`[data] augment`) of the samples of a part at the rows
+        (B,), and the part that it gives is all of them, in that order. What is constant for them is kept as long."""
+        kept = self.dataset, self.cache, self.charged, self.judged
+        indices, images = part.indices[rows], cast(ImageInputs, self.dataset.inputs)
+        self.dataset = replace(self.dataset, inputs=images.varied(indices, self.config.data.augment),
+                               labels=self.dataset.labels[indices])
+        self.cache, self.charged, self.judged = ConstantCache(self.cache.max_bytes), set(), {}
+        try:
+            yield Part(torch.arange(len(rows)))
+        finally:
+            self.dataset, self.cache, self.charged, self.judged = kept
 
     def labels(self, part: Part, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.dataset.labels[part.indices[rows]]

@@ -220,7 +220,8 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
             tested: bool) -> dict[str, Any] | None:
     started = time.perf_counter()
     config, method, partition = case.config, case.method, case.partition
-    for note in partition.notes:
+    notes = [*partition.notes, *_augmented(config)]
+    for note in notes:
         progress.note(note)
     progress.start(_visits(case.server, config), f"{method.name}, seed {config.run.seed}")
 
@@ -258,7 +259,7 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
         "simulated_seconds": sum(r["simulated_seconds"] or 0 for r in past.rounds)
         if any(r["simulated_seconds"] is not None for r in past.rounds) else None,
         "peak_memory_bytes": max((v["peak_memory_bytes"] or 0 for v in past.visits), default=0),
-        "notes": [*partition.notes, *_failures(past.visits)],
+        "notes": [*notes, *_failures(past.visits)],
     })
 
 
@@ -271,6 +272,12 @@ def _evaluate_unseen(method: Method, model: ResidentModel, clients: Sequence[Cli
                      rounds: int) -> tuple[list[dict], list[dict]]:
     pairs = [evaluate_unseen(method, model, client, final, rounds) for client in clients]
     return [first for first, _ in pairs], [after for _, after in pairs if after is not None]
+
+
+def _augmented(config: RunConfig) -> list[str]:
+    """What a run says where it keeps less than it otherwise would."""
+    how = " and ".join(config.data.augment)
+    return [f"training images are augmented ({how}), so nothing that is computed of them is cached"] if how else []
 
 
 def _failures(visits: list[dict[str, Any]]) -> list[str]:

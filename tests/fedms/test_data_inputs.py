@@ -169,3 +169,28 @@ def test_digits_of_ones_own(tmp_path):
 def test_settings_that_do_not_fit(config, model, message):
     with pytest.raises(DataError, match=message):
         load(config, model)
+
+
+def test_images_are_mirrored_and_moved():
+    rows = torch.arange(24.0).expand(400, 3, 16, 24)            # every pixel says in which column it is
+    images = ImageInputs(rows + torch.arange(16.0)[:, None] * 100, 1, "test")
+    chosen = torch.arange(399, -1, -1)
+    assert torch.equal(images.varied(chosen, ()).pixels, images.pixels[chosen])
+
+    flipped = images.varied(chosen, ("flip",)).pixels
+    mirrored = torch.tensor([torch.equal(new, old.flip(2)) for new, old in zip(flipped, images.pixels)])
+    assert 150 < mirrored.sum() < 250 and torch.equal(flipped[~mirrored], images.pixels[~mirrored])
+
+    torch.manual_seed(3)
+    moved = images.varied(chosen, ("shift",)).pixels
+    places = moved[:, :, 8, 12]
+    dx, dy = places[:, 0] % 100 - 12, places[:, 0] // 100 - 8
+    assert set(dx.tolist()) == set(range(-3, 4)) and set(dy.tolist()) == set(range(-2, 3))
+    want = (torch.arange(24) + dx[:, None]).clamp(0, 23)[:, None] + 100 * (torch.arange(16) + dy[:, None]).clamp(0, 15)[..., None]
+    assert torch.equal(moved, want[:, None].expand(-1, 3, -1, -1))
+    torch.manual_seed(3)
+    assert torch.equal(images.varied(chosen, ("shift",)).pixels, moved)
+
+    levels = ImageInputs(torch.randint(0, 256, (5, 1, 3, 3), dtype=torch.uint8), 1, "test",
+                         (torch.full((1, 1), 0.5), torch.zeros(1, 1)))
+    assert levels.varied(torch.tensor([4, 0]), ("flip", "shift")).batch(torch.arange(2))["pixel_values"].shape == (2, 1, 3, 3)

@@ -4,13 +4,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedms import data, methods, models, run, wire
 from fedms.client import Client, ClientFailure, Private, accumulate, cross_entropy_of, train
-from fedms.config import load_config
+from fedms.config import ConfigError, load_config
+from fedms.data import TextInputs
 from fedms.devices import Device, device_of
 from fedms.engine.local import LocalEngine
 from fedms.progress import Progress
@@ -234,7 +236,41 @@ def test_the_cache_changes_nothing(tmp_path):
     with_cache, without = trained(tmp_path, *sets), trained(tmp_path, *sets, "sal.cache=off")
     assert with_cache.keys() == without.keys()
     for name in with_cache:
-        assert torch.allclose(with_cache[name], without[name], atol=1e-4), name
+        assert (with_cache[name] - without[name]).norm() <= 1e-5 * without[name].norm(), name
+
+
+@pytest.mark.parametrize("method", ["fedms", "fedms_plus", "apfl"])
+def test_augmented_images_are_cached_for_their_step_alone(method, tmp_path):
+    sets = [f"run.method={method}", 'data.augment=["flip", "shift"]', "lora.dropout=0.1", "stage1.micro_batch=10",
+            "stage2.micro_batch=10"]
+    session = Session(config(*sets), tmp_path)
+    before, inputs = session.dataset.inputs.pixels.clone(), session.model.dataset.inputs
+    tensors = session.run().tensors
+    assert session.model.dataset.inputs is inputs and torch.equal(inputs.pixels, before)
+    training = {client.train.key for client in session.clients}
+    assert session.model.cache.entries and not training & {key[0] for key in session.model.cache.entries}
+    assert equal(tensors, trained(tmp_path, *sets))                                # the seed draws the variations too
+    assert not equal(tensors, trained(tmp_path, *sets[:1], *sets[2:]))
+
+
+def test_texts_are_not_augmented():
+    texts = TextInputs({"input_ids": torch.ones(4, dtype=torch.int64)}, torch.arange(5), {"input_ids": 0})
+    dataset = data.make_dataset("notes", texts, torch.arange(4) % 2, ("a", "b"))
+    with pytest.raises(ConfigError, match=r"data.augment: got \['flip'\], which is for images, and notes holds texts"):
+        ResidentModel(None, dataset, config('data.augment=["flip"]'))
+
+
+def test_a_run_says_that_augmented_images_are_not_cached(tmp_path):
+    summary = run.run(config('data.augment=["shift"]', "stage1.rounds=1", "stage2.rounds=0"), tmp_path / "run")
+    assert "training images are augmented (shift), so nothing that is computed of them is cached" in summary["notes"]
+
+
+def test_without_a_change_augmented_training_is_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedms.data.inputs.ImageInputs.varied",
+                        lambda self, indices, _: replace(self, pixels=self.pixels[indices]))
+    plain, varied = trained(tmp_path), trained(tmp_path, 'data.augment=["flip"]')
+    for name in plain:
+        assert (plain[name] - varied[name]).norm() <= 1e-5 * plain[name].norm(), name
 
 
 def test_memory_disk_and_rebuilt_caches_give_the_same_bits(tmp_path, monkeypatch):
@@ -420,7 +456,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path):
     session = Session(config(), tmp_path)
     model, client = session.model, session.clients[0]
     model.load("global", {n: t + 0.02 for n, t in model.initial(0).items()}, depth=2, applied_depth=2)
-    params, loss_of = model.trainable("global"), cross_entropy_of(model, client, "global")
+    params, loss_of = model.trainable("global"), cross_entropy_of(model, "global")(client.train)
     found = []
     for micro_batch in (13, 5, 1):
         loss = accumulate(loss_of, torch.arange(13), micro_batch)
@@ -438,4 +474,5 @@ def test_training_refuses_infinite_gradients(tmp_path):
     p = torch.nn.Parameter(torch.zeros(1))
     from fedms.client import Group
     with pytest.raises(ClientFailure, match="gradient norm inf"):
-        train(session.clients[0], message, Private(), [Group({"p": p}, 1.0)], lambda rows: (p.sqrt()).sum())
+        train(session.model, session.clients[0], message, Private(), [Group({"p": p}, 1.0)],
+              lambda _: lambda rows: p.sqrt().sum())

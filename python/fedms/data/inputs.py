@@ -7,7 +7,8 @@ batch size, and short sentences cost what short sentences should.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -115,12 +116,30 @@ class ImageInputs:
         return {"pixel_values": pixels if self.transform is None else torch.addcmul(self.transform[1], pixels.float(),
                                                                                    self.transform[0])}
 
+    def varied(self, indices: Tensor, how: Sequence[str]) -> ImageInputs:
+        """The images `indices` (B,), each changed at random (torch's generator): "flip" mirrors half of them, "shift"
+        moves them by up to an eighth of their size and repeats their edges."""
+        pixels = self.pixels[indices]
+        count, _, height, width = pixels.shape
+        if "flip" in how:
+            pixels = torch.where(torch.rand(count, 1, 1, 1) < 0.5, pixels.flip(3), pixels)
+        if "shift" in how:
+            y, x = (_shifted(count, size) for size in (height, width))
+            pixels = pixels[torch.arange(count)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+        return replace(self, pixels=pixels)
+
     def digest(self) -> bytes:
         return _digest({"pixels": self.pixels, **dict(zip(("scale", "shift"), self.transform or ()))})
 
     def keys(self) -> list[bytes]:
         """A hash of each sample's content."""
         return [_short_hash(image) for image in self.pixels.numpy()]
+
+
+def _shifted(count: int, size: int) -> Tensor:
+    """(count, size) int64: for each image the places that its rows, or columns, come from."""
+    most = max(1, size // 8)
+    return (torch.arange(size) + torch.randint(-most, most + 1, (count, 1))).clamp(0, size - 1)
 
 
 def check_shape(name: str, pixels: Tensor, model) -> None:

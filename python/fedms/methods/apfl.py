@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Message, Private, Reply, Score, score, train
+from fedms.client import Client, Group, Loss, Message, Private, Reply, Score, score, train
 from fedms.methods.base import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
 from fedms.methods.fedavg import FedAvg
 from fedms.resident import Part, ResidentModel, Tensors
@@ -39,11 +39,12 @@ class APFL(FedAvg):
         model.load("global", shared, depth=0, applied_depth=message.applied_depth)
         load_private(model, client, private, message, start=shared)
         alpha = self._alpha(private).requires_grad_()
-        ours, params = model.frozen_logits("global", client.train), model.trainable("local")
+        params = model.trainable("local")
 
-        def loss(rows: Tensor) -> Tensor:
-            mixed = mix(alpha, model.logits("local", client.train, rows), ours[rows])
-            return F.cross_entropy(mixed, model.labels(client.train, rows))
+        def loss_on(part: Part) -> Loss:
+            ours = model.frozen_logits("global", part)
+            return lambda rows: F.cross_entropy(mix(alpha, model.logits("local", part, rows), ours[rows]),
+                                                model.labels(part, rows))
 
         def judge() -> Score:
             own = model.all_logits("local", client.validation)
@@ -51,9 +52,9 @@ class APFL(FedAvg):
             return score(mixed, model.labels(client.validation))
 
         received, before = judge(), {**model.read_applied("local"), ALPHA: alpha.detach().clone()}
-        mean, moments = train(client, message, private, [
+        mean, moments = train(model, client, message, private, [
             Group({f"local/{name}": p for name, p in params.items()}, lr_of(client, message)),
-            Group({ALPHA: alpha}, self.config.apfl.lr)], loss)
+            Group({ALPHA: alpha}, self.config.apfl.lr)], loss_on)
         kept, reached = keep_better(model, client, message, before, received, judge)
         reply = make_reply(client, {}, None, reached, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
         return reply, Private({**private.tensors, ALPHA: alpha.detach(), **kept, **moments})

@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from fedms.client import Client, Group, Message, Private, Reply, Score, cross_entropy_of, train, validate
+from fedms.client import Client, Group, Loss, Message, Private, Reply, Score, cross_entropy_of, train, validate
 from fedms.config import RunConfig
 from fedms.resident import Part, ResidentModel, Tensors, is_a, nothing
 
@@ -115,12 +115,16 @@ def fit(model: ResidentModel, client: Client, private: Private, message: Message
         penalty: Penalty | None = None) -> tuple[float, Tensors, int]:
     """Trains a loaded expert on its own loss; returns the mean loss, the optimiser's state to keep, and the number of
     parameters trained."""
-    params, loss_of = model.trainable(expert), cross_entropy_of(model, client, expert)
+    params, own = model.trainable(expert), cross_entropy_of(model, expert)
     prefix = "local/" if expert == "local" else ""
-    loss, moments = train(client, message, private,
+    loss, moments = train(model, client, message, private,
                           [Group({prefix + name: p for name, p in params.items()}, lr_of(client, message))],
-                          loss_of if penalty is None else lambda rows: loss_of(rows) + penalty(params))
+                          own if penalty is None else lambda part: penalised(own(part), penalty, params))
     return loss, moments, sum(p.numel() for p in params.values())
+
+
+def penalised(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> Loss:
+    return lambda rows: loss_of(rows) + penalty(params)
 
 
 def proximal(strength: float, anchors: Mapping[str, Tensor]) -> Penalty:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Message, Private, Reply, Score, score, train, validate
+from fedms.client import Client, Group, Loss, LossOn, Message, Private, Reply, Score, score, train, validate
 from fedms.methods.base import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
                                 train_shared)
 from fedms.resident import Part, ResidentModel, Tensors
@@ -70,7 +70,7 @@ class FedMS(Method):
         """Trains the local expert and the gate; returns the mean loss, the expert's tensors that are kept, and the
         optimiser's state."""
         own_before, before = validate(model, client, "local"), model.read_applied("local")
-        loss, moments = train(client, message, private, [expert, gate], self._loss(model, client))
+        loss, moments = train(model, client, message, private, [expert, gate], self._loss(model))
         kept, _ = keep_better(model, client, message, before, own_before)
         return loss, kept, moments
 
@@ -96,16 +96,17 @@ class FedMS(Method):
         if self._trains_gate:
             model.load_gate({**start, **private.tensors, **message.tensors})
 
-    def _loss(self, model: ResidentModel, client: Client) -> Callable[[Tensor], Tensor]:
+    def _loss(self, model: ResidentModel) -> LossOn:
         """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
         are constants of a sample."""
-        own_loss, part = self.config.stage2.own_loss, client.train
-        mixture = self._mixture_of(model, part)
+        def on(part: Part) -> Loss:
+            mixture = self._mixture_of(model, part)
 
-        def loss(rows: Tensor) -> Tensor:
-            labels, own = model.labels(part, rows), model.logits("local", part, rows)
-            return F.cross_entropy(mixture(rows, own), labels) + own_loss * F.cross_entropy(own, labels)
-        return loss
+            def loss(rows: Tensor) -> Tensor:
+                labels, own = model.labels(part, rows), model.logits("local", part, rows)
+                return F.cross_entropy(mixture(rows, own), labels) + self.config.stage2.own_loss * F.cross_entropy(own, labels)
+            return loss
+        return on
 
     def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
         """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""

@@ -13,14 +13,13 @@ Confidences. Which expert is right shows in how sure each is: the gate sees that
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Message, Private, Reply, train, validate
+from fedms.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.methods.base import Prediction, class_counts, keep_better
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
@@ -75,10 +74,10 @@ class FedMSPlus(FedMS):
             return super()._fit(model, client, private, message, expert, gate)
         rows, part, gate_rows = self._split(client)
         own_before, before = validate(model, client, "local"), model.read_applied("local")
-        loss, moments = train(client, message, private, [expert], self._loss(model, client), rows)
+        loss, moments = train(model, client, message, private, [expert], self._loss(model), rows=rows)
         kept, _ = keep_better(model, client, message, before, own_before)
         if gate.params and len(gate_rows):
-            _, gate_moments = train(client, message, private, self._gate_groups(gate), self._gate_loss(model, part),
+            _, gate_moments = train(model, client, message, private, self._gate_groups(gate), self._gate_loss(model), part,
                                     gate_rows, self.config.plus.gate_epochs)
             moments = {**moments, **gate_moments}
         return loss, kept, moments
@@ -98,10 +97,12 @@ class FedMSPlus(FedMS):
         held_out = int(self.config.plus.held_out * len(rows))
         return rows[held_out:], client.train, rows[:held_out]
 
-    def _gate_loss(self, model: ResidentModel, part: Part) -> Callable[[Tensor], Tensor]:
+    def _gate_loss(self, model: ResidentModel) -> LossOn:
         """Mean over a batch of CE(mixture), with both experts constant."""
-        mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
-        return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
+        def on(part: Part) -> Loss:
+            mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
+            return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
+        return on
 
 
 def confidences(logits: Tensor) -> Tensor:

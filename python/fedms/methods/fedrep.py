@@ -18,8 +18,8 @@ class FedRep(FedPer):
         model.load("global", {**start, **private.tensors, **body}, depth=0, applied_depth=message.applied_depth)
         received = validate(model, client, "global")
         head = model.trainable("global")
-        _, head_moments = train(client, message, private, [Group(head, lr_of(client, message))],
-                                cross_entropy_of(model, client, "global"), epochs=self.config.fedrep.head_epochs)
+        _, head_moments = train(model, client, message, private, [Group(head, lr_of(client, message))],
+                                cross_entropy_of(model, "global"), epochs=self.config.fedrep.head_epochs)
         own = model.read_trained("global")
 
         model.load("global", {**body, **own}, depth=client.trained_depth(message),
