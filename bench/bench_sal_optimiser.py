@@ -54,7 +54,7 @@ def test_update(benchmark, case):
             for p in params:
                 p.grad = torch.randn_like(p)
             made[name] = make(params)
-        seconds = interleaved({name: optimiser.step for name, optimiser in made.items()}, seconds=8.0)
+        seconds = interleaved({name: optimiser.step for name, optimiser in made.items()}, seconds=5.0)
         for name, optimiser in made.items():
             spread, held = summarise(1e3 * seconds[name]), state_bytes(optimiser)
             benchmark.extra_info[f"{depth} blocks, {name}"] = {"milliseconds": asdict(spread), "state": held}

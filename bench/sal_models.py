@@ -1,6 +1,6 @@
 """The two models of the benchmarks of Sparsely Activated LoRA, and a training step of each, ours and PEFT's.
 
-MiniLM: 32 sequences of 64 tokens, one of six blocks trained. A ViT of ViT-B's size with random weights: eight images of
+MiniLM: 32 sequences of 64 tokens, one of six blocks trained. A ViT of ViT-B's size with random weights: four images of
 197 tokens, two of twelve blocks. Rank 8 on all Linear layers of the trained blocks, fused AdamW, ours and PEFT's alike. The values of the weights do
 not matter for time or memory; where the package with MiniLM's is not installed, they are random too.
 """
@@ -65,7 +65,7 @@ class Case:
 
 
 MINILM = Case("MiniLM", blocks=6, trained=1, samples=32, tokens=64, width=384)
-VIT_B = Case("ViT-B", blocks=12, trained=2, samples=8, tokens=197, width=768)
+VIT_B = Case("ViT-B", blocks=12, trained=2, samples=4, tokens=197, width=768)
 
 
 class Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -81,33 +82,31 @@ def profiled_peak(work) -> int:
     return peak
 
 
-@pytest.mark.parametrize("depth", [1, 6])
 @pytest.mark.parametrize("name", ["minilm", "vit"])
-def test_the_peak_memory_of_a_step_is_as_measured(name, depth):
+def test_the_peak_memory_of_a_step_is_as_measured(name):
     encoder = Encoder(name)
     for frozen in ("fp32", "int8"):
         if frozen == "int8":
             quantize(encoder.module)
-        activate(encoder.module, "e", depth=depth)
-        for cached in (False, True):
+        for depth, cached in itertools.product((1, 6), (False, True)):
+            activate(encoder.module, "e", depth=depth)
             step = encoder.step(cached)
             foretold = budget.memory_of(step).of(BATCH)
             measured = profiled_peak(lambda: step(BATCH))
             print(f"{name} depth {depth} {frozen} {'cached' if cached else 'uncached'}: {foretold / measured - 1:+.2%}")
-            assert foretold == pytest.approx(measured, rel=TOLERANCE), (frozen, cached)
+            assert foretold == pytest.approx(measured, rel=TOLERANCE), (frozen, depth, cached)
 
 
-@pytest.mark.parametrize("depth", [1, 6])
 @pytest.mark.parametrize("name", ["minilm", "vit"])
-def test_the_operations_of_a_step_are_as_counted(name, depth, monkeypatch):
+def test_the_operations_of_a_step_are_as_counted(name, monkeypatch):
     # PyTorch's counter cannot look into our operator, nor into fused attention: plain ones stand in.
     monkeypatch.setattr("fedms_ext.nn.expert_linear.expert_linear",
                         lambda x, w, b, lora_a, lora_b, scale, gate, active, **_:
                         reference.expert_linear(x, w, b, lora_a, lora_b, scale, gate, active))
     encoder = Encoder(name)
     encoder.module.set_attn_implementation("eager")
-    activate(encoder.module, "e", depth=depth)
-    for cached in (False, True):
+    for depth, cached in itertools.product((1, 6), (False, True)):
+        activate(encoder.module, "e", depth=depth)
         step, counter = encoder.step(cached), FlopCounterMode(display=False)
         step(2)     # the first replay of a class of blocks runs one, to learn what it returns
         with counter:
@@ -116,14 +115,15 @@ def test_the_operations_of_a_step_are_as_counted(name, depth, monkeypatch):
         foretold = (budget.forward_flops(encoder.module, 2, encoder.tokens, first=first)
                     + budget.backward_flops(encoder.module, 2, encoder.tokens))
         print(f"{name} depth {depth} {'cached' if cached else 'uncached'}: {foretold / counter.get_total_flops() - 1:+.2%}")
-        assert foretold == pytest.approx(counter.get_total_flops(), rel=TOLERANCE), cached
+        assert foretold == pytest.approx(counter.get_total_flops(), rel=TOLERANCE), (depth, cached)
 
 
 # Against a run
 
-@pytest.mark.parametrize("depth, cache", [(1, "memory"), (4, "memory"), (2, "off")])
-def test_a_visit_costs_what_a_run_records(tmp_path, depth, cache):
-    sets = [f"sal.depth={depth}", "sal.schedule=fixed", f"sal.cache={cache}"]
+@pytest.mark.parametrize("depth, cache, augment", [(1, "memory", []), (4, "memory", []), (2, "off", []),
+                                                   (1, "memory", ["flip"])])
+def test_a_visit_costs_what_a_run_records(tmp_path, depth, cache, augment):
+    sets = [f"sal.depth={depth}", "sal.schedule=fixed", f"sal.cache={cache}", f"data.augment={augment}"]
     costs = costs_of(*sets)
     work = costs.work(depth, cache != "off")
     run.run(load_config("digits", [*SMALL, *sets]), tmp_path / "run")
