@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fedms_ext
 from fedms_ext.budget import PeakMemory
+from fedms_ext.nn.quantised_weight import QuantisedWeight
 
 ALL, SAME = "PEFT, all blocks", "PEFT, the same blocks"
 
@@ -30,7 +31,9 @@ ALL, SAME = "PEFT, all blocks", "PEFT, the same blocks"
 def kept_bytes(step: Step) -> int:
     """Bytes of the tensors that a step keeps for its backward pass, each storage counted once. The model's weights are
     not among them: they are there anyway."""
-    weights = {t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.model.buffers())}
+    transposed = [t for m in step.model.modules() if isinstance(m, QuantisedWeight) for t in m.for_dx()]
+    weights = {t.untyped_storage().data_ptr()
+               for t in (*step.model.parameters(), *step.model.buffers(), *transposed) if t is not None}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The two models of the benchmarks of Sparsely Activated LoRA, and a training step of each, ours and PEFT's.
 
-MiniLM: 32 sequences of 64 tokens, one of six blocks trained. A ViT of ViT-B's size with random weights: four images of
-197 tokens, two of twelve blocks. Rank 8 on all Linear layers of the trained blocks, fused AdamW, ours and PEFT's alike. The values of the weights do
-not matter for time or memory; where the package with MiniLM's is not installed, they are random too.
+MiniLM: 32 sequences of 64 tokens, one of six blocks trained. A ViT of ViT-B's size: four images of 197 tokens, two of
+twelve blocks. Rank 8 on all Linear layers of the trained blocks, fused AdamW, ours and PEFT's alike. The weights are random:
+their values do not matter for time or memory.
 """
 
 from __future__ import annotations

@@ -186,11 +186,13 @@ def test_images_are_mirrored_and_moved():
     places = moved[:, :, 8, 12]
     dx, dy = places[:, 0] % 100 - 12, places[:, 0] // 100 - 8
     assert set(dx.tolist()) == set(range(-3, 4)) and set(dy.tolist()) == set(range(-2, 3))
-    want = (torch.arange(24) + dx[:, None]).clamp(0, 23)[:, None] + 100 * (torch.arange(16) + dy[:, None]).clamp(0, 15)[..., None]
+    columns, rows = (torch.arange(24) + dx[:, None]).clamp(0, 23), (torch.arange(16) + dy[:, None]).clamp(0, 15)
+    want = columns[:, None] + 100 * rows[..., None]
     assert torch.equal(moved, want[:, None].expand(-1, 3, -1, -1))
     torch.manual_seed(3)
     assert torch.equal(images.varied(chosen, ("shift",)).pixels, moved)
 
     levels = ImageInputs(torch.randint(0, 256, (5, 1, 3, 3), dtype=torch.uint8), 1, "test",
                          (torch.full((1, 1), 0.5), torch.zeros(1, 1)))
-    assert levels.varied(torch.tensor([4, 0]), ("flip", "shift")).batch(torch.arange(2))["pixel_values"].shape == (2, 1, 3, 3)
+    varied = levels.varied(torch.tensor([4, 0]), ("flip", "shift")).batch(torch.arange(2))["pixel_values"]
+    assert varied.shape == (2, 1, 3, 3) and varied.dtype == torch.float32

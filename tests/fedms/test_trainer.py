@@ -241,8 +241,8 @@ def test_the_cache_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("method", ["fedms", "fedms_plus", "apfl"])
 def test_augmented_images_are_cached_for_their_step_alone(method, tmp_path):
-    sets = [f"run.method={method}", 'data.augment=["flip", "shift"]', "lora.dropout=0.1", "stage1.micro_batch=10",
-            "stage2.micro_batch=10"]
+    sets = [f"run.method={method}", 'data.augment=["flip", "shift"]', "lora.dropout=0.1", "stage1.micro_batch=16",
+            "stage2.micro_batch=16", "stage1.rounds=1", "stage2.rounds=1"]
     session = Session(config(*sets), tmp_path)
     before, inputs = session.dataset.inputs.pixels.clone(), session.model.dataset.inputs
     tensors = session.run().tensors

@@ -99,12 +99,14 @@ class FedMS(Method):
     def _loss(self, model: ResidentModel) -> LossOn:
         """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
         are constants of a sample."""
+        own_loss = self.config.stage2.own_loss
+
         def on(part: Part) -> Loss:
             mixture = self._mixture_of(model, part)
 
             def loss(rows: Tensor) -> Tensor:
                 labels, own = model.labels(part, rows), model.logits("local", part, rows)
-                return F.cross_entropy(mixture(rows, own), labels) + self.config.stage2.own_loss * F.cross_entropy(own, labels)
+                return F.cross_entropy(mixture(rows, own), labels) + own_loss * F.cross_entropy(own, labels)
             return loss
         return on
 
