@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import (
     backends,
@@ -18,6 +18,16 @@ from . import (
 from .backends.operands import Lora
 
 PYTORCH = "pytorch"  # who computes what is no operator of this package: layers without an expert, attention, ...
+
+# PyTorch's counter has no formula for its attention on a CPU.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    ),
+}
 
 
 class Product(NamedTuple):
@@ -49,7 +59,7 @@ class Served(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket) or _ATTENTION.get(func._overloadpacket)
         if formula is not None:
             key = _served(func._overloadpacket, args)
             self.calls[key] += 1

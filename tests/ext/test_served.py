@@ -57,6 +57,15 @@ def test_shares_add_up_to_what_flop_counter_counts():
     assert sum(calls for calls, _ in shares.values()) == sum(counted.calls.values())
 
 
+def test_attention_is_counted():
+    q, k, v = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (5, 7, 7))
+    with Served() as counted:
+        nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+    products = 2 * 2 * 3 * 5 * 7 * 8
+    assert [server for server, _ in counted.calls] == [PYTORCH, PYTORCH]
+    assert list(counted.flops.values()) == [2 * products, 5 * products]     # the backward pass computes q k^T again
+
+
 def test_a_backend_by_name_serves_all():
     with fedms_ext.use_backend("eager"):
         assert {server for server, _ in count(layer("int8")).calls} == {"eager"}
