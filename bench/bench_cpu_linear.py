@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantisedWeight
+from fedms_ext.backends import cpu
 from fedms_ext.reference import quantise_weight
 
 
@@ -124,6 +125,30 @@ def test_layer(benchmark, table, name, rank, backward):
         f"{rows}; {k} -> {n}", str(rank), "fwd+bwd" if backward else "forward", f"{1e6 * seconds['F.linear']:.0f}",
         str(ours), str(over_peft), *peers]))  # fmt: skip
     benchmark.pedantic(calls["ours"], rounds=3)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128, 256])
+def test_few_rows(benchmark, rows):
+    """A weight of fp16 made float32 in the registers, or written out: what `_FEW_ROWS` of the CPU backend decides."""
+    layer, x = FrozenLinear(QuantisedWeight(torch.randn(768, 768), "fp16")), torch.randn(rows, 768)
+
+    def call(few_rows: int) -> Callable[[], object]:
+        def forward() -> object:
+            cpu._FEW_ROWS = few_rows
+            return layer(x)
+
+        return forward
+
+    before = cpu._FEW_ROWS
+    try:
+        with torch.no_grad():
+            turns = interleaved({"registers": call(rows), "written out": call(0)}, seconds=1.0)
+    finally:
+        cpu._FEW_ROWS = before
+    gain = ratio(turns["written out"], turns["registers"])
+    benchmark.extra_info.update(rows=rows, gain=gain.median)
+    print(f"\nfp16, {rows} rows; 768 -> 768: the time written out over that in the registers {gain}")
+    benchmark.pedantic(lambda: layer(x), rounds=3)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -41,9 +41,9 @@ class Case:
             if isinstance(module, nn.Linear) and name.startswith(self.foundation.blocks)
         }  # fmt: skip
 
-    def embeddings(self) -> Tensor:
+    def embeddings(self, foundation: models.FoundationModel) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self.foundation.features(inputs) for inputs, _ in self.batches])
+            return torch.cat([foundation.features(inputs) for inputs, _ in self.batches])
 
     def record(self) -> Iterator[tuple[nn.Linear, Tensor, Tensor]]:
         """Each layer with its input and the gradient of its output, of the first batch."""
@@ -78,27 +78,33 @@ def errors(layer: nn.Linear, x: Tensor, dy: Tensor, kind: str) -> tuple[float, f
     return error(y.detach(), layer(x).detach()), error(x.grad, dy @ layer.weight)
 
 
-def memory_share(kind: str, with_dx: bool) -> float:
-    """What the process holds of MiniLM's Linear weights, in percent of their size in fp32."""
+def memory_shares(kind: str) -> tuple[float, float]:
+    """What the process holds of MiniLM's Linear weights, in percent of their size in fp32: as quantised, and once dx has
+    been asked for in every layer."""
     hand_back_large_blocks()
     module = models.load(CONFIG.model).module
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()  # as loaded they are mapped from the file
+    QuantisedWeight(torch.randn(1536, 1536), kind).for_dx()  # loads the code, which would count as the weights' memory
     reset_peak_memory()  # which hands freed memory back
     before = resident_memory()
     quantize(module, kind)
     weights = [m for m in module.modules() if isinstance(m, QuantisedWeight)]
-    if with_dx:
-        for weight in weights:
-            weight.for_dx()
-    reset_peak_memory()
     full = sum(4 * n * k for n, k in (weight.shape for weight in weights))
-    return 100 * (1 - (before - resident_memory()) / full)
+
+    def share() -> float:
+        reset_peak_memory()
+        return 100 * (1 - (before - resident_memory()) / full)
+
+    quantised = share()
+    for weight in weights:
+        weight.for_dx()
+    return quantised, share()
 
 
 def main() -> None:
     case = Case()
-    recorded, want = list(case.record()), case.embeddings()
+    recorded, want = list(case.record()), case.embeddings(case.foundation)
     print(f"MiniLM, {SENTENCES} sentences, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| format | error of the output, %: mean, worst layer | error of dx, % | cosine of embeddings: mean, worst "
           "| memory, % of fp32 | with dx in every layer |")
@@ -106,11 +112,11 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for kind in KINDS:
         layers = list(zip(*(errors(*layer, kind) for layer in recorded)))
-        quantised = Case()
-        quantize(quantised.foundation.module, kind)
-        cosine = nn.functional.cosine_similarity(quantised.embeddings(), want)
-        with context.Pool(1, maxtasksperchild=1) as fresh:
-            held = fresh.starmap(memory_share, [(kind, False), (kind, True)], chunksize=1)
+        quantised = models.load(CONFIG.model)
+        quantize(quantised.module, kind)
+        cosine = nn.functional.cosine_similarity(case.embeddings(quantised), want)
+        with context.Pool(1) as fresh:
+            held = fresh.apply(memory_shares, (kind,))
         print(f"| `{kind}` | " + " | ".join(f"{sum(e) / len(e):.3g}, {max(e):.3g}" for e in layers)
               + f" | {cosine.mean():.5f}, {cosine.min():.5f} | {held[0]:.1f} | {held[1]:.1f} |", flush=True)
 

@@ -185,8 +185,8 @@ def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -
     return _as(y, x.dtype), _as(s, lora.a[0].dtype) if lora.a else s
 
 
-# With more rows it is faster to write the weight out as float32 once (bench/bench_cpu_linear.py).
-_FEW_ROWS = 16
+# With more rows it is no slower to write the weight out as float32 once (test_few_rows of bench/bench_cpu_linear.py).
+_FEW_ROWS = 128
 
 
 def _half_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:

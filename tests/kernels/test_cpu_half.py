@@ -77,7 +77,7 @@ def test_wrong_operands():
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
-@pytest.mark.parametrize("rows, few", [(1, True), (16, True), (17, False)])
+@pytest.mark.parametrize("rows, few", [(1, True), (128, True), (129, False)])
 def test_few_rows_are_multiplied_without_a_weight_in_float32(monkeypatch, kind, rows, few):
     weight, bias, x = torch.randn(48, 40), torch.randn(48), torch.randn(rows, 40)
     expanded = []
