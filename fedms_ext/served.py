@@ -48,8 +48,8 @@ class Product(NamedTuple):
 class Served(TorchDispatchMode):
     """While it is active, `calls` and `flops` (a multiply-add counts as two) count by (backend, `Product`).
 
-    A call that the CPU backend leaves to the eager one counts as the latter's. That of `kernels` on a weight of 16 or 32
-    bits leaves the frozen product itself to PyTorch's matrix product, as a part of it.
+    A call that the CPU backend leaves to the eager one counts as the latter's. One of the CPU backend's own on a weight of
+    16 or 32 bits may have its frozen product from PyTorch, as a part of it.
     """
 
     def __init__(self) -> None:
