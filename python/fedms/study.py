@@ -225,10 +225,14 @@ def machine() -> dict[str, str]:
 
     from fedms.doctor import cpu_name
 
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"],
-                          capture_output=True, text=True)
-    return {"commit": done.stdout.strip() or "unknown", "torch": torch.__version__, "cpu": cpu_name()}
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parents[2]), *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    # The study itself changes its records and its page; they are no part of what a figure was made with.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "python", "fedms_ext", "csrc")
+    return {"commit": (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else ""),
+            "torch": torch.__version__, "cpu": cpu_name()}
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
