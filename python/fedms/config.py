@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
@@ -35,6 +35,7 @@ DATA_WITH_GROUPS = ("sentiment",)
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora",
            "fedsa_lora", "fedex_lora", "feddpa", "fedms", "fedms_plus")
 RULE_OF_METHOD = {"ffa_lora": "freeze_a", "fedex_lora": "exact"}    # those whose aggregation rule is what they are
+TABLE_OF_METHOD = {**{name: name for name in ("fedprox", "fedrep", "ditto", "apfl", "feddpa")}, "plus": "fedms_plus"}
 NEED_A_LINEAR_HEAD = ("fedper", "fedrep")
 
 
@@ -481,7 +482,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     value in TOML (``0.01``, ``true``, ``[0.6, 0.2, 0.2]``), any other text being a plain string, and ``none`` unsetting
     an optional key. Raises :class:`ConfigError`.
     """
-    values = read_tables(source)
+    values = upgraded(read_tables(source), assumed=FORMAT)
     for override in overrides:
         _apply(values, override)
     return config_from_dict(values)
@@ -495,12 +496,23 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error, values)) from None
 
 
+def dump(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values with their format, for :func:`upgraded`. Unset optional keys are left
+    out."""
+    return {"format": FORMAT, **config.model_dump(mode="json", exclude_none=True)}
+
+
+def of_method(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values without the tables of other methods, which say nothing of this run."""
+    method = values["run"]["method"]
+    return {table: keys for table, keys in values.items() if TABLE_OF_METHOD.get(table, method) == method}
+
+
 def dump_toml(config: RunConfig) -> str:
-    """The resolved configuration as TOML. Unset optional keys are left out: loading the text gives ``config`` again."""
+    """:func:`dump` as TOML: loading the text gives ``config`` again."""
     import tomli_w
 
-    tables = config.model_dump(mode="python", exclude_none=True)
-    return tomli_w.dumps({name: _tuples_to_lists(table) for name, table in tables.items()})
+    return tomli_w.dumps(dump(config))
 
 
 def reference() -> str:
@@ -557,6 +569,52 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not isinstance(table, dict):
         raise ConfigError(f"{parts[0]}: got {_show(table)}; accepted: a table [{parts[0]}]")
     table[parts[1]] = value
+
+
+# What older versions wrote
+
+FORMAT = 2
+
+
+def _name_the_samples_of_the_gate(tables: dict[str, Any]) -> None:
+    """Format 2 says what the gate of fedms_plus is trained on. Folders of format 1 name no format; in the first ones
+    fedms_plus had no table, and the mean and the models' own temperature were set where they now are unset."""
+    gate, plus, model, aggregate, run = (t if isinstance(t := tables.get(name), dict) else {}
+                                         for name in ("gate", "plus", "model", "aggregate", "run"))
+    if "held_out" in gate:
+        plus = {"held_out": gate.pop("held_out"), "prior": "off", "prior_in_stage1": False, "confidences": False}
+        if aggregate.get("rule") == "mean":
+            del aggregate["rule"]
+        if model.get("temperature") == 0.05:
+            del model["temperature"]
+    if "held_out" in plus and "gate_on" not in plus:
+        share = plus.pop("held_out")
+        plus |= {"gate_on": "held_out", "held_out": share} if share else {"gate_on": "training"}
+    if run.get("method") == "fedms_plus":
+        tables["plus"] = plus
+    else:
+        tables.pop("plus", None)        # nothing that another method reads
+
+
+# From each older format a function that turns its tables into the next one's, in place. A new key needs none where its
+# default is what was done before.
+_UPGRADES: dict[int, Callable[[dict[str, Any]], None]] = {1: _name_the_samples_of_the_gate}
+
+
+def upgraded(values: Mapping[str, Any], assumed: int = 1) -> dict[str, Any]:
+    """Tables as a run file or :func:`dump` has them, with today's keys, without their ``format``.
+
+    ``assumed`` is the format of values that name none: 1 of what was recorded, :data:`FORMAT` of what people write.
+    Raises :class:`ConfigError` for a format that is not known.
+    """
+    tables = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    version = tables.pop("format", assumed)
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ConfigError(f"format: got {_show(version)}; accepted: 1 to {FORMAT}. A newer version of fedms may have "
+                          "written it: update fedms")
+    for older in range(version, FORMAT):
+        _UPGRADES[older](tables)
+    return tables
 
 
 # Explaining what is wrong
@@ -681,8 +739,3 @@ def _show(value: Any) -> str:
         return "{" + ", ".join(f"{k} = {_show(v)}" for k, v in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
 
-
-def _tuples_to_lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _tuples_to_lists(v) for k, v in value.items()}
-    return [_tuples_to_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedms import adapter, models
-from fedms.config import ConfigError
+from fedms.config import ConfigError, dump
 from fedms.files import sync_folder
 from fedms.models import FoundationModel, ModelError
 from fedms.models.heads import TextHead
@@ -245,7 +245,7 @@ def _manifest(folder: Path, kind: str, task: Task, **more: Any) -> None:
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
             os.fsync(file.fileno())
     content = {"format": FORMAT, "kind": kind, "classes": task.classes, "prompts": task.prompts, "clients": task.groups,
-               "model_fingerprint": task.fingerprint, "config": task.config.model_dump(mode="json", exclude_none=True),
+               "model_fingerprint": task.fingerprint, "config": dump(task.config),
                **more, "files": files}
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fedms import models
 from fedms.client import Message, Private
-from fedms.config import ConfigError, config_from_dict
+from fedms.config import ConfigError, config_from_dict, upgraded
 from fedms.data import own
 from fedms.export import check_fingerprint, read_manifest
 from fedms.files import write_durably
@@ -93,7 +93,7 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     if content["kind"] != "mixture":
         raise RunFolderError(f"{folder}: is an export in the format {content['kind']}, whose README.md or inputs say how it "
                              "is read; `fedms predict` and `fedms.load` read --format mixture")
-    config = config_from_dict(content["config"])
+    config = config_from_dict(upgraded(content["config"]))
     keys = content["model"]
     if keys.get("id") == "base":
         config = config.model_copy(update={"model": config.model.model_copy(update={**keys, "id": str(folder / "base")})})

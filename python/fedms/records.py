@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml
+from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, of_method, upgraded
 from fedms.files import LOCK, FolderLock, write_durably
 
 if sys.version_info >= (3, 11):
@@ -224,7 +224,8 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run folder read back as plain data. ``summary`` is None for a run that has not ended."""
+    """A run folder read back as plain data. ``config`` has today's keys whatever version wrote it, and none that a later
+    version added; ``summary`` is None for a run that has not ended."""
 
     path: Path
     config: dict[str, Any]
@@ -242,8 +243,8 @@ class RunRecords:
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{path}: no run folder ({CONFIG} is missing)")
         try:
-            config = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = upgraded(tomllib.loads((path / CONFIG).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:  # ConfigError is a ValueError
             raise RunFolderError(f"{path / CONFIG}: cannot be read: {error}") from None
         for table, key in _REPORTED:
             if not isinstance(config.get(table), dict) or key not in config[table]:
@@ -327,9 +328,8 @@ def _lock(path: Path) -> FolderLock:
 
 def check_same_config(path: Path, config: RunConfig) -> None:
     """Raises :class:`fedms.config.ConfigError` if the run in a folder has another configuration, naming the keys."""
-    # Read as a run file: keys that a newer version added have their defaults.
     earlier = config_from_dict(RunRecords.read(path).config)
-    there, here = (_flat(c.model_dump(exclude_none=True)) for c in (earlier, config))
+    there, here = (_flat(of_method(c.model_dump(exclude_none=True))) for c in (earlier, config))
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "
                            "go on with that value, or choose another --out" for key in differing])

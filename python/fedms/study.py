@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, dump_toml, load_config, read_tables
+from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, dump_toml, load_config, of_method, read_tables
 from fedms.files import FolderLock, write_durably
 from fedms.jobs import in_processes
 from fedms.progress import Progress
@@ -31,7 +31,6 @@ PERSONALISED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl"
 REST = tuple(method for method in METHODS if method not in FIRST)
 
 # Tables that one method reads alone: another method's records do not depend on them.
-TABLE_OF_METHOD = {**{name: name for name in ("fedprox", "fedrep", "ditto", "apfl", "feddpa")}, "plus": "fedms_plus"}
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 COMMON = ("run.threads=1",)
@@ -103,7 +102,7 @@ class Planned:
     @property
     def values(self) -> dict[str, Any]:
         """The configuration as plain values, without the tables of other methods."""
-        return _of_method(self.config.model_dump(mode="json", exclude_none=True))
+        return of_method(self.config.model_dump(mode="json", exclude_none=True))
 
     @property
     def command(self) -> str:
@@ -238,14 +237,9 @@ def machine() -> dict[str, str]:
 def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
     """`Planned.key` of the run that a record is of; None if its configuration is one of the past."""
     try:
-        return line["label"], dump_toml(config_from_dict(_of_method(line["config"])))
+        return line["label"], dump_toml(config_from_dict(of_method(line["config"])))
     except ConfigError:
         return None
-
-
-def _of_method(values: Mapping[str, Any]) -> dict[str, Any]:
-    method = values["run"]["method"]
-    return {table: keys for table, keys in values.items() if TABLE_OF_METHOD.get(table, method) == method}
 
 
 def _rounded(value: Any) -> Any:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import typing
+from pathlib import Path
 
 import pytest
 from fedms.config import (
-    METHODS, ConfigError, RunConfig, builtin_names, config_from_dict, dump_toml, load_config, parse_size, reference,
-    source_name,
+    FORMAT, METHODS, ConfigError, PlusTable, RunConfig, builtin_names, config_from_dict, dump, dump_toml, load_config,
+    parse_size, reference, source_name, tomllib, upgraded,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if typing.TYPE_CHECKING:
-    from pathlib import Path
 
 
 def problems(*overrides: str, source: str | Path = "digits") -> tuple[str, ...]:
@@ -279,3 +276,40 @@ def test_any_mistake_is_explained(tree):
 def test_a_wrong_item_of_a_list_is_shown_with_its_list():
     with pytest.raises(ConfigError, match=r'model\.targets: got \["a", 3\]'):
         config_from_dict({"model": {"targets": ["a", 3]}})
+
+
+# Older versions
+
+OLD = Path(__file__).with_name("config_format_1.toml")      # as the first version wrote it for `fedms run digits`
+
+
+def test_what_an_older_version_wrote_is_read_with_todays_keys():
+    old = tomllib.loads(OLD.read_text())
+    assert "format" not in old and old["gate"]["held_out"] == 0.2 and old["aggregate"]["rule"] == "mean"
+    assert config_from_dict(upgraded(old)) == load_config("digits")
+    assert old["gate"]["held_out"] == 0.2, "what was given is left alone"
+    old["run"]["method"] = "fedms_plus"       # then: the gate on held-out samples, and no class priors
+    first = PlusTable(prior="off", prior_in_stage1=False, confidences=False, gate_on="held_out")
+    assert config_from_dict(upgraded(old)).plus == first
+    for held_out, plus in ((0.3, PlusTable(gate_on="held_out", held_out=0.3)), (0.0, PlusTable(gate_on="training"))):
+        later = {"run": {"method": "fedms_plus"}, "plus": {"held_out": held_out}}     # before there was gate_on
+        assert config_from_dict(upgraded(later)).plus == plus
+
+
+def test_what_is_written_names_its_format(tmp_path):
+    config = load_config("digits", ["aggregate.rule=mean", "model.temperature=0.05"])
+    assert dump(config)["format"] == FORMAT and config_from_dict(upgraded(dump(config))) == config
+    (tmp_path / "new.toml").write_text(dump_toml(config))
+    assert load_config(tmp_path / "new.toml") == config
+
+
+@pytest.mark.parametrize("found", [FORMAT + 1, 0, "2", True])
+def test_a_format_that_is_not_known_is_refused(found, tmp_path):
+    with pytest.raises(ConfigError, match="format: got .*; accepted: 1 to 2. A newer version"):
+        upgraded({"format": found})
+
+
+def test_people_are_told_of_a_key_that_moved(tmp_path):
+    (tmp_path / "mine.toml").write_text("[gate]\nheld_out = 0.1\n")
+    with pytest.raises(ConfigError, match="gate.held_out: unknown key; did you mean plus.held_out"):
+        load_config(tmp_path / "mine.toml")

@@ -293,6 +293,10 @@ def test_damaged_exports_are_refused(ended, tmp_path):
             fedms.load(out)
         (out / name).write_bytes(whole)
     manifest = json.loads((out / "fedms.json").read_text())
+    old = {**manifest["config"], "gate": {**manifest["config"]["gate"], "held_out": 0.2}}     # as format 1 had it
+    del old["format"], old["plus"]
+    (out / "fedms.json").write_text(json.dumps({**manifest, "config": old}))
+    assert fedms.load(out, client="carl").classes == ("no", "yes")
     (out / "fedms.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(RunFolderError, match="newer version"):
         fedms.load(out)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fedms import records
-from fedms.config import dump_toml, load_config
+from fedms.config import ConfigError, dump_toml, load_config
 from fedms.records import CLIENT_FIELDS, EXEMPT, ROUND_FIELDS, SUMMARY_FIELDS, VISIT_FIELDS
 from fedms.records import RunFolder, RunFolderError, RunRecords, comparable, find_runs
 from synthetic import write_run
@@ -34,6 +35,21 @@ def test_a_fresh_folder_holds_its_configuration(tmp_path, existing):
     RunFolder.create(path, CONFIG).close()
     assert names(path) == AS_CREATED
     assert (path / "config.toml").read_text(encoding="utf-8") == dump_toml(CONFIG)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its configuration has the old keys; to whoever reads it, it has today's."""
+    config = load_config("digits")
+    RunFolder.create(tmp_path, config).close()
+    shutil.copy(Path(__file__).with_name("config_format_1.toml"), tmp_path / "config.toml")
+    RunFolder.resume(tmp_path, config).close()
+    assert RunRecords.read(tmp_path).config["gate"].get("held_out") is None
+    RunFolder.resume(tmp_path, load_config("digits", ["plus.held_out=0.3"])).close()     # another method's key
+    with pytest.raises(ConfigError, match="gate.lr: 0.5, but the run in .* has 0.001"):
+        RunFolder.resume(tmp_path, load_config("digits", ["gate.lr=0.5"]))
+    (tmp_path / "config.toml").write_text("format = 9\n")
+    with pytest.raises(RunFolderError, match="format: got 9; accepted: 1 to 2"):
+        RunRecords.read(tmp_path)
 
 
 def test_the_working_folder_itself_can_be_a_run_folder(tmp_path, monkeypatch):
