@@ -55,6 +55,10 @@ class Listeners(Progress):
         for each in self._listeners:
             each.note(text)
 
+    def done(self, text: str) -> None:
+        for each in self._listeners:
+            each.done(text)
+
     def phase(self, text: str) -> None:
         for each in self._listeners:
             each.phase(text)

@@ -94,7 +94,7 @@ def test_a_single_run(tmp_path):
         assert title in page.inside("h3")
     assert [t for t, _ in page.tags].count("figure") == 9
     assert "Every client of fedms, seed 0" in page.visible and "Every round of fedms, seed 0" in page.visible
-    assert report.ONE_SEED in page.inside("header")[1]
+    assert report.ONE_SEED in page.inside("header")[2]
 
 
 def test_the_numbers_of_a_study_are_those_of_the_summaries(study):
@@ -130,6 +130,16 @@ def test_the_picture_marks_the_mean_and_the_worst_clients_of_the_table(study):
     for number, row in enumerate(rows):
         (mean, _), (worst, marker) = drawn[2 * number], drawn[2 * number + 1]
         assert (mean, worst) == pytest.approx((row["personalised"].mean, row["worst10"].mean)) and marker == "|"
+
+
+def test_lines_that_coincide_share_a_short_name(study):
+    runs, _ = report.read_runs(study)
+    for figure in (report.depth_figure(runs), report.bytes_figure(runs), report.accuracy_figure(runs)):
+        names = [text.get_text() for text in figure.axes[0].texts if not text.get_text().startswith("stage ")]
+        lines = [line for name in names for line in name.split(",\n")]
+        told = [line for line in lines if not line.endswith(" more")]
+        more = sum(int(line.split()[0]) for line in lines if line.endswith(" more"))
+        assert len(told) + more == len(METHODS) and "fedms" in told and all(name.count("\n") < 3 for name in names)
 
 
 def test_accuracy_over_the_simulated_clock(tmp_path):
@@ -279,15 +289,28 @@ def test_a_headline_of_three_seeds_tells_gaps_from_noise(study):
     text = report.headline(runs)
     ours = [r.summary["personalised_accuracy"]["mean"] for r in runs if r.method == "fedms"]
     assert text.startswith(f"fedms reaches {100 * statistics.fmean(ours):.1f} ± {100 * statistics.stdev(ours):.1f} %")
-    clear, _, tied = text.partition("not clearly apart from")
+    _, place, points = re.fullmatch(r"(.*?), 1st of 5 methods(.*?)\. In points: (.*)\.", text).groups()
+    assert place == ""
+    parts = dict(re.fullmatch("(not clearly apart from|ahead of) (.*)", part).groups() for part in points.split("; "))
     for method in METHODS[:-1]:
         theirs = [r.summary["personalised_accuracy"]["mean"] for r in runs if r.method == method]
         gaps = [a - b for a, b in zip(ours, theirs)]
         if abs(statistics.fmean(gaps)) > 4.30 * statistics.stdev(gaps) / 3**0.5:  # Student's t, two degrees of freedom
-            assert re.search(rf"{100 * statistics.fmean(gaps):.1f} points ahead of {method}\b", clear)
+            assert f"{method} ({100 * statistics.fmean(gaps):+.1f})" in parts["ahead of"]
         else:
-            assert f"{method} ({100 * statistics.fmean(gaps):+.1f} ± {100 * statistics.stdev(gaps):.1f})" in tied
+            assert (f"{method} ({100 * statistics.fmean(gaps):+.1f} ± {100 * statistics.stdev(gaps):.1f})"
+                    in parts["not clearly apart from"])
     assert report.ONE_SEED not in text
+
+
+def test_a_headline_of_many_methods_is_short(tmp_path):
+    for method, mean in {"local": 0.5, "fedavg": 0.62, "fedprox": 0.61, "fedper": 0.66, "fedrep": 0.70, "ditto": 0.65,
+                         "apfl": 0.64, "feddpa": 0.58, "ffa_lora": 0.6, "fedms": 0.6}.items():
+        with_accuracy(write_run(tmp_path / method, method), mean)
+    assert report.headline(report.read_runs(tmp_path)[0]) == (
+        "fedms reaches 60.0 % mean personalised accuracy, 7th of 10 methods; fedrep is best with 70.0 %. In points: behind "
+        "fedrep (−10.0), fedper (−6.0) and 4 more; level with ffa_lora; ahead of feddpa (+2.0) and local (+10.0). "
+        + report.ONE_SEED)
 
 
 def with_accuracy(path, mean):
@@ -295,11 +318,11 @@ def with_accuracy(path, mean):
 
 
 @pytest.mark.parametrize("ours, theirs, words", [
-    ([0.70], [0.60], "10.0 points ahead of local. " + report.ONE_SEED),
-    ([0.60], [0.70], "10.0 points behind local. " + report.ONE_SEED),
+    ([0.70], [0.60], "ahead of local (+10.0). " + report.ONE_SEED),
+    ([0.60], [0.70], "behind local (−10.0). " + report.ONE_SEED),
     ([0.60], [0.60], "level with local. " + report.ONE_SEED),
-    ([0.60, 0.62, 0.61], [0.50, 0.50, 0.50], "11.0 points ahead of local."),
-    ([0.60, 0.62, 0.61], [0.62, 0.63, 0.63], "1.7 points behind local."),  # 0.6 spread
+    ([0.60, 0.62, 0.61], [0.50, 0.50, 0.50], "ahead of local (+11.0)."),
+    ([0.60, 0.62, 0.61], [0.62, 0.63, 0.63], "behind local (−1.7)."),  # 0.6 spread
     ([0.60, 0.62, 0.61], [0.62, 0.63, 0.61], "not clearly apart from local (−1.0 ± 1.0)."),
     ([0.60, 0.62], [0.50, 0.50], "not clearly apart from local (+11.0 ± 1.4)."),  # two seeds can hardly tell
     ([0.60, 0.62], [0.62, 0.60], "not clearly apart from local (+0.0 ± 2.8)."),
@@ -314,7 +337,7 @@ def test_headlines(tmp_path, ours, theirs, words):
 def test_seeds_that_are_not_shared_give_no_spread(tmp_path):
     with_accuracy(write_run(tmp_path / "a", "fedms", 0), 0.7)
     with_accuracy(write_run(tmp_path / "b", "local", 1), 0.6)
-    assert report.headline(report.read_runs(tmp_path)[0]).endswith("10.0 points ahead of local. " + report.ONE_SEED)
+    assert report.headline(report.read_runs(tmp_path)[0]).endswith("ahead of local (+10.0). " + report.ONE_SEED)
 
 
 def test_a_collapsed_gate_is_named(tmp_path):

@@ -28,12 +28,18 @@ _WIDE, _HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to 
 
 @dataclass(frozen=True)
 class _Curve:
-    """One line of a picture: its label, colour, and values over seeds by position on the axis."""
+    """One line of a picture: its methods, colour, and values over seeds by position on the axis."""
 
-    label: str
+    methods: tuple[str, ...]
     colour: str
     xs: Sequence[float]
     ys: list[list[float]]
+
+    @property
+    def label(self) -> str:
+        """Names, one a line. Of more than three that coincide two are named, the one that reports speak of first."""
+        names = sorted(self.methods, key=lambda name: name != "fedms")
+        return ",\n".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
 
     @property
     def means(self) -> list[float]:
@@ -53,14 +59,14 @@ def _curves(runs: Sequence[RunRecords], value: Callable[[RunRecords], list[Optio
         if not points:
             continue
         xs = sorted(points)
-        new = _Curve(method, method_colour(method), xs, [points[x] for x in xs])
+        new = _Curve((method,), method_colour(method), xs, [points[x] for x in xs])
         twin = next((i for i, c in enumerate(curves) if c.xs == new.xs and c.ys == new.ys), None)
         if twin is None:
             curves.append(new)
         else:
             old = curves[twin]
             colour = new.colour if method == "fedms" else old.colour
-            curves[twin] = _Curve(f"{old.label}, {method}", colour, old.xs, old.ys)
+            curves[twin] = _Curve((*old.methods, method), colour, old.xs, old.ys)
     return curves
 
 
@@ -74,7 +80,7 @@ def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     curves = _curves(runs, lambda run: [r.get("validation_accuracy") for r in run.rounds])
     if not curves:
         return None
-    figure, axes = _axes(_WIDE, 3.3)
+    figure, axes = _axes(_WIDE, _height(curves, 3.3))
     first = first_stage_rounds(runs)
     for curve in curves:
         # Stage 2 measures another model, so its line starts anew.
@@ -147,14 +153,14 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], l
                     points[position].append((so_far, record["validation_accuracy"]))
         if points:
             positions = sorted(points)
-            curves.append((positions, _Curve(method, method_colour(method),
+            curves.append((positions, _Curve((method,), method_colour(method),
                                              [statistics.fmean(x for x, _ in points[p]) for p in positions],
                                              [[y for _, y in points[p]] for p in positions])))
     longest = max((curve.xs[-1] for _, curve in curves), default=0.0)
     if longest == 0:
         return None
     name, scale = unit(longest)
-    figure, axes = _axes(_WIDE, 3.3 + 0.14 * max(0, len(curves) - 6))
+    figure, axes = _axes(_WIDE, _height([curve for _, curve in curves], 3.3))
     for positions, curve in curves:
         # Stage 2 measures another model, so its line starts anew.
         split = sum(position <= first for position in positions)
@@ -166,7 +172,7 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], l
     axes.set_ylabel("validation accuracy (%)")
     axes.set_xlabel(f"{label} ({name})")
     axes.set_xlim(-0.01 * longest / scale, longest / scale)
-    _end_labels(axes, [_Curve(c.label, c.colour, [x / scale for x in c.xs], c.ys) for _, c in curves])
+    _end_labels(axes, [_Curve(c.methods, c.colour, [x / scale for x in c.xs], c.ys) for _, c in curves])
     return figure
 
 
@@ -196,7 +202,7 @@ def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     curves = _curves(runs, lambda run: [r.get("depth") for r in run.rounds])
     if not curves:
         return None
-    figure, axes = _axes(_HALF, 2.9)
+    figure, axes = _axes(_HALF, _height(curves, 2.9))
     for curve in curves:
         axes.plot(curve.xs, curve.means, color=curve.colour, linewidth=1.9, drawstyle="steps-mid", marker="o",
                   markersize=3.5, markeredgecolor=SURFACE, markeredgewidth=0.6)
@@ -226,8 +232,8 @@ def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         unit, scale = "GB", 1e9
     elif max(c.means[-1] for c in curves) < 1e6:
         unit, scale = "kB", 1e3
-    curves = [_Curve(c.label, c.colour, c.xs, [[v / scale for v in y] for y in c.ys]) for c in curves]
-    figure, axes = _axes(_HALF, 2.9)
+    curves = [_Curve(c.methods, c.colour, c.xs, [[v / scale for v in y] for y in c.ys]) for c in curves]
+    figure, axes = _axes(_HALF, _height(curves, 2.9))
     for curve in curves:
         axes.plot(curve.xs, curve.means, color=curve.colour, linewidth=1.9, marker="o", markersize=3.5,
                   markeredgecolor=SURFACE, markeredgewidth=0.6)
@@ -398,6 +404,11 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _height(curves: Sequence[_Curve], least: float) -> float:
+    """Inches in which the names at the lines' ends have room."""
+    return max(least, 0.95 + 0.165 * sum(1 + curve.label.count("\n") for curve in curves))
+
+
 def _percent_axis(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -425,11 +436,11 @@ def _round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
 
 def _part(curve: _Curve, inside: Callable[[float], bool]) -> _Curve:
     chosen = [(x, y) for x, y in zip(curve.xs, curve.ys) if inside(x)]
-    return _Curve(curve.label, curve.colour, [x for x, _ in chosen], [y for _, y in chosen])
+    return _Curve(curve.methods, curve.colour, [x for x, _ in chosen], [y for _, y in chosen])
 
 
 def _has_fedms(curve: _Curve) -> bool:
-    return "fedms" in curve.label.split(", ")
+    return "fedms" in curve.methods
 
 
 def _end_labels(axes: Any, curves: Sequence[_Curve]) -> None:
@@ -438,7 +449,7 @@ def _end_labels(axes: Any, curves: Sequence[_Curve]) -> None:
     axes.set_ylim(low, high)
     line = 11.5 * (high - low) / (axes.figure.get_figheight() * 72 * 0.75)
     order = sorted(curves, key=lambda c: c.means[-1])
-    labels = [curve.label.replace(", ", ",\n") for curve in order]
+    labels = [curve.label for curve in order]
     heights = [line * (1 + label.count("\n")) for label in labels]
     places: list[float] = []
     for number, curve in enumerate(order):
@@ -449,7 +460,7 @@ def _end_labels(axes: Any, curves: Sequence[_Curve]) -> None:
     right = axes.get_xlim()[1]
     last = max(c.xs[-1] for c in curves)
     for place, curve, label in zip(places, order, labels):
-        if curve.xs[-1] < last:
+        if curve.xs[-1] < last or abs(place - shift - curve.means[-1]) > line:
             bend = right - 0.03 * (right - axes.get_xlim()[0])
             axes.plot([curve.xs[-1], bend, right], [curve.means[-1], curve.means[-1], place - shift], linewidth=0.8,
                       color=curve.colour, linestyle=(0, (1, 2)), clip_on=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from fedms.config import METHODS
+from fedms.config import METHODS, TABLE_OF_METHOD
 from fedms.records import RunFolderError, RunRecords, find_runs
 
 # Two-sided 95 % quantiles of Student's t for 2, 3, ... values; above 11 values the last is a little too wide.
@@ -161,9 +161,11 @@ def differing_keys(runs: Sequence[RunRecords]) -> list[str]:
     def flat(config: dict[str, Any]) -> dict[str, Any]:
         return {f"{t}.{k}": v for t, keys in config.items() if isinstance(keys, dict) for k, v in keys.items()}
 
-    configs = [flat(r.config) for r in runs]
-    keys = sorted({k for c in configs for k in c} - {"run.method", "run.seed"})
-    return [k for k in keys if any(c.get(k) != configs[0].get(k) for c in configs)]
+    configs = [(r.method, flat(r.config)) for r in runs]
+    keys = sorted({k for _, c in configs for k in c} - {"run.method", "run.seed"})
+    # The table of a method is compared among its own runs.
+    return [k for k in keys if len({repr(c.get(k)) for method, c in configs
+                                    if TABLE_OF_METHOD.get(k.partition(".")[0], method) == method}) > 1]
 
 
 def first_stage_rounds(runs: Iterable[RunRecords]) -> int:

@@ -59,9 +59,10 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
     config = focus_runs[0].config
+    outcome, _, more = headline(runs).partition(". ")
     return environment.get_template("report.html.j2").render(
         title=f"{config['model']['id']} on {config['data']['name']}",
-        setting=_setting(runs), headline=headline(runs), findings=findings(runs, notes),
+        setting=_setting(runs), headline=outcome.rstrip(".") + ".", lead=more, findings=findings(runs, notes),
         tests=differences(runs), cards=_cards(focus_runs),
         focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colours=_css_colours(),
         method_class=_css_name,

@@ -16,7 +16,8 @@ GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a
 
 
 def headline(runs: Sequence[RunRecords]) -> str:
-    """The outcome in one or two sentences: who is ahead of whom, by how much, and what that is worth."""
+    """The outcome in two or three sentences: the place of the method in focus, the best one, from whom it is apart by how
+    many points, and what that is worth."""
     methods = by_method([r for r in runs if r.summary])
     scores = {m: Stat.of(field_of(r.summary, "personalised_accuracy", "mean") for r in group)
               for m, group in methods.items()}
@@ -26,7 +27,7 @@ def headline(runs: Sequence[RunRecords]) -> str:
     focus = focus_method(scores)
     own = scores[focus]
     text = f"{focus} reaches {percent(own)} % mean personalised accuracy"
-    rivals = sorted((m for m in scores if m != focus), key=lambda m: -scores[m].mean)
+    rivals = [m for m in scores if m != focus]
     if not rivals:
         gaps = {label: Stat.of(client_gap(r, "personalised", name) for r in methods[focus])
                 for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
@@ -34,19 +35,25 @@ def headline(runs: Sequence[RunRecords]) -> str:
                  for label, gap in gaps.items() if gap and not _is_zero(gap.mean)]
         single = len(methods[focus]) == 1
         return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if single else "")
-    gaps = {}
-    for rival in rivals:
-        gaps[rival] = (paired_gap(methods[focus], methods[rival])
-                       or Stat(own.mean - scores[rival].mean, None))  # no seed in common
-    # Those it loses to come first, then the others from the nearest on.
-    order = sorted(gaps, key=lambda m: (gaps[m].mean >= 0, abs(gaps[m].mean)))
-    clear = [m for m in order if not gaps[m].may_be_zero]
-    parts = [f"{_points(gaps[m].mean)} {'ahead of' if gaps[m].mean > 0 else 'behind'} {m}"
-             if not _is_zero(gaps[m].mean) else f"level with {m}" for m in clear]
-    text += ": " + _listing(parts) if parts else ""
-    if tied := [f"{m} ({signed(gaps[m].mean)} ± {100 * gaps[m].std:.1f})" for m in order if m not in clear]:
-        text += ("; " if parts else ": ") + "not clearly apart from " + _listing(tied)
-    return text + "." + (" " + ONE_SEED if any(g.std is None for g in gaps.values()) else "")
+    best = max(rivals, key=lambda m: scores[m].mean)
+    if len(rivals) > 1:
+        place = 1 + sum(scores[m].mean > own.mean for m in rivals)
+        text += f", {_ordinal(place)} of {len(scores)} methods"
+        text += f"; {best} is best with {percent(scores[best])} %" if place > 1 else ""
+    gaps = {m: paired_gap(methods[focus], methods[m]) or Stat(own.mean - scores[m].mean, None)  # no seed in common
+            for m in rivals}
+    groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
+    for m in sorted(gaps, key=lambda m: gaps[m].mean):
+        gap = gaps[m]
+        if gap.may_be_zero:
+            groups["not clearly apart from "].append(f"{m} ({signed(gap.mean)} ± {100 * gap.std:.1f})")
+        elif _is_zero(gap.mean):
+            groups["level with "].append(m)
+        else:
+            groups["ahead of " if gap.mean > 0 else "behind "].append(f"{m} ({signed(gap.mean)})")
+    told = [words + _listing(_first(each, 2)) for words, each in groups.items() if each]
+    single = any(gap.std is None for gap in gaps.values())
+    return f"{text}. In points: {'; '.join(told)}." + (" " + ONE_SEED if single else "")
 
 
 def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -205,6 +212,16 @@ def p_value(p: float) -> str:
 def _is_zero(gap: float) -> bool:
     """Whether a gap shows as 0.0 points."""
     return abs(gap) < 0.0005
+
+
+def _first(items: Sequence[str], count: int) -> list[str]:
+    """The first items, and how many more there are; all, where only one would be left out."""
+    return list(items) if len(items) <= count + 1 else [*items[:count], f"{len(items) - count} more"]
+
+
+def _ordinal(n: int) -> str:
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
 
 
 def _listing(items: Sequence[str]) -> str:
