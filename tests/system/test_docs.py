@@ -1,35 +1,91 @@
 """What the documents say is so."""
 from __future__ import annotations
 
+import ast
+import importlib
+import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import pandas as pd
 import pytest
+from pages import ELSEWHERE, PAGES, ROOT, blocks, run_page
 
-from fedms.config import reference
+from fedms.config import config_from_dict, reference, tomllib
 
-ROOT = Path(__file__).parents[2]
-
-
-def blocks(language):
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for number, code in enumerate(re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)):
-            yield pytest.param(code, id=f"{path.name}-{number}")
+full = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
+RUNNING = [page for page in PAGES if any(block.runs_here for block in blocks(page))]
+QUICK = [page for page in RUNNING if not any(block.language == "sh" for block in blocks(page))]
 
 
 def test_the_configuration_page_is_current():
     assert (ROOT / "docs/configuration.md").read_text() == reference(), "run: make docs"
 
 
-@pytest.mark.parametrize("code", list(blocks("python")))
-def test_python_blocks_run(code, tmp_path):
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+def test_every_block_has_a_language_that_is_known():
+    """An indented or an unnamed block would be run by nobody."""
+    for page in PAGES:
+        for block in blocks(page):
+            known = block.language in ("sh", "python", "toml", "text") or block.language.startswith("{")
+            assert known, f"{page.name}: {block.language!r} for\n{block.code}"
+            if found := ELSEWHERE.match(block.above):
+                assert page.name in (ROOT / found[1]).read_text(), f"{found[1]} does not read {page.name}"
+        if page.parent.name == "docs":
+            loose = re.findall(r"^ {4}(?:fedms|python|pytest|make|pip) .*", page.read_text(), re.M)
+            assert not loose, f"{page.name}: give it a fence: {loose[0]}"
+
+
+@pytest.mark.parametrize("page", QUICK, ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path):
+    run_page(page, tmp_path)
+
+
+@full
+@pytest.mark.parametrize("page", [page for page in RUNNING if page not in QUICK], ids=lambda page: page.name)
+def test_all_blocks_run(page, tmp_path):
+    printed = run_page(page, tmp_path)
+    if page.name == "models-and-data.md":
+        check_predictions(printed, tmp_path)
+
+
+def check_predictions(printed, folder):
+    """What the two walks of docs/models-and-data.md end in."""
+    assert "text,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in printed
+    reviews, cells = pd.read_parquet(folder / "predicted.parquet"), pd.read_csv(folder / "predicted.csv")
+    assert reviews.label.tolist() == ["bad", "good"] and len(cells) == 20
+    for table in (reviews, cells):
+        assert table.probability.between(0.5, 1).all() and table.gate_weight.between(0, 1).all()
+    assert set(cells.label) <= {"cracked_cell", "sound_cell"}
+    assert (folder / "adapters/client-2/adapter_model.safetensors").is_file()
+    assert (folder / "runs/again/summary.json").is_file()
+
+
+def test_toml_blocks_are_run_files():
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "toml":
+                config_from_dict(tomllib.loads(block.code))
 
 
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-            assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_messages_that_are_explained_are_those_of_the_code():
+    """Of each, the words between what is filled in stand in some string of the code."""
+    strings = [node.value for package in ("fedms_ext", "python/fedms") for path in (ROOT / package).rglob("*.py")
+               for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    explained = re.findall(r"^\*\*`(.+?)`\*\*", (ROOT / "docs/errors.md").read_text(), re.M)
+    assert len(explained) > 10
+    for message in explained:
+        for words in re.split(r"\bN\b|\bDIR\b|\.\.\.|'triton'|nan|\d", message):
+            assert any(words.strip() in string for string in strings), f"{message}: {words!r}"
+
+
+def test_names_in_the_table_from_the_paper_exist():
+    names = re.findall(r"`(fedms(?:_ext)?(?:\.\w+)+)`", (ROOT / "docs/paper.md").read_text())
+    assert len(names) >= 10
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
