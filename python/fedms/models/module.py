@@ -16,12 +16,16 @@ from .base import FoundationModel, ModelError
 class ModuleModel(FoundationModel):
     """A module of the user's own.
 
-    module:   its blocks are called one after the other, each with the hidden state (B, T, width) as first argument.
-    blocks:   dotted name of its `nn.ModuleList` or `nn.Sequential` of blocks.
-    features: `features(module, inputs)` -> (B, D) float32. For images `inputs` holds "pixel_values" (B, C, H, W),
-              for text what `tokenize` makes.
-    prepare:  PIL images -> (n, C, H, W) float32, for a module that reads images.
-    tokenize: (texts, max_tokens) -> `TextInputs`, for one that reads text.
+    Args:
+        module: its blocks are called one after the other, each with the hidden state (B, T, width) as first argument.
+        blocks: dotted name of its `nn.ModuleList` or `nn.Sequential` of blocks.
+        features: `features(module, inputs)` -> (B, D) float32. For images `inputs` holds "pixel_values" (B, C, H, W),
+            for text what `tokenize` makes.
+        prepare: PIL images -> (n, C, H, W) float32, for a module that reads images.
+        tokenize: (texts, max_tokens) -> `TextInputs`, for one that reads text.
+
+    Raises:
+        ModelError: if not one of prepare and tokenize is given, or there is no list of blocks of that name.
     """
 
     def __init__(self, module: nn.Module, *, blocks: str, features: Callable[[nn.Module, dict[str, Tensor]], Tensor],
