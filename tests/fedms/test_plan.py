@@ -180,7 +180,7 @@ def test_a_plan_for_little_memory_tries_4_bits(monkeypatch):
 @pytest.mark.parametrize("share", [1.02, 0.8])
 def test_a_plan_fits_its_limit(share, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "peak_memory", lambda: 0)     # the peak of loading hides all others on so small a model
-    config = load_config("digits", [*SMALL, "sal.max_depth=2"])
+    config = load_config("digits", SMALL)
     free = plan.plan(config, flops=1e9)
     limit = int(share * free.options[-1].peak / (1 - plan.RESERVE))
     found = plan.plan(config, memory=limit, flops=1e9, bandwidth=1e6)
