@@ -19,6 +19,8 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -137,9 +139,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args()
-    try:
-        import pfl
-    except ModuleNotFoundError:
+    if find_spec("pfl") is None:
         sys.exit("pfl is not installed, so there is nothing to compare with; --help says how to install it")
     found: dict[str, list[dict]] = {"fedms": [], "pfl": []}
     with tempfile.TemporaryDirectory() as name:
@@ -152,9 +152,9 @@ def main() -> None:
     ratios = [b / a for mine, other in zip(found["fedms"], found["pfl"])
               for a, b in zip(mine["seconds"][1:], other["seconds"][1:])]
     differences = [mine["accuracy"] - other["accuracy"] for mine, other in zip(found["fedms"], found["pfl"])]
-    print(f"pfl {pfl.__version__ if hasattr(pfl, '__version__') else ''} takes {statistics.median(ratios):.2f} times ours a "
-          f"round ({min(ratios):.2f}-{max(ratios):.2f}, {len(ratios)} pairs of rounds); accuracy {statistics.mean(differences):+.3f} "
-          f"for ours (by seed: {', '.join(f'{d:+.3f}' for d in differences)})")
+    print(f"pfl {version('pfl')} takes {statistics.median(ratios):.2f} times ours a round ({min(ratios):.2f}-"
+          f"{max(ratios):.2f}, {len(ratios)} pairs of rounds); accuracy {statistics.mean(differences):+.3f} for ours (by "
+          f"seed: {', '.join(f'{d:+.3f}' for d in differences)})")
     if options.json:
         save(options.json, {**vars(options), "json": str(options.json), **found, "ratios": ratios})
 

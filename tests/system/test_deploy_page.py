@@ -63,9 +63,10 @@ def start(machine, folder, block, log):
     environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
                    "OMP_NUM_THREADS": "1", "FEDMS_CACHE": str(folder / "cache"), "FLWR_TELEMETRY_ENABLED": "0",
                    "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    command = ["ip", "netns", "exec", machine, "bash", "-e", "-c", block.replace("fl.example.org", "10.77.0.1")]
     with open(log, "w") as file:
-        return subprocess.Popen(["ip", "netns", "exec", machine, "bash", "-e", "-c", block.replace("fl.example.org", "10.77.0.1")],
-                                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+                                stderr=subprocess.STDOUT)
 
 
 def type_in(machine, folder, block):

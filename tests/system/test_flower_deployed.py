@@ -130,8 +130,8 @@ def test_chaos_among_real_processes(tmp_path, monkeypatch):
     try:
         fedms(tmp_path, "flower", "up", "deployment")
         certificates.make(tmp_path / "foreign", ["127.0.0.1"], 4)
-        deployment.start(folder, "intruder", [word.replace(str(folder / "certificates/client-3"), str(tmp_path / "foreign/client-3"))
-                                              for word in commands.supernode(3, port + 20)])
+        own, foreign = str(folder / "certificates/client-3"), str(tmp_path / "foreign/client-3")
+        deployment.start(folder, "intruder", [word.replace(own, foreign) for word in commands.supernode(3, port + 20)])
 
         process = start_fedms(tmp_path, words)
         _until(lambda: "ROUND stage1 2]" in (folder / "flower/client-5.log").read_text(), process)
