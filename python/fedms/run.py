@@ -22,7 +22,7 @@ from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.records import CONFIG, RunFolder, RunRecords, check_same_config
 from fedms.resident import Part, ResidentModel
-from fedms.server import STAGES, Server
+from fedms.server import STAGES, AllClientsFailed, Server
 from fedms.session import Case, Session, Sessions
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
         ConfigError, ModelError, DataError: before anything is written.
         RunFolderError: if the folder exists and neither `overwrite` nor `resume` is set, or cannot be written.
         CheckpointError: if a checkpoint cannot be written, or none can be read.
-        AllClientsFailed: if no client of a round could train.
+        AllClientsFailed: if no client of a round could train, or none could be evaluated.
         Interrupted: if `stop` said so.
     """
     progress = progress or Progress()
@@ -236,6 +236,10 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
     shared = shared_accuracy(method, model, common_test, final)
     evaluations = list(engine.evaluate(final, on_common_test=shared is None and len(common_test) > 0))
     records = [evaluation.record for evaluation in evaluations]
+    if not records:
+        raise AllClientsFailed("all rounds are done, and no client could be evaluated; --resume asks them again")
+    if (missing := config.clients.count - len(records)) > 0:
+        notes.append(f"{missing} of {config.clients.count} clients could not be evaluated; the summary is of the others")
     arrives, trained = _evaluate_unseen(method, model, case.unseen, final, config.stage2.rounds)
     for record in (*records, *arrives):
         folder.append_client(record)

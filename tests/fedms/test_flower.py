@@ -288,6 +288,22 @@ def test_an_absent_client_holds_nobody_up(tmp_path, shards):
     assert "client 1 is not evaluated: it could not be reached" in notes
 
 
+def test_evaluation_asks_no_more_than_a_round_and_says_who_is_missing(tmp_path, shards):
+    grids, silent = [], {("evaluate", "evaluation", 2): lambda message, answer: None}
+    found, notes = deployed(tmp_path, shards, "clients.fraction=0.5", faults=silent, change=grids.append)
+    assert grids[0].together[-2:] == [2, 2] and [c["id"] for c in found[0]["clients"]] == [0, 1, 3, 4]
+    assert "client 2 is not evaluated: no answer within 0.3 s" in notes
+    assert any(n.startswith("1 of 4 clients could not be evaluated") for n in found[0]["summary"]["notes"])
+
+
+def test_a_run_without_any_evaluation_has_not_ended(tmp_path, shards):
+    silent = {("evaluate", "evaluation", i): lambda message, answer: None for i in range(4)}
+    with pytest.raises(AllClientsFailed, match="no client could be evaluated; --resume asks them again"):
+        deployed(tmp_path, shards, faults=silent)
+    found, _ = deployed(tmp_path, shards, resume=True)
+    same(found, embedded(tmp_path))
+
+
 # Stops
 
 @pytest.mark.parametrize("moment", [1, 7, 15])

@@ -89,9 +89,17 @@ class FlowerEngine(Engine):
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
         clients = range(self.config.clients.count)
         self._wait_for_nodes(clients, final)
+        packed = pack_message(final, self.encoding)
+        # As many at a time as in a round, whose deadline is theirs too.
+        at_once = self.config.clients.sampled
+        for first in range(0, len(clients), at_once):
+            yield from self._evaluate(clients[first : first + at_once], final, packed, on_common_test)
+
+    def _evaluate(self, clients: Sequence[int], final: Message, packed: Packed,
+                  on_common_test: bool) -> Iterator[Evaluation]:
+        self._meet()
         reached = [client for client in clients if client in self.node_of]
-        asked, lost = self._send("evaluate", "evaluation", reached, pack_message(final, self.encoding),
-                                 {"on_common_test": on_common_test})
+        asked, lost = self._send("evaluate", "evaluation", reached, packed, {"on_common_test": on_common_test})
         for answer in self._answers(asked, lost, final):
             try:
                 found = self._open(answer, limit=0)
