@@ -59,7 +59,7 @@ class Served(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket) or _ATTENTION.get(func._overloadpacket)
+        formula: Any = flop_registry.get(func._overloadpacket) or _ATTENTION.get(func._overloadpacket)
         if formula is not None:
             key = _served(func._overloadpacket, args)
             self.calls[key] += 1
@@ -80,7 +80,7 @@ def _served(packet: Any, args: tuple[Any, ...]) -> tuple[str, Product]:
     name = packet.__name__
     if packet is ours.expert_linear:
         x, weight, _, *lora = args
-        n, k, kind, backward = *weight.shape, None, False
+        (n, k), kind, backward = weight.shape, None, False
     elif packet is ours.frozen_linear:
         x, _, scale, kind, _, _, *lora = args
         n, k, backward = scale.shape[0], x.shape[-1], False
@@ -91,7 +91,8 @@ def _served(packet: Any, args: tuple[Any, ...]) -> tuple[str, Product]:
         x, _, k, _, _, kind, _, a, b, scale, gate, segments, _, dropout_p, seed, *_ = args
         lora, n, backward = [a, b, scale, gate, segments, dropout_p, seed], x.shape[-1], True
     elif packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
-        return PYTORCH, Product(name, *args[-2].shape, args[-1].shape[1])
+        (rows, k), n = args[-2].shape, args[-1].shape[1]
+        return PYTORCH, Product(name, rows, k, n)
     else:
         return PYTORCH, Product(name)
     branch = Lora(*lora)

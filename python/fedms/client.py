@@ -78,11 +78,13 @@ class Participant:
     """What the server knows of a client: its id, its number of training samples, and its device."""
 
     id: int
-    device: Device
 
-    if TYPE_CHECKING:       # only to be read, so that a property will do
+    if TYPE_CHECKING:       # only to be read, so that properties will do
         @property
         def n_train(self) -> int: ...
+
+        @property
+        def device(self) -> Device: ...
 
     def trained_depth(self, message: Message) -> int:
         """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""

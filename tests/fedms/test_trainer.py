@@ -382,9 +382,9 @@ def test_a_run_in_which_all_clients_fail_stops(tmp_path):
 
 def test_clients_of_few_samples(tmp_path):
     session = Session(config("clients.count=4"), tmp_path)
-    one, none = session.clients[0], session.clients[1]
-    one.train, one.validation, one.test = Part(one.train.indices[:1]), Part(one.test.indices[:0]), Part(one.test.indices[:1])
-    none.train = Part(none.train.indices[:0])
+    one, none = session.clients[0].split, session.clients[1].split
+    session.clients[0] = Client(replace(one, train=one.train[:1], validation=one.test[:0], test=one.test[:1]), session.config)
+    session.clients[1] = Client(replace(none, train=none.train[:0]), session.config)
     session.run()
     by_client = {c: list(v) for c, v in itertools.groupby(sorted(session.visits, key=lambda v: v["client"]),
                                                           key=lambda v: v["client"])}
