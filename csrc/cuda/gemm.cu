@@ -11,7 +11,7 @@ void start(const Launch& what, const Gemm& g, int tile, const Chip& chip) {
   const auto of = [](const void* data) { return static_cast<const T*>(data); };
   const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
                                    g.w_stride, g.w_scale,       of(g.bias), of(g.t), g.t_stride, of(g.f),    g.f_stride,
-                                   static_cast<T*>(g.y), mask_of(g.dropout)};
+                                   static_cast<T*>(g.y), mask_of(g.dropout), g.segments};
   if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.across);
   if constexpr (HAS_WGMMA) start_wgmma_gemm(what, arguments, tile, g.across, chip.multiprocessors);
 }
@@ -20,8 +20,8 @@ std::string text(int value) { return std::to_string(value); }
 
 }  // namespace
 
-std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops) {
-  return rank_tiles(chip, m, n, k, r, int8, drops);
+std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops, bool whole) {
+  return rank_tiles(chip, m, n, k, r, int8, drops, whole);
 }
 
 std::string gemm_tile_name(int tile) {
@@ -36,9 +36,15 @@ void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
   if (g.m < 1 || g.n < 8 || g.k < 8 || g.r < 0) fail(what, "a size is too small");
   if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
   if (g.n % 8 || g.k % (g.w_scale ? 16 : 8)) fail(what, "n or k is not a multiple of 8 (k of 16 for an int8 w)");
-  const bool drops = g.dropout.p > 0;
-  if (!takes(TILES[tile], g.w_scale != nullptr, drops) || (g.w_scale && g.across) || (drops && !g.across)) {
-    fail(what, "this tile does not take an int8 w, or dropout, in this way");
+  check_segments(what, g.segments, g.m);
+  const bool drops = g.dropout.p > 0, int8 = g.w_scale != nullptr;
+  bool whole = true;
+  for (int e = 0, start = 0; e < g.segments.count; start = g.segments.ends[e++]) {
+    const int rows = g.segments.ends[e] - start;
+    whole = whole && (rows == 0 || rows >= TILES[tile].bm);
+  }
+  if (!takes(TILES[tile], int8, drops, whole) || (int8 && g.across) || (drops && !g.across && !int8)) {
+    fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

@@ -3,6 +3,7 @@
 
 #include "heuristics.h"
 #include "philox.h"
+#include "segments.h"
 
 namespace fedms::cuda {
 
@@ -21,6 +22,7 @@ struct GemmArguments {
   int64_t f_stride;
   T* y;
   Mask mask;
+  Segments segments;
 };
 
 // Two columns side by side, the first one even, of an output with n columns, an even number.

@@ -6,27 +6,29 @@
 namespace fedms::cuda {
 namespace {
 
-template <class T, int TILE, bool INT8, bool ACROSS>
+// INT8 && DROPS: the ranks' part has an accumulator of its own, since neither the scale of W nor the mask is for both.
+// Without INT8 the mask is looked up as the kernel runs, and DROPS is false.
+template <class T, int TILE, bool INT8, bool ACROSS, bool DROPS>
 struct MmaGemm {
   static constexpr Tile tile = TILES[TILE];
   static constexpr int BM = tile.bm, BN = tile.bn, STAGES = tile.stages, STAGE = tile.stage_bytes(), THREADS = tile.threads();
   static constexpr int WARP_ROWS = BM / tile.warps_m, WARP_COLUMNS = BN / tile.warps_n;
   static constexpr int TILES_M = WARP_ROWS / 16, TILES_N = WARP_COLUMNS / 16;
-  static_assert(!(INT8 && ACROSS));
+  static_assert(!(INT8 && ACROSS) && !(DROPS && !INT8));
 
   using Accumulator = float[TILES_M][2 * TILES_N][4];
 
   // Loads step `step` of the reduction of one pair of operands: x and W, or T and F.
-  static FEDMS_DEVICE void load(uint32_t stage, const GemmArguments<T>& g, Tile2 block, bool ranks, int step) {
+  static FEDMS_DEVICE void load(uint32_t stage, const GemmArguments<T>& g, const RowBlock& rows, int column, bool ranks,
+                                int step) {
     const uint32_t b = stage + BM * 128;
-    const int first = step * STEP, row = block.row * BM, column = block.column * BN;
-    const int k = ranks ? g.r : g.k;
-    copy_tile<BM, 8, THREADS>(stage, ranks ? g.t : g.x, ranks ? g.t_stride : g.x_stride, row, g.m, first, k);
+    const int first = step * STEP, k = ranks ? rows.ranks : g.k;
+    copy_tile<BM, 8, THREADS>(stage, ranks ? g.t : g.x, ranks ? g.t_stride : g.x_stride, rows.row, rows.end, first, k);
     if (INT8 && !ranks) {
       copy_tile<BN, 4, THREADS>(b, static_cast<const int8_t*>(g.w), g.w_stride, column, g.n, first, k);
       return;
     }
-    const T* from = ranks ? g.f : static_cast<const T*>(g.w);
+    const T* from = ranks ? g.f + rows.first_rank * (ACROSS ? g.f_stride : 1) : static_cast<const T*>(g.w);
     const int64_t stride = ranks ? g.f_stride : g.w_stride;
     if constexpr (ACROSS) {
       copy_tile<STEP, BN / 8, THREADS>(b, from, stride, first, k, column, g.n);
@@ -80,30 +82,31 @@ struct MmaGemm {
 
   static FEDMS_DEVICE void run(const GemmArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory();
-    const Tile2 block = place_tile(ptx::block_x(), ceil_div(g.m, BM), ceil_div(g.n, BN));
-    const int k_steps = ceil_div(g.k, STEP), rank_steps = ceil_div(g.r, STEP), steps = k_steps + rank_steps;
-    // Dropout covers the ranks' part alone, so that comes first, while nothing else is in the accumulator. The scale of
-    // an int8 W covers W's part alone, so there that comes first.
+    const Tile2 block = place_tile(ptx::block_x(), row_blocks(g.segments, BM, g.m), ceil_div(g.n, BN));
+    const RowBlock rows = row_block(g.segments, block.row, BM, g.m, g.r, false);
+    const int first_column = block.column * BN;
+    const int k_steps = ceil_div(g.k, STEP), rank_steps = ceil_div(rows.ranks, STEP), steps = k_steps + rank_steps;
+    // Dropout covers the ranks' part alone, so that comes first, while nothing else is in the accumulator. The scale of an
+    // int8 W covers W's part alone, so there that comes first.
     const int first_steps = INT8 ? k_steps : rank_steps;
     const auto load_step = [&](int step) {
       if (step < steps) {
         const bool first = step < first_steps;
-        load(memory + step % STAGES * STAGE, g, block, first != INT8, first ? step : step - first_steps);
+        load(memory + step % STAGES * STAGE, g, rows, first_column, first != INT8, first ? step : step - first_steps);
       }
       ptx::cp_async_commit();
     };
-    Accumulator sum = {};
-    const auto between = [&] {
-      for_pairs(sum, [&](float& low, float& high, int row, int column) {
-        row += block.row * BM;
-        column += block.column * BN;
-        if constexpr (INT8) {
-          if (column < g.n) {
-            low *= g.w_scale[column];
-            high *= g.w_scale[column + 1];
-          }
-        } else {
-          drop_pair(g.mask, row, column, g.n, low, high);
+    Accumulator sum = {}, of_ranks = {};
+    const auto drop = [&](Accumulator& of) {
+      for_pairs(of, [&](float& low, float& high, int row, int column) {
+        drop_pair(g.mask, rows.row + row, first_column + column, g.n, low, high);
+      });
+    };
+    const auto scale = [&] {
+      for_pairs(sum, [&](float& low, float& high, int, int column) {
+        if (first_column + column < g.n) {
+          low *= g.w_scale[first_column + column];
+          high *= g.w_scale[first_column + column + 1];
         }
       });
     };
@@ -115,23 +118,35 @@ struct MmaGemm {
       load_step(step + STAGES - 1);
       const uint32_t stage = memory + step % STAGES * STAGE;
       const bool first = step < first_steps;
-      if (step == first_steps && (INT8 || g.mask.drops())) between();
+      if (step == first_steps && INT8 && !DROPS) scale();
+      if (step == first_steps && !INT8 && g.mask.drops()) drop(sum);
       if (first == INT8) {
 #pragma unroll
         for (int k16 = 0; k16 < STEP / 16; ++k16) multiply<INT8>(sum, stage, k16);
       } else {
-        const int left = g.r - (first ? step : step - first_steps) * STEP;
+        const int left = rows.ranks - (first ? step : step - first_steps) * STEP;
 #pragma unroll 1
-        for (int k16 = 0; k16 < STEP / 16 && k16 * 16 < left; ++k16) multiply<false>(sum, stage, k16);
+        for (int k16 = 0; k16 < STEP / 16 && k16 * 16 < left; ++k16) multiply<false>(DROPS ? of_ranks : sum, stage, k16);
       }
     }
-    if (INT8 && rank_steps == 0) between();
+    if (INT8 && (DROPS || rank_steps == 0)) scale();
+    if constexpr (DROPS) {
+      drop(of_ranks);
+#pragma unroll
+      for (int i = 0; i < TILES_M; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2 * TILES_N; ++j) {
+#pragma unroll
+          for (int value = 0; value < 4; ++value) sum[i][j][value] += of_ranks[i][j][value];
+        }
+      }
+    }
 
     // Through shared memory, so that whole rows of the tile are written.
     ptx::cp_async_wait<0>();
     ptx::sync_block();
     for_pairs(sum, [&](float low, float high, int row, int column) {
-      add_bias(g.bias, block.column * BN + column, g.n, low, high);
+      add_bias(g.bias, first_column + column, g.n, low, high);
       ptx::store_shared_u32(memory + chunk_offset<BN / 8>(row, column / 8) + column % 8 * 2, pack<T>(low, high));
     });
     ptx::sync_block();
@@ -139,32 +154,34 @@ struct MmaGemm {
     for (int i = ptx::thread(); i < BM * BN / 8; i += THREADS) {
       const int row = i / (BN / 8), chunk = i % (BN / 8);
       const Words eight = ptx::load_shared_128(memory + chunk_offset<BN / 8>(row, chunk));
-      const int y_row = block.row * BM + row, y_column = block.column * BN + chunk * 8;
-      if (y_row < g.m && y_column < g.n) *reinterpret_cast<Words*>(g.y + int64_t(y_row) * g.n + y_column) = eight;
+      const int y_row = rows.row + row, y_column = first_column + chunk * 8;
+      if (y_row < rows.end && y_column < g.n) *reinterpret_cast<Words*>(g.y + int64_t(y_row) * g.n + y_column) = eight;
     }
   }
 };
 
-template <class T, int TILE, bool INT8, bool ACROSS>
+template <class T, int TILE, bool INT8, bool ACROSS, bool DROPS>
 __global__ void __launch_bounds__(TILES[TILE].threads()) mma_gemm(__grid_constant__ const GemmArguments<T> arguments) {
-  MmaGemm<T, TILE, INT8, ACROSS>::run(arguments);
+  MmaGemm<T, TILE, INT8, ACROSS, DROPS>::run(arguments);
 }
 
-template <class T, int TILE, bool INT8, bool ACROSS>
-void start(const Launch& what, const GemmArguments<T>& arguments) {
+template <class T, int TILE, bool INT8, bool ACROSS, bool DROPS>
+void start(const Launch& what, const GemmArguments<T>& g) {
   constexpr Tile tile = TILES[TILE];
-  launch(what, mma_gemm<T, TILE, INT8, ACROSS>, {ceil_div(arguments.m, tile.bm) * ceil_div(arguments.n, tile.bn)},
-         tile.threads(), tile.shared_bytes(), arguments);
+  launch(what, mma_gemm<T, TILE, INT8, ACROSS, DROPS>,
+         {row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn)}, tile.threads(), tile.shared_bytes(), g);
 }
 
 template <class T, int TILE>
 void start_layout(const Launch& what, const GemmArguments<T>& arguments, bool across) {
-  if (arguments.w_scale) {
-    start<T, TILE, true, false>(what, arguments);
+  if (arguments.w_scale && arguments.mask.drops()) {
+    start<T, TILE, true, false, true>(what, arguments);
+  } else if (arguments.w_scale) {
+    start<T, TILE, true, false, false>(what, arguments);
   } else if (across) {
-    start<T, TILE, false, true>(what, arguments);
+    start<T, TILE, false, true, false>(what, arguments);
   } else {
-    start<T, TILE, false, false>(what, arguments);
+    start<T, TILE, false, false, false>(what, arguments);
   }
 }
 

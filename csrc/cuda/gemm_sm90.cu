@@ -1,5 +1,8 @@
 // The frozen GEMM with the ranks in it, for compute capability 9.0: a persistent grid in which one warpgroup copies
 // tiles through the tensor memory accelerator, and two multiply them with wgmma, 64 rows of the output tile each.
+//
+// No multicast within a cluster: it would halve W's part of what a step takes from L2, but by the cost model (heuristics.h)
+// that takes no longer than the multiplications. It pays where L2 gives less than the 48 bytes a cycle assumed there.
 #include <type_traits>
 
 #include "gemm.h"
@@ -45,8 +48,9 @@ struct WgmmaGemm {
     }
   };
 
+  // The box of x and W, or with `ranks` of T and F, at `first` of the reduction; in F that is at `first_of_f`.
   static FEDMS_DEVICE void load(const Ring& ring, const Maps& maps, Cursor at, bool ranks, int row, int column,
-                                int first) {
+                                int first, int first_of_f) {
     ptx::barrier_wait(ring.empty_of(at.stage), at.phase ^ 1);
     const uint32_t full = ring.full_of(at.stage), a = ring.stages + at.stage * STAGE, b = a + BM * 128;
     ptx::barrier_arrive_expect(full, STAGE);
@@ -54,21 +58,33 @@ struct WgmmaGemm {
     const TensorMap* map = ranks ? &maps.f : &maps.w;
     if constexpr (ACROSS) {
 #pragma unroll
-      for (int box = 0; box < BN / 64; ++box) ptx::tma_load(b + box * BOX, map, full, first, column + box * 64);
+      for (int box = 0; box < BN / 64; ++box) ptx::tma_load(b + box * BOX, map, full, first_of_f, column + box * 64);
     } else {
-      ptx::tma_load(b, map, full, column, first);
+      ptx::tma_load(b, map, full, column, first_of_f);
+    }
+  }
+
+  // Calls work(rows, column) for the tiles of this block, one after the other. In segments every tile is whole: what two of
+  // them compute both comes out the same.
+  template <class F>
+  static FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, F work) {
+    const int blocks = row_blocks(g.segments, BM, g.m), column_blocks = ceil_div(g.n, BN);
+    for (int t = ptx::block_x(); t < blocks * column_blocks; t += ptx::blocks_x()) {
+      const Tile2 block = place_tile(t, blocks, column_blocks);
+      work(row_block(g.segments, block.row, BM, g.m, g.r, true), block.column * BN);
     }
   }
 
   static FEDMS_DEVICE void produce(const GemmArguments<T>& g, const Maps& maps, const Ring& ring) {
-    const int row_blocks = ceil_div(g.m, BM), column_blocks = ceil_div(g.n, BN);
     Cursor at;
-    for (int t = ptx::block_x(); t < row_blocks * column_blocks; t += ptx::blocks_x()) {
-      const Tile2 block = place_tile(t, row_blocks, column_blocks);
-      const int row = block.row * BM, column = block.column * BN;
-      for (int first = 0; first < g.k; first += STEP, at.advance()) load(ring, maps, at, false, row, column, first);
-      for (int first = 0; first < g.r; first += STEP, at.advance()) load(ring, maps, at, true, row, column, first);
-    }
+    for_tiles(g, [&](const RowBlock& rows, int column) {
+      for (int first = 0; first < g.k; first += STEP, at.advance()) {
+        load(ring, maps, at, false, rows.row, column, first, first);
+      }
+      for (int first = 0; first < rows.ranks; first += STEP, at.advance()) {
+        load(ring, maps, at, true, rows.row, column, first, rows.first_rank + first);
+      }
+    });
   }
 
   using Accumulator = float[BN / 2];
@@ -82,12 +98,10 @@ struct WgmmaGemm {
   }
 
   static FEDMS_DEVICE void consume(const GemmArguments<T>& g, const Maps& maps, const Ring& ring, int warpgroup) {
-    const int row_blocks = ceil_div(g.m, BM), column_blocks = ceil_div(g.n, BN);
     const int thread = ptx::thread() % 128;
     const uint32_t staged = ring.staged + warpgroup * 2 * BOX;
     Cursor at;
-    for (int t = ptx::block_x(); t < row_blocks * column_blocks; t += ptx::blocks_x()) {
-      const Tile2 block = place_tile(t, row_blocks, column_blocks);
+    for_tiles(g, [&](const RowBlock& rows, int column) {
       Accumulator sum = {};
       ptx::keep_in_place(sum);
       int before = -1;
@@ -106,8 +120,8 @@ struct WgmmaGemm {
         at.advance();
       };
       for (int first = 0; first < g.k; first += STEP) step(Count<STEP / 16>());
-      for (int first = 0; first < g.r; first += STEP) {
-        switch (ceil_div(g.r - first, 16)) {
+      for (int first = 0; first < rows.ranks; first += STEP) {
+        switch (ceil_div(rows.ranks - first, 16)) {
           case 1: step(Count<1>()); break;
           case 2: step(Count<2>()); break;
           case 3: step(Count<3>()); break;
@@ -117,8 +131,8 @@ struct WgmmaGemm {
       ptx::wgmma_wait<0>();
       ptx::keep_in_place(sum);
       if (thread == 0) ptx::barrier_arrive(ring.empty_of(before));
-      write(g, maps, staged, warpgroup, block.row * BM + warpgroup * 64, block.column * BN, sum);
-    }
+      write(g, maps, staged, warpgroup, rows.row + warpgroup * 64, column, sum);
+    });
     if (thread == 0) ptx::tma_store_wait_read<0>();
   }
 
@@ -188,11 +202,13 @@ void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
   Maps maps;
   maps.x = map(g.x, g.m, g.k, g.x_stride, tile.bm);
   maps.w = operand(g.w, g.k, g.w_stride);
-  // Without ranks nobody looks at their maps, but they travel along.
+  // Without ranks nobody looks at their maps, but they travel along. In segments F goes on behind the ranks of one expert.
+  const int count = g.segments.count, last = count - 1;
+  const int ranks_of_f = count == 0 ? g.r : g.segments.firsts[last] + ceil_div(g.segments.ranks[last], 16) * 16;
   maps.t = g.r == 0 ? maps.x : map(g.t, g.m, g.r, g.t_stride, tile.bm);
-  maps.f = g.r == 0 ? maps.w : operand(g.f, g.r, g.f_stride);
+  maps.f = g.r == 0 ? maps.w : operand(g.f, ranks_of_f, g.f_stride);
   maps.y = map(g.y, g.m, g.n, g.n, 64);
-  const int tiles = ceil_div(g.m, tile.bm) * ceil_div(g.n, tile.bn);
+  const int tiles = row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn);
   launch(what, wgmma_gemm<T, TILE, ACROSS>, {std::min(tiles, multiprocessors)}, tile.threads(), tile.shared_bytes(), g,
          maps);
 }

@@ -38,10 +38,10 @@ constexpr Tile TILES[] = {
     {Kind::wgmma, 128, 128, 5, 0, 0},
 };
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
-// An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both
-// are for mma, and not at once.
-constexpr bool takes(const Tile& tile, bool int8, bool drops) {
-  return !(int8 || drops) || (tile.kind == Kind::mma && !(int8 && drops));
+// An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both are
+// for mma. The tensor memory accelerator writes whole tiles: `whole`, no segment is shorter than one.
+constexpr bool takes(const Tile& tile, bool int8, bool drops, bool whole) {
+  return tile.kind == Kind::mma || !(int8 || drops || !whole);
 }
 
 constexpr bool all_fit() {
@@ -96,10 +96,11 @@ inline bool runs_on(const Tile& tile, const Chip& chip) {
   return tile.shared_bytes() <= chip.shared_memory && (tile.kind == Kind::mma || (HAS_WGMMA && chip.capability == 90));
 }
 
-inline std::vector<int> rank_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops) {
+inline std::vector<int> rank_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops,
+                                   bool whole) {
   std::vector<int> legal;
   for (int i = 0; i < TILE_COUNT; ++i) {
-    if (runs_on(TILES[i], chip) && takes(TILES[i], int8, drops)) legal.push_back(i);
+    if (runs_on(TILES[i], chip) && takes(TILES[i], int8, drops, whole)) legal.push_back(i);
   }
   std::stable_sort(legal.begin(), legal.end(), [&](int i, int j) {
     return cost(TILES[i], chip, m, n, k, r) < cost(TILES[j], chip, m, n, k, r);

@@ -6,6 +6,9 @@
 
 namespace fedms::cuda {
 
+FEDMS_HD int ceil_div(int64_t a, int b) { return int((a + b - 1) / b); }
+FEDMS_HD int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
+
 // A tile in shared memory has rows of CHUNKS chunks, each 16 bytes or eight numbers. Chunks change places within 128
 // bytes, so that eight rows of one column of chunks lie in different banks: they are what ldmatrix reads at a time,
 // and what a warp writes at a time in the epilogue. Rows of 128 bytes come out as the tensor memory accelerator's
@@ -43,8 +46,6 @@ FEDMS_HD Tile2 place_tile(int tile, int row_blocks, int column_blocks) {
   return {band * BAND + inside % height, inside / height};
 }
 
-FEDMS_HD int ceil_div(int64_t a, int b) { return int((a + b - 1) / b); }
-FEDMS_HD int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
 // The descriptor of a tile in shared memory with the 128-byte swizzle, for wgmma; offsets in units of 16 bytes.
 // `leading`: from one block of 64 columns to the next where the columns are along memory; it is not looked at where

@@ -26,29 +26,31 @@ FEDMS_DEVICE void copy_tile(uint32_t tile, const T* from, int64_t stride, int fi
 FEDMS_DEVICE int lane() { return ptx::thread() % 32; }
 FEDMS_DEVICE int warp() { return ptx::thread() / 32; }
 
-// 16 x 16 numbers of A for mma_16x8x16, from a tile that is stored (m, k); `row` and `chunk` are their first.
+// 16 x 16 numbers through ldmatrix; `row` and `chunk` are their first. TRANS: each 8 x 8 of them turned over.
+template <int CHUNKS, bool TRANS>
+FEDMS_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t tile, int row, int chunk, Place place) {
+  const uint32_t from = tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk);
+  TRANS ? ptx::ldmatrix_x4_trans(to, from) : ptx::ldmatrix_x4(to, from);
+}
+// A for mma_16x8x16, from a tile that is stored (m, k).
 template <int CHUNKS>
 FEDMS_DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int chunk) {
-  const Place place = rows_first(lane());
-  ptx::ldmatrix_x4(a, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+  load_matrices<CHUNKS, false>(a, tile, row, chunk, rows_first(lane()));
 }
 // The same from a tile that is stored (k, m).
 template <int CHUNKS>
 FEDMS_DEVICE void load_a_across(uint32_t (&a)[4], uint32_t tile, int row, int chunk) {
-  const Place place = chunks_first(lane());
-  ptx::ldmatrix_x4_trans(a, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+  load_matrices<CHUNKS, true>(a, tile, row, chunk, chunks_first(lane()));
 }
-// 16 x 16 numbers of B, for two mma_16x8x16 side by side, from a tile that is stored (n, k).
+// B for two mma_16x8x16 side by side, from a tile that is stored (n, k).
 template <int CHUNKS>
 FEDMS_DEVICE void load_b(uint32_t (&b)[4], uint32_t tile, int row, int chunk) {
-  const Place place = chunks_first(lane());
-  ptx::ldmatrix_x4(b, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+  load_matrices<CHUNKS, false>(b, tile, row, chunk, chunks_first(lane()));
 }
 // The same from a tile that is stored (k, n).
 template <int CHUNKS>
 FEDMS_DEVICE void load_b_across(uint32_t (&b)[4], uint32_t tile, int row, int chunk) {
-  const Place place = rows_first(lane());
-  ptx::ldmatrix_x4_trans(b, tile + chunk_offset<CHUNKS>(row + place.row, chunk + place.chunk));
+  load_matrices<CHUNKS, true>(b, tile, row, chunk, rows_first(lane()));
 }
 // The same from a tile of int8 that is stored (n, k), made wide here; `chunk` has all of its 16 k.
 template <class T>

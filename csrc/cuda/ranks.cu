@@ -5,6 +5,7 @@
 
 #include "mma.h"
 #include "philox.h"
+#include "segments.h"
 
 namespace fedms::cuda {
 namespace {
@@ -12,8 +13,8 @@ namespace {
 constexpr int RANKS = 32;        // of one block; more ranks are more blocks
 constexpr int MOST_RANKS = 256;  // of all experts together
 
-FEDMS_DEVICE float factor_of(const Factors& factors, int row, int rank) {
-  const int expert = factors.expert[rank];
+FEDMS_DEVICE float factor_of(const Factors& factors, const Segments& segments, int owner, int row, int rank) {
+  const int expert = segments.count ? owner : factors.expert[rank];
   const float scale = factors.scale[expert];
   return factors.gate ? scale * factors.gate[row * factors.row_stride + expert * factors.expert_stride] : scale;
 }
@@ -44,6 +45,7 @@ struct ShrinkArguments {
   T* t;
   int64_t t_stride;
   Factors factors;
+  Segments segments;
   Mask mask;
 };
 
@@ -54,12 +56,14 @@ struct Shrink {
 
   static FEDMS_DEVICE void run(const ShrinkArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory();
-    const int row = ptx::block_x() * ROWS, rank = ptx::block_y() * RANKS, steps = ceil_div(g.k, STEP);
+    const RowBlock rows = row_block(g.segments, ptx::block_x(), ROWS, g.m, g.r, false);
+    const int row = rows.row, rank = ptx::block_y() * RANKS, steps = ceil_div(g.k, STEP);
+    const T* a_of_rows = g.a + rows.first_rank * g.a_stride;
     const auto load = [&](int step) {
       if (step < steps) {
         const uint32_t stage = memory + step % STAGES * STAGE;
-        copy_tile<ROWS, 8, THREADS>(stage, g.x, g.x_stride, row, g.m, step * STEP, g.k);
-        copy_tile<RANKS, 8, THREADS>(stage + ROWS * 128, g.a, g.a_stride, rank, g.r, step * STEP, g.k);
+        copy_tile<ROWS, 8, THREADS>(stage, g.x, g.x_stride, row, rows.end, step * STEP, g.k);
+        copy_tile<RANKS, 8, THREADS>(stage + ROWS * 128, a_of_rows, g.a_stride, rank, rows.ranks, step * STEP, g.k);
       }
       ptx::cp_async_commit();
     };
@@ -92,13 +96,13 @@ struct Shrink {
       for (int i = 0; i < 4; ++i) {
         const int to_row = row + warp() * 16 + accumulator_row(lane(), i);
         const int to_rank = rank + j * 8 + accumulator_column(lane(), i);
-        if (to_row >= g.m || to_rank >= g.t_stride) continue;
-        float t = 0;  // behind the last rank, whatever x holds
-        if (to_rank < g.r) {
-          const float s = g.mask.drops() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
-          g.s[int64_t(to_row) * g.r + to_rank] = {Number<T>::narrow(s)};
-          t = s * factor_of(g.factors, to_row, to_rank);
+        if (to_row >= rows.end || to_rank >= g.t_stride) continue;
+        float s = 0, t = 0;  // behind the last rank, whatever x holds
+        if (to_rank < rows.ranks) {
+          s = g.mask.drops() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
+          t = s * factor_of(g.factors, g.segments, rows.owner, to_row, to_rank);
         }
+        if (to_rank < g.r) g.s[int64_t(to_row) * g.r + to_rank] = {Number<T>::narrow(s)};
         g.t[to_row * g.t_stride + to_rank] = {Number<T>::narrow(t)};
       }
     }
@@ -112,11 +116,14 @@ __global__ void __launch_bounds__(Shrink<T>::THREADS) shrink_kernel(__grid_const
 
 template <class T>
 __global__ void __launch_bounds__(256)
-    weigh_kernel(int64_t m, int r, const T* s, T* t, int64_t t_stride, Factors factors) {
+    weigh_kernel(int64_t m, int r, const T* s, T* t, int64_t t_stride, __grid_constant__ const Factors factors,
+                 __grid_constant__ const Segments segments) {
   const int64_t i = int64_t(ptx::block_x()) * 256 + ptx::thread(), row = i / t_stride;
   const int rank = int(i % t_stride);
   if (row >= m) return;
-  const float value = rank < r ? Number<T>::widen(s[row * r + rank]) * factor_of(factors, int(row), rank) : 0;
+  const RowBlock rows = row_block_of(segments, int(row), r);
+  const float factor = rank < rows.ranks ? factor_of(factors, segments, rows.owner, int(row), rank) : 0;
+  const float value = rank < rows.ranks ? Number<T>::widen(s[row * r + rank]) * factor : 0;
   t[i] = {Number<T>::narrow(value)};
 }
 
@@ -133,6 +140,7 @@ struct SweepArguments {
   const T* b;
   int64_t b_stride;
   float* u;
+  Segments segments;
   Mask mask;
 };
 
@@ -150,17 +158,18 @@ struct Sweep {
   static FEDMS_DEVICE void run(const SweepArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory(), b_tile = memory + STAGES * STAGE;
     const int column = ptx::block_x() * COLUMNS, split = ptx::block_y(), rank = ptx::block_z() * RANKS;
-    const int begin = split * g.rows_a_split, end = g.m - begin < g.rows_a_split ? g.m : begin + g.rows_a_split;
+    const RowBlock rows = row_block(g.segments, split, g.rows_a_split, g.m, g.r, false);
+    const int begin = rows.row, end = rows.end;
     const int steps = ceil_div(end - begin, ROWS);
     const auto load = [&](int step) {
       if (step < steps) {
         const uint32_t stage = memory + step % STAGES * STAGE;
         copy_tile<ROWS, CHUNKS, THREADS>(stage, g.z, g.z_stride, begin + step * ROWS, end, column, g.c);
-        if (g.g) copy_tile<ROWS, 4, THREADS>(stage + Z_BYTES, g.t, g.t_stride, begin + step * ROWS, end, rank, g.r);
+        if (g.g) copy_tile<ROWS, 4, THREADS>(stage + Z_BYTES, g.t, g.t_stride, begin + step * ROWS, end, rank, rows.ranks);
       }
       ptx::cp_async_commit();
     };
-    if (g.u) copy_tile<COLUMNS, 4, THREADS>(b_tile, g.b, g.b_stride, column, g.c, rank, g.r);
+    if (g.u) copy_tile<COLUMNS, 4, THREADS>(b_tile, g.b + rows.first_rank, g.b_stride, column, g.c, rank, rows.ranks);
     float outer[OUTER][RANKS / 8][4] = {};
     for (int step = 0; step < STAGES - 1; ++step) load(step);
     for (int step = 0; step < steps; ++step) {
@@ -249,33 +258,36 @@ __global__ void __launch_bounds__(Sweep<T, COLUMNS>::THREADS, 1)
 template <class T>
 __global__ void __launch_bounds__(256)
     finish_rows_kernel(int m, int r, int experts, int parts, const float* u, const T* s, T* ds, int64_t ds_stride,
-                       float* dgate, Factors factors) {
+                       float* dgate, __grid_constant__ const Factors factors, __grid_constant__ const Segments segments) {
   const int row = ptx::block_x() * 8 + warp();
   if (row >= m) return;
+  const RowBlock rows = row_block_of(segments, row, r);
   float products[MOST_RANKS / 32];
 #pragma unroll
   for (int i = 0; i < MOST_RANKS / 32; ++i) {
     const int rank = i * 32 + lane();
     float sum = 0;
     products[i] = 0;
-    if (rank < r) {
+    if (rank < rows.ranks) {
       for (int part = 0; part < parts; ++part) sum += u[(int64_t(part) * m + row) * r + rank];
       if (dgate) products[i] = sum * Number<T>::widen(s[int64_t(row) * r + rank]);
     }
     if (ds && rank < ds_stride) {
-      ds[row * ds_stride + rank] = {Number<T>::narrow(rank < r ? sum * factor_of(factors, row, rank) : 0)};
+      ds[row * ds_stride + rank] = {Number<T>::narrow(rank < rows.ranks ? sum * factor_of(factors, segments, rows.owner, row, rank) : 0)};
     }
   }
   if (!dgate) return;
-  for (int expert = 0; expert < experts; ++expert) {
+  const int columns = segments.count ? 1 : experts;
+  for (int column = 0; column < columns; ++column) {
+    const int expert = segments.count ? rows.owner : column;
     float total = 0;
 #pragma unroll
     for (int i = 0; i < MOST_RANKS / 32; ++i) {
       const int rank = i * 32 + lane();
-      if (rank < r && factors.expert[rank] == expert) total += products[i];
+      if (rank < rows.ranks && (segments.count || factors.expert[rank] == expert)) total += products[i];
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) total += ptx::shuffle_xor(total, lanes);
-    if (lane() == 0) dgate[int64_t(row) * experts + expert] = total * factors.scale[expert];
+    if (lane() == 0) dgate[int64_t(row) * columns + column] = total * factors.scale[expert];
   }
 }
 
@@ -309,40 +321,42 @@ Grid threads_of_256(const Launch& what, int64_t threads) {
 }  // namespace
 
 void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int64_t x_stride, const void* a,
-            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Dropout& dropout,
-            const Stream& stream) {
+            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Segments& segments,
+            const Dropout& dropout, const Stream& stream) {
   const Launch what{"shrink", m, 0, k, r, stream};
   check_sizes(what, m, k, r);
   if (k % 8) fail(what, "k is not a multiple of 8");
+  check_segments(what, segments, m);
   // Blocks cover the ranks in steps of RANKS: what they do not reach behind the last rank would stay unwritten.
   if (t_stride < r || t_stride > int64_t(ceil_div(r, RANKS)) * RANKS) fail(what, "the stride of t is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const ShrinkArguments<T> arguments{int(m), int(k), int(r), static_cast<const T*>(x), x_stride,
                                        static_cast<const T*>(a), a_stride, static_cast<T*>(s), static_cast<T*>(t),
-                                       t_stride, factors, mask_of(dropout)};
-    launch(what, shrink_kernel<T>, {ceil_div(m, Shrink<T>::ROWS), ceil_div(r, RANKS)}, Shrink<T>::THREADS,
+                                       t_stride, factors, segments, mask_of(dropout)};
+    launch(what, shrink_kernel<T>, {row_blocks(segments, Shrink<T>::ROWS, int(m)), ceil_div(r, RANKS)}, Shrink<T>::THREADS,
            Shrink<T>::SHARED, arguments);
   });
 }
 
 void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
-           const Stream& stream) {
+           const Segments& segments, const Stream& stream) {
   const Launch what{"weigh", m, 0, 0, r, stream};
   check_sizes(what, m, r, r);
+  check_segments(what, segments, m);
   if (t_stride < r) fail(what, "the stride of t is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     launch(what, weigh_kernel<T>, threads_of_256(what, m * t_stride), 256, 0, m, int(r), static_cast<const T*>(s),
-           static_cast<T*>(t), t_stride, factors);
+           static_cast<T*>(t), t_stride, factors, segments);
   });
 }
 
 int64_t sweep_blocks(int64_t c) { return ceil_div(c, sweep_columns(c)); }
 
 void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
-           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Dropout& dropout,
-           const Stream& stream) {
+           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Segments& segments,
+           const Dropout& dropout, const Stream& stream) {
   const Launch what{"sweep", m, c, 0, r, stream};
   check_sizes(what, m, c, r);
   if (c % 8) fail(what, "the columns of z are not a multiple of 8");
@@ -350,12 +364,13 @@ void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_spli
     fail(what, "rows_a_split is not a positive multiple of 64");
   }
   if (u && dropout.p > 0) fail(what, "dropout is for z^T t alone");
+  check_segments(what, segments, m);
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const SweepArguments<T> arguments{int(m), int(c), int(r), int(rows_a_split), static_cast<const T*>(z), z_stride,
                                       static_cast<const T*>(t), t_stride, g, static_cast<const T*>(b), b_stride, u,
-                                      mask_of(dropout)};
-    const Grid grid{int(sweep_blocks(c)), ceil_div(m, int(rows_a_split)), ceil_div(r, RANKS)};
+                                      segments, mask_of(dropout)};
+    const Grid grid{int(sweep_blocks(c)), row_blocks(segments, int(rows_a_split), int(m)), ceil_div(r, RANKS)};
     if (sweep_columns(c) == 256) {
       launch(what, sweep_kernel<T, 256>, grid, Sweep<T, 256>::THREADS, Sweep<T, 256>::SHARED, arguments);
     } else {
@@ -365,14 +380,16 @@ void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_spli
 }
 
 void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
-                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Stream& stream) {
+                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Segments& segments,
+                 const Stream& stream) {
   const Launch what{"finish_rows", m, 0, 0, r, stream};
   check_sizes(what, m, r, r);
+  check_segments(what, segments, m);
   if (ds && (ds_stride < r || ds_stride > MOST_RANKS)) fail(what, "the stride of ds is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     launch(what, finish_rows_kernel<T>, {ceil_div(m, 8)}, 256, 0, int(m), int(r), int(experts), int(parts), u,
-           static_cast<const T*>(s), static_cast<T*>(ds), ds_stride, dgate, factors);
+           static_cast<const T*>(s), static_cast<T*>(ds), ds_stride, dgate, factors, segments);
   });
 }
 

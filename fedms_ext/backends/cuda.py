@@ -2,8 +2,8 @@
 has passed their tests.
 
 For bf16 and fp16 layers whose sides are multiples of 8 (16 along K for an int8 weight), with a total rank of 256 at
-most and experts in the base's dtype, without segments. Everything else goes to the Triton backend where it can run, and
-to `eager`.
+most, experts in the base's dtype, and up to eight segments. Everything else goes to the Triton backend where it can run,
+and to `eager`.
 
 FEDMS_CUDA_EMULATED=FILE takes the kernels from a module that was compiled for the emulator of tests/cuda_kernels, and
 then they take tensors on the CPU.
@@ -17,6 +17,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 
@@ -107,7 +108,7 @@ def other(x: Tensor) -> ModuleType:
 def _in_kernels(x: Tensor, n: int, lora: Lora) -> bool:
     k = x.shape[-1]
     return (
-        lora.segments is None
+        len(lora.segments or ()) <= _kernels.MOST_SEGMENTS
         and x.numel() > 0
         and n > 0
         and n % 8 == 0
@@ -154,29 +155,35 @@ def _padded(rank: int) -> int:
 
 @dataclass(frozen=True)
 class _Experts:
-    """The applied experts side by side: a (R, K), b (N, R), scale (E,), owner (R,) the number of a rank's expert."""
+    """The applied experts side by side: a (R, K), b (N, R), scale (E,), owner (R,) the number of a rank's expert. In
+    segments each one begins at a multiple of 16 ranks, with zeros in the gaps."""
 
     a: Tensor
     b: Tensor
     scale: Tensor
     owner: Tensor
-    ranks: tuple[int, ...]
-
-    @property
-    def starts(self) -> list[int]:
-        return [sum(self.ranks[:e]) for e in range(len(self.ranks))]
+    segments: object
+    starts: list[int]  # the column of S where each expert begins
 
 
 def _pack(lora: Lora) -> _Experts:
-    ranks, scale = tuple(lora.ranks), lora.scale
-    rank, device = sum(ranks), lora.a[0].device
-    b = F.pad(torch.cat(list(lora.b), dim=1), (0, _padded(rank) - rank))[:, :rank]
+    ranks, scale, device = lora.ranks, lora.scale, lora.a[0].device
+    unit = 1 if lora.segments is None else 16
+    gaps = [-rank % unit for rank in ranks]
+    firsts = [sum(ranks[:e]) + sum(gaps[:e]) for e in range(len(ranks))]
+    rank = sum(ranks) + sum(gaps)
+    a = torch.cat([F.pad(a, (0, 0, 0, gap)) if gap else a for a, gap in zip(lora.a, gaps)])
+    b = torch.cat([F.pad(b, (0, gap)) if gap else b for b, gap in zip(lora.b, gaps)], dim=1)
+    b = F.pad(b, (0, _padded(rank) - rank))[:, :rank]
     if scale.device == device:
         scale = scale.to(torch.float32)
     else:
         scale = numbers(tuple(scale.tolist()), torch.float32, device)
-    owners = tuple(e for e, r in enumerate(ranks) for _ in range(r))
-    return _Experts(_rows(torch.cat(list(lora.a))), b, scale, numbers(owners, torch.int32, device), ranks)
+    owner = numbers(tuple(e for e, r in enumerate(ranks) for _ in range(r)), torch.int32, device)
+    if lora.segments is None:
+        return _Experts(_rows(a), b, scale, owner, _kernels.Segments([], [], []), firsts)
+    segments = _kernels.Segments(list(accumulate(lora.segments)), ranks, firsts)
+    return _Experts(_rows(a), b, scale, owner, segments, [0] * len(ranks))
 
 
 class _Call:
@@ -185,7 +192,7 @@ class _Call:
     def __init__(self, x: Tensor, lora: Lora) -> None:
         self.bf16, self.chip, self.stream = x.dtype == torch.bfloat16, _chip(x.device), _stream(x)
         self.experts = experts = _pack(lora)
-        self.rank = experts.a.shape[0]
+        self.rank, self.rows_of_experts = lora.rank, lora.segments
         gates = lora.gate_rows()
         self.gate = None if gates is None else gates.to(torch.float32)
         strides = (0, 0) if self.gate is None else self.gate.stride()
@@ -201,51 +208,60 @@ class _Call:
         s, t = x.new_empty(m, self.rank), x.new_empty(m, _padded(self.rank))
         _kernels.shrink(
             self.bf16, m, x.shape[1], self.rank, x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), s.data_ptr(),
-            t.data_ptr(), t.stride(0), self.factors, self.dropout, self.stream,
+            t.data_ptr(), t.stride(0), self.factors, self.experts.segments, self.dropout, self.stream,
         )  # fmt: skip
         return s, t
 
     def weigh(self, s: Tensor) -> Tensor:
         t = s.new_empty(s.shape[0], _padded(self.rank))
         _kernels.weigh(
-            self.bf16, s.shape[0], self.rank, s.data_ptr(), t.data_ptr(), t.stride(0), self.factors, self.stream
-        )
+            self.bf16, s.shape[0], self.rank, s.data_ptr(), t.data_ptr(), t.stride(0), self.factors,
+            self.experts.segments, self.stream,
+        )  # fmt: skip
         return t
 
     def gemm(
-        self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, t: Tensor, f: Tensor, across: bool
-    ) -> Tensor:
-        """x w^T + t f^T + bias; `across`: x w + t f, and dropout masks t f."""
+        self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, t: Tensor, f: Tensor, across: bool,
+        drops: bool,
+    ) -> Tensor:  # fmt: skip
+        """x w^T + t f^T + bias, or `across`: x w + t f. `drops`: dropout masks t f."""
         (m, k), n = x.shape, w.shape[1] if across else w.shape[0]
         y = x.new_empty(m, n)
-        drops = across and self.drops
-        tile = _kernels.gemm_tiles(self.chip, m, n, k, self.rank, w_scale is not None, drops)[0]
+        drops = drops and self.drops
+        whole = all(rows == 0 or rows >= 128 for rows in self.rows_of_experts or ())
+        tile = _kernels.gemm_tiles(self.chip, m, n, k, self.rank, w_scale is not None, drops, whole)[0]
         _kernels.gemm(
             self.bf16, m, n, k, self.rank, x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), _address(w_scale),
             _address(bias), t.data_ptr(), t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), across,
-            self.dropout if drops else self.nothing_dropped, tile, self.chip, self.stream,
+            self.dropout if drops else self.nothing_dropped, self.experts.segments, tile, self.chip, self.stream,
         )  # fmt: skip
         return y
 
-    def sweep(self, z: Tensor, t: Tensor | None, b: Tensor | None, drops: bool) -> tuple[Tensor | None, Tensor | None]:
-        """One pass over z (M, C): the parts of drop(z)^T t (splits, C, R), and those of z b (blocks, M, R)."""
+    def sweep(
+        self, z: Tensor, t: Tensor | None, b: Tensor | None, drops: bool
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """One pass over z (M, C): the parts of drop(z)^T t (splits, C, R) of each expert, and those of z b (blocks, M, R)."""
         m, c = z.shape
         rows = -(-max(-(-m // _MOST_PARTS), 64) // 64) * 64
-        g = z.new_empty(-(-m // rows), c, self.rank, dtype=torch.float32) if t is not None else None
+        counts = [-(-own // rows) for own in self.rows_of_experts or (m,)]
+        g = z.new_empty(sum(counts), c, self.rank, dtype=torch.float32) if t is not None else None
         u = z.new_empty(_kernels.sweep_blocks(c), m, self.rank, dtype=torch.float32) if b is not None else None
         _kernels.sweep(
             self.bf16, m, c, self.rank, rows, z.data_ptr(), z.stride(0), _address(t), _stride(t), _address(g),
-            _address(b), _stride(b), _address(u), self.dropout if drops else self.nothing_dropped, self.stream,
+            _address(b), _stride(b), _address(u), self.experts.segments,
+            self.dropout if drops else self.nothing_dropped, self.stream,
         )  # fmt: skip
-        return g, u
+        if g is None:
+            return None, u
+        return list(g.split(counts)) if self.rows_of_experts else [g] * len(self.experts.starts), u
 
     def finish_rows(self, u: Tensor, s: Tensor | None, dgate: Tensor | None, like: Tensor) -> Tensor:
         """dS (M, R), in the dtype of `like`, from the parts of U; fills `dgate` (M, E) if it is given."""
         parts, m, _ = u.shape
         ds = like.new_empty(m, _padded(self.rank))
         _kernels.finish_rows(
-            self.bf16, m, self.rank, len(self.experts.ranks), parts, u.data_ptr(), _address(s), ds.data_ptr(),
-            ds.stride(0), _address(dgate), self.factors, self.stream,
+            self.bf16, m, self.rank, len(self.experts.starts), parts, u.data_ptr(), _address(s), ds.data_ptr(),
+            ds.stride(0), _address(dgate), self.factors, self.experts.segments, self.stream,
         )  # fmt: skip
         return ds
 
@@ -278,7 +294,7 @@ def _forward(
     call = _Call(x, lora)
     s, t = call.shrink(rows)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = call.gemm(rows, weight, w_scale, bias, t, call.experts.b, across=False)
+    y = call.gemm(rows, weight, w_scale, bias, t, call.experts.b, across=False, drops=False)
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -292,8 +308,7 @@ def frozen_backward(
     dy: Tensor, x: Tensor | None, frozen: Frozen, lora: Lora, s: Tensor | None, needs: Needs
 ) -> Gradients:
     """`backward` on the int8 transpose (K, N) of the weight."""
-    # The kernels mask the ranks' part of dx before an int8 weight could be scaled, so dropout goes elsewhere.
-    int8 = not needs.dx or (frozen.data.dtype == torch.int8 and frozen.n % 16 == 0 and lora.dropout_p == 0)
+    int8 = not needs.dx or (frozen.data.dtype == torch.int8 and frozen.n % 16 == 0)
     if not _in_kernels(dy, frozen.k, lora) or not int8:
         return other(dy).frozen_backward(dy, x, frozen, lora, s, needs)
     return _backward(dy, x, frozen.data, frozen.scale, lora, s, needs)
@@ -308,7 +323,7 @@ def _backward(
     call = _Call(dy, lora)
     experts = call.experts
     s = None if s is None else s.contiguous()
-    dgate = rows.new_empty(len(rows), len(lora.a), dtype=torch.float32) if needs.dgate else None
+    dgate = rows.new_empty(len(rows), lora.gate.shape[-1], dtype=torch.float32) if needs.dgate else None
     da, db = empty_gradients(lora, needs)
 
     # One pass over dy: dB from S with scale and gate, and U = dy B, from which dS and the gate's gradient come.
@@ -316,20 +331,22 @@ def _backward(
     t = call.weigh(s) if any(needs.db) else None
     parts, u = call.sweep(rows, t, experts.b if needs_u else None, drops=False)
     ds = call.finish_rows(u, s, dgate, rows) if needs_u else None
-    for out, first in zip(db, experts.starts):
+    for e, (out, first) in enumerate(zip(db, experts.starts)):
         if out is not None:
-            call.add_parts(parts, out, first)
+            call.add_parts(parts[e], out, first)
 
     if any(needs.da):
         parts, _ = call.sweep(_rows(x), ds, None, drops=call.drops)
-        for out, first in zip(da, experts.starts):
+        for e, (out, first) in enumerate(zip(da, experts.starts)):
             if out is not None:
-                call.add_parts(parts, out.t(), first)
+                call.add_parts(parts[e], out.t(), first)
 
     dx = None
     if needs.dx:
         # An int8 weight is its own transpose, quantised apart, so its ranks lie along it too.
-        f = experts.a if w_scale is None else _rows(F.pad(experts.a.t(), (0, _padded(call.rank) - call.rank)))
-        dx = call.gemm(rows, _rows(weight), w_scale, None, ds, f, across=w_scale is None)
+        f, rank = experts.a, len(experts.a)
+        if w_scale is not None:
+            f = _rows(F.pad(f.t(), (0, _padded(rank) - rank)))
+        dx = call.gemm(rows, _rows(weight), w_scale, None, ds, f, across=w_scale is None, drops=True)
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return dx, None if dgate is None else dgate.view(lora.gate.shape).to(lora.gate.dtype), da, db

@@ -1,9 +1,10 @@
-// All of csrc/cuda/layout.h, and the parts of the kernels' addresses that rest on it, gone through on a CPU.
+// All of csrc/cuda/layout.h and segments.h, and the parts of the kernels' addresses that rest on it, gone through on a CPU.
 #include <cstdio>
 #include <set>
 #include <vector>
 
 #include "../../csrc/cuda/heuristics.h"
+#include "../../csrc/cuda/segments.h"
 
 using namespace fedms::cuda;
 
@@ -47,6 +48,46 @@ void tiles_of_the_grid() {
     }
   }
   std::printf("place_tile: every tile once, in %ld grids\n", pairs);
+}
+
+// All ways to lay three segments over up to 200 rows, in steps of 7 rows.
+void blocks_of_rows() {
+  long grids = 0;
+  for (int m = 1; m <= 200; m += 7) {
+    for (int first = 0; first <= m; first += 7) {
+      for (int second = first; second <= m; second += 7) {
+        const Segments segments{3, {first, second, m}, {5, 0, 40}, {0, 16, 16}};
+        for (int size : {16, 64}) {
+          const bool whole = (first == 0 || first >= size) && (second == first || second - first >= size) &&
+                             (m == second || m - second >= size);
+          for (int reach_back = 0; reach_back <= whole; ++reach_back, ++grids) {
+            std::vector<int> seen(m);
+            const int blocks = row_blocks(segments, size, m);
+            for (int block = 0; block < blocks; ++block) {
+              const RowBlock rows = row_block(segments, block, size, m, 40, reach_back);
+              const int start = rows.owner == 0 ? 0 : segments.ends[rows.owner - 1];
+              expect(rows.row >= start && rows.end <= segments.ends[rows.owner] && rows.row < rows.end,
+                     "a block leaves its segment", m, block);
+              expect(rows.end - rows.row <= size && (!reach_back || rows.end - rows.row == size), "a block's size", m, block);
+              expect(rows.ranks == segments.ranks[rows.owner] && rows.first_rank == segments.firsts[rows.owner], "ranks", m);
+              for (int row = rows.row; row < rows.end && row >= 0 && row < m; ++row) ++seen[row];
+            }
+            for (int row = 0; row < m; ++row) {
+              expect(seen[row] == 1 || (reach_back && seen[row] == 2), "a row is not in one block", m, row);
+              const RowBlock one = row_block_of(segments, row, 40);
+              expect(row < segments.ends[one.owner] && row >= (one.owner == 0 ? 0 : segments.ends[one.owner - 1]),
+                     "a row is not its owner's", m, row);
+            }
+          }
+        }
+      }
+    }
+    const Segments none{};
+    expect(row_blocks(none, 64, m) == (m + 63) / 64, "blocks of all rows", m);
+    const RowBlock last = row_block(none, row_blocks(none, 64, m) - 1, 64, m, 40, true);
+    expect(last.end == m && last.ranks == 40 && last.first_rank == 0, "the last block of all rows", m);
+  }
+  std::printf("row_block: every row in one block of its own segment, in %ld grids\n", grids);
 }
 
 template <int CHUNKS>
@@ -176,14 +217,17 @@ void cost_model() {
     for (int64_t m : {1, 64, 512, 8192}) {
       for (int64_t n : {8, 768, 4096, 14336}) {
         for (bool int8 : {false, true}) {
-          const std::vector<int> tiles = rank_tiles(chip, m, n, 4096, 32, int8, false);
+          const std::vector<int> tiles = rank_tiles(chip, m, n, 4096, 32, int8, false, true);
           expect(!tiles.empty(), "no tile for a problem", int(m), int(n));
           for (int tile : tiles) expect(TILES[tile].shared_bytes() <= chip.shared_memory, "a tile does not fit", chip.capability, tile);
           if (!int8) expect(cost(TILES[tiles[0]], chip, m, n, 4096, 32) <= cost(TILES[tiles[0]], chip, 2 * m + 256, n, 4096, 32), "more rows cost less");
         }
       }
     }
-    const Tile& large = TILES[rank_tiles(chip, 8192, 4096, 4096, 32, false, false)[0]];
+    const Tile& large = TILES[rank_tiles(chip, 8192, 4096, 4096, 32, false, false, true)[0]];
+    for (int tile : rank_tiles(chip, 8192, 4096, 4096, 32, false, false, false)) {
+      expect(TILES[tile].kind == Kind::mma, "a tile that must be whole for short segments", chip.capability, tile);
+    }
     expect((large.kind == Kind::wgmma) == (chip.capability == 90), "wgmma is for 9.0, and first there", chip.capability);
   }
   std::printf("cost model: legal tiles for every problem on 5 chips\n");
@@ -193,6 +237,7 @@ void cost_model() {
 
 int main() {
   tiles_of_the_grid();
+  blocks_of_rows();
   swizzle<4>();
   swizzle<8>();
   swizzle<16>();

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import fedms_ext
-from fedms_ext import expert_linear, reference
+from fedms_ext import expert_linear
 from fedms_ext.backends import cuda as backend
-from fedms_ext.backends.operands import Frozen, Lora, Needs
+from fedms_ext.backends import eager
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton_kernels"))
-from layers import Layer, error  # noqa: E402
+import layers  # noqa: E402
+from layers import (  # noqa: E402
+    Layer,
+    check_bits_repeat,
+    check_graph_replay,
+    check_more_than_two_to_the_31_values,
+    check_not_applied,
+)
 
 if reason := fedms_ext.explain("cuda"):
     pytest.skip(reason, allow_module_level=True)
@@ -29,7 +37,7 @@ CHIP = backend._chip(torch.empty(0, device=DEVICE).device)
 
 
 def tiles(int8=False, drops=False):
-    numbers = sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, drops))
+    numbers = sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, drops, True))
     return [pytest.param(tile, id=backend._kernels.gemm_tile_name(tile)) for tile in numbers]
 
 
@@ -51,20 +59,8 @@ def use_tile(monkeypatch, tile):
     monkeypatch.setattr(backend._kernels, "gemm_tiles", lambda *problem: [tile])
 
 
-def check(layer, active=None, needs=None):
-    want = layer.run(reference.expert_linear, active, double=True, needs=needs)
-    with fedms_ext.use_backend("eager"):
-        eager = layer.run(expert_linear, active, needs=needs)
-    with fedms_ext.use_backend("cuda"):
-        got = layer.run(expert_linear, active, needs=needs)
-    assert len(got) == len(want)
-    for i, (g, e, w) in enumerate(zip(got, eager, want)):
-        assert (g is None) == (w is None), i
-        if g is not None:
-            # On a handful of values either may be lucky with its roundings.
-            slack = torch.finfo(layer.x.dtype).eps if w.numel() < 64 else 1e-7
-            assert error(g, w) <= 1.5 * error(e, w) + slack, (i, error(g, w), error(e, w))
-    return got
+check = partial(layers.check, backend="cuda")
+check_quantised = partial(layers.check_quantised, backend="cuda")
 
 
 # Sizes that end inside a tile, a step of the reduction and a step of the ranks.
@@ -141,38 +137,55 @@ def test_nan_stays_in_its_row(monkeypatch):
 
 @pytest.mark.parametrize("tile", tiles(int8=True))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_int8_weight(monkeypatch, tile, dtype):
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_int8_weight(monkeypatch, tile, dtype, p):
     use_tile(monkeypatch, tile)
-    layer = Layer(70, 144, 80, [5, 2], "row and expert", dtype)
-    q, scale = reference.quantise_weight(layer.weight)
-    q_t, scale_t = reference.quantise_weight((q * scale[:, None]).t())
+    check_quantised(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
 
-    def double(*tensors):
-        return [t.double() for t in tensors]
 
-    lora = Lora(layer.a, layer.b, torch.tensor(layer.scale), layer.gate, None, 0.0, 0)
-    y, s = backend.frozen_forward(layer.x, Frozen(q.to(torch.int8), scale, "int8", 0, 80, 144), layer.bias, lora)
-    weight = q.double() * scale.double()[:, None]
-    want = reference.expert_linear(
-        layer.x.double(), weight, layer.bias.double(), double(*layer.a), double(*layer.b), layer.scale, layer.gate.double()
-    )
-    assert error(y, want) <= 4e-3
-    frozen, needs = Frozen(q_t.to(torch.int8), scale_t, "int8", 0, 80, 144), Needs(True, True, [True] * 2, [True] * 2)
-    dx, dgate, da, db = backend.frozen_backward(layer.dy, layer.x, frozen, lora, s, needs)
-    want = reference.expert_linear_backward(
-        layer.dy.double(), layer.x.double(), (q_t.double() * scale_t.double()[:, None]).t(), double(*layer.a),
-        double(*layer.b), layer.scale, layer.gate.double(),
-    )  # fmt: skip
-    for got, wanted in zip((dx, dgate, *da, *db), (want[0], want[1], *want[2], *want[3])):
-        assert error(got, wanted) <= 6e-3
+@pytest.mark.parametrize("tile", tiles())
+@pytest.mark.parametrize("segments, ranks, gate", [
+    ((128, 150), [8, 8], "none"),
+    ((131, 0, 140), [3, 17, 40], "row"),
+], ids=str)  # fmt: skip
+def test_segments(monkeypatch, tile, segments, ranks, gate):
+    use_tile(monkeypatch, tile)
+    check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
+
+
+@pytest.mark.parametrize("segments, ranks", [((30, 40), [5, 2]), ((1, 1, 68), [2, 40, 7]), ((0, 70), [3, 3]),
+                                             ((9,) * 8, [1, 2, 3, 4, 5, 6, 7, 33])], ids=str)  # fmt: skip
+def test_short_segments(segments, ranks):
+    check(Layer(sum(segments), 72, 136, ranks, "row", segments=segments))
+
+
+def test_segments_with_dropout_and_int8(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    check(Layer(135, 72, 136, [3, 33], "row", dropout_p=0.3, segments=(65, 70)))
+    check_quantised(Layer(135, 80, 144, [3, 33], "row", dropout_p=0.3, segments=(65, 70)), "int8", 64)
+
+
+def test_segments_of_experts_that_are_not_applied():
+    for active in ([True, False, True], [False, True, False]):
+        layer = Layer(400, 40, 48, [2, 3, 9], "row", segments=(130, 140, 130))
+        check_not_applied(layer, active, row=140, backend="cuda")
+
+
+def test_only_asked_gradients_of_segments_are_made(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    layer = Layer(70, 40, 48, [2, 3], "row", segments=(40, 30))
+    for needs in [{0}, {1}, {2, 5}, {3}, {4, 5}]:
+        assert len(check(layer, needs=needs)) == 1 + len(needs)
+
+
+def test_more_segments_than_the_kernels_take_go_elsewhere(monkeypatch):
+    monkeypatch.setattr(backend, "other", lambda x: eager)
+    check(Layer(72, 40, 48, [2] * 9, "row", segments=(8,) * 9))
 
 
 def test_bits_repeat(monkeypatch):
     use_tile(monkeypatch, SMALL)
-    layer = Layer(150, 72, 136, [9, 8], "row and expert", dropout_p=0.1)
-    with fedms_ext.use_backend("cuda"):
-        first, again = layer.run(expert_linear), layer.run(expert_linear)
-    assert all(torch.equal(f, a) for f, a in zip(first, again))
+    check_bits_repeat(Layer(150, 72, 136, [9, 8], "row and expert", dropout_p=0.1), 1, "cuda")
 
 
 @on_gpu
@@ -191,30 +204,9 @@ def test_the_tiles_of_the_cost_model():
 
 @on_gpu
 def test_graph_replay():
-    layer = Layer(1000, 768, 768, [16, 8], "row and expert", dropout_p=0.1)
-    with fedms_ext.use_backend("cuda"):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                want = layer.run(expert_linear)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = layer.run(expert_linear)
-    for tensor in got:
-        tensor.fill_(float("nan"))
-    graph.replay()
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    check_graph_replay(Layer(1000, 768, 768, [16, 8], "row and expert", dropout_p=0.1), "cuda")
 
 
 @on_gpu
 def test_more_than_two_to_the_31_values():
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB of free memory")
-    rows, k = 2**20 + 70, 2056  # the last rows of x start beyond 2**31 values
-    x = torch.randn(rows, k, dtype=torch.bfloat16)
-    layer = Layer(70, k, 16, [2])
-    with fedms_ext.use_backend("cuda"):
-        whole = expert_linear(x, layer.weight, None, layer.a, layer.b, layer.scale)
-        end = expert_linear(x[-70:], layer.weight, None, layer.a, layer.b, layer.scale)
-    assert (whole[-70:] - end).abs().max() <= 2e-2 * end.abs().max()
+    check_more_than_two_to_the_31_values("cuda")

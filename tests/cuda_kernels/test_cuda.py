@@ -88,9 +88,9 @@ def test_nothing_chooses_it_before_a_gpu_has_passed():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_launch_without_a_driver_is_an_error_that_names_it():
     kernels = cuda._kernels
-    stream, nothing = kernels.Stream(0, 0), kernels.Dropout(0.0, 0)
+    stream, nothing, whole = kernels.Stream(0, 0), kernels.Dropout(0.0, 0), kernels.Segments([], [], [])
     factors = kernels.Factors(0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"shrink \(m 5, n 0, k 8, total rank 3\) on device 0: .*\(cudaError"):
-        kernels.shrink(True, 5, 8, 3, 0, 8, 0, 8, 0, 0, 8, factors, nothing, stream)
+        kernels.shrink(True, 5, 8, 3, 0, 8, 0, 8, 0, 0, 8, factors, whole, nothing, stream)
     with pytest.raises(RuntimeError, match="cudaError"):
         kernels.check_device(0)

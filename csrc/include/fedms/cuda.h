@@ -35,9 +35,20 @@ struct Dropout {
 // The total rank R: the experts lie side by side.
 struct Factors {
   const float* scale;    // (E,)
-  const int32_t* expert;  // (R,), the number of each rank's expert
+  const int32_t* expert;  // (R,), the number of each rank's expert; nobody looks at it in segments
   const float* gate;     // gate[i * row_stride + e * expert_stride]; null means 1
   int64_t row_stride, expert_stride;
+};
+
+// Rows in segments, each with one expert of its own; a count of 0: all rows take all experts. In segments the experts'
+// ranks begin at multiples of 16 in a, b and f, whose numbers behind an expert's last rank, up to the next multiple of
+// 16, are zeros; R is the largest rank, and s, t and ds have zeros behind that of a row's own expert.
+constexpr int MOST_SEGMENTS = 8;
+struct Segments {
+  int count = 0;
+  int32_t ends[MOST_SEGMENTS];    // the row where each one ends, and the next one begins
+  int32_t ranks[MOST_SEGMENTS];   // of its expert; may be 0
+  int32_t firsts[MOST_SEGMENTS];  // the expert's first rank in a, b and f
 };
 
 // What a device can do, as far as the choice of a tile needs it.
@@ -49,7 +60,8 @@ struct Chip {
 
 // y (m, n), dense, = x w + t f + bias, in one fp32 accumulator. x is (m, k), t (m, r), and r may be 0. w and f are given
 // as (n, k) and (n, r), or, with `across`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
-// `w_scale` (n,) or null: w is int8, not across, with one scale a column of y; k is a multiple of 16.
+// `w_scale` (n,) or null: w is int8, not across, with one scale a column of y; k is a multiple of 16. Dropout may mask t f
+// there too.
 struct Gemm {
   Element element;
   int64_t m, n, k, r;
@@ -66,36 +78,40 @@ struct Gemm {
   void* y;
   bool across;
   Dropout dropout;
+  Segments segments;
 };
 
-// The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first.
-std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops);
+// The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `whole`:
+// no segment is shorter than 128 rows.
+std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops, bool whole);
 std::string gemm_tile_name(int tile);
 void gemm(const Gemm& gemm, int tile, const Chip& chip, const Stream& stream);
 
 // s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its
 // stride. k is a multiple of 8.
 void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int64_t x_stride, const void* a,
-            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Dropout& dropout,
-            const Stream& stream);
+            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Segments& segments,
+            const Dropout& dropout, const Stream& stream);
 
 // t (m, r) from a dense s (m, r), as shrink makes it.
 void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
-           const Stream& stream);
+           const Segments& segments, const Stream& stream);
 
 // One pass over z (m, c), which is dy or x:
-//   parts of drop(z)^T t, (splits, c, r), one of every `rows_a_split` rows of z, with t (m, r); and
+//   parts of drop(z)^T t, (splits, c, r), one of every `rows_a_split` rows of z, or of a segment, with t (m, r); and
 //   parts of z b, (sweep_blocks(c), m, r), one of every block of columns of z, with b (c, r).
 // Null pointers (g, or u) leave either out. c is a multiple of 8, rows_a_split of 64.
 int64_t sweep_blocks(int64_t c);
 void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
-           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Dropout& dropout,
-           const Stream& stream);
+           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Segments& segments,
+           const Dropout& dropout, const Stream& stream);
 
 // From the parts of u = dy B (parts, m, r): ds (m, r) = u with scale and gate (zeros up to its stride), and dgate
-// (m, experts) = scale * the sum of s * u over the ranks of an expert, with a dense s (m, r). Null leaves either out.
+// (m, experts), or (m, 1) in segments, = scale * the sum of s * u over the ranks of an expert, with a dense s (m, r). Null
+// leaves either out.
 void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
-                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Stream& stream);
+                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Segments& segments,
+                 const Stream& stream);
 
 // out (c, count) = the sum over the parts, in order, of the columns first .. first + count - 1 of g (parts, c, r);
 // out[i * row_stride + j * column_stride].
