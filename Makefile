@@ -61,6 +61,7 @@ sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined be
 	build/sanitize/int8_check
 
 test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30 full disks, 20 runs within limits of memory
+	$(BIN)/python -c 'import mlflow, tensorboard, wandb' 2>/dev/null || $(PIP) install --no-build-isolation --editable '.[track]'
 	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(PYTEST) tests
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
