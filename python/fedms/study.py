@@ -283,7 +283,8 @@ Accuracies in %, mean ± standard deviation over seeds; each client counts the s
 tenth of clients. *Below local*: the share of clients that would be better off alone. `fedms` is the method as defined,
 `fedms_plus` with the pieces that `docs/method.md` explains. What a run costs lies in its training samples, what it says in
 its test samples: so clients have more of the latter. Sentences cost several times what images do: they are cut to 32
-tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4. Differences are paired by client and seed, in points,
+tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4. Cost is operations (TFLOP), not seconds: runs share the
+machine. Differences are paired by client and seed, in points,
 with a 95 % interval of their mean; those whose interval holds 0 are marked by ~.
 """
 
@@ -440,9 +441,9 @@ def _ablation_part(done: Sequence[Done], planned: Sequence[Planned], of_run: Map
 
 
 def _as_run(line: Mapping[str, Any]) -> RunRecords:
-    """A line in the form that reports are made of."""
+    """A line in the form that reports are made of. Without its seconds: runs side by side slow each other down."""
     return RunRecords(Path(line["label"]), {"run": {"method": line["label"], "seed": line["seed"]}}, [], [],
-                      list(line["clients"]), dict(line))
+                      list(line["clients"]), {**line, "seconds": None})
 
 
 def _gap(runs: Sequence[RunRecords], ours: str, theirs: str) -> tuple[float, float] | None:
