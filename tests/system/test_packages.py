@@ -54,7 +54,7 @@ def test_the_source_distribution_holds_what_builds_and_tests(packages):
     names = {name.partition("/")[2] for name in tarfile.open(packages[".gz"]).getnames()}
     assert {"setup.py", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/cpu/lora.cpp", "csrc/cuda/gemm.cu", "tests/conftest.py",
             "docs/index.md", "examples/README.md", "LICENSE"} <= names
-    assert not any(name.endswith((".so", ".pyc")) or ".venv" in name for name in names)
+    assert not any(name.endswith((".so", ".pyc")) or ".venv" in name or "/trials/" in name for name in names)
 
 
 def test_the_wheel_in_a_fresh_environment(packages, tmp_path):
