@@ -63,15 +63,11 @@ class Residual:
 
     def norm(self) -> float | None:
         """Relative size `||residual|| / ||mean(B A)||` over all pairs together, Frobenius norms; None if no pair was
-        sent or all products are zero. Never forms an N x K product: with the factors stacked,
-        `||B A||^2 = sum((B^T B) * (A A^T))`.
-        """
+        sent or all products are zero."""
         lost = kept = 0.0
         for _, pairs in sorted(self.pairs.items()):
-            a, b = _stacked(pairs)
-            mean_a, mean_b = _means(pairs)
-            kept += _product_norm_squared(a, b)
-            lost += _product_norm_squared(torch.cat([a, mean_a]), torch.cat([b, -mean_b], dim=1))
+            its_lost, its_kept = _norms_squared(*_stacked(pairs), *_means(pairs))
+            lost, kept = lost + its_lost, kept + its_kept
         return (lost / kept) ** 0.5 if kept > 0 else None
 
     def corrections(self, means: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -87,19 +83,34 @@ class Residual:
 
 def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     """A (k r, K) and B (N, k r), whose product is the weighted mean of the products, float64."""
-    total = sum(weight for _, _, weight in pairs)
-    return (torch.cat([a.double() for a, _, _ in pairs]),
-            torch.cat([b.double() * (weight / total) for _, b, weight in pairs], dim=1))
+    shares = _shares(pairs).repeat_interleave(len(pairs[0][0]))
+    return torch.cat([a for a, _, _ in pairs]).double(), torch.cat([b for _, b, _ in pairs], dim=1).double() * shares
 
 
 def _means(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    total = sum(weight for _, _, weight in pairs)
-    return (cast(Tensor, sum(a.double() * (weight / total) for a, _, weight in pairs)),
-            cast(Tensor, sum(b.double() * (weight / total) for _, b, weight in pairs)))
+    """The weighted means of A (r, K) and of B (N, r), float64."""
+    shares = _shares(pairs)
+    mean_a, mean_b = (torch.tensordot(shares, torch.stack(each).double(), 1)
+                      for each in ([a for a, _, _ in pairs], [b for _, b, _ in pairs]))
+    return mean_a, mean_b
 
 
-def _product_norm_squared(a: Tensor, b: Tensor) -> float:
-    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+def _shares(pairs: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """(k,) float64 weights, of sum 1."""
+    weights = torch.tensor([weight for _, _, weight in pairs], dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def _norms_squared(a: Tensor, b: Tensor, mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:
+    """`||B A - mean(B) mean(A)||^2` and `||B A||^2` of stacked pairs, by the smaller matrices: products (N, K), or the
+    inner products of all k r rank-one terms with each other, `(B^T B) * (A A^T)`."""
+    count = len(a)
+    if count > min(len(b), a.shape[1]):
+        product = b @ a
+        return float((product - mean_b @ mean_a).square().sum()), float(product.square().sum())
+    a, b = torch.cat([a, mean_a]), torch.cat([b, -mean_b], dim=1)
+    inner = (b.T @ b) * (a @ a.T)
+    return max(float(inner.sum()), 0.0), max(float(inner[:count, :count].sum()), 0.0)
 
 
 # Rules that need all replies of a round at once. Each reply counts once, whatever its weight: a client could claim any

@@ -3,7 +3,7 @@ are active, and words the next message."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -185,23 +185,23 @@ class Server:
         for name, tensor in reply.sums.items():
             if name not in self.sums:
                 raise Refused(f"{name}: is no statistic that was asked for")
-            _check_tensor(name, tensor, self.sums[name])
+            _check_form(name, tensor, self.sums[name])
+        _check_finite(reply.sums)
         collected.add(reply)
 
     def _check_tensors(self, tensors: Tensors, message: Message, participant: Participant) -> None:
         trained = set(self.order[:participant.trained_depth(message)])
-        changed = sent = 0.0
         for name, tensor in tensors.items():
             if name not in message.tensors:
                 raise Refused(f"{name}: was not sent to it")
             if self.block_of.get(name, None) not in {None, *trained}:
                 raise Refused(f"{name}: block {self.block_of[name]} is not trained by this client now")
-            _check_tensor(name, tensor, message.tensors[name])
-            changed += float((tensor.double() - message.tensors[name].double()).square().sum())
-            sent += float(message.tensors[name].double().square().sum())
-        most = self.config.clients.max_change * max(math.sqrt(sent), 1.0)
-        if math.sqrt(changed) > most:
-            raise Refused(f"its change has norm {math.sqrt(changed):g}; accepted: up to {most:g}, by clients.max_change")
+            _check_form(name, tensor, message.tensors[name])
+        _check_finite(tensors)
+        before, after = (_flat(values[name] for name in tensors) for values in (message.tensors, tensors))
+        change, most = float((after - before).norm()), self.config.clients.max_change * max(float(before.norm()), 1.0)
+        if change > most:
+            raise Refused(f"its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
         """One round: averages what its clients sent.
@@ -284,10 +284,20 @@ class Server:
         return tuple(sorted(drawn.tolist()))
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
     if tensor.shape != expected.shape:
         raise Refused(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.dtype != expected.dtype:
         raise Refused(f"{name}: {tensor.dtype}, expected {expected.dtype}")
-    if not torch.isfinite(tensor).all():
+
+
+def _check_finite(tensors: Tensors) -> None:
+    if not torch.isfinite(_flat(tensors.values())).all():
+        name = next(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
         raise Refused(f"{name}: holds NaN or infinity")
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All values, float64, behind each other: a reply has many small tensors, and each operation on one costs as much
+    as on all."""
+    return torch.cat([torch.empty(0), *(tensor.flatten() for tensor in tensors)]).double()

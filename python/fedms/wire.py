@@ -132,11 +132,13 @@ def _scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _decode(data: bytes, shape: tuple[int, ...], kind: str, used: str) -> Tensor:
     if used == "int8":
-        scales = 4 * math.prod(_scale_shape(shape))
-        scale = torch.from_numpy(np.frombuffer(data, "<f4", count=scales // 4).copy()).view(_scale_shape(shape))
-        values = torch.from_numpy(np.frombuffer(data, np.int8, offset=scales).copy()).view(_matrix_shape(shape))
+        scale = _values(data, "<f4", _scale_shape(shape))
+        values = _values(data[scale.nbytes:], "i1", _matrix_shape(shape))
         return (values.float() * scale).view(shape)
     if used == "bf16":
-        return torch.from_numpy(np.frombuffer(data, "<i2").copy()).view(torch.bfloat16).view(shape).float()
-    dtype = {"float32": "<f4", "float64": "<f8", "int64": "<i8"}[kind]
-    return torch.from_numpy(np.frombuffer(data, dtype).copy()).view(shape)
+        return _values(data, "<i2", shape).view(torch.bfloat16).float()
+    return _values(data, {"float32": "<f4", "float64": "<f8", "int64": "<i8"}[kind], shape)
+
+
+def _values(data: bytes, form: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, form, math.prod(shape)).reshape(shape).copy())

@@ -147,7 +147,8 @@ class FlowerEngine(Engine):
         self.node_of = {client: node for client, node in self.node_of.items() if node in nodes}
         self.greeted = {node: when for node, when in self.greeted.items() if node in nodes}
         again = 30.0        # seconds after which a node that did not answer is asked once more
-        new = [node for node in nodes if node not in self.node_of.values()
+        known = set(self.node_of.values())
+        new = [node for node in nodes if node not in known
                and time.monotonic() - self.greeted.get(node, float("-inf")) > again]
         letters = [Mail(mail.write({"format": FORMAT}, {}), node, "query", group_id="hello") for node in new]
         if letters:
