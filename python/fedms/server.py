@@ -186,7 +186,7 @@ class Server:
             if name not in self.sums:
                 raise Refused(f"{name}: is no statistic that was asked for")
             _check_form(name, tensor, self.sums[name])
-        _check_finite(reply.sums)
+            _check_finite(name, tensor)
         collected.add(reply)
 
     def _check_tensors(self, tensors: Tensors, message: Message, participant: Participant) -> None:
@@ -197,9 +197,11 @@ class Server:
             if self.block_of.get(name, None) not in {None, *trained}:
                 raise Refused(f"{name}: block {self.block_of[name]} is not trained by this client now")
             _check_form(name, tensor, message.tensors[name])
-        _check_finite(tensors)
         before, after = (_flat(values[name] for name in tensors) for values in (message.tensors, tensors))
         change, most = float((after - before).norm()), self.config.clients.max_change * max(float(before.norm()), 1.0)
+        if not math.isfinite(change):
+            for name, tensor in tensors.items():
+                _check_finite(name, tensor)
         if change > most:
             raise Refused(f"its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
@@ -291,13 +293,12 @@ def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
         raise Refused(f"{name}: {tensor.dtype}, expected {expected.dtype}")
 
 
-def _check_finite(tensors: Tensors) -> None:
-    if not torch.isfinite(_flat(tensors.values())).all():
-        name = next(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
         raise Refused(f"{name}: holds NaN or infinity")
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All values, float64, behind each other: a reply has many small tensors, and each operation on one costs as much
-    as on all."""
+    """All values, float64, behind each other: a reply has many small tensors, and an operation on one takes as long as
+    one on all."""
     return torch.cat([torch.empty(0), *(tensor.flatten() for tensor in tensors)]).double()
