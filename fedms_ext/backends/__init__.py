@@ -27,21 +27,26 @@ _BACKENDS: dict[str, ModuleType] = {
 
 def _named(name: str) -> ModuleType:
     if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(_BACKENDS)}")
+        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(known())}")
     if reason := explain(name):
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     return _BACKENDS[name]
 
 
+def known() -> tuple[str, ...]:
+    """The names of all backends, in the order of preference."""
+    return tuple(_BACKENDS)
+
+
 def available() -> tuple[str, ...]:
     """The names of the backends that can run here, in the order of preference."""
-    return tuple(name for name in _BACKENDS if explain(name) is None)
+    return tuple(name for name in known() if explain(name) is None)
 
 
 def explain(name: str) -> str | None:
     """Why the backend cannot run here and what to do, or None if it can. Unknown names are a ValueError."""
     if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(_BACKENDS)}")
+        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(known())}")
     return _BACKENDS[name].unavailable()
 
 

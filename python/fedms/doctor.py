@@ -111,7 +111,7 @@ def _kernels() -> Iterator[Check]:
 def _backends() -> Iterator[Check]:
     from fedms_ext import backends
 
-    for name in ("cpu", "eager"):
+    for name in backends.known():
         reason = backends.explain(name)
         yield Check(f"backend {name}", "note" if reason else "ok", reason or "available")
 

@@ -12,6 +12,8 @@ from fedms.config import load_config
 from fedms.data import sentiment
 from fedms.progress import Progress
 
+from fedms_ext import backends
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -25,7 +27,7 @@ def checks() -> dict[str, doctor.Check]:
 
 def test_this_machine_can_run_the_smoke_case():
     found = checks()
-    assert list(found) == ["python", "fedms", "packages", "cpu", "threads", "kernels", "backend cpu", "backend eager",
+    assert list(found) == ["python", "fedms", "packages", "cpu", "threads", "kernels", *(f"backend {name}" for name in backends.known()),
                            "gpu", "cache", "model minilm", "data sentiment", "data digits", "data fashion-mnist",
                            "model vit-fashion", "model vit-digits-pretrained"]
     assert not [c for c in found.values() if c.state == "problem"]
