@@ -147,12 +147,13 @@ def frozen_linear(
     Raises TypeError for an x that is not floating, ValueError for a wrong shape or device.
     """
     n, k = frozen.shape
+    weight, weight_scale = frozen.operands
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, expected a floating dtype")
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x has the shape {tuple(x.shape)}, expected (..., {k}) for a weight of {(n, k)}")
-    if frozen.scale.device != x.device:
-        raise ValueError(f"the weight is on {frozen.scale.device}, but x is on {x.device}; move one of them")
+    if weight_scale.device != x.device:
+        raise ValueError(f"the weight is on {weight_scale.device}, but x is on {x.device}; move one of them")
     if gate is not None:
         gate = gate.expand(*x.shape[:-1], len(lora_a) if segments is None else 1)
     lora_a, lora_b, chosen, gate, segments = applied(lora_a, lora_b, scale, gate, active, segments)
@@ -169,10 +170,10 @@ def frozen_linear(
     if any(needs):
         for_dx = frozen.for_dx() if needs[0] else (None, None)
         return _FrozenLinear.apply(
-            x, gate, frozen.data, frozen.scale, for_dx, frozen.kind, frozen.group, bias, factors, segments, dropout_p,
+            x, gate, weight, weight_scale, for_dx, frozen.kind, frozen.group, bias, factors, segments, dropout_p,
             seed, needs, *lora_a, *lora_b,
         )  # fmt: skip
     return call(
-        torch.ops.fedms_ext.frozen_linear, _forward, x, frozen.data, frozen.scale, frozen.kind, frozen.group, bias, lora_a,
-        lora_b, factors, gate, segments, dropout_p, seed,
+        torch.ops.fedms_ext.frozen_linear, _forward, x, weight, weight_scale, frozen.kind, frozen.group, bias, lora_a, lora_b,
+        factors, gate, segments, dropout_p, seed,
     )[0]

@@ -67,18 +67,33 @@ _library.impl("expert_linear", _forward, "CompositeExplicitAutograd")
 _library.impl("expert_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
+def _listeners() -> tuple[Callable[[], object], ...]:
+    """By which one asks whether a tracer, a mode, a transform or the profiler listens to PyTorch's dispatcher: names that
+    PyTorch does not promise. Where it lacks one, nobody can tell, so one always does."""
+    try:
+        return (
+            torch._C._is_tracing,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._functorch.peek_interpreter_stack,
+            torch._C._autograd._profiler_enabled,
+        )
+    except AttributeError:
+        return (lambda: True,)
+
+
+_LISTENERS = _listeners()
+
+
 def call(operator: Callable[..., Any], implementation: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-    """`operator`, past PyTorch's dispatcher if nothing listens there, be it a compiler, a mode, a transform or the profiler:
-    from Python to Python it takes as long as the kernel of a layer at one row."""
-    if (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-        or torch._C._autograd._profiler_enabled()
-    ):
+    """`operator`, past PyTorch's dispatcher if nothing listens there, be it a compiler, a tracer, a mode, a transform or the
+    profiler: from Python to Python it takes as long as the kernel of a layer at one row."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
         return operator(x, *args)
+    for listens in _LISTENERS:
+        if listens():
+            return operator(x, *args)
+    if not torch.is_grad_enabled():  # to say so again takes 4 us
+        return implementation(x, *args)
     with torch.no_grad():  # as below the dispatcher's autograd
         return implementation(x, *args)
 

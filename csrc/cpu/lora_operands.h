@@ -1,6 +1,10 @@
 // The operands of the LoRA branch in the form that the kernels want, shared by the layers that contain one.
 #pragma once
 
+#ifdef FEDMS_X86
+#include <xmmintrin.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -22,6 +26,26 @@ inline const LoraKernels& lora_kernels() {
 // An uninitialised buffer.
 inline std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
 
+// to (r, n) = b^T, b (n, r). In blocks that are one cache line wide where they are written.
+inline void transpose(int64_t n, int64_t r, const float* b, float* to) {
+  for (int64_t first = 0; first < n; first += 16) {
+    const int64_t last = std::min(first + 16, n);
+    for (int64_t j = 0; j < r; j += 4) {
+      int64_t c = first;
+#ifdef FEDMS_X86  // SSE, which all of these have, takes a fourth of the time
+      for (; j + 4 <= r && c + 4 <= last; c += 4) {
+        __m128 row[4];
+        for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(b + (c + i) * r + j);
+        _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (j + i) * n + c, row[i]);
+      }
+#endif
+      for (; c < last; ++c)
+        for (int64_t i = j; i < std::min(j + 4, r); ++i) to[i * n + c] = b[c * r + i];
+    }
+  }
+}
+
 // B_e^T of all experts, (R, n), and pointers to its rows.
 struct TransposedB {
   std::unique_ptr<float[]> data;
@@ -30,12 +54,7 @@ struct TransposedB {
   explicit TransposedB(const Lora& lora) : data(buffer(lora.total_rank() * lora.n)) {
     float* to = data.get();
     for (const LoraExpert& expert : lora.experts) {
-      // In blocks that are one cache line wide where they are written, and lie in the L1 cache where they are read.
-      for (int64_t first = 0; first < lora.n; first += 16) {
-        const int64_t last = std::min(first + 16, lora.n);
-        for (int64_t j = 0; j < expert.rank; ++j)
-          for (int64_t c = first; c < last; ++c) to[j * lora.n + c] = expert.b[c * expert.rank + j];
-      }
+      transpose(lora.n, expert.rank, expert.b, to);
       for (int64_t j = 0; j < expert.rank; ++j, to += lora.n) rows.push_back(to);
     }
   }

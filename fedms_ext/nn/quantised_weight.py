@@ -64,6 +64,11 @@ class QuantisedWeight(nn.Module):
         return self._shape
 
     @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """data and scale. By its attributes each takes 2 us, which counts at one row."""
+        return self._buffers["data"], self._buffers["scale"]
+
+    @property
     def q(self) -> Tensor:
         """The logical form, unpacked."""
         return unpacked(self.data, self.kind, *self._shape)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fedms_ext
-from fedms_ext import _C, expert_linear, philox_mask, reference
+from fedms_ext import _C, expert_linear, ops, philox_mask, reference
 
 N, K = 9, 7
 
@@ -427,6 +427,27 @@ def test_refused_arguments(change, kind, message):
     expert_linear(**good)
     with pytest.raises(kind, match=message):
         expert_linear(**good | change)
+
+
+@pytest.mark.parametrize(
+    "name", ["_is_tracing", "_len_torch_dispatch_stack", "_functorch.peek_interpreter_stack", "_autograd._profiler_enabled"]
+)
+def test_where_pytorch_lacks_a_private_name_every_call_takes_the_dispatcher(monkeypatch, name):
+    x, weight, bias, a, b, scale = operands([2, 3], dtype=torch.float32)
+    which = lambda: ops.call(lambda x: "the dispatcher", lambda x: "past it", x.detach())  # noqa: E731
+    assert which() == "past it"
+    y = expert_linear(x, weight, bias, a, b, scale)
+
+    *module, last = name.split(".")
+    with monkeypatch.context() as patch:
+        patch.delattr(getattr(torch._C, *module) if module else torch._C, last)
+        listeners = ops._listeners()
+    monkeypatch.setattr(ops, "_LISTENERS", listeners)
+    assert which() == "the dispatcher"
+    again = expert_linear(x, weight, bias, a, b, scale)
+    assert torch.equal(again, y)
+    for got, want in zip(*(gradients(out.sum(), [x, *a, *b], None) for out in (again, y))):
+        assert torch.equal(got, want)
 
 
 def test_backends_by_name():
