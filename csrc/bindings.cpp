@@ -251,6 +251,11 @@ void int8_unpack(py::handle packed, py::handle weight) {
   fedms::int8_unpack(to.rows(), to.columns(), from.data(), from.columns(), to.data());
 }
 
+int32_t int8_steps(py::handle packed) {
+  const MatrixOf<uint8_t> from("packed", packed);
+  return fedms::int8_steps(from.data(), from.columns());
+}
+
 int64_t nibbles_packed_size(int64_t n, int64_t k, int64_t group) {
   if (n < 0 || k < 0) throw py::value_error("n and k must be at least 0");
   if (group != 32 && group != 64) throw py::value_error("group must be 32 or 64");
@@ -455,6 +460,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_pack", &int8_pack, py::arg("weight"), py::arg("packed"),
         "Packs weight (n, k) int8 into packed (int8_packed_size(n, k),) uint8, for the instruction set used now.");
   m.def("int8_unpack", &int8_unpack, py::arg("packed"), py::arg("weight"), "The inverse of int8_pack.");
+  m.def("int8_steps", &int8_steps, py::arg("packed"),
+        "In how many steps x is quantised for this packed weight of int8 or 4 bits.");
   m.def("nibbles_packed_size", &nibbles_packed_size, py::arg("n"), py::arg("k"), py::arg("group"),
         "Bytes of a packed 4-bit weight (n, k).");
   m.def("nibbles_pack", &nibbles_pack, py::arg("k"), py::arg("group"), py::arg("levels"), py::arg("q"),

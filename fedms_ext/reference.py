@@ -156,19 +156,19 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 INT8_TINY = 2.0**-100
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of an activation at 256 levels from low = min(x, 0) to high = max(x, 0), of which 0 is one: x is about
+def quantise_rows(x: Tensor, steps: int = 255) -> tuple[Tensor, Tensor]:
+    """The rows of an activation in so many steps from low = min(x, 0) to high = max(x, 0), and 0 is a level: x is about
     q * scale.
 
-    `x` (..., K), converted to float32. Returns q (..., K), float32 that holds whole numbers from -255 to 255, and
-    scale (..., 1) float32: high / 255 - low / 255; every step is rounded as float32. A row with an infinity or a NaN
-    has the scale NaN.
+    `x` (..., K), converted to float32. Returns q (..., K), float32 that holds whole numbers from -steps to steps, and
+    scale (..., 1) float32: high / steps - low / steps; every operation is rounded as float32. A row with an infinity or a
+    NaN has the scale NaN.
     """
     x = x.float()
     low, high = x.amin(dim=-1, keepdim=True).clamp_max(0), x.amax(dim=-1, keepdim=True).clamp_min(0)
-    scale = high / 255.0 - low / 255.0
+    scale = high / steps - low / steps
     inverse = torch.where(scale < INT8_TINY, 0.0, 1.0 / scale)
-    q = torch.minimum(torch.round(x * inverse), 255 - torch.round(-low * inverse))
+    q = torch.minimum(torch.round(x * inverse), steps - torch.round(-low * inverse))
     scale = torch.where(scale < INT8_TINY, 0.0, scale)
     return q, torch.where(scale.isfinite(), scale, torch.nan)
 
@@ -186,14 +186,16 @@ def frozen_linear(
     dropout_p: float = 0.0,
     seed: int | None = None,
     segments: Sequence[int] | None = None,
+    steps: int = 255,
 ) -> Tensor:
-    """`expert_linear` on an int8 weight: x is quantised row by row for the frozen product, and only for that.
+    """`expert_linear` on an int8 weight: x is quantised row by row for the frozen product, and only for that, in 255 steps
+    or, where the kernels multiply 16-bit values, in up to 4095 (`QuantisedWeight.steps`).
 
     `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
     is the result, (..., N). The gradient of x is that of the function before quantisation, which is
     dy (weight * weight_scale) and the LoRA part.
     """
-    q, row_scale = quantise_rows(x)
+    q, row_scale = quantise_rows(x, steps)
     product = (q.double() * row_scale.double()) @ (weight.double() * weight_scale.double().unsqueeze(1)).T
     zero = torch.zeros(weight.shape[0], weight.shape[1], dtype=torch.float64, device=x.device)
     lora_a, lora_b = [a.double() for a in lora_a], [b.double() for b in lora_b]

@@ -66,10 +66,12 @@ constexpr int32_t MAGIC = 0x38694d46;  // "FMi8"
 
 struct Packed {
   const Int8Kernels* kernels;
+  int32_t steps;  // of x
   int64_t nibble_group, panels, padded_k, sums_at, scales_at, factors_at, panels_at, size;
 
   Packed(const Int8Kernels& with, int64_t n, int64_t k, int64_t nibble_group_ = 0)
-      : kernels(&with), nibble_group(nibble_group_) {
+      : kernels(&with), steps(nibble_group_ ? 255 : with.most_steps), nibble_group(nibble_group_) {
+    while (steps > 255 && steps * 127 * k > INT32_MAX) steps /= 2;
     panels = rounded_up(n, with.panel) / with.panel;
     padded_k = rounded_up(k, nibble_group ? nibble_group : with.group);
     sums_at = rounded_up(sizeof(Header), 64);
@@ -192,7 +194,7 @@ void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, fl
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i);
     const float* x = p.x + (first + i) * p.k;
-    p.layout.kernels->quantise(rows, p.k, x, to.q + i * row_size, row_size / p.layout.kernels->q_size, to.q_scale + i,
+    p.layout.kernels->quantise(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size, to.q_scale + i,
                                to.q_zero + i);
     if (rank == 0) continue;
     if (p.masked) {
@@ -317,6 +319,12 @@ void run(const Product& p) {
 }
 
 }  // namespace
+
+int32_t int8_steps(const uint8_t* packed, int64_t packed_size) {
+  Header header{};
+  if (packed_size >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed, sizeof header);
+  return layout_of(header.n, header.k, packed, packed_size).steps;
+}
 
 int64_t int8_packed_size(int64_t n, int64_t k) { return Packed(kernels_now(), n, k).size; }
 

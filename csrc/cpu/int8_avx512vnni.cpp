@@ -15,7 +15,8 @@ constexpr int PANEL = 16 * VECTORS, GROUP = 4;
 
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
-void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero) {
+void quantise(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+              int32_t* q_zero) {
   uint8_t* to = static_cast<uint8_t*>(q);
   for (int64_t i = 0; i < rows; ++i, x += k, to += q_stride) {
     __m512i high0 = _mm512_setzero_si512(), high1 = high0, low0 = high0, low1 = high0;
@@ -33,7 +34,7 @@ void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride
       low0 = _mm512_max_epu32(low0, v);
     }
     const Int8Levels levels(_mm512_reduce_max_epi32(_mm512_max_epi32(high0, high1)),
-                            _mm512_reduce_max_epu32(_mm512_max_epu32(low0, low1)));
+                            _mm512_reduce_max_epu32(_mm512_max_epu32(low0, low1)), steps);
     q_scale[i] = levels.scale;
     q_zero[i] = levels.zero;
     const __m512 inverse = _mm512_set1_ps(levels.inverse);
@@ -117,6 +118,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, quantise, multiply, expand};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantise, multiply, expand};
 
 }  // namespace fedms

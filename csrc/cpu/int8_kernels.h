@@ -33,9 +33,11 @@ struct Int8Kernels {
   int32_t id;            // stored with a packed weight
   int32_t panel, group;  // columns of a panel, and consecutive k that lie side by side
   int32_t q_size;        // bytes of a quantised value
-  // Quantises rows of x (see int8.h): q = xq + q_zero. What lies between k and its next multiple of `group` may be
+  int32_t most_steps;    // that a quantised value has room for
+  // Quantises rows of x in so many steps (see int8.h): q = xq + q_zero. What lies between k and its next multiple of `group` may be
   // anything, because the weight is zero there; q_stride is at least that.
-  void (*quantise)(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero);
+  void (*quantise)(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+                   int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);
   // Makes 4-bit codes wide: to[i] = (levels[code i] * factors[i / group % panel] + 2^14) >> 15, i < count, a multiple
   // of 64. Of every 64 codes the first 32 are the low nibbles of 32 bytes, the others the high ones.
@@ -49,12 +51,13 @@ struct Int8Levels {
   float scale, inverse;
   int32_t zero;
 
-  Int8Levels(int32_t largest, uint32_t largest_unsigned) {
+  Int8Levels(int32_t largest, uint32_t largest_unsigned, int32_t steps) {
     const uint32_t lowest_bits = largest_unsigned >> 31 ? largest_unsigned : 0;
     float high, low;
     std::memcpy(&high, &largest, sizeof high);
     std::memcpy(&low, &lowest_bits, sizeof low);
-    scale = high / 255.0f - low / 255.0f;
+    const float divisor = static_cast<float>(steps);
+    scale = high / divisor - low / divisor;
     if (scale >= INT8_TINY && scale < __builtin_inff()) {
       inverse = 1.0f / scale;
       zero = static_cast<int32_t>(std::nearbyint(-low * inverse));

@@ -9,7 +9,8 @@ namespace {
 
 constexpr int PANEL = 16;
 
-void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride, float* q_scale, int32_t* q_zero) {
+void quantise(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+              int32_t* q_zero) {
   int16_t* to = static_cast<int16_t*>(q);
   for (int64_t i = 0; i < rows; ++i, x += k, to += q_stride) {
     int32_t largest = 0;
@@ -20,10 +21,10 @@ void quantise(int64_t rows, int64_t k, const float* x, void* q, int64_t q_stride
       largest = std::max(largest, bits);
       largest_unsigned = std::max(largest_unsigned, static_cast<uint32_t>(bits));
     }
-    const Int8Levels levels(largest, largest_unsigned);
+    const Int8Levels levels(largest, largest_unsigned, steps);
     q_scale[i] = levels.scale;
     q_zero[i] = 0;
-    const float top = static_cast<float>(255 - levels.zero);
+    const float top = static_cast<float>(steps - levels.zero);
     // Adding and taking away 1.5 * 2^23 rounds to the nearest even integer.
     constexpr float rounding = 12582912.0f;
     const bool finite = levels.scale >= 0;
@@ -64,6 +65,6 @@ void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const 
 
 }  // namespace
 
-const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), quantise, multiply, expand};
+const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), 4095, quantise, multiply, expand};
 
 }  // namespace fedms

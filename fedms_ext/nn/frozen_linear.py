@@ -10,7 +10,7 @@ from fedms_ext.nn.quantised_weight import QuantisedWeight
 class FrozenLinear(nn.Linear):
     """`y = x W^T + b` with a `QuantisedWeight` in the place of W; `weight` is None.
 
-    On the CPU x is quantised to int8 too, row by row, and the sums of products are exact. Elsewhere the weight is
+    On the CPU x is quantised too, row by row, and the sums of products are exact. Elsewhere the weight is
     expanded to x's dtype. The gradient of x comes from a weight that is quantised apart (`transposed`).
 
     Args:

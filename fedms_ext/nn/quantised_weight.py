@@ -6,6 +6,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from fedms_ext import _C
 from fedms_ext.formats import KINDS, dequantise, packed, quantise, unpacked
 from fedms_ext.reference import GROUP, LEVELS, quantise_weight
 
@@ -72,6 +73,12 @@ class QuantisedWeight(nn.Module):
     def q(self) -> Tensor:
         """The logical form, unpacked."""
         return unpacked(self.data, self.kind, *self._shape)
+
+    @property
+    def steps(self) -> int:
+        """In how many steps the CPU's kernels quantise x for this weight, int8 or of 4 bits; see
+        `reference.quantise_rows`."""
+        return _C.int8_steps(self.data)
 
     def dequantise(self) -> Tensor:
         """The weight (N, K) that this stands for, float32."""

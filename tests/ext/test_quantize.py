@@ -50,7 +50,7 @@ def layer_reference(layer: ExpertLinear, x: Tensor) -> Tensor:
     applied = layer.applied
     return reference.frozen_linear(
         x, layer.frozen.q, layer.frozen.scale, layer.bias, [layer.lora_a[e] for e in applied],
-        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied])
+        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.steps)
 
 
 @pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (2, 3, 2, 48), (0, 48)])
@@ -58,7 +58,8 @@ def test_a_frozen_linear_computes_the_reference(shape):
     linear = nn.Linear(48, 70)
     layer = FrozenLinear(QuantisedWeight(linear.weight), linear.bias)
     x = torch.randn(shape)
-    want = reference.frozen_linear(x, layer.frozen.q, layer.frozen.scale, linear.bias, [], [], [])
+    want = reference.frozen_linear(x, layer.frozen.q, layer.frozen.scale, linear.bias, [], [], [],
+                                   steps=layer.frozen.steps)
     y = layer(x)
     assert y.shape == (*shape[:-1], 70)
     assert torch.allclose(y.double(), want, rtol=1e-5, atol=1e-5)
@@ -133,7 +134,8 @@ def test_4_bit_layers_compute_the_reference(kind):
     codes = reference.unpack_nibbles(layer.frozen.q, 48)
     q, scale = reference.groups_as_int8(codes, layer.frozen.scale, kind)
     want = reference.frozen_linear(x, q, scale, layer.bias, [layer.lora_a[e] for e in "ab"],
-                                   [layer.lora_b[e] for e in "ab"], [layer.experts[e].scale for e in "ab"])
+                                   [layer.lora_b[e] for e in "ab"], [layer.experts[e].scale for e in "ab"],
+                                   steps=layer.frozen.steps)
     assert error(layer(x), want) < 1e-6
 
 
@@ -180,7 +182,7 @@ def test_dropout_in_training():
     seed = int(torch.randint(2**63 - 1, ()))
     torch.manual_seed(1)
     want = reference.frozen_linear(x, layer.frozen.q, layer.frozen.scale, layer.bias, list(layer.lora_a.values()),
-                                   list(layer.lora_b.values()), [2.0], None, None, 0.5, seed)
+                                   list(layer.lora_b.values()), [2.0], None, None, 0.5, seed, steps=layer.frozen.steps)
     assert error(layer(x), want) < 1e-6
 
 
@@ -293,6 +295,11 @@ def test_state_dict_holds_the_logical_form():
         other.load_state_dict({name: t for name, t in state.items() if name != "blocks.0.0.frozen.scale"})
 
 
+def steps(model: nn.Module) -> list[int]:
+    """Of the inputs, which int8 takes in more steps where the CPU multiplies 16-bit values."""
+    return [m.steps for m in model.modules() if isinstance(m, QuantisedWeight) and m.kind == "int8"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", ["portable", fedms_ext.build_info()["isa_detected"]])
 def test_copies_and_pickles(isa, kind):
@@ -307,7 +314,7 @@ def test_copies_and_pickles(isa, kind):
     fedms_ext._C.set_isa(isa)   # a pickle is packed anew where it is read
     try:
         for model in (twin, pickle.loads(pickled), torch.load(file, weights_only=False)):
-            assert error(model(x), net(x)) < 1e-6
+            assert error(model(x), net(x)) < (1e-6 if steps(model) == steps(net) else 0.02)
             assert all(p.requires_grad == q.requires_grad for p, q in zip(model.parameters(), net.parameters()))
     finally:
         fedms_ext._C.set_isa(before)

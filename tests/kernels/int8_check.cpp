@@ -40,16 +40,17 @@ void compare(const char* what, const std::vector<float>& got, const std::vector<
 }
 
 // Rows of x as int8.h quantises them, made wide again.
-std::vector<double> quantised_rows(const std::vector<float>& x, int m, int k) {
+std::vector<double> quantised_rows(const std::vector<float>& x, int m, int k, const std::vector<uint8_t>& packed) {
+  const float steps = static_cast<float>(fedms::int8_steps(packed.data(), packed.size()));
   std::vector<double> out(x.size());
   for (int i = 0; i < m; ++i) {
     const float* row = &x[i * k];
     const float low = std::min(0.0f, *std::min_element(row, row + k)), high = std::max(0.0f, *std::max_element(row, row + k));
-    const float scale = high / 255.0f - low / 255.0f, inverse = 1.0f / scale;
+    const float scale = high / steps - low / steps, inverse = 1.0f / scale;
     const float zero = std::nearbyint(-low * inverse);
     for (int j = 0; j < k; ++j) {
       const volatile float product = row[j] * inverse;  // volatile: rounded before anything else happens to it
-      out[i * k + j] = static_cast<double>(std::min(std::nearbyint(static_cast<float>(product)), 255 - zero)) * scale;
+      out[i * k + j] = static_cast<double>(std::min(std::nearbyint(static_cast<float>(product)), steps - zero)) * scale;
     }
   }
   return out;
@@ -125,7 +126,7 @@ void check(int m, int n, int k, int rank, int group) {
                        weight.scale.empty() ? nullptr : weight.scale.data(), bias.data()},
                       lora, x.data(), s.data(), y.data());
   std::vector<double> want(m * n), want_s(m * rank);
-  add_product(want, quantised_rows(x, m, k), weight.wide, m, n, k);
+  add_product(want, quantised_rows(x, m, k, weight.packed), weight.wide, m, n, k);
   add_product(want_s, wide(x), wide(a), m, rank, k);
   compare("s", s, want_s);
   std::vector<double> scaled = want_s;
@@ -146,7 +147,7 @@ void check(int m, int n, int k, int rank, int group) {
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < rank; ++j)
       for (int c = 0; c < n; ++c) ds[i * rank + j] += 0.5 * dy[i * n + c] * b[c * rank + j];
-  add_product(want_dx, quantised_rows(dy, m, n), transposed.wide, m, k, n);
+  add_product(want_dx, quantised_rows(dy, m, n, transposed.packed), transposed.wide, m, k, n);
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < rank; ++j) {
       for (int c = 0; c < k; ++c) {

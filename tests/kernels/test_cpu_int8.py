@@ -60,7 +60,8 @@ class Case:
 
     def want(self) -> Tensor:
         return reference.frozen_linear(self.x, self.weight, self.weight_scale, self.bias, self.a, self.b, self.scale,
-                                       self.gate, None, self.dropout_p, self.seed)  # fmt: skip
+                                       self.gate, None, self.dropout_p, self.seed,
+                                       steps=_C.int8_steps(self.packed))  # fmt: skip
 
     def backward(self, needs_dx: bool = True) -> dict[str, Tensor]:
         m, k = self.x.shape
@@ -83,7 +84,8 @@ class Case:
         dx, dgate, da, db = reference.expert_linear_backward(
             self.dy.double(), self.x.double(), zero, a, b, self.scale, gate, None, self.dropout_p, self.seed
         )
-        out = {"dx": dx + reference.frozen_linear(self.dy, self.weight_t, self.weight_t_scale, None, [], [], [])}
+        steps = _C.int8_steps(self.packed_t)
+        out = {"dx": dx + reference.frozen_linear(self.dy, self.weight_t, self.weight_t_scale, None, [], [], [], steps=steps)}
         out |= {} if dgate is None else {"dgate": dgate}
         for e in range(len(a)):
             out |= {f"da[{e}]": da[e], f"db[{e}]": db[e]}
@@ -141,7 +143,7 @@ def test_without_dx():
 
 def test_integer_products_are_exact():
     # The largest products that there are, in one sign: 16-bit sums of two would overflow.
-    for k in (4, 64, 3072, 65536):
+    for k in (4, 64, 3072, 4129, 4130, 8260, 33090, 65536):
         x, weight = torch.full((7, k), 3.0), torch.full((70, k), 127.0)
         x[::2] *= -1
         weight[1::2] *= -1
@@ -165,10 +167,23 @@ def test_random_cases():
 
 def test_the_frozen_product_is_the_same_on_every_instruction_set(isa):
     case = Case(m=37, n=75, k=150, ranks=[])
-    y = case.forward()[0]
+    y, steps = case.forward()[0], _C.int8_steps(case.packed)
     _C.set_isa("portable")
     case.packed = packed(case.weight)
-    assert_close("y", y, case.forward()[0].double(), 1e-7)
+    # Bytes have 255 steps, 16-bit values 4095; between them lies what the fewer steps lose.
+    assert_close("y", y, case.forward()[0].double(), 1e-7 if steps == _C.int8_steps(case.packed) else 0.01)
+
+
+@pytest.mark.parametrize("k, most", [(1, 4095), (4096, 4095), (4129, 4095), (4130, 2047), (8260, 2047), (8261, 1023),
+                                     (16529, 1023), (16530, 511), (33090, 511), (33091, 255), (65536, 255)])  # fmt: skip
+def test_steps_leave_the_sums_in_32_bits(isa, k, most):
+    steps = _C.int8_steps(packed(torch.zeros(3, k)))
+    assert steps == (most if isa in ("portable", "avx2") else 255)
+    assert steps * 127 * k < 2**31
+    codes = torch.empty(_C.nibbles_packed_size(3, k, 64), dtype=torch.uint8)
+    _C.nibbles_pack(k, 64, reference.LEVELS["nf4"], torch.zeros(3, (k + 1) // 2, dtype=torch.uint8),
+                    torch.ones(3, (k + 63) // 64), codes)  # fmt: skip
+    assert _C.int8_steps(codes) == 255
 
 
 @pytest.mark.parametrize("m", [1, 3, 40, 60, 197])
@@ -271,6 +286,7 @@ def test_weights_of_4_bits(kind, group, m, n, k):
     assert torch.equal(back, q) and torch.equal(wide, reference.dequantise_groups(codes, scale, kind, group))
     case = Case(m, n, k, [3, 8], gate=True)
     case.weight, case.weight_scale = reference.groups_as_int8(codes, scale, kind, group)
+    case.packed = data
     s, y = torch.full((m, 11), NAN), torch.full((m, n), NAN)
     _C.int8_forward(case.x, data, None, case.bias, case.a, case.b, case.scale, case.gate, 0.0, 0, s, y)
     assert_close("y", y, case.want())
@@ -320,6 +336,8 @@ def test_refused_operands():
         call(scale=None)
     with pytest.raises(ValueError, match="this is a packed weight of 4 bits, expected int8"):
         _C.int8_unpack(nibbles, torch.zeros(5, 6, dtype=torch.int8))
+    with pytest.raises(ValueError, match="this is not a packed weight"):
+        _C.int8_steps(torch.zeros(200, dtype=torch.uint8))
     with pytest.raises(ValueError, match="this is a packed int8 weight, expected one of 4 bits"):
         _C.nibbles_unpack(6, case.packed, torch.zeros(5, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="has another group"):

@@ -3,11 +3,16 @@
 //   y[i][c] = xs[i] * ws[c] * (sum over j of xq[i][j] * wq[c][j]) + bias[c] + (the LoRA branch of row i)[c]
 //
 // wq (n, k) int8 and ws (n,) are the weight, symmetric, one scale an output channel. x is quantised here, row by row,
-// to 256 levels from low = min(x, 0) to high = max(x, 0), of which 0 is one: xs = high / 255 - low / 255,
-// zero = round(-low / xs), xq = min(round(x / xs), 255 - zero), where / xs is a product with 1 / xs and ties round to
-// even. (Symmetric levels would lose a bit where a row has its outliers on one side: the error on the activations of
-// MiniLM is 1.7 % instead of 1.4 %.) The sums of products are exact. A row that holds an infinity or a NaN gives NaN;
-// one with xs < INT8_TINY counts as zeros.
+// in T = int8_steps steps from low = min(x, 0) to high = max(x, 0), and 0 is a level: xs = high / T - low / T,
+// zero = round(-low / xs), xq = min(round(x / xs), T - zero), where / xs is a product with 1 / xs and ties round to even.
+// (Symmetric levels would lose a bit where a row has its outliers on one side.) The sums of products are exact. A row that
+// holds an infinity or a NaN gives NaN; one with xs < INT8_TINY counts as zeros.
+//
+// T is 255, so that xq is a byte, where the CPU has a dot product of bytes. Where the products are of 16-bit values anyway
+// (AVX2, portable) it is up to 4095 for an int8 weight, which costs nothing: after a LayerNorm one or two channels are many
+// times as large as the others, and on MiniLM's activations 255 steps alone make an error of 1.40 %, the int8 weight alone
+// one of 0.72 %, both 1.60 % (bench/cpu_int8_error.py, also on what else would lessen it). Where xq is a byte, the simplest
+// that reaches 1.3 % is to multiply the largest value of a row apart.
 //
 // There is no GELU in the epilogue and no requantisation for the next layer: bench/bench_cpu_mlp.py bounds what they could
 // gain, and finds nothing above its noise.
@@ -28,6 +33,11 @@ constexpr int64_t INT8_LONGEST = 65536;
 
 // The size in bytes of a packed (n, k) weight, for the instruction set that is used now.
 int64_t int8_packed_size(int64_t n, int64_t k);
+
+// The steps T of the x that a packed weight of int8 or 4 bits is multiplied by: 4095, or half as many and so on, so that
+// no sum leaves 32 bits, or 255.
+// Throws as int8_unpack does.
+int32_t int8_steps(const uint8_t* packed, int64_t packed_size);
 
 // Packs wq for the instruction set that is used now. The multiplication keeps to the one that the weight was packed for.
 // |wq| <= 127, k <= INT8_LONGEST.
