@@ -19,15 +19,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DAYS = 365
+LOOPBACK = "127.0.0.1"      # by which a SuperLink's own processes reach it
 
 
 def make(folder: Path, hosts: Sequence[str], clients: int) -> None:
-    """Writes what is missing; never replaces a key. `hosts`: the SuperLink's names and addresses.
+    """Writes what is missing; never replaces a key. `hosts`: the SuperLink's names and addresses for others.
 
     Raises:
         FileExistsError: if there are certificates for other hosts already.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    hosts = list(dict.fromkeys([*hosts, LOOPBACK]))
     if not (folder / "server.pem").exists():
         _authority_and_server(folder, hosts)
     elif set(found := _hosts(folder)) != set(hosts):
