@@ -300,6 +300,8 @@ def pretrain(
     EXIT_CODES]))
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
+    settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
+        "Settings to run: fashion-0.1, sentiment-natural, fashion-0.5 (with the ablations), sentiment-0.3."))] = "all",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = Path("docs/study"),
     page: Annotated[Optional[Path], typer.Option(
         "--page", metavar="FILE", help="The page.", show_default="OUT.md, beside OUT")] = None,
@@ -315,14 +317,15 @@ def study(
         from fedms import study as studies
 
         planned, records = studies.plan(quick, out / "tuned"), out / "records.jsonl"
+        chosen = studies.within(planned, settings)
         if not page_only:
-            needed = {run.config.model.id for run in planned}
+            needed = {run.config.model.id for run in chosen}
             for model in (name for name in PRETRAINED if name in needed):
                 with _bar(f"pretraining {model}") as advance:
                     pretraining.ensure(model, report=advance)
             end = None if hours is None else time.monotonic() + 3600 * hours
             with _polite_stop() as stop:
-                studies.carry_out(planned, records, Path("runs") / out.name, jobs=jobs, say=_line,
+                studies.carry_out(chosen, records, Path("runs") / out.name, jobs=jobs, say=_line,
                                   stop=lambda: stop() or (end is not None and time.monotonic() > end))
         page = page or out.with_suffix(".md")
         studies.write_page(page, planned, records)

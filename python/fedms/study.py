@@ -131,6 +131,19 @@ def plan(quick: bool = False, tuned: Path | None = None) -> list[Planned]:
                    for seed in SEEDS for name, (method, sets) in ABLATIONS.items()]
 
 
+def within(planned: Sequence[Planned], settings: str) -> list[Planned]:
+    """The runs of some settings, by their names with commas between them, or of all.
+
+    Raises:
+        ConfigError: for a name that none of the runs has.
+    """
+    names = list(dict.fromkeys(run.setting.name for run in planned))
+    wanted = names if settings == "all" else settings.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        raise ConfigError(f"--settings: got {unknown[0]!r}; accepted: {', '.join(names)}, or all")
+    return [run for run in planned if run.setting.name in wanted]
+
+
 def _plan_one(setting: Setting, label: str, method: str, seed: int, sets: tuple[str, ...] = (), *,
               tuned: Path | None) -> Planned:
     chosen: tuple[str, ...] = ()

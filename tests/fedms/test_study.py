@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fedms import study
-from fedms.config import METHODS, load_config
+from fedms.config import METHODS, ConfigError, load_config
 from fedms.records import RunFolderError
 
 TINY = ("data.max_samples=200", "clients.count=3", "stage1.rounds=1", "stage2.rounds=1", "run.threads=1")
@@ -42,6 +42,15 @@ def test_the_plan_covers_every_method_and_seed_once():
         assert found == {(method, seed) for method in METHODS for seed in study.SEEDS}
     assert {run.label for run in runs} == {*METHODS, *study.ABLATIONS}
     assert [run.label for run in runs[:6]] == list(study.FIRST)
+
+
+def test_settings_are_chosen_by_name():
+    runs = study.plan()
+    found = study.within(runs, "fashion-0.5,sentiment-0.3")
+    assert {run.setting.name for run in found} == {"fashion-0.5", "sentiment-0.3"}
+    assert {run.label for run in found} == {*METHODS, *study.ABLATIONS} and study.within(runs, "all") == runs
+    with pytest.raises(ConfigError, match="--settings: got 'fashion'; accepted: fashion-0.1, sentiment-natural"):
+        study.within(runs, "fashion")
 
 
 def test_constants_that_were_tuned_are_used_and_said(tmp_path):
