@@ -36,7 +36,9 @@ class WeightedMean:
             elif self.sums[name].shape != tensor.shape:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not match {tuple(self.sums[name].shape)} "
                                  "sent by other clients")
-            self.sums[name].add_(tensor.double(), alpha=weight)
+        if tensors:     # all at once: they are many, and small
+            torch._foreach_add_([self.sums[name] for name in tensors], list(tensors.values()), alpha=weight)
+        for name in tensors:
             self.weights[name] += weight
 
     def result(self) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ class Residual:
         sent or all products are zero."""
         lost = kept = 0.0
         for _, pairs in sorted(self.pairs.items()):
-            its_lost, its_kept = _norms_squared(*_stacked(pairs), *_means(pairs))
+            its_lost, its_kept = _norms_squared(*_stacked(pairs))
             lost, kept = lost + its_lost, kept + its_kept
         return (lost / kept) ** 0.5 if kept > 0 else None
 
@@ -75,41 +77,31 @@ class Residual:
         with this scale, it does what the mean of the clients' products would do."""
         found = {}
         for layer, pairs in self.pairs.items():
-            a, b = _stacked(pairs)
-            lost = b @ a - means[f"{layer}.lora_b"].double() @ means[f"{layer}.lora_a"].double()
+            a, b, _ = _stacked(pairs)
+            lost = b.flatten(0, 1).T @ a.flatten(0, 1)
+            lost -= means[f"{layer}.lora_b"].double() @ means[f"{layer}.lora_a"].double()
             found[f"correction/{layer.removeprefix('expert/')}"] = scale * lost
         return found
 
 
-def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """A (k r, K) and B (N, k r), whose product is the weighted mean of the products, float64."""
-    shares = _shares(pairs).repeat_interleave(len(pairs[0][0]))
-    return torch.cat([a for a, _, _ in pairs]).double(), torch.cat([b for _, b, _ in pairs], dim=1).double() * shares
+def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, Tensor]:
+    """A (k, r, K); B transposed and times its client's share of the weights (k, r, N); those shares (k,); float64."""
+    shares = torch.tensor([weight for _, _, weight in pairs], dtype=torch.float64)
+    shares /= shares.sum()
+    return (torch.stack([a for a, _, _ in pairs]).double(),
+            torch.stack([b for _, b, _ in pairs]).double().mT * shares[:, None, None], shares)
 
 
-def _means(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """The weighted means of A (r, K) and of B (N, r), float64."""
-    shares = _shares(pairs)
-    mean_a, mean_b = (torch.tensordot(shares, torch.stack(each).double(), 1)
-                      for each in ([a for a, _, _ in pairs], [b for _, b, _ in pairs]))
-    return mean_a, mean_b
-
-
-def _shares(pairs: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """(k,) float64 weights, of sum 1."""
-    weights = torch.tensor([weight for _, _, weight in pairs], dtype=torch.float64)
-    return weights / weights.sum()
-
-
-def _norms_squared(a: Tensor, b: Tensor, mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:
-    """`||B A - mean(B) mean(A)||^2` and `||B A||^2` of stacked pairs, by the smaller matrices: products (N, K), or the
-    inner products of all k r rank-one terms with each other, `(B^T B) * (A A^T)`."""
-    count = len(a)
-    if count > min(len(b), a.shape[1]):
-        product = b @ a
-        return float((product - mean_b @ mean_a).square().sum()), float(product.square().sum())
-    a, b = torch.cat([a, mean_a]), torch.cat([b, -mean_b], dim=1)
-    inner = (b.T @ b) * (a @ a.T)
+def _norms_squared(a: Tensor, b: Tensor, shares: Tensor) -> tuple[float, float]:
+    """`||mean(B A) - mean(B) mean(A)||^2` and `||mean(B A)||^2` of stacked pairs, by the smaller matrices: products
+    (N, K), or the inner products of all k r rank-one terms with each other, `(B^T B) * (A A^T)`."""
+    mean_a, mean_b = torch.tensordot(shares, a, 1), b.sum(0)
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    if (count := len(a)) > min(a.shape[1], b.shape[1]):
+        product = b.T @ a
+        return float((product - mean_b.T @ mean_a).square().sum()), float(product.square().sum())
+    a, b = torch.cat([a, mean_a]), torch.cat([b, -mean_b])
+    inner = (b @ b.T) * (a @ a.T)
     return max(float(inner.sum()), 0.0), max(float(inner[:count, :count].sum()), 0.0)
 
 

@@ -82,6 +82,7 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: FolderLock):
         self.path, self._lock = path, lock
+        self._changed = {ROUNDS, VISITS, CLIENTS}   # files that may not last yet
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, overwrite: bool = False) -> RunFolder:
@@ -164,16 +165,19 @@ class RunFolder:
         for name in (ROUNDS, VISITS, CLIENTS):
             try:
                 with open(self.path / name, "rb") as file:
-                    os.fsync(file.fileno())
+                    if name in self._changed:
+                        os.fsync(file.fileno())
                     sizes[name] = file.seek(0, os.SEEK_END)
             except OSError as error:
                 raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
+        self._changed = set()
         return sizes
 
     def rewind(self, sizes: Mapping[str, int]) -> None:
         """Drop all records that were added after :meth:`sync` returned these sizes; without sizes, all."""
         for name in (ROUNDS, VISITS, CLIENTS):
             size = sizes.get(name, 0)
+            self._changed.add(name)
             try:
                 with open(self.path / name, "r+b") as file:
                     if file.seek(0, os.SEEK_END) < size:
@@ -210,6 +214,7 @@ class RunFolder:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         line = json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        self._changed.add(name)
         try:
             with open(self.path / name, "r+b", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)

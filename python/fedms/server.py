@@ -3,7 +3,7 @@ are active, and words the next message."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -197,8 +197,9 @@ class Server:
             if self.block_of.get(name, None) not in {None, *trained}:
                 raise Refused(f"{name}: block {self.block_of[name]} is not trained by this client now")
             _check_form(name, tensor, message.tensors[name])
-        before, after = (_flat(values[name] for name in tensors) for values in (message.tensors, tensors))
-        change, most = float((after - before).norm()), self.config.clients.max_change * max(float(before.norm()), 1.0)
+        sent = [message.tensors[name] for name in tensors]
+        change = _norm(torch._foreach_sub(list(tensors.values()), sent) if sent else [])
+        most = self.config.clients.max_change * max(_norm(sent), 1.0)
         if not math.isfinite(change):
             for name, tensor in tensors.items():
                 _check_finite(name, tensor)
@@ -298,7 +299,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise Refused(f"{name}: holds NaN or infinity")
 
 
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All values, float64, behind each other: a reply has many small tensors, and an operation on one takes as long as
-    one on all."""
-    return torch.cat([torch.empty(0), *(tensor.flatten() for tensor in tensors)]).double()
+def _norm(tensors: list[Tensor]) -> float:
+    """Of all of them together. A reply's are many and small: an operation on all at once takes as long as on a few."""
+    return float(torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).norm()) if tensors else 0.0

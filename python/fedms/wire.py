@@ -42,7 +42,7 @@ def pack(tensors: Mapping[str, Tensor], encoding: str = "fp32") -> bytes:
     manifest: list[list[Any]] = []
     payload: list[bytes] = []
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu()
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind == "float32":
             used = "fp32" if encoding == "int8" and tensor.dim() < 2 else encoding
@@ -113,7 +113,7 @@ def _encode(tensor: Tensor, used: str) -> list[bytes]:
         return [tensor.numpy().tobytes()]
     if used == "bf16":
         return [tensor.bfloat16().view(torch.int16).numpy().tobytes()]
-    matrix = tensor.view(_matrix_shape(tensor.shape))
+    matrix = tensor.reshape(_matrix_shape(tensor.shape))
     scale = torch.zeros(_scale_shape(tensor.shape))
     if tensor.numel():
         scale = matrix.abs().amax(1 if scale.shape[1] == 1 else 0, keepdim=True) / 127

@@ -58,8 +58,10 @@ def test_refusals():
             mean.add({"a": torch.zeros(2)}, weight)
 
 
-def test_the_residual_is_what_averaging_the_factors_loses():
-    sent, weights = replies(4), [1.0, 2.0, 3.0, 4.0]
+@pytest.mark.parametrize("clients", [2, 4])      # their rank-one terms are fewer, and more, than rows and columns
+def test_the_residual_is_what_averaging_the_factors_loses(clients):
+    sent, weights = replies(clients), [1.0, 2.0, 3.0, 4.0][:clients]
+    total = sum(weights)
     residual = Residual()
     for tensors, weight in zip(sent, weights):
         residual.add(tensors, weight)
@@ -67,8 +69,8 @@ def test_the_residual_is_what_averaging_the_factors_loses():
     for layer in LAYERS:
         a = [t[f"expert/{layer}.lora_a"].double() for t in sent]
         b = [t[f"expert/{layer}.lora_b"].double() for t in sent]
-        mean = sum(w * y @ x for w, x, y in zip(weights, a, b)) / 10
-        means = sum(w * y for w, y in zip(weights, b)) @ sum(w * x for w, x in zip(weights, a)) / 100
+        mean = sum(w * y @ x for w, x, y in zip(weights, a, b)) / total
+        means = sum(w * y for w, y in zip(weights, b)) @ sum(w * x for w, x in zip(weights, a)) / total**2
         kept += mean.square().sum()
         lost += (mean - means).square().sum()
     assert residual.norm() == pytest.approx(float((lost / kept).sqrt()), rel=1e-9)
