@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from fedms.files import write_durably
 from fedms.resident import Tensors
@@ -170,7 +170,7 @@ class CheckpointFolder:
             raise _Damaged(f"{path.name}: {error}") from None
 
     def _write_object(self, tensors: Tensors) -> str:
-        data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+        data = save_arrays({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
         name = hashlib.sha256(data).hexdigest()
         write_durably(self._object(name), data)
         return name

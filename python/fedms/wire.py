@@ -70,12 +70,11 @@ def unpack(message: bytes) -> Tensors:
     if start > len(message):
         raise WireError(f"the manifest should be {length} bytes; the message has {len(message) - _HEADER.size}")
     manifest = _check_manifest(message[_HEADER.size:start])
-    due = sum(_size(shape, kind, used) for _, shape, kind, used in manifest)
-    if start + due != len(message):
-        raise WireError(f"the payload should be {due} bytes; the message has {len(message) - start}")
+    sizes = [_size(shape, kind, used) for _, shape, kind, used in manifest]
+    if start + sum(sizes) != len(message):
+        raise WireError(f"the payload should be {sum(sizes)} bytes; the message has {len(message) - start}")
     tensors: Tensors = {}
-    for name, shape, kind, used in manifest:
-        size = _size(shape, kind, used)
+    for (name, shape, kind, used), size in zip(manifest, sizes):
         tensors[name] = _decode(message[start:start + size], shape, kind, used)
         start += size
     return tensors
