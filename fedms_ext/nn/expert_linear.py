@@ -175,7 +175,7 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # `_modules` and `_parameters` are what an attribute looks up in the end; all these take 20 us a call.
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         frozen, active = modules.get("frozen"), [state is not PairState.OFF for state in self.states.values()]
         if not any(active):
             return F.linear(x, self.weight, self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)
