@@ -299,6 +299,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise Refused(f"{name}: holds NaN or infinity")
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> float:
     """Of all of them together. A reply's are many and small: an operation on all at once takes as long as on a few."""
     return float(torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).norm()) if tensors else 0.0
