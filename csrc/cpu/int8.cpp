@@ -194,8 +194,8 @@ void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, fl
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i);
     const float* x = p.x + (first + i) * p.k;
-    p.layout.kernels->quantise(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size, to.q_scale + i,
-                               to.q_zero + i);
+    p.layout.kernels->quantise(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size,
+                               to.q_scale + i, to.q_zero + i);
     if (rank == 0) continue;
     if (p.masked) {
       drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);

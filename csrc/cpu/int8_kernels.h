@@ -34,8 +34,8 @@ struct Int8Kernels {
   int32_t panel, group;  // columns of a panel, and consecutive k that lie side by side
   int32_t q_size;        // bytes of a quantised value
   int32_t most_steps;    // that a quantised value has room for
-  // Quantises rows of x in so many steps (see int8.h): q = xq + q_zero. What lies between k and its next multiple of `group` may be
-  // anything, because the weight is zero there; q_stride is at least that.
+  // Quantises rows of x in so many steps (see int8.h): q = xq + q_zero. What lies between k and its next multiple of
+  // `group` may be anything, because the weight is zero there; q_stride is at least that.
   void (*quantise)(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
                    int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);

@@ -26,8 +26,6 @@ _BACKENDS: dict[str, ModuleType] = {
 
 
 def _named(name: str) -> ModuleType:
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(known())}")
     if reason := explain(name):
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     return _BACKENDS[name]

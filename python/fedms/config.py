@@ -35,6 +35,7 @@ DATA_WITH_GROUPS = ("sentiment",)
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora",
            "fedsa_lora", "fedex_lora", "feddpa", "fedms", "fedms_plus")
 RULE_OF_METHOD = {"ffa_lora": "freeze_a", "fedex_lora": "exact"}    # those whose aggregation rule is what they are
+# Tables that one method reads alone: records of another method do not depend on them.
 TABLE_OF_METHOD = {**{name: name for name in ("fedprox", "fedrep", "ditto", "apfl", "feddpa")}, "plus": "fedms_plus"}
 NEED_A_LINEAR_HEAD = ("fedper", "fedrep")
 

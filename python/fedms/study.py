@@ -30,8 +30,6 @@ FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus") 
 PERSONALISED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
 REST = tuple(method for method in METHODS if method not in FIRST)
 
-# Tables that one method reads alone: another method's records do not depend on them.
-
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 COMMON = ("run.threads=1",)
 
@@ -297,8 +295,8 @@ tenth of clients. *Below local*: the share of clients that would be better off a
 `fedms_plus` with the pieces that `docs/method.md` explains. What a run costs lies in its training samples, what it says in
 its test samples: so clients have more of the latter. Sentences cost several times what images do: they are cut to 32
 tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4. Cost is operations (TFLOP), not seconds: runs share the
-machine. Differences are paired by client and seed, in points,
-with a 95 % interval of their mean; those whose interval holds 0 are marked by ~.
+machine. Differences are paired by client and seed, in points, with a 95 % interval of their mean; those whose interval
+holds 0 are marked by ~.
 """
 
 
