@@ -247,6 +247,8 @@ class PlusTable(Table):
     confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone")
     confidence_lr: float = Field(
         0.05, gt=0, description="AdamW learning rate of the few weights through which it sees them; the rest has gate.lr")
+    global_in_stage2: bool = Field(
+        True, description="the global expert goes on being trained and averaged in stage 2, beside the local ones")
 
 
 class Budget(Table):

@@ -70,6 +70,7 @@ ABLATIONS = {
     "fedms, blocks in a random order": ("fedms", ("sal.order=[2, 4, 1, 3]",)),
     "fedavg_ft, doubled rank (as many parameters as two experts)": ("fedavg_ft", ("lora.rank=16", "lora.alpha=32.0")),
     "fedavg, as many bytes as fedms (no second stage)": ("fedavg", ("stage2.rounds=0",)),
+    "fedms_plus, global expert fixed in stage 2": ("fedms_plus", ("plus.global_in_stage2=false",)),
     "fedms_plus, no class prior": ("fedms_plus", ("plus.prior=off",)),
     "fedms_plus, prior on the global expert only": ("fedms_plus", ("plus.prior=global",)),
     "fedms_plus, prior in stage 1 too": ("fedms_plus", ("plus.prior_in_stage1=true",)),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedms import methods, run
+from fedms.checkpoint import CheckpointFolder
 from fedms.client import Group
 from fedms.config import ConfigError, load_config
 from fedms.methods.fedavg_prior import log_prior
@@ -17,7 +18,7 @@ from fedms_ext import GateAdapter
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
          "run.threads=1"]
-OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false"]
+OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false", "plus.global_in_stage2=false"]
 OTHER = ["plus.prior_in_stage1=true", "plus.gate_on=held_out", "gate.training=private", "gate.weight=0.5"]
 
 
@@ -50,11 +51,26 @@ def test_the_shift_is_the_clients_prior_over_everybodys():
     for sets, stage, shifted in [
             ((), "stage1", ()), ((), "stage2", ("global", "local")), (("plus.prior=global",), "stage2", ("global",)),
             (("plus.prior=off",), "stage2", ()), (("plus.prior_in_stage1=true",), "stage1", ("global",))]:
-        model = SimpleNamespace(shifts={"global": torch.zeros(3), "local": torch.zeros(3)})
+        model = SimpleNamespace(shifts={"global": torch.ones(3), "local": torch.ones(3)})       # of what came before
         method = methods.create(config("run.method=fedms_plus", *sets))
         method._shift(model, stage, counts, {"class_counts": everyone})
         for expert, shift in model.shifts.items():
             assert torch.allclose(shift, expected if expert in shifted else torch.zeros(3)), (sets, stage, expert)
+
+
+def test_the_global_expert_goes_on_in_stage2(tmp_path):
+    """It ends as that of federated averaging with as many rounds, bit for bit; without this piece as stage 1 left it."""
+    def expert(name, *sets):
+        run.run(config("sal.max_depth=1", *sets), tmp_path / name)
+        snapshot, _ = CheckpointFolder(tmp_path / name / "checkpoint").load()
+        return {name: tensor.numpy().tobytes() for name, tensor in snapshot.tensors.items()
+                if name.startswith(("tensors/expert/", "tensors/head/"))}
+
+    averaged = {rounds: expert(f"fedavg-{rounds}", "run.method=fedavg", f"stage1.rounds={rounds}", "stage2.rounds=0")
+                for rounds in (2, 4)}
+    assert averaged[2] and averaged[2] != averaged[4]
+    assert expert("on", "run.method=fedms_plus") == averaged[4]
+    assert expert("off", "run.method=fedms_plus", "plus.global_in_stage2=false") == averaged[2]
 
 
 def test_smoothing_bounds_a_class_that_was_never_seen():

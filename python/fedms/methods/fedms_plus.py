@@ -10,6 +10,9 @@ knows them by heart. Here, once the expert of the visit is trained and chosen, t
 validation samples, or on a share of the training samples that is kept from the expert.
 
 Confidences. Which expert is right shows in how sure each is: the gate sees that beside the features.
+
+A global expert that goes on. In stage 2 each visit first trains the global expert as in stage 1, so that it has had as many
+rounds at the end as federated averaging alone, and the mixture need not make up for those it missed.
 """
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
-from fedms.methods.base import Prediction, class_counts, keep_better
+from fedms.methods.base import Prediction, class_counts, keep_better, train_shared
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
 from fedms.resident import EXPERTS, Part, ResidentModel, Tensors
@@ -35,6 +38,11 @@ class FedMSPlus(FedMS):
     def sums(self, classes: int) -> Tensors:
         return {COUNTS: torch.zeros(classes, dtype=torch.float64)}
 
+    def carries(self, stage: str, name: str) -> str | None:
+        if self.config.plus.global_in_stage2 and not name.startswith("gate/"):
+            return "round"
+        return super().carries(stage, name)
+
     def initial(self, model: ResidentModel) -> Tensors:
         side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.config.plus.confidences else {}
         return {**super().initial(model), **side}
@@ -42,10 +50,19 @@ class FedMSPlus(FedMS):
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         counts = class_counts(model, client.train)
+        sums = {COUNTS: counts} if COUNTS not in private.tensors else {}
+        first, kept = None, Private()
+        if message.stage == "stage2" and self.config.plus.global_in_stage2:
+            self._shift(model, "stage1", counts, message.sums)
+            as_before = replace(message, stage="stage1", round=self.config.stage1.rounds + message.round)
+            first, kept = train_shared(model, client, private, as_before)
         self._shift(model, message.stage, counts, message.sums)
         reply, after = super().client_step(model, client, private, message)
-        sums = {COUNTS: counts} if COUNTS not in private.tensors else {}
-        return replace(reply, sums=sums), Private({**after.tensors, COUNTS: counts})
+        if first is not None:
+            size = first.metrics["trained_params"] + reply.metrics["trained_params"]
+            reply = replace(reply, tensors={**first.tensors, **reply.tensors},
+                            metrics={**reply.metrics, "trained_params": size})
+        return replace(reply, sums=sums), Private({**kept.tensors, **after.tensors, COUNTS: counts})
 
     def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
         if COUNTS in private.tensors:                    # a client that was never visited has no counts
@@ -57,10 +74,10 @@ class FedMSPlus(FedMS):
         plus = self.config.plus
         everyone = sums.get(COUNTS, torch.zeros_like(counts))
         shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float()
-        if stage == "stage1" and plus.prior_in_stage1 or stage != "stage1" and plus.prior != "off":
-            model.shifts["global"] = shift
-        if stage != "stage1" and plus.prior == "both":
-            model.shifts["local"] = shift
+        none = torch.zeros_like(shift)
+        on_global = plus.prior_in_stage1 if stage == "stage1" else plus.prior != "off"
+        on_local = stage != "stage1" and plus.prior == "both"
+        model.shifts = {"global": shift if on_global else none, "local": shift if on_local else none}
 
     def _weights(self, model: ResidentModel, features: Tensor, shared: Tensor | None = None,
                  own: Tensor | None = None) -> Tensor:
