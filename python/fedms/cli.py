@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -79,8 +80,15 @@ Resume = Annotated[bool, typer.Option(
     "--resume", help="Go on where an earlier call with the same settings was stopped or killed.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"fedms {metadata.version('fedms')}")
+        raise typer.Exit
+
+
 @app.callback()
-def fedms() -> None:
+def fedms(version: Annotated[bool, typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="Show the version and end.")] = False) -> None:
     """Federated fine-tuning of a frozen foundation model in two stages: a global LoRA expert, then a private local
     expert for each client and a gate that mixes the two, with LoRA activated block by block as it is needed."""
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -308,3 +311,12 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     line = "  stage 1 round  1  depth 1  loss 1.000  validation  50.0%"
     assert capsys.readouterr().err.splitlines() == [
         "fedms, seed 0", line, "evaluating ...", "local, seed 0", line, "evaluating ..."]
+
+
+def test_the_version_is_the_packages():
+    assert said(fedms("--version")) == f"fedms {version('fedms')}\n"
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fedms", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fedms {version('fedms')}\n"), done.stderr
