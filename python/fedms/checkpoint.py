@@ -4,10 +4,11 @@
       000012.json            a manifest: the plain state, and which object holds which tensors
       <sha256>.safetensors   objects, named by the hash of their content
 
-A checkpoint is its manifest. Objects are written before it, each file by way of a temporary one, fsync and rename, so
-a manifest never names an object that is not whole. A client whose private state did not change since the checkpoint
-before keeps its object. The last two checkpoints are kept; every byte is verified on load, and a damaged checkpoint
-falls back to the one before it.
+A checkpoint is its manifest. Objects are written before it, each file by way of a temporary one, fsync and rename, and
+the names of all are made to last together: a power cut before that may leave a manifest without its object, a damaged
+checkpoint like any other. Older checkpoints are dropped after it. A client whose private state did not change since the
+checkpoint before keeps its object. The last two checkpoints are kept; every byte is verified on load, and a damaged
+checkpoint falls back to the one before it.
 """
 from __future__ import annotations
 
@@ -172,7 +173,7 @@ class CheckpointFolder:
     def _write_object(self, tensors: Tensors) -> str:
         data = save_arrays({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
         name = hashlib.sha256(data).hexdigest()
-        write_durably(self._object(name), data)
+        write_durably(self._object(name), data, sync_name=False)        # the manifest after it syncs all names at once
         return name
 
     def _drop_unused(self) -> None:

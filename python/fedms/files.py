@@ -13,8 +13,10 @@ LOCK = ".lock"
 SHARD = "data.safetensors"
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes, *, sync_name: bool = True) -> None:
     """Write a file so that after a crash the old or the new content is there, never a part, and so that it lasts.
+
+    sync_name: False leaves it to the caller to make the file's name last (:func:`sync_folder`), once for several files.
 
     Raises OSError if it cannot be written; the old content is then untouched.
     """
@@ -28,7 +30,8 @@ def write_durably(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync_name:
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -62,8 +62,8 @@ class Outcome:
         raise ConfigError(f"client: there is no client {name!r}; clients are: {names}")
 
     def experts(self, model: ResidentModel) -> dict[str, Tensors]:
-        """The applied pairs and the head of each expert, and the corrections that come with it: "global", and "client-ID" of every client with one of its
-        own."""
+        """The applied pairs and the head of each expert, and the corrections that come with it: "global", and "client-ID" of
+        every client with one of its own."""
         shared = {**self.final.tensors, **self.final.constants}
         # What never travels is what every client drew.
         start = {**model.initial(self.task.config.run.seed), **shared}

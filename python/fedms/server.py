@@ -199,11 +199,11 @@ class Server:
             _check_form(name, tensor, message.tensors[name])
         sent = [message.tensors[name] for name in tensors]
         change = _norm(torch._foreach_sub(list(tensors.values()), sent) if sent else [])
-        most = self.config.clients.max_change * max(_norm(sent), 1.0)
         if not math.isfinite(change):
             for name, tensor in tensors.items():
                 _check_finite(name, tensor)
-        if change > most:
+        most = self.config.clients.max_change
+        if change > most and change > (most := most * max(_norm(sent), 1.0)):
             raise Refused(f"its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
