@@ -3,9 +3,9 @@
     python bench/bench_gpu_linear.py [--quick] [--seconds S] [--json FILE] [--rehearse]
 
 All ratios are to the bare frozen GEMM: F.linear, and for forward + backward F.linear and the GEMM of dx; the floor is the
-one of gpu_work.py. Peers: PEFT, PEFT compiled, NeMo AutoModel's Triton kernels beside a frozen GEMM (where nemo-automodel is installed), and the operator
-sequences of Unsloth (`addmm_` into the frozen GEMM's output, dx written by `addmm_`) and of LoRAFusion (S apart, then one
-GEMM that adds it; dS and dB from dy), both written anew here on cuBLAS.
+one of gpu_work.py. Peers: PEFT, PEFT compiled, NeMo AutoModel's Triton kernels beside a frozen GEMM (where nemo-automodel
+is installed), and the operator sequences of Unsloth (`addmm_` into the frozen GEMM's output, dx written by `addmm_`) and of
+LoRAFusion (S apart, then one GEMM that adds it; dS and dB from dy), both written anew here on cuBLAS.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def expert_linear(
 ) -> Tensor:
     """y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
 
-    The arguments are those of `fedms_ext.expert_linear`; segments are a gate of ones and zeros. Differentiable by autograd any number of times, but here
-    the weight and the bias do get gradients if they ask for them.
+    The arguments are those of `fedms_ext.expert_linear`; segments are a gate of ones and zeros. Differentiable by autograd
+    any number of times, but here the weight and the bias do get gradients if they ask for them.
     """
     experts = len(lora_a)
     rows = x.reshape(-1, x.shape[-1])

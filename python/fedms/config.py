@@ -1,7 +1,8 @@
 """The run file: one TOML, validated against :class:`RunConfig`.
 
 All problems of single keys are reported in one pass, then all of keys that do not fit together; one line each, by the
-dotted key, the value found and the values accepted. Nothing here imports torch, so a mistake in a run file is answered at once.
+dotted key, the value found and the values accepted. Nothing here imports torch, so a mistake in a run file is answered at
+once.
 """
 
 from __future__ import annotations
@@ -521,7 +522,8 @@ def dump_toml(config: RunConfig) -> str:
 def reference() -> str:
     """docs/configuration.md: a table of every key with its default, accepted values and meaning."""
     lines = ["# The run file", "", "Every key of a run file. `--set table.key=value` overrides one; "
-             "`fedms run NAME --dry-run` prints all as they are then.", "", "| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+             "`fedms run NAME --dry-run` prints all as they are then.", "",
+             "| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
     for table, keys in _keys().items():
         for key, field in keys.items():
             default = "unset" if field.default is None else _show(field.default)
