@@ -302,20 +302,35 @@ holds 0 are marked by ~.
 
 
 def write_page(page: Path, planned: Sequence[Planned], records: Path) -> None:
-    """Makes the page from the records of the planned runs. RunFolderError if it cannot be written."""
-    text = render(planned, read_records(records), str(records))
+    """Makes the page from the records of the planned runs, and its pictures in a folder of the page's name. RunFolderError
+    if they cannot be written."""
+    lines, folder = read_records(records), page.with_suffix("")
+    text = render(planned, lines, str(records), folder.name)
     try:
-        page.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in _pictures(planned, lines):
+            write_durably(folder / name, picture.encode())
         write_durably(page, text.encode())
     except OSError as error:
         raise RunFolderError(f"{page}: cannot be written: {error.strerror}") from error
 
 
-def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], source: str) -> str:
-    """The page as Markdown; equal records give an equal page."""
+def _pictures(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """A file's name and its content for each setting with records: every client's accuracy, by method."""
+    from fedms import report
+
+    done, _ = _one_model(planned, {key_of(line): line for line in lines})
+    for setting in dict.fromkeys(run.setting for run in planned):
+        if figure := report.clients_figure([_as_run(line) for run, line in done
+                                            if run.setting == setting and run.label in METHODS]):
+            yield f"{setting.name}.svg", report.as_svg(figure, setting.name)
+
+
+def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
+    """The page as Markdown; equal records give an equal page. pictures: the folder with a picture of each setting, as the
+    page names it."""
     of_run = {key_of(line): line for line in lines}
-    done = [(run, of_run[run.key]) for run in planned if run.key in of_run]
-    done, mixed = _one_model(done)
+    done, mixed = _one_model(planned, of_run)
     parts = ["# The study", f"{len(done)} of {len(planned)} runs are done. Made by `fedms study --page-only` from `{source}`, "
              "one line a run with its command, commit, seed and every client's accuracy; `fedms study` goes on where the "
              "records end.", READING]
@@ -331,6 +346,9 @@ def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], sourc
         missing = _missing([run for run in planned if run.setting == setting and run.label in METHODS], of_run)
         parts.append(f"## {setting.title}")
         parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
+        if here:
+            parts.append(f"![Personalised test accuracy of each client, by method]({pictures}/{setting.name}.svg)")
+            parts.append("*One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth.*")
         if here and missing:
             parts.append(f"Not run yet: {missing}.")
     parts += _ablation_part(done, planned, of_run)
@@ -342,9 +360,10 @@ def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], sourc
 Done = tuple[Planned, Mapping[str, Any]]
 
 
-def _one_model(done: Sequence[Done]) -> tuple[list[Done], int]:
-    """Records whose setting was run with one set of model weights, the most frequent one, and how many others there are:
-    pretraining elsewhere may give other bits."""
+def _one_model(planned: Sequence[Planned], of_run: Mapping[Any, Mapping[str, Any]]) -> tuple[list[Done], int]:
+    """The planned runs with a record, where their setting was run with one set of model weights, the most frequent one; and
+    how many have others: pretraining elsewhere may give other bits."""
+    done = [(run, of_run[run.key]) for run in planned if run.key in of_run]
     found: dict[str, dict[str, int]] = {}
     for run, line in done:
         counts = found.setdefault(run.setting.name, {})

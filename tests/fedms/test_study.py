@@ -84,8 +84,8 @@ def test_what_is_recorded_is_not_run_again_and_one_removed_line_is(tmp_path):
 def test_the_page_says_what_was_run_and_what_was_not():
     lines = [line(run, mean) for run, mean in zip(RUNS, (0.5, 0.6, 0.7, 0.72, 0.8))]
     lines[3]["gate"] = {"mean": 0.9, "entropy": 0.25, "half_mix_accuracy": 0.7, "oracle_accuracy": 0.8, "collapsed": False}
-    page = study.render(RUNS, lines[:4], "records.jsonl")
-    assert page == study.render(RUNS, lines[:4][::-1], "records.jsonl")
+    page = study.render(RUNS, lines[:4], "records.jsonl", "study")
+    assert page == study.render(RUNS, lines[:4][::-1], "records.jsonl", "study")
     assert "4 of 5 runs are done" in page and "Not run yet: fedms (seed 1)." in page
     assert "The gate of `fedms` gives the local expert 90 % of the weight (entropy 0.25, at most 0.69)." in page
     assert "Half and half would have 70.0 %; the right expert for each sample, which no gate can know, 80.0 %." in page
@@ -96,7 +96,7 @@ def test_the_page_says_what_was_run_and_what_was_not():
 def test_records_of_another_setting_or_model_are_left_out():
     lines = [line(run, 0.5) for run in RUNS]
     old = {**lines[0], "config": {**lines[0]["config"], "stage1": {**lines[0]["config"]["stage1"], "lr": 0.5}}}
-    page = study.render(RUNS, [old, *lines[1:4], {**lines[4], "model_fingerprint": "other"}], "records.jsonl")
+    page = study.render(RUNS, [old, *lines[1:4], {**lines[4], "model_fingerprint": "other"}], "records.jsonl", "study")
     assert "3 of 5 runs are done" in page
     assert "1 record of earlier settings is left out" in page
     assert "1 record with other weights of the pretrained model is left out" in page
@@ -120,3 +120,15 @@ def test_a_damaged_line_is_named(tmp_path, text):
     (tmp_path / "records.jsonl").write_text(json.dumps(line(RUNS[0], 0.5)) + "\n" + text + "\n")
     with pytest.raises(RunFolderError, match="records.jsonl, line 2: not a record"):
         study.read_records(tmp_path / "records.jsonl")
+
+
+def test_each_setting_with_records_has_a_picture(tmp_path):
+    records, page = tmp_path / "records.jsonl", tmp_path / "page.md"
+    made = []
+    for _ in range(2):
+        records.write_text("".join(json.dumps(line(run, 0.5)) + "\n" for run in RUNS[:3]))
+        study.write_page(page, RUNS, records)
+        [picture] = (tmp_path / "page").iterdir()
+        made.append(picture.read_bytes())
+    assert f"](page/{picture.name})" in page.read_text() and picture.name == f"{SETTING.name}.svg"
+    assert made[0] == made[1] and b"fedavg" in made[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 import statistics
 from collections import defaultdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fedms.records import CONFIG, RunRecords
-from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, method_colour
+from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_colour
 from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, field_of, focus_method, participants,
                                   read_runs)
 from fedms.report.significance import differences
@@ -154,12 +153,7 @@ def _plain_style() -> Iterator[None]:
 
 def _svg(figure: Any, name: str) -> str:
     """Inline SVG with text kept as text and every colour a CSS variable, so that it follows the page's theme."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
+    svg = as_svg(figure, name)
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
