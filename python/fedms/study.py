@@ -432,12 +432,13 @@ def _provenance(setting: Setting, done: Sequence[Done]) -> str:
 
 def _constants(runs: Sequence[Planned]) -> str:
     tuned = {run.label: run.tuned for run in runs}
+    setting = next((each for each in TUNED_ON if each.source == runs[0].setting.source), None)
     if not any(tuned.values()):
-        setting = next((each for each in TUNED_ON if each.source == runs[0].setting.source), None)
         return ("All methods have the run file's constants: their learning rates are the same, and not tuned one by one"
                 + (f" yet; `{tuning(setting)}` would." if setting else "."))
     rest = [label for label, is_tuned in tuned.items() if not is_tuned]
-    return "Constants chosen by `fedms tune`" + (f", but for {', '.join(rest)}." if rest else ".")
+    return (f"Constants chosen by `{tuning(setting) if setting else 'fedms tune'}`"
+            + (f", but for {', '.join(rest)}." if rest else "."))
 
 
 def tuning(setting: Setting) -> str:

@@ -60,7 +60,7 @@ def test_constants_that_were_tuned_are_used_and_said(tmp_path):
     tuned = [run for run in runs if run.tuned]
     assert {(run.label, run.setting.source) for run in tuned} == {("ditto", "fashion")}
     assert all(run.config.ditto.pull == 0.5 and run.config.stage1.lr == 0.001 for run in tuned)
-    assert study._constants(tuned + RUNS[:1]) == "Constants chosen by `fedms tune`, but for local."
+    assert study._constants(tuned + RUNS[:1]) == f"Constants chosen by `{study.tuning(study.FASHION)}`, but for local."
     assert study._constants(RUNS).startswith("All methods have the run file's constants")
 
 
