@@ -203,7 +203,9 @@ class Server:
             for name, tensor in tensors.items():
                 _check_finite(name, tensor)
         most = self.config.clients.max_change
-        if change > most and change > (most := most * max(_norm(sent), 1.0)):
+        if change > most:       # seldom: only then the norm of what was sent, of which it is a multiple, is worth its time
+            most *= max(_norm(sent), 1.0)
+        if change > most:
             raise Refused(f"its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:

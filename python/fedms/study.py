@@ -308,22 +308,25 @@ def write_page(page: Path, planned: Sequence[Planned], records: Path) -> None:
     text = render(planned, lines, str(records), folder.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in _pictures(planned, lines):
+        for name, picture in _pictures(planned, lines).items():
             write_durably(folder / name, picture.encode())
         write_durably(page, text.encode())
     except OSError as error:
         raise RunFolderError(f"{page}: cannot be written: {error.strerror}") from error
 
 
-def _pictures(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """A file's name and its content for each setting with records: every client's accuracy, by method."""
+def _pictures(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By its file's name a picture of each setting with records: every client's accuracy, by method."""
     from fedms import report
 
     done, _ = _one_model(planned, {key_of(line): line for line in lines})
-    for setting in dict.fromkeys(run.setting for run in planned):
-        if figure := report.clients_figure([_as_run(line) for run, line in done
-                                            if run.setting == setting and run.label in METHODS]):
-            yield f"{setting.name}.svg", report.as_svg(figure, setting.name)
+    found = {}
+    with report.plain_style():
+        for setting in dict.fromkeys(run.setting for run in planned):
+            if figure := report.clients_figure([_as_run(line) for run, line in done
+                                                if run.setting == setting and run.label in METHODS]):
+                found[f"{setting.name}.svg"] = report.as_svg(figure, setting.name)
+    return found
 
 
 def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
@@ -349,8 +352,8 @@ def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], sourc
         if here:
             parts.append(f"![Personalised test accuracy of each client, by method]({pictures}/{setting.name}.svg)")
             parts.append("*One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth.*")
-        if here and missing:
-            parts.append(f"Not run yet: {missing}.")
+            if missing:
+                parts.append(f"Not run yet: {missing}.")
     parts += _ablation_part(done, planned, of_run)
     parts.append(CLAIM.rstrip())
     parts.append("\n".join(f"- {text}" for _, text in sorted(margins, reverse=True)[:4]) or "No two rows to compare yet.")

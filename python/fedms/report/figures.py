@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -385,6 +386,17 @@ FIGURES: tuple[tuple[str, Callable[..., Any], str, str, str], ...] = (
     ("gain", gain_figure, "Against local-only",
      "One dot a client and seed; above the diagonal the client is better off.", "half"),
 )
+
+
+@contextlib.contextmanager
+def plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's settings; and a dollar sign in a name starts no formula."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
 
 
 def as_svg(figure: Figure, name: str) -> str:

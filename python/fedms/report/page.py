@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from fedms.records import CONFIG, RunRecords
-from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_colour
+from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_colour, plain_style
 from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, field_of, focus_method, participants,
                                   read_runs)
 from fedms.report.significance import differences
@@ -50,7 +49,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
     focus_runs = methods[focus]
     figures = []
     for name, make, title, caption, width in FIGURES:
-        with _plain_style():
+        with plain_style():
             if (figure := make(runs)) is not None:
                 figures.append({"title": title, "caption": caption, "width": width, "svg": Markup(_svg(figure, name))})
     header, cells = table(comparison(runs))
@@ -138,17 +137,6 @@ def _css_name(colour_or_method: str) -> str:
 
 def _css_colours() -> list[tuple[str, str, str]]:
     return [(_css_name(light), light, dark) for light, dark in DARK.items()]
-
-
-@contextlib.contextmanager
-def _plain_style() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the user's settings; and a dollar sign in a name starts no formula."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams["text.parse_math"] = False
-        yield
 
 
 def _svg(figure: Any, name: str) -> str:
