@@ -11,7 +11,7 @@ LoRAFusion (S apart, then one GEMM that adds it; dS and dB from dy), both writte
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -111,9 +111,9 @@ Operator = Callable[[Tensor], Tensor]
 
 
 def operators(
-    weight: Tensor, a: Tensor, b: Tensor, scale: float, compiled: bool = True
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, compiled: Sequence[str] = ("PEFT", "fedms")
 ) -> dict[str, tuple[Operator, list[Tensor]]]:
-    """Each peer as a function of x, and the parameters that it trains. `compiled`: on a GPU, those of torch.compile too."""
+    """Each peer as a function of x, and the parameters that it trains. `compiled`: of which, on a GPU, by torch.compile too."""
     merged = weight + scale * (b @ a).detach()
     found: dict[str, tuple[Operator, list[Tensor]]] = {
         "bare GEMM": (lambda x: F.linear(x, weight), []),
@@ -132,9 +132,9 @@ def operators(
         layer = peft_layer(weight, a.detach().clone(), b.detach().clone(), scale)
         trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
         found["PEFT"] = (layer, trained)
-        if weight.is_cuda and compiled:  # what the compiler makes of it on the CPU is another matter
-            found["PEFT, compiled"] = (torch.compile(layer, dynamic=False), trained)
-            found["fedms, compiled"] = (torch.compile(found["fedms"][0], dynamic=False), [a, b])
+        for name in compiled if weight.is_cuda else ():  # what the compiler makes of it on the CPU is another matter
+            operator, parameters = found[name]
+            found[f"{name}, compiled"] = (torch.compile(operator, dynamic=False), parameters)
     except ImportError:
         pass  # the report names the peers that it has
     return found
@@ -169,8 +169,9 @@ def run(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
         weight = torch.randn(n, k, **like) / k**0.5
         a = (torch.randn(rank, k, **like) / k**0.5).requires_grad_()
         b = torch.randn(n, rank, **like).requires_grad_()
-        # Compilation takes longer than all the timing: a quick run does it for the shape of that goal.
-        peers = operators(weight, a, b, 0.5, compiled=number == 0 or not report.quick)
+        # Compilation takes longer than all the timing: a quick run does it for the peer and the shape of that goal.
+        compiled = ("PEFT", "fedms") if not report.quick else ("PEFT",) if number == 0 else ()
+        peers = operators(weight, a, b, 0.5, compiled)
         for what, floor, calls in (
             ("forward", Work(k, n, rows, rank).floor, {name: forward_only(op, x) for name, (op, _) in peers.items()}),
             ("forward + backward", Work(k, n, rows, rank).floor_of_both,

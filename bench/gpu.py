@@ -1,6 +1,6 @@
 """All that a GPU can show, in one folder of at most eight files: tests, machine code, benchmarks, a report.
 
-    python bench/gpu.py --dest FOLDER [--quick] [--since EPOCH] [--rehearse]
+    python bench/gpu.py --dest FOLDER [--quick [--seconds S]] [--since EPOCH] [--rehearse]
 
 `make gpu` rebuilds the package and calls this. Exit status 1 if a test fails; the benchmarks run all the same. Where all
 tests of the CUDA C++ kernels pass, $FEDMS_CACHE gets a record of it, and those kernels become candidates from then on.
@@ -34,9 +34,9 @@ QUICK_SECONDS = 8 * 60
 RESERVE = 10.0  # seconds to write the report
 # Of the seconds that are left when a quick run comes to a benchmark: the share that it may have. Most of them go into
 # compiling the tiles that are measured.
-SHARES = {"linear": 0.55, "mixture": 0.6, "step": 1.0}
+SHARES = {"linear": 0.55, "kernels": 0.35, "step": 0.5, "mixture": 1.0}
 # Tests spend their time in compilers, one thread each.
-SHARDS = max(1, min(8, (os.cpu_count() or 1) // 2))
+SHARDS = max(1, min(16, (os.cpu_count() or 1) - 2))
 
 # Of the GEMMs and of the narrow kernels: how busy the tensor cores and the memory are, and what was read of it.
 COUNTERS = [
@@ -52,8 +52,11 @@ Step = dict[str, object]
 
 
 def machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    def git(*command: str) -> str:
+        if shutil.which("git") is None:  # nor need the sources have a history
+            return ""
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
     gpu = {}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -64,8 +67,8 @@ def machine() -> dict[str, object]:
             "memory_bytes": properties.total_memory,
         }
     return {
-        "commit": commit,
-        "changed files": len(changed.splitlines()),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "changed files": len(git("status", "--porcelain").splitlines()),
         **gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -121,11 +124,11 @@ class Steps:
 
 
 def test(steps: Steps, quick: bool, dest: Path) -> None:
-    steps.run("tests on the GPU", [*PYTEST, "on_gpu.py", *(["-k", QUICK] if quick else [])], 150 if quick else 1500, SHARDS)
     if fedms_ext.explain("cuda") is None:
         step = steps.run("tests of the CUDA kernels", [*PYTEST, str(CUDA_TESTS)], 90 if quick else 900, SHARDS)
         if step["status"] == 0:
             print(f"the CUDA kernels are candidates from now on: {cuda.record_pass()}")
+    steps.run("tests on the GPU", [*PYTEST, "on_gpu.py", *(["-k", QUICK] if quick else [])], 150 if quick else 1500, SHARDS)
     if quick:
         return
     code = {"FEDMS_MACHINE_CODE": str(dest / "machine_code.json")}
@@ -153,6 +156,9 @@ def measure(steps: Steps, options: argparse.Namespace, dest: Path) -> None:
     choices.mkdir()
     if fedms_ext.explain("cuda") is None and cuda.passed(cuda.capability(None)):
         shutil.copy(cuda.record(cuda.capability(None)), choices)
+    if not options.rehearse:
+        compiler = [sys.executable, str(ROOT / "bench" / "gpu_compile.py"), *["--quick"] * options.quick]
+        steps.run("compilation", compiler, 90 if options.quick else 900)
     for name, share in SHARES.items():
         command = [sys.executable, str(ROOT / "bench" / f"bench_gpu_{name}.py"), "--json", str(dest / f"{name}.json")]
         command += ["--quick"] * options.quick + ["--rehearse"] * options.rehearse
@@ -189,10 +195,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dest", required=True, type=Path, help="folder of the results; made if it is not there")
     parser.add_argument("--quick", action="store_true",
-                        help=f"within {QUICK_SECONDS // 60} minutes: fewer tests and shapes; the report says what was left "
-                             "out when the time was over")  # fmt: skip
+                        help="fewer tests and shapes, within --seconds; the report says what was left out")
+    parser.add_argument("--seconds", type=float, default=QUICK_SECONDS, metavar="S",
+                        help=f"how long --quick may take (default: {QUICK_SECONDS})")  # fmt: skip
     parser.add_argument("--since", type=float, metavar="EPOCH", default=time.time(),
-                        help="from when on the minutes of --quick count, in seconds since 1970 (default: now)")  # fmt: skip
+                        help="from when on the --seconds count, in seconds since 1970 (default: now)")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="no GPU: benchmarks on tiny sizes on the CPU, no tests")
     options = parser.parse_args()
     if (reason := fedms_ext.explain("triton")) and not options.rehearse:
@@ -200,7 +207,7 @@ def main() -> int:
     dest = options.dest.resolve()
     dest.mkdir(parents=True, exist_ok=True)
     (dest / "machine.json").write_text(json.dumps(machine(), indent=1))
-    steps = Steps(options.since + QUICK_SECONDS if options.quick else float("inf"))
+    steps = Steps(options.since + options.seconds if options.quick else float("inf"))
     if not options.rehearse:
         test(steps, options.quick, dest)
     measure(steps, options, dest)

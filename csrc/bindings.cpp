@@ -352,7 +352,8 @@ void define_cuda(py::module_ m) {
   py::class_<cuda::Chip>(m, "Chip").def(
       py::init([](int capability, int multiprocessors, int shared_memory) {
         return cuda::Chip{capability, multiprocessors, shared_memory};
-      }), py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"));
+      }), py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"))
+      .def_readonly("multiprocessors", &cuda::Chip::multiprocessors);
   py::class_<cuda::Dropout>(m, "Dropout").def(py::init([](double p, uint64_t seed) {
     return cuda::Dropout{p, seed};
   }), py::arg("p"), py::arg("seed"));
@@ -374,22 +375,28 @@ void define_cuda(py::module_ m) {
         std::copy(firsts.begin(), firsts.end(), segments.firsts);
         return segments;
       }), py::arg("ends"), py::arg("ranks"), py::arg("firsts"));
+  py::class_<cuda::Inside>(m, "Inside")
+      .def(py::init([at](Address a, int64_t a_stride, Address s, const cuda::Factors& factors, Address ready) {
+        return cuda::Inside{at(a), a_stride, at(s), factors, reinterpret_cast<int32_t*>(ready)};
+      }), py::arg("a"), py::arg("a_stride"), py::arg("s"), py::arg("factors"), py::arg("ready"))
+      .def(py::init([] { return cuda::Inside{}; }));
   m.attr("MOST_SEGMENTS") = cuda::MOST_SEGMENTS;
 
   m.def("check_device", &cuda::check_device, py::arg("device"));
   m.def("gemm_tiles", &cuda::gemm_tiles, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
         py::arg("int8"), py::arg("drops"), py::arg("whole"));
+  m.def("shrinks_inside", &cuda::shrinks_inside, py::arg("tile"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
   m.def("gemm", [=](bool bf16, int64_t m, int64_t n, int64_t k, int64_t r, Address x, int64_t x_stride, Address w,
                     int64_t w_stride, Address w_scale, Address bias, Address t, int64_t t_stride, Address f,
                     int64_t f_stride, Address y, bool across, const cuda::Dropout& dropout,
-                    const cuda::Segments& segments, int tile, const cuda::Chip& chip, const cuda::Stream& stream) {
+                    const cuda::Segments& segments, const cuda::Inside& inside, int tile, const cuda::Chip& chip, const cuda::Stream& stream) {
     cuda::gemm({element(bf16), m, n, k, r, at(x), x_stride, at(w), w_stride, floats(w_scale), at(bias), at(t), t_stride,
-                at(f), f_stride, at(y), across, dropout, segments}, tile, chip, stream);
+                at(f), f_stride, at(y), across, dropout, segments, inside}, tile, chip, stream);
   }, py::arg("bf16"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"),
         py::arg("w"), py::arg("w_stride"), py::arg("w_scale"), py::arg("bias"), py::arg("t"), py::arg("t_stride"),
         py::arg("f"), py::arg("f_stride"), py::arg("y"), py::arg("across"), py::arg("dropout"), py::arg("segments"),
-        py::arg("tile"), py::arg("chip"), py::arg("stream"));
+        py::arg("inside"), py::arg("tile"), py::arg("chip"), py::arg("stream"));
   m.def("shrink", [=](bool bf16, int64_t m, int64_t k, int64_t r, Address x, int64_t x_stride, Address a,
                       int64_t a_stride, Address s, Address t, int64_t t_stride, const cuda::Factors& factors,
                       const cuda::Segments& segments, const cuda::Dropout& dropout, const cuda::Stream& stream) {

@@ -10,8 +10,9 @@ template <class T>
 void start(const Launch& what, const Gemm& g, int tile, const Chip& chip) {
   const auto of = [](const void* data) { return static_cast<const T*>(data); };
   const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
-                                   g.w_stride, g.w_scale,       of(g.bias), of(g.t), g.t_stride, of(g.f),    g.f_stride,
-                                   static_cast<T*>(g.y), mask_of(g.dropout), g.segments};
+                                   g.w_stride, g.w_scale,       of(g.bias), static_cast<T*>(g.t), g.t_stride, of(g.f),    g.f_stride,
+                                   static_cast<T*>(g.y), mask_of(g.dropout), g.segments, of(g.inside.a),
+                                   g.inside.a_stride, static_cast<T*>(g.inside.s), g.inside.factors, g.inside.ready};
   if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.across);
   if constexpr (HAS_WGMMA) start_wgmma_gemm(what, arguments, tile, g.across, chip.multiprocessors);
 }
@@ -29,6 +30,8 @@ std::string gemm_tile_name(int tile) {
   return (t.kind == Kind::mma ? "mma " : "wgmma ") + text(t.bm) + "x" + text(t.bn) + " s" + text(t.stages);
 }
 
+bool shrinks_inside(int tile, int64_t r) { return TILES[tile].kind == Kind::wgmma && r <= RANKS_INSIDE; }
+
 void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
   if (tile < 0 || tile >= TILE_COUNT) throw Error("there is no tile " + text(tile));
   const std::string name = "gemm " + gemm_tile_name(tile);
@@ -45,6 +48,9 @@ void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
   }
   if (!takes(TILES[tile], int8, drops, whole) || (int8 && g.across) || (drops && !g.across && !int8)) {
     fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
+  }
+  if (g.inside.ready && (g.across || int8 || drops || !shrinks_inside(tile, g.r) || g.t_stride > RANKS_INSIDE || g.t_stride < g.r)) {
+    fail(what, "s cannot be made inside of this product");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

@@ -16,13 +16,18 @@ struct GemmArguments {
   int64_t w_stride;
   const float* w_scale;
   const T* bias;
-  const T* t;
+  T* t;
   int64_t t_stride;
   const T* f;
   int64_t f_stride;
   T* y;
   Mask mask;
   Segments segments;
+  const T* a;  // of Inside, and what follows
+  int64_t a_stride;
+  T* s;
+  Factors factors;
+  int32_t* ready;
 };
 
 // Two columns side by side, the first one even, of an output with n columns, an even number.

@@ -1,8 +1,11 @@
 // The frozen GEMM with the ranks in it, for compute capability 9.0: a persistent grid in which one warpgroup copies
 // tiles through the tensor memory accelerator, and two multiply them with wgmma, 64 rows of the output tile each.
 //
-// No multicast within a cluster: it would halve W's part of what a step takes from L2, but by the cost model (heuristics.h)
-// that takes no longer than the multiplications. It pays where L2 gives less than the 48 bytes a cycle assumed there.
+// No multicast within a cluster: sharing W's tiles between two blocks took as long on an H200 (docs/cuda.md).
+//
+// S can be made on the way (INSIDE): the tiles of the first columns, which come first, multiply their x by A too, and write S
+// and T; the other tiles of their rows wait for T, which most find there. So x is read once. A lies where the output will
+// go, which waits for its turn.
 #include <type_traits>
 
 #include "gemm.h"
@@ -17,23 +20,25 @@ using Count = std::integral_constant<int, VALUE>;
 
 // The operands as the tensor memory accelerator sees them.
 struct Maps {
-  TensorMap x, w, t, f, y;
+  TensorMap x, w, t, f, y, a;
 };
 
-template <class T, int TILE, bool ACROSS>
+template <class T, int TILE, bool ACROSS, bool INSIDE>
 struct WgmmaGemm {
   static constexpr Tile tile = TILES[TILE];
   static constexpr int BM = tile.bm, BN = tile.bn, STAGES = tile.stages, STAGE = tile.stage_bytes();
   static constexpr int CONSUMERS = BM / 64;
+  static constexpr int A_BYTES = RANKS_INSIDE * 128;  // of a step
   // What registers there are, 504 for each thread of a warpgroup, shared out in eights.
   static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
   static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 504);
 
   struct Ring {
-    uint32_t stages, staged, full, empty;  // addresses in shared memory
+    uint32_t stages, staged, full, empty, idle;  // addresses in shared memory
 
     FEDMS_DEVICE uint32_t full_of(int stage) const { return full + stage * 8; }
     FEDMS_DEVICE uint32_t empty_of(int stage) const { return empty + stage * 8; }
+    FEDMS_DEVICE uint32_t a_of(int stage) const { return staged + stage * A_BYTES; }
   };
 
   // Where in the ring a warpgroup is. `phase` counts the rounds, of which barriers know the last bit.
@@ -48,12 +53,24 @@ struct WgmmaGemm {
     }
   };
 
+  // A tile of this block, and what comes before and after it.
+  struct Place {
+    RowBlock rows;
+    int block, column;  // the number of the row block, and the first column
+    bool first, then_shrinks;
+
+    FEDMS_DEVICE bool shrinks() const { return INSIDE && column == 0; }
+  };
+
   // The box of x and W, or with `ranks` of T and F, at `first` of the reduction; in F that is at `first_of_f`.
-  static FEDMS_DEVICE void load(const Ring& ring, const Maps& maps, Cursor at, bool ranks, int row, int column,
-                                int first, int first_of_f) {
+  static FEDMS_DEVICE void load(const Ring& ring, const Maps& maps, Cursor at, const Place& place, bool ranks, int first,
+                                int first_of_f) {
     ptx::barrier_wait(ring.empty_of(at.stage), at.phase ^ 1);
     const uint32_t full = ring.full_of(at.stage), a = ring.stages + at.stage * STAGE, b = a + BM * 128;
-    ptx::barrier_arrive_expect(full, STAGE);
+    const int row = place.rows.row, column = place.column;
+    const bool shrinks = place.shrinks() && !ranks;
+    ptx::barrier_arrive_expect(full, shrinks ? STAGE + A_BYTES : STAGE);
+    if (shrinks) ptx::tma_load(ring.a_of(at.stage), &maps.a, full, place.rows.first_rank, first);
     ptx::tma_load(a, ranks ? &maps.t : &maps.x, full, row, first);
     const TensorMap* map = ranks ? &maps.f : &maps.w;
     if constexpr (ACROSS) {
@@ -64,25 +81,36 @@ struct WgmmaGemm {
     }
   }
 
-  // Calls work(rows, column) for the tiles of this block, one after the other. In segments every tile is whole: what two of
-  // them compute both comes out the same.
+  // Calls work(place) for the tiles of this block, one after the other. In segments every tile is whole: what two of them
+  // compute both comes out the same.
   template <class F>
   static FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, F work) {
-    const int blocks = row_blocks(g.segments, BM, g.m), column_blocks = ceil_div(g.n, BN);
-    for (int t = ptx::block_x(); t < blocks * column_blocks; t += ptx::blocks_x()) {
-      const Tile2 block = place_tile(t, blocks, column_blocks);
-      work(row_block(g.segments, block.row, BM, g.m, g.r, true), block.column * BN);
+    const int blocks = row_blocks(g.segments, BM, g.m), columns = ceil_div(g.n, BN), step = ptx::blocks_x();
+    const auto tile_at = [&](int t) {
+      return INSIDE ? place_tile_first_column_first(t, blocks, columns) : place_tile(t, blocks, columns);
+    };
+    for (int t = ptx::block_x(); t < blocks * columns; t += step) {
+      const Tile2 tile = tile_at(t);
+      const bool then_shrinks = INSIDE && t + step < blocks * columns && tile_at(t + step).column == 0;
+      work(Place{row_block(g.segments, tile.row, BM, g.m, g.r, true), tile.row, tile.column * BN, t == ptx::block_x(), then_shrinks});
     }
   }
 
   static FEDMS_DEVICE void produce(const GemmArguments<T>& g, const Maps& maps, const Ring& ring) {
     Cursor at;
-    for_tiles(g, [&](const RowBlock& rows, int column) {
-      for (int first = 0; first < g.k; first += STEP, at.advance()) {
-        load(ring, maps, at, false, rows.row, column, first, first);
+    int idle_phase = 0;
+    for_tiles(g, [&](const Place& place) {
+      if (place.shrinks() && !place.first) {
+        ptx::barrier_wait(ring.idle, idle_phase);
+        idle_phase ^= 1;
       }
-      for (int first = 0; first < rows.ranks; first += STEP, at.advance()) {
-        load(ring, maps, at, true, rows.row, column, first, rows.first_rank + first);
+      for (int first = 0; first < g.k; first += STEP, at.advance()) load(ring, maps, at, place, false, first, first);
+      if constexpr (INSIDE) {
+        ptx::wait_for(g.ready + place.block);
+        ptx::fence_global_for_tma();
+      }
+      for (int first = 0; first < place.rows.ranks; first += STEP, at.advance()) {
+        load(ring, maps, at, place, true, first, place.rows.first_rank + first);
       }
     });
   }
@@ -97,52 +125,106 @@ struct WgmmaGemm {
     ptx::wgmma<T, BN, ACROSS>(sum, a, b);
   }
 
+  using Shrunk = float[RANKS_INSIDE / 2];
+
   static FEDMS_DEVICE void consume(const GemmArguments<T>& g, const Maps& maps, const Ring& ring, int warpgroup) {
     const int thread = ptx::thread() % 128;
     const uint32_t staged = ring.staged + warpgroup * 2 * BOX;
+    int boxes = 0;
     Cursor at;
-    for_tiles(g, [&](const RowBlock& rows, int column) {
+    for_tiles(g, [&](const Place& place) {
       Accumulator sum = {};
       ptx::keep_in_place(sum);
       int before = -1;
       // Issues the multiplications of one stage while those of the stage before may still run; that one is free then.
       // Their number is known to the compiler: a branch between them would make it wait for each.
-      const auto step = [&](auto count) {
+      const auto step = [&](auto count, auto more) {
         ptx::barrier_wait(ring.full_of(at.stage), at.phase);
         const uint32_t stage = ring.stages + at.stage * STAGE;
         ptx::wgmma_fence();
 #pragma unroll
-        for (int k16 = 0; k16 < decltype(count)::value; ++k16) multiply(sum, stage, warpgroup, k16);
+        for (int k16 = 0; k16 < decltype(count)::value; ++k16) {
+          multiply(sum, stage, warpgroup, k16);
+          more(stage, k16);
+        }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         if (before >= 0 && thread == 0) ptx::barrier_arrive(ring.empty_of(before));
         before = at.stage;
         at.advance();
       };
-      for (int first = 0; first < g.k; first += STEP) step(Count<STEP / 16>());
-      for (int first = 0; first < rows.ranks; first += STEP) {
-        switch (ceil_div(rows.ranks - first, 16)) {
-          case 1: step(Count<1>()); break;
-          case 2: step(Count<2>()); break;
-          case 3: step(Count<3>()); break;
-          default: step(Count<4>());
+      const auto nothing = [](uint32_t, int) {};
+      if (place.shrinks()) {
+        Shrunk s = {};
+        ptx::keep_in_place(s);
+        for (int first = 0; first < g.k; first += STEP) {
+          step(Count<STEP / 16>(), [&](uint32_t stage, int k16) {
+            const uint64_t x = matrix_descriptor(stage + warpgroup * BOX + k16 * 32, 0);
+            ptx::wgmma<T, RANKS_INSIDE, false>(s, x, matrix_descriptor(ring.a_of(at.stage) + k16 * 32, 0));
+          });
+        }
+        ptx::wgmma_wait<0>();
+        ptx::keep_in_place(sum);
+        ptx::keep_in_place(s);
+        if (thread == 0) ptx::barrier_arrive(ring.empty_of(before));
+        before = -1;
+        publish(g, place, warpgroup, s);
+      } else {
+        for (int first = 0; first < g.k; first += STEP) step(Count<STEP / 16>(), nothing);
+      }
+      for (int first = 0; first < place.rows.ranks; first += STEP) {
+        switch (ceil_div(place.rows.ranks - first, 16)) {
+          case 1: step(Count<1>(), nothing); break;
+          case 2: step(Count<2>(), nothing); break;
+          case 3: step(Count<3>(), nothing); break;
+          default: step(Count<4>(), nothing);
         }
       }
       ptx::wgmma_wait<0>();
       ptx::keep_in_place(sum);
-      if (thread == 0) ptx::barrier_arrive(ring.empty_of(before));
-      write(g, maps, staged, warpgroup, rows.row + warpgroup * 64, column, sum);
+      if (before >= 0 && thread == 0) ptx::barrier_arrive(ring.empty_of(before));
+      write(g, maps, staged, boxes, warpgroup, place.rows.row + warpgroup * 64, place.column, sum);
+      if (place.then_shrinks && thread == 0) {  // A of the next tile will lie in the places of the output
+        ptx::tma_store_wait_read<0>();
+        ptx::barrier_arrive(ring.idle);
+      }
     });
     if (thread == 0) ptx::tma_store_wait_read<0>();
   }
 
-  // Boxes of 64 x 64 through two places in shared memory; the tensor memory accelerator writes them behind our back.
-  static FEDMS_DEVICE void write(const GemmArguments<T>& g, const Maps& maps, uint32_t staged, int warpgroup, int row,
-                                 int column, Accumulator& sum) {
+  // S and T of this warpgroup's 64 rows. When all rows of the tile have them, the other tiles are told.
+  static FEDMS_DEVICE void publish(const GemmArguments<T>& g, const Place& place, int warpgroup, const Shrunk& s) {
+    const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
+    const auto row = [&](int i) { return place.rows.row + warpgroup * 64 + warp * 16 + accumulator_row(lane, i % 4); };
+    const auto rank = [&](int i) { return i / 4 * 8 + accumulator_column(lane, i); };
+    // Some factors are under way before the first number is written; registers are few beside the accumulator.
+    constexpr int SOME = 8;
+#pragma unroll
+    for (int first = 0; first < RANKS_INSIDE / 2; first += SOME) {
+      float factor[SOME];
+#pragma unroll
+      for (int i = 0; i < SOME; ++i) {
+        const bool own = row(first + i) < place.rows.end && rank(first + i) < place.rows.ranks;
+        factor[i] = own ? factor_of(g.factors, g.segments, place.rows.owner, row(first + i), rank(first + i)) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < SOME; ++i) {
+        put_s(g.s, g.t, g.t_stride, g.r, place.rows, row(first + i), rank(first + i), s[first + i], factor[i]);
+      }
+    }
+    ptx::fence_global_for_tma();
+    ptx::named_barrier(1 + CONSUMERS, CONSUMERS * 128);  // A's place is free, too: both warpgroups are done with it
+    if (ptx::thread() == 0) ptx::announce(g.ready + place.block);
+  }
+
+  // Boxes of 64 x 64 through two places in shared memory, taken in turns also from one tile to the next; the tensor memory
+  // accelerator writes them behind our back.
+  static FEDMS_DEVICE void write(const GemmArguments<T>& g, const Maps& maps, uint32_t staged, int& boxes, int warpgroup,
+                                 int row, int column, Accumulator& sum) {
     const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
 #pragma unroll
     for (int box = 0; box < BN / 64; ++box) {
-      const uint32_t place = staged + box % 2 * BOX;
+      const uint32_t place = staged + boxes++ % 2 * BOX;
       if (thread == 0) ptx::tma_store_wait_read<1>();
       ptx::named_barrier(1 + warpgroup, 128);
 #pragma unroll
@@ -164,13 +246,14 @@ struct WgmmaGemm {
   static FEDMS_DEVICE void run(const GemmArguments<T>& g, const Maps& maps) {
     const uint32_t memory = ptx::shared_memory(), staged = memory + STAGES * STAGE;
     const uint32_t barriers = staged + CONSUMERS * 2 * BOX;
-    const Ring ring{memory, staged, barriers, barriers + STAGES * 8};
+    const Ring ring{memory, staged, barriers, barriers + STAGES * 8, barriers + STAGES * 16};
     const int warpgroup = ptx::thread() / 128;
     if (ptx::thread() == 0) {
       for (int stage = 0; stage < STAGES; ++stage) {
         ptx::barrier_init(ring.full_of(stage), 1);
         ptx::barrier_init(ring.empty_of(stage), CONSUMERS);
       }
+      ptx::barrier_init(ring.idle, CONSUMERS);
       ptx::fence_barrier_init();
     }
     ptx::sync_block();
@@ -184,13 +267,13 @@ struct WgmmaGemm {
   }
 };
 
-template <class T, int TILE, bool ACROSS>
+template <class T, int TILE, bool ACROSS, bool INSIDE>
 __global__ void __launch_bounds__(TILES[TILE].threads(), 1)
     wgmma_gemm(__grid_constant__ const GemmArguments<T> arguments, __grid_constant__ const Maps maps) {
-  WgmmaGemm<T, TILE, ACROSS>::run(arguments, maps);
+  WgmmaGemm<T, TILE, ACROSS, INSIDE>::run(arguments, maps);
 }
 
-template <class T, int TILE, bool ACROSS>
+template <class T, int TILE, bool ACROSS, bool INSIDE>
 void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
   constexpr Tile tile = TILES[TILE];
   const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
@@ -208,9 +291,10 @@ void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
   maps.t = g.r == 0 ? maps.x : map(g.t, g.m, g.r, g.t_stride, tile.bm);
   maps.f = g.r == 0 ? maps.w : operand(g.f, ranks_of_f, g.f_stride);
   maps.y = map(g.y, g.m, g.n, g.n, 64);
+  maps.a = INSIDE ? map(g.a, ranks_of_f, g.k, g.a_stride, RANKS_INSIDE) : maps.x;
   const int tiles = row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn);
-  launch(what, wgmma_gemm<T, TILE, ACROSS>, {std::min(tiles, multiprocessors)}, tile.threads(), tile.shared_bytes(), g,
-         maps);
+  launch(what, wgmma_gemm<T, TILE, ACROSS, INSIDE>, {std::min(tiles, multiprocessors), 1, 1, INSIDE}, tile.threads(),
+         tile.shared_bytes(), g, maps);
 }
 
 }  // namespace
@@ -219,11 +303,13 @@ template <class T>
 void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, bool across, int multiprocessors) {
   const auto start_tile = [&](auto number) {
     constexpr int TILE = decltype(number)::value;
-    across ? start<T, TILE, true>(what, g, multiprocessors) : start<T, TILE, false>(what, g, multiprocessors);
+    if (across) return start<T, TILE, true, false>(what, g, multiprocessors);
+    g.ready ? start<T, TILE, false, true>(what, g, multiprocessors) : start<T, TILE, false, false>(what, g, multiprocessors);
   };
   switch (tile) {
     case 2: return start_tile(Count<2>());
     case 3: return start_tile(Count<3>());
+    case 4: return start_tile(Count<4>());
   }
 }
 template void start_wgmma_gemm(const Launch&, const GemmArguments<Bf16>&, int, bool, int);

@@ -26,7 +26,7 @@ struct Tile {
   // mma stages its output where the pipeline was. wgmma has two boxes of 64 x 64 for every warpgroup, so that the next
   // tile can be loaded meanwhile, and barriers.
   constexpr int shared_bytes() const {
-    return stages * stage_bytes() + (kind == Kind::mma ? 0 : bm / 64 * 2 * 8192 + stages * 16);
+    return stages * stage_bytes() + (kind == Kind::mma ? 0 : bm / 64 * 2 * 8192 + stages * 16 + 16);
   }
   constexpr int accumulators() const { return kind == Kind::mma ? bm * bn / threads() : bn / 2; }
 };
@@ -35,8 +35,10 @@ constexpr Tile TILES[] = {
     {Kind::mma, 128, 128, 3, 2, 4},
     {Kind::mma, 64, 64, 4, 2, 2},
     {Kind::wgmma, 128, 256, 4, 0, 0},
+    {Kind::wgmma, 128, 192, 4, 0, 0},
     {Kind::wgmma, 128, 128, 5, 0, 0},
 };
+constexpr int RANKS_INSIDE = 32;  // of s made inside of a wgmma tile
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both are
 // for mma. The tensor memory accelerator writes whole tiles: `whole`, no segment is shorter than one.
@@ -49,6 +51,7 @@ constexpr bool all_fit() {
     const bool mma = tile.kind == Kind::mma;
     if (mma && (tile.bm % (16 * tile.warps_m) || tile.bn % (16 * tile.warps_n))) return false;
     if (!mma && (tile.bm % 64 || tile.bn % 64 || tile.bn > 256)) return false;
+    if (!mma && tile.stages * RANKS_INSIDE * 128 > tile.bm / 64 * 2 * 8192) return false;  // A lies where the output goes
     if (tile.bm * tile.bn * 2 > tile.stages * tile.stage_bytes()) return false;  // the output of mma, staged
     if (tile.accumulators() > 128 || tile.stages < 2) return false;
     if (tile.shared_bytes() > (mma ? 166912 : 232448)) return false;  // 8.0 and 8.7; 9.0

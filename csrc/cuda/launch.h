@@ -12,6 +12,7 @@ namespace fedms::cuda {
 
 struct Grid {
   int x, y = 1, z = 1;
+  bool together = false;  // all blocks run at the same time: they may wait for each other
 };
 
 // What an error message says of a launch.
@@ -63,6 +64,11 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(what.stream.handle);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = grid.together ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
 }
 

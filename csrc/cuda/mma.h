@@ -8,18 +8,22 @@ namespace fedms::cuda {
 constexpr int STEP = 64;  // numbers of the reduction in one stage: rows of 128 bytes
 
 // A tile of ROWS x CHUNKS chunks from (first_row, first_column) of a matrix (rows, columns) on; zeros outside of it. Rows
-// of the matrix start at multiples of 16 bytes. A chunk has eight numbers, or 16 int8.
+// of the matrix start at multiples of 16 bytes. A chunk has eight numbers, or 16 int8. The chunks of one thread lie below
+// each other, at the same place of the swizzle: that leaves an addition for each.
 template <int ROWS, int CHUNKS, int THREADS, class T>
 FEDMS_DEVICE void copy_tile(uint32_t tile, const T* from, int64_t stride, int first_row, int rows, int first_column,
                             int columns) {
-  static_assert(ROWS * CHUNKS % THREADS == 0);
-  constexpr int LENGTH = 16 / sizeof(T);
+  constexpr int LENGTH = 16 / sizeof(T), AT_ONCE = THREADS / CHUNKS;
+  static_assert(THREADS % CHUNKS == 0 && AT_ONCE % 8 == 0 && (ROWS % AT_ONCE == 0 || (ROWS < AT_ONCE && ROWS * CHUNKS % 32 == 0)));
+  const int row = ptx::thread() / CHUNKS, chunk = ptx::thread() % CHUNKS, column = first_column + chunk * LENGTH;
+  if (ROWS < AT_ONCE && row >= ROWS) return;
+  const int bytes = clamp(columns - column, 0, LENGTH) * int(sizeof(T)), left = bytes > 0 ? rows - first_row - row : 0;
+  const int64_t first = (first_row + row) * stride + column;
+  const uint32_t to = tile + chunk_offset<CHUNKS>(row, chunk);
 #pragma unroll
-  for (int first = 0; first < ROWS * CHUNKS; first += THREADS) {
-    const int i = first + ptx::thread(), row = i / CHUNKS, chunk = i % CHUNKS, column = first_column + chunk * LENGTH;
-    const int count = first_row + row < rows ? clamp(columns - column, 0, LENGTH) : 0;
-    const T* source = count > 0 ? from + (first_row + row) * stride + column : from;
-    ptx::cp_async_16(tile + chunk_offset<CHUNKS>(row, chunk), source, count * int(sizeof(T)));
+  for (int below = 0; below < ROWS; below += AT_ONCE) {
+    const bool inside = below < left;
+    ptx::cp_async_16(to + below * CHUNKS * 16, from + (inside ? first + below * stride : 0), inside ? bytes : 0);
   }
 }
 

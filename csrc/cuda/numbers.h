@@ -21,6 +21,10 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+struct alignas(8) Pair {
+  float low, high;
+};
+
 FEDMS_HD float float_of_bits(uint32_t bits) {
 #ifdef __CUDA_ARCH__
   return __uint_as_float(bits);
@@ -38,6 +42,14 @@ FEDMS_HD uint32_t bits_of_float(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 #endif
+}
+
+// Four floats as they travel through shared memory.
+FEDMS_HD Words words_of(const float (&value)[4]) {
+  return {{bits_of_float(value[0]), bits_of_float(value[1]), bits_of_float(value[2]), bits_of_float(value[3])}};
+}
+FEDMS_HD void add_words(float (&sum)[4], const Words& words) {
+  for (int i = 0; i < 4; ++i) sum[i] += float_of_bits(words.word[i]);
 }
 
 template <class T>

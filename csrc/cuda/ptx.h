@@ -144,6 +144,19 @@ FEDMS_DEVICE void tma_store_wait_read() {
 // Makes this thread's writes to shared memory visible to the tensor memory accelerator.
 FEDMS_DEVICE void fence_shared_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Between blocks: what this one, and by a barrier its other threads, wrote before announce is there for who waited.
+FEDMS_DEVICE void announce(int32_t* flag) {
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+}
+FEDMS_DEVICE void wait_for(const int32_t* flag) {
+  int32_t value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  } while (value == 0);
+}
+// Writes to global memory, of this thread or seen by it, before later copies of the tensor memory accelerator.
+FEDMS_DEVICE void fence_global_for_tma() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 template <int COUNT>
 FEDMS_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -169,39 +182,50 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
 
 #define FEDMS_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FEDMS_D64(i) \
-  FEDMS_D8(i), FEDMS_D8(i + 8), FEDMS_D8(i + 16), FEDMS_D8(i + 24), FEDMS_D8(i + 32), FEDMS_D8(i + 40), FEDMS_D8(i + 48), FEDMS_D8(i + 56)
-#define FEDMS_64_NAMES                                                                                                 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
-  "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FEDMS_NEXT_64_NAMES                                                                                            \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, "    \
-  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "    \
-  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "  \
-  "%126, %127"
+#define FEDMS_D16(i) FEDMS_D8(i), FEDMS_D8(i + 8)
+#define FEDMS_D32(i) FEDMS_D8(i), FEDMS_D8(i + 8), FEDMS_D8(i + 16), FEDMS_D8(i + 24)
+#define FEDMS_16_NAMES "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FEDMS_NAMES_0 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21" \
+  ", %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FEDMS_NAMES_32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
+  ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FEDMS_NAMES_64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83" \
+  ", %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FEDMS_NAMES_96 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112" \
+  ", %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // d (64, N) += a (64, 16) b (16, N). The operands are descriptors of shared memory (layout.h); a
 // has its columns along memory, and so has b its rows, or with B_ACROSS its columns.
 template <class T, int N, bool B_ACROSS>
 FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 128 || N == 256);
+  static_assert(N == 32 || N == 128 || N == 192 || N == 256);
 #define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, ACROSS, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B            \
                ", 1, 1, 1, 0, " ACROSS ";"                                                                     \
                : __VA_ARGS__                                                                                   \
                : "l"(a), "l"(b), "n"(int(B_ACROSS)))
-  if constexpr (N == 128 && Number<T>::is_bf16) {
-    FEDMS_WGMMA("m64n128k16", "bf16", FEDMS_64_NAMES, "%64", "%65", "%66", FEDMS_D64(0));
-  } else if constexpr (N == 128) {
-    FEDMS_WGMMA("m64n128k16", "f16", FEDMS_64_NAMES, "%64", "%65", "%66", FEDMS_D64(0));
-  } else if constexpr (Number<T>::is_bf16) {
-    FEDMS_WGMMA("m64n256k16", "bf16", FEDMS_64_NAMES FEDMS_NEXT_64_NAMES, "%128", "%129", "%130", FEDMS_D64(0),
-                FEDMS_D64(64));
-  } else {
-    FEDMS_WGMMA("m64n256k16", "f16", FEDMS_64_NAMES FEDMS_NEXT_64_NAMES, "%128", "%129", "%130", FEDMS_D64(0),
-                FEDMS_D64(64));
+#define FEDMS_WGMMA_OF(SHAPE, ...)                   \
+  if constexpr (Number<T>::is_bf16) {                \
+    FEDMS_WGMMA(SHAPE, "bf16", __VA_ARGS__);         \
+  } else {                                           \
+    FEDMS_WGMMA(SHAPE, "f16", __VA_ARGS__);          \
   }
+  if constexpr (N == 32) {
+    FEDMS_WGMMA_OF("m64n32k16", FEDMS_16_NAMES, "%16", "%17", "%18", FEDMS_D16(0))
+  } else if constexpr (N == 128) {
+    FEDMS_WGMMA_OF("m64n128k16", FEDMS_NAMES_0 FEDMS_NAMES_32, "%64", "%65", "%66", FEDMS_D32(0), FEDMS_D32(32))
+  } else if constexpr (N == 192) {
+    FEDMS_WGMMA_OF("m64n192k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64, "%96", "%97", "%98", FEDMS_D32(0),
+                   FEDMS_D32(32), FEDMS_D32(64))
+  } else {
+    FEDMS_WGMMA_OF("m64n256k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64 FEDMS_NAMES_96, "%128", "%129", "%130",
+                   FEDMS_D32(0), FEDMS_D32(32), FEDMS_D32(64), FEDMS_D32(96))
+  }
+#undef FEDMS_WGMMA_OF
 #undef FEDMS_WGMMA
 }
 

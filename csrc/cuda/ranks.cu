@@ -13,11 +13,11 @@ namespace {
 constexpr int RANKS = 32;        // of one block; more ranks are more blocks
 constexpr int MOST_RANKS = 256;  // of all experts together
 
-FEDMS_DEVICE float factor_of(const Factors& factors, const Segments& segments, int owner, int row, int rank) {
-  const int expert = segments.count ? owner : factors.expert[rank];
-  const float scale = factors.scale[expert];
-  return factors.gate ? scale * factors.gate[row * factors.row_stride + expert * factors.expert_stride] : scale;
+template <class T>
+FEDMS_DEVICE float widened(T value) {
+  return Number<T>::widen(value);
 }
+FEDMS_DEVICE float widened(float value) { return value; }
 
 // Sets the dropped numbers of a tile in shared memory to zero. (row, column): of its first one in x.
 template <int ROWS, int CHUNKS, int THREADS>
@@ -51,8 +51,12 @@ struct ShrinkArguments {
 
 template <class T>
 struct Shrink {
-  static constexpr int ROWS = 64, THREADS = 128, STAGES = 4, STAGE = (ROWS + RANKS) * 128;
+  // Few blocks are there, about one for each multiprocessor: what its memory holds back, the bytes that arrive in a
+  // microsecond (32 KiB on 9.0), must be under way for it, and more.
+  // Eight warps: four share out the rows, and each two of them the numbers of a step.
+  static constexpr int ROWS = 64, THREADS = 256, STAGES = 8, STAGE = (ROWS + RANKS) * 128;
   static constexpr int SHARED = STAGES * STAGE;
+  static_assert(SHARED <= 101376);
 
   static FEDMS_DEVICE void run(const ShrinkArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory();
@@ -79,9 +83,10 @@ struct Shrink {
         ptx::sync_block();
       }
 #pragma unroll
-      for (int k16 = 0; k16 < STEP / 16; ++k16) {
+      for (int i = 0; i < STEP / 32; ++i) {
+        const int k16 = warp() / 4 * (STEP / 32) + i;
         uint32_t left[4], right[4];
-        load_a<8>(left, x, warp() * 16, 2 * k16);
+        load_a<8>(left, x, warp() % 4 * 16, 2 * k16);
 #pragma unroll
         for (int j = 0; j < RANKS / 16; ++j) {
           load_b<8>(right, a, j * 16, 2 * k16);
@@ -90,22 +95,43 @@ struct Shrink {
         }
       }
     }
+    ptx::cp_async_wait<0>();
+    add_halves(sum, memory);
+    if (warp() >= 4) return;
+    float factor[RANKS / 8][4];  // all of them under way before the first is written
+    const auto to_row = [&](int i) { return row + warp() * 16 + accumulator_row(lane(), i); };
+    const auto to_rank = [&](int j, int i) { return rank + j * 8 + accumulator_column(lane(), i); };
 #pragma unroll
     for (int j = 0; j < RANKS / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int to_row = row + warp() * 16 + accumulator_row(lane(), i);
-        const int to_rank = rank + j * 8 + accumulator_column(lane(), i);
-        if (to_row >= rows.end || to_rank >= g.t_stride) continue;
-        float s = 0, t = 0;  // behind the last rank, whatever x holds
-        if (to_rank < rows.ranks) {
-          s = g.mask.drops() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
-          t = s * factor_of(g.factors, g.segments, rows.owner, to_row, to_rank);
-        }
-        if (to_rank < g.r) g.s[int64_t(to_row) * g.r + to_rank] = {Number<T>::narrow(s)};
-        g.t[to_row * g.t_stride + to_rank] = {Number<T>::narrow(t)};
+        const bool own = to_row(i) < rows.end && to_rank(j, i) < rows.ranks;
+        factor[j][i] = own ? factor_of(g.factors, g.segments, rows.owner, to_row(i), to_rank(j, i)) : 0;
       }
     }
+#pragma unroll
+    for (int j = 0; j < RANKS / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float value = g.mask.drops() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
+        put_s(g.s, g.t, g.t_stride, g.r, rows, to_row(i), to_rank(j, i), value, factor[j][i]);
+      }
+    }
+  }
+
+  // The sums of the second four warps are added to those of the first, through the memory of the pipeline.
+  static FEDMS_DEVICE void add_halves(float (&sum)[RANKS / 8][4], uint32_t memory) {
+    constexpr int VALUES = RANKS / 2;
+    const uint32_t place = memory + ptx::thread() % 128 * 16;
+    ptx::sync_block();
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; ++i) {
+      if (warp() >= 4) ptx::store_shared_128(place + i * 2048, words_of(sum[i]));
+    }
+    ptx::sync_block();
+    if (warp() >= 4) return;
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; ++i) add_words(sum[i], ptx::load_shared_128(place + i * 2048));
   }
 };
 
@@ -114,17 +140,23 @@ __global__ void __launch_bounds__(Shrink<T>::THREADS) shrink_kernel(__grid_const
   Shrink<T>::run(arguments);
 }
 
-template <class T>
+// t = with scale and gate the sum of the parts of s (parts, m, r), in order. A block has whole rows of t.
+template <class T, class From>
 __global__ void __launch_bounds__(256)
-    weigh_kernel(int64_t m, int r, const T* s, T* t, int64_t t_stride, __grid_constant__ const Factors factors,
+    weigh_kernel(int m, int r, int parts, const From* s, T* t, int t_stride, __grid_constant__ const Factors factors,
                  __grid_constant__ const Segments segments) {
-  const int64_t i = int64_t(ptx::block_x()) * 256 + ptx::thread(), row = i / t_stride;
-  const int rank = int(i % t_stride);
-  if (row >= m) return;
-  const RowBlock rows = row_block_of(segments, int(row), r);
-  const float factor = rank < rows.ranks ? factor_of(factors, segments, rows.owner, int(row), rank) : 0;
-  const float value = rank < rows.ranks ? Number<T>::widen(s[row * r + rank]) * factor : 0;
-  t[i] = {Number<T>::narrow(value)};
+  const int rows_of_block = 256 / t_stride, of_block = ptx::thread() / t_stride, rank = ptx::thread() % t_stride;
+  const int row = ptx::block_x() * rows_of_block + of_block;
+  if (of_block >= rows_of_block || row >= m) return;
+  const RowBlock rows = row_block_of(segments, row, r);
+  float value = 0;
+  if (rank < rows.ranks) {
+    const float factor = factor_of(factors, segments, rows.owner, row, rank);
+#pragma unroll 8
+    for (int part = 0; part < parts; ++part) value += widened(s[(int64_t(part) * m + row) * r + rank]);
+    value *= factor;
+  }
+  t[int64_t(row) * t_stride + rank] = {Number<T>::narrow(value)};
 }
 
 // --- one pass over dy or x
@@ -149,10 +181,15 @@ constexpr int sweep_columns(int64_t c) { return c >= 2048 ? 256 : 128; }
 
 template <class T, int COLUMNS>
 struct Sweep {
-  static constexpr int ROWS = 64, THREADS = 256, STAGES = COLUMNS == 256 ? 2 : 3, CHUNKS = COLUMNS / 8;
+  // Low steps, so that several are under way in what memory two blocks of a multiprocessor have.
+  static constexpr int ROWS = 32, THREADS = 256, STAGES = COLUMNS == 256 ? 4 : 6, CHUNKS = COLUMNS / 8;
   static constexpr int Z_BYTES = ROWS * COLUMNS * 2, STAGE = Z_BYTES + ROWS * RANKS * 2;
-  static constexpr int SHARED = STAGES * STAGE + COLUMNS * RANKS * 2;
   static constexpr int OUTER = COLUMNS / 128;  // 16 columns of z each, for every warp
+  // For z b two groups of warps share out the rows of a step, and four warps each the columns: their sums are added up.
+  static constexpr int QUARTERS = 4, OF_QUARTER = COLUMNS / 16 / QUARTERS;
+  static constexpr int SUMS = QUARTERS * ROWS * RANKS * 4;  // where b was before, whose part of a warp is in registers
+  static constexpr int SHARED = STAGES * STAGE + (SUMS > COLUMNS * RANKS * 2 ? SUMS : COLUMNS * RANKS * 2);
+  static_assert(ROWS * QUARTERS / 16 == THREADS / 32 && RANKS / 8 == QUARTERS);
   static_assert(SHARED <= 101376);
 
   static FEDMS_DEVICE void run(const SweepArguments<T>& g) {
@@ -169,7 +206,18 @@ struct Sweep {
       }
       ptx::cp_async_commit();
     };
-    if (g.u) copy_tile<COLUMNS, 4, THREADS>(b_tile, g.b + rows.first_rank, g.b_stride, column, g.c, rank, rows.ranks);
+    uint32_t b[OF_QUARTER][RANKS / 16][4];
+    if (g.u) {
+      copy_tile<COLUMNS, 4, THREADS>(b_tile, g.b + rows.first_rank, g.b_stride, column, g.c, rank, rows.ranks);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      ptx::sync_block();
+#pragma unroll
+      for (int i = 0; i < OF_QUARTER; ++i) {
+#pragma unroll
+        for (int j = 0; j < RANKS / 16; ++j) load_b_across<4>(b[i][j], b_tile, (warp() % QUARTERS * OF_QUARTER + i) * 16, 2 * j);
+      }
+    }
     float outer[OUTER][RANKS / 8][4] = {};
     for (int step = 0; step < STAGES - 1; ++step) load(step);
     for (int step = 0; step < steps; ++step) {
@@ -182,7 +230,7 @@ struct Sweep {
         ptx::sync_block();
       }
       if (g.g) add_outer(outer, z, z + Z_BYTES);
-      if (g.u) project(g, z, b_tile, begin + step * ROWS, end, rank);
+      if (g.u) project(g, z, b, b_tile, begin + step * ROWS, end, rank);
     }
     if (!g.g) return;
     float* to = g.g + int64_t(split) * g.c * g.r;
@@ -221,40 +269,56 @@ struct Sweep {
     }
   }
 
-  // z b: the rows of z are shared out to four warps, and the ranks to two.
-  static FEDMS_DEVICE void project(const SweepArguments<T>& g, uint32_t z, uint32_t b, int row, int end, int rank) {
-    const int part = warp() % 4 * 16, half = warp() / 4;
-    float sum[2][4] = {};
-#pragma unroll 4
-    for (int k16 = 0; k16 < COLUMNS / 16; ++k16) {
-      uint32_t left[4], right[4];
-      load_a<CHUNKS>(left, z, part, 2 * k16);
-      load_b_across<4>(right, b, k16 * 16, 2 * half);
-      ptx::mma_16x8x16<T>(sum[0], left, right[0], right[1]);
-      ptx::mma_16x8x16<T>(sum[1], left, right[2], right[3]);
+  static FEDMS_DEVICE void project(const SweepArguments<T>& g, uint32_t z, const uint32_t (&b)[OF_QUARTER][RANKS / 16][4],
+                                   uint32_t sums, int row, int end, int rank) {
+    const int part = warp() / QUARTERS * 16, quarter = warp() % QUARTERS;
+    float sum[RANKS / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < OF_QUARTER; ++i) {
+      uint32_t left[4];
+      load_a<CHUNKS>(left, z, part, 2 * (quarter * OF_QUARTER + i));
+#pragma unroll
+      for (int j = 0; j < RANKS / 16; ++j) {
+        ptx::mma_16x8x16<T>(sum[2 * j], left, b[i][j][0], b[i][j][1]);
+        ptx::mma_16x8x16<T>(sum[2 * j + 1], left, b[i][j][2], b[i][j][3]);
+      }
     }
+    // Lanes lie side by side in each of a quarter's values, and whoever adds finds his in the same places.
+    const int half = warp() / QUARTERS;
+    const auto place = [&](int of_half, int of_quarter, int j) {
+      return sums + ((of_half * QUARTERS + of_quarter) * (RANKS / 8) + j) * 512 + lane() * 16;
+    };
+#pragma unroll
+    for (int j = 0; j < RANKS / 8; ++j) ptx::store_shared_128(place(half, quarter, j), words_of(sum[j]));
+    ptx::sync_block();
+    float total[4] = {};
+#pragma unroll
+    for (int other = 0; other < QUARTERS; ++other) add_words(total, ptx::load_shared_128(place(half, other, quarter)));
     float* to = g.u + int64_t(ptx::block_x()) * g.m * g.r;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int to_row = row + part + accumulator_row(lane(), i);
-        const int to_rank = rank + half * 16 + j * 8 + accumulator_column(lane(), i);
-        if (to_row < end && to_rank < g.r) to[int64_t(to_row) * g.r + to_rank] = sum[j][i];
+    for (int i = 0; i < 4; i += 2) {  // two ranks side by side, the first one even
+      const int to_row = row + part + accumulator_row(lane(), i), to_rank = rank + quarter * 8 + accumulator_column(lane(), i);
+      if (to_row >= end || to_rank >= g.r) continue;
+      float* place_of_u = to + int64_t(to_row) * g.r + to_rank;
+      if (g.r % 2 == 0) {
+        *reinterpret_cast<Pair*>(place_of_u) = {total[i], total[i + 1]};
+      } else {
+        place_of_u[0] = total[i];
+        if (to_rank + 1 < g.r) place_of_u[1] = total[i + 1];
       }
     }
   }
 };
 
 template <class T, int COLUMNS>
-__global__ void __launch_bounds__(Sweep<T, COLUMNS>::THREADS, 1)
+__global__ void __launch_bounds__(Sweep<T, COLUMNS>::THREADS, 2)
     sweep_kernel(__grid_constant__ const SweepArguments<T> arguments) {
   Sweep<T, COLUMNS>::run(arguments);
 }
 
 // --- sums of parts
 
-// A warp for every row.
+// dgate, and dS on the way. A warp for every row.
 template <class T>
 __global__ void __launch_bounds__(256)
     finish_rows_kernel(int m, int r, int experts, int parts, const float* u, const T* s, T* ds, int64_t ds_stride,
@@ -270,13 +334,12 @@ __global__ void __launch_bounds__(256)
     products[i] = 0;
     if (rank < rows.ranks) {
       for (int part = 0; part < parts; ++part) sum += u[(int64_t(part) * m + row) * r + rank];
-      if (dgate) products[i] = sum * Number<T>::widen(s[int64_t(row) * r + rank]);
+      products[i] = sum * Number<T>::widen(s[int64_t(row) * r + rank]);
     }
     if (ds && rank < ds_stride) {
       ds[row * ds_stride + rank] = {Number<T>::narrow(rank < rows.ranks ? sum * factor_of(factors, segments, rows.owner, row, rank) : 0)};
     }
   }
-  if (!dgate) return;
   const int columns = segments.count ? 1 : experts;
   for (int column = 0; column < columns; ++column) {
     const int expert = segments.count ? rows.owner : column;
@@ -291,14 +354,17 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// A block has whole rows of the sum.
 template <class T>
 __global__ void __launch_bounds__(256)
-    add_parts_kernel(int64_t c, int64_t r, int parts, int first, int count, const float* g, T* out, int64_t row_stride,
+    add_parts_kernel(int c, int r, int parts, int first, int count, const float* g, T* out, int64_t row_stride,
                      int64_t column_stride) {
-  const int64_t i = int64_t(ptx::block_x()) * 256 + ptx::thread(), row = i / count, column = i % count;
-  if (row >= c) return;
+  const int rows_of_block = 256 / count, of_block = ptx::thread() / count, column = ptx::thread() % count;
+  const int row = ptx::block_x() * rows_of_block + of_block;
+  if (of_block >= rows_of_block || row >= c) return;
   float sum = 0;
-  for (int part = 0; part < parts; ++part) sum += g[(part * c + row) * r + first + column];
+#pragma unroll 8
+  for (int part = 0; part < parts; ++part) sum += g[(int64_t(part) * c + row) * r + first + column];
   out[row * row_stride + column * column_stride] = {Number<T>::narrow(sum)};
 }
 
@@ -313,10 +379,8 @@ void check_sizes(const Launch& what, int64_t m, int64_t columns, int64_t r) {
   if (r < 1 || r > MOST_RANKS) fail(what, "the total rank must be from 1 to " + std::to_string(MOST_RANKS));
 }
 
-Grid threads_of_256(const Launch& what, int64_t threads) {
-  if (threads > int64_t(INT_MAX) * 256) fail(what, "a size is out of range");
-  return {ceil_div(threads, 256)};
-}
+// Blocks of 256 threads that have whole rows of so many columns, 256 at most.
+Grid blocks_of_rows(int64_t rows, int64_t columns) { return {ceil_div(rows, 256 / int(columns))}; }
 
 }  // namespace
 
@@ -344,11 +408,11 @@ void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_
   const Launch what{"weigh", m, 0, 0, r, stream};
   check_sizes(what, m, r, r);
   check_segments(what, segments, m);
-  if (t_stride < r) fail(what, "the stride of t is out of range");
+  if (t_stride < r || t_stride > MOST_RANKS) fail(what, "the stride of t is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    launch(what, weigh_kernel<T>, threads_of_256(what, m * t_stride), 256, 0, m, int(r), static_cast<const T*>(s),
-           static_cast<T*>(t), t_stride, factors, segments);
+    launch(what, weigh_kernel<T, T>, blocks_of_rows(m, t_stride), 256, 0, int(m), int(r), 1, static_cast<const T*>(s),
+           static_cast<T*>(t), int(t_stride), factors, segments);
   });
 }
 
@@ -388,6 +452,11 @@ void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t
   if (ds && (ds_stride < r || ds_stride > MOST_RANKS)) fail(what, "the stride of ds is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
+    if (ds && !dgate) {
+      launch(what, weigh_kernel<T, float>, blocks_of_rows(m, ds_stride), 256, 0, int(m), int(r), int(parts), u,
+             static_cast<T*>(ds), int(ds_stride), factors, segments);
+    }
+    if (!dgate) return;
     launch(what, finish_rows_kernel<T>, {ceil_div(m, 8)}, 256, 0, int(m), int(r), int(experts), int(parts), u,
            static_cast<const T*>(s), static_cast<T*>(ds), ds_stride, dgate, factors, segments);
   });
@@ -400,7 +469,7 @@ void add_parts(Element element, int64_t c, int64_t r, int64_t parts, int64_t fir
   if (first < 0 || count < 1 || first + count > r) fail(what, "the columns are out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    launch(what, add_parts_kernel<T>, threads_of_256(what, c * count), 256, 0, c, r, int(parts), int(first),
+    launch(what, add_parts_kernel<T>, blocks_of_rows(c, count), 256, 0, int(c), int(r), int(parts), int(first),
            int(count), g, static_cast<T*>(out), row_stride, column_stride);
   });
 }

@@ -40,6 +40,22 @@ FEDMS_HD RowBlock row_block_of(const Segments& segments, int row, int r) {
   return {row, row + 1, e, segments.firsts[e], segments.ranks[e]};
 }
 
+// The factor of a rank in a row: scale times gate.
+FEDMS_HD float factor_of(const Factors& factors, const Segments& segments, int owner, int row, int rank) {
+  const int expert = segments.count ? owner : factors.expert[rank];
+  const float scale = factors.scale[expert];
+  return factors.gate ? scale * factors.gate[row * factors.row_stride + expert * factors.expert_stride] : scale;
+}
+
+// One number of s and t, from the sum for a row and a rank and their factor: zeros behind the last rank, whatever x holds.
+template <class T>
+FEDMS_HD void put_s(T* s, T* t, int64_t t_stride, int r, const RowBlock& rows, int row, int rank, float sum, float factor) {
+  if (row >= rows.end || rank >= t_stride) return;
+  const float own = rank < rows.ranks ? sum : 0;
+  if (rank < r) s[int64_t(row) * r + rank] = {Number<T>::narrow(own)};
+  t[row * t_stride + rank] = {Number<T>::narrow(rank < rows.ranks ? own * factor : 0)};
+}
+
 inline void check_segments(const Launch& what, const Segments& segments, int64_t m) {
   if (segments.count < 0 || segments.count > MOST_SEGMENTS) fail(what, "there are more than 8 segments");
   for (int e = 0, start = 0; e < segments.count; start = segments.ends[e++]) {

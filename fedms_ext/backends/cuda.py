@@ -15,11 +15,12 @@ import hashlib
 import importlib.util
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ from . import choices, eager, triton
 from .operands import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, numbers
 
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
-_MOST_PARTS = 16    # into which sums over the rows are split
+
+_WIDE = 2048        # columns from which on S is made inside of the GEMM
 
 _EMULATED = os.environ.get("FEDMS_CUDA_EMULATED")
 
@@ -131,6 +133,16 @@ def _chip(device: torch.device) -> object:
     )
 
 
+@lru_cache(maxsize=1)
+def _nothing_dropped() -> object:
+    return _kernels.Dropout(0.0, 0)
+
+
+@lru_cache(maxsize=1)
+def _nothing_inside() -> object:
+    return _kernels.Inside()
+
+
 def _stream(x: Tensor) -> object:
     if _EMULATED:
         return _kernels.Stream(0, 0)
@@ -153,62 +165,102 @@ def _padded(rank: int) -> int:
     return -(-rank // 8) * 8
 
 
-@dataclass(frozen=True)
-class _Experts:
-    """The applied experts side by side: a (R, K), b (N, R), scale (E,), owner (R,) the number of a rank's expert. In
-    segments each one begins at a multiple of 16 ranks, with zeros in the gaps."""
+class _Layout(NamedTuple):
+    """Where experts of some ranks lie side by side."""
 
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-    owner: Tensor
+    firsts: list[int]   # the first rank of each one
+    gaps: list[int]     # ranks of zeros behind it
+    starts: list[int]   # the column of S where each one begins
+    owner: Tensor       # (R,) the number of a rank's expert
     segments: object
-    starts: list[int]  # the column of S where each expert begins
 
 
-def _pack(lora: Lora) -> _Experts:
-    ranks, scale, device = lora.ranks, lora.scale, lora.a[0].device
-    unit = 1 if lora.segments is None else 16
-    gaps = [-rank % unit for rank in ranks]
+@lru_cache(maxsize=256)
+def _layout(ranks: tuple[int, ...], segments: tuple[int, ...] | None, device: torch.device) -> _Layout:
+    """In segments each expert begins at a multiple of 16 ranks."""
+    gaps = [-rank % (1 if segments is None else 16) for rank in ranks]
     firsts = [sum(ranks[:e]) + sum(gaps[:e]) for e in range(len(ranks))]
-    rank = sum(ranks) + sum(gaps)
-    a = torch.cat([F.pad(a, (0, 0, 0, gap)) if gap else a for a, gap in zip(lora.a, gaps)])
-    b = torch.cat([F.pad(b, (0, gap)) if gap else b for b, gap in zip(lora.b, gaps)], dim=1)
-    b = F.pad(b, (0, _padded(rank) - rank))[:, :rank]
-    if scale.device == device:
-        scale = scale.to(torch.float32)
+    owner = torch.tensor([e for e, r in enumerate(ranks) for _ in range(r)], dtype=torch.int32, device=device)
+    if segments is None:
+        return _Layout(firsts, gaps, firsts, owner, _kernels.Segments([], [], []))
+    rows = _kernels.Segments(list(accumulate(segments)), ranks, firsts)
+    return _Layout(firsts, gaps, [0] * len(ranks), owner, rows)
+
+
+def _side_by_side(lora: Lora, gaps: list[int]) -> tuple[Tensor, Tensor]:
+    """The applied experts as a (R, K) and b (N, R), whose rows start at multiples of 16 bytes."""
+    if len(lora.a) == 1 and gaps == [0]:
+        a, b = lora.a[0], lora.b[0]
     else:
-        scale = numbers(tuple(scale.tolist()), torch.float32, device)
-    owner = numbers(tuple(e for e, r in enumerate(ranks) for _ in range(r)), torch.int32, device)
-    if lora.segments is None:
-        return _Experts(_rows(a), b, scale, owner, _kernels.Segments([], [], []), firsts)
-    segments = _kernels.Segments(list(accumulate(lora.segments)), ranks, firsts)
-    return _Experts(_rows(a), b, scale, owner, segments, [0] * len(ranks))
+        a = torch.cat([F.pad(a, (0, 0, 0, gap)) if gap else a for a, gap in zip(lora.a, gaps)])
+        b = torch.cat([F.pad(b, (0, gap)) if gap else b for b, gap in zip(lora.b, gaps)], dim=1)
+    rank = b.shape[1]
+    return _rows(a), _rows(b) if rank % 8 == 0 else F.pad(b, (0, -rank % 8))[:, :rank]
+
+
+class _Way(NamedTuple):
+    """How a GEMM runs: the number of its tile, and whether the tiles of the first columns make S on the way."""
+
+    tile: int
+    inside: bool
+
+    def __str__(self) -> str:
+        return _kernels.gemm_tile_name(self.tile) + (", S inside" if self.inside else "")
+
+
+@lru_cache(maxsize=None)
+def _choices(capability: tuple[int, int]) -> choices.Choices:
+    major, minor = capability
+    return choices.Choices(f"cuda-gemm-sm{major}{minor}-{build_id()[:16]}.json")
+
+
+def _ways(
+    chip: object, m: int, n: int, k: int, rank: int, int8: bool, drops: bool, segments: tuple[int, ...] | None, inside: bool
+) -> list[_Way]:
+    """The legal ones, the one that the cost model expects to be the fastest first. `inside`: S may be made on the way."""
+    whole = all(rows == 0 or rows >= 128 for rows in segments or ())
+    tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, drops, whole)
+    apart = [_Way(tile, False) for tile in tiles]
+    # The tiles that make S take longer: there must be many others.
+    within = [_Way(tile, True) for tile in tiles if inside and _kernels.shrinks_inside(tile, rank)]
+    return within + apart if n >= _WIDE else apart + within
+
+
+_kept: dict[tuple[object, ...], _Way] = {}
 
 
 class _Call:
     """What the launches of one call of the operator share. It holds the tensors whose addresses the kernels get."""
 
-    def __init__(self, x: Tensor, lora: Lora) -> None:
-        self.bf16, self.chip, self.stream = x.dtype == torch.bfloat16, _chip(x.device), _stream(x)
-        self.experts = experts = _pack(lora)
-        self.rank, self.rows_of_experts = lora.rank, lora.segments
+    def __init__(self, x: Tensor, lora: Lora, rank: int) -> None:
+        device = x.device
+        self.bf16, self.chip, self.stream = x.dtype == torch.bfloat16, _chip(device), _stream(x)
+        self.rank = rank
+        self.rows_of_experts = None if lora.segments is None else tuple(lora.segments)
+        self.layout = layout = _layout(tuple(lora.ranks), self.rows_of_experts, device)
+        self.segments = layout.segments
+        self.a, self.b = _side_by_side(lora, layout.gaps)
+        if lora.scale.device == device:
+            self.scale = lora.scale.to(torch.float32)
+        else:
+            self.scale = numbers(tuple(lora.scale.tolist()), torch.float32, device)
         gates = lora.gate_rows()
         self.gate = None if gates is None else gates.to(torch.float32)
         strides = (0, 0) if self.gate is None else self.gate.stride()
         self.factors = _kernels.Factors(
-            experts.scale.data_ptr(), experts.owner.data_ptr(), _address(self.gate), *strides
+            self.scale.data_ptr(), layout.owner.data_ptr(), _address(self.gate), *strides
         )
-        self.dropout, self.drops = _kernels.Dropout(lora.dropout_p, lora.seed), lora.dropout_p > 0
-        self.nothing_dropped = _kernels.Dropout(0.0, 0)
+        self.drops = lora.dropout_p > 0
+        self.nothing_dropped = _nothing_dropped()
+        self.dropout = _kernels.Dropout(lora.dropout_p, lora.seed) if self.drops else self.nothing_dropped
 
     def shrink(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """s = drop(x) A^T (M, R), and t, which is s with scale and gate."""
-        m, a = x.shape[0], self.experts.a
+        m, a = x.shape[0], self.a
         s, t = x.new_empty(m, self.rank), x.new_empty(m, _padded(self.rank))
         _kernels.shrink(
             self.bf16, m, x.shape[1], self.rank, x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), s.data_ptr(),
-            t.data_ptr(), t.stride(0), self.factors, self.experts.segments, self.dropout, self.stream,
+            t.data_ptr(), t.stride(0), self.factors, self.segments, self.dropout, self.stream,
         )  # fmt: skip
         return s, t
 
@@ -216,24 +268,65 @@ class _Call:
         t = s.new_empty(s.shape[0], _padded(self.rank))
         _kernels.weigh(
             self.bf16, s.shape[0], self.rank, s.data_ptr(), t.data_ptr(), t.stride(0), self.factors,
-            self.experts.segments, self.stream,
+            self.segments, self.stream,
         )  # fmt: skip
         return t
 
-    def gemm(
+    def forward(self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y and s."""
+
+        def run(way: _Way) -> tuple[Tensor, Tensor]:
+            if way.inside:
+                s, t = x.new_empty(len(x), self.rank), x.new_empty(len(x), _padded(self.rank))
+                blocks = sum(-(-rows // 128) for rows in self.rows_of_experts or (len(x),))
+                ready = x.new_zeros(blocks, dtype=torch.int32)
+                inside = _kernels.Inside(self.a.data_ptr(), self.a.stride(0), s.data_ptr(), self.factors, ready.data_ptr())
+                return self._gemm(x, w, None, bias, t, self.b, False, False, way.tile, inside), s
+            s, t = self.shrink(x)
+            return self._gemm(x, w, w_scale, bias, t, self.b, False, False, way.tile, _nothing_inside()), s
+
+        # Neither dropout nor an int8 W is for the tiles that can make S.
+        return run(self._choose("forward", x, len(w), w_scale, self.drops, not self.drops and w_scale is None, run))
+
+    def dx(self, dy: Tensor, w: Tensor, w_scale: Tensor | None, ds: Tensor, f: Tensor) -> Tensor:
+        """dy w + ds f; an int8 w is given as its transpose, and f with it."""
+        across = w_scale is None
+
+        def run(way: _Way) -> Tensor:
+            return self._gemm(dy, w, w_scale, None, ds, f, across, self.drops, way.tile, _nothing_inside())
+
+        return run(self._choose("dx", dy, w.shape[1] if across else len(w), w_scale, self.drops, False, run))
+
+    def _choose(
+        self, name: str, x: Tensor, n: int, w_scale: Tensor | None, drops: bool, inside: bool, run: Callable[[_Way], object]
+    ) -> _Way:
+        """How to run a GEMM: measured once for each shape, with rows up to a power of two. `run` runs the whole of it."""
+        (rows, k), int8 = x.shape, w_scale is not None
+        m = 1 << (rows - 1).bit_length()
+        whole = self.rows_of_experts is None or all(own == 0 or own >= 128 for own in self.rows_of_experts)
+        segmented = self.rows_of_experts is not None
+        shape = (name, "bf16" if self.bf16 else "fp16", m, n, k, self.rank, int8, drops, segmented, whole)
+        if (x.device, shape) not in _kept:
+            ways = {
+                str(way): way
+                # In a forward pass dropout is S's affair alone.
+                for way in _ways(self.chip, m, n, k, self.rank, int8, drops and name == "dx", self.rows_of_experts, inside)
+            }
+            chosen = _choices(capability(x.device)).choose(" ".join(map(str, shape)), list(ways), lambda way: run(ways[way]))
+            _kept[x.device, shape] = ways[chosen]
+        return _kept[x.device, shape]
+
+    def _gemm(
         self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, t: Tensor, f: Tensor, across: bool,
-        drops: bool,
+        drops: bool, tile: int, inside: object,
     ) -> Tensor:  # fmt: skip
         """x w^T + t f^T + bias, or `across`: x w + t f. `drops`: dropout masks t f."""
         (m, k), n = x.shape, w.shape[1] if across else w.shape[0]
         y = x.new_empty(m, n)
-        drops = drops and self.drops
-        whole = all(rows == 0 or rows >= 128 for rows in self.rows_of_experts or ())
-        tile = _kernels.gemm_tiles(self.chip, m, n, k, self.rank, w_scale is not None, drops, whole)[0]
         _kernels.gemm(
             self.bf16, m, n, k, self.rank, x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), _address(w_scale),
             _address(bias), t.data_ptr(), t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), across,
-            self.dropout if drops else self.nothing_dropped, self.experts.segments, tile, self.chip, self.stream,
+            self.dropout if drops else self.nothing_dropped, self.segments, inside, tile, self.chip, self.stream,
         )  # fmt: skip
         return y
 
@@ -242,26 +335,29 @@ class _Call:
     ) -> tuple[list[Tensor] | None, Tensor | None]:
         """One pass over z (M, C): the parts of drop(z)^T t (splits, C, R) of each expert, and those of z b (blocks, M, R)."""
         m, c = z.shape
-        rows = -(-max(-(-m // _MOST_PARTS), 64) // 64) * 64
+        # Two blocks of threads for each multiprocessor, as far as the columns and the ranks do not make them already.
+        columns = _kernels.sweep_blocks(c)
+        splits = max(1, 2 * self.chip.multiprocessors // (columns * -(-self.rank // 32)))
+        rows = -(-m // (64 * splits)) * 64
         counts = [-(-own // rows) for own in self.rows_of_experts or (m,)]
         g = z.new_empty(sum(counts), c, self.rank, dtype=torch.float32) if t is not None else None
-        u = z.new_empty(_kernels.sweep_blocks(c), m, self.rank, dtype=torch.float32) if b is not None else None
+        u = z.new_empty(columns, m, self.rank, dtype=torch.float32) if b is not None else None
         _kernels.sweep(
             self.bf16, m, c, self.rank, rows, z.data_ptr(), z.stride(0), _address(t), _stride(t), _address(g),
-            _address(b), _stride(b), _address(u), self.experts.segments,
+            _address(b), _stride(b), _address(u), self.segments,
             self.dropout if drops else self.nothing_dropped, self.stream,
         )  # fmt: skip
         if g is None:
             return None, u
-        return list(g.split(counts)) if self.rows_of_experts else [g] * len(self.experts.starts), u
+        return list(g.split(counts)) if self.rows_of_experts else [g] * len(self.layout.starts), u
 
     def finish_rows(self, u: Tensor, s: Tensor | None, dgate: Tensor | None, like: Tensor) -> Tensor:
         """dS (M, R), in the dtype of `like`, from the parts of U; fills `dgate` (M, E) if it is given."""
         parts, m, _ = u.shape
         ds = like.new_empty(m, _padded(self.rank))
         _kernels.finish_rows(
-            self.bf16, m, self.rank, len(self.experts.starts), parts, u.data_ptr(), _address(s), ds.data_ptr(),
-            ds.stride(0), _address(dgate), self.factors, self.experts.segments, self.stream,
+            self.bf16, m, self.rank, len(self.layout.starts), parts, u.data_ptr(), _address(s), ds.data_ptr(),
+            ds.stride(0), _address(dgate), self.factors, self.segments, self.stream,
         )  # fmt: skip
         return ds
 
@@ -291,10 +387,9 @@ def _forward(
     x: Tensor, weight: Tensor, w_scale: Tensor | None, bias: Tensor | None, lora: Lora
 ) -> tuple[Tensor, Tensor]:
     rows, weight = _rows(x), _rows(weight)
-    call = _Call(x, lora)
-    s, t = call.shrink(rows)
+    call = _Call(x, lora, lora.rank)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = call.gemm(rows, weight, w_scale, bias, t, call.experts.b, across=False, drops=False)
+    y, s = call.forward(rows, weight, w_scale, bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -320,8 +415,8 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     # `weight` is (N, K), or (K, N) and int8 with one scale a row.
     rows = _rows(dy)
-    call = _Call(dy, lora)
-    experts = call.experts
+    call = _Call(dy, lora, lora.rank)
+    starts = call.layout.starts
     s = None if s is None else s.contiguous()
     dgate = rows.new_empty(len(rows), lora.gate.shape[-1], dtype=torch.float32) if needs.dgate else None
     da, db = empty_gradients(lora, needs)
@@ -329,24 +424,24 @@ def _backward(
     # One pass over dy: dB from S with scale and gate, and U = dy B, from which dS and the gate's gradient come.
     needs_u = needs.dx or needs.dgate or any(needs.da)
     t = call.weigh(s) if any(needs.db) else None
-    parts, u = call.sweep(rows, t, experts.b if needs_u else None, drops=False)
+    parts, u = call.sweep(rows, t, call.b if needs_u else None, drops=False)
     ds = call.finish_rows(u, s, dgate, rows) if needs_u else None
-    for e, (out, first) in enumerate(zip(db, experts.starts)):
+    for e, (out, first) in enumerate(zip(db, starts)):
         if out is not None:
             call.add_parts(parts[e], out, first)
 
     if any(needs.da):
         parts, _ = call.sweep(_rows(x), ds, None, drops=call.drops)
-        for e, (out, first) in enumerate(zip(da, experts.starts)):
+        for e, (out, first) in enumerate(zip(da, starts)):
             if out is not None:
                 call.add_parts(parts[e], out.t(), first)
 
     dx = None
     if needs.dx:
         # An int8 weight is its own transpose, quantised apart, so its ranks lie along it too.
-        f, rank = experts.a, len(experts.a)
+        f, rank = call.a, len(call.a)
         if w_scale is not None:
             f = _rows(F.pad(f.t(), (0, _padded(rank) - rank)))
-        dx = call.gemm(rows, _rows(weight), w_scale, None, ds, f, across=w_scale is None, drops=True)
+        dx = call.dx(rows, _rows(weight), w_scale, ds, f)
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return dx, None if dgate is None else dgate.view(lora.gate.shape).to(lora.gate.dtype), da, db

@@ -36,6 +36,7 @@ namespace fedms::cuda {
 
 struct Grid {
   int x, y = 1, z = 1;
+  bool together = false;
 };
 
 struct Launch {
@@ -115,7 +116,6 @@ struct Barrier {
 struct Block {
   int x, y, z, blocks_x, threads;
   bool late;
-  std::mt19937 random;
   std::vector<uint8_t> memory;
   uint8_t* shared;
   std::vector<uint16_t> writer;  // of each word of shared memory: the thread with an unfenced write, plus one
@@ -124,13 +124,15 @@ struct Block {
   std::vector<Groups> multiplications;  // of each warpgroup
   std::map<int, Together> named;
   std::map<uint32_t, Barrier> barriers;
-  std::deque<Action> transfers;
-  long events = 0;  // whatever lets another fibre go on
   std::string problem;
 };
 
+// The block and the thread that run now.
 inline Block* block = nullptr;
 inline Thread* self = nullptr;
+inline std::mt19937 random_numbers;
+inline std::deque<Action> transfers;  // late copies
+inline long events = 0;  // whatever lets another fibre go on
 inline jmp_buf scheduler;
 inline ucontext_t start_context;
 inline Action body;
@@ -145,14 +147,14 @@ inline void yield() {
 template <class Ready>
 void wait_until(Ready ready) {
   while (!ready()) yield();
-  ++block->events;
+  ++events;
 }
 
 inline void fibre() {
   body();
   if (!self->copies.idle()) block->problem = "a thread ended before its copies into shared memory";
   self->done = true;
-  ++block->events;
+  ++events;
   _longjmp(scheduler, 1);
 }
 
@@ -172,27 +174,36 @@ inline void resume(Thread& thread) {
   }
 }
 
-inline void run_block() {
-  std::vector<int> order(block->warps.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+// Runs these blocks at the same time.
+inline void run_blocks(std::vector<Block>& blocks) {
+  struct Warp {
+    Block* of;
+    int number;
+  };
+  std::vector<Warp> order;
+  for (Block& one : blocks) {
+    for (size_t i = 0; i < one.warps.size(); ++i) order.push_back({&one, int(i)});
+  }
+  transfers.clear();
   for (bool left = true; left;) {
     left = false;
-    const long before = block->events;
-    std::shuffle(order.begin(), order.end(), block->random);
-    for (int warp : order) {
-      for (int i = warp * 32; i < warp * 32 + 32 && i < block->threads; ++i) {
+    const long before = events;
+    std::shuffle(order.begin(), order.end(), random_numbers);
+    for (const Warp& warp : order) {
+      block = warp.of;
+      for (int i = warp.number * 32; i < warp.number * 32 + 32; ++i) {
         if (block->fibres[i].done) continue;
         left = true;
         resume(block->fibres[i]);
-        if (!block->problem.empty()) throw Problem(block->problem);
+        if (!block->problem.empty()) throw Problem(block->problem + " of block " + std::to_string(block->x));
       }
     }
-    if (left && block->events == before) {
-      if (block->transfers.empty()) throw Problem("deadlock: every thread waits");
+    if (left && events == before) {
+      if (transfers.empty()) throw Problem("deadlock: every thread waits");
       // Late copies come in any order.
-      const size_t pick = block->random() % block->transfers.size();
-      block->transfers[pick]();
-      block->transfers.erase(block->transfers.begin() + pick);
+      const size_t pick = random_numbers() % transfers.size();
+      transfers[pick]();
+      transfers.erase(transfers.begin() + pick);
     }
   }
 }
@@ -207,7 +218,7 @@ void together(Together& group, int size, const char* what, const void* operand, 
   if (++group.arrived == size) {
     group.arrived = 0;
     ++group.turn;
-    ++block->events;
+    ++events;
     act(group.operands);
   } else {
     wait_until([&] { return group.turn != turn; });
@@ -282,12 +293,20 @@ inline void named_barrier(int id, int threads) {
   if (++group.arrived == threads) {
     group.arrived = 0;
     ++group.turn;
-    ++block->events;
+    ++events;
   } else {
     wait_until([&] { return group.turn != turn; });
   }
 }
 inline void sync_block() { named_barrier(0, block->threads); }
+inline void announce(int32_t* flag) {
+  *flag = 1;
+  ++events;
+}
+inline void wait_for(const int32_t* flag) {
+  wait_until([&] { return *static_cast<const volatile int32_t*>(flag) != 0; });
+}
+inline void fence_global_for_tma() {}
 
 inline float shuffle_xor(float value, int lanes) {
   struct Lane {
@@ -413,7 +432,7 @@ inline void complete(Barrier& barrier) {
     barrier.pending = barrier.expected;
     ++barrier.phase;
   }
-  ++block->events;
+  ++events;
 }
 inline void barrier_init(uint32_t address, int arrivals) {
   at(address, 8);
@@ -436,6 +455,7 @@ inline void barrier_wait(uint32_t address, int parity) {
 inline void prefetch_map(const TensorMap*) {}
 inline void tma_load(uint32_t to, const TensorMap* given, uint32_t barrier, int row, int column) {
   const TensorMap map = *given;  // the thread may be over before the copy
+  Block* in = block;             // and another block may run then
   if (to % 1024) problem("a box with the 128-byte swizzle must start at a multiple of 1024 bytes");
   at(to + map.box_rows * 128 - 16, 16);
   const auto copy = [=] {
@@ -446,15 +466,15 @@ inline void tma_load(uint32_t to, const TensorMap* given, uint32_t barrier, int 
         if (from_row >= 0 && from_row < map.rows && from_column >= 0 && from_column < map.columns) {
           std::memcpy(&value, map.data + (from_row * map.stride + from_column) * 2, 2);
         }
-        std::memcpy(block->shared + swizzled(to + i * 128 + j * 2), &value, 2);
+        std::memcpy(in->shared + swizzled(to + i * 128 + j * 2), &value, 2);
       }
     }
-    Barrier& full = block->barriers[barrier];
+    Barrier& full = in->barriers[barrier];
     full.bytes -= map.box_rows * 128;
     complete(full);
   };
   barrier_at(barrier);
-  block->late ? block->transfers.push_back(copy) : copy();
+  block->late ? transfers.push_back(copy) : copy();
 }
 inline void fence_shared_for_tma() {
   for (uint32_t word : self->unfenced) {
@@ -560,26 +580,29 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
   body = [&] { kernel(arguments...); };
   for (int z = 0; z < grid.z; ++z) {
     for (int y = 0; y < grid.y; ++y) {
-      for (int x = 0; x < grid.x; ++x) {
-        Block now{};
-        now.x = x, now.y = y, now.z = z, now.blocks_x = grid.x, now.threads = threads;
-        now.late = mode == nullptr || std::string(mode) != "early";
-        now.random.seed(unsigned(x + 31 * y + 1009 * z));
-        // NaNs in bf16 and in fp16, at a multiple of 1024 bytes.
-        now.memory.assign(shared_bytes + 1024, 0xFF);
-        now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;
-        now.writer.resize(shared_bytes / 4 + 4);
-        now.fibres = std::vector<Thread>(threads);
-        for (int i = 0; i < threads; ++i) now.fibres[i].number = i;
-        now.warps.resize(threads / 32);
-        now.warpgroups.resize((threads + 127) / 128);
-        now.multiplications.resize(now.warpgroups.size());
-        block = &now;
+      const int at_once = grid.together ? grid.x : 1;
+      for (int x = 0; x < grid.x; x += at_once) {
+        std::vector<Block> blocks(at_once);
+        for (int i = 0; i < at_once; ++i) {
+          Block& now = blocks[i];
+          now.x = x + i, now.y = y, now.z = z, now.blocks_x = grid.x, now.threads = threads;
+          now.late = mode == nullptr || std::string(mode) != "early";
+          // NaNs in bf16 and in fp16, at a multiple of 1024 bytes.
+          now.memory.assign(shared_bytes + 1024, 0xFF);
+          now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;
+          now.writer.resize(shared_bytes / 4 + 4);
+          now.fibres = std::vector<Thread>(threads);
+          for (int thread = 0; thread < threads; ++thread) now.fibres[thread].number = thread;
+          now.warps.resize(threads / 32);
+          now.warpgroups.resize((threads + 127) / 128);
+          now.multiplications.resize(now.warpgroups.size());
+        }
+        random_numbers.seed(unsigned(x + 31 * y + 1009 * z));
         try {
-          run_block();
+          run_blocks(blocks);
         } catch (const Problem& found) {
-          fail(what, std::string(found.what()) + " of block (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
-                         std::to_string(z) + ")");
+          fail(what, std::string(found.what()) + ", of the blocks from (" + std::to_string(x) + ", " + std::to_string(y) +
+                         ", " + std::to_string(z) + ") on");
         }
       }
     }

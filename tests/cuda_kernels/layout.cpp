@@ -34,20 +34,24 @@ int conflicts(const std::vector<int>& addresses, int bytes) {
 }
 
 void tiles_of_the_grid() {
-  long pairs = 0;
+  long grids = 0;
   for (int rows = 1; rows <= 70; ++rows) {
-    for (int columns = 1; columns <= 70; ++columns, ++pairs) {
-      std::vector<int> seen(rows * columns);
-      for (int tile = 0; tile < rows * columns; ++tile) {
-        const Tile2 at = place_tile(tile, rows, columns);
-        const bool inside = at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns;
-        expect(inside, "a tile leaves the grid", rows, columns);
-        if (inside) ++seen[at.row * columns + at.column];
+    for (int columns = 1; columns <= 70; ++columns) {
+      for (const auto place : {place_tile, place_tile_first_column_first}) {
+        std::vector<int> seen(rows * columns);
+        for (int tile = 0; tile < rows * columns; ++tile) {
+          const Tile2 at = place(tile, rows, columns);
+          const bool inside = at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns;
+          expect(inside, "a tile leaves the grid", rows, columns);
+          if (inside) ++seen[at.row * columns + at.column];
+          if (place == place_tile_first_column_first) expect((at.column == 0) == (tile < rows), "the first column is not first", rows, columns);
+        }
+        for (int count : seen) expect(count == 1, "a tile is not computed once", rows, columns);
+        ++grids;
       }
-      for (int count : seen) expect(count == 1, "a tile is not computed once", rows, columns);
     }
   }
-  std::printf("place_tile: every tile once, in %ld grids\n", pairs);
+  std::printf("place_tile: every tile once, in %ld grids\n", grids);
 }
 
 // All ways to lay three segments over up to 200 rows, in steps of 7 rows.

@@ -49,32 +49,43 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
 def alone(monkeypatch):
     """The kernels themselves must take every call."""
     monkeypatch.setattr(backend, "other", lambda x: pytest.fail("the kernels did not take the call"))
+    monkeypatch.setenv("FEDMS_TUNE", "0")
+    monkeypatch.setattr(backend, "_kept", {})
+    backend._choices.cache_clear()
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
 
 
-def use_tile(monkeypatch, tile):
-    monkeypatch.setattr(backend._kernels, "gemm_tiles", lambda *problem: [tile])
+def use_tile(monkeypatch, tile, inside=False):
+    """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
+
+    def ways(chip, m, n, k, rank, int8, drops, segments, may_shrink):
+        return [backend._Way(tile, inside and may_shrink and backend._kernels.shrinks_inside(tile, rank))]
+
+    monkeypatch.setattr(backend, "_ways", ways)
 
 
+inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])
 check = partial(layers.check, backend="cuda")
 check_quantised = partial(layers.check_quantised, backend="cuda")
 
 
+@inside_or_apart
 # Sizes that end inside a tile, a step of the reduction and a step of the ranks.
 @pytest.mark.parametrize("tile", tiles())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_tile(monkeypatch, tile, dtype):
-    use_tile(monkeypatch, tile)
+def test_every_tile(monkeypatch, inside, tile, dtype):
+    use_tile(monkeypatch, tile, inside)
     check(Layer(150, 200, 264, [17, 3], "row and expert", dtype))
 
 
+@inside_or_apart
 @pytest.mark.parametrize("tile", [tile for tile in tiles() if tile.id.startswith("wgmma")])
-def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, tile):
+def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, inside, tile):
     # The emulated chip has four multiprocessors.
-    use_tile(monkeypatch, tile)
+    use_tile(monkeypatch, tile, inside)
     check(Layer(390, 520, 520, [70], "row"), needs=[0])
 
 
@@ -143,13 +154,14 @@ def test_int8_weight(monkeypatch, tile, dtype, p):
     check_quantised(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
 
 
+@inside_or_apart
 @pytest.mark.parametrize("tile", tiles())
 @pytest.mark.parametrize("segments, ranks, gate", [
     ((128, 150), [8, 8], "none"),
     ((131, 0, 140), [3, 17, 40], "row"),
 ], ids=str)  # fmt: skip
-def test_segments(monkeypatch, tile, segments, ranks, gate):
-    use_tile(monkeypatch, tile)
+def test_segments(monkeypatch, inside, tile, segments, ranks, gate):
+    use_tile(monkeypatch, tile, inside)
     check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
 
 
@@ -188,11 +200,12 @@ def test_bits_repeat(monkeypatch):
     check_bits_repeat(Layer(150, 72, 136, [9, 8], "row and expert", dropout_p=0.1), 1, "cuda")
 
 
+@inside_or_apart
 @on_gpu
 @pytest.mark.parametrize("tile", tiles())
 @pytest.mark.parametrize("rows, k, n", [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
-def test_large(monkeypatch, tile, rows, k, n):
-    use_tile(monkeypatch, tile)
+def test_large(monkeypatch, inside, tile, rows, k, n):
+    use_tile(monkeypatch, tile, inside)
     check(Layer(rows, k, n, [16, 16], "row and expert"))
 
 

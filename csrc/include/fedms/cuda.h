@@ -58,6 +58,17 @@ struct Chip {
   int shared_memory;   // bytes that a block may have
 };
 
+// s and t made by the gemm itself, as shrink would: by the tiles of the first columns, which have x at hand. The other tiles of
+// their rows wait for t before they come to the ranks. `ready`: zeros, one for every 128 rows (of each segment) and one more;
+// null: t is there already. Not across, r is 32 at most, without dropout, for the tiles of shrinks_inside.
+struct Inside {
+  const void* a = nullptr;  // (r, k)
+  int64_t a_stride = 0;
+  void* s = nullptr;
+  Factors factors{};
+  int32_t* ready = nullptr;
+};
+
 // y (m, n), dense, = x w + t f + bias, in one fp32 accumulator. x is (m, k), t (m, r), and r may be 0. w and f are given
 // as (n, k) and (n, r), or, with `across`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
 // `w_scale` (n,) or null: w is int8, not across, with one scale a column of y; k is a multiple of 16. Dropout may mask t f
@@ -71,7 +82,7 @@ struct Gemm {
   int64_t w_stride;
   const float* w_scale;
   const void* bias;  // (n,) or null
-  const void* t;
+  void* t;
   int64_t t_stride;
   const void* f;
   int64_t f_stride;
@@ -79,12 +90,14 @@ struct Gemm {
   bool across;
   Dropout dropout;
   Segments segments;
+  Inside inside;
 };
 
 // The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `whole`:
 // no segment is shorter than 128 rows.
 std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops, bool whole);
 std::string gemm_tile_name(int tile);
+bool shrinks_inside(int tile, int64_t r);
 void gemm(const Gemm& gemm, int tile, const Chip& chip, const Stream& stream);
 
 // s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its
