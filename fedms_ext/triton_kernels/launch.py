@@ -9,6 +9,7 @@ segments and shapes alone is made once and kept, and no view is made that is not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -143,7 +144,8 @@ def pack(
     return Experts(a, b, scale, _owners(ranks, 0, device), ranks)
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """The rows in blocks of `size`: how many blocks there are, and in segments the table of `row_block` in ranks.py.
     `counts`: how many of them each expert owns."""
 
