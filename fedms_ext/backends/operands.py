@@ -91,9 +91,10 @@ def empty_gradients(lora: Lora, needs: Needs) -> tuple[list[Tensor | None], list
 
 def dense_rows(x: Tensor, alignment: int = 1) -> Tensor:
     """x (..., K) as (M, K) with stride 1 along K, rows that do not overlap, and all at multiples of `alignment` bytes."""
-    rows = x.reshape(-1, x.shape[-1])
-    dense = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
-    aligned = rows.stride(0) * rows.element_size() % alignment == 0 and rows.data_ptr() % alignment == 0
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    pitch, step = rows.stride()
+    dense = step == 1 and pitch >= rows.shape[1]
+    aligned = alignment == 1 or (pitch * rows.element_size() % alignment == 0 and rows.data_ptr() % alignment == 0)
     return rows if dense and aligned else rows.clone(memory_format=torch.contiguous_format)
 
 

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -90,12 +89,12 @@ def _describable(x: Tensor, w: Weight, f: Tensor, columns: int, segments: Sequen
     """Whether tensor descriptors can describe the operands, which are then dense rows that start at multiples of 16 bytes,
     and the segments are none or large enough for their tiles."""
     width = 16 // x.element_size()
-    return (
-        w.scale is None
-        and columns % width == 0
-        and all(t.data_ptr() % 16 == 0 and max(t.stride()) % width == 0 for t in (x, w.data, f))
-        and all(rows == 0 or rows >= DESCRIPTOR_ROWS for rows in segments or ())
-    )
+    if w.scale is not None or columns % width != 0:
+        return False
+    for tensor in (x, w.data, f):
+        if tensor.data_ptr() % 16 != 0 or max(tensor.stride()) % width != 0:
+            return False
+    return segments is None or all(rows == 0 or rows >= DESCRIPTOR_ROWS for rows in segments)
 
 
 _kept: dict[tuple[object, ...], Tile | None] = {}
@@ -110,14 +109,13 @@ def _choose(
     m = 1 << (gemm.m - 1).bit_length()
     segmented = experts.segments is not None
     aligned = _describable(x, w, f, gemm.n, experts.segments)
-    shape = (
-        name, w.kind, w.group, str(x.dtype)[6:], m, gemm.n, gemm.k, gemm.rank, gated, drop, aligned, segmented,
-    )  # fmt: skip
-    if (x.device, shape) not in _kept:
+    shape = (name, w.kind, w.group, x.dtype, m, gemm.n, gemm.k, gemm.rank, gated, drop, aligned, segmented)
+    key = (x.device, shape)
+    if key not in _kept:
         chip = _chip(x.device)
         forward = name == "forward"
         tiles = legal_tiles(
-            replace(gemm, m=m),
+            gemm._replace(m=m),
             chip,
             aligned=aligned,
             inline=forward and w.scale is None and not drop,
@@ -127,9 +125,10 @@ def _choose(
         ways: dict[str, Tile | None] = {str(tile): tile for tile in tiles}
         if forward or not drop:  # cuBLAS cannot mask the ranks' part of dx
             ways["cublas"] = None
-        way = _choices(chip).choose(" ".join(map(str, shape)), list(ways), lambda way: run(ways[way]))
-        _kept[x.device, shape] = ways[way]
-    return _kept[x.device, shape]
+        on_disk = " ".join(map(str, shape)).replace("torch.", "")
+        way = _choices(chip).choose(on_disk, list(ways), lambda way: run(ways[way]))
+        _kept[key] = ways[way]
+    return _kept[key]
 
 
 def _cublas(x: Tensor, w: Weight, bias: Tensor | None, t: Tensor, f: Tensor, experts: Experts) -> Tensor:
@@ -210,7 +209,7 @@ def _forward(x: Tensor, w: Weight, bias: Tensor | None, lora: Lora) -> tuple[Ten
     (m, k), n = rows.shape, f.shape[1]
     gemm = Gemm(m, n, k, experts.rank)
     y, s = run(_choose("forward", gemm, rows, w, f, experts, gates is not None, dropout is not None, run))
-    return y.view(*x.shape[:-1], n), s
+    return y if rows is x else y.view(*x.shape[:-1], n), s
 
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
@@ -242,7 +241,8 @@ def _backward(
     # Without `w` dx is not needed.
     rows = dense_rows(dy)
     experts = launch.pack(lora.a, lora.b, lora.scale, lora.segments)
-    gates, dropout = _gates(lora), _dropout(lora)
+    starts = experts.starts
+    gates, dropout, chip = _gates(lora), _dropout(lora), _chip(dy.device)
     dgate = gates.new_empty(gates.shape) if needs.dgate else None
     da, db = empty_gradients(lora, needs)
     needs_dx = w is not None
@@ -251,23 +251,24 @@ def _backward(
     # The rows that one pass over dy sweeps for all that comes out of it, and those that only need dS.
     swept = [needs.dgate or (needed if lora.segments else any(needs.db)) for needed in needs.db]
     if any(swept):
-        u, parts = launch.sweep_dy(rows, s, experts, gates, ds is not None or needs.dgate, any(needs.db), swept)
+        u, parts = launch.sweep_dy(rows, s, experts, gates, ds is not None or needs.dgate, any(needs.db), chip, swept)
         if u is not None:
             launch.finish_rows(u, s, experts, gates, dgate, ds, swept)
         for e, out in enumerate(db):
             if out is not None:
-                launch.add_parts(parts[e], out, experts.starts[e])
+                launch.add_parts(parts[e], out, starts[e])
     if ds is not None and not all(swept):
         rest = [(needs_dx or needed) and not done for needed, done in zip(needs.da, swept)]
         launch.shrink(rows, experts.b, experts, gates, None, keep_s=False, t=ds, wanted=rest)
 
     if any(needs.da):
         trained = [e for e, needed in enumerate(needs.da) if needed]
-        first = min(experts.starts[e] for e in trained)
-        last = max(experts.starts[e] + experts.ranks[e] for e in trained)
-        parts = launch.sweep_x(dense_rows(x), ds[:, first:last], experts, dropout, needs.da)
+        first = min([starts[e] for e in trained])
+        last = max([starts[e] + experts.ranks[e] for e in trained])
+        own = ds if last - first == experts.rank else ds[:, first:last]
+        parts = launch.sweep_x(dense_rows(x), own, experts, dropout, chip, needs.da)
         for e in trained:
-            launch.add_parts(parts[e], da[e].t(), experts.starts[e] - first)
+            launch.add_parts(parts[e], da[e].t(), starts[e] - first)
 
     dx = None
     if needs_dx:
@@ -275,10 +276,10 @@ def _backward(
         def run(tile: Tile | None) -> Tensor:
             if tile is None:
                 return _cublas(rows, w, None, ds, experts.a, experts)
-            return launch.gemm(rows, w, None, ds, experts.a, experts, tile, _chip(dy.device), dropout)
+            return launch.gemm(rows, w, None, ds, experts.a, experts, tile, chip, dropout)
 
         (m, n), k = rows.shape, experts.a.shape[1]
         gemm = Gemm(m, k, n, experts.rank)
         dx = run(_choose("dx", gemm, rows, w, experts.a, experts, False, dropout is not None, run))
-        dx = dx.view(*dy.shape[:-1], k)
+        dx = dx if rows is dy else dx.view(*dy.shape[:-1], k)
     return dx, None if dgate is None else dgate.view(lora.gate.shape), da, db

@@ -1,6 +1,9 @@
 """From tensors to kernel launches. Every function here works on rows: x (M, K), dy (M, N), all on one device.
 
 Tensors are allocated here and written whole by the kernels. x and dy have dense rows (stride 1 along them).
+
+All of this runs at every call of a layer, and where layers are small the GPU waits for it. So what follows from ranks,
+segments and shapes alone is made once and kept, and no view is made that is not needed: it takes 1 to 3 us.
 """
 
 from __future__ import annotations
@@ -8,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,20 +26,19 @@ from .tiles import Chip, Tile, rank_block
 _BAND = 8  # row blocks in a band of tiles
 
 
-@dataclass(frozen=True)
-class Dropout:
+class Dropout(NamedTuple):
     """Dropout with probability p, drawn from the seed."""
 
     p: float
     seed: int
 
-    @property
-    def launch(self) -> dict[str, int | float]:
-        return dict(seed=self.seed, threshold=int(self.p * 2.0**32), kept_scale=1.0 / (1.0 - self.p))
+
+def _drop(dropout: Dropout | None) -> tuple[int, int, float]:
+    """What the kernels take: seed, threshold, kept_scale."""
+    return (0, 0, 1.0) if dropout is None else (dropout.seed, int(dropout.p * 2.0**32), 1.0 / (1.0 - dropout.p))
 
 
-@dataclass(frozen=True)
-class Experts:
+class Experts(NamedTuple):
     """The applied experts side by side: a (R, K), b (N, R), scale (E,), expert (R,) the number of a rank's expert.
 
     `segments` are None, or the number of rows of each expert: then every row has the ranks of its own expert alone. The
@@ -53,25 +55,35 @@ class Experts:
     @property
     def rank(self) -> int:
         """The columns of S, and the steps that the ranks add to a GEMM."""
-        return sum(self.ranks) if self.segments is None else max(self.ranks)
+        return _columns(self.ranks, self.segments is not None)[0]
 
     @property
     def pitch(self) -> int:
-        return 0 if self.segments is None else _pitch(self.ranks)
+        return _columns(self.ranks, self.segments is not None)[1]
 
     @property
     def starts(self) -> list[int]:
         """The first column of S that is an expert's."""
-        return [sum(self.ranks[:e]) if self.segments is None else 0 for e in range(len(self.ranks))]
+        return _columns(self.ranks, self.segments is not None)[2]
 
 
-def _pitch(ranks: tuple[int, ...]) -> int:
+@lru_cache(maxsize=256)
+def _columns(ranks: tuple[int, ...], segmented: bool) -> tuple[int, int, list[int]]:
+    """`rank`, `pitch` and `starts` of Experts."""
+    if not segmented:
+        return sum(ranks), 0, [sum(ranks[:e]) for e in range(len(ranks))]
     step = rank_block(max(ranks))
-    return -(-max(ranks) // step) * step
+    return max(ranks), _ceil(max(ranks), step) * step, [0] * len(ranks)
 
 
-@dataclass(frozen=True)
-class Weight:
+@lru_cache(maxsize=256)
+def _owners(ranks: tuple[int, ...], pitch: int, device: torch.device) -> Tensor:
+    """The expert of each rank. In segments all have `pitch` ranks."""
+    owners = [e for e, rank in enumerate(ranks) for _ in range(pitch or rank)]
+    return torch.tensor(owners, dtype=torch.int32, device=device)
+
+
+class Weight(NamedTuple):
     """The frozen operand w (K, N) of a GEMM, in any format; `across`: its side with stride 1 is N, as for dx.
 
     Without a scale it is dense: w itself. int8: w itself, with one scale a column, (N,). With a `kind` of 4 bits: the
@@ -90,6 +102,11 @@ class Weight:
         return self.kind in LEVELS
 
 
+def _ceil(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` does it too, but takes 3 us of Python, a tenth of a launch."""
+    return -(-a // b)
+
+
 def _aligned(columns: int, like: Tensor) -> int:
     """The columns of a row that ends at a multiple of 16 bytes, so that tensor descriptors can describe the rows."""
     unit = 16 // like.element_size()
@@ -105,17 +122,16 @@ def pack(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor, segments: Sequence[int] | None = None
 ) -> Experts:
     """Puts the experts side by side. One expert whose tensors are dense and aligned is taken as it is."""
-    ranks = tuple(a.shape[0] for a in lora_a)
+    ranks = tuple([a.shape[0] for a in lora_a])
     device = lora_a[0].device
     if scale.device != device:
         scale = numbers(tuple(scale.tolist()), torch.float32, device)
     if segments is not None:
-        pitch, (n, k) = _pitch(ranks), (lora_b[0].shape[0], lora_a[0].shape[1])
+        pitch, (n, k) = _columns(ranks, True)[1], (lora_b[0].shape[0], lora_a[0].shape[1])
         gaps = [pitch - rank for rank in ranks]
         a = torch.cat([t for a, gap in zip(lora_a, gaps) for t in (a, _zeros(gap, k, a.dtype, device))])
         b = torch.cat([t for b, gap in zip(lora_b, gaps) for t in (b, _zeros(n, gap, b.dtype, device))], dim=1)
-        owners = tuple(e for e in range(len(ranks)) for _ in range(pitch))
-        return Experts(a, b, scale, numbers(owners, torch.int32, device), ranks, tuple(segments))
+        return Experts(a, b, scale, _owners(ranks, pitch, device), ranks, tuple(segments))
     if len(ranks) == 1 and lora_a[0].is_contiguous():
         a = lora_a[0]
     else:
@@ -125,8 +141,7 @@ def pack(
     else:
         rank, n = sum(ranks), lora_b[0].shape[0]
         b = torch.cat([*lora_b, _zeros(n, _aligned(rank, a) - rank, a.dtype, device)], dim=1)[:, :rank]
-    owners = tuple(e for e, rank in enumerate(ranks) for _ in range(rank))
-    return Experts(a, b, scale, numbers(owners, torch.int32, device), ranks)
+    return Experts(a, b, scale, _owners(ranks, 0, device), ranks)
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ def blocks(experts: Experts, m: int, size: int, wanted: Sequence[bool] | None = 
     back into the one before.
     """
     if experts.segments is None:
-        return Blocks(triton.cdiv(m, size))
+        return Blocks(_ceil(m, size))
     wanted = tuple(wanted or [True] * len(experts.ranks))
     return _blocks(experts.segments, experts.ranks, size, wanted, whole, experts.a.device)
 
@@ -179,8 +194,39 @@ def _gate(gate: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
     return (like, 0, 0) if gate is None else (gate, gate.stride(0), gate.stride(1) if gate.shape[1] > 1 else 0)
 
 
-def _drop(dropout: Dropout | None) -> dict[str, int | float]:
-    return Dropout(0.0, 0).launch if dropout is None else dropout.launch
+# Compiled kernels, by all that Triton compiles them for.
+_compiled: dict[tuple[object, ...], tuple[Any, list[object]]] = {}
+
+
+def _form(operand: Tensor | TensorDescriptor) -> tuple[object, ...]:
+    """What Triton compiles a kernel for, of an operand."""
+    if isinstance(operand, Tensor):
+        return operand.dtype, operand.data_ptr() % 16
+    return operand.base.dtype, *operand.block_shape
+
+
+def _run(
+    kernel: Any, grid: tuple[int, int, int], device: torch.device, operands: Sequence[Tensor | TensorDescriptor],
+    sizes: tuple[int, ...], drop: tuple[int, int, float] | tuple[()] = (), *, num_warps: int, num_stages: int = 1,
+    **constants: object,
+) -> None:  # fmt: skip
+    """Launches a kernel, whose parameters come in this order: operands, sizes, dropout, constants.
+
+    Triton finds the compiled kernel that fits from the arguments of each launch anew, which takes 15 to 30 us. A launch
+    of a compiled kernel itself takes 5, so those that Triton returned are kept here, by all sizes, which is more than
+    Triton compiles them for. Dropout is no part of that.
+    """
+    key = (kernel.fn, device, sizes, num_warps, num_stages, *constants.values(), *map(_form, operands))
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, ordered = found
+        compiled[grid](*operands, *sizes, *drop, *ordered)
+        return
+    compiled = kernel[grid](*operands, *sizes, *drop, num_warps=num_warps, num_stages=num_stages, **constants)
+    if compiled is not None:  # the interpreter compiles none
+        if len(_compiled) >= 4096:  # where the number of rows is a new one each time
+            _compiled.clear()
+        _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[-len(constants) :]]
 
 
 def shrink(
@@ -194,23 +240,28 @@ def shrink(
     (m, k), r = x.shape, experts.rank
     s = x.new_empty(m, r) if keep_s else None
     t = new_rows(x, r) if t is None else t
-    # Bound by the pass over x: enough programs to keep the memory busy come before large tiles.
+    # Bound by the pass over x: enough programs to keep the memory busy come before large tiles. A multiprocessor needs
+    # some 32 KiB on their way from memory, and at 8192 rows has one program: with few ranks three tiles of x, 48 KiB.
+    # Those of A lie in shared memory too, 99 KiB on the smallest chips, so with more ranks a step is shorter.
     bm = 64 if m >= 4096 else 32
     br = rank_block(r, 128)
+    bk = 128 if br <= 32 and dropout is None else 64
     rows, g = blocks(experts, m, bm, wanted), _gate(gate, x)
-    rank_kernels.shrink[rows.count, triton.cdiv(r, br)](
-        x, a, experts.scale, experts.expert, g[0], _table(rows, x), x if s is None else s, t, m, k, r, experts.pitch,
-        x.stride(0), a.stride(0), a.stride(1), t.stride(0), g[1], g[2], **_drop(dropout),
-        BM=bm, BK=64, BR=br, EVEN_K=k % 64 == 0, GATE=gate is not None, DROP=dropout is not None,
-        QUADS=k % 4 == 0, KEEP_S=keep_s, SEGMENTS=rows.table is not None,
-        num_warps=4, num_stages=3 if dropout is None else 2,
+    _run(
+        rank_kernels.shrink, (rows.count, _ceil(r, br), 1), x.device,
+        (x, a, experts.scale, experts.expert, g[0], _table(rows, x), x if s is None else s, t),
+        (m, k, r, experts.pitch, x.stride(0), *a.stride(), t.stride(0), g[1], g[2]), _drop(dropout),
+        BM=bm, BK=bk, BR=br, EVEN_K=k % bk == 0, GATE=gate is not None, DROP=dropout is not None,
+        QUADS=k % 4 == 0, KEEP_S=keep_s, SEGMENTS=rows.table is not None, num_warps=4, num_stages=4,
     )  # fmt: skip
     return s, t
 
 
 def new_rows(like: Tensor, columns: int) -> Tensor:
     """(M, columns), rows aligned for tensor descriptors. A kernel fills the gap behind the columns too."""
-    return like.new_empty(like.shape[0], _aligned(columns, like))[:, :columns]
+    width = _aligned(columns, like)
+    rows = like.new_empty(like.shape[0], width)
+    return rows if width == columns else rows[:, :columns]
 
 
 def gemm(
@@ -221,34 +272,42 @@ def gemm(
     (m, k), n, r = x.shape, f.shape[1], experts.rank
     y = x.new_empty(m, n)
     rows = blocks(experts, m, tile.bm, whole=tile.kind == "descriptor")
+    step = rank_block(r)
     options = dict(
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=rank_block(r), BAND=_BAND, BIAS=bias is not None,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=step, BAND=_BAND, BIAS=bias is not None,
         SEGMENTS=rows.table is not None, DROP=dropout is not None, QUADS=n % 4 == 0, num_warps=tile.warps,
-        num_stages=tile.stages, ACROSS=w.across, **_drop(dropout),
+        num_stages=tile.stages, ACROSS=w.across,
     )  # fmt: skip
-    tiles = rows.count * triton.cdiv(n, tile.bn)
+    tiles = rows.count * _ceil(n, tile.bn)
     if tile.kind == "pointer":
         # The bytes of a 4-bit w lie as the weight does, whose rows are the other side.
         strides = (w.data.stride(0),) * 2 if w.nibbles else w.data.stride()
-        gemm_kernels.gemm_pointer[tiles,](
-            x, w.data, x if w.scale is None else w.scale, _levels(w.kind, x.device) if w.nibbles else x,
-            x if bias is None else bias, t, f, _table(rows, x), y, m, n, k, r, rows.count, experts.pitch,
-            x.stride(0), *strides, w.scale.stride(0) if w.nibbles else 0, t.stride(0), f.stride(0), f.stride(1),
-            EVEN_K=k % tile.bk == 0, INT8=w.kind == "int8", PER_SCALE=w.group if w.nibbles else 0, **options,
+        _run(
+            gemm_kernels.gemm_pointer, (tiles, 1, 1), x.device,
+            (x, w.data, x if w.scale is None else w.scale, _levels(w.kind, x.device) if w.nibbles else x,
+             x if bias is None else bias, t, f, _table(rows, x), y),
+            (m, n, k, r, rows.count, experts.pitch, x.stride(0), *strides, w.scale.stride(0) if w.nibbles else 0,
+             t.stride(0), *f.stride()),
+            _drop(dropout), EVEN_K=k % tile.bk == 0, INT8=w.kind == "int8", PER_SCALE=w.group if w.nibbles else 0,
+            **options,
         )  # fmt: skip
         return y
-    step = rank_block(r)
-    boxes = {
-        "w": [tile.bk, tile.bn] if w.across else [tile.bn, tile.bk],
-        "f": [step, tile.bn] if w.across else [tile.bn, step],
-        "y": [tile.bm, tile.bn // 2 if tile.halves else tile.bn],
-    }
-    describe = TensorDescriptor.from_tensor
-    gemm_kernels.gemm_descriptor[min(chip.multiprocessors * tile.resident(chip, r), tiles),](
-        describe(x, [tile.bm, tile.bk]), describe(w.data if w.across else w.data.t(), boxes["w"]),
-        x if bias is None else bias, describe(t, [tile.bm, step]), describe(f if w.across else f.t(), boxes["f"]),
-        _table(rows, x), describe(y, boxes["y"]), m, n, k, rows.count, experts.pitch,
-        RANKS=r, HALVES=tile.halves, **options,
+    # A descriptor wants rows with stride 1: those of w and f in dx, and otherwise of their transposes.
+    w_shape, w_stride = ([k, n], w.data.stride(0)) if w.across else ([n, k], w.data.stride(1))
+    f_shape, f_stride = (f.shape, f.stride(0)) if w.across else (f.shape[::-1], f.stride(1))
+    describe = TensorDescriptor  # by hand: a transpose only to describe it would take as long as the description
+    _run(
+        gemm_kernels.gemm_descriptor, (min(chip.multiprocessors * tile.resident(chip, r), tiles), 1, 1), x.device,
+        (
+            describe(x, [m, k], [x.stride(0), 1], [tile.bm, tile.bk]),
+            describe(w.data, w_shape, [w_stride, 1], [tile.bk, tile.bn] if w.across else [tile.bn, tile.bk]),
+            x if bias is None else bias,
+            describe(t, [m, r], [t.stride(0), 1], [tile.bm, step]),
+            describe(f, f_shape, [f_stride, 1], [step, tile.bn] if w.across else [tile.bn, step]),
+            _table(rows, x),
+            describe(y, [m, n], [n, 1], [tile.bm, tile.bn // 2 if tile.halves else tile.bn]),
+        ),
+        (m, n, k, rows.count, experts.pitch), _drop(dropout), RANKS=r, HALVES=tile.halves, **options,
     )  # fmt: skip
     return y
 
@@ -260,10 +319,12 @@ def gemm_inline(
     (m, k), n, r = x.shape, weight.shape[0], experts.rank
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     rows, g = blocks(experts, m, tile.bm), _gate(gate, x)
-    gemm_kernels.gemm_inline[rows.count * triton.cdiv(n, tile.bn),](
-        x, weight, x if bias is None else bias, experts.a, experts.b, experts.scale, experts.expert, g[0],
-        _table(rows, x), s, y, m, n, k, r, rows.count, experts.pitch,
-        x.stride(0), weight.stride(0), experts.a.stride(0), experts.b.stride(0), g[1], g[2],
+    _run(
+        gemm_kernels.gemm_inline, (rows.count * _ceil(n, tile.bn), 1, 1), x.device,
+        (x, weight, x if bias is None else bias, experts.a, experts.b, experts.scale, experts.expert, g[0],
+         _table(rows, x), s, y),
+        (m, n, k, r, rows.count, experts.pitch, x.stride(0), weight.stride(0), experts.a.stride(0),
+         experts.b.stride(0), g[1], g[2]),
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=rank_block(r), BAND=_BAND, EVEN_K=k % tile.bk == 0,
         BIAS=bias is not None, GATE=gate is not None, SEGMENTS=rows.table is not None,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -271,48 +332,58 @@ def gemm_inline(
     return y, s
 
 
-def _splits(experts: Experts, m: int, bm: int, wanted: Sequence[bool] | None) -> tuple[Blocks, int]:
-    """The parts that the rows are split into for partial sums, 16 for all rows at most, or a few more in segments; and
-    how many rows each has."""
-    rows = -(-max(-(-m // 16), bm) // bm) * bm
+def _splits(
+    experts: Experts, m: int, bm: int, programs: int, chip: Chip, wanted: Sequence[bool] | None
+) -> tuple[Blocks, int]:
+    """The parts that the rows are split into for partial sums, and how many rows each has, a multiple of `bm`. A part
+    takes `programs` programs. There are two programs a multiprocessor: both fit, and none waits for a second turn. In
+    segments there may be a few more."""
+    parts = max(1, 2 * chip.multiprocessors // programs)
+    rows = max(1, _ceil(_ceil(m, parts), bm)) * bm
     return blocks(experts, m, rows, wanted), rows
 
 
 def sweep_dy(
-    dy: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, project: bool, outer: bool,
+    dy: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, project: bool, outer: bool, chip: Chip,
     wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
     """One pass over dy: partial sums of U = dy B (parts, M, R) if `project`, and if `outer` of dB, (parts, N, R) for each
     expert, of which it has the columns from its start on. In segments only the rows of `wanted` experts are read."""
     (m, n), r = dy.shape, experts.rank
     # Wide blocks of columns make fewer partial sums of U; a narrow layer would leave multiprocessors idle, and many
-    # ranks would not fit into the shared memory of small chips.
+    # ranks would not fit into the shared memory of small chips. With these stages two programs fit.
     bm, bc, br = 64, 256 if n >= 2048 and r <= 32 else 128, rank_block(r, 64)
-    parts, size = _splits(experts, m, bm, wanted)
-    u = dy.new_empty(triton.cdiv(n, bc), m, r, dtype=torch.float32) if project else None
+    across, steps = _ceil(n, bc), _ceil(r, br)
+    parts, size = _splits(experts, m, bm, across * steps, chip, wanted)
+    u = dy.new_empty(across, m, r, dtype=torch.float32) if project else None
     g = dy.new_empty(parts.count, n, r, dtype=torch.float32) if outer else None
     gates = _gate(gate, dy)
-    rank_kernels.sweep[triton.cdiv(n, bc), parts.count, triton.cdiv(r, br)](
-        dy, dy if s is None else s, experts.b, experts.scale, experts.expert, gates[0], _table(parts, dy),
-        dy if u is None else u, dy if g is None else g, m, n, r, experts.pitch, size,
-        dy.stride(0), 0 if s is None else s.stride(0), experts.b.stride(0), gates[1], gates[2], **_drop(None),
+    _run(
+        rank_kernels.sweep, (across, parts.count, steps), dy.device,
+        (dy, dy if s is None else s, experts.b, experts.scale, experts.expert, gates[0], _table(parts, dy),
+         dy if u is None else u, dy if g is None else g),
+        (m, n, r, experts.pitch, size, dy.stride(0), 0 if s is None else s.stride(0), experts.b.stride(0), *gates[1:]),
+        _drop(None),
         BM=bm, BC=bc, BR=br, PROJECT=project, OUTER=outer, FACTOR=True, GATE=gate is not None, DROP=False,
-        QUADS=False, SEGMENTS=parts.table is not None, num_warps=8, num_stages=3,
+        QUADS=False, SEGMENTS=parts.table is not None, num_warps=8,
+        num_stages=2 if bc == 256 or br > 32 else 3,
     )  # fmt: skip
     return u, None if g is None else _of_experts(g, parts, experts)
 
 
 def sweep_x(
-    x: Tensor, ds: Tensor, experts: Experts, dropout: Dropout | None, wanted: Sequence[bool]
+    x: Tensor, ds: Tensor, experts: Experts, dropout: Dropout | None, chip: Chip, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Partial sums of dA^T = drop(x)^T dS, (parts, K, R) for each expert, of which it has the columns from its start on.
     In segments only the rows of `wanted` experts are read."""
     (m, k), r = x.shape, ds.shape[1]
     bm, bc, br = 64, 128, rank_block(r, 64)
-    parts, size = _splits(experts, m, bm, wanted)
+    across, steps = _ceil(k, bc), _ceil(r, br)
+    parts, size = _splits(experts, m, bm, across * steps, chip, wanted)
     g = x.new_empty(parts.count, k, r, dtype=torch.float32)
-    rank_kernels.sweep[triton.cdiv(k, bc), parts.count, triton.cdiv(r, br)](
-        x, ds, x, x, x, x, _table(parts, x), x, g, m, k, r, 0, size, x.stride(0), ds.stride(0), 0, 0, 0, **_drop(dropout),
+    _run(
+        rank_kernels.sweep, (across, parts.count, steps), x.device, (x, ds, x, x, x, x, _table(parts, x), x, g),
+        (m, k, r, 0, size, x.stride(0), ds.stride(0), 0, 0, 0), _drop(dropout),
         BM=bm, BC=bc, BR=br, PROJECT=False, OUTER=True, FACTOR=False, GATE=False, DROP=dropout is not None,
         QUADS=k % 4 == 0, SEGMENTS=parts.table is not None, num_warps=8, num_stages=3 if dropout is None else 2,
     )  # fmt: skip
@@ -330,21 +401,26 @@ def finish_rows(
     """From the partial sums of U: `ds` (M, R), made by `new_rows`, and `dgate` (M, E), or (M, 1) in segments; those that
     are given. In segments only the rows of `wanted` experts are written."""
     parts, m, r = u.shape
-    bm = 32
+    bm, br = 16, rank_block(r, 256)
+    together = max(1, 256 // br)  # 16 KiB a program on their way, with registers for three or four programs
     rows, gates = blocks(experts, m, bm, wanted), _gate(gate, u)
-    rank_kernels.finish_rows[rows.count,](
-        u, u if s is None else s, experts.scale, experts.expert, gates[0], _table(rows, u), u if ds is None else ds,
-        u if dgate is None else dgate, m, r, len(experts.ranks), parts, experts.pitch,
-        0 if s is None else s.stride(0), 0 if ds is None else ds.stride(0), gates[1], gates[2],
-        BM=bm, BR=rank_block(r, 256), GATE=gate is not None, DGATE=dgate is not None, DS=ds is not None,
+    _run(
+        rank_kernels.finish_rows, (rows.count, 1, 1), u.device,
+        (u, u if s is None else s, experts.scale, experts.expert, gates[0], _table(rows, u), u if ds is None else ds,
+         u if dgate is None else dgate),
+        (m, r, len(experts.ranks), parts, experts.pitch, 0 if s is None else s.stride(0),
+         0 if ds is None else ds.stride(0), gates[1], gates[2]),
+        BM=bm, BR=br, TOGETHER=together, GATE=gate is not None, DGATE=dgate is not None, DS=ds is not None,
         SEGMENTS=rows.table is not None, num_warps=4,
     )  # fmt: skip
 
 
 def add_parts(g: Tensor, out: Tensor, first: int) -> None:
-    """out (C, r) = the ordered sum over the parts of g (parts, C, R), its columns from `first` on."""
+    """out (C, r) = the sum over the parts of g (parts, C, R), its columns from `first` on, in a fixed order."""
     parts, c, r = g.shape
-    bc, br = 64, 16
-    rank_kernels.add_parts[triton.cdiv(c, bc), triton.cdiv(out.shape[1], br)](
-        g, out, c, r, parts, first, out.shape[1], out.stride(0), out.stride(1), BC=bc, BR=br, num_warps=4
-    )
+    rank = out.shape[1]
+    bc, br = 8, rank_block(rank)  # small, for enough programs; 16 loads of 16 bytes a thread on their way
+    _run(
+        rank_kernels.add_parts, (_ceil(c, bc), _ceil(rank, br), 1), g.device, (g, out),
+        (c, r, parts, first, rank, *out.stride()), BC=bc, BR=br, TOGETHER=16, num_warps=br // 16,
+    )  # fmt: skip

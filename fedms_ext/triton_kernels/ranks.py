@@ -1,7 +1,8 @@
 """The narrow parts: everything with the ranks on one side and the rows, or a side of W, on the other.
 
 All are bound by one pass over x or dy. Sums over the rows, or over the columns of dy, are split into partial sums in
-a workspace, and another kernel adds those in a fixed order: no atomics, so the bits repeat.
+a workspace, and another kernel adds those in a fixed order: no atomics, so the bits repeat. How many there are follows
+from the number of multiprocessors, so the last bits may differ from one kind of GPU to another.
 
 `expert_ptr` (R,) int32 names the expert of each rank, `scale_ptr` (E,) its scale, and the gate is (M, E).
 
@@ -29,14 +30,20 @@ def row_block(blocks_ptr, number, M, R, SIZE, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def gate_of(gate_ptr, gate_stride_m, gate_stride_e, rows, expert, end):
+    # gate_e of each row and rank, (rows, ranks) in fp32, with `expert` that of each rank.
+    gate = gate_ptr + rows.to(tl.int64)[:, None] * gate_stride_m + expert[None, :] * gate_stride_e
+    return tl.load(gate, mask=rows[:, None] < end, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE: tl.constexpr):
     # scale_e * gate_e of each row and rank, (rows or 1, ranks) in fp32. The scales may be fp64 (a Python number
     # that a compiler turned into a tensor): they become fp32 here, or all that follows would be fp64.
     expert = tl.load(expert_ptr + ranks, mask=ranks < R, other=0)
     factor = tl.load(scale_ptr + expert).to(tl.float32)[None, :]
     if GATE:
-        gate = gate_ptr + rows.to(tl.int64)[:, None] * gate_stride_m + expert[None, :] * gate_stride_e
-        factor = factor * tl.load(gate, mask=rows[:, None] < end, other=0.0).to(tl.float32)
+        factor = factor * gate_of(gate_ptr, gate_stride_m, gate_stride_e, rows, expert, end)
     return factor
 
 
@@ -89,7 +96,8 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_pt
           FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr, SEGMENTS: tl.constexpr):
     """One pass over z (M, C), which is dy or x; a program holds BC of its columns and walks down its split of rows.
 
-    OUTER: partial sums g (splits, C, R) of z^T t, where t (M, R) is as given, or with FACTOR times scale and gate.
+    OUTER: partial sums g (splits, C, R) of z^T t, where t (M, R) is as given, or with FACTOR times scale and, with
+    GATE, gate.
     That is dB from dy and S, and dA^T from x, with its dropout, and dS.
     PROJECT: partial sums u (ceil(C / BC), M, R) of z b over the columns, from the same tiles. That is U = dy B.
     """
@@ -101,6 +109,8 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_pt
     if PROJECT:
         b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * b_stride + owner * pitch + ranks[None, :],
                     mask=(columns[:, None] < C) & (ranks[None, :] < R), other=0.0)
+    if FACTOR:
+        expert = tl.load(expert_ptr + owner * pitch + ranks, mask=ranks < R, other=0)
     g = tl.zeros((BC, BR), tl.float32)
     for row in tl.range(start, end, BM):
         rows = row + tl.arange(0, BM)
@@ -110,40 +120,52 @@ def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_pt
         if DROP:
             keep = keep_tile(seed, threshold, row, column, C, BM, BC, QUADS)
             z = tl.where(keep != 0, z, 0.0)
+        if OUTER:
+            t = tl.load(t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
+            if GATE:
+                t = (t.to(tl.float32) * gate_of(gate_ptr, gate_stride_m, gate_stride_e, rows, expert, end)).to(z.dtype)
+            # Before the product of PROJECT: after it, Hopper's matrix instructions would each be waited for.
+            g = tl.dot(tl.trans(z), t, g)
         if PROJECT:
             u = tl.dot(z, b)
             place = tl.program_id(0).to(tl.int64) * M + rows
             tl.store(u_ptr + place[:, None] * R + ranks[None, :], u, mask=mask)
-        if OUTER:
-            t = tl.load(t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)
-            if FACTOR:
-                factor = factor_of(scale_ptr, expert_ptr + owner * pitch, gate_ptr, gate_stride_m, gate_stride_e, rows,
-                                   ranks, end, R, GATE)
-                t = (t.to(tl.float32) * factor).to(z.dtype)
-            g = tl.dot(tl.trans(z), t, g)
     if OUTER:
         if DROP:
             g *= kept_scale
+        if FACTOR:  # the same for all rows: here once, and t goes from memory into the product as it is
+            g *= tl.load(scale_ptr + expert).to(tl.float32)[None, :]
         place = split.to(tl.int64) * C + columns
         tl.store(g_ptr + place[:, None] * R + ranks[None, :], g,
                  mask=(columns[:, None] < C) & (ranks[None, :] < R))
 
 
 @triton.jit
+def sum_of_parts(tile, mask, parts, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
+    """The sum of `parts` fp32 tiles (ROWS, COLUMNS) that lie `stride` values apart. TOGETHER of them are one load: loads
+    in a loop, though unrolled, the compiler lets wait for the sum before. The order is that of the machine code."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    numbers = tl.arange(0, TOGETHER)[:, None, None]
+    for part in range(0, parts, TOGETHER):
+        tiles = tile[None, :, :] + (part + numbers).to(tl.int64) * stride
+        total += tl.sum(tl.load(tiles, mask=mask[None, :, :] & (part + numbers < parts), other=0.0), axis=0)
+    return total
+
+
+@triton.jit
 def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_ptr, dgate_ptr, M, R, E, parts, pitch,
-                s_stride, ds_stride, gate_stride_m, gate_stride_e, BM: tl.constexpr, BR: tl.constexpr,
+                s_stride, ds_stride, gate_stride_m, gate_stride_e,
+                BM: tl.constexpr, BR: tl.constexpr, TOGETHER: tl.constexpr,
                 GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Adds the partial sums of U in order; from them dS (M, R), with scale and gate, and dgate (M, E), dense; in segments
+    """Adds the partial sums of U; from them dS (M, R), with scale and gate, and dgate (M, E), dense; in segments
     dgate (M, 1)."""
     row, end, owner, rank = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
     expert_ptr += owner * pitch
     rows = row + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
     mask = (rows[:, None] < end) & (ranks[None, :] < rank)
-    u = tl.zeros((BM, BR), tl.float32)
-    for part in range(0, parts):
-        place = rows + tl.full((BM,), part, tl.int64) * M
-        u += tl.load(u_ptr + place[:, None] * R + ranks[None, :], mask=mask, other=0.0)
+    u = sum_of_parts(u_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask, parts, tl.cast(M, tl.int64) * R,
+                     BM, BR, TOGETHER)
     if DS:
         ds = u * factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE)
         ds_tile = ds_ptr + rows.to(tl.int64)[:, None] * ds_stride + ranks[None, :]
@@ -166,14 +188,12 @@ def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_pt
 
 @triton.jit
 def add_parts(g_ptr, out_ptr, C, R, parts, first, rank, out_stride_c, out_stride_r,
-              BC: tl.constexpr, BR: tl.constexpr):
-    """out (C, rank) = the sum over the parts, in order, of the columns first .. first + rank of g (parts, C, R)."""
+              BC: tl.constexpr, BR: tl.constexpr, TOGETHER: tl.constexpr):
+    """out (C, rank) = the sum over the parts of the columns first .. first + rank of g (parts, C, R)."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     mask = (columns[:, None] < C) & (ranks[None, :] < rank)
-    total = tl.zeros((BC, BR), tl.float32)
-    for part in range(0, parts):
-        place = columns + tl.full((BC,), part, tl.int64) * C
-        total += tl.load(g_ptr + place[:, None] * R + first + ranks[None, :], mask=mask, other=0.0)
+    total = sum_of_parts(g_ptr + columns.to(tl.int64)[:, None] * R + first + ranks[None, :], mask, parts,
+                         tl.cast(C, tl.int64) * R, BC, BR, TOGETHER)
     out = out_ptr + columns.to(tl.int64)[:, None] * out_stride_c + ranks[None, :] * out_stride_r
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -7,11 +7,11 @@ descriptors need compute capability 9.0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """What the kernels must know of a GPU. `shared_memory`: bytes a program may have."""
 
     capability: tuple[int, int]
@@ -19,8 +19,7 @@ class Chip:
     shared_memory: int
 
 
-@dataclass(frozen=True)
-class Gemm:
+class Gemm(NamedTuple):
     """The problem: (m, k) times (k, n), joined by `rank` more steps."""
 
     m: int
@@ -29,8 +28,7 @@ class Gemm:
     rank: int
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How a GEMM kernel runs: `kind` is pointer, descriptor or inline (see gemm.py)."""
 
     kind: str
@@ -64,6 +62,7 @@ class Tile:
             return max(pipeline + ranks, stages * ranks) + out + mask
         return max(pipeline, tail)
 
+    @lru_cache(maxsize=256)  # noqa: B019  (asked for at every launch; a tile is only its numbers)
     def resident(self, chip: Chip, rank: int) -> int:
         """How many programs share a multiprocessor: bounded by 64 Ki registers and by shared memory."""
         registers = 32 * self.warps * (self.bm * self.bn // (32 * self.warps) + 64)

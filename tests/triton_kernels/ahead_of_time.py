@@ -55,9 +55,8 @@ def compiled_for(capability: int) -> Iterator[list]:
     run, active = JITFunction.run, driver._active
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        kernels.append(kernel)
-        return kernel
+        # The launch is told of no compiled kernel, as there is none to keep for the next launch.
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
     JITFunction.run, driver._active = compile_only, _AbsentGpu(capability)
     try:

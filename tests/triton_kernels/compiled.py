@@ -38,7 +38,7 @@ def launches(chip):
     code. Blocks of ranks grow up to a total rank of 128. A function is to be called before the next one is made."""
     for ranks in [(16, 16), (64, 64)]:
         few = ranks == (16, 16)
-        for name, launch_it in chain(gemms(chip, ranks), narrow_parts(ranks)):
+        for name, launch_it in chain(gemms(chip, ranks), narrow_parts(chip, ranks)):
             if few or "pointer" not in name:  # the pointer tiles' code is the same for any rank above 16
                 yield name, sum(ranks), launch_it
     for name, launch_it in segmented(chip):
@@ -92,7 +92,7 @@ def inline(tile, ranks, segments=None):
     return launch.gemm_inline(empty(12608, 768), empty(768, 768), empty(768), few, gate, tile)
 
 
-def narrow_parts(ranks, segments=None):
+def narrow_parts(chip, ranks, segments=None):
     experts, dropout = experts_of(ranks, segments=segments), Dropout(0.1, 3)
     rank, narrow = experts.rank, experts_of(ranks, 768, segments)
     x, dy, t = empty(M, K), empty(M, N), empty(M, rank)
@@ -100,12 +100,12 @@ def narrow_parts(ranks, segments=None):
     yield "shrink", lambda: launch.shrink(x, experts.a.t(), experts, gate, None)
     yield "shrink, dropout", lambda: launch.shrink(x, experts.a.t(), experts, gate, dropout)
     yield "shrink dy", lambda: launch.shrink(dy, experts.b, experts, None, None, keep_s=False)
-    yield "sweep dy: U, dB", lambda: launch.sweep_dy(dy, t, experts, gate, True, True)
-    yield "sweep narrow dy: U, dB", lambda: launch.sweep_dy(empty(M, 768), t, narrow, gate, True, True)
-    yield "sweep dy: U", lambda: launch.sweep_dy(dy, t, experts, gate, True, False)
-    yield "sweep dy: dB", lambda: launch.sweep_dy(dy, t, experts, None, False, True)
-    yield "sweep x: dA", lambda: launch.sweep_x(x, t, experts, None, [True] * 2)
-    yield "sweep x: dA, dropout", lambda: launch.sweep_x(x, t, experts, dropout, [True] * 2)
+    yield "sweep dy: U, dB", lambda: launch.sweep_dy(dy, t, experts, gate, True, True, chip)
+    yield "sweep narrow dy: U, dB", lambda: launch.sweep_dy(empty(M, 768), t, narrow, gate, True, True, chip)
+    yield "sweep dy: U", lambda: launch.sweep_dy(dy, t, experts, gate, True, False, chip)
+    yield "sweep dy: dB", lambda: launch.sweep_dy(dy, t, experts, None, False, True, chip)
+    yield "sweep x: dA", lambda: launch.sweep_x(x, t, experts, None, chip, [True] * 2)
+    yield "sweep x: dA, dropout", lambda: launch.sweep_x(x, t, experts, dropout, chip, [True] * 2)
     u = empty(N // 128, M, rank, dtype=torch.float32)
     yield "finish rows", lambda: launch.finish_rows(u, t, experts, gate, gate, t)
     if segments is None:
@@ -128,7 +128,7 @@ def segmented(chip):
     for tile in legal_tiles(Gemm(12608, 768, 768, 32), chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":
             yield f"segments, {tile}", lambda: inline(tile, ranks, (6304, 6304))
-    for name, launch_it in narrow_parts(ranks, segments):
+    for name, launch_it in narrow_parts(chip, ranks, segments):
         yield f"segments, {name}", launch_it
 
 
