@@ -179,14 +179,14 @@ class Report:
         self.dtype = torch.float32 if self.rehearse else torch.bfloat16
         self.clock = Clock("cpu", 0.0) if self.rehearse else Clock("cuda", quick_seconds if self.quick else seconds)
         self._json, self._results = options.json, []
-        self._end, self._longest = time.perf_counter() + options.seconds, 0.0
+        self._end, self._last = time.perf_counter() + options.seconds, 0.0
         self._left_out: list[str] = []
         print(f"backends: {', '.join(fedms_ext.available())}\n")
 
     def add(self, title: str, facts: Mapping[str, object], calls: Mapping[str, Call], base: str) -> None:
-        """Measures the calls, unless the time does not suffice for a table that takes as long as the longest so far."""
+        """Measures the calls, unless the time does not suffice for a table that takes as long as the one before."""
         start = time.perf_counter()
-        if start + self._longest > self._end:
+        if start + self._last > self._end:
             self._left_out.append(title)
             return
         rows = compare(self.clock, calls, base)
@@ -194,7 +194,7 @@ class Report:
         print(table(title, rows), flush=True)
         if self._json:
             self._json.write_text(json.dumps(self._results, indent=1))
-        self._longest = max(self._longest, time.perf_counter() - start)
+        self._last = time.perf_counter() - start
 
     def close(self) -> None:
         if self._left_out:
