@@ -52,7 +52,7 @@ def configuration(clients: int, rounds: int, engine: str = "local"):
 def measure(folder: Path, name: str) -> dict:
     records = RunRecords.read(folder / name)
     each = [record["seconds"] for record in records.rounds]
-    visits = [sum(v["seconds"] for v in records.visits if v["round"] == r["round"]) for r in records.rounds]
+    visits = [sum(v["seconds"] or 0.0 for v in records.visits if v["round"] == r["round"]) for r in records.rounds]
     snapshot, _ = CheckpointFolder(folder / name / "checkpoint").load()
     return {"first": each[0], "later": each[1:], "visits": visits[1:], "tensors": snapshot.tensors}
 

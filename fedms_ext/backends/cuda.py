@@ -215,10 +215,10 @@ def _choices(capability: tuple[int, int]) -> choices.Choices:
 
 
 def _ways(
-    chip: object, m: int, n: int, k: int, rank: int, int8: bool, drops: bool, segments: tuple[int, ...] | None, inside: bool
+    chip: object, m: int, n: int, k: int, rank: int, int8: bool, drops: bool, whole: bool, inside: bool
 ) -> list[_Way]:
-    """The legal ones, the one that the cost model expects to be the fastest first. `inside`: S may be made on the way."""
-    whole = all(rows == 0 or rows >= 128 for rows in segments or ())
+    """The legal ones, the one that the cost model expects to be the fastest first. `whole`: no segment is shorter than a
+    wgmma tile. `inside`: S may be made on the way."""
     tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, drops, whole)
     apart = [_Way(tile, False) for tile in tiles]
     # The tiles that make S take longer: there must be many others.
@@ -303,15 +303,12 @@ class _Call:
         """How to run a GEMM: measured once for each shape, with rows up to a power of two. `run` runs the whole of it."""
         (rows, k), int8 = x.shape, w_scale is not None
         m = 1 << (rows - 1).bit_length()
-        whole = self.rows_of_experts is None or all(own == 0 or own >= 128 for own in self.rows_of_experts)
+        whole = all(own == 0 or own >= 128 for own in self.rows_of_experts or ())
         segmented = self.rows_of_experts is not None
         shape = (name, "bf16" if self.bf16 else "fp16", m, n, k, self.rank, int8, drops, segmented, whole)
         if (x.device, shape) not in _kept:
-            ways = {
-                str(way): way
-                # In a forward pass dropout is S's affair alone.
-                for way in _ways(self.chip, m, n, k, self.rank, int8, drops and name == "dx", self.rows_of_experts, inside)
-            }
+            masked = drops and name == "dx"  # in a forward pass dropout is S's affair alone
+            ways = {str(way): way for way in _ways(self.chip, m, n, k, self.rank, int8, masked, whole, inside)}
             chosen = _choices(capability(x.device)).choose(" ".join(map(str, shape)), list(ways), lambda way: run(ways[way]))
             _kept[x.device, shape] = ways[chosen]
         return _kept[x.device, shape]

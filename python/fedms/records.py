@@ -216,13 +216,16 @@ class RunFolder:
         line = json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         self._changed.add(name)
         try:
-            with open(self.path / name, "r+b", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
+            file = os.open(self.path / name, os.O_WRONLY | os.O_APPEND)     # a removed folder is not made anew
+            try:
+                end = os.fstat(file).st_size
                 try:
                     _write_all(file, line.encode())
                 except OSError:
-                    file.truncate(end)  # a full disk takes a part of the line
+                    os.ftruncate(file, end)     # a full disk takes a part of the line
                     raise
+            finally:
+                os.close(file)
         except OSError as error:
             raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
@@ -313,6 +316,8 @@ def _complete(record: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any
 
 def _plain(value: Any) -> Any:
     """Plain JSON data: scalars of numpy and torch become Python's, NaN and infinities become null."""
+    if value is None or type(value) in (str, int, bool):    # most of them
+        return value
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -344,9 +349,9 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}
 
 
-def _write_all(file: Any, data: bytes) -> None:
+def _write_all(file: int, data: bytes) -> None:
     while data:
-        data = data[file.write(data):]
+        data = data[os.write(file, data):]
 
 
 def _is_own(name: str) -> bool:

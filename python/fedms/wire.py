@@ -25,6 +25,7 @@ from fedms.resident import Tensors
 ENCODINGS = ("fp32", "bf16", "int8")
 _HEADER = struct.Struct("<Q")
 _EXACT = {"float64": torch.float64, "int64": torch.int64}
+_KINDS = {torch.float32: "float32", **{dtype: kind for kind, dtype in _EXACT.items()}}
 
 
 class WireError(Exception):
@@ -42,8 +43,9 @@ def pack(tensors: Mapping[str, Tensor], encoding: str = "fp32") -> bytes:
     manifest: list[list[Any]] = []
     payload: list[bytes] = []
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.requires_grad or tensor.device.type != "cpu":
+            tensor = tensor.detach().cpu()
+        kind = _KINDS.get(tensor.dtype)
         if kind == "float32":
             used = "fp32" if encoding == "int8" and tensor.dim() < 2 else encoding
             payload += _encode(tensor, used)

@@ -61,7 +61,7 @@ def alone(monkeypatch):
 def use_tile(monkeypatch, tile, inside=False):
     """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
 
-    def ways(chip, m, n, k, rank, int8, drops, segments, may_shrink):
+    def ways(chip, m, n, k, rank, int8, drops, whole, may_shrink):
         return [backend._Way(tile, inside and may_shrink and backend._kernels.shrinks_inside(tile, rank))]
 
     monkeypatch.setattr(backend, "_ways", ways)

@@ -216,9 +216,9 @@ def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, undisturbed, monkeypa
 
     def short(file, data, calls=Calls(5)):
         if calls():
-            file.write(data[:10])
+            os.write(file, data[:10])
             raise OSError(errno.ENOSPC, "No space left on device")
-        file.write(data)
+        os.write(file, data)
 
     monkeypatch.setattr(records, "_write_all", short)
     with pytest.raises(RunFolderError, match="visits.jsonl: cannot be written: No space left on device"):

@@ -59,8 +59,8 @@ struct Chip {
 };
 
 // s and t made by the gemm itself, as shrink would: by the tiles of the first columns, which have x at hand. The other tiles of
-// their rows wait for t before they come to the ranks. `ready`: zeros, one for every 128 rows (of each segment) and one more;
-// null: t is there already. Not across, r is 32 at most, without dropout, for the tiles of shrinks_inside.
+// their rows wait for t before they come to the ranks. `ready`: zeros, one for every 128 rows (of each segment); null: t is
+// there already. Not across, r is 32 at most, without dropout, for the tiles of shrinks_inside.
 struct Inside {
   const void* a = nullptr;  // (r, k)
   int64_t a_stride = 0;
