@@ -45,8 +45,7 @@ class Choices:
 
     def __init__(self, name: str) -> None:
         self.path = folder() / name
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-        self.measures = os.environ.get("FEDMS_TUNE") != "0" and not interpreted
+        self.measures = os.environ.get("FEDMS_TUNE") != "0" and os.environ.get("TRITON_INTERPRET") != "1"
         self._known: dict[str, str] | None = None
 
     def choose(self, key: str, names: Sequence[str], run: Callable[[str], object]) -> str:
