@@ -111,8 +111,9 @@ def tiles(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
             if operands.x.is_cuda:
                 calls |= of_triton(operands) | of_cuda(operands)
             (m, n, k, rank), work = operands.gemm, Work(*shape)
-            facts = dict(m=m, n=n, k=k, rank=rank, dtype=str(report.dtype), what="dx" if across else "forward", flops=work.gemm_flops)
-            report.add(f"GEMM of {'dx' if across else 'forward'}, {k} -> {n}, {m} rows, rank {rank}", facts, calls, "bare GEMM")
+            what = "dx" if across else "forward"
+            facts = dict(m=m, n=n, k=k, rank=rank, dtype=str(report.dtype), what=what, flops=work.gemm_flops)
+            report.add(f"GEMM of {what}, {k} -> {n}, {m} rows, rank {rank}", facts, calls, "bare GEMM")
 
 
 def launches(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
@@ -146,6 +147,8 @@ def launches(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
             for spent_here, times, kernel in sorted(rows_of, reverse=True)[:14]:
                 print(f"| {spent_here:.1f} | {times:.1f} | {kernel} |")
             print(f"| {sum(row[0] for row in rows_of):.1f} | {sum(row[1] for row in rows_of):.1f} | all |\n", flush=True)
+            found = [dict(kernel=kernel, microseconds=spent_here, launches=times) for spent_here, times, kernel in rows_of]
+            report.keep(dict(k=k, n=n, rows=rows, rank=rank, dtype=str(report.dtype), backend=name, launches=found))
 
 
 def main() -> None:

@@ -190,11 +190,15 @@ class Report:
             self._left_out.append(title)
             return
         rows = compare(self.clock, calls, base)
-        self._results.append({**facts, "results": rows})
         print(table(title, rows), flush=True)
+        self.keep({**facts, "results": rows})
+        self._last = time.perf_counter() - start
+
+    def keep(self, figures: Mapping[str, object]) -> None:
+        """Adds to what --json holds."""
+        self._results.append(figures)
         if self._json:
             self._json.write_text(json.dumps(self._results, indent=1))
-        self._last = time.perf_counter() - start
 
     def close(self) -> None:
         if self._left_out:

@@ -49,8 +49,9 @@ void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
   if (!takes(TILES[tile], int8, drops, whole) || (int8 && g.across) || (drops && !g.across && !int8)) {
     fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
   }
-  if (g.inside.ready && (g.across || int8 || drops || !shrinks_inside(tile, g.r) || g.t_stride > RANKS_INSIDE || g.t_stride < g.r)) {
-    fail(what, "s cannot be made inside of this product");
+  if (g.inside.ready) {
+    const bool ranks_fit = shrinks_inside(tile, g.r) && g.t_stride >= g.r && g.t_stride <= RANKS_INSIDE;
+    if (g.across || int8 || drops || !ranks_fit) fail(what, "s cannot be made inside of this product");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

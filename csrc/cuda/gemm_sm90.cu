@@ -92,7 +92,8 @@ struct WgmmaGemm {
     for (int t = ptx::block_x(); t < blocks * columns; t += step) {
       const Tile2 tile = tile_at(t);
       const bool then_shrinks = INSIDE && t + step < blocks * columns && tile_at(t + step).column == 0;
-      work(Place{row_block(g.segments, tile.row, BM, g.m, g.r, true), tile.row, tile.column * BN, t == ptx::block_x(), then_shrinks});
+      const RowBlock rows = row_block(g.segments, tile.row, BM, g.m, g.r, true);
+      work(Place{rows, tile.row, tile.column * BN, t == ptx::block_x(), then_shrinks});
     }
   }
 

@@ -14,7 +14,8 @@ template <int ROWS, int CHUNKS, int THREADS, class T>
 FEDMS_DEVICE void copy_tile(uint32_t tile, const T* from, int64_t stride, int first_row, int rows, int first_column,
                             int columns) {
   constexpr int LENGTH = 16 / sizeof(T), AT_ONCE = THREADS / CHUNKS;
-  static_assert(THREADS % CHUNKS == 0 && AT_ONCE % 8 == 0 && (ROWS % AT_ONCE == 0 || (ROWS < AT_ONCE && ROWS * CHUNKS % 32 == 0)));
+  static_assert(THREADS % CHUNKS == 0 && AT_ONCE % 8 == 0);
+  static_assert(ROWS % AT_ONCE == 0 || (ROWS < AT_ONCE && ROWS * CHUNKS % 32 == 0));
   const int row = ptx::thread() / CHUNKS, chunk = ptx::thread() % CHUNKS, column = first_column + chunk * LENGTH;
   if (ROWS < AT_ONCE && row >= ROWS) return;
   const int bytes = clamp(columns - column, 0, LENGTH) * int(sizeof(T)), left = bytes > 0 ? rows - first_row - row : 0;

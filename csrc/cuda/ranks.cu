@@ -337,7 +337,8 @@ __global__ void __launch_bounds__(256)
       products[i] = sum * Number<T>::widen(s[int64_t(row) * r + rank]);
     }
     if (ds && rank < ds_stride) {
-      ds[row * ds_stride + rank] = {Number<T>::narrow(rank < rows.ranks ? sum * factor_of(factors, segments, rows.owner, row, rank) : 0)};
+      const float factor = rank < rows.ranks ? factor_of(factors, segments, rows.owner, row, rank) : 0;
+      ds[row * ds_stride + rank] = {Number<T>::narrow(rank < rows.ranks ? sum * factor : 0)};
     }
   }
   const int columns = segments.count ? 1 : experts;
