@@ -52,10 +52,9 @@ check-cuda: $(INSTALLED) ## the CUDA kernels without a GPU: all on an emulator, 
 
 # No environment is made: the machine may have no network, and PYTHON has PyTorch already.
 DEST ?= runs/gpu
-LIMIT ?= 480
-gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eight files in DEST=, QUICK=1 within LIMIT= seconds
+gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eight files in DEST=, QUICK=1 within 8 minutes or LIMIT= seconds
 	since=$$(date +%s) && $(PYTHON) -m pip install --no-build-isolation --no-deps --editable . && \
-	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick --seconds $(LIMIT) --since $$since)
+	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick $(if $(LIMIT),--seconds $(LIMIT)) --since $$since)
 
 # A build folder of its own; the kernels without Python, on every instruction set of this machine.
 sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behaviour sanitizer

@@ -19,6 +19,7 @@ from fedms_ext import expert_linear
 
 # (K, N, rows, rank of each expert)
 SHAPES = [(4096, 4096, 8192, 16), (768, 768, 12608, 16), (768, 3072, 12608, 8), (384, 384, 4096, 8)]
+QUICK = SHAPES[:2]
 REHEARSAL = [(64, 48, 70, 8)]
 
 
@@ -78,7 +79,7 @@ def run(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
 
 def main() -> None:
     report = Report(__doc__, seconds=0.3, quick_seconds=0.05)
-    run(report, REHEARSAL if report.rehearse else SHAPES[:2] if report.quick else SHAPES)
+    run(report, REHEARSAL if report.rehearse else QUICK if report.quick else SHAPES)
     report.close()
 
 

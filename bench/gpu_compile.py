@@ -59,8 +59,8 @@ def run(job: Job) -> None:
 
 def jobs(quick: bool) -> list[Job]:
     linear = bench_gpu_linear.QUICK if quick else bench_gpu_linear.SHAPES
-    kernels = bench_gpu_kernels.SHAPES[:2] if quick else bench_gpu_kernels.SHAPES
-    mixture = bench_gpu_mixture.SHAPES[:2] if quick else bench_gpu_mixture.SHAPES
+    kernels = bench_gpu_kernels.QUICK if quick else bench_gpu_kernels.SHAPES
+    mixture = bench_gpu_mixture.QUICK if quick else bench_gpu_mixture.SHAPES
     layers = {(k, n, rows, (rank,), False, False, 0.0) for k, n, rows, rank in [*linear, *kernels]}
     layers |= {(k, n, rows, (rank,), False, False, 0.1) for k, n, rows, rank in linear}
     for k, n, rows, rank in mixture:

@@ -168,8 +168,7 @@ def _padded(rank: int) -> int:
 class _Layout(NamedTuple):
     """Where experts of some ranks lie side by side."""
 
-    firsts: list[int]   # the first rank of each one
-    gaps: list[int]     # ranks of zeros behind it
+    gaps: list[int]     # ranks of zeros behind each one
     starts: list[int]   # the column of S where each one begins
     owner: Tensor       # (R,) the number of a rank's expert
     segments: object
@@ -182,9 +181,9 @@ def _layout(ranks: tuple[int, ...], segments: tuple[int, ...] | None, device: to
     firsts = [sum(ranks[:e]) + sum(gaps[:e]) for e in range(len(ranks))]
     owner = torch.tensor([e for e, r in enumerate(ranks) for _ in range(r)], dtype=torch.int32, device=device)
     if segments is None:
-        return _Layout(firsts, gaps, firsts, owner, _kernels.Segments([], [], []))
+        return _Layout(gaps, firsts, owner, _kernels.Segments([], [], []))
     rows = _kernels.Segments(list(accumulate(segments)), ranks, firsts)
-    return _Layout(firsts, gaps, [0] * len(ranks), owner, rows)
+    return _Layout(gaps, [0] * len(ranks), owner, rows)
 
 
 def _side_by_side(lora: Lora, gaps: list[int]) -> tuple[Tensor, Tensor]:
@@ -232,10 +231,10 @@ _kept: dict[tuple[object, ...], _Way] = {}
 class _Call:
     """What the launches of one call of the operator share. It holds the tensors whose addresses the kernels get."""
 
-    def __init__(self, x: Tensor, lora: Lora, rank: int) -> None:
+    def __init__(self, x: Tensor, lora: Lora) -> None:
         device = x.device
         self.bf16, self.chip, self.stream = x.dtype == torch.bfloat16, _chip(device), _stream(x)
-        self.rank = rank
+        self.rank = lora.rank
         self.rows_of_experts = None if lora.segments is None else tuple(lora.segments)
         self.layout = layout = _layout(tuple(lora.ranks), self.rows_of_experts, device)
         self.segments = layout.segments
@@ -285,8 +284,9 @@ class _Call:
             s, t = self.shrink(x)
             return self._gemm(x, w, w_scale, bias, t, self.b, False, False, way.tile, _nothing_inside()), s
 
-        # Neither dropout nor an int8 W is for the tiles that can make S.
-        return run(self._choose("forward", x, len(w), w_scale, self.drops, not self.drops and w_scale is None, run))
+        # Neither dropout nor an int8 W is for the tiles that can make S; and dropout is S's affair alone.
+        inside = not self.drops and w_scale is None
+        return run(self._choose("forward", x, len(w), w_scale, drops=False, inside=inside, run=run))
 
     def dx(self, dy: Tensor, w: Tensor, w_scale: Tensor | None, ds: Tensor, f: Tensor) -> Tensor:
         """dy w + ds f; an int8 w is given as its transpose, and f with it."""
@@ -295,7 +295,8 @@ class _Call:
         def run(way: _Way) -> Tensor:
             return self._gemm(dy, w, w_scale, None, ds, f, across, self.drops, way.tile, _nothing_inside())
 
-        return run(self._choose("dx", dy, w.shape[1] if across else len(w), w_scale, self.drops, False, run))
+        n = w.shape[1] if across else len(w)
+        return run(self._choose("dx", dy, n, w_scale, drops=self.drops, inside=False, run=run))
 
     def _choose(
         self, name: str, x: Tensor, n: int, w_scale: Tensor | None, drops: bool, inside: bool, run: Callable[[_Way], object]
@@ -305,10 +306,9 @@ class _Call:
         m = 1 << (rows - 1).bit_length()
         whole = all(own == 0 or own >= 128 for own in self.rows_of_experts or ())
         segmented = self.rows_of_experts is not None
-        shape = (name, "bf16" if self.bf16 else "fp16", m, n, k, self.rank, int8, drops, segmented, whole)
+        shape = (name, "bf16" if self.bf16 else "fp16", m, n, k, self.rank, int8, drops, inside, segmented, whole)
         if (x.device, shape) not in _kept:
-            masked = drops and name == "dx"  # in a forward pass dropout is S's affair alone
-            ways = {str(way): way for way in _ways(self.chip, m, n, k, self.rank, int8, masked, whole, inside)}
+            ways = {str(way): way for way in _ways(self.chip, m, n, k, self.rank, int8, drops, whole, inside)}
             names = list(ways)
             if not _EMULATED:  # there is no time to measure
                 names = [_choices(capability(x.device)).choose(" ".join(map(str, shape)), names, lambda way: run(ways[way]))]
@@ -386,7 +386,7 @@ def _forward(
     x: Tensor, weight: Tensor, w_scale: Tensor | None, bias: Tensor | None, lora: Lora
 ) -> tuple[Tensor, Tensor]:
     rows, weight = _rows(x), _rows(weight)
-    call = _Call(x, lora, lora.rank)
+    call = _Call(x, lora)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y, s = call.forward(rows, weight, w_scale, bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s
@@ -414,7 +414,7 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     # `weight` is (N, K), or (K, N) and int8 with one scale a row.
     rows = _rows(dy)
-    call = _Call(dy, lora, lora.rank)
+    call = _Call(dy, lora)
     starts = call.layout.starts
     s = None if s is None else s.contiguous()
     dgate = rows.new_empty(len(rows), lora.gate.shape[-1], dtype=torch.float32) if needs.dgate else None
