@@ -14,7 +14,7 @@ distribution is exact, and no processor's exponential function shows in the resu
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import ROUND_FLOOR, Decimal, getcontext, localcontext
 from functools import lru_cache
 
@@ -50,6 +50,21 @@ def discrete_gaussian(key: bytes, sigma: int, count: int) -> np.ndarray:
         parts.append(sampler.draw(min(CHUNK, int(missing / 0.7) + 64))[:missing])
         missing -= len(parts[-1])
     return np.concatenate(parts)
+
+
+def draw(key: bytes, sections: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Draw noise for the parts of a vector.
+
+    Args:
+        key: 32 bytes, for this vector alone.
+        sections: (length, sigma) of each part; a sigma of 0 is no noise.
+
+    Returns:
+        (sum of the lengths,) int64.
+    """
+    return np.concatenate([np.zeros(0, np.int64), *(
+        discrete_gaussian(derive(key, "section", number), sigma, length) if sigma else np.zeros(length, np.int64)
+        for number, (length, sigma) in enumerate(sections))])
 
 
 class _Sampler:

@@ -41,7 +41,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedms.privacy import shamir
 from fedms.privacy.key_file import Stream, derive
-from fedms.privacy.noise import discrete_gaussian
+from fedms.privacy.noise import draw
 
 PUBLIC_BYTES = 32
 BOX_BYTES = 2 * shamir.SHARE_BYTES + 16         # two shares and the authentication tag
@@ -166,12 +166,7 @@ def mask(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, 
     others = _open_inbox(member, terms, roster, known, inbox)
     promises.keep("share", known)
     promises.keep("mask", _members_digest(known, {member.client, *others}))
-    total = np.asarray(vector, np.int64).copy()
-    start = 0
-    for number, (length, sigma) in enumerate(terms.sections):
-        if sigma:
-            total[start:start + length] += discrete_gaussian(derive(member.secret, "noise", known, number), sigma, length)
-        start += length
+    total = np.asarray(vector, np.int64) + draw(derive(member.secret, "noise", known), terms.sections)
     masked = (total % MODULUS).astype(np.uint32)
     masked += _expand(derive(member.secret, "own mask", known), terms.size)
     secret = _round_secret(member, terms, vector)

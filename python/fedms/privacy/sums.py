@@ -1,0 +1,140 @@
+"""What the clients of one round add up: their updates, and what else the run needs of them, as one vector of integers.
+
+Each part has a bound of its own on the norm of one client's share, and noise of its own:
+
+    update      change of every tensor that this round trains, in all at most `clip` long
+    score       validation score of the received model, in [0, 1]
+    counts      class counts, scaled to norm 1
+    accuracy    test accuracy of what the client has in the end, in [0, 1]
+
+Whatever else a client knows stays with it.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedms.privacy.clipping import Layout, dequantize, quantize, unit_norm
+
+SCALARS = ("score", "accuracy")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the vector.
+
+    Args:
+        name: "update", "score", "counts" or "accuracy".
+        length: number of values.
+        bound: the largest L2 norm of one client's share.
+        noise: the noise multiplier; None: no noise.
+    """
+
+    name: str
+    length: int
+    bound: float
+    noise: float | None = None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The vector of one round.
+
+    Args:
+        parts: its parts, in their order.
+        layout: where each tensor stands in the part "update".
+        bits: logarithm of the number of steps between 0 and a part's bound.
+    """
+
+    parts: tuple[Part, ...]
+    layout: Layout
+    bits: int
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(part.length for part in self.parts)
+
+    def sections(self, sharers: int = 1) -> tuple[tuple[int, int], ...]:
+        """For each part its length and its noise in steps, rounded up to whole ones: all of the noise, or one client's
+        share where at least `sharers` add theirs. 0 without noise."""
+        return tuple((part.length, 0 if part.noise is None else math.ceil(part.noise * 2**self.bits / math.sqrt(sharers)))
+                     for part in self.parts)
+
+    def encode(self, update: Mapping[str, np.ndarray], score: float | None = None,
+               counts: Sequence[float] | np.ndarray | None = None, accuracy: float | None = None) -> np.ndarray:
+        """A client's vector (size,) int32: every part clipped to its bound and rounded toward zero.
+
+        Args:
+            update: the change of each tensor that the client trained; tensors that are missing count as zeros.
+            score, counts, accuracy: what it has to say; None counts as zeros.
+
+        Raises:
+            ValueError: if a value is NaN or infinite, or the update holds another tensor than the layout.
+        """
+        values = {"score": [score or 0.0], "accuracy": [accuracy or 0.0]}
+        vectors = [np.zeros(0, np.int32)]
+        for part in self.parts:
+            if part.name == "update":
+                vector = self.layout.flatten(update)
+            elif part.name == "counts":
+                vector = np.zeros(part.length) if counts is None else unit_norm(counts)
+            else:
+                vector = np.clip(values[part.name], 0, 1)
+            vectors.append(quantize(vector, part.bound, self.bits))
+        return np.concatenate(vectors)
+
+    def nothing(self) -> np.ndarray:
+        """The vector of a client that has nothing to add, (size,) int32: zeros."""
+        return np.zeros(self.size, np.int32)
+
+    def split(self, total: np.ndarray) -> dict[str, np.ndarray]:
+        """The parts (length,) of a vector (size,), by name."""
+        found, start = {}, 0
+        for part in self.parts:
+            found[part.name] = total[start:start + part.length]
+            start += part.length
+        return found
+
+    def decode(self, total: np.ndarray, expected: Mapping[str, float], clients: float) -> Means:
+        """What a sum of the vectors, with its noise, says.
+
+        Args:
+            total: (size,) int64.
+            expected: for each tensor, the number of clients that are expected to train it. It is known before the round:
+                dividing by the number that did would tell whether one client took part.
+            clients: the number of clients that are expected.
+        """
+        found = {part.name: dequantize(values, part.bound, self.bits)
+                 for part, values in zip(self.parts, self.split(total).values())}
+        changes = {name: values / expected[name] for name, values in self.layout.split(found["update"]).items()
+                   } if "update" in found else {}
+        shares = {name: float(np.clip(found[name][0] / clients, 0, 1)) for name in SCALARS if name in found}
+        counts = found.get("counts")
+        return Means(changes, shares.get("score"), shares.get("accuracy"), None if counts is None else _distribution(counts))
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a round's sum says of its clients together.
+
+    Args:
+        changes: the mean change of each tensor, float64.
+        score, accuracy: means in [0, 1]; None: not part of the sum.
+        classes: (C,) the share of each class, summing to 1; None: not part of the sum.
+    """
+
+    changes: Mapping[str, np.ndarray]
+    score: float | None
+    accuracy: float | None
+    classes: np.ndarray | None
+
+
+def _distribution(counts: np.ndarray) -> np.ndarray:
+    """Noisy counts (C,) as shares that sum to 1: noise can make them negative, and their total is none of anything."""
+    counts = np.maximum(counts, 0)
+    total = counts.sum()
+    return counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
