@@ -185,9 +185,6 @@ struct Product {
 // multiple of a power of two apart push each other out of the L1 cache.
 int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
 
-// Rows that are quantised at a time: they stay in the L1 cache from the one pass over x to the other.
-constexpr int64_t PREPARED_ROWS = 12;
-
 void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* dropped) {
   const int64_t rank = static_cast<int64_t>(p.shrink.size());
   const int64_t row_size = row_size_of(p.layout);

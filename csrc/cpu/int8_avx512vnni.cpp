@@ -15,43 +15,76 @@ constexpr int PANEL = 16 * VECTORS, GROUP = 4;
 
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
-void quantise(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
-              int32_t* q_zero) {
-  uint8_t* to = static_cast<uint8_t*>(q);
-  for (int64_t i = 0; i < rows; ++i, x += k, to += q_stride) {
-    __m512i high0 = _mm512_setzero_si512(), high1 = high0, low0 = high0, low1 = high0;
-    int64_t c = 0;
-    for (; c + 32 <= k; c += 32) {
-      const __m512i v0 = _mm512_loadu_si512(x + c), v1 = _mm512_loadu_si512(x + c + 16);
-      high0 = _mm512_max_epi32(high0, v0);
-      low0 = _mm512_max_epu32(low0, v0);
-      high1 = _mm512_max_epi32(high1, v1);
-      low1 = _mm512_max_epu32(low1, v1);
-    }
-    for (; c < k; c += 16) {
-      const __m512i v = _mm512_maskz_loadu_epi32(first(k - c), x + c);
-      high0 = _mm512_max_epi32(high0, v);
-      low0 = _mm512_max_epu32(low0, v);
-    }
-    const Int8Levels levels(_mm512_reduce_max_epi32(_mm512_max_epi32(high0, high1)),
-                            _mm512_reduce_max_epu32(_mm512_max_epu32(low0, low1)), steps);
-    q_scale[i] = levels.scale;
-    q_zero[i] = levels.zero;
-    const __m512 inverse = _mm512_set1_ps(levels.inverse);
-    const __m512i zero = _mm512_set1_epi32(levels.zero);
-    const auto quantised = [&](__m512 v) {
-      return _mm512_add_epi32(zero, _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
-    };
-    // The stores cut off above 255.
-    for (c = 0; c + 16 <= k; c += 16) {
-      const __m128i bytes = _mm512_cvtusepi32_epi8(quantised(_mm512_loadu_ps(x + c)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c), bytes);
-    }
-    if (c < k) {
-      const __mmask16 mask = first(k - c);
-      _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, quantised(_mm512_maskz_loadu_ps(mask, x + c)));
+// The levels of COUNT rows. Several rows in one loop hide one another's latencies.
+template <int COUNT>
+void find_levels(int64_t k, int32_t steps, const float* x, Int8Levels* levels) {
+  __m512i high[COUNT], low[COUNT];
+  FEDMS_UNROLL for (int i = 0; i < COUNT; ++i) high[i] = low[i] = _mm512_setzero_si512();
+  int64_t c = 0;
+  for (; c + 16 <= k; c += 16) {
+    FEDMS_UNROLL for (int i = 0; i < COUNT; ++i) {
+      const __m512i v = _mm512_loadu_si512(x + i * k + c);
+      high[i] = _mm512_max_epi32(high[i], v);
+      low[i] = _mm512_max_epu32(low[i], v);
     }
   }
+  if (c < k) {
+    FEDMS_UNROLL for (int i = 0; i < COUNT; ++i) {
+      const __m512i v = _mm512_maskz_loadu_epi32(first(k - c), x + i * k + c);
+      high[i] = _mm512_max_epi32(high[i], v);
+      low[i] = _mm512_max_epu32(low[i], v);
+    }
+  }
+  FEDMS_UNROLL for (int i = 0; i < COUNT; ++i) {
+    levels[i] = Int8Levels(_mm512_reduce_max_epi32(high[i]), _mm512_reduce_max_epu32(low[i]), steps);
+  }
+}
+
+// Prefetches the row that is quantised PREPARED_ROWS rows later: x usually comes from the L3 cache, and a block of rows is
+// too short for the hardware prefetcher. At 2048 rows, 384 -> 384 (Zen 4, one thread), the layer's forward pass was
+// expected to gain the 230 us that reading x took, and went from 2230 us to 2040 us.
+void quantise_row(int64_t k, const Int8Levels& levels, const float* x, uint8_t* to) {
+  const __m512 inverse = _mm512_set1_ps(levels.inverse);
+  const __m512i zero = _mm512_set1_epi32(levels.zero);
+  const auto quantised = [&](__m512 v) {
+    return _mm512_add_epi32(zero, _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
+  };
+  // Packing saturates at 255. It works within lanes of 128 bits, so the groups of four bytes are put in order afterwards.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int64_t c = 0;
+  for (; c + 64 <= k; c += 64) {
+    FEDMS_UNROLL for (int line = 0; line < 4; ++line) _mm_prefetch(x + PREPARED_ROWS * k + c + 16 * line, _MM_HINT_T1);
+    const __m512i words0 = _mm512_packus_epi32(quantised(_mm512_loadu_ps(x + c)), quantised(_mm512_loadu_ps(x + c + 16)));
+    const __m512i words1 =
+        _mm512_packus_epi32(quantised(_mm512_loadu_ps(x + c + 32)), quantised(_mm512_loadu_ps(x + c + 48)));
+    _mm512_storeu_si512(to + c, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words0, words1)));
+  }
+  for (; c < k; c += 16) {
+    const __mmask16 mask = first(k - c);
+    _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, quantised(_mm512_maskz_loadu_ps(mask, x + c)));
+  }
+}
+
+template <int COUNT>
+void quantise_rows(int64_t k, int32_t steps, const float* x, uint8_t* to, int64_t q_stride, float* q_scale,
+                   int32_t* q_zero) {
+  Int8Levels levels[COUNT];
+  find_levels<COUNT>(k, steps, x, levels);
+  for (int i = 0; i < COUNT; ++i) {
+    q_scale[i] = levels[i].scale;
+    q_zero[i] = levels[i].zero;
+    quantise_row(k, levels[i], x + i * k, to + i * q_stride);
+  }
+}
+
+void quantise(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+              int32_t* q_zero) {
+  uint8_t* const to = static_cast<uint8_t*>(q);
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    quantise_rows<4>(k, steps, x + i * k, to + i * q_stride, q_stride, q_scale + i, q_zero + i);
+  }
+  for (; i < rows; ++i) quantise_rows<1>(k, steps, x + i * k, to + i * q_stride, q_stride, q_scale + i, q_zero + i);
 }
 
 // sum += x * w, four products a lane. As an instruction, not an intrinsic: GCC 12 moves the intrinsic's accumulators
@@ -62,6 +95,10 @@ template <int M>
 void tile(const Int8Strip& strip, int64_t row) {
   const uint8_t* q = static_cast<const uint8_t*>(strip.q) + row * strip.q_stride;
   const int8_t* w = strip.panel;
+  // Prefetches the tile's lines of y: otherwise its stores miss the caches one after the other (2040 us, now 1920 us).
+  float* y = strip.y + row * strip.y_stride;
+  FEDMS_UNROLL for (int i = 0; i < M; ++i)
+    FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(y + i * strip.y_stride + 16 * v, 1);
   __m512i sum[M][VECTORS];
   FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) {
     const __m512i minus_sums = _mm512_loadu_si512(strip.minus_sums + 16 * v);
@@ -99,7 +136,6 @@ void tile(const Int8Strip& strip, int64_t row) {
       FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) out[i][v] = _mm512_fmadd_ps(factor, b[v], out[i][v]);
     }
   }
-  float* y = strip.y + row * strip.y_stride;
   FEDMS_UNROLL for (int i = 0; i < M; ++i)
     FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + i * strip.y_stride + 16 * v, out[i][v]);
 }

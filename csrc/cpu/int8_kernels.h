@@ -28,6 +28,9 @@ struct Int8Strip {
   int64_t y_stride;
 };
 
+// Rows that are quantised at a time, before their S is made: they stay in the L1 cache from the one pass over x to the other.
+constexpr int64_t PREPARED_ROWS = 12;
+
 struct Int8Kernels {
   const char* name;
   int32_t id;            // stored with a packed weight
@@ -51,6 +54,7 @@ struct Int8Levels {
   float scale, inverse;
   int32_t zero;
 
+  Int8Levels() = default;
   Int8Levels(int32_t largest, uint32_t largest_unsigned, int32_t steps) {
     const uint32_t lowest_bits = largest_unsigned >> 31 ? largest_unsigned : 0;
     float high, low;
