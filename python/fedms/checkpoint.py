@@ -8,22 +8,24 @@ A checkpoint is its manifest. Objects are written before it, each file by way of
 the names of all are made to last together: a power cut before that may leave a manifest without its object, a damaged
 checkpoint like any other. Older checkpoints are dropped after it. A client whose private state did not change since the
 checkpoint before keeps its object. The last two checkpoints are kept; every byte is verified on load, and a damaged
-checkpoint falls back to the one before it.
+checkpoint falls back to the one before it. As they hold what clients keep to themselves, only their owner can read them.
 """
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import load as load_tensors
+from typing_extensions import TypedDict     # pydantic asks for it below Python 3.12
 
-from fedms.files import write_durably
+from fedms.files import private_folder, write_durably
+from fedms.foreign import conform, parse_json, read_regular, read_tensors
 from fedms.resident import Tensors
 from fedms.schedule import SalState
 from fedms.server import Collected, ServerState
@@ -40,6 +42,32 @@ def _keep_replies(content: dict[str, Any]) -> dict[str, Any]:
 
 # From each older format a function that turns its manifest's content into the next one's.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_replies}
+
+
+_Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
+_Count = Annotated[int, Field(ge=0)]
+_Id = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})\Z")]
+
+
+class _Content(BaseModel):
+    """What a manifest says: the plain state, and the objects of the server and of each client."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Annotated[int, Field(ge=1)]
+    state: dict[str, Any]
+    server: _Sha
+    private: dict[_Id, _Sha]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    sha256: _Sha
+    content: dict[str, Any]
+
+
+_CONTENT, _MANIFEST = TypeAdapter(_Content), TypeAdapter(_Manifest)
 
 
 class CheckpointError(Exception):
@@ -75,7 +103,7 @@ class CheckpointFolder:
             CheckpointError: if it cannot be written. The checkpoints before it are untouched.
         """
         try:
-            self.path.mkdir(exist_ok=True)
+            private_folder(self.path)
             server = self._write_object(snapshot.tensors)
             changed = {client: tensors for client, tensors in snapshot.private.items()
                        if client not in self.written or self.written[client][0] is not tensors}
@@ -87,7 +115,7 @@ class CheckpointFolder:
             content = {"format": FORMAT, "state": snapshot.state, "server": server,
                        "private": {str(i): self.written[i][1] for i in sorted(snapshot.private)}}
             digest = _digest(content)
-            write_durably(self._manifest(number), _dump({"sha256": digest, "content": content}))
+            write_durably(self._manifest(number), _dump({"sha256": digest, "content": content}), private=True)
             self.good = [*self.good, number][-self.kept:]
             self._drop_unused()
             return digest
@@ -144,36 +172,41 @@ class CheckpointFolder:
     def _read_manifest(self, number: int) -> dict[str, Any]:
         path = self._manifest(number)
         try:
-            outer = json.loads(path.read_bytes())
-            content, digest = outer["content"], outer["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            outer = conform(_MANIFEST, parse_json(read_regular(path)))
+        except (OSError, ValueError) as error:
             raise _Damaged(f"{path.name}: {error}") from None
-        if not isinstance(content, dict) or _digest(content) != digest:
+        content = outer.content
+        if _digest(content) != outer.sha256:
             raise _Damaged(f"{path.name}: wrong checksum")
-        if content["format"] > FORMAT:
-            raise CheckpointError(f"{path}: written by a newer version (format {content['format']}; this one reads up "
+        version = content.get("format")
+        if type(version) is int and version > FORMAT:
+            raise CheckpointError(f"{path}: written by a newer version (format {version}; this one reads up "
                                   f"to {FORMAT}); update fedms, or start the run again")
-        for version in range(content["format"], FORMAT):
-            content = {**MIGRATIONS[version](content), "format": version + 1}
+        try:
+            conform(_CONTENT, content)
+            for older in range(content["format"], FORMAT):
+                content = {**MIGRATIONS[older](content), "format": older + 1}
+        except (ValueError, KeyError, TypeError) as error:
+            raise _Damaged(f"{path.name}: {type(error).__name__}: {error}") from None
         return content
 
     def _read_object(self, name: str) -> Tensors:
         path = self._object(name)
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise _Damaged(f"{path.name}: {error.strerror}") from None
+            data = read_regular(path)
+        except (OSError, ValueError) as error:
+            raise _Damaged(f"{path.name}: {error}") from None
         if hashlib.sha256(data).hexdigest() != name:
             raise _Damaged(f"{path.name}: wrong checksum")
         try:
-            return load_tensors(data)
-        except SafetensorError as error:
+            return read_tensors(data)[0]
+        except ValueError as error:
             raise _Damaged(f"{path.name}: {error}") from None
 
     def _write_object(self, tensors: Tensors) -> str:
         data = save_arrays({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
         name = hashlib.sha256(data).hexdigest()
-        write_durably(self._object(name), data, sync_name=False)        # the manifest after it syncs all names at once
+        write_durably(self._object(name), data, private=True, sync_name=False)        # the manifest after it syncs all names at once
         return name
 
     def _drop_unused(self) -> None:
@@ -186,7 +219,7 @@ class CheckpointFolder:
                 file.unlink()
 
     def _numbers(self) -> list[int]:
-        return [int(file.stem) for file in self.path.glob("*.json") if file.stem.isdigit()]
+        return [int(file.stem) for file in self.path.glob("*.json") if re.fullmatch("[0-9]{6,9}", file.stem)]
 
     def _manifest(self, number: int) -> Path:
         return self.path / f"{number:06d}.json"
@@ -210,12 +243,26 @@ def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any
     return plain, tensors
 
 
-def unpack_server(plain: Mapping[str, Any], tensors: Tensors) -> tuple[ServerState, Collected]:
+_ServerState = TypedDict("_ServerState", {
+    "stage": Literal["stage1", "stage2", "done"], "round": _Count, "applied_depth": _Count,
+    "final_depth": dict[str, _Count], "collected": dict[str, Any],
+    "sal": TypedDict("_Sal", {"depth": _Count, "rounds": _Count, "queue": list[float]})})
+_SERVER_STATE = TypeAdapter(_ServerState)
+
+
+def unpack_server(plain: Any, tensors: Tensors) -> tuple[ServerState, Collected]:
+    """Raises CheckpointError if it is not of the form of `pack_server`."""
+    try:
+        plain = conform(_SERVER_STATE, plain)
+        collected = Collected.restore(plain["collected"], _without("collected/", tensors))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"the checkpoint's state of the server is not what a run writes: {type(error).__name__}: "
+                              f"{error}; start the run again") from None
     sal = plain["sal"]
     state = ServerState(plain["stage"], plain["round"], _without("tensors/", tensors),
                         SalState(sal["depth"], sal["rounds"], tuple(sal["queue"])), plain["applied_depth"],
                         _without("sums/", tensors), plain["final_depth"])
-    return state, Collected.restore(plain["collected"], _without("collected/", tensors))
+    return state, collected
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> Tensors:

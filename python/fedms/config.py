@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,10 +18,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origi
 import annotated_types
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fedms.foreign import parse_toml, printable, read_regular
 
 RUNFILES = Path(__file__).parent / "runfiles"
 
@@ -59,13 +55,13 @@ def parse_size(value: Any) -> int:
     if isinstance(value, int):
         size = value
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?)b?\s*", value, re.IGNORECASE)
         if match is None or (match[3] and not match[2]):
             raise ValueError('a size such as "2GiB", "500MB" or a number of bytes')
         power = " kmgt".index(match[2].lower() or " ")
         size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size < 0:
-        raise ValueError("a size of at least 0 bytes")
+    if not 0 <= size < 2**63:
+        raise ValueError("a size of at least 0 bytes, below 2**63")
     return size
 
 
@@ -542,7 +538,7 @@ def read_tables(source: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{source}: no such built-in run file and no such file; "
                               f"built in: {', '.join(builtin_names())}{_did_you_mean(source, builtin_names())}")
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        return parse_toml(read_regular(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a run file or a built-in name "
                           f"({', '.join(builtin_names())})") from None
@@ -552,7 +548,7 @@ def read_tables(source: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a run file is TOML") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -567,8 +563,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = None
     else:
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"value = {text}")["value"]
+        except ValueError:
             value = text
     table = values.setdefault(parts[0], {})
     if not isinstance(table, dict):
@@ -742,5 +738,7 @@ def _show(value: Any) -> str:
         return f"[{', '.join(_show(v) for v in value)}]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k} = {_show(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
+    if isinstance(value, str):
+        return json.dumps(printable(value), ensure_ascii=False)
+    return printable("true" if value is True else "false" if value is False else str(value))
 

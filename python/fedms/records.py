@@ -20,20 +20,17 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, create_model
 
 from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, of_method, upgraded
-from fedms.files import LOCK, FolderLock, write_durably
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fedms.files import LOCK, TEMPORARY, FolderLock, write_durably
+from fedms.foreign import all_printable, conform, parse_json, parse_toml, read_regular
 
 EXEMPT = frozenset({"seconds", "peak_memory_bytes"})
 """Fields that may differ between two runs of the same configuration."""
@@ -68,8 +65,30 @@ CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
 _OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "clients", "tensorboard",
                         "wandb", LOCK})
 _FRESH = ".new-"
-_REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
-             ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))
+
+# What a line that is read back must be. Fields that are missing were not known to an older version, and become null.
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[float, Field(allow_inf_nan=False)] | None
+_Text = str | None
+
+
+def _schema(name: str, fields: Iterable[str], **others: Any) -> TypeAdapter[Any]:
+    """A record whose fields are numbers or null but for the `others`; fields that are not known may be there."""
+    kinds: dict[str, Any] = {field: (others.get(field, _Number), ... if field in _REQUIRED else None) for field in fields}
+    return TypeAdapter(create_model(name, __config__=ConfigDict(extra="ignore", strict=True), **kinds))
+
+
+_REQUIRED = frozenset({"stage", "round", "client", "id"})
+_NUMBERS = dict[str, _Number]
+_SCHEMAS = {
+    ROUNDS: _schema("Round", ROUND_FIELDS, stage=str, round=_Count, event=_Text),
+    VISITS: _schema("Visit", VISIT_FIELDS, stage=str, round=_Count, client=_Count, status=_Text, reason=_Text),
+    CLIENTS: _schema("Client", CLIENT_FIELDS, id=_Count, group=_Text, unseen=bool | None, accuracy=_NUMBERS),
+    SUMMARY: _schema(
+        "Summary", SUMMARY_FIELDS, method=_Text, model=_Text, fingerprint=_Text, dataset=_Text, classes=list[str] | None,
+        prompts=list[list[str]] | None, rounds=_NUMBERS | None, personalised_accuracy=_NUMBERS | None,
+        unseen_accuracy=_NUMBERS | None, gate=dict[str, _Number | bool] | None, final_depth=_NUMBERS | None,
+        notes=list[str] | None)}
 
 
 class RunFolderError(Exception):
@@ -251,23 +270,19 @@ class RunRecords:
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{path}: no run folder ({CONFIG} is missing)")
         try:
-            config = upgraded(tomllib.loads((path / CONFIG).read_text(encoding="utf-8")))
+            config = upgraded(parse_toml(read_regular(path / CONFIG)))
+            config_from_dict(config)
         except (OSError, ValueError) as error:  # ConfigError is a ValueError
-            raise RunFolderError(f"{path / CONFIG}: cannot be read: {error}") from None
-        for table, key in _REPORTED:
-            if not isinstance(config.get(table), dict) or key not in config[table]:
-                raise RunFolderError(f"{path / CONFIG}: {table}.{key} is missing, so it is not a run's configuration")
+            raise RunFolderError(f"{path / CONFIG}: is not a run's configuration: {error}") from None
         notes: list[str] = []
         files = (ROUNDS, VISITS, CLIENTS) if whole else (ROUNDS,)
         lines = {name: _read_lines(path / name, notes) for name in files}
         summary = None
-        if (path / SUMMARY).is_file():
+        if (path / SUMMARY).exists():
             try:
-                summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+                summary = _record(SUMMARY, read_regular(path / SUMMARY))
             except (OSError, ValueError) as error:
                 raise RunFolderError(f"{path / SUMMARY}: cannot be read: {error}") from None
-            if not isinstance(summary, dict):
-                raise RunFolderError(f"{path / SUMMARY}: holds no JSON object")
         return cls(path, config, lines[ROUNDS], lines.get(VISITS, []), lines.get(CLIENTS, []), summary, tuple(notes))
 
     @property
@@ -356,8 +371,8 @@ def _write_all(file: int, data: bytes) -> None:
 
 def _is_own(name: str) -> bool:
     """Whether a run writes a file or folder of this name, what a killed one leaves behind included."""
-    return name in _OWN_NAMES or name.startswith(_FRESH) or (name.startswith(".") and name.endswith(".tmp")
-                                                             and name[1:-4] in _OWN_NAMES)
+    written = TEMPORARY.fullmatch(name)
+    return name in _OWN_NAMES or name.startswith(_FRESH) or (written is not None and written["name"] in _OWN_NAMES)
 
 
 def _remove(path: Path) -> None:
@@ -368,25 +383,30 @@ def _remove(path: Path) -> None:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
+        text = read_regular(path)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from None
     records = []
     lines = text.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("no JSON object")
-            records.append(record)
+            records.append(_record(path.name, line))
         except ValueError as error:
             if number == len(lines):
                 notes.append(f"{path.name}: its last line is cut off and was left out")
             else:
                 raise RunFolderError(f"{path}, line {number}: not a record: {error}") from None
     return records
+
+
+def _record(name: str, line: bytes) -> dict[str, Any]:
+    """A record of the file `name`: every field of it, and texts that can be shown; names of classes as they are."""
+    value = parse_json(line)
+    found = conform(_SCHEMAS[name], value)
+    record = {field: value.get(field) for field in type(found).model_fields}
+    return {field: each if field in ("classes", "prompts") else all_printable(each) for field, each in record.items()}

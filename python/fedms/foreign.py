@@ -1,0 +1,166 @@
+"""Readers of bytes that a stranger may have made: one for each format, each with ValueError as its only error.
+
+A run folder, an export, a data shard or an adapter may come from anybody. Nothing here runs code that lies in a file, and
+what is returned has been checked: numbers are finite, texts can be printed, tables have the form of a schema. Callers turn
+the ValueError into their own error, which names the file and what to do.
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+MOST_DIGITS = 300       # of a number in JSON or TOML: what a float can hold
+LONGEST = 300           # characters of a text that is shown
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON document in UTF-8.
+
+    Raises:
+        ValueError: if it is none, is nested too deeply for Python, or holds a number that is not finite or a text that is
+            not Unicode (half of a surrogate pair).
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, parse_constant=_refused, parse_float=_finite, parse_int=_whole)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no Unicode text") from None
+
+
+def parse_toml(data: bytes | str) -> dict[str, Any]:
+    """The tables of a TOML document in UTF-8.
+
+    Raises:
+        ValueError: if it is none, is nested too deeply for Python, or holds a number that is too long.
+    """
+    try:
+        value = tomllib.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        json.dumps(value, default=str)          # a value as deep as Python goes is too deep for whoever reads it
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def conform(schema: TypeAdapter[T], value: Any) -> T:
+    """A value of the form that the schema describes; types are not converted.
+
+    Raises:
+        ValueError: naming the first place where it has another form.
+    """
+    try:
+        return schema.validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{printable(place)}: {first['msg']}, got {printable(repr(first['input']), 60)}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name and the metadata of a document in the format safetensors.
+
+    Raises:
+        ValueError: if it is none, or has a tensor of a kind that PyTorch does not have.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        metadata = safetensors_metadata(data)
+        return load(data), metadata
+    except (SafetensorError, KeyError, RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"no safetensors file: {type(error).__name__}: {error}") from None
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the header of a document in the format safetensors; of the tensors, nothing is read.
+
+    Raises:
+        ValueError: if the document is cut off within its header, or the header is none.
+    """
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError(f"it is cut off: its header should have {size} bytes")
+    header = parse_json(data[8:8 + size])
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its header is no table with a table of texts as __metadata__")
+    return metadata
+
+
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """The content of a file, or its first `most` bytes; of a device or a pipe, which may never end, nothing.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        return file.read(-1 if most is None else most)
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    r"""A text as it can stand in a line of a terminal, a page or a table: control characters as `\x1b`, and cut."""
+    shown = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text[:longest + 1])
+    return shown if len(shown) <= longest else shown[:longest - 1] + "…"
+
+
+def all_printable(value: Any, longest: int = LONGEST) -> Any:
+    """Plain data with each of its texts :func:`printable`, keys included."""
+    if isinstance(value, str):
+        return printable(value, longest)
+    if isinstance(value, Mapping):
+        return {printable(str(key), longest): all_printable(each, longest) for key, each in value.items()}
+    return [all_printable(each, longest) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _inside(name: str) -> str:
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or set(name.split("/")) & {"", ".", ".."}:
+        raise ValueError("expected the name of a file inside the folder")
+    return name
+
+
+InnerPath = Annotated[str, AfterValidator(_inside)]     # a file of a folder, named relative to it, and nothing outside
+
+
+def _refused(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is too long")
+    return int(text)
