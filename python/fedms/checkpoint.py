@@ -44,9 +44,9 @@ def _keep_replies(content: dict[str, Any]) -> dict[str, Any]:
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_replies}
 
 
-_Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
+_Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=0)]
-_Id = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})\Z")]
+_Id = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
 class _Content(BaseModel):

@@ -3,29 +3,35 @@ of a distributed run can be given its own and nothing else.
 
     data.safetensors      inputs as the model reads them, labels, and who has which of these samples
       metadata "shard"    JSON: names, classes, clients, notes
+      metadata "sha256"   of that JSON and of all tensors, their names, dtypes and shapes: shards are carried by hand
+
+The samples are the client's own: only the owner of the file can read it, and enter its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor
 
-from fedms.files import SHARD, shard_about, write_durably
+from fedms.files import SHARD, ShardAbout, ShardClient, parse_about, private_folder, write_durably
+from fedms.foreign import conform, read_regular, read_tensors
 
 from .dataset import Dataset, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition
 
-FORMAT = 1
+FORMAT = 2
 _PARTS = ("train", "validation", "test")
+_PAD_VALUES, _TOKENS = TypeAdapter(dict[str, int]), TypeAdapter(int)
 
 
 class ShardError(DataError):
@@ -80,43 +86,83 @@ def write_shard(folder: Path, shard: Shard) -> None:
              "group_names": dataset.group_names, "inputs": inputs, "fitting": shard.fitting, "notes": partition.notes,
              "clients": [_about(split) for split in partition.clients],
              "unseen": [_about(split) for split in partition.unseen]}
+    tensors, text = {name: tensor.contiguous() for name, tensor in tensors.items()}, json.dumps(about)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / SHARD, save({name: tensor.contiguous() for name, tensor in tensors.items()},
-                                          {"shard": json.dumps(about)}))
+        data = save(tensors, {"shard": text, "sha256": _checksum(text, tensors)})
+        write_durably(private_folder(folder) / SHARD, data, private=True)
     except OSError as error:
         raise ShardError(f"{folder / SHARD}: cannot be written: {error.strerror or error}") from None
 
 
 def read_shard(folder: Path) -> Shard:
-    """Raises ShardError if it is missing, damaged or of a newer format."""
+    """Raises ShardError if it is missing, damaged, of another format, or its parts do not fit each other."""
     path = folder / SHARD
     try:
-        about = shard_about(folder)
-    except ValueError as error:
-        raise ShardError(str(error)) from None
-    if about["format"] != FORMAT:
-        raise ShardError(f"{path}: of format {about['format']}, this version reads {FORMAT}")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ShardError(f"{path}: {error}") from None
+        tensors, metadata = read_tensors(read_regular(path))
+        about = parse_about(metadata)
+        if about.format != FORMAT:
+            raise ShardError(f"{path}: of format {about.format}, this version reads {FORMAT}; write it again by `fedms "
+                             "flower init`")
+        if metadata.get("sha256") != _checksum(metadata["shard"], tensors):
+            raise ShardError(f"{path}: damaged (wrong checksum); copy it again from where `fedms flower init` wrote it")
+        return _unpacked(path, about, tensors)
+    except (OSError, ValueError, KeyError, DataError) as error:
+        if isinstance(error, ShardError):
+            raise
+        problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ShardError(f"{path}: no shard of a data set: {problem}; `fedms flower init` writes them") from None
+
+
+def _unpacked(path: Path, about: ShardAbout, tensors: Mapping[str, Tensor]) -> Shard:
+    """Raises ValueError, KeyError or DataError for what is no shard."""
     inputs: TextInputs | ImageInputs
     if "offsets" in tensors:
         fields = {name.removeprefix("field/"): t for name, t in tensors.items() if name.startswith("field/")}
-        inputs = TextInputs(fields, tensors["offsets"], about["inputs"]["pad_values"])
+        _check_offsets(tensors["offsets"])
+        inputs = TextInputs(fields, tensors["offsets"], conform(_PAD_VALUES, about.inputs["pad_values"]))
+        if fields.keys() != inputs.pad_values.keys() or "input_ids" not in fields:
+            raise ValueError(f"its fields are {sorted(fields)}, with pad values for {sorted(inputs.pad_values)}")
     else:
         transform = (tensors["scale"], tensors["shift"]) if "scale" in tensors else None
-        inputs = ImageInputs(tensors["pixels"], about["inputs"]["tokens"], str(path), transform)
-    prompts = None if about["prompts"] is None else tuple(map(tuple, about["prompts"]))
-    dataset = make_dataset(about["name"], inputs, tensors["labels"], tuple(about["classes"]), prompts=prompts,
-                           groups=tensors.get("groups"), group_names=tuple(about["group_names"]))
-    clients, unseen = (tuple(ClientSplit(each["id"], each["group"], *(
-        tensors[f"client/{each['id']}/{part}"] for part in _PARTS)) for each in about[kind])
-        for kind in ("clients", "unseen"))
-    return Shard(dataset, Partition(clients, unseen, tensors["global_test"], tuple(about["notes"])),
-                 tuple(about["fitting"]))
+        pixels, shape = tensors["pixels"], (tensors["pixels"].shape[1:2] + (1, 1))
+        if transform is not None and any(t.dtype != torch.float32 or t.shape != shape for t in transform):
+            raise ValueError(f"its scale and shift are no float32 tensors of shape {tuple(shape)}")
+        inputs = ImageInputs(pixels, conform(_TOKENS, about.inputs["tokens"]), str(path), transform)
+    prompts = None if about.prompts is None else tuple(map(tuple, about.prompts))
+    dataset = make_dataset(about.name, inputs, tensors["labels"], tuple(about.classes), prompts=prompts,
+                           groups=tensors.get("groups"), group_names=tuple(about.group_names))
+
+    def split(client: ShardClient) -> ClientSplit:
+        parts = [_indices(tensors, f"client/{client.id}/{part}", len(dataset)) for part in _PARTS]
+        if len(parts[0]) != client.n_train:
+            raise ValueError(f"client {client.id} has {len(parts[0])} training samples, not {client.n_train} as it says")
+        return ClientSplit(client.id, client.group, *parts)
+
+    clients, unseen = (tuple(map(split, each)) for each in (about.clients, about.unseen))
+    return Shard(dataset, Partition(clients, unseen, _indices(tensors, "global_test", len(dataset)), tuple(about.notes)),
+                 tuple(about.fitting))
+
+
+def _check_offsets(offsets: Tensor) -> None:
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets) or offsets[0] != 0 or bool(
+            (offsets.diff() < 1).any()):
+        raise ValueError("its offsets are no int64 numbers that rise from 0")
+
+
+def _indices(tensors: Mapping[str, Tensor], name: str, count: int) -> Tensor:
+    found = tensors[name]
+    if found.dtype != torch.int64 or found.dim() != 1 or len(found) and not 0 <= int(found.min()) <= int(found.max()) < count:
+        raise ValueError(f"{name} is {found.dtype} of shape {tuple(found.shape)}; expected int64 indices below {count}")
+    return found
+
+
+def _checksum(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of the plain data and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(about.encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _about(split: ClientSplit) -> dict[str, Any]:

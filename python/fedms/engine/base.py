@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedms.checkpoint import CheckpointFolder, Snapshot, pack_server, unpack_server
+from fedms.checkpoint import CheckpointError, CheckpointFolder, Snapshot, pack_server, unpack_server
 from fedms.client import Message, Participant, Visit
 from fedms.messages import Packed, pack_message, unpack_message
 from fedms.progress import Progress
@@ -231,12 +231,16 @@ class Engine(ABC):
             self.folder.rewind({})
             return None
         saved = snapshot.state
-        self.visited, self.sent, self.slowest = saved["visited"], saved["sent"], saved["slowest"]
-        self.received = {(digest, client) for digest, client in saved["received"]}
-        self.seconds_before = saved["seconds"]
-        self.restore_own(saved, snapshot.private)
-        self.folder.rewind(saved["records"])
-        state, collected = unpack_server(saved["server"], snapshot.tensors)
+        try:
+            self.visited, self.sent, self.slowest = saved["visited"], saved["sent"], saved["slowest"]
+            self.received = {(digest, client) for digest, client in saved["received"]}
+            self.seconds_before = saved["seconds"]
+            self.restore_own(saved, snapshot.private)
+            self.folder.rewind(saved["records"])
+            state, collected = unpack_server(saved["server"], snapshot.tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder.path}: its checkpoint is not what a run writes ({type(error).__name__}: "
+                                  f"{error}); start the run again") from None
         where = "all rounds are done" if state.stage == "done" else f"{state.stage}, round {state.round}"
         self.progress.note(f"going on from the checkpoint: {where}")
         return state, collected
