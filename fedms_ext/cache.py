@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -143,7 +144,7 @@ class DiskCache:
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, fingerprint: str) -> None:
         self.folder, self.max_bytes, self.fingerprint = Path(folder), max_bytes, fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)      # values are computed of private samples
         self.verified: dict[Path, int] = {}     # files that this process has found whole, by their inodes
         self._make_room(0)                               # the budget may have been larger before
 
@@ -189,10 +190,11 @@ class DiskCache:
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)})
         if len(data) > self.max_bytes:
             return False
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
         try:
             self._make_room(len(data))
-            temporary.write_bytes(data)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                file.write(data)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)

@@ -24,10 +24,13 @@ def folder() -> Path:
 def read(path: Path) -> dict[str, str]:
     """A file of `write`; what is not there, or broken, is empty."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         warnings.warn(f"{path} is not valid JSON ({error}); it is ignored and written anew", stacklevel=3)
         return {}
 

@@ -253,7 +253,7 @@ _SERVER_STATE = TypeAdapter(_ServerState)
 def unpack_server(plain: Any, tensors: Tensors) -> tuple[ServerState, Collected]:
     """Raises CheckpointError if it is not of the form of `pack_server`."""
     try:
-        plain = conform(_SERVER_STATE, plain)
+        conform(_SERVER_STATE, plain)
         collected = Collected.restore(plain["collected"], _without("collected/", tensors))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"the checkpoint's state of the server is not what a run writes: {type(error).__name__}: "

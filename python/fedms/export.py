@@ -5,27 +5,26 @@
     onnx     the same, from inputs to logits, as one model.onnx
     mixture  everything, with the foundation model, for `fedms predict` and `fedms.load`
 
-Each holds fedms.json: the classes, the settings of the run, and size and SHA-256 of every other file.
+Each holds fedms.json: the classes, the settings of the run, and size and SHA-256 of every other file. Files have the
+modes that the umask gives, but for those with a client's own expert, which only their owner can read.
 """
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedms import adapter, models
-from fedms.config import ConfigError, dump
-from fedms.files import sync_folder
+from fedms.config import ConfigError
+from fedms.files import open_new, sync_folder
+from fedms.manifest import CLIENTS, MANIFEST, read_manifest, write_manifest
 from fedms.models import FoundationModel, ModelError
 from fedms.models.heads import TextHead
 from fedms.models.huggingface import TextModel, VisionModel
@@ -36,14 +35,15 @@ from fedms.resident import ResidentModel, Tensors
 from fedms_ext import detach, merge
 
 FORMATS = ("peft", "merged", "onnx", "mixture")
-MANIFEST = "fedms.json"
-FORMAT = 1
+
+__all__ = ["FORMATS", "export", "read_manifest"]
 
 _Transformers = TextModel | VisionModel
 
 
 def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = None, states: Path | None = None,
-           overwrite: bool = False, foundation: FoundationModel | None = None, progress: Progress | None = None) -> Path:
+           overwrite: bool = False, foundation: FoundationModel | None = None, progress: Progress | None = None,
+           trust_remote_code: bool = False) -> Path:
     """Writes the outcome of the run folder `run` into the folder `out`; returns it.
 
     Args:
@@ -52,6 +52,7 @@ def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = 
         states: of a run on Flower, the folder in which a client keeps what is its own, or one with those of several.
         overwrite: replace an earlier export in `out`.
         foundation: the model, where it was given to the run as an object.
+        trust_remote_code: the code of the model's repository may be run, where the run did so.
 
     Raises:
         ConfigError: for an unknown form or client, or a client where there is no choice.
@@ -65,11 +66,14 @@ def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = 
         raise ConfigError(f"--client: the format {form} holds all clients; it is for merged and onnx")
     progress = progress or Progress()
     task = task_of(run)
+    if task.config.model.trust_remote_code and not trust_remote_code and foundation is None:
+        raise ConfigError(f"model.trust_remote_code: the run in {run} ran code of the repository of "
+                          f"{task.config.model.id!r}; if you trust that code, give --trust-remote-code")
     _check_free(out, overwrite)
     progress.phase(f"loading model {task.config.model.id}")
     foundation = foundation or models.load(task.config.model)
     check_fingerprint(foundation, task)
-    with _new_folder(out, overwrite) as folder:
+    with _new_folder(out, overwrite, private=client is not None) as folder:
         if form == "mixture":
             elsewhere = _mixture(run, folder, foundation, task, states)
         elif form == "peft":
@@ -104,16 +108,17 @@ def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task, s
     model = bind(foundation, task)
     outcome = outcome_of(run, task, model, states)
     final = outcome.final
+    start = {name: tensor for name, tensor in model.imported.items() if name not in final.tensors}
     parts: Tensors = {}
-    for name, tensors in (("tensors", final.tensors), ("constants", final.constants), ("sums", final.sums)):
+    for name, tensors in (("tensors", final.tensors), ("constants", {**start, **final.constants}), ("sums", final.sums)):
         parts |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
     _save(parts, folder / "shared.safetensors")
     for number, private in outcome.private.items():
         if private.tensors:
-            (folder / "clients").mkdir(exist_ok=True)
+            (folder / CLIENTS).mkdir(mode=0o700, exist_ok=True)
             kept = {n: t for n, t in private.tensors.items() if not n.startswith("optimizer/")}
-            _save(kept, folder / "clients" / f"{number}.safetensors")
-    _manifest(folder, "mixture", task, model=model_keys, elsewhere=sorted(outcome.elsewhere),
+            _save(kept, folder / CLIENTS / f"{number}.safetensors", private=True)
+    write_manifest(folder, "mixture", task, model=model_keys, elsewhere=sorted(outcome.elsewhere),
               final={"stage": final.stage, "round": final.round, "depth": final.depth,
                      "applied_depth": final.applied_depth})
     return outcome.elsewhere
@@ -136,14 +141,14 @@ def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task, stat
     outcome = outcome_of(run, task, model, states)
     for name, expert in outcome.experts(model).items():
         place = folder / name
-        place.mkdir()
+        place.mkdir(mode=0o777 if name == "global" else 0o700)
         layers = [n.removeprefix("expert/").removesuffix(".lora_a") for n in expert if n.endswith(".lora_a")]
         (place / adapter.CONFIG).write_text(adapter.config_json(shape, layers, type(module).__name__,
                                                                 type(module).__module__))
         _save(adapter.peft_names(expert), place / adapter.WEIGHTS)
         _save(linear_head(model, expert), place / adapter.HEAD)
         (place / "README.md").write_text(_card(foundation, task, name, f'"{base}"', peft=True))
-    _manifest(folder, "peft", task)
+    write_manifest(folder, "peft", task)
     return outcome.elsewhere
 
 
@@ -172,7 +177,7 @@ def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, st
         foundation.save(folder)
         _save(head, folder / adapter.HEAD)
         (folder / "README.md").write_text(_card(foundation, task, name, '"."', peft=False))
-    _manifest(folder, "onnx" if onnx else "merged", task, expert=name)
+    write_manifest(folder, "onnx" if onnx else "merged", task, expert=name)
     return outcome.elsewhere
 
 
@@ -234,61 +239,9 @@ def _onnx(foundation: FoundationModel, head: Tensors, path: Path, task: Task) ->
 
 # Files
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _manifest(folder: Path, kind: str, task: Task, **more: Any) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
-            os.fsync(file.fileno())
-    content = {"format": FORMAT, "kind": kind, "classes": task.classes, "prompts": task.prompts, "clients": task.groups,
-               "model_fingerprint": task.fingerprint, "config": dump(task.config),
-               **more, "files": files}
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder, all its files checked.
-
-    Raises:
-        RunFolderError: if it is no export, one of a newer version, or a file is missing or damaged.
-    """
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files = content["format"], content["files"]
-    except FileNotFoundError:
-        raise RunFolderError(f"{folder}: holds no {MANIFEST}, so it is no export of a run; make one by `fedms export "
-                             "RUN --out DIR`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{folder / MANIFEST}: cannot be read: {error}") from None
-    if version > FORMAT:
-        raise RunFolderError(f"{folder}: written by a newer version (format {version}; this one reads up to {FORMAT}); "
-                             "update fedms")
-    for name, expected in files.items():
-        try:
-            with open(folder / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != expected["bytes"]:
-                    raise RunFolderError(f"{folder / name}: {size} bytes, expected {expected['bytes']}; copy or export it "
-                                         "again")
-                if _sha256(file) != expected["sha256"]:
-                    raise RunFolderError(f"{folder / name}: damaged (wrong SHA-256); copy or export it again")
-        except OSError as error:
-            raise RunFolderError(f"{folder / name}: cannot be read: {error.strerror}") from None
-    return content
+def _save(tensors: Mapping[str, Tensor], path: Path, private: bool = False) -> None:
+    with open_new(path, private=private) as file:
+        file.write(save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -301,14 +254,13 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out`, which takes its place when all went well."""
-    scratch = None
+def _new_folder(out: Path, overwrite: bool, private: bool) -> Iterator[Path]:
+    """A folder beside `out`, which takes its place when all went well. private: only its owner can enter it."""
+    scratch = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        scratch.mkdir(mode=0o700 if private else 0o777)
         yield scratch
-        scratch.chmod(0o755)
         if out.exists():
             _check_free(out, overwrite)
             old = scratch.with_name(scratch.name + "-old")
@@ -321,8 +273,7 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise RunFolderError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _card(foundation: FoundationModel, task: Task, expert: str, base: str, peft: bool) -> str:

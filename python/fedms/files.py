@@ -17,8 +17,8 @@ from fedms.foreign import conform, parse_json, read_regular, safetensors_metadat
 
 LOCK = ".lock"
 SHARD = "data.safetensors"
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp")
-"""Name of a file that is being written; a kill may leave it behind."""
+TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{16})?\.tmp")
+"""Name of a file that is being written, which a kill may leave behind; older versions put no random number into it."""
 
 _OWNER_ONLY, _BY_UMASK = 0o600, 0o666
 
@@ -55,9 +55,9 @@ def write_durably(path: Path, data: bytes, *, private: bool = False, sync_name: 
         sync_folder(path.parent)
 
 
-def private_folder(path: Path) -> Path:
+def private_folder(path: Path, *, close: bool = True) -> Path:
     """Make a folder that only its owner can enter, its parents by the umask; returns it. One that is there and is the
-    caller's own is closed to others.
+    caller's own is closed to others, unless `close` is False: its owner may share it.
 
     Raises OSError if it cannot be made, or is a link or no folder.
     """
@@ -68,7 +68,7 @@ def private_folder(path: Path) -> Path:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             about = os.fstat(descriptor)
-            if about.st_uid == os.geteuid() and stat.S_IMODE(about.st_mode) & 0o077:
+            if close and about.st_uid == os.geteuid() and stat.S_IMODE(about.st_mode) & 0o077:
                 os.fchmod(descriptor, 0o700)
         finally:
             os.close(descriptor)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_DIGITS = 300       # of a number in JSON or TOML: what a float can hold
-LONGEST = 300           # characters of a text that is shown
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+LONGEST, LONGEST_NOTE = 300, 2000       # characters of a name and of a note that are shown
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -119,25 +119,26 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
         OSError: if it cannot be read.
         ValueError: if it is no regular file.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
         return file.read(-1 if most is None else most)
 
 
-def printable(text: str, longest: int = LONGEST) -> str:
-    r"""A text as it can stand in a line of a terminal, a page or a table: control characters as `\x1b`, and cut."""
-    shown = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text[:longest + 1])
+def printable(text: str, longest: int = LONGEST, keep: str = "\t") -> str:
+    r"""A text as it can stand in a line of a terminal, a page or a table: control characters as `\x1b`, but for those to
+    `keep`, and cut."""
+    shown = _CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text[:longest + 1])
     return shown if len(shown) <= longest else shown[:longest - 1] + "…"
 
 
-def all_printable(value: Any, longest: int = LONGEST) -> Any:
-    """Plain data with each of its texts :func:`printable`, keys included."""
+def all_printable(value: Any) -> Any:
+    """Plain data with each of its texts :func:`printable`, keys included; lines stay lines."""
     if isinstance(value, str):
-        return printable(value, longest)
+        return printable(value, LONGEST_NOTE, keep="\t\n")
     if isinstance(value, Mapping):
-        return {printable(str(key), longest): all_printable(each, longest) for key, each in value.items()}
-    return [all_printable(each, longest) for each in value] if isinstance(value, (list, tuple)) else value
+        return {printable(str(key)): all_printable(each) for key, each in value.items()}
+    return [all_printable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _inside(name: str) -> str:

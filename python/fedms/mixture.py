@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
 from fedms import models
 from fedms.client import Message, Private
-from fedms.config import ConfigError, config_from_dict, upgraded
+from fedms.config import ConfigError, RunConfig, config_from_dict, upgraded
 from fedms.data import own
-from fedms.export import check_fingerprint, read_manifest
+from fedms.export import check_fingerprint
 from fedms.files import write_durably
+from fedms.foreign import printable, read_regular, read_tensors
+from fedms.manifest import Manifest, clients_in, read_manifest
 from fedms.models import FoundationModel
 from fedms.outcome import Outcome, Task, bind, predict
 from fedms.records import RunFolderError
@@ -22,7 +22,7 @@ from fedms.resident import Tensors
 if TYPE_CHECKING:
     import pandas as pd
 
-RESULTS = (".csv", ".parquet")
+SHARED = "shared.safetensors"
 
 
 class Mixture:
@@ -76,12 +76,15 @@ class Mixture:
         return table
 
 
-def load(folder: str | Path, client: str | int | None = None, *, foundation: FoundationModel | None = None) -> Mixture:
-    """A mixture that `fedms export --format mixture` wrote, ready to predict. Sizes and hashes of its files are checked.
+def load(folder: str | Path, client: str | int | None = None, *, foundation: FoundationModel | None = None,
+         trust_remote_code: bool = False) -> Mixture:
+    """A mixture that `fedms export --format mixture` wrote, ready to predict. Sizes and hashes of its files are checked,
+    and no code in it is run, whatever it says, unless you say so.
 
     Args:
         client: id or group of the client whose local expert is used; None: the global expert alone.
         foundation: the model, where it was given to the run as an object.
+        trust_remote_code: run the Python code that came with the foundation model, where it needs some.
 
     Raises:
         RunFolderError: if the folder is no mixture, or one of its files is damaged.
@@ -90,27 +93,54 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     """
     folder = Path(folder)
     content = read_manifest(folder)
-    if content["kind"] != "mixture":
-        raise RunFolderError(f"{folder}: is an export in the format {content['kind']}, whose README.md or inputs say how it "
+    if content.kind != "mixture" or content.final is None:
+        raise RunFolderError(f"{folder}: is an export in the format {content.kind}, whose README.md or inputs say how it "
                              "is read; `fedms predict` and `fedms.load` read --format mixture")
-    config = config_from_dict(upgraded(content["config"]))
-    keys = content["model"]
-    if keys.get("id") == "base":
-        config = config.model_copy(update={"model": config.model.model_copy(update={**keys, "id": str(folder / "base")})})
-    elif keys and foundation is None:
-        raise ConfigError(f"{folder}: its model {keys['id']!r} was given as an object; give it again as foundation=")
-    prompts = content["prompts"]
-    task = Task(config, tuple(content["classes"]), None if prompts is None else tuple(map(tuple, prompts)),
-                {int(i): group for i, group in content["clients"].items()}, content["model_fingerprint"])
-    shared = load_file(folder / "shared.safetensors")
+    config = _config(folder, content, foundation is not None, trust_remote_code)
+    task = Task(config, tuple(content.classes), None if content.prompts is None else tuple(map(tuple, content.prompts)),
+                {int(i): group for i, group in content.clients.items()}, content.model_fingerprint)
+    if SHARED not in content.files:
+        raise RunFolderError(f"{folder}: its manifest does not list {SHARED}; export it again")
+    shared = _tensors(folder / SHARED)
     parts: dict[str, Any] = {name: _below(name, shared) for name in ("tensors", "constants", "sums")}
-    private = {int(path.stem): Private(load_file(path)) for path in sorted((folder / "clients").glob("*.safetensors"))}
-    outcome = Outcome(task, Message(clients=(), **content["final"], **parts), private,
-                      frozenset(content.get("elsewhere", ())))
+    private = {number: Private(_tensors(path)) for number, path in sorted(clients_in(folder, content).items())}
+    outcome = Outcome(task, Message(clients=(), **content.final.model_dump(), **parts), private,
+                      frozenset(content.elsewhere))
     number = outcome.client(client)     # a mistake here is answered before the model is loaded
     foundation = foundation or models.load(config.model)
     check_fingerprint(foundation, task)
-    return Mixture(foundation, outcome, number)
+    try:
+        return Mixture(foundation, outcome, number)
+    except (KeyError, RuntimeError) as error:
+        raise RunFolderError(f"{folder}: its tensors do not fit its model: {error}; export it again") from None
+
+
+def _config(folder: Path, content: Manifest, given: bool, trust_remote_code: bool) -> RunConfig:
+    """The run's configuration, without what a stranger's file must not choose: code, and files outside of the folder.
+
+    given: whether the model is at hand as an object."""
+    try:
+        config = config_from_dict(upgraded(content.config))
+    except ConfigError as error:
+        raise RunFolderError(f"{folder}: the configuration in it cannot be used: {error}") from None
+    table: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if content.model.id == "base":
+        table |= {"id": str(folder / "base"), "pooling": content.model.pooling or "auto", "blocks": content.model.blocks}
+    elif content.model.id is not None and not given:
+        raise ConfigError(f"{folder}: its model {printable(content.model.id)!r} was given as an object; give it again as "
+                          "foundation=")
+    elif content.model.id is None and config.model.id not in models.MODELS:
+        raise RunFolderError(f"{folder}: names the model {printable(config.model.id)!r}, which neither lies in it nor is "
+                             f"built in ({', '.join(models.MODELS)}); export it again")
+    return config.model_copy(update={"model": config.model.model_copy(update=table),
+                                     "lora": config.lora.model_copy(update={"start": None})})
+
+
+def _tensors(path: Path) -> Tensors:
+    try:
+        return read_tensors(read_regular(path))[0]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: {error}; export it again") from None
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

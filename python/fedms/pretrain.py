@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedms.data import PUBLIC_HALVES
+from fedms.data import made_cache_dir
 from fedms.files import write_durably
 from fedms.models.vit import RECIPES, Recipe, build
 
@@ -44,6 +45,7 @@ def ensure(name: str, path: str | None = None, *, force: bool = False, report: R
     weights = pretrain(recipe, PUBLIC_HALVES[recipe.data](path), report)
     from safetensors.torch import save
 
+    made_cache_dir()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_durably(file, save({key: tensor.contiguous() for key, tensor in weights.items()}))
     return file, True

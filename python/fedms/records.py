@@ -65,6 +65,8 @@ CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
 _OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "clients", "tensorboard",
                         "wandb", LOCK})
 _FRESH = ".new-"
+_REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
+             ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))
 
 # What a line that is read back must be. Fields that are missing were not known to an older version, and become null.
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -271,9 +273,12 @@ class RunRecords:
             raise RunFolderError(f"{path}: no run folder ({CONFIG} is missing)")
         try:
             config = upgraded(parse_toml(read_regular(path / CONFIG)))
+            for table, key in _REPORTED:
+                if not isinstance(config.get(table), dict) or key not in config[table]:
+                    raise RunFolderError(f"{path / CONFIG}: {table}.{key} is missing, so it is not a run's configuration")
             config_from_dict(config)
         except (OSError, ValueError) as error:  # ConfigError is a ValueError
-            raise RunFolderError(f"{path / CONFIG}: is not a run's configuration: {error}") from None
+            raise RunFolderError(f"{path / CONFIG}: cannot be read: {error}") from None
         notes: list[str] = []
         files = (ROUNDS, VISITS, CLIENTS) if whole else (ROUNDS,)
         lines = {name: _read_lines(path / name, notes) for name in files}
@@ -407,6 +412,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _record(name: str, line: bytes) -> dict[str, Any]:
     """A record of the file `name`: every field of it, and texts that can be shown; names of classes as they are."""
     value = parse_json(line)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
     found = conform(_SCHEMAS[name], value)
     record = {field: value.get(field) for field in type(found).model_fields}
     return {field: each if field in ("classes", "prompts") else all_printable(each) for field, each in record.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedms.adapter import read_pairs, read_shape
 from fedms.config import ConfigError, RunConfig
-from fedms.data import Dataset, cache_dir
+from fedms.data import Dataset, made_cache_dir
 from fedms.data.inputs import ImageInputs
 from fedms.models import FoundationModel
 from fedms.models.heads import LinearHead, TextHead
@@ -127,7 +127,7 @@ class ResidentModel:
         # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
         arithmetic = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen,
                       sal.cache_dtype)
-        return DiskCache(cache_dir() / "constants", sal.cache_bytes,
+        return DiskCache(made_cache_dir() / "constants", sal.cache_bytes,
                          repr((self.foundation.fingerprint, self.dataset.fingerprint, self.CHUNK, arithmetic)))
 
     def _new_head(self) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 from scipy.stats import qmc
 
-from fedms.config import METHODS, RunConfig, config_from_dict, read_tables
+from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, read_tables
 from fedms.files import write_durably
 from fedms.progress import Progress
 from fedms.records import RunFolderError, RunRecords
@@ -129,7 +129,7 @@ def replaced(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     tables = config.model_dump()
     for key, value in values.items():
         table, _, name = key.partition(".")
-        tables[table][name] = value
+        tables.setdefault(table, {})[name] = value
     return config_from_dict(tables)
 
 
@@ -143,11 +143,23 @@ def chosen(folder: Path, config: RunConfig) -> dict[str, RunConfig]:
     found = {}
     for name in METHODS:
         if (path := Path(folder) / f"{name}.toml").is_file():
-            values = {f"{table}.{key}": value for table, keys in read_tables(path).items() for key, value in keys.items()}
-            found[name] = replaced(config, values)
+            found[name] = replaced(config, _choice(path))
     if not found:
         raise RunFolderError(f"{folder}: holds no METHOD.toml; fedms tune writes them")
     return found
+
+
+def _choice(path: Path) -> dict[str, Any]:
+    """The values in a file of `tune`, by dotted key. It chooses constants alone: no data, no model, no code."""
+    values = {}
+    for table, keys in read_tables(path).items():
+        for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
+            name = f"{table}.{key}"
+            if type(value) not in (int, float) or table in ("model", "data", "run"):
+                raise ConfigError(f"{path}: {name}: got {value!r}; accepted: numbers of the tables of a method, as fedms tune "
+                                  "writes them")
+            values[name] = value
+    return values
 
 
 def _judged(trial: Trial) -> Trial:

@@ -199,7 +199,7 @@ def test_damage_in_the_middle_is_named_by_file_and_line(tmp_path, damage):
 
 @pytest.mark.parametrize("name, content, message", [
     ("summary.json", "{", "summary.json: cannot be read"),
-    ("summary.json", "[]", "summary.json: holds no JSON object"),
+    ("summary.json", "[]", "summary.json: cannot be read: no JSON object"),
     ("config.toml", "[run", "config.toml: cannot be read"),
     ("config.toml", "[run]\nseed = 1\n", r"config.toml: run\.method is missing"),
     ("config.toml", 'run = "x"\n', r"config.toml: run\.method is missing"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from fedms.config import DATA
 
 from . import digits, fashion, own, sentiment
-from .cache import cache_dir
+from .cache import cache_dir, made_cache_dir
 from .dataset import Dataset, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition, partition
@@ -23,6 +23,7 @@ __all__ = [
     "ShardError",
     "TextInputs",
     "cache_dir",
+    "made_cache_dir",
     "load",
     "make_dataset",
     "partition",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fedms.files import private_folder
 
 from .inputs import DataError
 
@@ -18,14 +20,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FEDMS_CACHE") or Path.home() / ".cache" / "fedms")
 
 
+def made_cache_dir() -> Path:
+    """:func:`cache_dir`, made if it is not there: for its owner alone, as others could change what is read from it. A folder
+    that is there keeps its mode: a team may share one."""
+    return private_folder(cache_dir(), close=False)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder to fill; it is renamed to `folder` at the end, which is therefore whole or not there."""
+    made_cache_dir()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpack-"))
+    scratch = folder.parent / f".unpack-{secrets.token_hex(8)}"
+    scratch.mkdir()
     try:
         yield scratch
-        scratch.chmod(0o755)
         try:
             os.rename(scratch, folder)
         except OSError:

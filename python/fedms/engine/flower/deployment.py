@@ -13,25 +13,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedms.engine.flower import certificates
-from fedms.files import write_durably
+import psutil
+import tomli_w
+from pydantic import TypeAdapter
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fedms.engine.flower import certificates
+from fedms.files import private_folder, write_durably
+from fedms.foreign import conform, parse_json, parse_toml, read_regular
 
 HOST, PORT = "127.0.0.1", 19091
 
@@ -88,8 +88,7 @@ def write_app(folder: Path, run_file: str, host: str, port: int | None) -> None:
 
 def write_connection(folder: Path, host: str, port: int, secure: bool) -> None:
     """Tells `flwr` where the SuperLink is."""
-    home = folder / "flower"
-    home.mkdir(parents=True, exist_ok=True)
+    home = private_folder(folder / "flower")
     authority = json.dumps(str(folder.absolute() / "certificates/ca.crt"))
     trust = f"root-certificates = {authority}" if secure else "insecure = true"
     write_durably(home / "config.toml", (f'[superlink]\ndefault = "fedms"\n\n[superlink.fedms]\n'
@@ -97,10 +96,13 @@ def write_connection(folder: Path, host: str, port: int, secure: bool) -> None:
 
 
 def connection(folder: Path) -> tuple[str, int]:
-    """Host and port of the deployment's SuperLink."""
-    text = (folder / "flower/config.toml").read_text()
-    host, port = tomllib.loads(text)["superlink"]["fedms"]["address"].rsplit(":", 1)
-    return host, int(port)
+    """Host and port of the deployment's SuperLink. Raises DeploymentError if its folder does not say."""
+    path = folder / "flower/config.toml"
+    try:
+        host, port = parse_toml(read_regular(path))["superlink"]["fedms"]["address"].rsplit(":", 1)
+        return host, int(port)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeploymentError(f"{path}: does not say where the SuperLink is: {error}; make the deployment again") from None
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -141,7 +143,8 @@ class Commands:
 
 def clients_of(folder: Path) -> list[int]:
     """Clients whose data the folder holds. Raises DeploymentError if there are none."""
-    found = sorted(int(path.name.removeprefix("client-")) for path in (folder / "data").glob("client-*"))
+    found = sorted(int(path.name.removeprefix("client-")) for path in (folder / "data").glob("client-*")
+                   if re.fullmatch("client-[0-9]{1,9}", path.name))
     if not found:
         raise DeploymentError(f"{folder}: no deployment; make one by `fedms flower init {folder} RUNFILE`")
     return found
@@ -192,7 +195,7 @@ def up(folder: Path, port: int | None, secure: bool, tell: Callable[[str], None]
 def start(folder: Path, name: str, command: Sequence[str]) -> None:
     """Starts one process of a deployment; its output goes to `flower/NAME.log`."""
     home = folder / "flower"
-    home.mkdir(exist_ok=True)
+    private_folder(home)
     with open(home / f"{name}.log", "ab") as log:
         program = shutil.which(command[0], path=environment(folder)["PATH"]) or command[0]
         process = subprocess.Popen([program, *command[1:]], cwd=home, env=environment(folder), stdin=subprocess.DEVNULL,
@@ -202,7 +205,7 @@ def start(folder: Path, name: str, command: Sequence[str]) -> None:
 
 def running(folder: Path) -> dict[str, int]:
     """Process ids of what `up` started here and is still there, by name."""
-    return {name: pid for name, (pid, started) in _processes(folder).items() if _started(pid) == started}
+    return {name: pid for name, (pid, started) in _processes(folder).items() if _same(pid, started)}
 
 
 def down(folder: Path, names: Sequence[str] | None = None, by: int = signal.SIGTERM) -> list[str]:
@@ -220,7 +223,7 @@ def down(folder: Path, names: Sequence[str] | None = None, by: int = signal.SIGT
                 _signal(there[name], signal.SIGKILL)
         time.sleep(0.1)
     for child, started in family.items():
-        if started is not None and _started(child) == started:
+        if _same(child, started):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
     for name in chosen:
@@ -249,24 +252,40 @@ def _register(folder: Path, command: Sequence[str]) -> None:
         raise DeploymentError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
 
 
-def _processes(folder: Path) -> dict[str, list]:
+_PROCESSES = TypeAdapter(dict[str, tuple[int, float | None]])
+
+
+def _processes(folder: Path) -> dict[str, tuple[int, float | None]]:
+    """Process id and start, seconds since 1970, of what `up` started, by name."""
+    path = folder / "flower/processes.json"
     try:
-        return json.loads((folder / "flower/processes.json").read_text())
+        entries = {name: tuple(entry) if isinstance(entry, list) else entry
+                   for name, entry in dict(parse_json(read_regular(path))).items()}
+        return conform(_PROCESSES, entries)
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise DeploymentError(f"{path}: does not name the processes of this deployment: {error}; end them by hand and "
+                              "remove the file") from None
 
 
-def _write_processes(folder: Path, entries: dict[str, list]) -> None:
-    write_durably(folder / "flower/processes.json", json.dumps(entries, indent=1).encode())
+def _write_processes(folder: Path, entries: Mapping[str, Sequence[float | None]]) -> None:
+    write_durably(folder / "flower/processes.json", json.dumps(entries, indent=1).encode(), private=True)
 
 
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks: a number that was given again has another. None if it is gone."""
+def _started(pid: int) -> float | None:
+    """When a process began, seconds since 1970: a number that was given again has another start. None if it is gone."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.Error, ValueError, OverflowError):
         return None
-    return None if state == "Z" else fields[18]
+
+
+def _same(pid: int, started: float | None) -> bool:
+    """Whether the process of this number is still the one that began then. A second: the system's clock may be set."""
+    now = _started(pid)
+    return now is not None and started is not None and abs(now - started) < 1
 
 
 def lives(pid: int) -> bool:
@@ -275,16 +294,10 @@ def lives(pid: int) -> bool:
 
 
 def _descendants(pid: int) -> list[int]:
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found = [pid]
-    for parent in found:
-        found += [child for child, its in parents.items() if its == parent]
-    return found[1:]
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 def _signal(leader: int, number: int) -> None:
@@ -296,8 +309,12 @@ def _signal(leader: int, number: int) -> None:
 
 # A run on it
 
-def submit(folder: Path, settings: dict[str, object]) -> int:
-    """`flwr run`, to its end; the run's log goes to this terminal. Returns its exit code."""
-    words = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    return subprocess.run(["flwr", "run", str(folder.absolute()), "fedms", "--stream", "-c", words], cwd=folder,
+def submit(folder: Path, settings: Mapping[str, object]) -> int:
+    """`flwr run`, to its end; the run's log goes to this terminal. Returns its exit code.
+
+    settings: replace those of the app's configuration. They go by a file: on the command line Flower splits them at
+    spaces and quotes, which overrides of a run file may hold."""
+    file = folder.absolute() / "flower/settings.toml"
+    write_durably(file, tomli_w.dumps(dict(settings)).encode(), private=True)
+    return subprocess.run(["flwr", "run", str(folder.absolute()), "fedms", "--stream", "-c", str(file)], cwd=folder,
                           env=environment(folder)).returncode
