@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedms.config import ConfigError
+from fedms.foreign import parse_json, printable, read_regular, read_tensors
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 PREFIX = "base_model.model."
@@ -56,20 +57,22 @@ def read_shape(folder: Path) -> Shape:
     """
     path = folder / CONFIG
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_regular(path))
         kind = found["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"lora.start: {path}: not an adapter in PEFT's format ({type(error).__name__}: {error})") from None
     if kind != "LORA":
-        raise ConfigError(f"lora.start: {path}: peft_type is {kind!r}; accepted: \"LORA\"")
+        raise ConfigError(f"lora.start: {path}: peft_type is {printable(repr(kind), 60)}; accepted: \"LORA\"")
     for key, plain in PLAIN.items():
         if found.get(key) not in (plain, None):
-            raise ConfigError(f"lora.start: {path}: {key} is {found[key]!r}, which experts here do not have; accepted: "
+            raise ConfigError(f"lora.start: {path}: {key} is {printable(repr(found[key]), 60)}, which experts here do not have; accepted: "
                               f"{plain!r}")
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
-        raise ConfigError(f"lora.start: {path}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
-    return Shape(rank, float(alpha), bool(found.get("use_rslora")), found.get("base_model_name_or_path"))
+    if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank <= 2**31 or not 0 < alpha < 1e30:
+        raise ConfigError(f"lora.start: {path}: r is {printable(repr(rank), 60)} and lora_alpha {printable(repr(alpha), 60)}; "
+                          "expected numbers above 0")
+    base = found.get("base_model_name_or_path")
+    return Shape(rank, float(alpha), bool(found.get("use_rslora")), base if isinstance(base, str) else None)
 
 
 def read_pairs(folder: Path, layers: Iterable[str]) -> dict[str, Any]:
@@ -82,17 +85,14 @@ def read_pairs(folder: Path, layers: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: if the weights are missing, damaged or no safetensors, or a layer is not among `layers`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not (folder / WEIGHTS).is_file():
         advice = "; adapter_model.bin is a pickle and is not read: load it with peft and save it again" if (
             folder / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"lora.start: {folder} holds no {WEIGHTS}{advice}")
     try:
-        tensors = load_file(folder / WEIGHTS)
-        head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
-    except (OSError, SafetensorError) as error:
+        tensors, _ = read_tensors(read_regular(folder / WEIGHTS))
+        head = read_tensors(read_regular(folder / HEAD))[0] if (folder / HEAD).is_file() else {}
+    except (OSError, ValueError) as error:
         raise ConfigError(f"lora.start: {folder}: the weights cannot be read: {error}") from None
     layers, found = list(layers), {f"head/{name}": tensor.float() for name, tensor in head.items()}
     for name, tensor in tensors.items():

@@ -100,9 +100,10 @@ def main(grid: Grid, context: Context) -> None:
 
     from fedms.config import load_config
     from fedms.data import read_shard
-    from fedms.progress import TerminalProgress
+    from fedms.progress import TerminalProgress, accept_any_text
     from fedms.run import run
 
+    accept_any_text()
     settings: Mapping[str, Any] = context.run_config
     config = load_config(settings["run-file"], [*json.loads(settings["set"]), "run.engine=flower"])
     run(config, Path(settings["out"]), overwrite=settings["force"], resume=settings["resume"],

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -24,7 +24,8 @@ try:
 
     from fedms.config import (METHODS, PRETRAINED, ConfigError, RunConfig, builtin_names, dump_toml, load_config, parse_size,
                               source_name)
-    from fedms.progress import Listeners, Progress, TerminalProgress
+    from fedms.foreign import LONGEST_NOTE, printable
+    from fedms.progress import Listeners, Progress, TerminalProgress, accept_any_text
     from fedms.records import RunFolderError
 except ModuleNotFoundError as missing:
     sys.exit(f"fedms needs {missing.name}, which is not installed: pip install 'fedms[train]'")
@@ -33,9 +34,21 @@ except ModuleNotFoundError as missing:
 
 OK, FAILED, USAGE, UNAVAILABLE, FOLDER, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-EXIT_CODES = """Exit codes: 0 done; 1 the run failed, or doctor found a problem; 2 wrong usage or configuration;
-3 model or data could not be loaded; 4 a run folder exists already, or cannot be written or read; 130 interrupted.
-FEDMS_DEBUG=1 shows the traceback of an error."""
+EXIT_CODES = ("0 done", "1 the run failed, or doctor found a problem", "2 wrong usage or configuration",
+              "3 model or data could not be loaded", "4 a run folder exists already, or cannot be written or read",
+              "130 interrupted")
+
+
+def _epilog(*examples: str, notes: Sequence[str] = ()) -> str:
+    """The end of a command's help: examples, notes and exit codes, one a line.
+
+    typer joins what stands between empty lines by single line breaks before it is read as Markdown, so an empty line of
+    Markdown is two here. What is in a block of code keeps its lines.
+    """
+    block = ["**Examples**", "", "```", *examples, "```", ""] if examples else []
+    said = [line for note in notes for line in (note, "")]
+    codes = ["**Exit codes**", "", "```", *EXIT_CODES, "```", "", "FEDMS_DEBUG=1 shows the traceback of an error."]
+    return "\n\n".join([*block, *said, *codes])
 
 
 def _console(stderr: bool = False) -> Console:
@@ -51,18 +64,16 @@ console, errors = _console(), _console(stderr=True)
 app = typer.Typer(
     name="fedms", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="\n\n".join([
-        "**Examples**",
-        "`fedms doctor` — is everything here that a run needs?",
-        "`fedms run digits` — a smoke case: seconds, no download, meaningless numbers",
-        "`fedms run sentiment` — the demo: MiniLM, four domains of human-rated sentences, 12 clients",
-        "`fedms compare sentiment --seeds 3` — all methods on three seeds, one table and one report",
-        "`fedms plan sentiment --memory 512MiB` — which depth, batch and precision fit a device?",
-        "`fedms watch runs/sentiment` — follow runs live, from another terminal",
-        "`fedms report runs/sentiment` — make the report again from the records",
-        "`fedms export runs/sentiment/fedms-seed0 --out model` and `fedms predict model new.csv --client 7`",
-        EXIT_CODES,
-    ]),
+    epilog=_epilog(
+    "fedms doctor                          # is everything here that a run needs?",
+    "fedms run digits                      # a smoke case: seconds, no download, meaningless numbers",
+    "fedms run sentiment                   # the demo: MiniLM, four domains of human-rated sentences, 12 clients",
+    "fedms compare sentiment --seeds 3     # all methods on three seeds, one table and one report",
+    "fedms plan sentiment --memory 512MiB  # which depth, batch and precision fit a device?",
+    "fedms watch runs/sentiment            # follow runs live, from another terminal",
+    "fedms report runs/sentiment           # make the report again from the records",
+    "fedms export runs/sentiment/fedms-seed0 --out model",
+    "fedms predict model new.csv --client 7"),
 )
 
 Source = Annotated[str, typer.Argument(
@@ -76,6 +87,9 @@ Track = Annotated[Optional[list[str]], typer.Option(
     "--track", metavar="NAME", help="Send the records to a tracker too: tensorboard, wandb or mlflow; may be repeated.")]
 Jobs = Annotated[int, typer.Option(
     "--jobs", "-j", metavar="N", min=1, help="Runs at a time, each in a process of its own with run.threads threads.")]
+Trust = Annotated[bool, typer.Option(
+    "--trust-remote-code", help="Run the Python code that comes with the foundation model, where it needs some. Whoever "
+    "wrote it can do here whatever you can.")]
 Resume = Annotated[bool, typer.Option(
     "--resume", help="Go on where an earlier call with the same settings was stopped or killed.")]
 
@@ -93,14 +107,13 @@ def fedms(version: Annotated[bool, typer.Option(
     expert for each client and a gate that mixes the two, with LoRA activated block by block as it is needed."""
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms run sentiment`",
-    "`fedms run sentiment --method fedavg --seed 1`",
-    "`fedms run sentiment --set stage1.rounds=12 --set data.partition=dirichlet --out runs/skewed`",
-    "`fedms run my.toml --dry-run` — check a run file and print it with every default filled in",
-    "The output folder holds config.toml, rounds.jsonl, visits.jsonl, clients.jsonl, summary.json and report.html.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms run sentiment",
+    "fedms run sentiment --method fedavg --seed 1",
+    "fedms run sentiment --set stage1.rounds=12 --set data.partition=dirichlet --out runs/skewed",
+    "fedms run my.toml --dry-run  # check a run file and print it with every default filled in",
+    notes=["The output folder holds config.toml, rounds.jsonl, visits.jsonl, clients.jsonl, summary.json and "
+           "report.html."]))
 def run(
     source: Source,
     set_: Sets = None,
@@ -144,15 +157,14 @@ def _carry_out(config: RunConfig, source: str, out: Optional[Path], force: bool,
     _show_results(out)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms compare sentiment` — all methods, the run file's seed",
-    "`fedms compare sentiment --methods fedms,fedavg_ft,local --seeds 3 --jobs 2 --out runs/demo`",
-    "`fedms compare sentiment --tuned runs/sentiment-tuned` — each method with what `fedms tune` chose for it",
-    "The same command again leaves runs alone that have ended, goes on with those that were stopped, and begins what is "
-    "missing; a run of other settings in OUT is refused.",
-    "OUT holds one run folder METHOD-seedN for each run, compare.csv (a line a run), compare.md and report.html.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms compare sentiment                               # all methods, the run file's seed",
+    "fedms compare sentiment --methods fedms,fedavg_ft,local --seeds 3 --jobs 2 --out runs/demo",
+    "fedms compare sentiment --tuned runs/sentiment-tuned  # each method with what `fedms tune` chose for it",
+    notes=["The same command again leaves runs alone that have ended, goes on with those that were stopped, and "
+           "begins what is missing; a run of other settings in OUT is refused.",
+           "OUT holds one run folder METHOD-seedN for each run, compare.csv (a line a run), compare.md and "
+           "report.html."]))
 def compare(
     source: Source,
     methods: Annotated[str, typer.Option(
@@ -190,13 +202,11 @@ def compare(
         _show_results(out)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms tune sentiment --jobs 2 --out runs/sentiment-tuned`",
-    "`fedms compare sentiment --tuned runs/sentiment-tuned`",
-    "The first trial is the run file as it stands, the others are spread evenly over the ranges. No test label is read. "
-    "The same command again goes on where it was stopped.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms tune sentiment --jobs 2 --out runs/sentiment-tuned",
+    "fedms compare sentiment --tuned runs/sentiment-tuned",
+    notes=["The first trial is the run file as it stands, the others are spread evenly over the ranges. No test "
+           "label is read. The same command again goes on where it was stopped."]))
 def tune(
     source: Source,
     methods: Annotated[str, typer.Option(
@@ -233,12 +243,10 @@ def tune(
                       soft_wrap=True)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms plan sentiment --memory 512MiB`",
-    "`fedms plan my.toml --memory 1GiB --flops 5G --bandwidth 1MB --out plan.png`",
-    "Nothing is trained: memory is traced on two samples, operations and bytes are counted.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms plan sentiment --memory 512MiB",
+    "fedms plan my.toml --memory 1GiB --flops 5G --bandwidth 1MB --out plan.png",
+    notes=["Nothing is trained: memory is traced on two samples, operations and bytes are counted."]))
 def plan(
     source: Source,
     memory: Annotated[Optional[str], typer.Option(
@@ -274,12 +282,11 @@ def plan(
             raise typer.Exit(FAILED)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms pretrain vit-fashion` — about three minutes on one core, once",
-    "`fedms pretrain vit-fashion --data FOLDER` — where apt-get cannot fetch Fashion-MNIST",
-    "The weights are kept in the cache folder ($FEDMS_CACHE, ~/.cache/fedms), under a hash of all settings.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms pretrain vit-fashion                # about three minutes on one core, once",
+    "fedms pretrain vit-fashion --data FOLDER  # where apt-get cannot fetch Fashion-MNIST",
+    notes=["The weights are kept in the cache folder ($FEDMS_CACHE, ~/.cache/fedms), under a hash of all "
+           "settings."]))
 def pretrain(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{' or '.join(PRETRAINED)}.")],
     data: Annotated[Optional[str], typer.Option(
@@ -298,14 +305,12 @@ def pretrain(
         console.print(f"{file}" + ("" if made else ": there already; --force trains again"), markup=False, soft_wrap=True)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms study --quick --out runs/study-quick` — six methods, two settings, one seed",
-    "`fedms study --jobs 2 --hours 8` — the whole study, or as much of it as fits; called again it goes on",
-    "`fedms study --page-only` — make the page again from the records; it names the `fedms tune` commands that choose "
-    "each method's constants before a study",
-    "OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in runs/study.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms study --quick --out runs/study-quick  # six methods, two settings, one seed",
+    "fedms study --jobs 2 --hours 8              # the whole study, or as much of it as fits; called again it goes on",
+    "fedms study --page-only                     # make the page again from the records; it names the `fedms tune` commands that choose each method's constants before a study",
+    notes=["OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in"
+           " runs/study."]))
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
     settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
@@ -340,7 +345,7 @@ def study(
         console.print(f"page: {page}", markup=False, soft_wrap=True)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=_epilog())
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
 ) -> None:
@@ -349,11 +354,9 @@ def report(
         _show_results(folder)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms watch runs/sentiment` — from another terminal, while `fedms compare sentiment` works there",
-    "`fedms watch runs/demo --once` — where it stands, and back to the prompt",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms watch runs/sentiment    # from another terminal, while `fedms compare sentiment` works there",
+    "fedms watch runs/demo --once  # where it stands, and back to the prompt"))
 def watch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")],
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Time between two looks.")] = 2.0,
@@ -376,14 +379,12 @@ def watch(
                 live.update(watching.view(states), refresh=True)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms export runs/sentiment/fedms-seed0 --out sentiment-model` — everything, for `fedms predict` and `fedms.load`",
-    "`fedms export runs/sentiment/fedms-seed0 --out adapters --format peft` — an adapter for PEFT for each expert",
-    "`fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7` — client 7's expert in the weights",
-    "Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), merged (one expert "
-    "added into the weights), onnx (the same, one file from inputs to logits).",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms export runs/sentiment/fedms-seed0 --out sentiment-model                    # everything, for `fedms predict` and `fedms.load`",
+    "fedms export runs/sentiment/fedms-seed0 --out adapters --format peft             # an adapter for PEFT for each expert",
+    "fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7  # client 7's expert in the weights",
+    notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
+           "merged (one expert added into the weights), onnx (the same, one file from inputs to logits)."]))
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
@@ -396,6 +397,7 @@ def export(
         "(state= of its node), or one with those of several clients (a deployment's states/).",
         show_default="a simulation's own")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write what a run ended with in a format that others read."""
     with _exit_codes():
@@ -404,17 +406,16 @@ def export(
         from fedms import export as exporting
 
         exporting.export(folder, out, form, client=client, states=states, overwrite=force,
-                         progress=TerminalProgress(errors))
+                         progress=TerminalProgress(errors), trust_remote_code=trust_remote_code)
         for path in sorted(p for p in out.rglob("*") if p.is_file()):
             console.print(f"{path}  {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms predict sentiment-model new.csv --client 7 --out predicted.csv`",
-    "`fedms predict photo-model photos/ --client plant2` — a folder of images; the table goes to the terminal",
-    "The table: the text or image, label, its probability, and the gate's weight of the client's own expert.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms predict sentiment-model new.csv --client 7 --out predicted.csv",
+    "fedms predict photo-model photos/ --client plant2  # a folder of images; the table goes to the terminal",
+    notes=["The table: the text or image, label, its probability, and the gate's weight of the client's own "
+           "expert."]))
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What fedms export wrote in the format mixture.")],
     source: Annotated[str, typer.Argument(metavar="FILE", help="A table (.csv, .tsv, .parquet, .jsonl), an image, or a "
@@ -428,6 +429,7 @@ def predict(
                                                 show_default="as in the run")] = None,
     image: Annotated[Optional[str], typer.Option("--image", metavar="NAME", help="Column of images.",
                                                  show_default="as in the run")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Predict with an exported mixture, as one of its clients."""
     with _exit_codes():
@@ -435,7 +437,8 @@ def predict(
             raise ConfigError(f"--out: got {str(out)!r}; accepted: a file that ends in .csv or .parquet")
         from fedms import mixture
 
-        table = mixture.load(folder, client).predict_file(source, {"text": text, "image": image})
+        loaded = mixture.load(folder, client, trust_remote_code=trust_remote_code)
+        table = loaded.predict_file(source, {"text": text, "image": image})
         if out is None:
             print(table.to_csv(index=False), end="")
         else:
@@ -443,12 +446,10 @@ def predict(
             console.print(f"{len(table)} predictions: {out}", markup=False, soft_wrap=True)
 
 
-@app.command("import-peft", epilog="\n\n".join([
-    "**Examples**",
-    "`fedms import-peft my-adapter my.toml --out runs/from-adapter`",
-    "[lora] rank, alpha and rslora become the adapter's, stage1.rounds 0. A head beside the adapter (head.safetensors, or "
-    "a classifier or score layer in it) is taken if its shape fits.",
-    EXIT_CODES]))
+@app.command("import-peft", epilog=_epilog(
+    "fedms import-peft my-adapter my.toml --out runs/from-adapter",
+    notes=["[lora] rank, alpha and rslora become the adapter's, stage1.rounds 0. A head beside the adapter "
+           "(head.safetensors, or a classifier or score layer in it) is taken if its shape fits."]))
 def import_peft(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder in PEFT's format.")],
     source: Source,
@@ -479,12 +480,10 @@ Port = Annotated[Optional[int], typer.Option(
     show_default="19091, or as at init")]
 
 
-@flower.command("init", epilog="\n\n".join([
-    "**Examples**",
-    "`fedms flower init dep digits --set clients.count=3`",
-    "DIR gets the Flower app, run.toml, and a data folder for the server and for each client, to be carried to its "
-    "machine: nothing else of the data leaves this one.",
-    EXIT_CODES]))
+@flower.command("init", epilog=_epilog(
+    "fedms flower init dep digits --set clients.count=3",
+    notes=["DIR gets the Flower app, run.toml, and a data folder for the server and for each client, to be "
+           "carried to its machine: nothing else of the data leaves this one."]))
 def flower_init(
     folder: Deployment,
     source: Source,
@@ -513,7 +512,7 @@ def flower_init(
             _show_commands(deployment.Commands(folder, host, port))
 
 
-@flower.command("up", epilog=EXIT_CODES)
+@flower.command("up", epilog=_epilog())
 def flower_up(
     folder: Deployment,
     port: Port = None,
@@ -541,7 +540,7 @@ def _show_commands(commands: Any) -> None:
         console.print(f"  {shlex.join(line)}", markup=False, soft_wrap=True)
 
 
-@flower.command("down", epilog=EXIT_CODES)
+@flower.command("down", epilog=_epilog())
 def flower_down(folder: Deployment) -> None:
     """End what `fedms flower up` started, by the process ids that it noted."""
     with _exit_codes():
@@ -572,13 +571,11 @@ def _run_deployed(source: str, overrides: list[str], out: Path, force: bool, res
                                          "--resume")
 
 
-@app.command(epilog="\n\n".join([
-    "**Examples**",
-    "`fedms doctor` — is everything here that a run needs?",
-    "`fedms doctor sentiment --set model.frozen=int8` — and who computes the products of that run's training step?",
-    "There `cpu`, `triton` and `cuda` are the kernels of fedms, `eager` its layers by way of PyTorch's operators, and "
-    "`pytorch` what lies outside of them, or has no experts applied.",
-    EXIT_CODES]))
+@app.command(epilog=_epilog(
+    "fedms doctor                                    # is everything here that a run needs?",
+    "fedms doctor sentiment --set model.frozen=int8  # and who computes the products of that run's training step?",
+    notes=["There `cpu`, `triton` and `cuda` are the kernels of fedms, `eager` its layers by way of PyTorch's "
+           "operators, and `pytorch` what lies outside of them, or has no experts applied."]))
 def doctor(
     source: Annotated[Optional[str], typer.Argument(
         metavar="[SOURCE]", help="A run file (TOML) or a built-in one, to see which backend serves its model's shapes.",
@@ -613,6 +610,7 @@ def doctor(
 
 def main() -> None:
     """Entry point of the ``fedms`` command."""
+    accept_any_text()
     app()
 
 
@@ -681,26 +679,40 @@ def _refuse_filled(folders: list[Path], force: bool, resume: bool) -> None:
                                  "--force, or choose another --out")
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)     # Ctrl-C, kill, and a terminal that is closed
+
+
 class _Stop:
     """Asks a run to stop between two clients; asked a second time, it stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __call__(self) -> bool:
         return self.requested
 
     def on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         errors.print("\nstopping after this client; once more stops at once", markup=False)
 
+    def _leave_terminal(self) -> None:
+        """What is still written to a closed terminal would be an error, and end the run before its checkpoint."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
 
 @contextlib.contextmanager
 def _polite_stop() -> Iterator[_Stop]:
     stop = _Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop.on_signal) for number in _STOPPING
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}     # nohup ignores it
     try:
         yield stop
     finally:
@@ -765,7 +777,7 @@ def _show_results(folder: Path) -> None:
     for number, title in enumerate(header):
         table.add_column(title, justify="right" if number else "left", vertical="bottom", no_wrap=True)
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] == "fedms" and len(rows) > 2 else None)
+        table.add_row(*map(Text, row), style="bold" if row[0] == "fedms" and len(rows) > 2 else None)
     console.print()
     console.print(table)
     if left_out := len(reports.table(comparison)[0]) - len(header):
@@ -857,7 +869,7 @@ def _exit_codes() -> Iterator[None]:
             traceback.print_exc()
         errors.print(title, style="bold red", markup=False)
         for line in str(error).split("\n"):
-            errors.print(f"  {line}", markup=False, soft_wrap=True)
+            errors.print(f"  {printable(line, LONGEST_NOTE)}", markup=False, soft_wrap=True)
         if code == FAILED and not isinstance(error, ModuleNotFoundError):
             errors.print("FEDMS_DEBUG=1 shows where it happened.")
         raise typer.Exit(code) from None

@@ -89,11 +89,11 @@ def _packages() -> Iterator[Check]:
 
 
 def _machine() -> Iterator[Check]:
+    import psutil
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = _first_line("/proc/meminfo", "MemAvailable")
-    free = f", {int(memory.split()[0]) / 1e6:.1f} GB memory available" if memory else ""
+    free = f", {psutil.virtual_memory().available / 1e9:.1f} GB memory available"
     yield Check("cpu", "ok", f"{cpu_name()}, "
                              f"{usable} cores usable{free}")
     threads = torch.get_num_threads()

@@ -92,8 +92,9 @@ def own_accuracy(method: Method, model: ResidentModel, part: Part, private: Priv
     return accuracy(method.predict(model, part, private, final).personalised, model.labels(part))
 
 
-def summarise(clients: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over participating clients that have test samples: each client counts the same."""
+def summarise(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> dict[str, Any]:
+    """Figures over participating clients that have test samples: each client counts the same. learns_gate: whether the
+    weights of the experts are a trained gate's, which alone can collapse."""
     tested = [c for c in clients if c["n_test"]]
     personalised = np.array([c["accuracy"]["personalised"] for c in tested])
     worst = np.sort(personalised)[:max(1, math.ceil(len(personalised) / 10))]
@@ -102,18 +103,18 @@ def summarise(clients: Sequence[dict[str, Any]]) -> dict[str, Any]:
                                   "worst10": mean(worst)},
         "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
         "macro_f1": mean([c["macro_f1"] for c in tested]),
-        "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None]),
+        "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None], learns_gate),
     }
 
 
-def _gate_summary(clients: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _gate_summary(clients: list[dict[str, Any]], learns_gate: bool) -> dict[str, Any] | None:
     if not clients:
         return None
     means = np.array([c["gate_mean"] for c in clients])
     entropy = mean([c["gate_entropy"] for c in clients])
     return {"mean": mean(means), "std_clients": float(means.std()),
             "std_samples": mean([c["gate_std"] for c in clients]), "entropy": entropy,
-            "collapsed": entropy < COLLAPSED_BELOW * math.log(2),
+            "collapsed": entropy < COLLAPSED_BELOW * math.log(2) if learns_gate else None,
             "half_mix_accuracy": mean([c["accuracy"]["half"] for c in clients]),
             "oracle_accuracy": mean([c["accuracy"]["oracle"] for c in clients])}
 

@@ -10,6 +10,7 @@ modes that the umask gives, but for those with a client's own expert, which only
 """
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from fedms import adapter, models
 from fedms.config import ConfigError
 from fedms.files import open_new, sync_folder
+from fedms.foreign import printable
 from fedms.manifest import CLIENTS, MANIFEST, read_manifest, write_manifest
 from fedms.models import FoundationModel, ModelError
 from fedms.models.heads import TextHead
@@ -147,7 +149,7 @@ def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task, stat
                                                                 type(module).__module__))
         _save(adapter.peft_names(expert), place / adapter.WEIGHTS)
         _save(linear_head(model, expert), place / adapter.HEAD)
-        (place / "README.md").write_text(_card(foundation, task, name, f'"{base}"', peft=True))
+        (place / "README.md").write_text(_card(foundation, task, name, json.dumps(base), peft=True))
     write_manifest(folder, "peft", task)
     return outcome.elsewhere
 
@@ -284,5 +286,5 @@ def _card(foundation: FoundationModel, task: Task, expert: str, base: str, peft:
              f'head = load_file("{adapter.HEAD}")', 'logits = features @ head["weight"].T + head["bias"]']
     return "\n".join([
         f"# {expert} expert", "",
-        f"Method {task.config.run.method}, model {task.config.model.id}, data {task.config.data.name}. Classes, in the order "
-        f"of the logits: {', '.join(task.classes)}.", "", "```python", *lines, "```", ""])
+        f"Method {task.config.run.method}, model {printable(task.config.model.id)}, data {printable(task.config.data.name)}. "
+        f"Classes, in the order of the logits: {', '.join(json.dumps(printable(name, 80), ensure_ascii=False) for name in task.classes)}.", "", "```python", *lines, "```", ""])

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -130,6 +130,14 @@ def printable(text: str, longest: int = LONGEST, keep: str = "\t") -> str:
     `keep`, and cut."""
     shown = _CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text[:longest + 1])
     return shown if len(shown) <= longest else shown[:longest - 1] + "…"
+
+
+def few(names: Iterable[object], most: int = 5) -> str:
+    """The first of many names, each :func:`printable`, and how many more there are."""
+    listed = [printable(str(name), 80) for name in names]
+    if len(listed) <= most + 1:
+        return ", ".join(listed)
+    return f"{', '.join(listed[:most])} and {len(listed) - most:,} more"
 
 
 def all_printable(value: Any) -> Any:

@@ -7,6 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
+
 # glibc alone has them.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -48,8 +50,5 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Resident size now, bytes; where the system does not tell, the peak."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory()
+    """Resident size now, bytes."""
+    return psutil.Process().memory_info().rss

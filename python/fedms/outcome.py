@@ -3,9 +3,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 
 from fedms import methods, wire
 from fedms.checkpoint import CheckpointFolder, unpack_server
@@ -13,6 +14,7 @@ from fedms.client import Message, Private
 from fedms.config import ConfigError, RunConfig, config_from_dict
 from fedms.data import Dataset, ImageInputs, TextInputs
 from fedms.engine.flower.folder import FolderError, find_private
+from fedms.foreign import conform, few
 from fedms.methods import Prediction
 from fedms.models import FoundationModel
 from fedms.records import RunFolderError, RunRecords
@@ -57,8 +59,8 @@ class Outcome:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ConfigError(f"client: {name!r} is the group of the clients {', '.join(map(str, found))}; give one of them")
-        names = ", ".join(str(i) if group is None else f"{i} ({group})" for i, group in self.task.groups.items())
+            raise ConfigError(f"client: {name!r} is the group of the clients {few(found)}; give one of them")
+        names = few((str(i) if group is None else f"{i} ({group})" for i, group in self.task.groups.items()), most=20)
         raise ConfigError(f"client: there is no client {name!r}; clients are: {names}")
 
     def experts(self, model: ResidentModel) -> dict[str, Tensors]:
@@ -112,25 +114,43 @@ def outcome_of(run: Path, task: Task, model: ResidentModel, states: Path | None 
     snapshot, _ = CheckpointFolder(run / "checkpoint").load()
     if snapshot is None:
         raise RunFolderError(f"{run}: holds no checkpoint, so what was trained is gone; run it again")
+    try:
+        nodes = conform(_NODES, snapshot.state)
+    except ValueError as error:
+        raise RunFolderError(f"{run}: its checkpoint is not what a run writes: {error}") from None
     server = Server(task.config, model.order, model.block_of, methods.create(task.config).carries)
-    state, _ = unpack_server(snapshot.state["server"], snapshot.tensors)
+    state, _ = unpack_server(snapshot.state.get("server"), snapshot.tensors)
     message = server.message(state)
     tensors, constants = (wire.unpack(wire.pack(t, task.config.wire.dtype)) for t in (message.tensors, message.constants))
     private = {client: Private(tensors) for client, tensors in snapshot.private.items()}
-    private |= _private_of_nodes(snapshot.state, states or run / "clients")
+    private |= _private_of_nodes(nodes, states or run / "clients")
     if states is not None and not private:
         raise RunFolderError(f"{states}: holds no private state of a client of {run}; expected the folder that a client's "
                              "node names as state=, or one of client-0, client-1, ...")
     return Outcome(task, replace(message, tensors=tensors, constants=constants), private,
-                   frozenset(snapshot.state.get("private_at", ())) - private.keys())
+                   frozenset(nodes.private_at) - private.keys())
 
 
-def _private_of_nodes(state: dict[str, Any], root: Path) -> dict[int, Private]:
+class _Nodes(BaseModel):
+    """Of a run on Flower: its id, the clients that keep something, and the hash of it by client."""
+
+    run: Annotated[str, Field(pattern="^[0-9A-Za-z-]{1,64}$")] | None = None
+    private_at: list[Annotated[int, Field(ge=0)]] = []
+    kept: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None] = {}
+
+
+_NODES = TypeAdapter(_Nodes)
+
+
+def _private_of_nodes(nodes: _Nodes, root: Path) -> dict[int, Private]:
     """What clients of a run on Flower keep under this folder, as the server knows it."""
     found = {}
-    for client in state.get("private_at", ()):
+    for client in nodes.private_at:
+        digest = nodes.kept.get(str(client))
+        if nodes.run is None or digest is None:
+            raise RunFolderError(f"client {client} is said to keep something, but not which run and what; run it again")
         try:
-            private = find_private(root, state["run"], client, state["kept"][str(client)])
+            private = find_private(root, nodes.run, client, digest)
         except FolderError as error:
             raise RunFolderError(str(error)) from None
         if private is not None:

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
+import sys
 from typing import Any
+
+_ASCII = str.maketrans({"–": "-", "—": "-", "−": "-", "±": "+/-", "…": "...", "≥": ">=", "≤": "<=", "×": "x", "•": "*",
+                        "█": "#", **dict.fromkeys("▁▂▃▄▅▆▇", "|"), **dict.fromkeys("─━│┃┌┐└┘╭╮╰╯├┤┬┴┼╸╺", "-")})
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start:error.end].translate(_ASCII)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error("fedms.nearest", _nearest)
+
+
+def accept_any_text() -> None:
+    """From now on the terminal takes every text: what its encoding does not have is written as the nearest ASCII, or
+    escaped, so that no run ends because of a sign in its results or in the name of a file."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="fedms.nearest")
 
 
 class Progress:

@@ -16,6 +16,7 @@ from fedms.data import Dataset, Shard
 from fedms.engine.base import Engine, Interrupted
 from fedms.engine.local import LocalEngine
 from fedms.evaluate import evaluate_unseen, mean, shared_accuracy, summarise
+from fedms.foreign import few
 from fedms.jobs import in_processes
 from fedms.methods import Method
 from fedms.models import FoundationModel
@@ -27,6 +28,8 @@ from fedms.session import Case, Session, Sessions
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
+
+MOST_REASONS = 5        # of failed visits that the summary tells
 
 
 def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool = False,
@@ -249,7 +252,7 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
         "dataset": config.data.name, "classes": model.dataset.classes, "prompts": model.dataset.prompts,
         "seed": config.run.seed,
         "rounds": {stage: getattr(config, stage).rounds for stage in STAGES},
-        **summarise(records),
+        **summarise(records, method.learns_gate),
         "global_test_accuracy": mean([e.on_common_test for e in evaluations]) if shared is None else shared,
         "unseen_accuracy": None if not arrives else {
             "as_it_arrives": summarise(arrives)["personalised_accuracy"]["mean"],
@@ -263,7 +266,7 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
         "simulated_seconds": sum(r["simulated_seconds"] or 0 for r in past.rounds)
         if any(r["simulated_seconds"] is not None for r in past.rounds) else None,
         "peak_memory_bytes": max((v["peak_memory_bytes"] or 0 for v in past.visits), default=0),
-        "notes": [*notes, *_failures(past.visits)],
+        "notes": [*notes, *_unvisited(config, method, past.visits), *_failures(past.visits)],
     })
 
 
@@ -285,10 +288,27 @@ def _augmented(config: RunConfig) -> list[str]:
 
 
 def _failures(visits: list[dict[str, Any]]) -> list[str]:
-    """One line for each client that failed."""
-    failed: dict[int, list[dict[str, Any]]] = {}
+    """A line for each reason for which clients failed, the most frequent ones first."""
+    failed: dict[str, list[dict[str, Any]]] = {}
     for visit in visits:
         if visit["status"] == "failed":
-            failed.setdefault(visit["client"], []).append(visit)
-    return [f"client {client} failed {len(each)} times; first in {each[0]['stage']}, round {each[0]['round']}: "
-            f"{each[0]['reason']}" for client, each in sorted(failed.items())]
+            failed.setdefault(str(visit["reason"]), []).append(visit)
+    lines = []
+    for reason, each in sorted(failed.items(), key=lambda item: -len(item[1])):
+        clients = sorted({visit["client"] for visit in each})
+        lines.append(f"{len(each)} visits failed, of client{'s' * (len(clients) > 1)} {few(clients)}; first in "
+                     f"{each[0]['stage']}, round {each[0]['round']}: {reason}")
+    return lines if len(lines) <= MOST_REASONS else [
+        *lines[:MOST_REASONS], f"visits failed for {len(lines) - MOST_REASONS:,} more reasons, which visits.jsonl names"]
+
+
+def _unvisited(config: RunConfig, method: Method, visits: list[dict[str, Any]]) -> list[str]:
+    """Says how many clients were never chosen in the stages in which the method trains what is a client's own."""
+    stages = [stage for stage in method.personal if getattr(config, stage).rounds]
+    if not stages:
+        return []
+    trained = {visit["client"] for visit in visits if visit["stage"] in stages and visit["status"] == "ok"}
+    missing = config.clients.count - len(trained)
+    where = " and ".join(stage.replace("stage", "stage ") for stage in stages)
+    return [f"{missing} of {config.clients.count} clients were never trained in {where}, so they have learned nothing of their "
+            "own and answer with what all begin with; a larger clients.fraction or more rounds reach them"] if missing else []

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, dump_toml, load_config, of_method, read_tables
 from fedms.files import FolderLock, write_durably
+from fedms.foreign import parse_json
 from fedms.jobs import in_processes
 from fedms.progress import Progress
 from fedms.records import RunFolderError, RunRecords
@@ -270,7 +271,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             line["config"]["run"], line["label"], line["personalised_accuracy"]["mean"]
         except (ValueError, TypeError, KeyError) as error:
             raise RunFolderError(f"{path}, line {number}: not a record of the study ({error}); remove the line") from None

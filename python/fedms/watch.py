@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedms.files import owner
+from fedms.foreign import printable
 from fedms.records import RunRecords, find_runs
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -66,14 +67,15 @@ def view(states: Sequence[RunState]) -> RenderableType:
         last: dict[str, Any] = state.records.rounds[-1] if state.records.rounds else {}
         style = {"ended": "green", "running": "bold", "stopped": "yellow"}[state.state]
         table.add_row(
-            state.records.path.name, Text(state.state, style), last.get("stage", "").replace("stage", ""),
+            Text(printable(state.records.path.name)), Text(state.state, style),
+            Text(printable(last.get("stage", "").replace("stage", ""), 20)),
             f"{len(state.records.rounds)}/{state.rounds}", _number(last.get("depth"), "d"),
             _number(last.get("loss"), ".3f"), _number(last.get("validation_accuracy"), ".1%"),
             sparkline([r["validation_accuracy"] for r in state.records.rounds]), _number(last.get("gate_mean"), ".2f"),
             _bytes(sum(r["bytes_up"] or 0 for r in state.records.rounds)), _time(state.seconds_left),
         )  # fmt: skip
         happened = [f"round {number}: {r['event']}" for number, r in enumerate(state.records.rounds, 1) if r["event"]]
-        events += [Text(f"{state.records.path.name}, {line}", "dim") for line in happened[-1:]]
+        events += [Text(printable(f"{state.records.path.name}, {line}"), "dim") for line in happened[-1:]]
     return Group(table, *events)
 
 

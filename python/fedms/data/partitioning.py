@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedms.foreign import few
+
 from .dataset import Dataset, strata_of, stratified_sample
 from .inputs import DataError
 
@@ -88,7 +90,7 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
         names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
         if total < len(dataset.group_names):
             notes.append(
-                f"{total} clients: no client holds the groups {', '.join(dataset.group_names[total:])}"
+                f"{total} clients: no client holds the groups {few(dataset.group_names[total:])}"
             )
     elif data.partition in ("dirichlet", "domains"):
         codes = labels if data.partition == "dirichlet" else groups
@@ -242,19 +244,20 @@ def _oddities(
     classes: tuple[str, ...]
 ) -> list[str]:
     notes = []
-    for split, share in zip(splits, shares):
-        if len(share) == 0:
-            notes.append(f"client {split.id} has no samples")
-        elif len(share) < 3:
-            notes.append(
-                f"client {split.id} has {len(share)} sample{'s' * (len(share) > 1)}: "
-                f"{len(split.train)} for training, {len(split.validation)} for validation, "
-                f"{len(split.test)} for test"
-            )
+    if empty := [split.id for split, share in zip(splits, shares) if not len(share)]:
+        notes.append(f"{_clients(empty)} no samples")
+    if small := [split.id for split, share in zip(splits, shares) if 0 < len(share) < 3]:
+        notes.append(f"{_clients(small)} one or two samples, too few for training, validation and test: the first one is for "
+                     "training, a second one for test")
     missing = sum(0 < len(of) < len(classes) for of in by_class)
     if missing:
         notes.append(f"{missing} of {len(splits)} clients lack at least one of the {len(classes)} classes")
     return notes
+
+
+def _clients(ids: list[int]) -> str:
+    """Who has what follows; of many, how many they are and the first."""
+    return f"client {ids[0]} has" if len(ids) == 1 else f"{len(ids):,} clients ({few(ids)}) have"
 
 
 def _duplicates(dataset: Dataset, shares: list[np.ndarray]) -> list[str]:

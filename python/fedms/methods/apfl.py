@@ -25,6 +25,7 @@ ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 
 class APFL(FedAvg):
     name = "apfl"
+    personal = ("stage1", "stage2")
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

@@ -34,9 +34,16 @@ class Method(ABC):
     """Base of all methods. Instances hold settings only: all state is in messages, replies and `Private`."""
 
     name: ClassVar[str]
+    personal: ClassVar[tuple[str, ...]] = ()
+    """Stages in whose visits a client trains something of its own, without which it answers as all others do."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+
+    @property
+    def learns_gate(self) -> bool:
+        """Whether the weights of the mixed experts come from a gate that is trained."""
+        return False
 
     def initial(self, model: ResidentModel) -> Tensors:
         """All tensors that the server starts with."""

@@ -15,6 +15,7 @@ from fedms.resident import Part, ResidentModel
 
 class Ditto(FedAvg):
     name = "ditto"
+    personal = ("stage1", "stage2")
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

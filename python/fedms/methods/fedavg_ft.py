@@ -8,6 +8,7 @@ from fedms.resident import Part, ResidentModel
 
 class FedAvgFT(Method):
     name = "fedavg_ft"
+    personal = ("stage2",)
 
     def carries(self, stage: str, name: str) -> str | None:
         if name.startswith("gate/"):

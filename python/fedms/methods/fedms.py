@@ -29,6 +29,7 @@ from fedms.resident import Part, ResidentModel, Tensors
 
 class FedMS(Method):
     name = "fedms"
+    personal = ("stage2",)
 
     def carries(self, stage: str, name: str) -> str | None:
         if name.startswith("gate/"):
@@ -36,12 +37,12 @@ class FedMS(Method):
         return "round" if stage == "stage1" else "once"
 
     @property
-    def _trains_gate(self) -> bool:
+    def learns_gate(self) -> bool:
         return self.config.gate.weight is None
 
     @property
     def _shares_gate(self) -> bool:
-        return self._trains_gate and self.config.gate.training == "aggregated"
+        return self.learns_gate and self.config.gate.training == "aggregated"
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
@@ -54,7 +55,7 @@ class FedMS(Method):
         self._load(model, private, message, client.trained_depth(message))
         received, _ = self._validate(model, client)
         expert = Group(model.trainable("local"), lr_of(client, message))
-        gate = Group({f"gate/{n}": p for n, p in model.gate.named_parameters()} if self._trains_gate else {},
+        gate = Group({f"gate/{n}": p for n, p in model.gate.named_parameters()} if self.learns_gate else {},
                      self.config.gate.lr)
         loss, kept, moments = self._fit(model, client, private, message, expert, gate)
         reached, weights = self._validate(model, client)
@@ -93,7 +94,7 @@ class FedMS(Method):
         shared = shared_expert(model, message, self.config)
         model.load("global", shared, depth=0, applied_depth=message.applied_depth)
         model.load("local", {**shared, **private.tensors}, depth=depth, applied_depth=message.applied_depth)
-        if self._trains_gate:
+        if self.learns_gate:
             model.load_gate({**start, **private.tensors, **message.tensors})
 
     def _loss(self, model: ResidentModel) -> LossOn:
@@ -112,7 +113,7 @@ class FedMS(Method):
 
     def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
         """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
-        features = model.gate_features(part) if self._trains_gate else torch.empty(len(part), 0)
+        features = model.gate_features(part) if self.learns_gate else torch.empty(len(part), 0)
         if self.config.gate.mixing == "layers":
             return lambda rows, _: model.layer_mixture(part, rows, self._weights(model, features[rows]))
         shared = model.frozen_logits("global", part)
@@ -136,7 +137,7 @@ class FedMS(Method):
                  streams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part. `streams`: the logits of both
         experts, where they are known already."""
-        features = model.gate_features(part) if self._trains_gate else torch.empty(len(part), 0)
+        features = model.gate_features(part) if self.learns_gate else torch.empty(len(part), 0)
         if self.config.gate.mixing == "layers":
             weights = self._weights(model, features)
             return model.all_layer_mixture(part, weights), weights

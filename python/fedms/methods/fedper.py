@@ -9,6 +9,7 @@ from fedms.resident import Part, ResidentModel
 
 class FedPer(Method):
     name = "fedper"
+    personal = ("stage1", "stage2")
 
     def carries(self, stage: str, name: str) -> str | None:
         return None if name.startswith(("head/", "gate/")) else "round"

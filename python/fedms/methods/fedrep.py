@@ -11,6 +11,7 @@ from fedms.resident import ResidentModel
 
 class FedRep(FedPer):
     name = "fedrep"
+    personal = ("stage1", "stage2")
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

@@ -8,6 +8,7 @@ from fedms.resident import is_a
 
 class FedSALoRA(FedPer):
     name = "fedsa_lora"
+    personal = ("stage1", "stage2")
 
     def carries(self, stage: str, name: str) -> str | None:
         return "round" if is_a(name) else None

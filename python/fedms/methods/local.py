@@ -8,6 +8,7 @@ from fedms.resident import Part, ResidentModel
 
 class Local(Method):
     name = "local"
+    personal = ("stage1", "stage2")
 
     def carries(self, stage: str, name: str) -> str | None:
         return None

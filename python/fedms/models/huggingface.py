@@ -7,7 +7,6 @@ code is run only if the run file says so (`model.trust_remote_code`).
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms.data.inputs import DataError, TextInputs
+from fedms.foreign import parse_json, read_regular
 
 from .base import FoundationModel, ModelError, fingerprint, import_transformers, quiet_transformers
 
@@ -360,8 +360,10 @@ def _pooling(source: str, wanted: str) -> str:
 
     try:
         path = cached_file(source, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
-        modes = json.loads(Path(path).read_text()) if path else {}
+        modes = parse_json(read_regular(Path(path))) if path else {}
     except (OSError, ValueError):
+        return wanted
+    if not isinstance(modes, dict):
         return wanted
     names = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
     chosen = [name for name, mode in names.items() if modes.get(f"pooling_mode_{mode}")]

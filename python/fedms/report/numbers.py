@@ -134,6 +134,12 @@ def client_gap(run: RunRecords, name: str, other: str) -> Optional[float]:
     return statistics.fmean(gaps) if gaps else None
 
 
+def learned_gate(run: RunRecords) -> bool:
+    """Whether the weights of the experts come from a gate that was trained: neither a fixed weight, nor one weight a client
+    (apfl), nor similarities (feddpa)."""
+    return run.method in ("fedms", "fedms_plus") and run.config["gate"].get("weight") is None
+
+
 def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
     """Accuracy of the ``local`` method by client in the run of the same seed; empty if there is none."""
     for other in runs:

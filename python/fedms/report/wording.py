@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Optional
 
+from fedms.foreign import few
 from fedms.records import RunRecords
 from fedms.report.numbers import (Stat, below_local, by_method, client_gap, client_mean, differing_keys, field_of,
-                                  focus_method, paired_gap)
+                                  focus_method, learned_gate, paired_gap)
 
 ONE_SEED = "One seed: a difference of a few points may be chance."
 GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would
@@ -92,7 +93,7 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
         if lost:
             reasons = sorted({str(v["reason"]) for v in lost if v.get("reason")})
             say(f"{run.method}, seed {run.seed}: {len(lost)} of {len(run.visits)} visits did not train"
-                + (f" ({'; '.join(reasons)})." if reasons else "."), "bad")
+                + (f" ({few(reasons, most=3)})." if reasons else "."), "bad")
         for note in (field_of(run.summary, "notes") or []):
             say((f"Seed {run.seed}: {note}" if len({r.seed for r in runs}) > 1 else note[:1].upper() + note[1:]) + ".")
         for note in run.notes:
@@ -105,7 +106,10 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
 
 
 def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
-    gated = [r for r in ended if field_of(r.summary, "gate")]
+    mixed = [r for r in ended if field_of(r.summary, "gate")]
+    if weight := Stat.of(field_of(r.summary, "gate", "mean") for r in mixed if not learned_gate(r)):
+        yield f"No gate was trained; the mean weight on the local expert is {weight.mean:.2f}.", "plain"
+    gated = [r for r in mixed if learned_gate(r)]
     if not gated:
         return
     gate = {name: Stat.of(field_of(r.summary, "gate", name) for r in gated)
