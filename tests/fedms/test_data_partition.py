@@ -141,9 +141,8 @@ def test_an_unreachable_minimum_is_noted_and_the_clients_are_kept():
     assert "no draw gave every client 10 samples" in result.notes[0]
     assert len(result.clients) == 20
     empty = [c.id for c in result.clients if len(c.train) == 0]
-    assert empty and [note for note in result.notes if "has no samples" in note] == [
-        f"client {i} has no samples" for i in empty
-    ]
+    [note] = [note for note in result.notes if "no samples" in note]
+    assert note.startswith(f"{len(empty)} clients ({empty[0]}, ") and len(empty) > 6
     for c in result.clients:
         if c.id in empty:
             assert len(c.validation) == len(c.test) == 0
@@ -152,7 +151,7 @@ def test_an_unreachable_minimum_is_noted_and_the_clients_are_kept():
 def test_a_client_with_one_sample_trains_on_it():
     result = partition(dataset(n=3, groups=0), settings_of("iid", global_test=0.0), clients_of(3), seed=0)
     assert [(len(c.train), len(c.validation), len(c.test)) for c in result.clients] == [(1, 0, 0)] * 3
-    assert "client 2 has 1 sample: 1 for training, 0 for validation, 0 for test" in result.notes
+    assert any(note.startswith("3 clients (0, 1, 2) have one or two samples") for note in result.notes)
 
 
 def test_a_class_missing_at_a_client_is_noted():
