@@ -11,14 +11,15 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# As in pyproject.toml. The editable install must not be built in isolation: it is rebuilt in place.
+# As in pyproject.toml, and what PyTorch needs. The editable install must not be built in isolation: it is rebuilt in place.
 BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.26' ninja
+TORCH_REQUIREMENTS := filelock fsspec jinja2 networkx sympy typing-extensions
 INSTALLED := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml requirements.lock setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench study study-quick docs
-.PHONY: wheel types clean missing-packages check-system
+.PHONY: lock wheel types clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -94,6 +95,15 @@ wheel: $(INSTALLED) ## source distribution and wheel in dist/, for any Linux of 
 	rm -rf $(DIST)/raw
 	ls -l $(DIST)
 
+# All that `setup` installs, with hashes, for every Python and system; but PyTorch and Triton, whose builds differ by machine.
+lock: $(INSTALLED) ## requirements.lock anew, from pyproject.toml
+	$(BIN)/python -c 'import uv' 2>/dev/null || $(PIP) install uv
+	printf '%s\n' "torch; python_version < '3'" "triton; python_version < '3'" > $(VENV)/left-out.txt
+	printf '%s\n' $(BUILD_REQUIREMENTS) $(TORCH_REQUIREMENTS) > $(VENV)/build.in
+	$(BIN)/python -m uv pip compile --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --override $(VENV)/left-out.txt --extra train --extra flower --extra test \
+	  --output-file requirements.lock pyproject.toml $(VENV)/build.in
+
 types: $(INSTALLED) ## the type check
 	$(BIN)/python -c 'import mypy' 2>/dev/null || $(PIP) install mypy
 	$(BIN)/python -m mypy
@@ -104,10 +114,10 @@ clean: ## remove what was built; keep the environment and the runs
 
 $(INSTALLED): $(SOURCES) | check-system
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps --require-hashes --requirement requirements.lock
 	$(PIP) install '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install '$(TRITON)'
-	$(PIP) install $(BUILD_REQUIREMENTS)
-	$(PIP) install --no-build-isolation --editable '.[train,flower,test]'
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Debian and Ubuntu name a Python's packages after its command: python3-venv, python3.12-venv.
