@@ -114,12 +114,12 @@ def read_manifest(folder: Path) -> Manifest:
     for name, expected in list(content.files.items()):
         try:
             _check_file(folder / name, expected)
-        except PermissionError as error:
-            if not name.startswith(f"{CLIENTS}/"):
+        except OSError as error:
+            if not (isinstance(error, PermissionError) and name.startswith(f"{CLIENTS}/")):
                 raise RunFolderError(f"{folder / name}: cannot be read: {error.strerror}") from None
             content.elsewhere.append(_client_of(folder, name))
             del content.files[name]
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise RunFolderError(f"{folder / name}: {error}; copy or export it again") from None
     return content
 
