@@ -437,6 +437,8 @@ void define_cuda(py::module_ m) {
 
 }  // namespace
 
+void define_token_loss(py::module_ m);  // loss_bindings.cpp
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fedms_ext. Tensors are dense and on the CPU, float32 unless said otherwise, their last "
             "dimension the columns; anything else is a ValueError.";
@@ -462,6 +464,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FEDMS_CUDA_ARCHS
   define_cuda(m.def_submodule("cuda"));
 #endif
+  define_token_loss(m);
   m.def("set_isa", [](const std::string& name) { fedms::set_isa(name.c_str()); }, py::arg("name"));
   m.def("int8_packed_size", &int8_packed_size, py::arg("n"), py::arg("k"), "Bytes of a packed int8 weight (n, k).");
   m.def("int8_pack", &int8_pack, py::arg("weight"), py::arg("packed"),

@@ -281,3 +281,39 @@ def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) 
     level = torch.round(torch.tensor(LEVELS[kind], dtype=torch.float64, device=codes.device) / top * 1008)
     product = level.long()[codes.long()] * _of_groups(factor, codes.shape[1], group).long()
     return ((product + (1 << 14)) >> 15).float(), (largest * (top / 63)).squeeze(1)
+
+
+def token_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm of the probability that a head gives to one token at each position, from all logits at once.
+
+        z = scale * (hidden weight^T + bias),  with a cap: z = cap * tanh(z / cap),  log_p = z[label] - logsumexp(z)
+
+    Args:
+        hidden: (n, D).
+        weight: (V, D), the head.
+        labels: (n,) int64 tokens in 0..V-1.
+        bias: (V,) or None.
+        scale, cap: as above; cap None means no cap.
+
+    Returns:
+        log_p (n,); confidence (n, 2), the entropy in nats and the largest log-probability; best (n,) int64, the first
+        token of the largest probability.
+    """
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    log_p = logits.log_softmax(-1)
+    confidence = torch.stack([-(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
+    return log_p.gather(-1, labels[:, None]).squeeze(-1), confidence, logits.argmax(-1)
+
+
+def mixture_log_prob(log_p: Tensor, gate: Tensor) -> Tensor:
+    """log(sum over e of gate_e p_e): log_p and gate (n, E), the gates of a position add up to one. Returns (n,)."""
+    return (gate * log_p.exp()).sum(-1).log()

@@ -25,8 +25,9 @@ def run(file: str) -> str:
     return done.stdout
 
 
-def test_numerics_under_the_interpreter(record_property):
-    said = run("interpreted.py")
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_token_loss.py"])
+def test_numerics_under_the_interpreter(record_property, file):
+    said = run(file)
     record_property("shown", f"Triton's interpreter: {said.strip().splitlines()[-1]}")
 
 

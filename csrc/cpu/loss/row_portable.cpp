@@ -1,0 +1,11 @@
+#include <cmath>
+#include <cstring>
+
+#include "row_kernels.h"
+
+namespace fedms {
+
+#define NAME logit_row_portable
+#include "row_kernels.inc"
+
+}  // namespace fedms

@@ -1,0 +1,27 @@
+"""The operator in C++, csrc/cpu/loss: logits, softmax and gradient of a chunk of positions in one call."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedms_ext import _C
+
+from .call import HeadCall, Result, empty_result
+
+
+def supports(hidden: Tensor, head: HeadCall) -> bool:
+    """float32 on the CPU, with the logits from the float weight or from int8."""
+    tensors = (hidden, head.weight) if head.bias is None else (hidden, head.weight, head.bias)
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and head.weight.is_contiguous() and (
+        head.quantized is None or head.quantized[2] == "int8")
+
+
+def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gradient: bool) -> Result:
+    result = empty_result(hidden, needs_gradient)
+    chunk = min(chunk, max(len(hidden), 1))
+    packed, packed_scale = head.quantized[:2] if head.quantized else (None, None)
+    _C.token_log_prob(hidden.contiguous(), head.weight.detach(), packed, packed_scale,
+                      None if head.bias is None else head.bias.detach().contiguous(), labels.contiguous(), head.scale,
+                      head.cap or 0.0, chunk, hidden.new_empty(chunk * len(head.weight)), result.log_p, result.confidence,
+                      result.best, result.gradient if needs_gradient else None)
+    return result

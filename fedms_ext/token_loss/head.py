@@ -1,0 +1,64 @@
+"""`FrozenHead`: the last, frozen layer of a language model."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedms_ext.frozen_ops import frozen_linear
+from fedms_ext.nn.quantised_weight import QuantisedWeight
+
+
+class FrozenHead(nn.Module):
+    """Logits z = cap * tanh(scale * (hidden weight^T + bias) / cap) over V tokens; without a cap the inner part alone.
+
+    The weight may be one that another module owns (a tied embedding): it is neither copied nor registered here.
+
+    Args:
+        weight: (V, D), floating.
+        bias: (V,) or None.
+        scale: factor of the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        cap: the soft cap of Gemma 2, above 0; None: no cap.
+        dtype: "fp32": the logits come from `weight`; "int8": from a copy in int8, the gradient still from `weight`.
+
+    Raises:
+        ValueError: for a weight that is no matrix, a bias of another size, a scale or cap that is not finite and above 0, or
+            another dtype.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, cap: float | None = None,
+                 dtype: str = "fp32") -> None:
+        super().__init__()
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"the weight is {weight.dtype} of shape {tuple(weight.shape)}, expected floating (V, D)")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"the bias has the shape {tuple(bias.shape)}, expected ({len(weight)},)")
+        for name, value in (("scale", scale), ("cap", cap)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}, expected a finite number above 0")
+        if dtype not in ("fp32", "int8"):
+            raise ValueError(f"dtype is {dtype!r}, expected fp32 or int8")
+        self._shared = (weight, bias)
+        self.scale, self.cap = float(scale), cap
+        self.quantized = QuantisedWeight(weight, "int8") if dtype == "int8" else None
+
+    @property
+    def weight(self) -> Tensor:
+        return self._shared[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._shared[1]
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D), without a gradient: for generation. For a loss use `token_log_prob`."""
+        bias = self.bias
+        if self.quantized is None:
+            logits = F.linear(hidden, self.weight, bias)
+        else:
+            logits = frozen_linear(hidden, self.quantized, bias)
+        logits = logits * self.scale if self.scale != 1 else logits
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
