@@ -1,0 +1,179 @@
+"""Causal language models of transformers: from a folder, a hub id or a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedms_ext.token_loss import FrozenHead
+
+from .base import FoundationModel, ModelError, fingerprint, import_transformers, quiet_transformers
+from .huggingface import _explained, _source, _most_tokens
+
+# Where configurations say that logits are scaled or capped, and what is done with the number.
+_SCALES = {"logit_scale": lambda value: value, "logits_scaling": lambda value: 1 / value}
+_CAP = "final_logit_softcapping"
+
+
+class CausalModel(FoundationModel):
+    """A decoder with its head, which predicts the next token.
+
+    `module` is the decoder without the head: what experts are attached to. Padding stands on the right, where no earlier
+    position sees it, so the decoder gets no mask.
+
+    tokenizer:   of transformers.
+    head:        `FrozenHead` on the model's own weight, tied or not, with its bias, scale and cap.
+    prefix:      dotted name of the decoder inside the whole model ("model", "transformer").
+    stop_tokens: tokens that end an answer.
+    max_tokens:  longest sequence.
+    dequantized: whether the weights were read from a quantized file.
+    """
+
+    reads = "conversations"
+
+    def __init__(self, name: str, whole: nn.Module, tokenizer: Any, *, blocks: str | None = None,
+                 dequantized: bool = False) -> None:
+        """whole: a `transformers` model with a language modelling head. Raises ModelError if its head is no Linear layer, or
+        it does more to the logits than to scale and cap them."""
+        config: Any = whole.config
+        whole.eval().requires_grad_(False)
+        self.whole_class, self.prefix = type(whole), whole.base_model_prefix
+        decoder = getattr(whole, self.prefix, None)
+        if not isinstance(decoder, nn.Module) or whole.get_output_embeddings() is None:
+            raise ModelError(f"model.id: {name} is a {type(whole).__name__} without a decoder and a head; expected a causal "
+                             "language model")
+        _linear_instead_of_conv1d(decoder)
+        self.fingerprint_of_whole = fingerprint(whole)
+        self.head = self._head_of(whole)
+        self._check_head(whole)
+        super().__init__(name, decoder, config.get_text_config().hidden_size, blocks)
+        self.fingerprint = self.fingerprint_of_whole
+        self.config, self.tokenizer, self.dequantized = config, tokenizer, dequantized
+        self.max_tokens = _most_tokens(decoder, tokenizer)
+        self.stop_tokens = _stop_tokens(whole, tokenizer)
+
+    def _head_of(self, whole: Any, dtype: str = "fp32") -> FrozenHead:
+        linear, config = whole.get_output_embeddings(), whole.config.get_text_config()
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(f"model.id: the head of {type(whole).__name__} is a {type(linear).__name__}, expected a Linear layer")
+        scale = 1.0
+        for key, factor in _SCALES.items():
+            if isinstance(value := getattr(config, key, None), (int, float)):
+                scale *= factor(value)
+        return FrozenHead(linear.weight, linear.bias, scale=scale, cap=getattr(config, _CAP, None), dtype=dtype)
+
+    def _check_head(self, whole: Any) -> None:
+        """ModelError if the model makes its logits in another way than the head does."""
+        tokens = torch.arange(1, 6).unsqueeze(0) % len(self.head.weight)
+        with torch.no_grad():
+            out = whole(input_ids=tokens, use_cache=False, output_hidden_states=False).logits
+            found = self.head(getattr(whole, self.prefix)(input_ids=tokens, use_cache=False).last_hidden_state)
+        if not torch.allclose(out.float(), found.float(), rtol=1e-3, atol=1e-3 * float(out.abs().max())):
+            raise ModelError(f"model.id: {type(whole).__name__} does more to its logits than a Linear head, a scale "
+                             f"({', '.join(_SCALES)}) and a soft cap ({_CAP}) do, so its loss would be another one; use "
+                             "another model")
+
+    def quantize_head(self, dtype: str) -> None:
+        """Computes the logits from a copy of the head in this dtype, "fp32" or "int8"; gradients come from the original."""
+        old = self.head
+        self.head = FrozenHead(old.weight, old.bias, scale=old.scale, cap=old.cap, dtype=dtype)
+
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) last hidden states of a batch {"input_ids": (B, T)}, padded on the right."""
+        return self.module(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+
+    def features(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.hidden(inputs)
+
+    def save(self, folder: Path) -> None:
+        _save_whole(folder, self)
+
+
+def whole_model(model: CausalModel, state: dict[str, Tensor]) -> Any:
+    """A fresh model of transformers with this state of the decoder (names as in `model.module`), and the head."""
+    with quiet_transformers():
+        transformers = import_transformers()
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.quantization_config = None
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        whole: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    decoder = getattr(whole, model.prefix)
+    conv1d = transformers.pytorch_utils.Conv1D
+    with torch.no_grad():
+        for name, parameter in decoder.state_dict().items():
+            owner = decoder.get_submodule(name.rpartition(".")[0])
+            value = state[name]
+            parameter.copy_(value.T if isinstance(owner, conv1d) and name.endswith(".weight") else value)
+        linear = whole.get_output_embeddings()
+        if linear.weight is not whole.get_input_embeddings().weight:
+            linear.weight.copy_(model.head.weight)
+        if linear.bias is not None:
+            linear.bias.copy_(model.head.bias)
+    return whole
+
+
+def _save_whole(folder: Path, model: CausalModel) -> None:
+    with quiet_transformers():
+        whole_model(model, model.module.state_dict()).save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+
+def _linear_instead_of_conv1d(decoder: nn.Module) -> None:
+    """Replaces GPT-2's Conv1D layers, Linear layers whose weight is transposed, by Linear layers, in place."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, Conv1D):
+            inputs, outputs = layer.weight.shape
+            linear = nn.Linear(inputs, outputs, device="meta")
+            linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+            linear.bias = layer.bias
+            decoder.set_submodule(name, linear)
+
+
+def _stop_tokens(whole: Any, tokenizer: Any) -> tuple[int, ...]:
+    found: list[int] = []
+    for value in (tokenizer.eos_token_id, getattr(whole.generation_config, "eos_token_id", None)):
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tuple(dict.fromkeys(found))
+
+
+def load(table) -> CausalModel:
+    """The causal language model that the [model] table names by `id`: a folder in Hugging Face's format, a hub id, or a
+    GGUF file (whose weights are dequantized). ModelError if it cannot be had."""
+    path = Path(table.id).expanduser()
+    if path.suffix == ".gguf":
+        return from_gguf(table.id, path, table.blocks)
+    transformers = import_transformers()
+    source = _source(table.id)
+    options = {"trust_remote_code": table.trust_remote_code}
+    with _explained(table.id), quiet_transformers():
+        whole = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    return CausalModel(table.id, whole, tokenizer, blocks=table.blocks)
+
+
+def from_gguf(name: str, path: Path, blocks: str | None = None) -> CausalModel:
+    """A model of a GGUF file, in float32. ModelError if the file or the package gguf is missing."""
+    if not path.is_file():
+        raise ModelError(f"model.id: {path}: no such file")
+    try:
+        import gguf  # noqa: F401  transformers needs it
+    except ImportError as error:
+        raise ModelError("model.id: a GGUF file needs the package gguf; pip install 'fedms[lm]'") from error
+    transformers = import_transformers()
+    with _explained(name), quiet_transformers():
+        arguments = {"gguf_file": path.name}
+        whole = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **arguments)
+    return CausalModel(name, whole, tokenizer, blocks=blocks, dequantized=True)
+
+
+def generation_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Tokens of a conversation up to where the model's answer begins."""
+    return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"])
