@@ -202,12 +202,13 @@ class ExpertLinear(nn.Linear):
         return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
 
     def _segments_of_rows(self, x: Tensor) -> list[int]:
-        samples = self.segments
-        if len(samples) != len(self.experts) or x.dim() < 2 or sum(samples) != x.shape[0]:
+        samples, rows = self.segments, x.shape[:-1].numel()
+        total = sum(samples)
+        flattened = x.dim() == 2 and total > 0 and rows % total == 0      # (B T, K), as OPT gives it to its second half
+        if len(samples) != len(self.experts) or x.dim() < 2 or (x.shape[0] != total and not flattened):
             raise ValueError(f"segments must be {len(self.experts)} numbers of samples, {x.shape[0]} in all, for an input "
                              f"of shape {tuple(x.shape)}, got {list(samples)}")
-        rows = math.prod(x.shape[1:-1])
-        return [count * rows for count in samples]
+        return [count * (rows // total) if total else 0 for count in samples]
 
     def delta(self, expert: str) -> Tensor:
         """`s * B A` of one expert, (N, K), in the weight's dtype, computed in float32 or better."""

@@ -7,7 +7,7 @@ long by itself is an error, is dropped or is cut, as `[data] long_answers` says.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -220,8 +220,3 @@ def _with_start(tokenizer: Any, ids: list[int]) -> list[int]:
     start = tokenizer.bos_token_id
     writes = start is not None and tokenizer("a")["input_ids"][:1] == [start]
     return [start, *ids] if writes else ids
-
-
-def texts_of(exchanges: Iterable[Exchange]) -> list[str]:
-    """The answers, for counting bytes."""
-    return [exchange.answer for exchange in exchanges]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +97,7 @@ def whole_model(model: CausalModel, state: dict[str, Tensor]) -> Any:
     with quiet_transformers():
         transformers = import_transformers()
         config = type(model.config).from_dict(model.config.to_dict())
-        config.quantization_config = None
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)   # of the file that the weights were read from
         whole: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     decoder = getattr(whole, model.prefix)
     conv1d = transformers.pytorch_utils.Conv1D
@@ -172,8 +169,3 @@ def from_gguf(name: str, path: Path, blocks: str | None = None) -> CausalModel:
         whole = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **arguments)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **arguments)
     return CausalModel(name, whole, tokenizer, blocks=blocks, dequantized=True)
-
-
-def generation_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation up to where the model's answer begins."""
-    return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"])

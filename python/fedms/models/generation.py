@@ -1,0 +1,142 @@
+"""Generation with one or several experts of a causal language model, token by token.
+
+All experts share the blocks below the first one in which they differ, and one key-value cache: it holds one row for each of
+the shared blocks and one row an expert for those above, which run as one batch through one frozen product a layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedms_ext import ExpertLinear, segmented
+
+from .base import import_transformers
+from .causal_lm import CausalModel
+
+# The log-probabilities (V,) of the next token from each expert's last hidden states (E, D).
+Mixture = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    max_new_tokens: most tokens of an answer, at least 1.
+    temperature:    0: always the most probable token; else it divides the log-probabilities.
+    top_p:          draw from the fewest tokens that hold this share of the probability, in (0, 1].
+    seed:           of the draws.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}, expected a finite number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token and the log-probability that the model gave it, at temperature 1."""
+
+    id: int
+    log_p: float
+
+
+class Decoder:
+    """The decoder of a model with its key-value cache: tokens in, the last hidden state of every expert out.
+
+    Args:
+        model: its experts are set as they are to run.
+        layers: those of the blocks that differ between experts.
+        shared: number of blocks below them.
+        experts: 1, or the number of experts of each layer, which then run side by side.
+    """
+
+    def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1) -> None:
+        self.model, self.layers, self.shared, self.experts = model, layers, shared, experts
+        self.cache = import_transformers().DynamicCache()
+        accepted = inspect.signature(model.module.forward).parameters
+        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        """Takes the next tokens (T,) int64; returns the hidden states (experts, D) after the last of them."""
+        arguments: dict[str, Any] = {"input_ids": ids.unsqueeze(0), self.cache_name: self.cache, "use_cache": True}
+        with self._side_by_side():
+            return self.model.module(**arguments).last_hidden_state[:, -1]
+
+    @contextmanager
+    def _side_by_side(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.experts > 1:
+                blocks = self.model.module.get_submodule(self.model.blocks)
+                handle = blocks[self.shared].register_forward_pre_hook(self._repeated, with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.enter_context(segmented(self.layers, (1,) * self.experts))
+            yield
+
+    def _repeated(self, _: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0].repeat(self.experts, 1, 1), *args[1:]), kwargs
+
+
+def generate(decoder: Decoder, prompt: Sequence[int], mixture: Mixture, stop_tokens: Sequence[int],
+             sampling: Sampling) -> Iterator[Token]:
+    """Yields the answer to a prompt token by token, a stop token last where there is one.
+
+    Raises ValueError for an empty prompt, or one that leaves no room for an answer in the model's longest sequence.
+    """
+    longest = decoder.model.max_tokens
+    if not 1 <= len(prompt) < longest:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, expected 1 to {longest - 1}: the model reads {longest} at most, "
+                         "the answer included")
+    generator = torch.Generator().manual_seed(sampling.seed)
+    ids = torch.tensor(prompt)
+    for _ in range(min(sampling.max_new_tokens, longest - len(prompt))):
+        log_p = mixture(decoder.step(ids))
+        ids = choose(log_p, sampling, generator).view(1)
+        yield Token(int(ids), float(log_p[ids]))
+        if int(ids) in stop_tokens:
+            return
+
+
+def choose(log_p: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token () by its log-probabilities (V,)."""
+    if sampling.temperature == 0:
+        return log_p.argmax()
+    p = (log_p / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, tokens = p.sort(descending=True, stable=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+        return tokens[torch.multinomial(ordered, 1, generator=generator)].squeeze(0)
+    return torch.multinomial(p, 1, generator=generator).squeeze(0)
+
+
+def text_pieces(tokenizer: Any, tokens: Iterator[Token], stop_tokens: Sequence[int]) -> Iterator[str]:
+    """The text of tokens as it grows. A character that takes several tokens is held back until it is whole."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        if token.id not in stop_tokens:
+            ids.append(token.id)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and len(text) > len(shown):
+            yield text[len(shown):]
+            shown = text
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if len(text) > len(shown):
+        yield text[len(shown):]
