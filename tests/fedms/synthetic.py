@@ -14,13 +14,13 @@ LEVEL = {"local": 0.66, "fedavg": 0.694, "fedavg_prior": 0.703, "fedavg_ft": 0.7
 
 
 def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: int = 12, unseen: int = 2,
-              rounds: tuple[int, int] = (8, 4), collapsed: bool = False, stop_after: int | None = None,
+              rounds: tuple[int, int] = (8, 4), collapsed: bool = False, sets: tuple[str, ...] = (), stop_after: int | None = None,
               round_seconds: float | None = None) -> Path:
     """Write a run folder; ``stop_after`` rounds the run is killed: no clients and no summary. ``round_seconds``: of a
     round on the simulated clock."""
     config = load_config("sentiment", [f"run.method={method}", f"run.seed={seed}", f"clients.count={clients}",
                                        f"clients.unseen={unseen}", f"stage1.rounds={rounds[0]}",
-                                       f"stage2.rounds={rounds[1]}"])
+                                       f"stage2.rounds={rounds[1]}", *sets])
     out = RunFolder.create(folder, config)
     noise = random.Random(f"{method}-{seed}")
     level = LEVEL.get(method, 0.69) + noise.gauss(0, 0.003)
@@ -46,7 +46,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
                 out.append_visit({
                     "stage": stage, "round": number, "client": client, "depth": depth, "status": "ok",
                     "n_train": 180, "loss": 1.1 - progress / 2, "validation_accuracy": validation,
-                    "validation_loss": 0.9, "flops": 10**11, "seconds": noise.random(), "bytes_up": sent // clients,
+                    "validation_loss": 0.9 - progress / 4, "flops": 10**11, "seconds": noise.random(), "bytes_up": sent // clients,
                     "bytes_down": sent // clients, "trained_params": 55000 * depth, "trained_percent": 0.24 * depth,
                     "peak_memory_bytes": 9 * 10**8, "gate_mean": gate if gated else None})
             out.append_round({

@@ -436,3 +436,38 @@ def test_worst_tenth():
     assert report.worst_tenth([0.5, 0.1, 0.9]) == 0.1
     assert report.worst_tenth([i / 20 for i in range(20)]) == pytest.approx(0.025)
     assert report.worst_tenth([i / 21 for i in range(21)]) == pytest.approx(1 / 21)  # rounded up to three
+
+
+def texts_of(folder) -> str:
+    return " ".join(each["text"] for each in report.findings(*report.read_runs(folder)))
+
+
+def test_a_fixed_weight_is_no_gate(tmp_path):
+    """Neither learned nor collapsed, whatever an older version wrote into the summary."""
+    said = texts_of(write_run(tmp_path, collapsed=True, sets=("gate.weight=1.0",)))
+    assert "No gate was trained; the mean weight on the local expert is 0.97." in said
+    assert "collapsed" not in said and "learned gate" not in said
+
+
+@pytest.mark.parametrize("keep, told", [("best", True), ("last", False)])
+def test_visits_that_were_undone_are_told(tmp_path, keep, told):
+    folder = write_run(tmp_path, sets=(f"stage2.keep={keep}",))
+    lines = [json.loads(line) for line in (folder / "visits.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["stage"] == "stage2" and line["client"] < 6:
+            line["validation_loss"] = 0.5
+    (folder / "visits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ("18 of 48 visits of stage 2 did not improve" in texts_of(folder)) == told
+
+
+def test_visits_that_improve_are_no_finding(tmp_path):
+    assert "did not improve" not in texts_of(write_run(tmp_path))
+
+
+def test_a_thousand_reasons_are_one_short_line(tmp_path):
+    folder = write_run(tmp_path)
+    lines = [json.loads(line) for line in (folder / "visits.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line.update(status="failed", reason=f"reason {number}")
+    (folder / "visits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert all(len(each["text"]) < 500 for each in report.findings(*report.read_runs(folder)))

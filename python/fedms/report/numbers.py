@@ -140,6 +140,26 @@ def learned_gate(run: RunRecords) -> bool:
     return run.method in ("fedms", "fedms_plus") and run.config["gate"].get("weight") is None
 
 
+IDLE_SHARE = 0.1        # of the visits of stage 2, from which on undone ones are worth a word
+SAME_LOSS = 1e-6        # the loss of a mixture moves a little with the gate, though the local expert does not
+
+
+def idle_visits(run: RunRecords) -> Optional[tuple[int, int]]:
+    """How many visits of stage 2 ended with the validation loss of the same client's visit before, and of how many; None
+    where those are few, or the last expert is kept whatever it is worth."""
+    if run.config["stage2"].get("keep") != "best":
+        return None
+    last: dict[int, float] = {}
+    idle = total = 0
+    for visit in run.visits:
+        if visit["stage"] != "stage2" or (loss := visit["validation_loss"]) is None:
+            continue
+        total += 1
+        idle += abs(last.get(visit["client"], float("inf")) - loss) <= SAME_LOSS
+        last[visit["client"]] = loss
+    return (idle, total) if idle and idle >= IDLE_SHARE * total else None
+
+
 def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
     """Accuracy of the ``local`` method by client in the run of the same seed; empty if there is none."""
     for other in runs:

@@ -10,7 +10,7 @@ from typing import Optional
 from fedms.foreign import few
 from fedms.records import RunRecords
 from fedms.report.numbers import (Stat, below_local, by_method, client_gap, client_mean, differing_keys, field_of,
-                                  focus_method, learned_gate, paired_gap)
+                                  focus_method, idle_visits, learned_gate, paired_gap)
 
 ONE_SEED = "One seed: a difference of a few points may be chance."
 GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would
@@ -88,6 +88,11 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
             + (f", {percent(after)} % after training." if after else "."))
     for text in _depth_findings(ended):
         say(text)
+    for run in runs:
+        if idle := idle_visits(run):
+            say(f"{run.method}, seed {run.seed}: {idle[0]} of {idle[1]} visits of stage 2 did not improve what the client had "
+                "and were undone (stage2.keep = \"best\"): its validation loss is that of its visit before. A lower "
+                "stage2.lr, a smaller stage2.batch or fewer rounds may help.", "bad")
     for run in runs:
         lost = [v for v in run.visits if v.get("status") not in ("ok", None)]
         if lost:
