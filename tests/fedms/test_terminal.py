@@ -22,8 +22,9 @@ from synthetic import write_run
 
 
 def fedms(*words, **environment):
-    return subprocess.run([sys.executable, "-m", "fedms", *map(str, words)], capture_output=True, text=True,
-                          env={**os.environ, **environment}, timeout=120)
+    return subprocess.run([sys.executable, "-m", "fedms", *map(str, words)], capture_output=True,
+                          encoding=environment.get("PYTHONIOENCODING", "utf-8"), env={**os.environ, **environment},
+                          timeout=120)
 
 
 def test_examples_and_exit_codes_are_one_a_line():
