@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fedms.data import DataError, ImageInputs, make_dataset, partition
+from fedms.data.dataset import strata_of, stratified_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,9 @@ def test_any_partition_is_disjoint_and_complete(
     config = settings_of(scheme, split=split, global_test=global_test)
     result = partition(data, config, clients_of(count, unseen), seed)
     assert [c.id for c in (*result.clients, *result.unseen)] == list(range(count + unseen))
-    assert len(result.clients) == count and len(result.global_test) == round(global_test * n)
+    participants = sum(len(part) for c in result.clients for part in (c.train, c.validation, c.test))
+    common = len(result.global_test)
+    assert len(result.clients) == count and common == round(global_test * (participants + common))
     for piece in pieces(result):
         assert piece.dtype == torch.int64 and (piece.diff() > 0).all()
     together = torch.cat(pieces(result))
@@ -97,12 +100,11 @@ def test_a_partition_is_a_function_of_the_seed_alone(scheme):
 
 def test_a_natural_group_is_shared_evenly():
     data = dataset(n=1000)
-    result = partition(data, settings_of(), clients_of(10, 2), seed=0)
-    rest = torch.bincount(data.groups) - torch.bincount(data.groups[result.global_test])
+    result = partition(data, settings_of(global_test=0.0), clients_of(10, 2), seed=0)
     sizes = [len(c.train) + len(c.validation) + len(c.test) for c in (*result.clients, *result.unseen)]
     for g in range(4):
         shares = sizes[g::4]
-        assert sum(shares) == rest[g] and max(shares) - min(shares) <= 1
+        assert sum(shares) == (data.groups == g).sum() and max(shares) - min(shares) <= 1
 
 
 def test_global_test_and_client_splits_are_stratified():
@@ -114,7 +116,75 @@ def test_global_test_and_client_splits_are_stratified():
     for c in result.clients:
         counts = [torch.bincount(data.labels[part], minlength=3) for part in (c.train, c.validation, c.test)]
         for part, fraction in zip(counts, (0.6, 0.15, 0.25)):
-            assert (part - fraction * sum(counts)).abs().max() < 1
+            assert (part - fraction * sum(counts)).abs().max() < 2
+            assert abs(int(part.sum()) - fraction * int(sum(counts).sum())) < 1
+
+
+def users(count, each, classes=2):
+    n = count * each
+    return make_dataset("users", ImageInputs(torch.arange(float(n)).view(n, 1, 1, 1), 1, "users"), torch.arange(n) % classes,
+                        tuple(f"class {c}" for c in range(classes)), groups=torch.arange(n) // each,
+                        group_names=tuple(f"user {g}" for g in range(count)))
+
+
+def test_the_common_test_set_is_drawn_from_all_clients_alike():
+    data = users(300, 4)
+    drawn = [torch.bincount(data.groups[partition(data, settings_of(), clients_of(300), seed).global_test], minlength=300)
+             for seed in range(5)]
+    for counts in drawn:
+        assert counts.sum() == 120 and counts.max() == 1       # a tenth of four samples, rounded up or down
+        assert 35 < counts[:150].sum() < 85
+    assert not torch.equal(drawn[0], drawn[1])
+    alone = partition(users(300, 1), settings_of(), clients_of(300), seed=0)
+    assert max(c.id for c in alone.clients if not len(c.train)) > 150
+
+
+def test_each_sample_is_as_likely_to_be_drawn_and_each_stratum_keeps_its_share():
+    groups, labels = np.repeat([0, 0, 0, 1, 1, 2], 3), np.tile([0, 1, 1], 6)
+    times = np.zeros(18)
+    for seed in range(2000):
+        drawn = stratified_sample(strata_of(labels, groups), 7, np.random.default_rng(seed))
+        times[drawn] += 1
+        assert len(set(drawn.tolist())) == 7
+        assert (abs(np.bincount(groups[drawn], minlength=3) - np.array([9, 6, 3]) * 7 / 18) < 1).all()
+        for g, c in {*zip(groups.tolist(), labels.tolist())}:
+            mine = (groups == g) & (labels == c)
+            assert abs(mine[drawn].sum() - mine.sum() * 7 / 18) < 1
+    # A binomial count of 2000 at 7/18 has a standard deviation of 22.
+    assert abs(times - 2000 * 7 / 18).max() < 5 * 22
+
+
+def test_a_subsample_does_not_follow_the_order_of_the_clients():
+    data = users(300, 4)
+    kept = stratified_sample(strata_of(data.labels.numpy(), data.groups.numpy()), 120, np.random.default_rng(0))
+    assert 35 < (data.groups[kept] < 150).sum() < 85
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 7])
+def test_the_shares_hold_for_a_client_of_many_small_classes(each):
+    n = 20 * each
+    data = make_dataset("small", ImageInputs(torch.arange(2.0 * n).view(-1, 1, 1, 1), 1, "small"), torch.arange(2 * n) % 20,
+                        tuple(f"class {c}" for c in range(20)), groups=torch.arange(2 * n) // n, group_names=("p", "q"))
+    for c in partition(data, settings_of(global_test=0.0), clients_of(2), 0).clients:
+        for part, share in zip((c.train, c.validation, c.test), (0.6, 0.15, 0.25)):
+            assert abs(len(part) - share * n) < 1
+            assert (torch.bincount(data.labels[part], minlength=20) - share * each).abs().max() < 2
+
+
+def test_clients_that_are_not_seen_in_training_give_nothing_to_the_common_test_set():
+    data = users(6, 20)
+    for seed in range(3):
+        result = partition(data, settings_of(global_test=0.25), clients_of(4, 2), seed)
+        assert torch.bincount(data.groups[result.global_test], minlength=6).tolist() == [5, 5, 5, 5, 0, 0]
+
+
+def test_samples_that_a_client_holds_twice_are_noted():
+    pixels = (torch.arange(120) // 2 % 4 + 100.0 * (torch.arange(120) // 60)).view(120, 1, 1, 1)
+    data = make_dataset("twice", ImageInputs(pixels, 1, "twice"), torch.arange(120) % 2, ("a", "b"),
+                        groups=torch.arange(120) // 60, group_names=("p", "q"))
+    within, common = partition(data, settings_of(), clients_of(2), 0).notes
+    assert within.startswith("28 test samples occur among the training or validation samples of the same client, too (2 clients")
+    assert common.startswith("12 of 12 samples of the common test set occur at a client, too")
 
 
 def test_dirichlet_skew_grows_as_alpha_falls():
@@ -175,7 +245,6 @@ def test_samples_that_several_clients_hold_are_noted():
     data = make_dataset("twice", ImageInputs(pixels, 1, "twice"), torch.arange(40) % 2, ("a", "b"),
                         groups=torch.arange(40) // 20, group_names=("first", "second"))
     result = partition(data, settings_of(global_test=0.0), clients_of(2), seed=0)
-    assert len(result.notes) == 1
     assert result.notes[0].startswith("3 samples occur at more than one client (sample 3 at clients 0 and 1)")
     assert partition(data, settings_of(global_test=0.0), clients_of(1), seed=0).notes == (
         "1 clients: no client holds the groups second",)

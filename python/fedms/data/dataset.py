@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,9 @@ class Dataset:
     labels:      (n,) int64 in [0, len(classes)).
     prompts:     for each class, texts that describe it (the zero-shot text head), or None.
     groups:      (n,) int64 natural group of each sample (its domain, its writer), or None.
-    fingerprint: sha256 (hex) of what the model sees (tokens or pixels), labels and groups; the key of caches.
+    fingerprint: sha256 (hex) of what the model sees (tokens or pixels), of labels and groups and of their names; the key
+                 of caches, and what tells other data of the same name apart.
+    notes:       a line for each thing that the user should know of how the data were read.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Dataset:
     groups: Tensor | None
     group_names: tuple[str, ...]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.labels.numel()
@@ -45,6 +49,7 @@ def make_dataset(
     prompts: tuple[tuple[str, ...], ...] | None = None,
     groups: Tensor | None = None,
     group_names: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Check that the parts fit each other (DataError if not), fingerprint them, and put them together."""
     _check_codes(name, "label", labels, len(inputs), len(classes))
@@ -57,7 +62,8 @@ def make_dataset(
     digest.update(labels.numpy().tobytes())
     if groups is not None:
         digest.update(groups.numpy().tobytes())
-    return Dataset(name, inputs, labels, classes, prompts, groups, group_names, digest.hexdigest())
+    digest.update(json.dumps([classes, group_names]).encode())
+    return Dataset(name, inputs, labels, classes, prompts, groups, group_names, digest.hexdigest(), notes)
 
 
 def _check_codes(name: str, what: str, codes: Tensor, samples: int, count: int) -> None:
@@ -73,21 +79,35 @@ def _check_codes(name: str, what: str, codes: Tensor, samples: int, count: int) 
 
 
 def stratified_sample(strata: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `total` of n samples so that each stratum keeps its share (largest remainders; exact in sum).
+    """Draw `total` of n samples so that every stratum keeps its share, rounded up or down.
 
-    strata: (n,) integer code of each sample's stratum. Returns sorted indices, (min(total, n),) int64.
+    This is systematic sampling: the samples are put in an order that keeps strata together and is random otherwise, and
+    every (n / total)-th is drawn from a random start on. So each sample is equally likely to be drawn, and what is
+    rounded up is chosen at random, not by its place in the data.
+
+    Args:
+        strata: (n,) or (n, levels) integer codes, the outermost level first, as `strata_of` gives them. The share holds
+            at each level: of a client's samples, and of each class of a client.
+
+    Returns:
+        Sorted indices, (min(total, n),) int64.
     """
-    if total >= len(strata):
-        return np.arange(len(strata))
-    codes, counts = np.unique(strata, return_counts=True)
-    quota = counts * (total / len(strata))
-    take = np.floor(quota).astype(int)
-    by_remainder = np.argsort(-(quota - take), kind="stable")
-    take[by_remainder[: total - take.sum()]] += 1
-    drawn = [rng.permutation(np.flatnonzero(strata == code))[:k] for code, k in zip(codes, take)]
-    return np.sort(np.concatenate(drawn))
+    n = len(strata)
+    if total >= n:
+        return np.arange(n)
+    levels = strata.reshape(n, -1)
+    keys = [rng.random(n)]
+    for depth in range(levels.shape[1], 0, -1):
+        _, code = np.unique(levels[:, :depth], axis=0, return_inverse=True)
+        keys.append(rng.permutation(code.max() + 1)[code.reshape(-1)])
+    return np.sort(np.lexsort(keys)[evenly_spaced(n, total, rng)])
+
+
+def evenly_spaced(n: int, total: int, rng: np.random.Generator) -> np.ndarray:
+    """`total` <= n distinct positions in range(n), evenly spaced from a random start on, ascending."""
+    return ((np.arange(total) + rng.random()) * n / max(total, 1)).astype(np.int64).clip(max=n - 1)
 
 
 def strata_of(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """One code per (group, class)."""
-    return labels if groups is None else groups * (labels.max(initial=0) + 1) + labels
+    """(n, 1) or (n, 2) int64: group, where there are groups, and class of each sample."""
+    return labels[:, None] if groups is None else np.stack([groups, labels], axis=1)

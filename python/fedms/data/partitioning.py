@@ -7,6 +7,7 @@ changed.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedms.foreign import few
 
-from .dataset import Dataset, strata_of, stratified_sample
+from .dataset import Dataset, evenly_spaced, strata_of, stratified_sample
 from .inputs import DataError
 
 SCHEMES = ("natural", "dirichlet", "domains", "classes", "quantity", "iid")
@@ -53,13 +54,15 @@ class Partition:
 def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     """Divide `dataset` among `clients.count + clients.unseen` clients.
 
-    data:    the run file's [data] table. `global_test` is the share taken out first, stratified by (group,
-             class). `partition` is the scheme for the rest: "natural" (client i belongs to group i mod
+    data:    the run file's [data] table. `partition` is the scheme: "natural" (client i belongs to group i mod
              #groups, a group is divided evenly at random among its clients), "dirichlet" (each class is
              divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets), "domains" (each
              group is, likewise), "classes" (`classes_per_client` of them a client, as in arXiv 1602.05629, by
              flwr-datasets), "quantity" (at random, in sizes drawn from Dirichlet(alpha)) or "iid" (evenly at
-             random). `split` are each client's shares of training, validation and test samples, stratified by class.
+             random). `global_test` is the share that the common test set then takes of every participating client,
+             and of each of its classes; clients that are not seen in training give nothing to it. `split` are each
+             client's shares of training, validation and test samples, stratified by class. All shares are rounded up or
+             down at random.
     clients: the [clients] table (count, unseen).
 
     A client with too few samples for three parts gets training samples first, then test, then validation; a
@@ -75,18 +78,14 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     labels = dataset.labels.numpy()
     groups = None if dataset.groups is None else dataset.groups.numpy()
     rng = np.random.default_rng([seed, 0])
-    in_test = stratified_sample(strata_of(labels, groups), round(data.global_test * len(dataset)), rng)
-    rest = np.setdiff1d(np.arange(len(dataset)), in_test)
-    if len(rest) == 0:
-        raise DataError(f"{dataset.name}: {len(dataset)} samples leave none for the clients")
-
-    notes: list[str] = []
+    every = np.arange(len(dataset))
+    notes = list(dataset.notes)
     names: list[str | None] = [None] * total
     if data.partition in BY_GROUP and groups is None:
         raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid', or "
                         "give data of your own a column of clients (data.client) or a file a client")
     if data.partition == "natural":
-        shares = _natural(rest, groups[rest], len(dataset.group_names), total, rng)
+        shares = _natural(every, groups, len(dataset.group_names), total, rng)
         names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
         if total < len(dataset.group_names):
             notes.append(
@@ -94,22 +93,34 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
             )
     elif data.partition in ("dirichlet", "domains"):
         codes = labels if data.partition == "dirichlet" else groups
-        shares = _dirichlet(rest, codes[rest], data.alpha, total, seed, notes)
+        shares = _dirichlet(every, codes, data.alpha, total, seed, notes)
     elif data.partition == "classes":
-        shares = _classes(rest, labels[rest], data.classes_per_client, total, seed)
+        shares = _classes(every, labels, data.classes_per_client, total, seed)
     elif data.partition == "quantity":
         ends = np.cumsum(rng.dirichlet(np.full(total, data.alpha)))[:-1]
-        shares = np.split(rng.permutation(rest), np.round(ends * len(rest)).astype(int))
+        shares = np.split(rng.permutation(every), np.round(ends * len(every)).astype(int))
     else:
-        shares = np.array_split(rng.permutation(rest), total)
+        shares = np.array_split(rng.permutation(every), total)
 
+    in_test = _common_test(shares[: clients.count], labels, data.global_test, rng)
+    shares = [share[~np.isin(share, in_test)] for share in shares]
+    if not any(map(len, shares)):
+        raise DataError(f"{dataset.name}: {len(dataset)} samples leave none for the clients")
     by_class = _by_class(shares, labels)
     parts = [part for i, of in enumerate(by_class) for part in _split(i, of, data.split, seed)]
     indices = _indices(chain.from_iterable(parts)).split(list(map(len, parts)))
     splits = tuple(ClientSplit(i, names[i], *indices[3 * i:3 * i + 3]) for i in range(total))
     notes += _oddities(splits, shares, by_class, dataset.classes)
-    notes += _duplicates(dataset, shares)
+    notes += _duplicates(dataset, splits, in_test)
     return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
+
+
+def _common_test(shares: list[np.ndarray], labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """(m,) int64, ascending: the common test set, drawn from the samples that participating clients hold."""
+    held = np.concatenate(shares)
+    owner = np.repeat(np.arange(len(shares)), list(map(len, shares)))
+    drawn = stratified_sample(strata_of(labels[held], owner), round(share * len(held)), rng)
+    return np.sort(held[drawn])
 
 
 def _natural(
@@ -201,38 +212,37 @@ def _by_class(shares: list[np.ndarray], labels: np.ndarray) -> list[list[np.ndar
 def _split(
     client: int, classes: list[np.ndarray], fractions: tuple[float, float, float], seed: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Training, validation and test part of a client's samples, each sorted, stratified by class (largest remainders, ties
-    to training first, so that a class with one sample is trained on). It hangs on the client's id and the seed only,
-    not on how many clients there are."""
-    parts: list[list[int]] = [[], [], []]
+    """Training, validation and test part of a client's samples, each sorted. The sizes follow `fractions`; each part takes
+    evenly spaced samples of the classes in random order, so that it has its share of each, rounded up or down at random.
+    The split depends on the client's id and the seed only, not on how many clients there are."""
+    if not classes:
+        return [], [], []
     rng = np.random.default_rng([seed, 1, client])
-    for samples in classes:
-        # One sample alone takes nothing from the generator.
-        members = rng.permutation(samples).tolist() if len(samples) > 1 else samples.tolist()
-        first, second = _bounds(len(members), tuple(fractions))
-        for part, piece in zip(parts, (members[:first], members[first:second], members[second:])):
-            part.extend(piece)
-
-    # Rounding by class can leave a small client without a part. In order of need, an empty part takes a
-    # sample from the largest one, if that keeps some or is needed less.
-    train, validation, test = parts
-    by_need = [train, test, validation]
-    for rank, part in enumerate(by_need):
-        if not part:
-            donor = max(range(3), key=lambda k: (len(by_need[k]), k))
-            if len(by_need[donor]) >= 2 or (by_need[donor] and donor > rank):
-                part.append(by_need[donor].pop(int(rng.integers(len(by_need[donor])))))
-    return sorted(train), sorted(validation), sorted(test)
+    samples = np.concatenate([rng.permutation(classes[k]) for k in rng.permutation(len(classes))])
+    _, validation_size, test_size = _sizes(len(samples), tuple(fractions))
+    parts = []
+    for size in (test_size, validation_size):
+        taken = evenly_spaced(len(samples), size, rng)
+        parts.append(sorted(samples[taken].tolist()))
+        samples = np.delete(samples, taken)
+    test, validation = parts
+    return sorted(samples.tolist()), validation, test
 
 
 @lru_cache(maxsize=4096)
-def _bounds(count: int, fractions: tuple[float, float, float]) -> tuple[int, int]:
-    """Where `count` samples are cut into three parts of these shares: largest remainders, ties to the first."""
+def _sizes(count: int, fractions: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Sizes of the training, validation and test part of `count` samples, by largest remainders; of fewer than three
+    parts training comes first, then test, then validation."""
     quota = count * np.asarray(fractions)
     sizes = np.floor(quota + 1e-9).astype(int)
     by_remainder = np.argsort(-(quota - sizes), kind="stable")
     sizes[by_remainder[: count - sizes.sum()]] += 1
-    return int(sizes[0]), int(sizes[0] + sizes[1])
+    by_need = (0, 2, 1)
+    for rank, part in enumerate(by_need):
+        donor = max(by_need, key=lambda k: (sizes[k], by_need.index(k)))
+        if not sizes[part] and (sizes[donor] >= 2 or (sizes[donor] and by_need.index(donor) > rank)):
+            sizes[part], sizes[donor] = 1, sizes[donor] - 1
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
 def _indices(values: Iterable[int]) -> Tensor:
@@ -260,18 +270,31 @@ def _clients(ids: list[int]) -> str:
     return f"client {ids[0]} has" if len(ids) == 1 else f"{len(ids):,} clients ({few(ids)}) have"
 
 
-def _duplicates(dataset: Dataset, shares: list[np.ndarray]) -> list[str]:
-    """What one client trains on another may be tested on: such samples are worth a warning."""
+def _duplicates(dataset: Dataset, splits: tuple[ClientSplit, ...], in_test: np.ndarray) -> list[str]:
+    """Notes of samples of the same content where they may inflate an accuracy: at several clients, in the training (or
+    validation) and the test part of one client, in the common test set and at a client."""
     keys = dataset.inputs.keys()
     if len(set(keys)) == len(keys):
         return []
-    holders: dict[bytes, set[int]] = {}
-    for client, share in enumerate(shares):
-        for i in share.tolist():
-            holders.setdefault(keys[i], set()).add(client)
-    shared = [i for share in shares for i in share.tolist() if len(holders[keys[i]]) > 1]
-    if not shared:
-        return []
-    clients = " and ".join(map(str, sorted(holders[keys[shared[0]]])[:2]))
-    return [f"{len(shared)} samples occur at more than one client (sample {shared[0]} at clients {clients}): one may train "
-            "on what another is tested on"]
+    fitted = [{keys[i] for part in (split.train, split.validation) for i in part.tolist()} for split in splits]
+    held = [own | {keys[i] for i in split.test.tolist()} for own, split in zip(fitted, splits)]
+    holders = Counter(chain.from_iterable(held))
+    notes = []
+    shared = [(i, split.id) for split in splits for part in (split.train, split.validation, split.test)
+              for i in part.tolist() if holders[keys[i]] > 1]
+    if shared:
+        first = min(shared)[0]
+        at = " and ".join([str(split.id) for split, own in zip(splits, held) if keys[first] in own][:2])
+        notes.append(f"{len(shared)} samples occur at more than one client (sample {first} at clients {at}): one may train "
+                     "on what another is tested on")
+    within = [(i, split.id) for split, own in zip(splits, fitted) for i in split.test.tolist() if keys[i] in own]
+    if within:
+        count = len({client for _, client in within})
+        notes.append(f"{len(within)} test samples occur among the training or validation samples of the same client, too "
+                     f"({count} client{'s' * (count > 1)}, first client {within[0][1]}, sample {within[0][0]}): its accuracy "
+                     "will look better than it is; remove what occurs twice")
+    common = [i for i in in_test.tolist() if holders[keys[i]]]
+    if common:
+        notes.append(f"{len(common)} of {len(in_test)} samples of the common test set occur at a client, too (first "
+                     f"sample {common[0]}): the common accuracy will look better than it is; remove what occurs twice")
+    return notes
