@@ -502,7 +502,7 @@ def flower_init(
         from fedms.session import write_shards
 
         progress = TerminalProgress(errors)
-        write_shards(config, folder / "data", progress)
+        config = write_shards(config, folder / "data", progress)
         deployment.write_app(folder, dump_toml(config), host, port)
         console.print(f"{folder}: the app, run.toml, certificates for {host}, and data and keys of the server and "
                       f"{config.clients.count} clients", markup=False, soft_wrap=True)

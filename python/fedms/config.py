@@ -129,8 +129,15 @@ class DataTable(Table):
         None, description="class names in order; integer labels count them from 0. unset: the labels that occur, sorted")
     prompt: Optional[str] = Field(
         None, description='class prompt, {} being the class name; unset: "a photo of a {}." for images, "{}" for text')
+    delimiter: Optional[str] = Field(
+        None, description='character between the fields of a .csv or .tsv, such as ";"; unset: a comma in .csv, a tab in .tsv')
+    encoding: str = Field("utf-8", min_length=1, description="encoding of .csv, .tsv and .jsonl, such as cp1252 or utf-16")
+    quoting: Literal["standard", "none"] = Field(
+        "standard", description='standard: a field in "quotation marks" may hold delimiters and line breaks; none: quotation '
+        "marks mean nothing")
     subset: Optional[str] = Field(None, description="configuration of a hub data set that has several")
-    part: str = Field("train", min_length=1, description="split of a hub data set that is used; clients split it anew")
+    part: str = Field("train", min_length=1, description="split that is used of a hub data set, or of a folder with files or "
+                      "folders named train, validation and test; clients split it anew")
     augment: tuple[Literal["flip", "shift"], ...] = Field(
         (), description="images are varied anew at every step of training, so nothing of training samples is cached; flip: "
         "half of them are mirrored; shift: they are moved by up to an eighth, their edges repeated")
@@ -265,10 +272,14 @@ class Budget(Table):
         return any(v is not None for v in (self.flops, self.bandwidth_up, self.bandwidth_down))
 
 
+CLIENTS = 12        # unless the run file or the data say how many
+
+
 class ClientsTable(Table):
     """Who takes part."""
 
-    count: int = Field(12, ge=1, description="participating clients")
+    count: Optional[int] = Field(None, ge=1, description="participating clients; unset: as many as data of your own name "
+                                 "(less the unseen ones) with partition natural, else 12")
     unseen: int = Field(0, ge=0, description="further clients, met only at the end")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients sampled each round")
     min: int = Field(1, ge=1, description="least clients sampled each round")
@@ -285,8 +296,9 @@ class ClientsTable(Table):
 
     @property
     def sampled(self) -> int:
-        """Clients sampled each round."""
-        return min(self.count, max(self.min, int(self.fraction * self.count + 0.5)))
+        """Clients sampled each round, of `CLIENTS` where the number is not known yet."""
+        count = self.count or CLIENTS
+        return min(count, max(self.min, int(self.fraction * count + 0.5)))
 
 
 class AggregateTable(Table):
@@ -401,7 +413,8 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
         yield (f'model.head: "text" needs a model that embeds class prompts; with model.id {_show(c.model.id)} use '
                '"linear"')
     for table, names in (("model", ("pooling", "blocks", "trust_remote_code")),
-                         ("data", ("text", "image", "label", "client", "classes", "prompt", "subset", "part"))):
+                         ("data", ("text", "image", "label", "client", "classes", "prompt", "delimiter", "encoding", "quoting",
+                                                      "subset", "part"))):
         values, builtin = getattr(c, table), reads if table == "model" else holds
         for name in names:
             if builtin and getattr(values, name) != type(values).model_fields[name].default:
@@ -410,6 +423,10 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
         yield "data.path: is for the built-in data sets; name your own file or folder in data.name"
     if c.data.classes is not None and len(set(c.data.classes)) < len(c.data.classes):
         yield f"data.classes: got {_show(c.data.classes)}; a class is named twice"
+    if c.data.delimiter is not None and (len(c.data.delimiter) != 1 or c.data.delimiter in '"\r\n\0'):
+        yield f'data.delimiter: got {_show(c.data.delimiter)}; accepted: one character, such as ";" or "\\t"'
+    if not _is_encoding(c.data.encoding):
+        yield f'data.encoding: got {_show(c.data.encoding)}; accepted: a text encoding, such as "utf-8", "cp1252" or "utf-16"'
     if c.data.prompt is not None and c.data.prompt.count("{}") != 1:
         yield f"data.prompt: got {_show(c.data.prompt)}; accepted: a text with one {{}}, where the class name goes"
     if c.model.learn_temperature and c.model.head != "text":
@@ -431,7 +448,7 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
     if c.gate.mixing == "layers" and c.gate.features != "prefix":
         yield ('gate.features: mixing = "layers" decides before the first mixed layer, so it cannot see '
                f'{_show(c.gate.features)} features; set gate.features to "prefix"')
-    if c.clients.min > c.clients.count:
+    if c.clients.count is not None and c.clients.min > c.clients.count:
         yield f"clients.min: got {c.clients.min}, above clients.count = {c.clients.count}"
     for name in ("stage1", "stage2"):
         stage = getattr(c, name)
@@ -448,6 +465,14 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
                "accepted: shares that sum to 1")
 
 
+def _is_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+        return True
+    except (LookupError, ValueError):
+        return False
+
+
 def _method_problems(c: RunConfig) -> Iterable[str]:
     method, rule = c.run.method, c.aggregation
     if method in NEED_A_LINEAR_HEAD and c.model.head != "linear":
@@ -460,7 +485,7 @@ def _method_problems(c: RunConfig) -> Iterable[str]:
     if rule == "exact" and c.model.frozen != "fp32":
         yield (f'aggregate.rule: "exact" adds to the frozen weights, which model.frozen = {_show(c.model.frozen)} '
                'quantises; set model.frozen to "fp32"')
-    if rule == "krum" and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
+    if rule == "krum" and c.clients.count is not None and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
         yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
                f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")
 
@@ -566,10 +591,29 @@ def _apply(values: dict[str, Any], override: str) -> None:
             value = parse_toml(f"value = {text}")["value"]
         except ValueError:
             value = text
+    if not isinstance(value, str) and value is not None and _is_text(parts[0], parts[1]):
+        value = [item if isinstance(item, str) else str(item) for item in value] if isinstance(value, list) else text
     table = values.setdefault(parts[0], {})
     if not isinstance(table, dict):
         raise ConfigError(f"{parts[0]}: got {_show(table)}; accepted: a table [{parts[0]}]")
     table[parts[1]] = value
+
+
+def _is_text(table: str, key: str) -> bool:
+    """Whether a key holds text, or a list of texts, so that 2020 or true is a word there."""
+    field = _keys().get(table, {}).get(key)
+    return field is not None and not {int, float, bool, dict} & _atoms(field.annotation) and str in _atoms(field.annotation)
+
+
+def _atoms(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of; those of the values for a Literal."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin is None:
+        return {annotation}
+    arguments = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)
+    return set().union(*map(_atoms, arguments))
 
 
 # What older versions wrote

@@ -1,6 +1,7 @@
 """What a run ended with, ready to predict: the shared tensors as they arrive at a client, and each client's own."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from fedms import methods, wire
 from fedms.checkpoint import CheckpointFolder, unpack_server
 from fedms.client import Message, Private
 from fedms.config import ConfigError, RunConfig, config_from_dict
-from fedms.data import Dataset, ImageInputs, TextInputs
+from fedms.data import Dataset, ImageInputs, TextInputs, normal
 from fedms.engine.flower.folder import FolderError, find_private
 from fedms.foreign import conform, few
 from fedms.methods import Prediction
@@ -44,22 +45,26 @@ class Outcome:
     elsewhere: frozenset[int] = frozenset()
 
     def client(self, name: str | int | None) -> int | None:
-        """The id of a client given by its id or its group's name; None: no client in particular.
+        """The id of a client; None: no client in particular.
+
+        Args:
+            name: an id, as an integer or as `id:3`; or a text, which is a client's name in the data if one has it, else an
+                id.
 
         Raises:
             ConfigError: if there is no such client, the group has several, or what it keeps to itself is not at hand.
         """
         if name is None:
             return None
-        known = {str(i): i for i in self.task.groups}
-        found = [known[str(name)]] if str(name) in known else [i for i, g in self.task.groups.items() if g == str(name)]
+        found = _ids(name, self.task.groups)
         if len(found) == 1 and found[0] in self.elsewhere:
             raise ConfigError(f"client: what client {found[0]} keeps to itself is in a folder of its own, and was not at "
                               "hand; `fedms export RUN --states DIR` reads it there")
         if len(found) == 1:
             return found[0]
         if found:
-            raise ConfigError(f"client: {name!r} is the group of the clients {few(found)}; give one of them")
+            raise ConfigError(f"client: {name!r} is the name of several clients; give one of them by its id: "
+                              f"{few(f'id:{i}' for i in found)}")
         names = few((str(i) if group is None else f"{i} ({group})" for i, group in self.task.groups.items()), most=20)
         raise ConfigError(f"client: there is no client {name!r}; clients are: {names}")
 
@@ -77,6 +82,14 @@ class Outcome:
                 found[f"client-{client}"] = _expert({**start, **own})
         return {name: {n: t for n, t in tensors.items() if model.block_of.get(n) in applied or n not in model.block_of}
                 for name, tensors in found.items()}
+
+
+def _ids(name: str | int, groups: Mapping[int, str | None]) -> list[int]:
+    """Ids of the clients that a name or an id stands for. groups: each client's name."""
+    text = normal(str(name))
+    if isinstance(name, str) and (named := [i for i, group in groups.items() if group == text]):
+        return named
+    return [i for i in groups if text in (str(i), f"id:{i}")]
 
 
 def _expert(tensors: Tensors) -> Tensors:

@@ -23,6 +23,7 @@ from fedms.data import ClientSplit
 from fedms.meter import hand_back_large_blocks, peak_memory, reset_peak_memory, resident_memory
 from fedms.progress import Progress
 from fedms.resident import ResidentModel
+from fedms.session import with_clients
 from fedms_ext import budget, dequantize
 
 # Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
@@ -128,6 +129,7 @@ class _Planner:
         foundation = models.load(plain.model)
         progress.phase(f"loading data {config.data.name}")
         dataset = data.load(plain.data, foundation)
+        config = with_clients(config, dataset)
         self.config, self.progress = config, progress
         self.model = ResidentModel(foundation, dataset, plain)
         self.frozen = "fp32"

@@ -60,9 +60,9 @@ SUMMARY_FIELDS = (
     "peak_memory_bytes", "notes",
 )
 
-CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY = (
-    "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json")
-_OWN_NAMES = frozenset({CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "clients", "tensorboard",
+CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, DATA = (
+    "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json", "data.json")
+_OWN_NAMES = frozenset({CONFIG, DATA, ROUNDS, VISITS, CLIENTS, SUMMARY, "report.html", "checkpoint", "clients", "tensorboard",
                         "wandb", LOCK})
 _FRESH = ".new-"
 _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
@@ -179,6 +179,16 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that has ended."""
         return RunRecords.read(self.path).summary
+
+    def keep_data(self, name: str, fingerprint: str) -> None:
+        """Write down which data the run is of; of an earlier run of the folder they must be the same, see
+        :func:`check_same_data`."""
+        check_same_data(self.path, name, fingerprint)
+        if not (self.path / DATA).exists():
+            try:
+                write_durably(self.path / DATA, json.dumps({"name": name, "fingerprint": fingerprint}).encode())
+            except OSError as error:
+                raise RunFolderError(f"{self.path / DATA}: cannot be written: {error.strerror}") from error
 
     def sync(self) -> dict[str, int]:
         """Make all records so far last; returns the size of each of their files, bytes, for :meth:`rewind`."""
@@ -359,10 +369,28 @@ def _lock(path: Path) -> FolderLock:
 def check_same_config(path: Path, config: RunConfig) -> None:
     """Raises :class:`fedms.config.ConfigError` if the run in a folder has another configuration, naming the keys."""
     earlier = config_from_dict(RunRecords.read(path).config)
+    if config.clients.count is None:        # the data said how many, and `check_same_data` compares them
+        config = config.model_copy(update={
+            "clients": config.clients.model_copy(update={"count": earlier.clients.count})})
     there, here = (_flat(of_method(c.model_dump(exclude_none=True))) for c in (earlier, config))
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "
                            "go on with that value, or choose another --out" for key in differing])
+
+
+def check_same_data(path: Path, name: str, fingerprint: str) -> None:
+    """Raises :class:`fedms.config.ConfigError` if the run in a folder was on data of another fingerprint; folders that name
+    none, as older versions wrote them, pass."""
+    try:
+        there = json.loads((path / DATA).read_text())["fingerprint"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path / DATA}: cannot be read: {error}; run it again by --force") from error
+    if there != fingerprint:
+        raise ConfigError(f"data.name: {name!r} now holds other data than when {path} was begun (its samples, labels or "
+                          "clients have changed), so the two cannot be compared; bring the old data back, choose another "
+                          "--out, or run all again by --force")
 
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from fedms.jobs import in_processes
 from fedms.methods import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
-from fedms.records import CONFIG, RunFolder, RunRecords, check_same_config
+from fedms.records import CONFIG, RunFolder, RunRecords, check_same_config, check_same_data
 from fedms.resident import Part, ResidentModel
 from fedms.server import STAGES, AllClientsFailed, Server
 from fedms.session import Case, Session, Sessions
@@ -56,18 +56,20 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
     progress = progress or Progress()
     try:
         session = Session(config, progress, foundation, dataset, shard)
-        return _run(session, config, _opener(config, Path(out), overwrite, resume), progress, stop, grid)
+        return _run(session, config, _opener(Path(out), overwrite, resume), progress, stop, grid)
     finally:
         progress.close()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run among several. tested: whether test data are read in the end; without it there is no summary."""
+    """One run among several. tested: whether test data are read in the end; without it there is no summary.
+    beside: folders of runs that it will be compared with, which must be on the same data."""
 
     config: RunConfig
     out: Path
     tested: bool = True
+    beside: tuple[Path, ...] = ()
 
     @property
     def title(self) -> str:
@@ -119,7 +121,10 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
         What `run` raises; and `jobs.WorkerDied` if a process died.
     """
     progress = progress or Progress()
-    todo = [task for task in tasks if overwrite or not task.has_ended()]
+    ended = [] if overwrite else [task for task in tasks if task.has_ended()]
+    todo = [replace(task, beside=tuple(other.out for other in tasks if not overwrite and other is not task
+                                       and (other.config.data, other.config.model) == (task.config.data, task.config.model)))
+            for task in tasks if task not in ended]
     if len(todo) < len(tasks):
         progress.note(f"{len(tasks) - len(todo)} of {len(tasks)} runs have ended already and stay as they are")
     try:
@@ -128,11 +133,11 @@ def carry_out(tasks: Sequence[Task], *, overwrite: bool = False, jobs: int = 1, 
                 carry_out_one(task, progress, stop, overwrite=overwrite)
             return
         progress.start(sum(task.visits for task in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
-        ended = 0
+        done = 0
         for task, seconds in in_processes(partial(_in_a_worker, overwrite=overwrite), todo, jobs, progress, stop):
-            ended += 1
-            progress.done(f"{task.title}: {seconds:.0f} s ({ended} of {len(todo)})")
-        if ended < len(todo):
+            done += 1
+            progress.done(f"{task.title}: {seconds:.0f} s ({done} of {len(todo)})")
+        if done < len(todo):
             raise Interrupted("the runs under way have stopped between two clients")
     finally:
         progress.close()
@@ -155,15 +160,18 @@ def carry_out_one(task: Task, progress: Progress, stop: Callable[[], bool], *,
     Raises:
         What `run` raises.
     """
-    opener = _opener(task.config, task.out, overwrite, resume=not overwrite)
-    return _run(_sessions.of(task.config, progress), task.config, opener, progress, stop, tested=task.tested)
+    opener = _opener(task.out, overwrite, resume=not overwrite)
+    session = _sessions.of(task.config, progress)
+    for other in task.beside:
+        check_same_data(other, task.config.data.name, session.dataset.fingerprint)
+    return _run(session, task.config, opener, progress, stop, tested=task.tested)
 
 
-def _opener(config: RunConfig, out: Path, overwrite: bool, resume: bool) -> Callable[[], RunFolder]:
+def _opener(out: Path, overwrite: bool, resume: bool) -> Callable[[RunConfig], RunFolder]:
     # Opened only once the model and the data are there: a run that cannot begin leaves no folder.
     if resume:
-        return lambda: RunFolder.resume(out, config)
-    return lambda: RunFolder.create(out, config, overwrite=overwrite)
+        return lambda config: RunFolder.resume(out, config)
+    return lambda config: RunFolder.create(out, config, overwrite=overwrite)
 
 
 def with_run(config: RunConfig, **values: Any) -> RunConfig:
@@ -176,11 +184,12 @@ def with_run(config: RunConfig, **values: Any) -> RunConfig:
     return config_from_dict({**tables, "run": {**tables["run"], **values}})
 
 
-def _run(session: Session, config: RunConfig, open_folder: Callable[[], RunFolder], progress: Progress,
+def _run(session: Session, config: RunConfig, open_folder: Callable[[RunConfig], RunFolder], progress: Progress,
          stop: Callable[[], bool], grid: Grid | None = None, tested: bool = True) -> dict[str, Any] | None:
     case = session.case(config)
-    folder = open_folder()
+    folder = open_folder(case.config)
     try:
+        folder.keep_data(session.dataset.name, session.dataset.fingerprint)
         if (summary := folder.summary) is not None:
             return summary
         with _engine(folder, session, case, progress, stop, grid) as engine:

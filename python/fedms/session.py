@@ -10,9 +10,9 @@ import torch
 
 from fedms import data, methods, models
 from fedms.client import Client
-from fedms.config import RunConfig
+from fedms.config import CLIENTS, DATA, RunConfig, config_from_dict
 from fedms.costs import fitting_depths
-from fedms.data import Dataset, Partition, Shard
+from fedms.data import Dataset, Partition, Shard, describe
 from fedms.meter import hand_back_large_blocks
 from fedms.methods import Method
 from fedms.models import FoundationModel
@@ -53,15 +53,26 @@ class Session:
                  dataset: Dataset | None = None, shard: Shard | None = None) -> None:
         hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
-        self.given, self.shard, self.basis = foundation is not None or dataset is not None, shard, basis(config)
+        self.given, self.shard = foundation is not None or dataset is not None, shard
+        # Taken before the data are read: where they change meanwhile, the session is not used again.
+        self.basis = basis(config)
         progress.phase(f"loading model {config.model.id}")
         self.foundation = foundation or models.load(config.model)
         progress.phase(f"loading data {config.data.name}")
         self.dataset = shard.dataset if shard else dataset or data.load(config.data, self.foundation)
+        if shard is None:
+            progress.note(describe(self.dataset))
         self.model = ResidentModel(self.foundation, self.dataset, config)
 
     def case(self, config: RunConfig) -> Case:
+        """The run `config` on this session's model and data; it may leave open how many clients there are.
+
+        Raises:
+            ConfigError: if a number of clients that follows from the data does not fit the rest of the run file.
+            DataError: if the data cannot be divided as it says.
+        """
         torch.set_num_threads(config.run.threads)       # another session of this process may have set it meanwhile
+        config = with_clients(config, self.dataset)
         method = methods.create(config)
         server = Server(config, self.model.order, self.model.block_of, method.carries,
                         method.sums(len(self.dataset.classes)))
@@ -75,9 +86,21 @@ class Session:
         return Case(config, partition, fitting, method, server, clients, unseen)
 
 
+def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration with `clients.count` set: as many as data of one's own name, without the unseen ones, else
+    `CLIENTS`."""
+    if config.clients.count is not None:
+        return config
+    count = CLIENTS
+    if dataset.groups is not None and dataset.name not in DATA and config.data.partition == "natural":
+        count = max(1, len(dataset.group_names) - config.clients.unseen)
+    tables = config.model_dump()
+    return config_from_dict({**tables, "clients": {**tables["clients"], "count": count}})
+
+
 def basis(config: RunConfig) -> tuple[object, ...]:
     """What a session depends on: runs that agree in it can share one."""
-    return (config.model, config.lora, config.run.threads,
+    return (config.model, data.stamp(config.data), config.lora, config.run.threads,
             config.data.model_dump(exclude={"partition", "alpha", "classes_per_client", "split", "global_test"}),
             config.sal.model_dump(include={"order", "depth", "cache", "cache_dtype", "cache_bytes"}),
             config.gate.model_dump(include={"mixing", "features", "temperature", "bottleneck"}))
@@ -96,17 +119,19 @@ class Sessions:
         return self.last
 
 
-def write_shards(config: RunConfig, folder: Path, progress: Progress) -> None:
+def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConfig:
     """Divides a run's data: `folder/client-N` gets what client N has, `folder/server` what no client has. The common test
-    set goes to all.
+    set goes to all. Returns the configuration with the number of clients set.
 
     Raises:
         ConfigError, ModelError, DataError: as where the run is begun; ShardError if a folder cannot be written.
     """
     session = Session(config, progress)
     case = session.case(config)
+    config = case.config
     progress.phase(f"dividing the data among {config.clients.count} clients")
     parts = {f"client-{split.id}": replace(case.partition, clients=(split,), unseen=(), notes=())
              for split in case.partition.clients}
     for name, part in {"server": replace(case.partition, clients=()), **parts}.items():
         data.write_shard(folder / name, data.shard_of(session.dataset, part, case.fitting))
+    return config

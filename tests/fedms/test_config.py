@@ -314,3 +314,18 @@ def test_people_are_told_of_a_key_that_moved(tmp_path):
     (tmp_path / "mine.toml").write_text("[gate]\nheld_out = 0.1\n")
     with pytest.raises(ConfigError, match="gate.held_out: unknown key; did you mean plus.held_out"):
         load_config(tmp_path / "mine.toml")
+
+
+def test_an_override_of_a_text_may_look_like_a_number():
+    for text in ("2020", "2020-01-01", "true", "1.50"):
+        assert load_config("digits", ["data.name=mine.csv", f"data.label={text}"]).data.label == text
+    assert load_config("digits", ["data.name=mine.csv", "data.classes=[2019, 2020]"]).data.classes == ("2019", "2020")
+    with pytest.raises(ConfigError, match="stage1.rounds"):
+        load_config("digits", ["stage1.rounds=many"])
+
+
+@pytest.mark.parametrize("key, value, accepted", [("delimiter", ";;", "one character"), ("delimiter", "\n", "one character"),
+                                                  ("encoding", "utf-9", "a text encoding"), ("encoding", "base64", "a text encoding")])
+def test_how_a_table_is_written_is_checked(key, value, accepted):
+    with pytest.raises(ConfigError, match=accepted):
+        config_from_dict({"data": {"name": "mine.csv", key: value}})

@@ -1,6 +1,10 @@
 """Data of one's own: tables, folders of images, hub data sets; and what is said when something is wrong with them."""
 from __future__ import annotations
 
+import os
+import struct
+import zlib
+
 import datasets
 import numpy as np
 import pandas as pd
@@ -10,8 +14,10 @@ import torch
 from PIL import Image
 
 from fedms import data, models
-from fedms.config import ClientsTable, DataTable, ModelTable
-from fedms.data import DataError
+from fedms.config import ClientsTable, ConfigError, DataTable, ModelTable, config_from_dict
+from fedms.data import DataError, own
+from fedms.data.images import read_images
+from fedms.session import with_clients
 
 TEXTS = ["the film was good", "the dog was bad", "a plain cat", "not a great ear", "very bad", "good tail"]
 LABELS = ["good", "bad", "plain", "good", "bad", "plain"]
@@ -119,13 +125,13 @@ def test_a_subsample_keeps_classes_and_clients(tmp_path, reader):
     (lambda t: t.rename(columns={"text": "body"}), {}, "no column 'text' (data.text); its columns are: body, label"),
     (lambda t: t, {"label": "stars"}, "no column 'stars' (data.label); its columns are: text, label"),
     (lambda t: t, {"client": "who"}, "no column 'who' (data.client)"),
-    (lambda t: t.assign(text=[*TEXTS[:4], None, " "]), {}, "row 5 has nothing in column 'text' (2 of 6 rows)"),
-    (lambda t: t.assign(label=[None, *LABELS[1:]]), {}, "row 1 has nothing in column 'label' (1 of 6 rows)"),
+    (lambda t: t.assign(text=[*TEXTS[:4], None, " "]), {}, "line 6 has nothing in column 'text' (2 of 6 rows)"),
+    (lambda t: t.assign(label=[None, *LABELS[1:]]), {}, "line 2 has nothing in column 'label' (1 of 6 rows)"),
     (lambda t: t[:0], {}, "holds no samples"),
     (lambda t: t.assign(label="good"), {}, "all samples are of one class, 'good'"),
     (lambda t: t.assign(label=[f"x{i}" for i in range(6)]), {}, "every sample has a label of its own"),
     (lambda t: t, {"classes": ("good", "bad", "plain", "ugly")}, "class 'ugly' is empty"),
-    (lambda t: t, {"classes": ("good", "bad")}, "row 3: label 'plain' is no class; classes are: good, bad"),
+    (lambda t: t, {"classes": ("good", "bad")}, "line 4: label 'plain' is no class; classes are: good, bad"),
 ])
 def test_what_is_wrong_with_a_table(change, keys, message, tmp_path, reader):
     said = refused(write(change(frame()), tmp_path / "mine.csv"), reader, **keys)
@@ -142,7 +148,7 @@ def test_tables_that_cannot_be_read(tmp_path, reader):
     (tmp_path / "none").mkdir()
     assert "holds neither tables" in refused(tmp_path / "none", reader)
     write(frame().assign(text=range(6)), tmp_path / "numbers.parquet")
-    assert "row 1 of column 'text' is 0, expected a text" in refused(tmp_path / "numbers.parquet", reader)
+    assert "row 1: column 'text' is 0, expected a text" in refused(tmp_path / "numbers.parquet", reader)
 
 
 # Images
@@ -181,6 +187,137 @@ def test_unreadable_images_are_named(tmp_path, viewer):
         assert str(root / name.split(" ")[0]) in said and name in said
     table = pd.DataFrame({"image": ["all/cat/1.png", "all/gone.png"], "label": ["cat", "dog"]})
     assert "gone.png" in refused(write(table, tmp_path / "mine.csv"), viewer)
+
+
+def test_one_unreadable_image_of_many_is_left_out(tmp_path, viewer):
+    root = photos(tmp_path / "all", *(f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)))
+    (root / "cat/1.png").write_bytes(b"no image")
+    got = load(root, viewer)
+    assert got.labels.tolist() == [0, 0, 1, 1, 1] and len(got.inputs) == 5
+    assert "1 image of 6 cannot be read and left out" in got.notes[0] and "cat/1.png" in got.notes[0]
+    assert torch.equal(got.inputs.pixels[1:2], viewer.prepare([Image.open(root / "cat/2.png")]))
+    image = Image.open(root / "dog/1.png")
+    table = datasets.Dataset.from_dict({"image": [image] * 3 + [{"bytes": b"no image", "path": None}],
+                                        "label": ["cat", "dog", "cat", "dog"]},
+                                       features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}))
+    samples = own.from_hub(table, DataTable(name="org/x"), "images")
+    read = read_images(samples.content, samples.places, viewer, "org/x", strict=False)
+    assert read.kept == [0, 1, 2] and "org/x, row 4" in read.notes[0]
+    with pytest.raises(DataError, match="org/x, row 4"):
+        read_images(samples.content, samples.places, viewer, "org/x", strict=True)
+
+
+def test_links_are_followed_and_loops_refused(tmp_path, viewer):
+    src = photos(tmp_path / "elsewhere", "p2/cat/a.png", "p2/dog/a.png")
+    root = photos(tmp_path / "data", "p1/cat/a.png", "p1/dog/a.png", "p3/cat/a.png")
+    (root / "p2").symlink_to(src / "p2")
+    (root / "p3/dog").symlink_to(src / "p2/dog")
+    got = load(root, viewer)
+    assert len(got) == 6 and got.group_names == ("p1", "p2", "p3") and torch.bincount(got.groups).tolist() == [2, 2, 2]
+    (root / "p1/dog/loop").symlink_to(root)
+    assert "is a link to a folder above it" in refused(root, viewer)
+
+
+def test_splits_of_images_are_no_clients(tmp_path, viewer):
+    root = photos(tmp_path / "a", *(f"{split}/{kind}/1.png" for split in ("train", "test") for kind in ("cat", "dog")))
+    got = load(root, viewer)
+    assert len(got) == 2 and got.groups is None and "only the split 'train' is read" in got.notes[0]
+    bare = photos(tmp_path / "b", "train/1.png", "test/1.png")
+    assert "are splits (test, train), where classes are expected" in refused(bare, viewer)
+
+
+@pytest.mark.parametrize("mode, kind", [("LA", "png"), ("RGBA", "png"), ("P", "png"), ("RGBA", "webp"), ("P", "gif"), ("PA", "tiff")])
+def test_transparent_parts_become_white(mode, kind, tmp_path):
+    if mode == "PA":
+        image = Image.new("PA", (8, 8))         # Pillow writes none, so it is given as an object
+        image.putalpha(0)
+        assert own._open(image).getextrema() == ((255, 255),) * 3
+        return
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (0, 0, 4, 8))
+    path = tmp_path / f"a.{kind}"
+    if mode == "P":
+        flat = Image.new("P", (8, 8), 1)
+        flat.putpalette([200, 0, 0, 0, 0, 0])
+        flat.paste(0, (0, 0, 4, 8))
+        flat.save(path, transparency=1)
+    else:
+        image.convert(mode).save(path, **({"lossless": True} if kind == "webp" else {}))
+    seen = own._open(path)
+    assert seen.mode == "RGB" and seen.getpixel((6, 4)) == (255, 255, 255) and seen.getpixel((1, 4)) != (255, 255, 255)
+
+
+def test_more_than_8_bits_a_channel_are_refused(tmp_path):
+    wide = np.random.default_rng(0).integers(0, 4096, (16, 16, 3))
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
+                                     + chunk(b"IEND", b""))
+    (tmp_path / "a.ppm").write_bytes(b"P6 16 16 4095\n" + wide.astype(">u2").tobytes())
+    tags = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140), (277, 3, 1, 3),
+            (278, 3, 1, 16), (279, 4, 1, 16 * 16 * 6)]
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + struct.pack("<HH" if tag[1] == 3 and tag[2] == 1 else "<I",
+                                                                   *((tag[3], 0) if tag[1] == 3 and tag[2] == 1 else (tag[3],)))
+                       for tag in tags)
+    tiff = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+    (tmp_path / "a.tiff").write_bytes(tiff.ljust(134, b"\0") + struct.pack("<HHH", 16, 16, 16) + wide.astype("<u2").tobytes())
+    for name in ("a.png", "a.ppm", "a.tiff"):
+        with pytest.raises(ValueError, match="more than 8 bits a channel"):
+            own._open(tmp_path / name)
+        with pytest.raises(ValueError, match="more than 8 bits a channel"):
+            own._open((tmp_path / name).read_bytes())
+    for mode, name in (("RGB", "b.png"), ("RGB", "b.ppm"), ("L", "c.png"), ("CMYK", "c.tiff"), ("1", "d.png"), ("RGB", "d.jp2"), ("RGB", "d.bmp")):
+        Image.new(mode, (8, 8)).save(tmp_path / name)
+        own._open(tmp_path / name)
+
+
+def test_what_was_done_to_images_is_said(tmp_path, viewer):
+    root = photos(tmp_path / "all", "cat/1.png", "dog/1.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 12), "red").save(root / "cat/turned.jpg", exif=exif)
+    Image.new("RGB", (8, 12), "red").save(root / "cat/pages.tiff", save_all=True, append_images=[Image.new("RGB", (8, 12))])
+    Image.new("L", (8, 12)).save(root / "dog/grey.jfif", "JPEG")
+    (root / "dog/note.txt").write_text("dogs")
+    notes = "; ".join(load(root, viewer).notes)
+    for said in ("1 file left out", "note.txt", "1 image has several pages", "1 image is turned", "1 image is grey"):
+        assert said in notes
+    assert own._open(root / "cat/turned.jpg").size == (12, 8)
+
+
+def test_what_was_found_is_said(tmp_path, reader):
+    table = pd.concat([frame(who="a b".split() * 3)] * 20).assign(label=[f"c{i % 60}" for i in range(120)])
+    got = load(write(table, tmp_path / "mine.csv"), reader, client="who")
+    assert any("60 classes for 120 samples; is data.label = 'label' the column of classes?" in note for note in got.notes)
+    said = data.describe(got)
+    assert said.startswith(f"{tmp_path / 'mine.csv'}: 120 samples; 60 classes of 2 to 2 samples: c0 (2), c1 (2)")
+    assert "and 50 more; 2 groups of 60 to 60 samples: a (60), b (60)" in said
+
+
+def test_the_number_of_clients_follows_the_data(tmp_path, reader):
+    got = load(write(frame(who=list("abcdab")), tmp_path / "mine.csv"), reader, client="who")
+
+    def count(**tables):
+        return with_clients(config_from_dict({"data": {"name": str(tmp_path / "mine.csv")}, **tables}), got).clients.count
+
+    assert count() == 4 and count(clients={"unseen": 1}) == 3 and count(clients={"count": 2}) == 2
+    assert count(data={"name": "mine.csv", "partition": "iid"}) == 12
+    with pytest.raises(ConfigError, match="clients.min: got 5, above clients.count = 4"):
+        count(clients={"min": 5})
+
+
+def test_other_data_have_another_stamp_and_fingerprint(tmp_path, reader):
+    path = write(frame(who=list("ababab")), tmp_path / "mine.csv")
+    table = DataTable(name=str(path), client="who")
+    before, first = data.stamp(table), data.load(table, reader)
+    assert before == data.stamp(table)
+    write(frame(who=list("xyxyxy")), path)
+    os.utime(path, ns=(1, 1))
+    assert before != data.stamp(table) and data.load(table, reader).fingerprint != first.fingerprint
 
 
 def test_what_is_wrong_with_a_folder(tmp_path, viewer, reader):

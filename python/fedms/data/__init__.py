@@ -7,9 +7,11 @@ from fedms.config import DATA
 
 from . import digits, fashion, own, sentiment
 from .cache import cache_dir, made_cache_dir
-from .dataset import Dataset, make_dataset
+from .dataset import Dataset, describe, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
+from .own import stamp
 from .partitioning import ClientSplit, Partition, partition
+from .samples import normal
 from .shard import Shard, ShardError, read_shard, shard_of, write_shard
 
 __all__ = [
@@ -23,12 +25,15 @@ __all__ = [
     "ShardError",
     "TextInputs",
     "cache_dir",
+    "describe",
     "made_cache_dir",
     "load",
     "make_dataset",
+    "normal",
     "partition",
     "read_shard",
     "shard_of",
+    "stamp",
     "write_shard",
 ]
 

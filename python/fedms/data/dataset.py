@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .inputs import DataError, ImageInputs, TextInputs
+from .samples import counted
+
+MOST_NAMED = 10     # classes or groups that a description names
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ def make_dataset(
         digest.update(groups.numpy().tobytes())
     digest.update(json.dumps([classes, group_names]).encode())
     return Dataset(name, inputs, labels, classes, prompts, groups, group_names, digest.hexdigest(), notes)
+
+
+def describe(dataset: Dataset) -> str:
+    """How many samples, classes and groups there are, and how large they are, in one line."""
+    parts = [f"{dataset.name}: {counted(len(dataset), 'sample')}"]
+    for noun, names, codes in (("class", dataset.classes, dataset.labels), ("group", dataset.group_names, dataset.groups)):
+        if codes is not None:
+            sizes = torch.bincount(codes, minlength=len(names)).tolist()
+            shown = ", ".join(f"{name} ({size:,})" for name, size in list(zip(names, sizes))[:MOST_NAMED])
+            more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            parts.append(f"{counted(len(names), noun)} of {min(sizes):,} to {max(sizes):,} samples: {shown}{more}")
+    return "; ".join(parts)
 
 
 def _check_codes(name: str, what: str, codes: Tensor, samples: int, count: int) -> None:

@@ -1,0 +1,336 @@
+"""Tables: .csv, .tsv, .parquet and .jsonl, also compressed as .gz.
+
+One strict reader for training and prediction. It guesses nothing: a row that does not fit the header, a quotation mark that
+is not closed, bytes that are not of the stated encoding are refused, by file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import unicodedata
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .inputs import DataError
+from .labels import names_of
+from .samples import Samples, counted, is_missing, normal
+
+TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it was read.
+
+    source:  file or data set, for errors.
+    folder:  what names of image files are relative to; None: it may not name files.
+    names:   all its column names, in their normal form.
+    columns: of the columns that were asked for and exist, the values, as plain Python objects.
+    places:  file and line or row of each row.
+    classes: where the source names its classes: these names, in which the labels are positions.
+    hint:    what to try if a column is missing.
+    notes:   a line for each oddity.
+    """
+
+    source: str
+    folder: Path | None
+    names: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+    places: Sequence[str]
+    classes: tuple[str, ...] | None = None
+    hint: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class _Unreadable(Exception):
+    """Why a file cannot be read as the table that its name says it is."""
+
+
+def table_kind(path: Path) -> str | None:
+    """The suffix of `TABLES` that a file's name ends in, before .gz if that comes last; None: it is no table."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+        if suffixes[-1:] == [".parquet"]:      # compressed inside, and read at random places
+            return None
+    return suffixes[-1] if suffixes and suffixes[-1] in TABLES else None
+
+
+def table_stem(path: Path) -> str:
+    """A table's name without .csv, .csv.gz and the like, in its normal form."""
+    stem = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
+    return normal(Path(stem).stem)
+
+
+def wanted_columns(config, reads: str, labelled: bool) -> dict[str, str]:
+    """Key of the [data] table -> name of a column that is needed, in its normal form."""
+    wanted = {"data.text": config.text} if reads == "text" else {"data.image": config.image}
+    if labelled:
+        wanted |= {"data.label": config.label} | ({"data.client": config.client} if config.client else {})
+    return {key: normal(name) for key, name in wanted.items()}
+
+
+def read_table(path: Path, config, wanted: Mapping[str, str]) -> Table:
+    """Read the columns `wanted` of a table.
+
+    config: the [data] table: delimiter, encoding and quoting of text files.
+
+    Raises DataError, with the line where there is one.
+    """
+    kind = table_kind(path)
+    try:
+        if kind == ".parquet":
+            return _parquet(path, set(wanted.values()), wanted.get("data.label"))
+        text = _decoded(path, config.encoding)
+        if kind == ".jsonl":
+            return _json_lines(path, text, set(wanted.values()))
+        delimiter = config.delimiter or DELIMITERS[kind]
+        return _delimited(path, text, delimiter, config.quoting, set(wanted.values()))
+    except _Unreadable as error:
+        raise DataError(f"{path}: cannot be read as {kind[1:]}: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, reads: str, labelled: bool) -> Samples:
+    """The samples of tables, one after the other.
+
+    clients: a table's client each, where tables are clients and no column says whose a sample is.
+
+    Raises DataError: a missing column, a table without samples, a cell with nothing in it, class names that differ.
+    """
+    wanted = wanted_columns(config, reads, labelled)
+    for table in tables:
+        _check(table, wanted)
+    content_column, label, client = (wanted.get(key) for key in (f"data.{'text' if reads == 'text' else 'image'}",
+                                                                 "data.label", "data.client"))
+    content = [value for table in tables for value in _content(table, content_column, reads)]
+    places = [place for table in tables for place in table.places]
+    classes = {table.classes for table in tables}
+    if labelled and len(classes) > 1:
+        raise DataError(f"{tables[0].source} and {tables[-1].source}: name their classes differently, so their labels cannot "
+                        "be compared; write the names as labels")
+    owners: list[str] | None = None
+    if client:
+        owners = names_of([value for table in tables for value in table.columns[client]], places, "the client")
+    elif clients is not None and labelled:
+        owners = [owner for owner, table in zip(clients, tables) for _ in table.places]
+    labels = [value for table in tables for value in table.columns[label]] if label else None
+    return Samples(content, places, labels, owners, classes.pop() if labelled else None,
+                   tuple(note for table in tables for note in table.notes))
+
+
+def _check(table: Table, wanted: Mapping[str, str]) -> None:
+    for key, name in wanted.items():
+        if table.names.count(name) > 1:
+            raise DataError(f"{table.source}: has {table.names.count(name)} columns {name!r} ({key}); rename one")
+        if name not in table.names:
+            raise DataError(f"{table.source}: no column {name!r} ({key}); its columns are: {', '.join(table.names)}{table.hint}")
+    if not table.places:
+        raise DataError(f"{table.source}: holds no samples")
+    for name in wanted.values():
+        missing = [i for i, value in enumerate(table.columns[name]) if is_missing(value)]
+        if missing:
+            raise DataError(f"{table.places[missing[0]]} has nothing in column {name!r} ({len(missing)} of "
+                            f"{len(table.places)} rows); fill or remove these rows")
+
+
+def _content(table: Table, name: str, reads: str) -> Iterator[Any]:
+    for value, place in zip(table.columns[name], table.places):
+        if reads == "text":
+            if not isinstance(value, str):
+                raise DataError(f"{place}: column {name!r} is {value!r}, expected a text")
+            yield value
+            continue
+        image = value
+        if isinstance(image, dict):  # as the datasets library stores it: the bytes, or a file in its cache
+            image = image.get("bytes") or Path(image.get("path") or "")
+        elif isinstance(image, str) and table.folder:
+            image = _file(table.folder, image)
+        if not isinstance(image, (bytes, Path)):
+            raise DataError(f"{place}: column {name!r} is {str(value)[:60]!r}, expected an image"
+                            + (", the name of an image file, or its bytes" if table.folder else ""))
+        yield image
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file of this name, in whichever Unicode form the file system has it."""
+    forms = [folder / name, *(folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((path for path in forms if path.exists()), forms[0])
+
+
+# Text files
+
+def _decoded(path: Path, encoding: str) -> str:
+    raw = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise _Unreadable(f"is not whole as a gzip file: {error}") from None
+    if not raw.strip():
+        raise _Unreadable("the file is empty")
+    try:
+        text = raw.decode("utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding)
+    except UnicodeError as error:
+        at = getattr(error, "start", 0)
+        raise _Unreadable(f"line {raw[:at].count(10) + 1} is no text in the encoding {encoding}; {_other_encoding(raw)}") from None
+    if "\0" in text:
+        raise _Unreadable(f"line {text[:text.index(chr(0))].count(chr(10)) + 1} holds a NUL character; "
+                          + _other_encoding(raw))
+    return text
+
+
+def _other_encoding(raw: bytes) -> str:
+    """Advice on the encoding that a file seems to have."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return 'it begins as UTF-16 does: set data.encoding = "utf-16"'
+    if b"\0" in raw:
+        return 'set data.encoding if the file is text (UTF-16 without a mark is "utf-16-le"), or repair the file'
+    try:
+        raw.decode("cp1252")
+        return 'if it comes from Windows or Excel, set data.encoding = "cp1252" (or "latin-1")'
+    except UnicodeDecodeError:
+        return 'set data.encoding to the one that it was written in, such as "latin-1"'
+
+
+def _delimited(path: Path, text: str, delimiter: str, quoting: str, wanted: set[str]) -> Table:
+    limit = csv.field_size_limit(sys.maxsize)       # of the process: put back below
+    try:
+        rows = list(_rows(text, delimiter, quoting))
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        raise _Unreadable("the file is empty")
+    (_, _, header), *rows = rows
+    names = [normal(name) for name in header]
+    hint = _other_delimiter(names, delimiter)
+    for first, _, row in rows:
+        if len(row) != len(names):
+            raise _Unreadable(f"line {first} has {counted(len(row), 'field')}, the header has {len(names)}; quote fields "
+                              f"that hold {_shown(delimiter)}, and give each column a name{hint}")
+    columns = {name: [row[i] for _, _, row in rows] for i, name in enumerate(names) if name in wanted}
+    notes = []
+    if quoting == "standard" and (first := _swallowed(rows, text, delimiter, len(names))):
+        notes.append(f"{path}: the row at line {first} goes on over lines that look like rows of their own; if rows are "
+                     'missing, a quotation mark is not closed: close it, or set data.quoting = "none"')
+    return Table(str(path), path.parent, names, columns, [f"{path}, line {first}" for first, _, _ in rows], hint=hint, notes=tuple(notes))
+
+
+def _rows(text: str, delimiter: str, quoting: str) -> Iterator[tuple[int, int, list[str]]]:
+    """First line, last line and fields of each row, the header included; blank lines are left out."""
+    style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=style, strict=True)
+    first = 1
+    try:
+        for row in reader:
+            if row:
+                yield first, reader.line_num, row
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise _Unreadable(f'line {first}: {error}; a quotation mark in a quoted field is written twice (""), and every one '
+                          'is closed. If quotation marks mean nothing in this file, set data.quoting = "none"') from None
+
+
+def _swallowed(rows: Sequence[tuple[int, int, list[str]]], text: str, delimiter: str, fields: int) -> int | None:
+    """First line of a row over several lines of which one, the last apart, would be a row by itself; or None."""
+    over = [(first, last) for first, last, _ in rows if last > first]
+    if not over or fields < 2:
+        return None
+    lines = io.StringIO(text, newline="").readlines()
+    return next((first for first, last in over
+                 if any(line.count(delimiter) == fields - 1 for line in lines[first - 1:last - 1])), None)
+
+
+def _other_delimiter(names: Sequence[str], delimiter: str) -> str:
+    """Advice on the delimiter that a header of one column seems to have."""
+    for other in (";", "\t", "|", ","):
+        if len(names) == 1 and other != delimiter and other in names[0]:
+            return f'. Its header holds {_shown(other)}: set data.delimiter = {json.dumps(other)}'
+    return ""
+
+
+def _shown(delimiter: str) -> str:
+    return "tabs" if delimiter == "\t" else f'"{delimiter}"'
+
+
+def _json_lines(path: Path, text: str, wanted: set[str]) -> Table:
+    rows, places, names = [], [], {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_object, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            raise _Unreadable(f"line {number}: {error}; expected one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise _Unreadable(f"line {number} is {line.strip()[:40]!r}, expected one JSON object a line")
+        names |= dict.fromkeys(row)
+        rows.append(row)
+        places.append(f"{path}, line {number}")
+    columns = {name: [row.get(name) for row in rows] for name in names if name in wanted}
+    return Table(str(path), path.parent, list(names), columns, places)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {normal(name): value for name, value in pairs}
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return found
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
+
+
+# Parquet
+
+def _parquet(path: Path, wanted: set[str], label: str | None) -> Table:
+    import pyarrow.parquet as pq
+
+    try:
+        # Every column of the file, those that pandas would make an index included, and none of the folders' names.
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            names = [normal(name) for name in schema.names]
+            count = file.metadata.num_rows
+            chosen = [i for i, name in enumerate(names) if name in wanted and names.count(name) == 1]
+            table = file.read(columns=[schema.names[i] for i in chosen])
+            columns = {normal(name): table.column(name).to_pylist() for name in table.column_names}
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow raises many types
+        raise _Unreadable(str(error).strip().splitlines()[0]) from error
+    places = [f"{path}, row {row + 1}" for row in range(count)]
+    classes = _class_names(schema.metadata or {}, label)
+    if classes and label in columns:
+        columns[label] = positions(columns[label], classes, str(path))
+    return Table(str(path), path.parent, names, columns, places, classes)
+
+
+def _class_names(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[str, ...] | None:
+    """The class names that the datasets library writes into a Parquet file beside the labels."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        names = next(feature["names"] for name, feature in features.items() if normal(name) == label)
+        return tuple(map(str, names))
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return None
+
+
+def positions(labels: Sequence[Any], classes: Sequence[str], source: str) -> list[int | None]:
+    """Labels that are positions in `classes`; -1, which the datasets library writes for a label that is kept secret, is
+    missing."""
+    found = [None if is_missing(value) or value == -1 else value for value in labels]
+    for row, value in enumerate(found):
+        if value is not None and (type(value) is not int or not 0 <= value < len(classes)):
+            raise DataError(f"{source}, row {row + 1}: label {value!r} is no position in its {len(classes)} class names")
+    return found
