@@ -17,6 +17,7 @@ from pathlib import Path
 from fedms.checkpoint import CheckpointError, CheckpointFolder, Snapshot
 from fedms.client import Private
 from fedms.files import FolderLock, write_durably
+from fedms.foreign import parse_json, read_regular
 
 KEPT = 3
 OWNER = "owner.json"
@@ -96,7 +97,7 @@ class ClientFolder:
     def keep_constants(self, data: bytes) -> None:
         name = f"{hashlib.sha256(data).hexdigest()}.constants"
         try:
-            write_durably(self.path / name, data)
+            write_durably(self.path / name, data, private=True)
         except OSError as error:
             raise FolderError(f"{self.path / name}: cannot be written: {error.strerror}") from None
         for other in self.path.glob("*.constants"):
@@ -118,8 +119,8 @@ class ClientFolder:
         path = self.path / OWNER
         try:
             if not path.exists():
-                write_durably(path, json.dumps(owner).encode())
-            found = json.loads(path.read_bytes())
+                write_durably(path, json.dumps(owner).encode(), private=True)
+            found = parse_json(read_regular(path))
         except (OSError, ValueError) as error:
             raise FolderError(f"{path}: {error}") from None
         if found != owner:
@@ -135,7 +136,7 @@ def find_private(root: Path, run: str, client: int, digest: str) -> Private | No
     """
     for place in (root / f"client-{client}", root / str(client), root):
         try:
-            owner = json.loads((place / run / OWNER).read_bytes())
+            owner = parse_json(read_regular(place / run / OWNER))
         except (OSError, ValueError):
             continue
         if owner == {"run": run, "client": client}:
