@@ -112,7 +112,7 @@ def fedms(version: Annotated[bool, typer.Option(
     "fedms run sentiment --method fedavg --seed 1",
     "fedms run sentiment --set stage1.rounds=12 --set data.partition=dirichlet --out runs/skewed",
     "fedms run my.toml --dry-run  # check a run file and print it with every default filled in",
-    notes=["The output folder holds config.toml, rounds.jsonl, visits.jsonl, clients.jsonl, summary.json and "
+    notes=["The output folder holds config.toml, data.json, rounds.jsonl, visits.jsonl, clients.jsonl, summary.json and "
            "report.html."]))
 def run(
     source: Source,

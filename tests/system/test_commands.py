@@ -43,7 +43,7 @@ def test_a_run_leaves_complete_records(finished):
     process, folder = finished
     assert process.returncode == 0, process.stderr
     assert {p.name for p in folder.iterdir()} >= {
-        "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json", "report.html"}
+        "config.toml", "data.json", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json", "report.html"}
     run = RunRecords.read(folder)
     assert run.notes == () and run.config["data"]["max_samples"] == 200
     assert [(r["stage"], r["round"]) for r in run.rounds] == [("stage1", 1), ("stage1", 2), ("stage2", 1)]
