@@ -4,6 +4,7 @@
     rounds.jsonl    one line a round
     visits.jsonl    one line a client and round
     clients.jsonl   one line a client, written at the end
+    data.json       which data the run is of: name and fingerprint, compared when it is resumed or compared
     summary.json    the outcome; missing while a run is under way or when it was killed
     checkpoint/     what the run needs to go on (:mod:`fedms.checkpoint`)
     clients/        engine flower-sim: the simulated clients' own folders

@@ -17,6 +17,7 @@ from fedms import data, models
 from fedms.config import ClientsTable, ConfigError, DataTable, ModelTable, config_from_dict
 from fedms.data import DataError, own
 from fedms.data.images import read_images
+from fedms.records import RunFolder, check_same_data
 from fedms.session import with_clients
 
 TEXTS = ["the film was good", "the dog was bad", "a plain cat", "not a great ear", "very bad", "good tail"]
@@ -365,3 +366,15 @@ def test_a_hub_data_set_that_cannot_be_had(monkeypatch, reader):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     said = refused("org/nothing", reader)
     assert "'org/nothing' is neither built in nor a file or folder here" in said and "ConnectionError: no route" in said
+
+
+def test_a_run_folder_refuses_other_data_of_the_same_name(tmp_path):
+    check_same_data(tmp_path, "a.csv", "1234")      # an older folder names none
+    folder = RunFolder.create(tmp_path / "run", config_from_dict({}))
+    try:
+        folder.keep_data("a.csv", "1234")
+        folder.keep_data("a.csv", "1234")
+        with pytest.raises(ConfigError, match="'a.csv' now holds other data than when"):
+            folder.keep_data("a.csv", "5678")
+    finally:
+        folder.close()
