@@ -2,7 +2,9 @@
 
 Nodes say who they are and what they have in their own configuration (`flower-supernode --node-config`):
 
-    client=3 data="/home/me/data" state="/home/me/state"
+    client=3 data="/home/me/data" state="/home/me/state" run="/home/me/run.toml"
+
+`run` may be left out: then no run file of a server can name a folder as its model, or code of a model's repository.
 """
 from __future__ import annotations
 
@@ -40,13 +42,18 @@ def deployed(context: Context) -> side.Identity:
     if number not in held:
         raise ValueError(f"--node-config: client={number}, but {data} holds the data of client "
                          f"{', '.join(map(str, held)) or 'nobody'}")
-    return side.Identity(number, held[number], Path(node["state"]), data)
+    own = None
+    if "run" in node:
+        from fedms.config import load_config
+
+        own = load_config(Path(str(node["run"])))
+    return side.Identity(number, held[number], Path(node["state"]), data, own)
 
 
-def simulated(context: Context, state: Path) -> side.Identity:
-    """A simulated node: its number is its client's, and all of the data is at hand."""
+def simulated(context: Context, state: Path, config: RunConfig) -> side.Identity:
+    """A simulated node: its number is its client's, all of the data is at hand, and the run file is its own."""
     number = int(context.node_config["partition-id"])
-    return side.Identity(number, None, state / str(number), None)
+    return side.Identity(number, None, state / str(number), None, config)
 
 
 def open_case(config: RunConfig, data: Path | None) -> tuple[Session, Case]:
@@ -89,8 +96,8 @@ client = client_app(deployed)
 server = ServerApp()
 
 
-def simulation_app(state: Path) -> ClientApp:
-    return client_app(partial(simulated, state=state))
+def simulation_app(state: Path, config: RunConfig) -> ClientApp:
+    return client_app(partial(simulated, state=state, config=config))
 
 
 @server.main()

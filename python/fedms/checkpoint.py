@@ -236,7 +236,7 @@ class _Damaged(Exception):
 
 def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any], Tensors]:
     plain = {"stage": state.stage, "round": state.round, "applied_depth": state.applied_depth,
-             "final_depth": dict(state.final_depth), "collected": collected.plain(),
+             "final_depth": dict(state.final_depth), "counted": sorted(state.counted), "collected": collected.plain(),
              "sal": {"depth": state.sal.depth, "rounds": state.sal.rounds, "queue": list(state.sal.queue)}}
     tensors = {**_prefixed("tensors/", state.tensors), **_prefixed("sums/", state.sums),
                **_prefixed("collected/", collected.tensors())}
@@ -261,7 +261,7 @@ def unpack_server(plain: Any, tensors: Tensors) -> tuple[ServerState, Collected]
     sal = plain["sal"]
     state = ServerState(plain["stage"], plain["round"], _without("tensors/", tensors),
                         SalState(sal["depth"], sal["rounds"], tuple(sal["queue"])), plain["applied_depth"],
-                        _without("sums/", tensors), plain["final_depth"])
+                        _without("sums/", tensors), plain["final_depth"], frozenset(plain.get("counted", ())))
     return state, collected
 
 

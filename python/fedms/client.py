@@ -19,6 +19,7 @@ from fedms.devices import Device, device_of
 from fedms.meter import peak_memory, reset_peak_memory
 from fedms.resident import Part, ResidentModel, Tensors
 from fedms.rng import derive_seed, generator
+from fedms.schema import printable
 
 
 class ClientFailure(Exception):
@@ -75,13 +76,16 @@ class Private:
 
 
 class Participant:
-    """What the server knows of a client: its id, its number of training samples, and its device."""
+    """What the server knows of a client: its id, its numbers of training and validation samples, and its device."""
 
     id: int
 
     if TYPE_CHECKING:       # only to be read, so that properties will do
         @property
         def n_train(self) -> int: ...
+
+        @property
+        def n_validation(self) -> int: ...
 
         @property
         def device(self) -> Device: ...
@@ -98,10 +102,12 @@ class Client(Participant):
     Of a hundred thousand clients most are never visited: what a visit needs is made by the first one."""
 
     n_train: int
+    n_validation: int
 
     def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
         self.split, self.config, self.fitting = split, config, fitting
-        self.id, self.group, self.n_train = split.id, split.group, len(split.train)
+        self.id, self.group = split.id, split.group
+        self.n_train, self.n_validation = len(split.train), len(split.validation)
 
     @cached_property
     def train(self) -> Part:
@@ -149,7 +155,7 @@ def visit(step: ClientStep, model: ResidentModel, client: Client, private: Priva
         with _memory_errors():
             reply, after = step(model, client, private, message)
     except ClientFailure as failure:
-        reason = str(failure)
+        reason = printable(str(failure))
     return Visit(reply, reason, model.flops - flops, time.perf_counter() - started, peak_memory()), after
 
 

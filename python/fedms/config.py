@@ -290,8 +290,12 @@ class ClientsTable(Table):
                                  "for every client")
     quorum: float = Field(0.0, ge=0, le=1, description="least share of a round's clients whose replies must count; "
                           "with fewer the run stops, and can be resumed")
-    max_change: float = Field(1000.0, gt=0, description="a reply is refused whose change has a larger norm than this "
-                              "many times what was sent (taken as at least 1)")
+    join_timeout: Optional[float] = Field(
+        None, gt=0, description="seconds to wait for a client whose node is away, once; from then on it is only looked at. "
+        "unset: clients.round_timeout")
+    max_change: float = Field(2.0, gt=0, description="a reply is refused in which a tensor changed by more than this many "
+                              "times what a visit's training can change: learning rate, times steps, times the root of "
+                              "the number of its elements")
     optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimiser state at each visit")
 
     @property

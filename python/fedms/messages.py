@@ -6,15 +6,14 @@ count the same bytes.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedms import wire
+from fedms import schema, wire
 from fedms.client import Message, Reply
 from fedms.resident import Tensors
-from fedms.wire import WireError
+from fedms.schema import SchemaError
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,14 @@ def pack_message(message: Message, encoding: str) -> Packed:
 
 
 def unpack_message(packed: Packed) -> Message:
-    """The message as it arrives. Raises WireError, KeyError or TypeError for what is no message."""
-    head = packed.head
-    return Message(str(head["stage"]), int(head["round"]), (), int(head["depth"]), int(head["applied_depth"]),
+    """The message as it arrives.
+
+    Raises:
+        SchemaError, WireError: if it is none.
+    """
+    head = schema.MESSAGE.read(packed.head)
+    _check_parts(packed, {"tensors", "constants", "sums"})
+    return Message(head["stage"], head["round"], (), head["depth"], head["applied_depth"],
                    packed.tensors("tensors"), packed.tensors("constants"), packed.tensors("sums"))
 
 
@@ -64,28 +68,17 @@ def unpack_reply(packed: Packed) -> Reply:
     """The reply as it arrives.
 
     Raises:
-        WireError: if it is none. Whether it answers what was asked is for `Server.admit` to say.
+        SchemaError, WireError: if it is none. Whether it answers what was asked is for `Server.admit` to say.
     """
-    head = packed.head
-    counts = {name: head.get(name) for name in ("client", "n_train", "n_validation")}
-    for name, value in counts.items():
-        if type(value) is not int:
-            raise WireError(f"{name} is {value!r}, expected a whole number")
-    metrics = head.get("metrics")
-    if not isinstance(metrics, Mapping):
-        raise WireError(f"metrics are {metrics!r}, expected numbers by name")
-    for name, value in {"score": head.get("score"), **metrics}.items():
-        if value is not None and not is_number(value):
-            raise WireError(f"{name} is {value!r:.40}, expected a number")
-    if unknown := sorted(packed.parts.keys() - {"tensors", "sums"}):
-        raise WireError(f"an unknown part {unknown[0]!r}")
-    return Reply(counts["client"], packed.tensors("tensors"), counts["n_train"], counts["n_validation"],
-                 head.get("score"), dict(metrics), packed.tensors("sums"))
+    head = schema.REPLY.read(packed.head)
+    _check_parts(packed, {"tensors", "sums"})
+    return Reply(head["client"], packed.tensors("tensors"), head["n_train"], head["n_validation"], head["score"],
+                 head["metrics"], packed.tensors("sums"))
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value out of JSON is a finite number that arithmetic can take; JSON's whole numbers may have any length."""
-    return type(value) in (int, float) and abs(value) < sys.float_info.max
+def _check_parts(packed: Packed, known: set[str]) -> None:
+    if unknown := sorted(packed.parts.keys() - known):
+        raise SchemaError(f"an unknown part {schema.shown(unknown[0])}")
 
 
 def _pack(groups: Mapping[str, Tensors], encoding: str = "fp32") -> dict[str, bytes]:

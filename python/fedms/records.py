@@ -45,9 +45,6 @@ VISIT_FIELDS = (
     "validation_loss", "flops", "seconds", "peak_memory_bytes", "bytes_up", "bytes_down", "trained_params",
     "trained_percent", "simulated_seconds", "gate_mean", "gate_entropy",
 )
-REPLY_METRICS = frozenset({"loss", "validation_accuracy", "validation_loss", "trained_params", "gate_mean",
-                           "gate_entropy"})
-"""Fields of a visit that the client tells in its reply."""
 CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
     "gate_entropy",

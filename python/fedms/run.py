@@ -221,10 +221,10 @@ def _engine(folder: RunFolder, session: Session, case: Case, progress: Progress,
                            config.clients.round_timeout, folder, progress, stop)
         return
     progress.phase("starting Flower's simulation")
-    clients = simulation_app(folder.path.absolute() / "clients")
-    n_train = {client.id: client.n_train for client in case.clients}
+    clients = simulation_app(folder.path.absolute() / "clients", config)
+    samples = {client.id: (client.n_train, client.n_validation) for client in case.clients}
     with simulated_grid(clients, config.clients.count, config.run.threads) as simulated:
-        yield FlowerEngine(case.server, model.fm_params, model.foundation.fingerprint, simulated, case.fitting, n_train,
+        yield FlowerEngine(case.server, model.fm_params, model.foundation.fingerprint, simulated, case.fitting, samples,
                            None, folder, progress, stop)
 
 

@@ -3,7 +3,8 @@ are active, and words the next message."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor
 
 from fedms import schedule
+from fedms.admission import Admission, Refused
 from fedms.aggregate import Residual, WeightedMean, krum, median, trimmed_mean
 from fedms.client import Message, Participant, Reply
 from fedms.config import RunConfig
-from fedms.records import REPLY_METRICS
 from fedms.resident import Tensors, is_a
 from fedms.rng import generator
 from fedms_ext import LoRA
 
+__all__ = ["STAGES", "AllClientsFailed", "Collected", "Refused", "Server", "ServerState"]
+
 STAGES = ("stage1", "stage2")
+HEAVIEST = 10       # times the median: what a client's validation samples weigh at most in the score that activates blocks
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class ServerState:
     stage, round: of the round that comes next; stage is "done" when none does.
     tensors:      the current global tensors (expert, head, gate).
     sums:         statistics added up over clients.
+    counted:      clients whose statistics are in them.
     sal:          where the activation stands in this stage.
     applied_depth: number of blocks of the activation order whose pairs are applied.
     final_depth:  depth reached at the end of each stage that is over.
@@ -42,6 +47,7 @@ class ServerState:
     applied_depth: int
     sums: Tensors = field(default_factory=dict)
     final_depth: Mapping[str, int] = field(default_factory=dict)
+    counted: frozenset[int] = frozenset()
 
 
 class Collected:
@@ -51,10 +57,11 @@ class Collected:
     Args:
         weights: "samples" weighs a reply by its training samples, "uniform" all alike.
         streams: whether replies are added to a running mean; otherwise all are kept until the round ends.
+        counted: clients whose statistics have been added up, in this round or before.
     """
 
-    def __init__(self, weights: str, streams: bool = True) -> None:
-        self.weights, self.streams = weights, streams
+    def __init__(self, weights: str, streams: bool = True, counted: Iterable[int] = ()) -> None:
+        self.weights, self.streams, self.counted = weights, streams, set(counted)
         self.mean, self.residual = WeightedMean(), Residual()
         self.replies: list[Tensors] = []
         self.sums: Tensors = {}
@@ -67,6 +74,8 @@ class Collected:
             self.residual.add(reply.tensors, weight)
         else:
             self.replies.append(reply.tensors)
+        if reply.sums:
+            self.counted.add(reply.client)
         for name, tensor in reply.sums.items():
             self.sums[name] = self.sums.get(name, 0) + tensor
         self.numbers.append({**reply.metrics, "score": reply.score, "n_train": reply.n_train,
@@ -78,10 +87,28 @@ class Collected:
         total = sum(weight for weight, _ in pairs)
         return sum(weight * value for weight, value in pairs) / total if total else None
 
+    def score(self, robust: bool) -> float | None:
+        """The validation score of the model that clients received, by which blocks are activated; None if none could tell.
+
+        Args:
+            robust: take the median over clients. Otherwise the mean: weighted by validation samples, of which no client has
+                more than HEAVIEST times the median, or uniformly as the replies are.
+        """
+        told = [(n["n_validation"], n["score"]) for n in self.numbers if n["score"] is not None]
+        if not told:
+            return None
+        if robust:
+            return statistics.median(score for _, score in told)
+        heaviest = HEAVIEST * statistics.median(weight for weight, _ in told)
+        weights = [min(weight, heaviest) if self.weights == "samples" else 1 for weight, _ in told]
+        total = sum(weights)
+        return sum(weight * score for weight, (_, score) in zip(weights, told)) / total if total else None
+
     # To and from plain data and tensors, for checkpoints
 
     def plain(self) -> dict[str, Any]:
         return {"weights": self.weights, "streams": self.streams, "replies": len(self.replies),
+                "counted": sorted(self.counted),
                 "numbers": self.numbers, "mean_weights": self.mean.weights,
                 "residual_weights": {layer: [w for _, _, w in pairs] for layer, pairs in self.residual.pairs.items()}}
 
@@ -94,7 +121,7 @@ class Collected:
 
     @classmethod
     def restore(cls, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
-        self = cls(plain["weights"], plain["streams"])
+        self = cls(plain["weights"], plain["streams"], plain.get("counted", ()))
         self.numbers = list(plain["numbers"])
         self.mean.weights = dict(plain["mean_weights"])
         self.mean.sums = {name: tensors[f"mean/{name}"] for name in self.mean.weights}
@@ -115,10 +142,6 @@ class AllClientsFailed(Exception):
     """Too few clients of a round could train; the message says where to look."""
 
 
-class Refused(Exception):
-    """A reply that must not enter the average; the message says what is wrong with it."""
-
-
 class Server:
     """One run's server: its settings, and what it needs to know of the model (names of tensors by block).
 
@@ -135,6 +158,7 @@ class Server:
                  carries: Callable[[str, str], str | None], sums: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self.config, self.order, self.block_of, self._carries, self.sums = config, order, block_of, carries, sums
         self.schedule = schedule.from_config(config.sal, len(order))
+        self.admission = Admission(config, order, block_of, sums)
 
     def carries(self, stage: str, name: str) -> str | None:
         """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
@@ -168,45 +192,8 @@ class Server:
         Raises:
             Refused: naming what is wrong with it; the round is then as it was.
         """
-        if reply.client != participant.id:
-            raise Refused(f"it is client {reply.client}'s, expected client {participant.id}'s")
-        if reply.n_train != participant.n_train:
-            raise Refused(f"n_train {reply.n_train}, but the client has {participant.n_train} training samples")
-        if not 0 <= reply.n_validation < 2**31:
-            raise Refused(f"n_validation {reply.n_validation} is no number of samples")
-        if reply.score is not None and not 0 <= reply.score <= 1:
-            raise Refused(f"score {reply.score:g}, expected an accuracy in [0, 1]")
-        if unknown := sorted(set(reply.metrics) - REPLY_METRICS):
-            raise Refused(f"unknown metric {unknown[0]!r}")
-        for name, value in reply.metrics.items():
-            if value is not None and not math.isfinite(value):
-                raise Refused(f"metric {name} is {value:g}")
-        self._check_tensors(reply.tensors, message, participant)
-        for name, tensor in reply.sums.items():
-            if name not in self.sums:
-                raise Refused(f"{name}: is no statistic that was asked for")
-            _check_form(name, tensor, self.sums[name])
-            _check_finite(name, tensor)
+        self.admission.check(reply, message, participant, collected.counted)
         collected.add(reply)
-
-    def _check_tensors(self, tensors: Tensors, message: Message, participant: Participant) -> None:
-        trained = set(self.order[:participant.trained_depth(message)])
-        for name, tensor in tensors.items():
-            if name not in message.tensors:
-                raise Refused(f"{name}: was not sent to it")
-            if self.block_of.get(name, None) not in {None, *trained}:
-                raise Refused(f"{name}: block {self.block_of[name]} is not trained by this client now")
-            _check_form(name, tensor, message.tensors[name])
-        sent = [message.tensors[name] for name in tensors]
-        change = _norm(torch._foreach_sub(list(tensors.values()), sent) if sent else [])
-        if not math.isfinite(change):
-            for name, tensor in tensors.items():
-                _check_finite(name, tensor)
-        most = self.config.clients.max_change
-        if change > most:       # seldom: only then the norm of what was sent, of which it is a multiple, is worth its time
-            most *= max(_norm(sent), 1.0)
-        if change > most:
-            raise Refused(f"its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
         """One round: averages what its clients sent.
@@ -230,7 +217,8 @@ class Server:
         last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
         after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
                         sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
-                        sal=state.sal if last else self.schedule.advance(state.sal, collected.average("score")))
+                        counted=frozenset(collected.counted),
+                        sal=state.sal if last else self.schedule.advance(state.sal, collected.score(not self._streams)))
         activated = [str(block) for block in self.order[state.sal.depth:after.sal.depth]]
         record = {
             "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(collected.numbers),
@@ -251,9 +239,14 @@ class Server:
             return math.ceil(1 / settings.trim)
         return 1
 
-    def collect(self) -> Collected:
-        """An empty round."""
-        return Collected(self.config.aggregate.weights, self.config.aggregation in ("mean", "exact", "freeze_a"))
+    def collect(self, state: ServerState | None = None) -> Collected:
+        """An empty round, the next after this state."""
+        return Collected(self.config.aggregate.weights, self._streams, state.counted if state else ())
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the rule is a mean; the others are robust, and need all replies at once."""
+        return self.config.aggregation in ("mean", "exact", "freeze_a")
 
     def _combine(self, collected: Collected, current: Tensors) -> Tensors:
         """What the server has after a round in the place of what clients sent (`[aggregate] rule`)."""
@@ -288,21 +281,3 @@ class Server:
             self.config.run.seed, "sample-clients", stage, round))[:clients.sampled]
         return tuple(sorted(drawn.tolist()))
 
-
-def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
-    if tensor.shape != expected.shape:
-        raise Refused(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
-    if tensor.dtype != expected.dtype:
-        raise Refused(f"{name}: {tensor.dtype}, expected {expected.dtype}")
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise Refused(f"{name}: holds NaN or infinity")
-
-
-def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> float:
-    """Of all of them together. A reply's are many and small: an operation on all at once takes as long as on one."""
-    if not tensors:
-        return 0.0
-    return float(torch.linalg.vector_norm(torch.cat([t.reshape(-1) for t in tensors]), dtype=torch.float64))

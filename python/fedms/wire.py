@@ -5,8 +5,8 @@
     payload   the tensors' bytes in the manifest's order; an int8 tensor's scale (float32) before its values
 
 Float tensors travel as `fp32`, `bf16` or `int8` (`[wire] dtype`; int8 is symmetric, with a scale for each row or,
-where those are fewer, column); other dtypes as they are. Sizes are checked before anything is allocated, so a message cannot make its reader do more than
-its own length allows.
+where those are fewer, column); other dtypes as they are. Names, shapes and sizes are checked before anything is allocated, so a message cannot make its
+reader do more than its own length allows.
 """
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from fedms.resident import Tensors
+from fedms.schema import TENSOR, SchemaError, shown
 
+MOST_TENSORS, MOST_DIMENSIONS, MOST_ELEMENTS = 2**16, 8, 2**40      # of one message; far above any model's
 ENCODINGS = ("fp32", "bf16", "int8")
 _HEADER = struct.Struct("<Q")
 _EXACT = {"float64": torch.float64, "int64": torch.int64}
@@ -85,21 +87,35 @@ def unpack(message: bytes) -> Tensors:
 def _check_manifest(head: bytes) -> list[tuple[str, tuple[int, ...], str, str]]:
     try:
         manifest = json.loads(head)
-        entries = [(name, tuple(shape), kind, used) for name, shape, kind, used in manifest]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise WireError(f"the manifest is no list of [name, shape, dtype, encoding]: {error}") from None
-    names = [name for name, *_ in entries]
-    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise WireError("the manifest's names are not distinct strings")
-    for name, shape, kind, used in entries:
-        if not isinstance(kind, str) or not isinstance(used, str):
-            raise WireError(f"{name}: dtype and encoding are no strings")
-        known = used in ENCODINGS if kind == "float32" else kind in _EXACT and used == "exact"
-        if not known or (used == "int8" and len(shape) < 2):
-            raise WireError(f"{name}: unknown form {kind!r}, {used!r}")
-        if not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-            raise WireError(f"{name}: impossible shape {shape}")
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the manifest is no JSON: {shown(str(error))}") from None
+    if not isinstance(manifest, list) or len(manifest) > MOST_TENSORS:
+        raise WireError(f"the manifest is no list of up to {MOST_TENSORS} tensors")
+    entries = [_check_entry(entry) for entry in manifest]
+    if len({name for name, *_ in entries}) < len(entries):
+        raise WireError("the manifest names a tensor twice")
     return entries
+
+
+def _check_entry(entry: Any) -> tuple[str, tuple[int, ...], str, str]:
+    if not isinstance(entry, list) or len(entry) != 4:
+        raise WireError(f"{shown(entry)} in the manifest, expected [name, shape, dtype, encoding]")
+    name, shape, kind, used = entry
+    try:
+        TENSOR.read(name)
+    except SchemaError as error:
+        raise WireError(f"the manifest names {error}") from None
+    if not isinstance(kind, str) or not isinstance(used, str):
+        raise WireError(f"{name}: dtype and encoding are no strings")
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
+        raise WireError(f"{name}: the shape is {shown(shape)}, expected a list of up to {MOST_DIMENSIONS} sizes")
+    # Each size counts as at least 1: an empty tensor with huge sizes beside the 0 cannot be made either.
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
+        raise WireError(f"{name}: an impossible shape, of sizes {', '.join(map(shown, shape))}")
+    known = used in ENCODINGS if kind == "float32" else kind in _EXACT and used == "exact"
+    if not known or (used == "int8" and len(shape) < 2):
+        raise WireError(f"{name}: unknown form {shown(kind)}, {shown(used)}")
+    return name, tuple(shape), kind, used
 
 
 def _size(shape: tuple[int, ...], kind: str, used: str) -> int:

@@ -14,10 +14,8 @@ from fedms.messages import Packed, pack_message, unpack_message
 from fedms.progress import Progress
 from fedms.records import RunFolder
 from fedms.resident import Tensors
+from fedms.schema import printable
 from fedms.server import Collected, Refused, Server, ServerState
-
-
-REASON = 1000       # most characters of a reason in the records: it may quote what a client sent
 
 
 class Interrupted(Exception):
@@ -122,7 +120,7 @@ class Engine(ABC):
             Interrupted: if asked to stop.
             CheckpointError, RunFolderError: if the folder cannot be written, or its checkpoints cannot be read.
         """
-        state, collected = self._restore() or (self.server.start(tensors), self.server.collect())
+        state, collected = self._restore() or self._begin(tensors)
         while state.stage != "done":
             started = time.perf_counter()
             try:
@@ -134,10 +132,14 @@ class Engine(ABC):
             record.update(self.sent, simulated_seconds=self.slowest, seconds=time.perf_counter() - started)
             self.folder.append_round(record)
             self.visited, self.sent, self.slowest = 0, dict.fromkeys(self.sent, 0), None
-            collected = self.server.collect()
+            collected = self.server.collect(state)
             self._save(state, collected)
             self.progress.round(**record)
         return state
+
+    def _begin(self, tensors: Tensors) -> tuple[ServerState, Collected]:
+        state = self.server.start(tensors)
+        return state, self.server.collect(state)
 
     def final_message(self, state: ServerState) -> Message:
         """What a client has in the end: the server's tensors as they arrive."""
@@ -185,9 +187,10 @@ class Engine(ABC):
 
     def _judge(self, arrival: Arrival, message: Message, participant: Participant,
                collected: Collected) -> dict[str, Any]:
-        """Takes what came back into the round, if it may be; returns the visit's record."""
-        record = self._record(message, arrival.client, participant, status="failed", reason=arrival.reason,
-                              bytes_down=arrival.bytes_down)
+        """Takes what came back into the round, if it may be; returns the visit's record. The record is whole before a
+        reply is admitted, so that nothing in a reply can stop the run halfway."""
+        record = self._record(message, arrival.client, participant, status="failed", bytes_down=arrival.bytes_down,
+                              reason=None if arrival.reason is None else printable(arrival.reason))
         visit = arrival.visit
         if visit is None:
             return record
@@ -196,14 +199,15 @@ class Engine(ABC):
             record["reason"] = visit.reason
             self.keep(arrival)
         else:
+            accepted = {**record, **visit.reply.metrics, "status": "ok", "bytes_up": arrival.bytes_up,
+                        "trained_percent": 100 * visit.reply.metrics["trained_params"] / self.fm_params}
             try:
                 self.server.admit(visit.reply, message, participant, collected)
             except Refused as refused:
-                record["reason"] = f"its reply is refused: {refused}"[:REASON]
+                record["reason"] = printable(f"its reply is refused: {refused}")
             else:
                 self.keep(arrival)
-                record.update(visit.reply.metrics, status="ok", bytes_up=arrival.bytes_up)
-                record["trained_percent"] = 100 * record["trained_params"] / self.fm_params
+                record = accepted
         record["simulated_seconds"] = participant.device.seconds(visit.flops, record["bytes_up"], arrival.bytes_down)
         return record
 

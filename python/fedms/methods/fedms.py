@@ -60,7 +60,8 @@ class FedMS(Method):
         loss, kept, moments = self._fit(model, client, private, message, expert, gate)
         reached, weights = self._validate(model, client)
         numbers: dict[str, Any] = gate_numbers(weights)
-        reply = make_reply(client, model.read_gate() if self._shares_gate else {}, received.accuracy, reached, loss=loss,
+        shared = {name: t for name, t in model.read_gate().items() if name in message.tensors} if self._shares_gate else {}
+        reply = make_reply(client, shared, received.accuracy, reached, loss=loss,
                            **numbers,
                            trained_params=sum(p.numel() for p in (*expert.params.values(), *gate.params.values())))
         own_gate = model.read_gate() if self.config.gate.training == "private" else {}

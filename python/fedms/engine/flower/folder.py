@@ -1,6 +1,6 @@
 """A client's own folder: its private expert between visits. It never leaves the client.
 
-    ROOT/RUN/owner.json          which run and client it belongs to
+    ROOT/RUN/owner.json          which run and client it belongs to, and the hash of the run file
     ROOT/RUN/state/              checkpoints (`fedms.checkpoint`), one a visit, the last few
     ROOT/RUN/HASH.constants      the stage's constants, as they arrived
 
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedms.checkpoint import CheckpointError, CheckpointFolder, Snapshot
 from fedms.client import Private
@@ -38,15 +41,23 @@ class State:
 class ClientFolder:
     """One client's folder for one run, for this process alone until it is closed.
 
+    Args:
+        config: the run file's tables, which the first message of a run pins: a server that changed what the private state
+            is used for in the middle of a run could have it sent.
+
     Raises:
-        FolderError: if it belongs to another run or client, is in use, or cannot be written.
+        FolderError: if it belongs to another run, client or run file, is in use, or cannot be written.
     """
 
-    def __init__(self, root: Path, run: str, client: int) -> None:
+    def __init__(self, root: Path, run: str, client: int, config: Mapping[str, Any] | None = None) -> None:
+        if re.fullmatch("[A-Za-z0-9-]{1,64}", run) is None:
+            raise FolderError(f"{run!r} is no id of a run: letters, digits and -")
         self.path, self.client = root / run, client
-        owner = {"run": run, "client": client}
+        owner: dict[str, object] = {"run": run, "client": client}
+        if config is not None:
+            owner["config"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.lock = FolderLock(self.path)
         except BlockingIOError as error:
             raise FolderError(f"{self.path}: {error}, another visit of this client") from None
@@ -123,7 +134,11 @@ class ClientFolder:
             found = parse_json(read_regular(path))
         except (OSError, ValueError) as error:
             raise FolderError(f"{path}: {error}") from None
-        if found != owner:
+        if not isinstance(found, dict):
+            raise FolderError(f"{path}: is damaged")
+        if "config" in owner and found.get("config", owner["config"]) != owner["config"]:
+            raise FolderError(f"{path}: the server has changed the run file since this run began; it must start another run")
+        if any(found.get(name) != owner[name] for name in ("run", "client")):
             raise FolderError(f"{path}: belongs to {found}, not to {owner}; give this client a folder of its own")
 
 
@@ -139,7 +154,7 @@ def find_private(root: Path, run: str, client: int, digest: str) -> Private | No
             owner = parse_json(read_regular(place / run / OWNER))
         except (OSError, ValueError):
             continue
-        if owner == {"run": run, "client": client}:
+        if isinstance(owner, dict) and (owner.get("run"), owner.get("client")) == (run, client):
             with ClientFolder(place, run, client) as folder:
                 return folder.load(digest).private
     return None

@@ -11,8 +11,11 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedms import schema
+
 HEAD_BYTES = 2**20
 _FORM = "fedms.wire"
+_PARTS = ("tensors", "constants", "sums")
 
 
 class MailError(Exception):
@@ -39,26 +42,24 @@ def read(content: RecordDict, limit: int | None = None) -> tuple[dict[str, Any],
         MailError: if the content is of another form, or larger. Sizes are checked before anything is parsed.
     """
     if set(content.keys()) != {"head", "parts"}:
-        raise MailError(f"records {sorted(content.keys())}, expected head and parts")
+        names = ", ".join(schema.shown(name) for name in list(content.keys())[:8])
+        raise MailError(f"records {names or 'none'}, expected head and parts")
     record, arrays = content["head"], content["parts"]
     if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise MailError("records of the wrong kind")
     text = record.get("json")
     if not isinstance(text, str) or len(text) > HEAD_BYTES:
         raise MailError(f"the head is no text of up to {HEAD_BYTES} characters")
+    for name in arrays:
+        if name not in _PARTS:
+            raise MailError(f"a buffer {schema.shown(name)}, expected {', '.join(_PARTS)}")
     size = sum(len(array.data) for array in arrays.values())
     if limit is not None and size > limit:
         raise MailError(f"{size} bytes; accepted here: up to {limit}")
     if forms := {array.stype for array in arrays.values()} - {_FORM}:
-        raise MailError(f"buffers of the form {forms.pop()!r}, expected {_FORM!r}")
+        raise MailError(f"buffers of the form {schema.shown(forms.pop())}, expected {_FORM!r}")
     try:
-        head = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise MailError(f"the head is no JSON: {error}") from None
-    if not isinstance(head, dict):
-        raise MailError("the head is no JSON object")
+        head = schema.read_json(text)
+    except schema.SchemaError as error:
+        raise MailError(str(error)) from None
     return head, {name: array.data for name, array in arrays.items()}
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no number")

@@ -1,7 +1,6 @@
 """The server's side: rounds over a Flower grid, whose nodes may be slow, gone, wrong or hostile."""
 from __future__ import annotations
 
-import re
 import secrets
 import time
 import uuid
@@ -12,20 +11,22 @@ from typing import Any
 from flwr.app import Message as Mail
 from flwr.serverapp import Grid
 
+from fedms.admission import plausible_validation
 from fedms.client import Message, Participant, Visit
 from fedms.config import RunConfig
 from fedms.devices import Device, device_of
-from fedms.engine.base import REASON, Arrival, Engine, Evaluation
+from fedms.engine.base import Arrival, Engine, Evaluation
 from fedms.engine.flower import mail
-from fedms.engine.flower.client import FORMAT
-from fedms.messages import Packed, is_number, pack_message, unpack_reply
+from fedms.messages import Packed, pack_message, unpack_reply
 from fedms.progress import Progress
-from fedms.records import ACCURACY_FIELDS, CLIENT_FIELDS, RunFolder
+from fedms.records import RunFolder
 from fedms.resident import Tensors
+from fedms.schema import EVALUATED, FORMAT, HELLO, NAME, PROBLEM, TRAINED, SchemaError, Table, printable, shown
 from fedms.server import Server
 from fedms.wire import WireError
 
 SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests
+NOTES = 100                 # most notes that strangers can cause
 POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at most
 
 
@@ -33,6 +34,7 @@ POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at
 class Registered(Participant):
     id: int
     n_train: int
+    n_validation: int
     device: Device
 
 
@@ -51,22 +53,26 @@ class FlowerEngine(Engine):
         fingerprint: of the foundation model, which must be the same everywhere.
         grid: Flower's access to the nodes.
         fitting: see `fedms.devices.device_of`.
-        n_train: training samples by client, where this process knows them; else clients tell, once.
+        samples: numbers of training and validation samples by client, where this process knows them; else clients tell, once.
         timeout: seconds in which a client must answer; None: however long it takes.
     """
 
     def __init__(self, server: Server, fm_params: int, fingerprint: str, grid: Grid, fitting: Sequence[int | None],
-                 n_train: Mapping[int, int], timeout: float | None, folder: RunFolder, progress: Progress,
+                 samples: Mapping[int, tuple[int, int]], timeout: float | None, folder: RunFolder, progress: Progress,
                  stop: Callable[[], bool] = lambda: False) -> None:
         super().__init__(server, fm_params, folder, progress, stop)
         self.fingerprint, self.grid, self.fitting, self.timeout = fingerprint, grid, fitting, timeout
         self.config: RunConfig = server.config
-        self.n_train = dict(n_train)
+        self.join_timeout = None if timeout is None else self.config.clients.join_timeout or timeout
+        self.samples = dict(samples)
         self.run_id = uuid.uuid4().hex
         self.kept: dict[int, str] = {}              # by client: its private state after the last visit that counted
         self.private_at: set[int] = set()           # clients that have something of their own in it
         self.node_of: dict[int, int] = {}           # by client
         self.greeted: dict[int, float] = {}         # nodes that were asked who they are, and when
+        self.away: set[int] = set()                 # clients that were waited for in vain
+        self.authenticated = False                  # whether nodes have registered keys
+        self.told: set[str] = set()                 # notes that strangers caused
         self.greetings: dict[str, int] = {}         # nodes whose answer is awaited, by message
         self.overdue: dict[str, str] = {}           # visits that were given up, by message
 
@@ -102,49 +108,64 @@ class FlowerEngine(Engine):
         asked, lost = self._send("evaluate", "evaluation", reached, packed, {"on_common_test": on_common_test})
         for answer in self._answers(asked, lost, final):
             try:
-                found = self._open(answer, limit=0)
-                yield Evaluation(_checked_record(found.get("record"), answer.client),
-                                 _share(found.get("on_common_test")))
+                found, _ = self._open(answer, EVALUATED, limit=0)
+                yield Evaluation(self._checked(found["record"], answer.client), found["on_common_test"])
             except _Unusable as problem:
                 self.progress.note(f"client {answer.client} is not evaluated: {problem}")
         for client in sorted(set(clients) - set(reached)):
             self.progress.note(f"client {client} is not evaluated: it could not be reached")
 
+    def _checked(self, record: dict[str, Any], client: int) -> dict[str, Any]:
+        known = {"id": client, "unseen": False, **dict(zip(("n_train", "n_validation"), self.samples[client]))}
+        for name, value in known.items():
+            if record[name] != value:
+                raise _Unusable(f"its record is refused: {name} is {record[name]}, expected {value}")
+        return record
+
     def own_state(self) -> dict[str, Any]:
         return {"run": self.run_id, "kept": {str(client): digest for client, digest in self.kept.items()},
                 "private_at": sorted(self.private_at),
-                "n_train": {str(client): count for client, count in self.n_train.items()}}
+                "samples": {str(client): list(counts) for client, counts in self.samples.items()}}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
         self.run_id = state["run"]
         self.kept = {int(client): digest for client, digest in state["kept"].items()}
         self.private_at = set(state.get("private_at", ()))
-        self.n_train = {int(client): count for client, count in state["n_train"].items()} | self.n_train
+        # Checkpoints of older versions lack them: the nodes tell again.
+        self.samples = {int(client): (counts[0], counts[1]) for client, counts in state.get("samples", {}).items()} | self.samples
 
     # Who is there
 
     def _participant(self, client: int) -> Participant:
-        return Registered(client, self.n_train[client], device_of(self.config, client, self.fitting))
+        return Registered(client, *self.samples[client], device_of(self.config, client, self.fitting))
 
     def _wait_for_nodes(self, clients: Collection[int], message: Message) -> None:
-        """Until the nodes of these clients are there, or the deadline has passed."""
+        """Until the nodes of these clients are there, or the deadline has passed. A client that was waited for once is only
+        looked at from then on, until it is there again; unless nobody else is left."""
+        self._meet()
+        if all(client in self.away for client in clients):
+            self.away.clear()
         started, pauses, told = time.monotonic(), _Pauses(), False
-        while True:
-            self._meet()
-            missing = [client for client in clients if client not in self.node_of]
+        while missing := [client for client in clients if client not in self.node_of and client not in self.away]:
             waited = time.monotonic() - started
-            if not missing or waited > (self.timeout or float("inf")):
+            if waited > (self.join_timeout or float("inf")):
+                self.away.update(missing)
+                self.progress.note(f"the nodes of the clients {_listed(missing)} are away; they are not waited for again")
                 return
             if waited > 5 and not told:
                 told = True
                 self.progress.note(f"waiting for the nodes of the clients {_listed(missing)}")
             self.check_stop(message)
             pauses.sleep()
+            self._meet()
 
     def _meet(self) -> None:
         """Asks new nodes which client they are; forgets nodes that have left."""
-        nodes = {node.node_id: node.name for node in self.grid.get_nodes()}
-        self.node_of = {client: node for client, node in self.node_of.items() if node in nodes}
+        nodes = {node.node_id: node.name or "" for node in self.grid.get_nodes()}
+        # Flower names the keys that were registered with it, and no others: one name says that authentication is on.
+        self.authenticated = self.authenticated or any(nodes.values())
+        self.node_of = {client: node for client, node in self.node_of.items()
+                        if node in nodes and (not self.authenticated or nodes[node] == f"client-{client}")}
         self.greeted = {node: when for node, when in self.greeted.items() if node in nodes}
         again = 30.0        # seconds after which a node that did not answer is asked once more
         known = set(self.node_of.values())
@@ -155,33 +176,58 @@ class FlowerEngine(Engine):
             self.grid.push_messages(letters)
             self.greeted |= dict.fromkeys(new, time.monotonic())
             self.greetings |= {letter.metadata.message_id: node for letter, node in zip(letters, new)}
-        for reply in self.grid.pull_messages(list(self.greetings)) if self.greetings else ():
+        for reply in self._pull(list(self.greetings)):
             node = self.greetings.pop(reply.metadata.reply_to_message_id, None)
             if node is not None and node in nodes:
                 try:
                     self._register(node, nodes[node], reply)
                 except _Unusable as problem:
-                    self.progress.note(f"node {node} is refused: {problem}")
+                    self._tell_once(f"node {node} is refused: {problem}")
 
     def _register(self, node: int, name: str, reply: Mail) -> None:
         head, _ = _read(reply, limit=0)
-        client, n_train = head.get("client"), head.get("n_train")
-        if type(client) is not int or not 0 <= client < self.config.clients.count:
-            raise _Unusable(f"it says it is client {client!r}; there are clients 0 to {self.config.clients.count - 1}")
-        claim = re.fullmatch(r"client-(\d+)", name)
-        if claim and int(claim[1]) != client:
-            raise _Unusable(f"it says it is client {client}, but its key is registered as {name}")
+        try:
+            told = HELLO.read(head)
+        except SchemaError as error:
+            raise _Unusable(f"its answer is refused: {error}") from None
+        client, n_train = told["client"], told["n_train"]
+        if client >= self.config.clients.count:
+            raise _Unusable(f"it says it is client {client}; there are clients 0 to {self.config.clients.count - 1}")
+        if self.authenticated and name != f"client-{client}":
+            raise _Unusable(f"it says it is client {client}, but its key is registered as {shown(name) if name else 'nobody'}"
+                            f"; register it by --name client-{client}")
         if client in self.node_of:
             raise _Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
-        known = self.n_train.get(client)
-        if n_train is not None and (type(n_train) is not int or not 0 <= n_train < 2**31):
-            raise _Unusable(f"client {client} says it has {n_train!r} training samples")
-        if known is not None and n_train not in (None, known):
-            raise _Unusable(f"client {client} says it has {n_train} training samples; before it had {known}")
-        if known is None and n_train is None:
-            raise _Unusable(f"client {client} does not say how many training samples it has")
-        self.n_train.setdefault(client, n_train)
+        known = self.samples.get(client)
+        if (n_train, told["n_validation"]) == (None, None):
+            if known is None:
+                raise _Unusable(f"client {client} does not say how many samples it has")
+        elif None in (n_train, told["n_validation"]):
+            raise _Unusable(f"client {client} says how many samples it has of one kind alone")
+        elif known is not None and known != (n_train, told["n_validation"]):
+            raise _Unusable(f"client {client} says it has {n_train} training and {told['n_validation']} validation samples; "
+                            f"before it had {known[0]} and {known[1]}")
+        elif told["n_validation"] > (most := plausible_validation(self.config, n_train)):
+            raise _Unusable(f"client {client} says it has {told['n_validation']} validation samples; beside {n_train} for "
+                            f"training data.split leaves it {most} at most")
+        else:
+            self.samples[client] = (n_train, told["n_validation"])
         self.node_of[client] = node
+        self.away.discard(client)
+
+    def _ask_again(self, client: int) -> None:
+        """Of a client that did not answer in time: it takes part again once its node says that it is there."""
+        node = self.node_of.pop(client, None)
+        if node is not None:
+            self.away.add(client)
+            self.greeted.pop(node, None)
+            self._meet()
+
+    def _tell_once(self, text: str) -> None:
+        """A note that strangers can cause: the same one is not repeated, and there is an end of them."""
+        if text not in self.told and len(self.told) < NOTES:
+            self.told.add(text)
+            self.progress.note(text if len(self.told) < NOTES else f"{text}; further notes of this kind are left out")
 
     # Messages and their answers
 
@@ -215,7 +261,7 @@ class FlowerEngine(Engine):
             if not due:
                 return
             self.check_stop(message)
-            replies = list(self.grid.pull_messages([*waiting, *self.overdue])) if waiting else []
+            replies = self._pull([*waiting, *self.overdue]) if waiting else []
             for reply in replies:
                 number = reply.metadata.reply_to_message_id
                 if (what := waiting.pop(number, None)) is not None:
@@ -229,27 +275,38 @@ class FlowerEngine(Engine):
                 for number, what in waiting.items():
                     came[what.client] = _Answer(what.client, what, None, f"no answer within {self.timeout:g} s")
                     self.overdue[number] = f"client {what.client} ({message.stage}, round {message.round})"
+                silent = [what.client for what in waiting.values()]
                 waiting.clear()
+                for client in silent:
+                    self._ask_again(client)
             elif replies:
                 pauses = _Pauses()
             elif waiting:
                 pauses.sleep()
 
+    def _pull(self, numbers: Sequence[str]) -> list[Mail]:
+        """Replies to these messages, as far as they have come. Flower rebuilds them from what nodes stored; bytes that it
+        cannot rebuild lose the replies that came with them, not the run."""
+        if not numbers:
+            return []
+        try:
+            return list(self.grid.pull_messages(numbers))
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            self._tell_once(f"replies that Flower could not read are dropped: {type(error).__name__}: {printable(str(error), 200)}")
+            return []
+
     def _arrival(self, answer: _Answer, message: Message, packed: Packed) -> Arrival:
         sent = answer.asked.size if answer.asked else 0
         try:
-            head = self._open(answer, limit=2 * packed.size + SLACK)
+            head, parts = self._open(answer, TRAINED, limit=2 * packed.size + SLACK)
+            visit, size = _visit_of(head, parts)
         except _Unusable as problem:
-            return Arrival(answer.client, None, 0, sent, str(problem)[:REASON])
+            return Arrival(answer.client, None, 0, sent, str(problem))
         self.note_received(answer.client, packed)
-        try:
-            visit, size = _visit_of(head)
-        except (WireError, _Unusable) as problem:
-            return Arrival(answer.client, None, 0, sent, f"its reply is refused: {problem}"[:REASON])
         return Arrival(answer.client, visit, size, sent, after=(head["kept"], head["private"]))
 
-    def _open(self, answer: _Answer, limit: int) -> dict[str, Any]:
-        """The head of an answer, its buffers under `parts`, if it answers what was asked.
+    def _open(self, answer: _Answer, kind: Table, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The head of an answer as its kind of message has it, and its buffers, if it answers what was asked.
 
         Raises:
             _Unusable: saying why there is no such answer.
@@ -257,14 +314,18 @@ class FlowerEngine(Engine):
         if answer.mail is None:
             raise _Unusable(answer.reason)
         head, parts = _read(answer.mail, limit)
+        try:
+            head = (PROBLEM if "problem" in head else kind).read(head)
+        except SchemaError as error:
+            raise _Unusable(f"its reply is refused: {error}") from None
         if head.get("run") != self.run_id or head.get("nonce") != answer.asked.nonce:
             if "problem" not in head or "nonce" in head:
                 raise _Unusable("its reply is refused: it answers another message, an old one or one of another run")
-        if head.get("client") != answer.client:
-            raise _Unusable(f"its reply is refused: it is client {head.get('client')!r}'s")
+        if head["client"] != answer.client:
+            raise _Unusable(f"its reply is refused: it is client {head['client']}'s")
         if "problem" in head:
-            raise _Unusable(f"the client says: {str(head['problem'])[:REASON]}")
-        return {**head, "parts": parts}
+            raise _Unusable(f"the client says: {head['problem']}")
+        return head, parts
 
 
 @dataclass(frozen=True)
@@ -292,56 +353,23 @@ class _Pauses:
 
 def _read(reply: Mail, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
     if reply.has_error():
-        raise _Unusable(f"no answer: {reply.error.reason} (Flower's error {reply.error.code})")
+        raise _Unusable(f"no answer: {printable(reply.error.reason, NAME)} (Flower's error {reply.error.code})")
     try:
         return mail.read(reply.content, limit)
     except mail.MailError as error:
         raise _Unusable(f"its reply is refused: {error}") from None
 
 
-def _visit_of(head: Mapping[str, Any]) -> tuple[Visit, int]:
+def _visit_of(head: Mapping[str, Any], parts: dict[str, bytes]) -> tuple[Visit, int]:
     """The visit that an answer tells of, and the bytes of its reply."""
-    told, kept = head.get("visit"), head.get("kept")
-    if not isinstance(told, dict) or not isinstance(kept, str) or not re.fullmatch("[0-9a-f]{64}", kept):
-        raise _Unusable("it tells of no visit")
-    if not isinstance(head.get("private"), bool):
-        raise _Unusable("it does not say whether there is a private state")
-    numbers = {name: told.get(name) for name in ("flops", "seconds", "peak_memory_bytes")}
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 <= value < 2**63:
-            raise _Unusable(f"{name} is {value!r}, expected a number from 0")
-    if (reason := told.get("reason")) is not None:
-        return Visit(None, str(reason)[:REASON], **numbers), 0
-    if not isinstance(head.get("reply"), dict):
-        raise _Unusable("it holds neither a reply nor a reason")
-    packed = Packed(head["reply"], head["parts"])
-    return Visit(unpack_reply(packed), None, **numbers), packed.size
-
-
-def _checked_record(record: Any, client: int) -> dict[str, Any]:
-    """A client's line of `clients.jsonl`, as far as it can be checked from afar."""
-    if not isinstance(record, dict) or not record.keys() <= set(CLIENT_FIELDS) or record.get("id") != client:
-        raise _Unusable("its record is not of the form of clients.jsonl")
-    accuracies = record.get("accuracy")
-    if not isinstance(accuracies, dict) or not accuracies.keys() <= set(ACCURACY_FIELDS):
-        raise _Unusable("its accuracies are not of the form of clients.jsonl")
-    for value in (*accuracies.values(), record.get("macro_f1")):
-        _share(value)
-    for name in ("n_train", "n_validation", "n_test"):
-        if type(record.get(name)) is not int or not 0 <= record[name] < 2**31:
-            raise _Unusable(f"{name} is {record.get(name)!r:.40}, expected a whole number")
-    for name in ("gate_mean", "gate_std", "gate_entropy"):
-        if record.get(name) is not None and not is_number(record[name]):
-            raise _Unusable(f"{name} is {record[name]!r:.40}, expected a number")
-    if not isinstance(record.get("group"), (str, type(None))) or record.get("unseen") is not False:
-        raise _Unusable("its record is not of the form of clients.jsonl")
-    return record
-
-
-def _share(value: Any) -> float | None:
-    if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
-        raise _Unusable(f"an accuracy is {value!r}, expected a number in [0, 1]")
-    return value
+    told = head["visit"]
+    if told["reason"] is not None:
+        return Visit(None, **told), 0
+    packed = Packed(head["reply"], parts)
+    try:
+        return Visit(unpack_reply(packed), **told), packed.size
+    except (SchemaError, WireError) as error:
+        raise _Unusable(f"its reply is refused: {error}") from None
 
 
 def _listed(clients: Sequence[int]) -> str:
