@@ -1,9 +1,12 @@
 """The distributed engine against the embedded one, and against nodes that fail, dawdle and lie."""
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import math
+import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
+from cryptography import x509
 from fake_grid import FakeGrid
 from flwr.app import Error, Message
 from safetensors.torch import load_file
@@ -23,6 +27,7 @@ from fedms.config import ConfigError, load_config
 from fedms.data import read_shard
 from fedms.engine.base import Interrupted
 from fedms.engine.flower import certificates, deployment, mail
+from fedms.engine.flower import client as side
 from fedms.engine.flower.folder import ClientFolder, FolderError, State
 from fedms.export import export
 from fedms.progress import Progress
@@ -191,12 +196,21 @@ FAULTS = {
     "cut": (truncated, "the payload should be"),
     "samples": (headed(lambda h: h["reply"].update(n_train=10**6)), "n_train 1000000, but the client has"),
     "metric": (headed(lambda h: h["reply"]["metrics"].update(loss="low")), "loss is 'low', expected a number"),
-    "unknown metric": (headed(lambda h: h["reply"]["metrics"].update(price=1.0)), "unknown metric 'price'"),
+    "unknown metric": (headed(lambda h: h["reply"]["metrics"].update(price=1.0)), "reply.metrics.price: unknown"),
     "other client": (headed(lambda h: h.update(client=0)), "it is client 0's"),
-    "no visit": (headed(lambda h: h.pop("visit")), "it tells of no visit"),
+    "no visit": (headed(lambda h: h.pop("visit")), "visit is missing, expected a table"),
     "endless number": (headed(lambda h: h["reply"]["metrics"].update(loss=10**4000)), "expected a number"),
     "strange dtype": (packed(lambda entry: entry.__setitem__(2, [])), "dtype and encoding are no strings"),
-    "score": (headed(lambda h: h["reply"].update(score=7)), "expected an accuracy in [0, 1]"),
+    "score": (headed(lambda h: h["reply"].update(score=7)), "reply.score is 7, expected a number from 0 to 1"),
+    "no metric": (headed(lambda h: h["reply"].update(metrics={})), "metrics.trained_params is missing"),
+    "null metric": (headed(lambda h: h["reply"]["metrics"].update(trained_params=None)), "metrics.trained_params is None"),
+    "validation samples": (headed(lambda h: h["reply"].update(n_validation=2**31 - 1)), "n_validation 2147483647, but the"),
+    "infinite": (headed(lambda h: h["visit"].update(seconds=10**400)), "visit.seconds is 1"),
+    "surrogate": (edited(lambda t: {**t, "\ud800": t[first(t)]}), r"the manifest names '\\ud800', expected a printable name"),
+    "dimensions": (packed(lambda entry: entry.__setitem__(1, [1] * 65)), "the shape is a list of 65"),
+    "empty and huge": (packed(lambda entry: entry.__setitem__(1, [0, 2**47, 2**47])), "an impossible shape"),
+    "unknown field": (headed(lambda h: h.update(more=1)), "more: unknown; expected client, run, nonce"),
+    "another hash": (headed(lambda h: h.update(kept="../x")), "kept is '../x', expected a SHA-256"),
 }
 
 
@@ -260,6 +274,183 @@ def test_late_answers_are_dropped_and_told(tmp_path, shards, without_one):
     same_result(found, without_one)
 
 
+def test_text_of_a_client_is_escaped_and_cut(tmp_path, shards):
+    """Its reason, and the name of its group: no surrogate, no control character, no end of a line."""
+    nasty = "\ud800\x1b[31m\u202e\n" + "x" * 5000
+    found, notes = deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=0", faults={
+        ("train", "stage1 1", 1): headed(lambda h: (h["visit"].update(reason=nasty), h.pop("reply"))),
+        ("train", "stage1 1", 2): lambda message, answer: Message(
+            mail.write({"client": 2, "problem": nasty}, {}), reply_to=message),
+        ("evaluate", "evaluation", 3): headed(lambda h: h["record"].update(group=nasty))})
+    reasons = [v["reason"] for v in found[0]["visits"] if v["status"] == "failed"]
+    group = found[0]["clients"][3]["group"]
+    assert len(reasons) == 2 and all(r.isprintable() and len(r) <= 1000 and r"\ud800\x1b[31m\u202e\n" in r for r in reasons)
+    assert group.isprintable() and len(group) == 200 and all(note.isprintable() for note in notes)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda r: r["accuracy"].pop("personalised"), "accuracy.personalised is missing"),
+    (lambda r: r["accuracy"].pop("half"), "accuracy.half is missing"), (lambda r: r.pop("gate_std"), "gate_std is missing"),
+    (lambda r: r.update(gate_entropy=None), "gate_entropy is missing"), (lambda r: r.pop("macro_f1"), "macro_f1 is missing"),
+    (lambda r: r.update(n_test=2**40), "record.n_test is 1099511627776, expected"),
+    (lambda r: r.update(n_train=1), "n_train is 1, expected"), (lambda r: r.update(accuracy=[]), "accuracy is a list of 0")])
+def test_a_record_that_a_summary_cannot_be_made_of_is_refused(tmp_path, shards, change, words):
+    found, notes = deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=1", faults={
+        ("evaluate", "evaluation", 2): headed(lambda h: change(h["record"]))})
+    assert [c["id"] for c in found[0]["clients"]] == [0, 1, 3, 4] and any(words in note for note in notes), notes
+
+
+def told(**values):
+    return headed(lambda h: h.update(values))
+
+
+@pytest.mark.parametrize("fault, words", [
+    (told(n_validation=2**31 - 1), "data.split leaves it"), (told(n_train=-1), "n_train is -1"),
+    (told(n_train=1.5), "n_train is 1.5"), (told(client=10**30), "client is 1"), (told(name="x"), "name: unknown"),
+    (told(n_train=None), "samples it has of one kind alone")])
+def test_a_node_that_tells_nonsense_of_itself_is_refused(tmp_path, shards, fault, words):
+    found, notes = deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=0", faults={("query", "hello", 2): fault})
+    assert any(note.startswith("node 102 is refused") and words in note for note in notes), notes
+    assert {v["client"] for v in found[0]["visits"] if v["status"] == "failed"} == {2}
+
+
+def test_a_key_without_a_client_s_name_is_refused_whoever_comes_first(tmp_path, shards):
+    for name in ("hospital-b", ""):
+        def change(grid):
+            grid.nodes = {50: 0, **grid.nodes}
+            grid.names = {50: name, **{100 + i: f"client-{i}" for i in range(4)}}
+        found, notes = deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=0", change=change, name=f"run{name}",
+                                overwrite=True)
+        assert any(note.startswith("node 50 is refused: it says it is client 0, but its key is registered as") for note in notes)
+        assert not [v for v in found[0]["visits"] if v["status"] != "ok"]
+
+
+def test_a_client_that_is_away_is_waited_for_once(tmp_path, shards):
+    grids = []
+
+    def change(grid):
+        grid.down.add(2)
+        push = grid.push_messages
+
+        def pushing(messages):      # its node comes in the last round
+            if any(m.metadata.group_id == "stage1 4" for m in messages):
+                grid.down.clear()
+            return push(messages)
+        grid.push_messages = pushing
+        grids.append(grid)
+
+    started = time.monotonic()
+    found, notes = deployed(tmp_path, shards, "stage1.rounds=4", "stage2.rounds=1", "clients.join_timeout=3", change=change)
+    assert time.monotonic() - started < 2 * 3 + 10
+    assert sum("the nodes of the clients 2 are away" in note for note in notes) == 1
+    assert [v["round"] for v in found[0]["visits"] if v["client"] == 2 and v["status"] == "failed"] == [1, 2, 3, 4]
+    assert [v["status"] for v in found[0]["visits"] if v["client"] == 2][-1] == "ok"
+
+
+def test_replies_that_flower_cannot_rebuild_do_not_end_the_run(tmp_path, shards, without_one):
+    def change(grid):
+        pull = grid.pull_messages
+
+        def pulling(ids):
+            came = pull(ids)
+            if any(r.metadata.group_id == "stage1 2" and r.metadata.src_node_id == 102 for r in came):
+                grid.replies |= {r.metadata.reply_to_message_id: [r] for r in came if r.metadata.src_node_id != 102}
+                raise ValueError("\x1bno array")
+            return came
+        grid.pull_messages = pulling
+    found, notes = deployed(tmp_path, shards, change=change)
+    assert r"replies that Flower could not read are dropped: ValueError: \x1bno array" in notes
+    same_result(found, without_one)
+
+
+# What a server may have a client do
+
+def asked(change, seen):
+    """A server that changes the head of its message; what the client answers is added to `seen`."""
+    def fault(message, answer):
+        head, parts = mail.read(message.content)
+        change(head)
+        message.content = mail.write(head, mail.buffers(parts))
+        reply = answer(message)
+        seen.append(mail.read(reply.content)[0])
+        return reply
+    return fault
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda h: h["config"]["model"].update(trust_remote_code=True, id="org/name"), "model.trust_remote_code: the server says True"),
+    (lambda h: h["config"]["model"].update(id="/srv/model"), "model.id: the server says '/srv/model', which is neither"),
+    (lambda h: h["config"]["model"].update(id="../model"), "model.id: the server says '../model'"),
+    (lambda h: h["config"]["lora"].update(start="/etc"), "lora.start: the server says '/etc'"),
+    (lambda h: h["config"]["data"].update(path="/etc"), "data.path: the server says '/etc'"),
+    (lambda h: h.update(run="../../elsewhere"), "run is '../../elsewhere', expected the id of a run"),
+    (lambda h: h.update(kept="../x"), "kept is '../x'"), (lambda h: h["message"].update(depth=-1), "message.depth is -1"),
+    (lambda h: h["message"].update(round=10**400), "message.round is 1"),
+    (lambda h: h.update(format=1), "messages of format 1"), (lambda h: h.update(code="x"), "code: unknown"),
+    (lambda h: h.update(config=[]), "config is a list of 0"), (lambda h: h["config"].update(more={}), "more: unknown key")])
+def test_a_client_takes_no_code_path_or_nonsense_from_a_server(tmp_path, shards, change, words):
+    seen = []
+    deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=0", faults={("train", "stage1 1", 2): asked(change, seen)})
+    assert words in seen[0]["problem"] and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_file_is_pinned_for_its_run(tmp_path, shards):
+    seen = []
+    change = asked(lambda h: h["config"]["gate"].update(training="aggregated", lr=1e-38), seen)
+    deployed(tmp_path, shards, "gate.training=private", "stage2.rounds=2", faults={("train", "stage2 2", 2): change})
+    assert "the server has changed the run file since this run began" in seen[0]["problem"]
+
+
+def test_a_gate_that_was_not_sent_is_not_sent_back(tmp_path, shards):
+    """A server that says the gate is aggregated but sends none gets none."""
+    seen = []
+
+    def fault(message, answer):
+        head, parts = mail.read(message.content)
+        parts.pop("tensors", None)
+        message.content = mail.write(head, mail.buffers(parts))
+        reply = answer(message)
+        seen.append(mail.read(reply.content))
+        return reply
+    with pytest.raises(AllClientsFailed):
+        deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=1",
+                 faults={("train", "stage2 1", client): fault for client in range(4)})
+    assert all("tensors" not in parts for _, parts in seen)
+
+
+def test_a_node_s_own_run_file_names_its_model(tmp_path):
+    own = load_config("digits", ["model.id=/srv/model"])
+    tables = own.model_dump(mode="json", exclude_none=True)
+    identity = side.Identity(0, 1, tmp_path, tmp_path, own)
+    assert side._agreed(tables, identity) == own
+    with pytest.raises(side.Disagreement, match="a folder must be the one that this node's own run file names"):
+        side._agreed({**tables, "model": {**tables["model"], "id": "/srv/other"}}, identity)
+
+
+def test_certificates_are_renewed_with_the_same_keys(tmp_path, monkeypatch):
+    class Past(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime.now(tz) - datetime.timedelta(days=certificates.DAYS - 10)
+
+    now = types.SimpleNamespace(datetime=Past, timezone=datetime.timezone, timedelta=datetime.timedelta)
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "datetime", now)
+        assert certificates.make(tmp_path, ["127.0.0.1"], 1) == []
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (line,) = certificates.warnings(tmp_path)
+    assert "server.pem: the SuperLink's certificate expires on" in line and "--host 127.0.0.1" in line
+    assert certificates.make(tmp_path, ["127.0.0.1"], 1) == ["server.pem"] and not certificates.warnings(tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"server.pem"}
+    certificate, authority = (x509.load_pem_x509_certificate(after[name]) for name in ("server.pem", "ca.crt"))
+    certificate.verify_directly_issued_by(authority)
+    (tmp_path / "server.pem").write_bytes(before["server.pem"])
+    (tmp_path / "ca.key").unlink()
+    with pytest.raises(FileNotFoundError, match="ca.key: is not here, and a certificate must be renewed with it"):
+        certificates.make(tmp_path, ["127.0.0.1"], 1)
+
+
 def test_a_quorum(tmp_path, shards):
     silent = {("train", "stage1 2", client): lambda message, answer: None for client in (1, 2, 3)}
     with pytest.raises(AllClientsFailed, match="1 of 4 clients could train, fewer than clients.quorum = 0.5"):
@@ -272,10 +463,10 @@ def test_a_quorum(tmp_path, shards):
 def test_impostors_are_refused(tmp_path, shards):
     def change(grid):
         grid.nodes |= {7: 1, 8: 3}                  # two more nodes that claim to be clients 1 and 3
-        grid.names = {103: "client-3", 8: "client-2", 102: "client-2"}
+        grid.names = {**{100 + i: f"client-{i}" for i in range(4)}, 7: "", 8: "client-2"}
         grid.nodes = dict(sorted(grid.nodes.items(), key=lambda pair: pair[0] == 7))
     found, notes = deployed(tmp_path, shards, change=change)
-    assert any("it says it is client 1, which node 101 is already" in n for n in notes)
+    assert any("it says it is client 1, but its key is registered as nobody" in n for n in notes)
     assert any("it says it is client 3, but its key is registered as client-2" in n for n in notes)
     same_result(found, embedded(tmp_path))
 

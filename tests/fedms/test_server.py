@@ -148,7 +148,7 @@ def test_a_round_goes_on_from_the_middle(rule):
 
 
 class One(Participant):
-    id, n_train = 2, 10
+    id, n_train, n_validation = 2, 10, 5
 
     def __init__(self, max_depth=None):
         self.device = Device(max_depth)
@@ -161,10 +161,8 @@ def changed(tensors, name, change):
 @pytest.mark.parametrize("change, words", [
     (lambda r: replace(r, client=1), "it is client 1's, expected client 2's"),
     (lambda r: replace(r, n_train=11), "n_train 11, but the client has 10"),
-    (lambda r: replace(r, n_validation=-1), "n_validation -1 is no number of samples"),
-    (lambda r: replace(r, score=1.5), r"score 1.5, expected an accuracy in \[0, 1\]"),
-    (lambda r: replace(r, metrics={"price": 1.0}), "unknown metric 'price'"),
-    (lambda r: replace(r, metrics={"loss": float("nan")}), "metric loss is nan"),
+    (lambda r: replace(r, n_validation=2**31 - 1), "n_validation 2147483647, but the client has 5 validation samples"),
+    (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t + 1)), "head/weight: its change has norm 2"),
     (lambda r: replace(r, tensors={**r.tensors, "gate/out.weight": torch.zeros(2, 2)}), "gate/out.weight: was not sent"),
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t[:1])), r"shape \(1, 2\), expected \(2, 2\)"),
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t.double())), "float64, expected torch.float32"),
@@ -183,13 +181,65 @@ def test_a_reply_is_admitted_or_refused_with_a_reason(change, words):
     assert len(collected.numbers) == 1
 
 
+def test_a_small_tensor_cannot_be_replaced_beside_large_ones():
+    s = server("fedavg", "sal.schedule=all")
+    message = s.message(s.start({**TENSORS, "head/weight": torch.full((2, 2), 1e6), "head/bias": torch.zeros(2)}))
+    for by, refused in ((0.004, False), (0.1, True)):
+        collected = s.collect()
+        answer = reply(2, {**message.tensors, "head/bias": torch.full((2,), by)})
+        if refused:
+            with pytest.raises(Refused, match="head/bias: its change has norm 0.14.*by clients.max_change"):
+                s.admit(answer, message, One(), collected)
+        else:
+            s.admit(answer, message, One(), collected)
+
+
+def test_what_the_server_adds_to_frozen_weights_comes_from_no_client():
+    s = server("fedavg", "aggregate.rule=exact")
+    message = s.message(replace(s.start(TENSORS), tensors={**TENSORS, "correction/block.2": torch.zeros(2, 2)}))
+    assert "correction/block.2" in message.tensors
+    with pytest.raises(Refused, match="correction/block.2: is what the server adds to frozen weights"):
+        s.admit(reply(2, dict(message.tensors)), message, One(), s.collect())
+
+
+def test_statistics_count_once_and_that_lasts():
+    s = server("fedavg_prior")
+    state = s.start(TENSORS)
+    told = {"class_counts": torch.tensor([4.0, 0.0, 6.0], dtype=torch.float64)}
+    collected = s.collect(state)
+    s.admit(reply(2, {}, sums=told), s.message(state), One(), collected)
+    for _ in range(2):      # in the round, and in the next one
+        with pytest.raises(Refused, match="class_counts: the client has told it before, and it is told once"):
+            s.admit(reply(2, {}, sums=told), s.message(state), One(), collected)
+        plain, tensors = pack_server(state, collected)
+        state, collected = unpack_server(json.loads(json.dumps(plain)), tensors)
+        if not state.counted:
+            state, _ = s.step(state, collected)
+            collected = s.collect(state)
+    assert torch.equal(state.sums["class_counts"], told["class_counts"])
+
+
+@pytest.mark.parametrize("sets, lies", [
+    (["aggregate.weights=uniform"], 0.25 * 0.9 + 0.75 * 0.1), ([], (50 * 0.9 + 15 * 0.1) / 65),
+    (["aggregate.rule=median"], 0.1)])
+def test_one_client_does_not_weigh_more_than_ten_in_the_score(sets, lies):
+    collected = server("fedavg", *sets).collect()
+    for client in range(4):
+        each = reply(client, {}, score=0.9 if client == 2 else 0.1)
+        collected.add(replace(each, n_validation=2**31 - 1) if client == 2 else each)
+    assert collected.score("aggregate.rule=median" in sets) == pytest.approx(lies)
+
+
 def test_statistics_and_blocks_that_do_not_fit_are_refused():
     s = server("fedavg_prior", "sal.schedule=all")
     message, collected = s.message(s.start(TENSORS)), s.collect()
     with pytest.raises(Refused, match="block 1 is not trained by this client now"):
         s.admit(reply(2, dict(message.tensors)), message, One(max_depth=2), collected)
     for counts, words in ((torch.ones(1), r"class_counts: shape \(1,\), expected \(3,\)"),
-                          (torch.full((3,), float("inf")), "class_counts: holds NaN or infinity")):
+                          (torch.full((3,), float("inf")), "class_counts: expected whole numbers from 0"),
+                          (torch.tensor([-5.0, 5.0, 10.0]), "class_counts: expected whole numbers from 0"),
+                          (torch.tensor([0.5, 0.5, 9.0]), "class_counts: expected whole numbers from 0"),
+                          (torch.tensor([1e9, 0.0, 0.0]), r"adds up to 1e\+09, but the client has 10 training samples")):
         with pytest.raises(Refused, match=words):
             s.admit(reply(2, {}, sums={"class_counts": counts.double()}), message, One(), collected)
 

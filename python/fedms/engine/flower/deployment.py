@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
@@ -136,7 +137,8 @@ class Commands:
         keys = self.folder / "certificates"
         security = (["--root-certificates", f"{keys}/ca.crt", "--auth-supernode-private-key", f"{keys}/client-{client}"]
                     if self.secure else ["--insecure"])
-        node = f'client={client} data="{self.folder}/data/client-{client}" state="{self.folder}/states/client-{client}"'
+        node = (f'client={client} data="{self.folder}/data/client-{client}" state="{self.folder}/states/client-{client}" '
+                f'run="{self.folder}/run.toml"')
         return ["flower-supernode", *security, "--superlink", f"{self.host}:{self.port}", "--port", str(port),
                 "--node-config", node]
 
@@ -175,6 +177,8 @@ def up(folder: Path, port: int | None, secure: bool, tell: Callable[[str], None]
             except OSError as error:
                 raise DeploymentError(f"port {number}: {error.strerror}; ports {ports[0]} to {ports[-1]} are needed, "
                                       "choose others by --port") from None
+    if secure:
+        _check_certificates(folder, tell)
     write_connection(folder, HOST, port, secure)
     commands = Commands(folder, HOST, port, secure)
     try:
@@ -190,6 +194,19 @@ def up(folder: Path, port: int | None, secure: bool, tell: Callable[[str], None]
         down(folder)
         raise
     return commands
+
+
+def _check_certificates(folder: Path, tell: Callable[[str], None]) -> None:
+    """Raises DeploymentError if one has expired; tells of one that will soon."""
+    keys = folder / "certificates"
+    try:
+        lines, first = certificates.warnings(keys), min(certificates.ends(keys).values())
+    except (OSError, ValueError) as error:
+        raise DeploymentError(f"{keys}: {error}") from None
+    if lines and first <= datetime.now(timezone.utc):
+        raise DeploymentError("\n".join(lines))
+    for line in lines:
+        tell(line)
 
 
 def start(folder: Path, name: str, command: Sequence[str]) -> None:
