@@ -592,7 +592,7 @@ def doctor(
 
         marks = {"ok": "green", "note": "yellow", "problem": "bold red"}
         checks = []
-        for check in diagnose():
+        for check in diagnose(None if source is None else Path(source)):
             _paragraph(f"{check.state:<8}{check.name:<28}", check.text, marks[check.state])
             checks.append(check)
         if config is not None:

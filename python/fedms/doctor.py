@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,14 +34,15 @@ class Check:
     text: str
 
 
-def diagnose() -> Iterator[Check]:
-    """All checks, in the order in which one builds on another."""
+def diagnose(run_file: Path | None = None) -> Iterator[Check]:
+    """All checks, in the order in which one builds on another; of a deployment's run file those of its folder, too."""
     for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _minilm, _sentiment, _digits,
-                  _fashion, _pretrained):
+                  _fashion, _pretrained, partial(_certificates, run_file)):
         try:
             yield from check()
         except Exception as error:  # a check that breaks is a finding, and must not hide the others
-            yield Check(check.__name__.strip("_"), "problem", f"{type(error).__name__}: {error}")
+            name = getattr(check, "__name__", "certificates").strip("_")
+            yield Check(name, "problem", f"{type(error).__name__}: {error}")
 
 
 def served(config: RunConfig, progress: Progress) -> Served:
@@ -180,6 +182,20 @@ def _pretrained() -> Iterator[Check]:
         file = recipe.weights(name)
         yield Check(f"model {name}", "ok" if file.exists() else "note",
                     str(file) if file.exists() else f"not pretrained yet: fedms pretrain {name}")
+
+
+def _certificates(run_file: Path | None) -> Iterator[Check]:
+    """Of the deployment whose run file this is, if it is one's."""
+    if run_file is None or not (run_file.parent / "certificates/server.pem").is_file():
+        return
+    from fedms.engine.flower import certificates
+
+    folder = run_file.parent / "certificates"
+    lines, ends = certificates.warnings(folder), certificates.ends(folder)
+    for line in lines:
+        yield Check("certificates", "problem" if "has expired" in line else "note", line)
+    if not lines:
+        yield Check("certificates", "ok", ", ".join(f"{name} valid until {end:%Y-%m-%d}" for name, end in ends.items()))
 
 
 def _attempt(name: str, look: Callable[[], object]) -> Iterator[Check]:
