@@ -467,7 +467,7 @@ def test_impostors_are_refused(tmp_path, shards):
         grid.nodes = dict(sorted(grid.nodes.items(), key=lambda pair: pair[0] == 7))
     found, notes = deployed(tmp_path, shards, change=change)
     assert any("it says it is client 1, but its key is registered as nobody" in n for n in notes)
-    assert any("it says it is client 3, but its key is registered as client-2" in n for n in notes)
+    assert any("it says it is client 3, but its key is registered as 'client-2'" in n for n in notes)
     same_result(found, embedded(tmp_path))
 
 

@@ -26,6 +26,7 @@ from fedms.server import Server
 from fedms.wire import WireError
 
 SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests
+GRACE = 10.0                # seconds in which a node that was silent may say that it is there, and miss no further round
 NOTES = 100                 # most notes that strangers can cause
 POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at most
 
@@ -71,6 +72,7 @@ class FlowerEngine(Engine):
         self.node_of: dict[int, int] = {}           # by client
         self.greeted: dict[int, float] = {}         # nodes that were asked who they are, and when
         self.away: set[int] = set()                 # clients that were waited for in vain
+        self.asked_again: dict[int, float] = {}     # when those of them that were silent were asked whether they are there
         self.authenticated = False                  # whether nodes have registered keys
         self.told: set[str] = set()                 # notes that strangers caused
         self.greetings: dict[str, int] = {}         # nodes whose answer is awaited, by message
@@ -146,7 +148,7 @@ class FlowerEngine(Engine):
         if all(client in self.away for client in clients):
             self.away.clear()
         started, pauses, told = time.monotonic(), _Pauses(), False
-        while missing := [client for client in clients if client not in self.node_of and client not in self.away]:
+        while missing := [client for client in clients if client not in self.node_of and self._is_waited_for(client)]:
             waited = time.monotonic() - started
             if waited > (self.join_timeout or float("inf")):
                 self.away.update(missing)
@@ -158,6 +160,9 @@ class FlowerEngine(Engine):
             self.check_stop(message)
             pauses.sleep()
             self._meet()
+
+    def _is_waited_for(self, client: int) -> bool:
+        return client not in self.away or time.monotonic() - self.asked_again.get(client, float("-inf")) < GRACE
 
     def _meet(self) -> None:
         """Asks new nodes which client they are; forgets nodes that have left."""
@@ -220,6 +225,7 @@ class FlowerEngine(Engine):
         node = self.node_of.pop(client, None)
         if node is not None:
             self.away.add(client)
+            self.asked_again[client] = time.monotonic()
             self.greeted.pop(node, None)
             self._meet()
 
