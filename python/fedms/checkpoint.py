@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors.numpy import save as save_arrays
-from typing_extensions import TypedDict     # pydantic asks for it below Python 3.12
+from typing_extensions import NotRequired, TypedDict     # pydantic asks for it below Python 3.12
 
 from fedms.files import private_folder, write_durably
 from fedms.foreign import conform, parse_json, read_regular, read_tensors
@@ -245,7 +245,7 @@ def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any
 
 _ServerState = TypedDict("_ServerState", {
     "stage": Literal["stage1", "stage2", "done"], "round": _Count, "applied_depth": _Count,
-    "final_depth": dict[str, _Count], "collected": dict[str, Any],
+    "final_depth": dict[str, _Count], "counted": NotRequired[list[_Count]], "collected": dict[str, Any],
     "sal": TypedDict("_Sal", {"depth": _Count, "rounds": _Count, "queue": list[float]})})
 _SERVER_STATE = TypeAdapter(_ServerState)
 
