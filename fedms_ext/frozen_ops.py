@@ -7,12 +7,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 from .backends import eager
-from .backends.operands import Frozen, Lora, Needs
-from .ops import _kept_scale_tensor, _library, _scale_tensor, _without_autocast, applied, call, fake_s, given
+from .backends.operands import Frozen, Lora, Needs, Scales
+from .ops import _library, _without_autocast, applied, call, check, fake_s, given, settled, split_scale, transforms
 
 if TYPE_CHECKING:
     from .nn.quantised_weight import QuantisedWeight
@@ -89,7 +90,7 @@ class _FrozenLinear(torch.autograd.Function):
         kind: str,
         group: int,
         bias: Tensor | None,
-        scale: Tensor,
+        scale: Scales | Tensor,
         segments: Sequence[int] | None,
         dropout_p: float,
         seed: int,
@@ -104,7 +105,8 @@ class _FrozenLinear(torch.autograd.Function):
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
         keep_s = needs[1] or any(needs[2 + experts :])
-        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, *for_dx, scale, *lora)
+        ctx.numbers, tensor = split_scale(scale)
+        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, *for_dx, tensor, *lora)
         ctx.k, ctx.kind, ctx.group, ctx.segments = x.shape[-1], kind, group, segments
         ctx.dropout_p, ctx.seed, ctx.needs = dropout_p, seed, needs
         return y
@@ -113,6 +115,7 @@ class _FrozenLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, gate, weight, weight_scale, scale, *lora = ctx.saved_tensors
+        scale = ctx.numbers if scale is None else scale
         experts = len(lora) // 2
         needs = ctx.needs
         found = iter(
@@ -148,10 +151,7 @@ def frozen_linear(
     """
     n, k = frozen.shape
     weight, weight_scale = frozen.operands
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}, expected a floating dtype")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x has the shape {tuple(x.shape)}, expected (..., {k}) for a weight of {(n, k)}")
+    check(x, n, k, bias, lora_a, lora_b, scale, active, segments)
     if weight_scale.device != x.device:
         raise ValueError(f"the weight is on {weight_scale.device}, but x is on {x.device}; move one of them")
     if gate is not None:
@@ -162,7 +162,13 @@ def frozen_linear(
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    factors = (_scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor)(tuple(chosen))
+    factors = settled(chosen)
+    if transforms():
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.linear(x, frozen.dequantise().to(x.dtype), bias)
+        if not lora_a:
+            return y
+        return y + reference.lora_branch(x, lora_a, lora_b, factors, gate, dropout_p, seed, segments)
 
     needs: tuple[bool, ...] = (False,)
     if torch.is_grad_enabled():

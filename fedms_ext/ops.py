@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .backends.operands import Gradients, Lora, Needs
+from . import backends, reference
+from .backends.operands import Gradients, Lora, Needs, Scales
 
 _library = torch.library.Library("fedms_ext", "DEF")
 
@@ -83,19 +84,37 @@ def _listeners() -> tuple[Callable[[], object], ...]:
 
 _LISTENERS = _listeners()
 
+# All that a call may hold besides lists: of tensors only those whose values lie in memory of their own, as they are.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, Scales, list, tuple, torch.Size, type(None), bool, int, float, str))
 
-def call(operator: Callable[..., Any], implementation: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-    """`operator`, past PyTorch's dispatcher if nothing listens there, be it a compiler, a tracer, a mode, a transform or the
-    profiler: from Python to Python it takes as long as the kernel of a layer at one row."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return operator(x, *args)
+
+def _is_plain(args: Sequence[Any]) -> bool:
+    """Whether a kernel may read every tensor of a call from memory: not a subclass (DTensor, FakeTensor, ...), which may have
+    none, and not a view whose values are to be negated when they are read."""
+    inside = [arg for arg in args if type(arg) is tuple or type(arg) is list]
+    every = (*args, *chain(*inside))
+    return _PLAIN.issuperset(map(type, every)) and not any([t.is_neg() for t in every if isinstance(t, Tensor)])
+
+
+def _dispatched(operator: Callable[..., Any], args: Sequence[Any]) -> Any:
+    return operator(*[scale_tensor(arg) if type(arg) is Scales else arg for arg in args])
+
+
+def call(operator: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
+    """`operator`, past PyTorch's dispatcher if nothing listens there (a compiler, a tracer, a mode, a transform, the profiler)
+    and every tensor is plain: from Python to Python it takes as long as the kernel of a layer at one row.
+
+    The dispatcher is what calls a subclass of Tensor, or writes out a view that is not plain.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(args):
+        return _dispatched(operator, args)
     for listens in _LISTENERS:
         if listens():
-            return operator(x, *args)
+            return _dispatched(operator, args)
     if not torch.is_grad_enabled():  # to say so again takes 4 us
-        return implementation(x, *args)
+        return implementation(*args)
     with torch.no_grad():  # as below the dispatcher's autograd
-        return implementation(x, *args)
+        return implementation(*args)
 
 
 def fake_s(x: Tensor, lora_a: Sequence[Tensor], segments: Sequence[int] | None) -> Tensor:
@@ -130,7 +149,7 @@ class _ExpertLinear(torch.autograd.Function):
         gate: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        scale: Tensor,
+        scale: Scales | Tensor,
         segments: Sequence[int] | None,
         dropout_p: float,
         seed: int,
@@ -145,14 +164,16 @@ class _ExpertLinear(torch.autograd.Function):
         # `needs` is for x, the gate, every A, every B. Kept is what its gradients use and nothing else.
         keep_x = any(needs[2 : 2 + experts])
         keep_s = needs[1] or any(needs[2 + experts :])
-        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, weight, scale, *lora)
-        ctx.segments, ctx.dropout_p, ctx.seed, ctx.needs = segments, dropout_p, seed, needs
+        numbers, tensor = split_scale(scale)
+        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, weight, tensor, *lora)
+        ctx.numbers, ctx.segments, ctx.dropout_p, ctx.seed, ctx.needs = numbers, segments, dropout_p, seed, needs
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, gate, weight, scale, *lora = ctx.saved_tensors
+        scale = ctx.numbers if scale is None else scale
         experts = len(lora) // 2
         needs = ctx.needs
         found = iter(
@@ -177,9 +198,10 @@ def _check_tensor(name: str, tensor: Any, like: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, but x is on {like.device}; move one of them")
 
 
-def _check(
+def check(
     x: Tensor,
-    weight: Tensor,
+    n: int,
+    k: int,
     bias: Tensor | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
@@ -187,16 +209,16 @@ def _check(
     active: Sequence[bool] | None,
     segments: Sequence[int] | None,
 ) -> None:
+    """What both operators ask of the operands besides the weight, (n, k)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}, expected a tensor")
-    _check_tensor("weight", weight, x)
-    if weight.dim() != 2:
-        raise ValueError(f"weight has the shape {_shape(weight)}, expected (N, K)")
-    n, k = weight.shape
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"x has the layout {x.layout}{', nested' if x.is_nested else ''}, expected a dense tensor; pass "
+                        "x.to_dense() or the padded rows")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, expected a floating dtype")
     if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x has the shape {_shape(x)}, expected (..., {k}) for a weight of {_shape(weight)}")
+        raise ValueError(f"x has the shape {_shape(x)}, expected (..., {k}) for a weight of {(n, k)}")
     if bias is not None:
         _check_tensor("bias", bias, x)
         if bias.dim() != 1 or bias.shape[0] != n:
@@ -258,11 +280,29 @@ def _check_dtypes(
             raise TypeError(f"lora_a and lora_b must share one floating dtype; found {dtype} and {tensor.dtype}")
 
 
-def _scale_tensor(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def scale_tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(tuple(values), dtype=torch.float64)
 
 
-_kept_scale_tensor = lru_cache(maxsize=256)(_scale_tensor)  # making one takes 3 us, and nothing writes to it
+def settled(scale: Sequence[float | Tensor] | Tensor) -> Scales | Tensor:
+    """The scale of a call: the numbers as they are now, or a tensor (E,). An operator takes a tensor, which takes 3 us to
+    make, so numbers become one only where the dispatcher is called."""
+    if isinstance(scale, Tensor):
+        return scale
+    if any([isinstance(value, Tensor) for value in scale]):  # PEFT's, after prepare_model_for_compiled_hotswap
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64).detach() for value in scale])
+    return scale_tensor(scale) if torch.compiler.is_compiling() else Scales(scale)
+
+
+def split_scale(scale: Scales | Tensor) -> tuple[Scales | None, Tensor | None]:
+    """A scale as what a context of autograd keeps itself, and what it saves as a tensor."""
+    return (None, scale) if isinstance(scale, Tensor) else (scale, None)
+
+
+def transforms() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp) is at work. Our operators have no rules for it, so that a layer
+    then is computed by PyTorch's own ones, which have."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _under_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -316,7 +356,12 @@ def expert_linear(
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value. NaN is not looked for.
     """
-    _check(x, weight, bias, lora_a, lora_b, scale, active, segments)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}, expected a tensor")
+    _check_tensor("weight", weight, x)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has the shape {_shape(weight)}, expected (N, K)")
+    check(x, *weight.shape, bias, lora_a, lora_b, scale, active, segments)
     experts = len(lora_a)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
@@ -347,10 +392,10 @@ def expert_linear(
         x, weight, bias, *lora = _under_autocast(x, weight, bias, *lora_a, *lora_b)
         lora_a, lora_b = lora[:experts], lora[experts:]
     _check_dtypes(x, weight, bias, lora_a, lora_b)
-    if not isinstance(scale, Tensor):
-        make = _scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor
-        scale = make(tuple(scale))
+    scale = settled(scale)
     seed = 0 if seed is None else seed
+    if transforms():
+        return F.linear(x, weight, bias) + reference.lora_branch(x, lora_a, lora_b, scale, gate, dropout_p, seed, segments)
 
     needs: tuple[bool, ...] = (False,)
     if torch.is_grad_enabled():

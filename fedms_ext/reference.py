@@ -96,6 +96,19 @@ def expert_linear(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def lora_branch(
+    x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float] | Tensor, gate: Tensor | None,
+    dropout_p: float, seed: int | None, segments: Sequence[int] | None,
+) -> Tensor:  # fmt: skip
+    """What the experts add to the frozen product: (..., N) in x's dtype, computed in that of the experts."""
+    dtype = lora_a[0].dtype
+    gate = None if gate is None else gate.to(dtype)
+    nothing = lora_b[0].new_zeros(lora_b[0].shape[0], x.shape[-1])
+    return expert_linear(
+        x.to(dtype), nothing, None, lora_a, lora_b, scale, gate, None, dropout_p, seed, segments
+    ).to(x.dtype)  # fmt: skip
+
+
 def expert_linear_backward(
     dy: Tensor,
     x: Tensor,

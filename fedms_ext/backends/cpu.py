@@ -70,7 +70,7 @@ _Experts = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Tensor | N
 
 
 def _experts(lora: Lora) -> _Experts:
-    return lora.a, lora.b, lora.scale.tolist(), lora.gate_rows()
+    return lora.a, lora.b, lora.factors, lora.gate_rows()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _plain_experts(lora: Lora, pairs: list[Tensor]) -> _Experts:
     gates = lora.gate_rows().to(torch.float32) if lora.gate is not None and lora.a else None
-    return pairs[: len(lora.a)], pairs[len(lora.a) :], lora.scale.tolist(), gates
+    return pairs[: len(lora.a)], pairs[len(lora.a) :], lora.factors, gates
 
 
 def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:

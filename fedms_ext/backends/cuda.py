@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import _C
 from . import choices, eager, triton
-from .operands import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, numbers
+from .operands import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, made_once, scale_on
 
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
 
@@ -174,7 +174,7 @@ class _Layout(NamedTuple):
     segments: object
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def _layout(ranks: tuple[int, ...], segments: tuple[int, ...] | None, device: torch.device) -> _Layout:
     """In segments each expert begins at a multiple of 16 ranks."""
     gaps = [-rank % (1 if segments is None else 16) for rank in ranks]
@@ -239,10 +239,7 @@ class _Call:
         self.layout = layout = _layout(tuple(lora.ranks), self.rows_of_experts, device)
         self.segments = layout.segments
         self.a, self.b = _side_by_side(lora, layout.gaps)
-        if lora.scale.device == device:
-            self.scale = lora.scale.to(torch.float32)
-        else:
-            self.scale = numbers(tuple(lora.scale.tolist()), torch.float32, device)
+        self.scale = scale_on(lora.scale, device).to(torch.float32)
         gates = lora.gate_rows()
         self.gate = None if gates is None else gates.to(torch.float32)
         strides = (0, 0) if self.gate is None else self.gate.stride()

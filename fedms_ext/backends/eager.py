@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..formats import dequantise
 from ..reference import dropout
-from .operands import Frozen, Gradients, Lora, Needs
+from .operands import Frozen, Gradients, Lora, Needs, Scales, plain_numbers
 
 
 def unavailable() -> str | None:
@@ -30,7 +30,7 @@ def _rows(tensor: Tensor, own: slice | None) -> Tensor:
     return tensor if own is None else tensor[own]
 
 
-def _factor(scale: list[float] | Tensor, gate: Tensor | None, expert: int, own: slice | None) -> float | Tensor:
+def _factor(scale: Sequence[float] | Tensor, gate: Tensor | None, expert: int, own: slice | None) -> float | Tensor:
     """scale_e, times column e of the gate if there is one: a number, a 0-d tensor or (rows, 1)."""
     return scale[expert] if gate is None else _rows(gate, own)[:, expert : expert + 1] * scale[expert]
 
@@ -52,9 +52,9 @@ def parts_of(s: Tensor, lora: Lora) -> list[Tensor]:
     return [part[:, :rank] for part, rank in zip(s.split(list(lora.segments)), lora.ranks)]
 
 
-def _scales(scale: Tensor) -> list[float] | Tensor:
-    # Numbers on the CPU (cheaper operators); on another device they stay there: reading them would wait for it.
-    return scale.tolist() if scale.device.type == "cpu" else scale
+def _scales(scale: Scales | Tensor) -> Sequence[float] | Tensor:
+    # Numbers (cheaper operators), unless they lie on another device: reading them would wait for it.
+    return plain_numbers(scale) if not isinstance(scale, Tensor) or scale.device.type == "cpu" else scale
 
 
 def _add_product(y: Tensor, factor: float | Tensor, s: Tensor, b: Tensor) -> None:

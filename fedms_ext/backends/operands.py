@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ from torch import Tensor
 def spans(segments: Sequence[int]) -> list[slice]:
     """The rows of each segment."""
     return [slice(end - count, end) for count, end in zip(segments, accumulate(segments))]
+
+
+class Scales(tuple[float, ...]):
+    """The scales of the applied experts as numbers; on the way through PyTorch's dispatcher they are a tensor (E,)."""
+
+    __slots__ = ()
+
+
+def plain_numbers(scale: Scales | Tensor) -> Sequence[float]:
+    return scale.tolist() if isinstance(scale, Tensor) else scale
 
 
 class Lora(NamedTuple):
@@ -27,7 +37,7 @@ class Lora(NamedTuple):
 
     a: Sequence[Tensor]
     b: Sequence[Tensor]
-    scale: Tensor
+    scale: Scales | Tensor
     gate: Tensor | None
     segments: Sequence[int] | None
     dropout_p: float
@@ -36,6 +46,11 @@ class Lora(NamedTuple):
     @property
     def ranks(self) -> list[int]:
         return [a.shape[0] for a in self.a]
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """The scales as numbers."""
+        return plain_numbers(self.scale)
 
     @property
     def rank(self) -> int:
@@ -98,7 +113,49 @@ def dense_rows(x: Tensor, alignment: int = 1) -> Tensor:
     return rows if dense and aligned else rows.clone(memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=256)
+_Made = TypeVar("_Made")
+_Args = ParamSpec("_Args")
+
+
+def made_once(most: int) -> Callable[[Callable[_Args, _Made]], Callable[_Args, _Made]]:
+    """A decorator that keeps what a function of hashable arguments made: constants in tensors on a GPU, which nobody writes
+    to. The only cache of the process that may hold tensors.
+
+    What is born in a mode belongs to it: a tensor of inference mode cannot be saved for a backward pass, the memory of one
+    made while a CUDA graph is captured is the graph's own, and below a mode of the dispatcher it may be fake. So all are
+    made outside of inference mode, and none is kept that was made in one of the others.
+    """
+
+    def decorate(make: Callable[_Args, _Made]) -> Callable[_Args, _Made]:
+        kept: dict[tuple[object, ...], _Made] = {}
+
+        @wraps(make)
+        def made(*args: _Args.args, **kwargs: _Args.kwargs) -> _Made:
+            key = (*args, *kwargs.items())
+            if key in kept:
+                return kept[key]
+            with torch.inference_mode(False):
+                value = make(*args, **kwargs)
+            capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if not capturing and torch._C._len_torch_dispatch_stack() == 0:
+                if len(kept) >= most:
+                    kept.pop(next(iter(kept)), None)
+                kept[key] = value
+            return value
+
+        return made
+
+    return decorate
+
+
+@made_once(256)
 def numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that nobody writes to, made once."""
+    """A tensor that nobody writes to."""
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def scale_on(scale: Scales | Tensor, device: torch.device) -> Tensor:
+    """The scales (E,) on a device: the tensor that is there, or float32."""
+    if isinstance(scale, Tensor) and scale.device == device:
+        return scale
+    return numbers(tuple(plain_numbers(scale)), torch.float32, device)

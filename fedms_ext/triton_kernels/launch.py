@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backends.operands import numbers
+from ..backends.operands import Scales, made_once, scale_on
 from ..reference import LEVELS
 from . import gemm as gemm_kernels
 from . import ranks as rank_kernels
@@ -76,7 +76,7 @@ def _columns(ranks: tuple[int, ...], segmented: bool) -> tuple[int, int, list[in
     return max(ranks), _ceil(max(ranks), step) * step, [0] * len(ranks)
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def _owners(ranks: tuple[int, ...], pitch: int, device: torch.device) -> Tensor:
     """The expert of each rank. In segments all have `pitch` ranks."""
     owners = [e for e, rank in enumerate(ranks) for _ in range(pitch or rank)]
@@ -113,19 +113,18 @@ def _aligned(columns: int, like: Tensor) -> int:
     return -(-columns // unit) * unit
 
 
-@lru_cache(maxsize=64)
+@made_once(64)
 def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
 def pack(
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor, segments: Sequence[int] | None = None
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Scales | Tensor, segments: Sequence[int] | None = None
 ) -> Experts:
     """Puts the experts side by side. One expert whose tensors are dense and aligned is taken as it is."""
     ranks = tuple([a.shape[0] for a in lora_a])
     device = lora_a[0].device
-    if scale.device != device:
-        scale = numbers(tuple(scale.tolist()), torch.float32, device)
+    scale = scale_on(scale, device)
     if segments is not None:
         pitch, (n, k) = _columns(ranks, True)[1], (lora_b[0].shape[0], lora_a[0].shape[1])
         gaps = [pitch - rank for rank in ranks]
@@ -166,7 +165,7 @@ def blocks(experts: Experts, m: int, size: int, wanted: Sequence[bool] | None = 
     return _blocks(experts.segments, experts.ranks, size, wanted, whole, experts.a.device)
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def _blocks(
     segments: tuple[int, ...], ranks: tuple[int, ...], size: int, wanted: tuple[bool, ...], whole: bool,
     device: torch.device,
@@ -184,7 +183,7 @@ def _table(rows: Blocks, like: Tensor) -> Tensor:
     return like if rows.table is None else rows.table
 
 
-@lru_cache(maxsize=8)
+@made_once(8)
 def _levels(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(LEVELS[kind], device=device)
 
