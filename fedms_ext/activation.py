@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedms_ext.nn.expert_linear import ExpertLinear, PairState
+from fedms_ext.nn.expert_linear import ROUTES, ExpertLinear, PairState, Route
 from fedms_ext.surgery import layers_of, block_list, expert_layers
 
 ORDERS = ("top_down", "bottom_up", "interleaved")
@@ -64,6 +65,7 @@ def activate(model: nn.Module, expert: str, *, depth: int, order: str | Sequence
 
     Raises:
         ValueError: if not 0 <= depth <= applied_depth <= number of blocks in the order.
+        RuntimeError: if the expert is merged into a weight of these blocks. No state has changed then.
     """
     ranked = activation_order(len(blocks_of(model)), order)
     applied_depth = depth if applied_depth is None else applied_depth
@@ -71,6 +73,10 @@ def activate(model: nn.Module, expert: str, *, depth: int, order: str | Sequence
         raise ValueError(f"need 0 <= depth <= applied_depth <= {len(ranked)} blocks, got depth {depth}, "
                          f"applied_depth {applied_depth}")
     trained, applied = set(ranked[:depth]), set(ranked[:applied_depth])
+    merged = [name for name, layer in layers_of(model, expert).items()
+              if layer.merged is not None and layer.merged[0] == expert and layer.block in applied]
+    if merged:
+        raise RuntimeError(f"expert {expert!r} is merged into the weight of {merged[0]!r}; unmerge it before it is applied")
     for layer in layers_of(model, expert).values():
         layer.set_state(expert, PairState.TRAINED if layer.block in trained
                         else PairState.FROZEN if layer.block in applied else PairState.OFF)
@@ -108,31 +114,43 @@ def prefix_hash(model: nn.Module, depth: int) -> str:
 
 @contextmanager
 def gated(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], gate: Tensor) -> Iterator[None]:
-    """Within the context each sample of a batch weighs the experts of the given layers by its row of `gate`
+    """Within the context each sample of a batch, in this thread, weighs the experts of the given layers by its row of `gate`
     (B, E), E counting all experts of a layer in their order. Differentiable with respect to `gate`."""
-    with _set(layers, "gate", gate):
+    with _routed(layers, gate=gate):
         yield
 
 
 @contextmanager
 def segmented(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], segments: Sequence[int]) -> Iterator[None]:
-    """Within the context the samples of a batch take one expert each in the given layers: the first segments[0] of them
+    """Within the context the samples of a batch, in this thread, take one expert each in the given layers: the first segments[0] of them
     a layer's first expert, the next segments[1] its second, and so on, E numbers in the order of its experts. So the
     streams of a mixture run as one batch through one frozen product."""
-    with _set(layers, "segments", segments):
+    with _routed(layers, segments=segments):
         yield
 
 
 @contextmanager
-def _set(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], attribute: str, value: object) -> Iterator[None]:
-    layers = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
-    for layer in layers:
-        setattr(layer, attribute, value)
+def _routed(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], **change: Any) -> Iterator[None]:
+    chosen = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
+    outer = ROUTES.get()
+    inner = {layer: replace(outer.get(layer, Route()), **change) for layer in chosen}
+    inner = {**outer, **inner}
+    token = ROUTES.set(inner)
+    _exchange(outer, inner)
     try:
         yield
     finally:
-        for layer in layers:
-            setattr(layer, attribute, None)
+        ROUTES.reset(token)
+        _exchange(inner, outer)
+
+
+def _exchange(old: Mapping[Any, Route], new: Mapping[Any, Route]) -> None:
+    """Puts the layers' new routes in the place of the old ones of this thread; a layer in one of the two alone gains or
+    loses one."""
+    for layer in {*old, *new}:
+        if old.get(layer) is not new.get(layer):
+            layer.routes = [route for route in layer.routes if route is not old.get(layer)]
+            layer.routes += [new[layer]] if layer in new else []
 
 
 class ConstantPrefix:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedms_ext.activation import blocks_of, prefix_depth
 from fedms_ext.nn.expert_linear import ExpertLinear
+from fedms_ext.nn.linear import is_linear
 from fedms_ext.nn.quantised_weight import QuantisedWeight
 
 
@@ -54,7 +55,7 @@ def block_costs(model: nn.Module) -> list[BlockCost]:
     """The cost of each block with the pairs that are applied now."""
     costs = []
     for block in blocks_of(model):
-        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in block.modules() if is_linear(m)]
         lora = sum(rank_of_a_row(layer) * (layer.in_features + layer.out_features)
                    for layer in linears if isinstance(layer, ExpertLinear))
         costs.append(BlockCost(linear=sum(m.in_features * m.out_features for m in linears), lora=lora,

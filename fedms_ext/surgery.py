@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedms_ext.nn.expert_linear import ExpertLinear, LoRA, check_experts
+from fedms_ext.nn.frozen_linear import FrozenLinear
+from fedms_ext.nn.linear import class_name, is_linear, obstacle, reader, replaced_forward
 
 ALL_LINEAR = "all-linear"
 
@@ -30,7 +33,7 @@ def find_blocks(model: nn.Module) -> str:
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
             continue
         one_class = len({type(m) for m in module}) == 1
-        hold_linear = all(any(isinstance(m, nn.Linear) for m in block.modules() if m is not block) for block in module)
+        hold_linear = all(any(is_linear(m) for m in block.modules() if m is not block) for block in module)
         nested = any(name.startswith(_prefix(outer)) for outer in found)
         if one_class and hold_linear and not nested:
             found[name] = len(module)
@@ -62,27 +65,41 @@ def block_list(model: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential:
     return found
 
 
-def attach(model: nn.Module, targets: str | Sequence[str], experts: Mapping[str, LoRA],
-           blocks: str | None = None) -> list[str]:
+Targets = str | Sequence[str]
+
+
+def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], blocks: str | None = None, *,
+           exclude: Targets = (), overrides: Mapping[str, Mapping[str, LoRA]] | None = None) -> list[str]:
     """Freezes the model and joins LoRA experts to its target layers, in place.
 
-    Called again with new expert names, it adds them to the layers that are there. New pairs are frozen with B = 0,
-    so the model's function does not change; `activate` decides what is trained.
+    Each layer stays the same object: its hooks, its attributes and all references to it are kept. Called again with new
+    expert names, it adds them to the layers that are there, and leaves alone what is trained. New pairs are frozen with
+    B = 0, so the model's function does not change; `activate` decides what is trained.
+
+    Layers are `nn.Linear`, subclasses of it that compute the same, and GPT-2's Conv1D.
 
     Args:
-        model: any module. All its parameters get `requires_grad=False`.
-        targets: as in PEFT: `"all-linear"` (every Linear inside the blocks), a list of name endings
+        model: any module. When experts first join it, all its parameters get `requires_grad=False`.
+        targets: as in PEFT: `"all-linear"` (every linear layer inside the blocks), a list of name endings
             (`["query", "value"]`), or a regular expression that must match the whole dotted name.
         experts: LoRA shape by expert name.
         blocks: dotted name of the list of transformer blocks; found by inspection where that is unambiguous.
+        exclude: name endings or a regular expression: the targets that get no experts.
+        overrides: for targets of a name ending other shapes than those of `experts`, such as
+            `{"fc1": {"global": LoRA(rank=4, alpha=8)}}`. The longest ending counts.
 
     Returns:
         Dotted names of the layers that now hold the experts, in the model's order.
 
     Raises:
-        ValueError: if nothing matches, a target matches nothing or lies outside the blocks, an expert's name is
-            taken or unusable, its dropout differs from that of the layer's other experts, one layer has several
-            names, or the block list cannot be found. The model is then as it was.
+        ValueError: if nothing matches, a target matches nothing, lies outside the blocks or cannot hold experts (its
+            class computes something else, its weight is computed or lies elsewhere, its forward was replaced, or the code
+            around it reads the weight and would pass the experts by), an expert's name is taken or unusable, its dropout
+            differs from that of the layer's other experts, one layer has several names, or the block list cannot be
+            found. The model is then as it was.
+
+    Warns:
+        UserWarning: which layers `"all-linear"` leaves out, since the code around them reads their weight.
     """
     if not experts:
         raise ValueError("no experts given; pass e.g. {\"global\": LoRA(rank=8, alpha=16)}")
@@ -92,58 +109,96 @@ def attach(model: nn.Module, targets: str | Sequence[str], experts: Mapping[str,
     elif before not in (None, blocks):
         raise ValueError(f"blocks={blocks!r}, but the model's experts are attached to the blocks {before!r}")
     number = {f"{_prefix(blocks)}{i}.": i + 1 for i in range(len(block_list(model, blocks)))}
-    linears = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, ExpertLinear)}
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-
     # All is checked before anything is changed.
-    chosen = {}
-    for name in _matching(linears, targets, tuple(number)):
-        if len(names[linears[name]]) > 1:
-            raise ValueError(f"{', '.join(names[linears[name]])} are one and the same layer; experts need a layer of their own")
-        block = next((i for prefix, i in number.items() if f"{name}.".startswith(prefix)), None)
-        if block is None:
-            raise ValueError(f"target {name!r} lies outside the blocks {blocks!r}; experts are activated block by "
-                             "block, so their layers must lie inside one")
-        try:
-            check_experts(getattr(linears[name], "experts", {}), experts)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
-        chosen[name] = block
+    chosen = _chosen(model, targets, exclude, tuple(number))
+    shapes = {name: _shapes_of(name, experts, overrides or {}) for name in chosen}
+    numbers = {name: _check_layer(model, name, layer, shapes[name], number) for name, layer in chosen.items()}
 
-    model.requires_grad_(False)
-    for name, block in chosen.items():
-        layer = linears[name]
+    if before is None:
+        model.requires_grad_(False)
+    for name, layer in chosen.items():
         if isinstance(layer, ExpertLinear):
-            for expert, lora in experts.items():
+            for expert, lora in shapes[name].items():
                 layer.add_expert(expert, lora)
         else:
-            layer = ExpertLinear.from_linear(layer, experts)
-            layer.block = block
-            model.set_submodule(name, layer)
+            ExpertLinear.join(layer, shapes[name]).block = numbers[name]
     model.fedms_blocks = blocks  # type: ignore[assignment]  # torch's stubs: only tensors and modules
     _leave_fused_paths(model)
     return list(chosen)
 
 
-def _matching(linears: Mapping[str, nn.Module], targets: str | Sequence[str], blocks: tuple[str, ...]) -> list[str]:
+def _chosen(model: nn.Module, targets: Targets, exclude: Targets, blocks: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The layers that get experts, by name. Refuses, by name, those that would be passed by."""
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    matched = [name for name in _matching(model, linears, targets, blocks) if not (exclude and matches(name, exclude))]
+    if not matched:
+        raise ValueError(f"exclude={exclude!r} leaves none of the targets {targets!r}")
+    readers = {name: found for name in matched if (found := reader(model, name)) is not None}
+    told = ", ".join(f"{name!r} (read by {found})" for name, found in readers.items())
+    if readers and (targets != ALL_LINEAR or len(readers) == len(matched)):
+        raise ValueError(f"the code around these layers computes with their weight instead of calling them, so experts "
+                         f"would change nothing: {told}; choose other targets")
+    if readers:
+        warnings.warn(f"no experts join these layers, since the code around them computes with their weight instead of "
+                      f"calling them: {told}", stacklevel=3)
+    return {name: linears[name] for name in matched if name not in readers}
+
+
+def _check_layer(model: nn.Module, name: str, layer: nn.Module, experts: Mapping[str, LoRA],
+                 blocks: Mapping[str, int]) -> int:
+    """The number of the block that a layer lies in. ValueError if it cannot take the experts."""
+    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+    if len(names) > 1:
+        raise ValueError(f"{', '.join(names)} are one and the same layer; experts need a layer of their own")
+    block = next((i for prefix, i in blocks.items() if f"{name}.".startswith(prefix)), None)
+    if block is None:
+        raise ValueError(f"target {name!r} lies outside the blocks; experts are activated block by block, so their layers "
+                         f"must lie inside one of {', '.join(prefix.rstrip('.') for prefix in blocks)}")
+    if reason := _refusal(layer):
+        raise ValueError(f"layer {name!r} ({class_name(layer)}) cannot hold experts: {reason}")
+    try:
+        check_experts(getattr(layer, "experts", {}), experts)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None
+    return block
+
+
+def _shapes_of(name: str, experts: Mapping[str, LoRA], overrides: Mapping[str, Mapping[str, LoRA]]) -> dict[str, LoRA]:
+    endings = [ending for ending in overrides if matches(name, [ending])]
+    other = overrides[max(endings, key=len)] if endings else {}
+    if unknown := sorted(set(other) - set(experts)):
+        raise ValueError(f"overrides name the experts {unknown}, expected some of {sorted(experts)}")
+    return {expert: other.get(expert, lora) for expert, lora in experts.items()}
+
+
+def matches(name: str, targets: Targets) -> bool:
+    """Whether a dotted name matches name endings, or a regular expression as a whole."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == t or name.endswith("." + t) for t in targets)
+
+
+def _matching(model: nn.Module, linears: Mapping[str, nn.Module], targets: Targets, blocks: tuple[str, ...]) -> list[str]:
     if targets == ALL_LINEAR:
         matched = [name for name in linears if f"{name}.".startswith(blocks)]
-    elif isinstance(targets, str):
-        matched = [name for name in linears if re.fullmatch(targets, name)]
     else:
-        matched = [name for name in linears if any(name == t or name.endswith("." + t) for t in targets)]
-        idle = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linears)]
-        if idle:
-            raise ValueError(f"targets {idle} match no Linear layer; its layers end in {_endings(linears)}")
-    if not matched:
-        raise ValueError(f"targets {targets!r} match no Linear layer; its layers end in {_endings(linears)}")
+        matched = [name for name in linears if matches(name, targets)]
+    idle = [] if isinstance(targets, str) else [t for t in targets if not any(matches(name, [t]) for name in linears)]
+    if idle or not matched:
+        what = idle or repr(targets)
+        others = {class_name(m) for name, m in model.named_modules()
+                  if targets != ALL_LINEAR and name and not is_linear(m) and matches(name, idle or targets)}
+        told = f" (they name {', '.join(sorted(others))}, which experts cannot join)" if others else ""
+        raise ValueError(f"targets {what} match no Linear layer{told}; its layers end in {_endings(linears)}")
     return matched
 
 
 def _endings(linears: Mapping[str, nn.Module]) -> str:
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})) or "(there are none)"
+
+
+def _refusal(layer: nn.Module) -> str | None:
+    return replaced_forward(layer) if isinstance(layer, FrozenLinear) else obstacle(layer)
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
@@ -159,28 +214,45 @@ def _leave_fused_paths(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Replaces every `ExpertLinear` by the plain `nn.Linear` on the same parameters; the experts are dropped (merge
-    first to keep one). The parameters stay frozen."""
-    for name, layer in expert_layers(model).items():
-        model.set_submodule(name, layer.to_linear())
+    """Makes every `ExpertLinear` the layer that it was, in place; the experts are dropped (merge first to keep one). The
+    parameters stay frozen."""
+    for layer in expert_layers(model).values():
+        layer.leave()
     for module, attribute, value in model.__dict__.pop("fedms_fused", []):
         setattr(module, attribute, value)
     model.__dict__.pop("fedms_blocks", None)
 
 
 def merge(model: nn.Module, expert: str) -> None:
-    """Adds an expert into the weights of all its layers (the originals are kept aside for `unmerge`).
+    """Adds an expert into the weights of the layers that it is applied in (the originals are kept aside for `unmerge`).
+    The model's function does not change, and where its pair is off nothing does.
 
     Raises:
         KeyError: if no layer has the expert.
-        RuntimeError: if an expert is merged already.
+        RuntimeError: if the expert is off in all layers, an expert is merged already, a gate is set, or a weight is
+            quantised.
+        ValueError: if a merged weight would hold an infinity or a NaN, or a weight is not there (offloaded).
+        The model is then as it was.
     """
     layers = layers_of(model, expert)
-    merged = sorted({layer.merged[0] for layer in layers.values() if layer.merged is not None})
+    merged = sorted({layer.merged[0] for layer in expert_layers(model).values() if layer.merged is not None})
     if merged:
         raise RuntimeError(f"experts {merged} are merged already; call unmerge first")
-    for layer in layers.values():
-        layer.merge(expert)
+    applied = {name: layer for name, layer in layers.items() if expert in layer.applied}
+    if not applied:
+        raise RuntimeError(f"expert {expert!r} is off in every layer, so there is nothing to merge; activate it first")
+    done: list[ExpertLinear] = []
+    try:
+        for name, layer in applied.items():
+            try:
+                layer.merge(expert)
+            except (RuntimeError, ValueError) as error:
+                raise type(error)(f"layer {name!r}: {error}") from None
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def unmerge(model: nn.Module) -> None:

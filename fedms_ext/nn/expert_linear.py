@@ -1,9 +1,11 @@
 """`ExpertLinear`: an `nn.Linear` with a frozen weight, joined by any number of LoRA experts."""
 from __future__ import annotations
 
+import copy
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from fedms_ext.frozen_ops import frozen_linear
 from fedms_ext.nn.frozen_linear import FrozenLinear
-from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.nn.linear import class_name, obstacle, unplain
+from fedms_ext.nn.pairs import Pairs
 from fedms_ext.ops import expert_linear
 
 
@@ -62,67 +65,91 @@ def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:
     for name in new:
         if name in present:
             raise ValueError(f"this layer already has an expert {name!r}; it has {sorted(present)}")
-        # The names become attributes of a `ParameterDict`.
-        if not name or "." in name or hasattr(nn.ParameterDict, name):
-            raise ValueError(f"{name!r} cannot be an expert's name: it is empty, holds a dot, or belongs to PyTorch")
+        # The names become attributes of a `ParameterDict`, besides those that every module has.
+        if not isinstance(name, str) or not name or "." in name or hasattr(Pairs(), name):
+            raise ValueError(f"{name!r} cannot be an expert's name: it is no text, empty, holds a dot, or is the name of an "
+                             "attribute of PyTorch's modules; choose another one")
     dropouts = {name: lora.dropout for name, lora in (*present.items(), *new.items())}
     if len(set(dropouts.values())) > 1:
         raise ValueError(f"the experts of a layer share one dropout mask, so one dropout; got {dropouts}")
 
 
-class ExpertLinear(nn.Linear):
+@dataclass(eq=False)
+class Route:
+    """How a layer's rows take its experts, within `fedms_ext.gated` and `fedms_ext.segmented`."""
+
+    gate: Tensor | None = None
+    segments: Sequence[int] | None = None
+
+
+_EVERYWHERE = Route()
+
+# The routes of this thread (or task): another one that runs the same layers has its own.
+ROUTES: ContextVar[Mapping[nn.Module, Route]] = ContextVar("fedms_routes", default={})
+
+
+class ExpertLinear(FrozenLinear):
     """`y = x W^T + b + sum over applied experts e of s_e * g_e * (x A_e^T) B_e^T`.
 
     A drop-in for `nn.Linear`: `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never get
     a gradient. Expert `e` adds `lora_a[e]` (r_e, K), initialised as PEFT does (Kaiming uniform, a = sqrt 5), and
-    `lora_b[e]` (N, r_e), which starts at zero, so that a new expert changes nothing.
+    `lora_b[e]` (N, r_e), which starts at zero, so that a new expert changes nothing. Both are float32, and stay so
+    whatever the weight is or becomes (`half()`, a state dict of bf16, quantisation): in half precision an optimiser's
+    steps round to nothing or overflow. On a float64 weight they are float64.
 
-    Each pair is off, frozen or trained (`PairState`). With every pair off the module is `F.linear`, bit for bit.
+    Each pair is off, frozen or trained (`PairState`): one that is applied is trained where its tensors ask for a gradient,
+    so that `requires_grad` and `states` are one. With every pair off the module is `F.linear`, bit for bit.
     Dropout is drawn only while one of the layer's pairs is trained and the module is in training mode; its seed
     comes from torch's default generator.
 
-    `gate`, set by `fedms_ext.gated`, is a tensor (B, E) with one weight per sample and expert (E counts all
-    experts of the layer, in the order of `experts`), or None for weight 1 everywhere. `segments`, set by
-    `fedms_ext.segmented`, are E numbers of samples: the first of them take the first expert alone, and so on, and the
+    The `state_dict` holds for each expert, besides its tensors, `pairs.<name>`: rank, alpha, dropout, rslora (0 or 1) and
+    state (0 off, 1 frozen, 2 trained), float64 (5,). Loaded, they become the layer's, so that it computes what was saved.
+
+    `gate`, set by `fedms_ext.gated` for the thread that it is called in, is a tensor (B, E) with one weight per sample and
+    expert (E counts all experts of the layer, in the order of `experts`), or None for weight 1 everywhere. `segments`, set
+    by `fedms_ext.segmented`, are E numbers of samples: the first of them take the first expert alone, and so on, and the
     gate is (B, 1); None: every sample takes all experts that are applied.
 
-    After `fedms_ext.quantize`, `frozen` holds the weight and `weight` is None.
+    After `fedms_ext.quantize`, `frozen` holds the weight; see `FrozenLinear`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, experts: Mapping[str, LoRA],
                  device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.plain, self.frozen = nn.Linear, None
         self._start_experts(experts)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, experts: Mapping[str, LoRA]) -> ExpertLinear:
-        """An `ExpertLinear` on the very parameters of `linear`: nothing is copied.
+        """An `ExpertLinear` on the very parameters of `linear`, which stays as it is: nothing is copied.
 
         Raises:
-            TypeError: if `linear` is not an `nn.Linear`, or is one of its subclasses with a forward of its own.
+            TypeError: if `linear` is no linear layer whose weight is a parameter; see `fedms_ext.nn.linear.obstacle`.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"from_linear takes a plain nn.Linear, got {type(linear).__name__}")
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.training = linear.training
+        if reason := obstacle(linear):
+            raise TypeError(f"from_linear takes an nn.Linear; this is a {class_name(linear)}: {reason}")
+        twin = copy.copy(linear)
+        for name, value in vars(linear).items():
+            if isinstance(value, dict):  # of parameters, buffers, hooks
+                vars(twin)[name] = copy.copy(value)
+        return cls.join(twin, experts)
+
+    @classmethod
+    def join(cls, layer: nn.Module, experts: Mapping[str, LoRA]) -> ExpertLinear:
+        """Makes a linear layer, or a `FrozenLinear`, an `ExpertLinear` in place, and returns it."""
+        self: ExpertLinear = cls.take(layer)
         self._start_experts(experts)
         return self
 
     def _start_experts(self, experts: Mapping[str, LoRA]) -> None:
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
         self.experts: dict[str, LoRA] = {}
-        self.states: dict[str, PairState] = {}
-        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+        self.off: set[str] = set()           # experts that are not applied
+        self.lora_a, self.lora_b = Pairs(), Pairs()
         self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
-        self.gate: Tensor | None = None
-        self.segments: Sequence[int] | None = None
-        self.merged: tuple[str, PairState, Tensor] | None = None   # what `merge` changed
-        self.frozen: QuantisedWeight | None = None
+        self.routes: list[Route] = []        # those of all threads
+        self.merged: tuple[str, PairState, nn.Parameter] | None = None   # what `merge` changed
         for name, lora in experts.items():
             self.add_expert(name, lora)
 
@@ -134,14 +161,22 @@ class ExpertLinear(nn.Linear):
                 experts (the mask is one per layer, shared by its experts: definition, section 1).
         """
         check_experts(self.experts, {name: lora})
-        weight = self.weight if self.frozen is None else self.frozen.scale
-        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        weight = self._parameters["weight"] if self.frozen is None else self.frozen.scale
+        like: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         a = torch.empty(lora.rank, self.in_features, **like)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.lora_a[name] = nn.Parameter(a, requires_grad=False)
         self.lora_b[name] = nn.Parameter(torch.zeros(self.out_features, lora.rank, **like), requires_grad=False)
         self.experts[name] = lora
-        self.states[name] = PairState.FROZEN
+
+    @property
+    def states(self) -> dict[str, PairState]:
+        """Each pair's state, by expert."""
+        return {name: PairState.OFF if name in self.off else PairState.TRAINED if self._trains(name) else PairState.FROZEN
+                for name in self.experts}
+
+    def _trains(self, expert: str) -> bool:
+        return self.lora_a[expert].requires_grad or self.lora_b[expert].requires_grad
 
     def set_state(self, expert: str, state: PairState | str) -> None:
         """Sets one pair's state; training follows `requires_grad`.
@@ -158,7 +193,7 @@ class ExpertLinear(nn.Linear):
             raise ValueError(f"state is {state!r}, expected {', '.join(s.value for s in PairState)}") from None
         if self.merged is not None and self.merged[0] == expert and state is not PairState.OFF:
             raise RuntimeError(f"expert {expert!r} is merged into the weight; unmerge it before it is {state.value}")
-        self.states[expert] = state
+        (self.off.add if state is PairState.OFF else self.off.discard)(expert)
         for p in (self.lora_a[expert], self.lora_b[expert]):
             p.requires_grad_(state is PairState.TRAINED)
             if state is not PairState.TRAINED:
@@ -171,39 +206,60 @@ class ExpertLinear(nn.Linear):
     @property
     def applied(self) -> list[str]:
         """Names of the experts that are applied (frozen or trained), in order."""
-        return [name for name, state in self.states.items() if state is not PairState.OFF]
+        return [name for name in self.experts if name not in self.off]
+
+    @property
+    def gate(self) -> Tensor | None:
+        return self._route().gate
+
+    @property
+    def segments(self) -> Sequence[int] | None:
+        return self._route().segments
+
+    def _route(self) -> Route:
+        if not self.routes:
+            return _EVERYWHERE
+        own = ROUTES.get().get(self)
+        if own is None and torch._C._current_graph_task_id() != -1:
+            # Checkpointing computes a layer anew in a thread of autograd's own, which is nobody's in particular.
+            if len(self.routes) > 1:
+                raise RuntimeError("a gated layer is computed anew in a backward pass while several threads use it; run "
+                                   "their backward passes one after the other, or without checkpointing")
+            own = self.routes[0]
+        return _EVERYWHERE if own is None else own
 
     def forward(self, x: Tensor) -> Tensor:
         # `_modules` and `_parameters` are what an attribute looks up in the end; all these take 20 us a call.
         modules: dict[str, Any] = self._modules
-        frozen, active = modules.get("frozen"), [state is not PairState.OFF for state in self.states.values()]
+        frozen, off = modules.get("frozen"), self.off
+        active = [name not in off for name in self.experts]
         if not any(active):
-            return F.linear(x, self.weight, self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)
+            return super().forward(x)
+        a, b = list(modules["lora_a"]._parameters.values()), list(modules["lora_b"]._parameters.values())
         dropout = next(iter(self.experts.values())).dropout
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
         operator: Callable[..., Tensor] = expert_linear if frozen is None else frozen_linear
-        weight = self.weight if frozen is None else frozen
+        route = self._route() if self.routes else _EVERYWHERE
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         return operator(
-            x, weight, self.bias,
-            list(modules["lora_a"]._parameters.values()), list(modules["lora_b"]._parameters.values()),
+            x, self.matrix() if frozen is None else frozen, bias, a, b,
             [lora.scale for lora in self.experts.values()],
-            gate=None if self.gate is None else self._gate_of_rows(x),
+            gate=None if route.gate is None else self._gate_of_rows(x, route),
             active=active,
             dropout_p=dropout if drops else 0.0,
             seed=int(torch.randint(2**63 - 1, ())) if drops else 0,
-            segments=None if self.segments is None else self._segments_of_rows(x))
+            segments=None if route.segments is None else self._segments_of_rows(x, route.segments))
 
-    def _gate_of_rows(self, x: Tensor) -> Tensor:
-        gate = self.gate
-        columns = len(self.experts) if self.segments is None else 1
+    def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
+        gate = route.gate
+        columns = len(self.experts) if route.segments is None else 1
         if gate.dim() != 2 or gate.shape[1] != columns or gate.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"gate must be (B, E) = ({x.shape[0]}, {columns}) for an input of shape "
                              f"{tuple(x.shape)}, got {tuple(gate.shape)}")
         return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
 
-    def _segments_of_rows(self, x: Tensor) -> list[int]:
-        samples, rows = self.segments, x.shape[:-1].numel()
-        total = sum(samples)
+    def _segments_of_rows(self, x: Tensor, samples: Sequence[int]) -> list[int]:
+        rows, total = x.shape[:-1].numel(), sum(samples)
         flattened = x.dim() == 2 and total > 0 and rows % total == 0      # (B T, K), as OPT gives it to its second half
         if len(samples) != len(self.experts) or x.dim() < 2 or (x.shape[0] != total and not flattened):
             raise ValueError(f"segments must be {len(self.experts)} numbers of samples, {x.shape[0]} in all, for an input "
@@ -211,29 +267,46 @@ class ExpertLinear(nn.Linear):
         return [count * (rows // total) if total else 0 for count in samples]
 
     def delta(self, expert: str) -> Tensor:
-        """`s * B A` of one expert, (N, K), in the weight's dtype, computed in float32 or better."""
-        wide = torch.promote_types(self.lora_a[expert].dtype, torch.float32)
-        a, b = self.lora_a[expert].detach().to(wide), self.lora_b[expert].detach().to(wide)
+        """`s * B A` of one expert, (N, K), computed in float32 or better."""
+        a, b = self.lora_a[expert].detach(), self.lora_b[expert].detach()
         return self.experts[expert].scale * (b @ a)
 
-    @torch.no_grad()
-    def merge(self, expert: str) -> None:
-        """Adds the expert into the weight and turns its pair off. The original weight is kept aside, so that
-        `unmerge` restores the very same bits.
-
-        Raises:
-            KeyError: if the layer has no such expert.
-            RuntimeError: if an expert is merged already, or the weight is quantised.
-        """
+    def check_merge(self, expert: str) -> None:
+        """Raises what `merge` does, but for values that are not finite."""
         self._check_has(expert)
         if self.frozen is not None:
             raise RuntimeError("the weight is quantised, so nothing can be merged into it; call fedms_ext.dequantize "
                                "with the original weights first")
         if self.merged is not None:
             raise RuntimeError(f"expert {self.merged[0]!r} is merged already; unmerge it first")
-        delta = self.delta(expert)
-        self.merged = (expert, self.states[expert], self.weight.detach().clone())
-        self.weight.copy_(self.weight.to(delta.dtype) + delta)
+        if self.routes:
+            raise RuntimeError("a gate or segments weigh the experts by sample, so none can be merged; leave the context of "
+                               "fedms_ext.gated or fedms_ext.segmented first")
+        if expert in self.off:
+            raise RuntimeError(f"expert {expert!r} is off in this layer, so there is nothing to merge; activate it first")
+        if reason := unplain(self):
+            raise ValueError(f"nothing can be merged into this layer: {reason}")
+        if self.matrix().is_meta:
+            raise ValueError("nothing can be merged into this layer: its weight is offloaded or was never loaded; load it")
+
+    @torch.no_grad()
+    def merge(self, expert: str) -> None:
+        """Takes a weight with the expert added in the place of the original one, and turns its pair off. The original is
+        kept aside as it is, for `unmerge` and for whoever shares it.
+
+        Raises:
+            KeyError: if the layer has no such expert.
+            RuntimeError: if the expert is off, an expert is merged already, a gate is set, or the weight is quantised.
+            ValueError: if the merged weight would hold an infinity or a NaN.
+        """
+        self.check_merge(expert)
+        original: Any = self._parameters["weight"]
+        delta = self._as_stored(self.delta(expert))
+        weight = (original.to(delta.dtype) + delta).to(original.dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"with expert {expert!r} the weight would hold an infinity or a NaN; it is left as it is")
+        self.merged = (expert, self.states[expert], original)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.set_state(expert, PairState.OFF)
 
     @torch.no_grad()
@@ -245,31 +318,59 @@ class ExpertLinear(nn.Linear):
         """
         if self.merged is None:
             raise RuntimeError("no expert is merged into this layer")
-        expert, state, weight = self.merged
-        self.weight.copy_(weight)
-        self.merged = None
+        expert, state, original = self.merged
+        now: Any = self._parameters["weight"]
+        if (original.device, original.dtype) != (now.device, now.dtype):  # the model was moved in between
+            original = nn.Parameter(original.detach().to(now.device, now.dtype), requires_grad=False)
+        self.weight, self.merged = original, None
         self.set_state(expert, state)
 
-    def freeze(self, frozen: QuantisedWeight) -> None:
-        """Takes a quantised weight (N, K) in the place of `weight`; see `fedms_ext.quantize`."""
-        self.weight, self.frozen = None, frozen
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        states = self.states
+        for name, lora in self.experts.items():
+            numbers = [lora.rank, lora.alpha, lora.dropout, lora.rslora, _STATES.index(states[name])]
+            destination[f"{prefix}pairs.{name}"] = torch.tensor(numbers, dtype=torch.float64)
 
-    def thaw(self, weight: Tensor) -> None:
-        """Takes a weight (N, K) in the place of the quantised one; see `fedms_ext.dequantize`."""
-        self.weight, self.frozen = nn.Parameter(weight, requires_grad=False), None
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if prefix + "weight" in state_dict:
+            self.merged = None
+        keys = {name: f"{prefix}pairs.{name}" for name in self.experts if f"{prefix}pairs.{name}" in state_dict}
+        unexpected[:] = [key for key in unexpected if key not in keys.values()]
+        try:
+            saved = {name: _pair_of(state_dict[key], self.lora_a[name].shape[0]) for name, key in keys.items()}
+            experts = {**self.experts, **{name: lora for name, (lora, _) in saved.items()}}
+            check_experts({}, experts)
+        except ValueError as error:
+            errors.append(f"{prefix}pairs: {error}")
+            return
+        self.experts = experts
+        for name, (_, state) in saved.items():
+            if self.merged is None or self.merged[0] != name:
+                self.set_state(name, state)
 
-    def to_linear(self) -> nn.Linear:
-        """A plain `nn.Linear` on the same parameters, without the experts (merge first to keep one); a `FrozenLinear`
-        if the weight is quantised."""
-        if self.frozen is not None:
-            return FrozenLinear(self.frozen, self.bias).train(self.training)
-        linear = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(linear)
-        linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight, linear.bias = self.weight, self.bias
-        linear.training = self.training
-        return linear
+    def leave(self) -> None:
+        """Makes the layer what it was before its experts joined it, in place; the experts are dropped (merge first to keep
+        one). A `FrozenLinear` if the weight is quantised."""
+        del self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.merged
+        super().leave()
 
     def extra_repr(self) -> str:
-        pairs = ", ".join(f"{e}: r={lora.rank} {self.states[e].value}" for e, lora in self.experts.items())
+        pairs = ", ".join(f"{e}: r={self.experts[e].rank} {state.value}" for e, state in self.states.items())
         return f"{super().extra_repr()}, experts=({pairs})"
+
+
+_STATES = tuple(PairState)
+
+
+def _pair_of(saved: Tensor, held: int) -> tuple[LoRA, PairState]:
+    """A pair's shape and state as `ExpertLinear` saves them. ValueError for anything else, or for another rank than the one
+    that is `held`."""
+    if not isinstance(saved, Tensor) or saved.shape != (5,) or not saved.is_floating_point():
+        raise ValueError("expected five numbers: rank, alpha, dropout, rslora, state")
+    rank, alpha, dropout, rslora, state = saved.tolist()
+    if not (rank == held and rslora in (0, 1) and state in range(len(_STATES))):
+        raise ValueError(f"rank, rslora and state are {rank}, {rslora} and {state}, expected {held}, 0 or 1, and 0 to "
+                         f"{len(_STATES) - 1}")
+    return LoRA(int(rank), alpha, dropout, bool(rslora)), _STATES[int(state)]

@@ -1,29 +1,91 @@
-"""`FrozenLinear`: an `nn.Linear` whose weight is frozen and quantised."""
+"""`FrozenLinear`: a linear layer whose weight is frozen and may be quantised."""
 from __future__ import annotations
 
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedms_ext.frozen_ops import frozen_linear
+from fedms_ext.nn.linear import is_conv1d, is_transposed
 from fedms_ext.nn.quantised_weight import QuantisedWeight
 
 
 class FrozenLinear(nn.Linear):
-    """`y = x W^T + b` with a `QuantisedWeight` in the place of W; `weight` is None.
+    """`y = x W^T + b` with a `QuantisedWeight` in the place of W.
 
     On the CPU x is quantised too, row by row, and the sums of products are exact. Elsewhere the weight is
     expanded to x's dtype. The gradient of x comes from a weight that is quantised apart (`transposed`).
+
+    A layer of a model becomes one by a change of its class (`take`), so that it stays the same object: its hooks, its
+    other attributes and all references to it stay. Code that reads `weight` gets the weight that the quantised one stands
+    for, made anew at every read, in the dtype of the original one; it is no parameter and not in the `state_dict`.
 
     Args:
         frozen: the weight (N, K).
         bias: (N,) or None. It gets no gradient.
     """
 
+    frozen: QuantisedWeight | None
+
     def __init__(self, frozen: QuantisedWeight, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = frozen.shape
-        self.register_parameter("weight", None)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.plain: type[nn.Module] = nn.Linear
         self.frozen = frozen
 
+    @classmethod
+    def take(cls, layer: Any) -> Any:
+        """Makes a linear layer (see `nn.linear.obstacle`) one of this class, in place, and returns it."""
+        if not isinstance(layer, FrozenLinear):
+            layer.plain = type(layer)
+            if is_conv1d(layer):
+                layer.in_features, layer.out_features = layer.weight.shape
+            layer.frozen = None
+        layer.__class__ = cls
+        return layer
+
+    def leave(self) -> None:
+        """Makes the layer what it was before `take`, in place; a `FrozenLinear` while its weight is quantised."""
+        if self.frozen is not None:
+            self.__class__ = FrozenLinear
+            return
+        plain = self.plain
+        del self.plain, self.frozen
+        if not issubclass(plain, nn.Linear):
+            del self.in_features, self.out_features
+        self.__class__ = plain  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        frozen = self.__dict__.get("_modules", {}).get("frozen") if name == "weight" else None
+        if frozen is None or "weight" in self._parameters:
+            return super().__getattr__(name)
+        return self._as_stored(frozen.dequantise().to(frozen.dtype))
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        """(N, K) as the weight of the layer's own class has it, and the other way round: a Conv1D has (K, N)."""
+        return matrix.t() if is_transposed(self) else matrix
+
+    def matrix(self) -> Tensor:
+        """The weight as (N, K)."""
+        weight = self._parameters.get("weight")   # to look there first saves 1 us a call
+        if weight is None:
+            weight = self.weight
+        return weight if self.plain is nn.Linear else self._as_stored(weight)
+
+    def freeze(self, frozen: QuantisedWeight) -> None:
+        """Takes a quantised weight (N, K) in the place of `weight`; see `fedms_ext.quantize`."""
+        del self.weight
+        self.frozen = frozen
+
+    def thaw(self, weight: Tensor) -> None:
+        """Takes a weight, as the layer's own class stores it, in the place of the quantised one; see
+        `fedms_ext.dequantize`."""
+        bias = self._parameters.pop("bias")  # the order of parameters is that of the state_dict
+        self.frozen = None
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.frozen, self.bias)
+        frozen: Any = self._modules.get("frozen")
+        return F.linear(x, self.matrix(), self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)

@@ -8,7 +8,14 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from fedms_ext.nn.linear import class_name, passed_by, replaced_forward, unplain
 from fedms_ext.ops import expert_linear
+
+
+def _hooks_everywhere() -> bool:
+    """Whether hooks on all modules, which the layer's parts have too, are set."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
 class PeftLinear(lora.Linear):
@@ -22,13 +29,23 @@ class PeftLinear(lora.Linear):
     def obstacle(self) -> str | None:
         """Why PEFT computes this layer with the adapters that are active now; None if we do."""
         base, adapters = self.base_layer, self._adapters()
+        if reason := replaced_forward(self):
+            return reason
         if type(base) is not nn.Linear:
             return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not a torch.nn.Linear"
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        if reason := passed_by(base) or unplain(base):
+            return f"its base layer has to be called: {reason}"
+        if base.weight is None or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return "its base weight is trained"
         for name in adapters:
             if name in self.lora_variant:
                 return f"adapter {name!r} is no plain LoRA ({type(self.lora_variant[name]).__name__})"
+            pair = (self.lora_A[name], self.lora_B[name])
+            if type(pair[0]) is not nn.Linear or type(pair[1]) is not nn.Linear:
+                return f"adapter {name!r} is a {class_name(pair[0])} and a {class_name(pair[1])}, not a torch.nn.Linear each"
+            for part in (*pair, self.lora_dropout[name]):
+                if reason := passed_by(part) or unplain(part):
+                    return f"a part of adapter {name!r} has to be called: {reason}"
             if self.lora_B[name].bias is not None:
                 return f"adapter {name!r} has a bias"
             if type(self.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
@@ -44,7 +61,7 @@ class PeftLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = self._adapters()
-        if not adapters or args or kwargs or self.disable_adapters or self.merged or self.obstacle() is not None:
+        if not adapters or args or kwargs or self.disable_adapters or self.merged or _hooks_everywhere() or self.obstacle() is not None:
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[adapters[0]]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class QuantisedWeight(nn.Module):
 
     That is the logical form: the one in the `state_dict` (`q`, `scale`) and in a pickle, and the one that lies on a
     GPU. On the CPU `data` holds q packed for the instruction set in use instead, (bytes,) uint8, unless it is fp16 or
-    bf16. `sha256` names the weight that it was made from.
+    bf16. `sha256` names the weight that it was made from and `dtype` is that weight's. The `state_dict` carries both, and
+    the format, in `identity`; it loads into a weight of the same format alone.
 
     Args:
         weight: (N, K), any floating dtype; quantised in float32. It is not kept.
@@ -49,7 +51,7 @@ class QuantisedWeight(nn.Module):
             raise ValueError(f"the weight has the shape {tuple(weight.shape)}, expected (N, K)")
         if not weight.isfinite().all():
             raise ValueError("the weight holds an infinity or a NaN, so it cannot be quantised; repair it first")
-        self.sha256 = tensor_sha256(weight)
+        self.sha256, self.dtype = tensor_sha256(weight), weight.dtype
         self.kind, self.group = kind, group
         self._shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self._hold(*quantise(weight, kind, group))
@@ -58,6 +60,7 @@ class QuantisedWeight(nn.Module):
         self.register_buffer("data", packed(q, scale, self.kind, self.group, self._shape[1]), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self._transposed: tuple[Tensor, Tensor] | None = None
+        self._transposed_of: tuple[int, int] | None = None   # the versions of data and scale that it was made from
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,12 +96,18 @@ class QuantisedWeight(nn.Module):
         """
         if self.kind != "int8":
             return self.data, self.scale
-        if self._transposed is None:
+        if self._transposed is None or self._transposed_of != self._versions():
             # Not as a decorator: that would load torch._dynamo, 1.5 s, whenever this package is imported.
             torch.compiler.disable(self._transpose)()
         return self._transposed
 
+    def _versions(self) -> tuple[int, int]:
+        """Counts the changes in place; a tensor of inference mode cannot be changed outside of it and counts none."""
+        data, scale = (0 if t.is_inference() else t._version for t in self.operands)
+        return data, scale
+
     def _transpose(self) -> None:
+        self._transposed_of = self._versions()
         q, scale = quantise_weight(self.dequantise().T)
         self._transposed = packed(q.to(torch.int8), scale, "int8", self.group, self._shape[0]), scale
 
@@ -117,19 +126,31 @@ class QuantisedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         destination[prefix + "q"], destination[prefix + "scale"] = self.q, self.scale
+        destination[prefix + "identity"] = torch.tensor(list(self._identity().encode()), dtype=torch.uint8)
+
+    def _identity(self) -> str:
+        return f"{self._format()} {str(self.dtype).removeprefix('torch.')} {self.sha256}"
+
+    def _format(self) -> str:
+        return f"{self.kind}/{self.group}" if self.kind in LEVELS else self.kind
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        found = {name: state_dict.get(prefix + name) for name in ("q", "scale")}
+        found = {name: state_dict.get(prefix + name) for name in ("q", "scale", "identity")}
         missing += [prefix + name for name, tensor in found.items() if tensor is None]
         if None not in found.values():
-            q, scale = found["q"], found["scale"]
-            own = self.q
-            if q.dtype != own.dtype or q.shape != own.shape or scale.shape != self.scale.shape:
+            q, scale, own = found["q"], found["scale"], self.q
+            match = _IDENTITY.fullmatch(_text(found["identity"]))
+            if match is None or match["format"] != self._format():
+                told = repr(_text(found["identity"])[:100]) if match is None else match["format"]
+                errors.append(f"{prefix}identity says {told}, expected a weight quantised to {self._format()}; quantize the "
+                              "model to the format that was saved, then load")
+            elif q.dtype != own.dtype or q.shape != own.shape or scale.shape != self.scale.shape:
                 errors.append(f"{prefix}q is {q.dtype} {tuple(q.shape)} and {prefix}scale {tuple(scale.shape)}, expected "
                               f"{own.dtype} {tuple(own.shape)} and {tuple(self.scale.shape)} for {self.kind}")
             else:
                 device = self.scale.device
                 self._hold(q.to(device), scale.to(device, torch.float32))
+                self.sha256, self.dtype = match["sha256"], getattr(torch, match["dtype"])
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
@@ -144,6 +165,16 @@ class QuantisedWeight(nn.Module):
     def extra_repr(self) -> str:
         group = f", group={self.group}" if self.kind in LEVELS else ""
         return f"{self._shape[0]}, {self._shape[1]}, {self.kind}{group}"
+
+
+_IDENTITY = re.compile(r"(?P<format>[a-z0-9/]+) (?P<dtype>float64|float32|float16|bfloat16) (?P<sha256>[0-9a-f]{64})")
+
+
+def _text(tensor: Tensor) -> str:
+    """The text in a tensor of bytes; what is no short one has none."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > 256:
+        return ""
+    return bytes(tensor.tolist()).decode(errors="replace")
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -1,0 +1,167 @@
+"""Which modules are linear layers that experts or a quantised weight can join, and why others are not."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import lru_cache
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the layer of GPT-2: linear, with its weight as (K, N). Known by name, so that nobody has to have
+    transformers."""
+    return class_name(module) == "transformers.pytorch_utils.Conv1D"
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer, or what it was before it got experts or a quantised weight, stores its weight as (K, N)."""
+    return not isinstance(layer, nn.Linear) or not issubclass(getattr(layer, "plain", nn.Linear), nn.Linear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an `nn.Linear`, of any subclass, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def replaced_forward(module: nn.Module) -> str | None:
+    """Why the class of a module does not say what it computes, or None."""
+    if "forward" not in vars(module):
+        return None
+    return "its forward method was replaced, which offloading and patching do; undo that first"
+
+
+def passed_by(module: nn.Module) -> str | None:
+    """Why the effect of calling a module is more than its class and its parameters say, or None: hooks (steering, capture,
+    FSDP, ZeRO-3) and a forward of the instance's own (offloading) are left out where it is not called."""
+    if reason := replaced_forward(module):
+        return reason
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which would not run; remove them first"
+    return None
+
+
+def unplain(module: nn.Module) -> str | None:
+    """Why the weight or the bias is not a tensor that holds its own values, or None."""
+    for name in ("weight", "bias"):
+        tensor = module._parameters.get(name)
+        if tensor is not None and type(tensor) is not nn.Parameter:
+            return f"its {name} is a {type(tensor).__name__}, which does not hold its values itself"
+    return None
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why experts, or a quantised weight, cannot join a layer in place, or None if they can.
+
+    The layer is an `nn.Linear`, a subclass of it that computes the same, or a Conv1D: it holds a weight and a bias that are
+    parameters, and nothing else. That leaves out weights that are computed (pruned, parametrised, normed) and layers with
+    weights of another kind. Its hooks stay, since the layer stays the same object.
+    """
+    if not is_linear(layer):
+        return "it is not a linear layer"
+    if reason := replaced_forward(layer):
+        return reason
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is no parameter but computed (pruned or parametrised); make it permanent first"
+    extra = [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]
+    extra += [name for name, _ in layer.named_buffers(recurse=False)] + [name for name, _ in layer.named_children()]
+    if extra:
+        return f"besides its weight and bias it holds {', '.join(extra)}, of which its output may depend"
+    if reason := unplain(layer):
+        return reason
+    if layer.weight.dim() != 2:
+        return f"its weight has the shape {tuple(layer.weight.shape)}, not that of a matrix"
+    if not is_conv1d(layer) and type(layer).forward is not nn.Linear.forward and not _computes_linear(layer):
+        return "its class has a forward method of its own, which does not compute x W^T + b"
+    return None
+
+
+@torch.no_grad()
+def _computes_linear(layer: nn.Linear) -> bool:
+    """Whether the forward of a subclass is that of `nn.Linear` on two rows."""
+    weight: Tensor = layer.weight
+    if weight.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        found = type(layer).forward(layer, x)
+    except Exception:  # a stranger's code, with any arguments
+        return False
+    expected = F.linear(x, weight, layer.bias)
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, 1e-2, 1e-4)
+
+
+# Reading these of a weight does not compute with it.
+_FACTS = {"dtype", "device", "shape", "size", "requires_grad", "ndim", "dim", "numel", "is_meta", "layout", "element_size"}
+# Nor do these methods, which run before or beside a forward pass.
+_BESIDE = ("init", "reset", "tie", "load", "save", "repr", "prune")
+
+
+def reader(model: nn.Module, name: str) -> str | None:
+    """The class around a layer whose code computes with `<layer>.weight` itself instead of calling the layer, or None.
+
+    Looked for in the source of the modules that the layer lies in. PyTorch's own encoder layer is not named: `attach` and
+    `quantize` switch off the fused path in which it does so.
+    """
+    steps = name.split(".")
+    for depth in range(len(steps)):
+        outer = model.get_submodule(".".join(steps[:depth]))
+        if not isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            if tuple(steps[depth:]) in _weights_read(type(outer), vars(outer).get("forward")):
+                return class_name(outer)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _weights_read(kind: type, replaced: object) -> frozenset[tuple[str, ...]]:
+    """The attribute paths from `self` to the submodules whose weight the methods of a class compute with. `replaced`: the
+    forward of an instance's own, if there is one."""
+    methods = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items() if base is not nn.Module}
+    if replaced is not None:
+        methods["forward"] = inspect.unwrap(getattr(replaced, "__func__", replaced))  # type: ignore[arg-type]
+    found: set[tuple[str, ...]] = set()
+    for name, method in methods.items():
+        method = inspect.unwrap(method) if callable(method) else method
+        beside = name.startswith("__") or any(word in name for word in _BESIDE)
+        if isinstance(method, FunctionType) and not beside and "weight" in method.__code__.co_names:
+            found |= _paths_read(method)
+    return frozenset(found)
+
+
+def _paths_read(method: FunctionType) -> set[tuple[str, ...]]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    harmless: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in _FACTS:
+            harmless.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr"):
+            harmless.update(node.args)
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+            harmless.add(node.left)
+    return {
+        path for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and node not in harmless
+        and (path := _path(node.value))
+    }
+
+
+def _path(node: ast.expr) -> tuple[str, ...]:
+    """("a", "b") for the expression self.a.b; empty for any other."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
