@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +24,28 @@ class Accelerated:
             reasons.setdefault(reason, []).append(name)
         lines += [f"  {reason}: {', '.join(names)}" for reason, names in reasons.items()]
         return "\n".join(lines)
+
+
+# What a LoraConfig may say: settings that say which layers get which shape, how they start or are saved, and those that the
+# layers themselves show (see `PeftLinear.obstacle`).
+_KNOWN = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
+    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core trainable_token_indices "
+    "loftq_config eva_config corda_config lora_ga_config use_dora alora_invocation_tokens use_qalora qalora_group_size "
+    "layer_replication runtime_config lora_bias target_parameters arrow_config ensure_weight_tying".split()
+)
+
+
+def _unknown_settings(model: nn.Module) -> str | None:
+    """Why the adapters of a model are left to PEFT: a setting that this package does not know differs from its default."""
+    configs = [c for m in model.modules() if isinstance(held := getattr(m, "peft_config", None), dict) for c in held.values()]
+    for config in configs:
+        for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if field.name not in _KNOWN and getattr(config, field.name) != default:
+                return f"its configuration sets {field.name}, which is not known here"
+    return None
 
 
 def accelerate(model: nn.Module) -> Accelerated:
@@ -48,6 +71,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     from fedms_ext.nn.peft_linear import PeftLinear
 
     layers, skipped = [], {}
+    unknown = _unknown_settings(model)
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             skipped[name] = "trained as a whole (modules_to_save or trainable tokens)"
@@ -57,7 +81,7 @@ def accelerate(model: nn.Module) -> Accelerated:
             skipped[name] = f"a {type(module).__module__}.{type(module).__name__}, not a peft.tuners.lora.Linear"
         else:
             module.__class__ = PeftLinear
-            if reason := cast(PeftLinear, module).obstacle():
+            if reason := cast(PeftLinear, module).obstacle() or unknown:
                 module.__class__ = lora.Linear
                 skipped[name] = reason
             else:

@@ -7,13 +7,16 @@ pass, and gives the same output for the same sample every time: that output can 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedms_ext.nn.expert_linear import ROUTES, ExpertLinear, PairState, Route
 from fedms_ext.surgery import layers_of, block_list, expert_layers
@@ -182,10 +185,20 @@ class ConstantPrefix:
             RuntimeError: if the forward pass ends without reaching the end of the prefix, or the hidden state is not
                 where it should be.
         """
+        here = threading.get_ident()     # other threads run the model on
+
+        def after(_: nn.Module, args: tuple[object, ...], out: object) -> None:
+            if threading.get_ident() == here:
+                _stop(_hidden(out))
+
+        def before(_: nn.Module, args: tuple[object, ...]) -> None:
+            if threading.get_ident() == here:
+                _stop(*args[:1])
+
         if self.depth == len(self.blocks):
-            handle = self.blocks[-1].register_forward_hook(lambda _, args, out: _stop(_hidden(out)))
+            handle = self.blocks[-1].register_forward_hook(after)
         else:
-            handle = self.blocks[self.depth].register_forward_pre_hook(lambda _, args: _stop(*args[:1]))
+            handle = self.blocks[self.depth].register_forward_pre_hook(before)
         try:
             forward()
         except _PrefixEnd as end:
@@ -197,15 +210,22 @@ class ConstantPrefix:
 
     @contextmanager
     def replay(self, hidden: Tensor) -> Iterator[None]:
-        """Within the context the model's forward skips the prefix and goes on from `hidden` (B, T, D)."""
+        """Within the context the model's forward, in this thread, skips the prefix and goes on from `hidden` (B, T, D).
+
+        What blocks return besides the hidden state has to be the same for all of them, as T5's position biases are: the
+        first block is run for it. RuntimeError in the forward pass if it is not.
+        """
         skipped = list(self.blocks)[:self.depth]
-        for i, block in enumerate(skipped):
-            block.forward = _Skip(block, hidden if i == self.depth - 1 else None)
+        replay = _Replay(skipped, hidden)
+        token = _REPLAYS.set({**_REPLAYS.get(), **{block: replay for block in skipped}})
+        for block in skipped:
+            _Skip.enter(block)
         try:
             yield
         finally:
+            _REPLAYS.reset(token)
             for block in skipped:
-                del block.forward
+                _Skip.leave(block)
 
 
 class _PrefixEnd(Exception):
@@ -226,19 +246,83 @@ def _hidden(out: Any) -> Tensor:
 
 
 class _Skip:
-    """Stands in for a block's forward: returns the given hidden state, or the one that came in, in the block's own
-    form. Whether a block of this class returns a tuple is learnt once, by running one."""
+    """Stands in for a block's forward while threads replay a prefix; in the others the block runs as it is."""
 
-    returns_tuple: dict[type, bool] = {}
+    lock = threading.Lock()
 
-    def __init__(self, block: nn.Module, hidden: Tensor | None) -> None:
-        self.block, self.hidden = block, hidden
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.replaced, self.users = block, vars(block).get("forward"), 0
 
-    def __call__(self, hidden_in: Tensor, *args: object, **kwargs: object) -> object:
-        kind = type(self.block)
-        if kind not in self.returns_tuple:
-            with torch.no_grad():
-                out = kind.forward(self.block, hidden_in, *args, **kwargs)
-            self.returns_tuple[kind] = isinstance(out, tuple)
-        hidden = hidden_in if self.hidden is None else self.hidden
-        return (hidden,) if self.returns_tuple[kind] else hidden
+    @classmethod
+    def enter(cls, block: nn.Module) -> None:
+        with cls.lock:
+            if not isinstance(vars(block).get("forward"), cls):
+                block.forward = cls(block)
+            block.forward.users += 1
+
+    @classmethod
+    def leave(cls, block: nn.Module) -> None:
+        with cls.lock:
+            skip: Any = block.forward
+            skip.users -= 1
+            if skip.users == 0:
+                del block.forward
+                if skip.replaced is not None:
+                    block.forward = skip.replaced
+
+    def run(self, *args: object, **kwargs: object) -> object:
+        return type(self.block).forward(self.block, *args, **kwargs) if self.replaced is None else self.replaced(*args, **kwargs)
+
+    def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
+        replay = _REPLAYS.get().get(self.block)
+        if replay is None:
+            return self.run(hidden, *args, **kwargs)
+        flags = tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, bool)))
+        return replay.output(self.block, flags, hidden, lambda: self.run(hidden, *args, **kwargs))
+
+
+class _Replay:
+    """One thread's replay: what the skipped blocks return, in their own form.
+
+    Whether blocks of a class return a tuple, and what comes after the hidden state, is learnt by running one. Where there
+    is more than None, the first block is run at every replay, and its rest is what the others return too; that they would
+    is checked once, by running the second one.
+    """
+
+    rests: dict[object, tuple[None, ...] | str | None] = {}   # by class and flags; None: a tensor, no tuple
+    checked: set[object] = set()
+
+    def __init__(self, blocks: Sequence[nn.Module], hidden: Tensor) -> None:
+        self.blocks, self.hidden, self.rest = blocks, hidden, ()
+
+    @torch.no_grad()
+    def output(self, block: nn.Module, flags: object, hidden: Tensor, run: Callable[[], object]) -> object:
+        form = (type(block), flags)
+        known = self.rests.get(form, "unknown")
+        if isinstance(known, str) and (block is self.blocks[0] or form not in self.checked):
+            self._learn(form, block, run())
+            known = self.rests[form]
+        hidden = self.hidden if block is self.blocks[-1] else hidden
+        return hidden if known is None else (hidden, *(self.rest if isinstance(known, str) else known))
+
+    def _learn(self, form: tuple[type, object], block: nn.Module, out: object) -> None:
+        rest = out[1:] if isinstance(out, tuple) else None
+        if rest is None or all(value is None for value in rest):
+            self.rests[form] = rest
+            return
+        self.rests[form] = "carried"
+        if block is self.blocks[0]:
+            self.rest = rest
+            return
+        mine, other = tree_leaves(rest), tree_leaves(self.rest)
+        if len(mine) != len(other) or not all(_same(a, b) for a, b in zip(mine, other)):
+            raise RuntimeError(f"{form[0].__name__} returns values of its own besides the hidden state (attention weights, a "
+                               "cache), which a skipped block cannot; turn these outputs off, or replay no prefix (depth=0)")
+        self.checked.add(form)
+
+
+def _same(a: object, b: object) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+
+
+_REPLAYS: ContextVar[Mapping[nn.Module, _Replay]] = ContextVar("fedms_replays", default={})

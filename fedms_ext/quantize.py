@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedms_ext.formats import KINDS
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
-from fedms_ext.nn.linear import is_linear, is_transposed, obstacle, replaced_forward
+from fedms_ext.nn.linear import is_linear, is_transposed, obstacle, reader, replaced_forward
 from fedms_ext.nn.quantised_weight import QuantisedWeight, tensor_sha256
 from fedms_ext.reference import GROUP
 from fedms_ext.surgery import Targets, matches
@@ -23,8 +23,9 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
 
     Each layer stays the same object, with its experts, hooks and attributes; plain ones become `FrozenLinear`. Layers are
     those of `attach`. Left alone are layers whose weight still asks for a gradient (a head that is trained), layers that
-    share their weight with another module, subclasses of `nn.Linear` that compute something else, and layers whose weight
-    is computed (pruned, parametrised) or lies elsewhere. Code that reads the weight of a quantised layer gets it expanded.
+    share their weight with another module, subclasses of `nn.Linear` that compute something else, layers whose weight
+    is computed (pruned, parametrised) or lies elsewhere, and those whose weight the code around them reads, as far as one
+    sees that: where it reads a quantised one all the same, it gets it expanded.
 
     Args:
         model: any module.
@@ -77,10 +78,12 @@ def _quantisable(model: nn.Module, exclude: Targets | None) -> dict[str, nn.Modu
             continue
         if exclude and matches(name, exclude):
             continue
+        if reader(model, name) is not None:
+            continue
         if isinstance(layer, FrozenLinear) or replaced_forward(layer) or obstacle(layer) is None:
             layers[name] = layer
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer with a frozen weight of its own that can be quantised; "
+        raise ValueError(f"{type(model).__name__} has no Linear layer with a frozen weight of its own that can be quantised; "
                          "freeze it first (requires_grad_(False)), or attach experts, which does so")
     return layers
 

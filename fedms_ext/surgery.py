@@ -152,8 +152,9 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, experts: Mapping
         raise ValueError(f"{', '.join(names)} are one and the same layer; experts need a layer of their own")
     block = next((i for prefix, i in blocks.items() if f"{name}.".startswith(prefix)), None)
     if block is None:
-        raise ValueError(f"target {name!r} lies outside the blocks; experts are activated block by block, so their layers "
-                         f"must lie inside one of {', '.join(prefix.rstrip('.') for prefix in blocks)}")
+        where = next(iter(blocks)).rstrip(".").rpartition(".")[0]
+        raise ValueError(f"target {name!r} lies outside the blocks {where!r}; experts are activated block by block, so their "
+                         "layers must lie inside one")
     if reason := _refusal(layer):
         raise ValueError(f"layer {name!r} ({class_name(layer)}) cannot hold experts: {reason}")
     try:

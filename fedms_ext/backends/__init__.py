@@ -50,28 +50,29 @@ def explain(name: str) -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within it, every operator runs on the backend of that name, in all threads.
+    """Within it, every operator runs on the backend of that name, in all threads; of several, the last one entered counts.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
     """
-    global _forced
-    previous, _forced = _forced, _named(name)
+    choice = (_named(name),)  # a tuple of its own: threads may leave in another order than they entered
+    _forced.append(choice)
     try:
         yield
     finally:
-        _forced = previous
+        _forced[:] = [other for other in _forced if other is not choice]
 
 
 def choose(x: Tensor) -> ModuleType:
     """The backend for an operator whose input is `x`."""
-    if _forced is not None:
-        if not _forced.supports(x):
-            name = _forced.__name__.rpartition(".")[2]
+    if _forced:
+        (forced,) = _forced[-1]
+        if not forced.supports(x):
+            name = forced.__name__.rpartition(".")[2]
             raise RuntimeError(
                 f"backend {name!r} was asked for by name, but it does not take {x.dtype} on {x.device}; "
                 "use another one, or none, so that one is chosen for the tensor"
             )
-        return _forced
+        return forced
     for backend in _usable:
         if backend.supports(x):
             return backend
@@ -88,4 +89,4 @@ def serving(x: Tensor, lora: Lora, kind: str | None, backward: bool) -> str:
 
 
 _usable = [_BACKENDS[name] for name in available()]
-_forced: ModuleType | None = _named(os.environ["FEDMS_BACKEND"]) if os.environ.get("FEDMS_BACKEND") else None
+_forced: list[tuple[ModuleType]] = [(_named(os.environ["FEDMS_BACKEND"]),)] if os.environ.get("FEDMS_BACKEND") else []

@@ -96,7 +96,7 @@ class QuantisedWeight(nn.Module):
         """
         if self.kind != "int8":
             return self.data, self.scale
-        if self._transposed is None or self._transposed_of != self._versions():
+        if self._transposed is None or (not torch.compiler.is_compiling() and self._transposed_of != self._versions()):
             # Not as a decorator: that would load torch._dynamo, 1.5 s, whenever this package is imported.
             torch.compiler.disable(self._transpose)()
         return self._transposed

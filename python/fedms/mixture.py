@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class Mixture:
     def __init__(self, foundation: FoundationModel, outcome: Outcome, client: int | None) -> None:
         self.model, self.outcome, self.client = bind(foundation, outcome.task), outcome, client
         self.classes = outcome.task.classes
+        self._alone = threading.Lock()   # a prediction switches the model between its experts
 
     def predict(self, samples: Sequence[Any]) -> pd.DataFrame:
         """A row a sample: `label`, its `probability`, and `gate_weight`, the gate's weight of the local expert (missing
@@ -55,7 +57,8 @@ class Mixture:
             return pd.DataFrame({"label": [], "probability": [], "gate_weight": []})
         max_tokens = self.outcome.task.config.data.max_tokens
         inputs = own.inputs_of(samples, places, self.model.foundation, "samples", max_tokens)
-        found = predict(self.model, self.outcome, self.client, inputs)
+        with self._alone:
+            found = predict(self.model, self.outcome, self.client, inputs)
         best = found.personalised.softmax(1).max(1)
         return pd.DataFrame({"label": [self.classes[i] for i in best.indices.tolist()],
                              "probability": best.values.numpy(),

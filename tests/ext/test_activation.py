@@ -181,9 +181,12 @@ def test_prefix_hash_follows_the_applied_pairs_inside_the_prefix():
     layers[0].up.set_state("global", OFF)
     assert changes() == [False, True, True, True, True]
     layers[0].up.set_state("global", FROZEN)
+    for layer in layers:
+        layer.up.set_state("local", FROZEN)
     merge(model, "local")
     assert changes() == [False, True, True, True, True]
     unmerge(model)
+    deactivate(model, "local")
     assert changes() == [False] * 5
 
 
