@@ -42,7 +42,7 @@ class QuantisedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, kind: str = "int8", group: int = GROUP) -> None:
         super().__init__()
-        weight = weight.detach()
+        weight = weight.detach().contiguous()
         if kind not in KINDS:
             raise ValueError(f"cannot quantise to {kind!r}; expected {', '.join(KINDS)}")
         if group not in (32, 64):

@@ -27,9 +27,11 @@ def floating(o: dict[str, Tensor]) -> Tensor:
     return expert_linear(o["x"], o["weight"], o["bias"], [o["a"]], [o["b"]], o["scale"], o["gate"])
 
 
+FROZEN = QuantisedWeight(operands()["weight"], "fp16")
+
+
 def frozen(o: dict[str, Tensor]) -> Tensor:
-    weight = QuantisedWeight(operands()["weight"], "fp16")
-    return frozen_linear(o["x"], weight, o["bias"], [o["a"]], [o["b"]], o["scale"], o["gate"])
+    return frozen_linear(o["x"], FROZEN, o["bias"], [o["a"]], [o["b"]], o["scale"], o["gate"])
 
 
 @pytest.mark.parametrize("name", OPERANDS)
