@@ -46,16 +46,16 @@ test: $(INSTALLED) ## all tests
 # before the environment's own packages.
 check-triton36: $(INSTALLED) ## the checks of the GPU kernels on Triton 3.6
 	test -d $(VENV)/triton36 || $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/triton_kernels/test_processes.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/kernels/triton/test_processes.py
 
 check-cuda: $(INSTALLED) ## the CUDA kernels without a GPU: all on an emulator, index logic, machine code where nvcc is
-	FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/cuda_kernels
+	FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/kernels/cuda
 
 # No environment is made: the machine may have no network, and PYTHON has PyTorch already.
 DEST ?= runs/gpu
 gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eight files in DEST=, QUICK=1 within 8 minutes or LIMIT= seconds
 	since=$$(date +%s) && $(PYTHON) -m pip install --no-build-isolation --no-deps --editable . && \
-	$(PYTHON) bench/gpu.py --dest $(DEST) $(if $(QUICK),--quick $(if $(LIMIT),--seconds $(LIMIT)) --since $$since)
+	$(PYTHON) -m bench.run_gpu --dest $(DEST) $(if $(QUICK),--quick $(if $(LIMIT),--seconds $(LIMIT)) --since $$since)
 
 # A build folder of its own; the kernels without Python, on every instruction set of this machine.
 sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behaviour sanitizer
@@ -71,14 +71,14 @@ test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
 
-study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most eight hours a call: docs/study.md
-	$(BIN)/fedms study --jobs 2 --hours 7.9
+study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most eight hours a call: docs/evidence/study.md
+	$(BIN)/python -m bench.study --jobs 2 --hours 7.9
 
 study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick.md
-	$(BIN)/fedms study --quick --jobs 2 --out runs/study-quick
+	$(BIN)/python -m bench.study --quick --jobs 2 --out runs/study-quick
 
-docs: $(INSTALLED) ## docs/configuration.md, from the code, and all pages with the API: build/docs/index.html
-	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/configuration.md
+docs: $(INSTALLED) ## docs/reference/configuration.md, from the code, and all pages with the API: build/docs/index.html
+	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/reference/configuration.md
 	$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || $(PIP) install --editable '.[docs]' --no-build-isolation
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 

@@ -6,7 +6,12 @@ import torch  # noqa: F401  first: the kernels of this package run on the OpenMP
 
 from . import _C, budget
 from .accelerate import Accelerated, accelerate
-from .activation import (
+from .backends import available, explain, use_backend
+from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantisedWeight
+from .operators.expert_linear import expert_linear
+from .quantization.quantize import dequantize, quantize
+from .reference import philox_mask
+from .sparse.activation import (
     ConstantPrefix,
     activate,
     activation_order,
@@ -16,13 +21,8 @@ from .activation import (
     prefix_hash,
     segmented,
 )
-from .backends import available, explain, use_backend
-from .cache import ConstantCache, DiskCache, Ragged
-from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantisedWeight
-from .ops import expert_linear
-from .quantize import dequantize, quantize
-from .reference import philox_mask
-from .surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
+from .sparse.cache import ConstantCache, DiskCache, Ragged
+from .sparse.surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
 
 __all__ = [
     "Accelerated",

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedms_ext.activation import blocks_of, prefix_depth
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.linear import is_linear
 from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.sparse.activation import blocks_of, prefix_depth
 
 
 @dataclass(frozen=True)

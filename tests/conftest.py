@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# pytest has put this folder on the path, where tests/fedms would pass for the package of that name.
+# pytest has put this folder on the path, where tests/fedms and tests/bench would pass for the packages of those names.
 sys.path.remove(str(Path(__file__).parent))
 torch.set_num_threads(2)
 
@@ -20,7 +20,7 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """FEDMS_SHARD=i/n keeps every n-th test from the i-th on: bench/gpu.py runs such shares side by side."""
+    """FEDMS_SHARD=i/n keeps every n-th test from the i-th on: bench/run_gpu.py runs such shares side by side."""
     share, _, shares = os.environ.get("FEDMS_SHARD", "0/1").partition("/")
     items[:] = items[int(share) :: int(shares)]
 

@@ -1,11 +1,11 @@
-// The linear layer of 16-bit weights: how its columns are shared among threads. The products are in lora_kernels.inc.
+// The linear layer of 16-bit weights: how its columns are shared among threads. The products are in lora/kernels.inc.
 #include "fedms/half.h"
 
 #include <omp.h>
 
 #include <algorithm>
 
-#include "lora_operands.h"
+#include "lora/operands.h"
 
 namespace fedms {
 namespace {

@@ -1,7 +1,7 @@
 // Whether a device can run the kernels of this build at all.
 #include <climits>
 
-#include "machine.h"
+#include "device.h"
 
 namespace fedms::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // The frozen GEMM with the ranks in it, for compute capability 9.0: a persistent grid in which one warpgroup copies
 // tiles through the tensor memory accelerator, and two multiply them with wgmma, 64 rows of the output tile each.
 //
-// No multicast within a cluster: sharing W's tiles between two blocks took as long on an H200 (docs/cuda.md).
+// No multicast within a cluster: sharing W's tiles between two blocks took as long on an H200 (docs/evidence/cuda.md).
 //
 // S can be made on the way (INSIDE): the tiles of the first columns, which come first, multiply their x by A too, and write S
 // and T; the other tiles of their rows wait for T, which most find there. So x is read once. A lies where the output will

@@ -1,8 +1,8 @@
 // Where a value lies: tiles in shared memory, fragments in registers, blocks in the output. Nothing but arithmetic, so
-// that tests/cuda_kernels can go through all of it on a CPU.
+// that tests/kernels/cuda can go through all of it on a CPU.
 #pragma once
 
-#include "machine.h"
+#include "device.h"
 
 namespace fedms::cuda {
 

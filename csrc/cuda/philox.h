@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fedms/cuda.h"
-#include "machine.h"
+#include "device.h"
 
 namespace fedms::cuda {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "numbers.h"
+#include "elements.h"
 
 namespace fedms::cuda {
 

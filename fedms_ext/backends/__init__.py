@@ -15,13 +15,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import cpu, cuda, eager, measured, triton
-from .operands import Lora
+from . import cpu, cuda, eager, fastest, triton
+from .base import Lora
 
 # In the order of preference. `cuda` stands last, behind the one that takes everything: only by name, or through
 # `measured`, which is available once a GPU has passed its tests.
 _BACKENDS: dict[str, ModuleType] = {
-    "measured": measured, "triton": triton, "cpu": cpu, "eager": eager, "cuda": cuda,
+    "measured": fastest, "triton": triton, "cpu": cpu, "eager": eager, "cuda": cuda,
 }  # fmt: skip
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..formats import HALVES
+from ..quantization.formats import HALVES
 from ..reference import LEVELS
 from . import eager
-from .cpu_ranks import LARGEST_RANK
-from .operands import Frozen, Gradients, Lora, Needs, empty_gradients
+from .base import Frozen, Gradients, Lora, Needs, empty_gradients
+from .cpu_thresholds import LARGEST_RANK
 
 _C.set_tensor_type(Tensor)
 
@@ -190,7 +190,7 @@ def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -
     return _as(y, x.dtype), _as(s, lora.a[0].dtype) if lora.a else s
 
 
-# With more rows it is no slower to write the weight out as float32 once (test_few_rows of bench/bench_cpu_linear.py).
+# With more rows it is no slower to write the weight out as float32 once (test_few_rows of bench/layers/bench_cpu_linear.py).
 _FEW_ROWS = 128
 
 

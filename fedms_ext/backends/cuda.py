@@ -5,7 +5,7 @@ For bf16 and fp16 layers whose sides are multiples of 8 (16 along K for an int8 
 most, experts in the base's dtype, and up to eight segments. Everything else goes to the Triton backend where it can run,
 and to `eager`.
 
-FEDMS_CUDA_EMULATED=FILE takes the kernels from a module that was compiled for the emulator of tests/cuda_kernels, and
+FEDMS_CUDA_EMULATED=FILE takes the kernels from a module that was compiled for the emulator of tests/kernels/cuda, and
 then they take tensors on the CPU.
 """
 
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from . import choices, eager, triton
-from .operands import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, made_once, scale_on
+from . import autotune, eager, triton
+from .base import Frozen, Gradients, Lora, Needs, dense_rows, empty_gradients, made_once, scale_on
 
 LARGEST_RANK = 256  # of all experts together; above it the branch is no longer narrow
 
@@ -84,20 +84,20 @@ def build_id() -> str:
 
 def record(capability: tuple[int, int]) -> Path:
     """The file that says that the kernels of a build have passed their tests on a GPU of that capability."""
-    return choices.folder() / f"cuda-sm{capability[0]}{capability[1]}-passed.json"
+    return autotune.folder() / f"cuda-sm{capability[0]}{capability[1]}-passed.json"
 
 
 @lru_cache(maxsize=None)
 def passed(capability: tuple[int, int]) -> bool:
     """Whether this build's kernels have passed their tests on a GPU of that capability, as far as $FEDMS_CACHE knows."""
-    kept = choices.read(record(capability))
+    kept = autotune.read(record(capability))
     return bool(kept) and kept.get("build") == build_id()
 
 
 def record_pass() -> Path:
     """Notes in $FEDMS_CACHE that this build's kernels have passed their tests on the current GPU. Only for who ran them."""
     path = record(capability(None))
-    choices.write(path, {"build": build_id(), "passed": time.strftime("%Y-%m-%d %H:%M:%S")})
+    autotune.write(path, {"build": build_id(), "passed": time.strftime("%Y-%m-%d %H:%M:%S")})
     passed.cache_clear()
     return path
 
@@ -208,9 +208,9 @@ class _Way(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _choices(capability: tuple[int, int]) -> choices.Choices:
+def _choices(capability: tuple[int, int]) -> autotune.Choices:
     major, minor = capability
-    return choices.Choices(f"cuda-gemm-sm{major}{minor}-{build_id()[:16]}.json")
+    return autotune.Choices(f"cuda-gemm-sm{major}{minor}-{build_id()[:16]}.json")
 
 
 def _ways(

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import dequantise
+from ..quantization.formats import dequantise
 from ..reference import dropout
-from .operands import Frozen, Gradients, Lora, Needs, Scales, plain_numbers
+from .base import Frozen, Gradients, Lora, Needs, Scales, plain_numbers
 
 
 def unavailable() -> str | None:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedms_ext.frozen_ops import frozen_linear
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.pairs import Pairs
-from fedms_ext.ops import expert_linear
+from fedms_ext.operators.expert_linear import expert_linear
+from fedms_ext.operators.frozen import frozen_linear
 
 
 class PairState(str, enum.Enum):

@@ -6,9 +6,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedms_ext.frozen_ops import frozen_linear
 from fedms_ext.nn.linear import is_conv1d, is_transposed
 from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.operators.frozen import frozen_linear
 
 
 class FrozenLinear(nn.Linear):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms_ext import _C
-from fedms_ext.formats import KINDS, dequantise, packed, quantise, unpacked
+from fedms_ext.quantization.formats import KINDS, dequantise, packed, quantise, unpacked
 from fedms_ext.reference import GROUP, LEVELS, quantise_weight
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedms_ext.backends.base import Frozen, Lora
 from fedms_ext.backends.eager import frozen_forward
-from fedms_ext.backends.operands import Frozen, Lora
 
 from .call import HeadCall, Result, empty_result
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedms_ext.frozen_ops import frozen_linear
 from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.operators.frozen import frozen_linear
 
 
 class FrozenHead(nn.Module):

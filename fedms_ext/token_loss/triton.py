@@ -13,7 +13,7 @@ if unavailable() is None:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fedms_ext.triton_kernels.token_rows import token_rows
+    from fedms_ext.backends.triton.token_rows import token_rows
 
 _LARGEST_BLOCK = 4096  # logits that a program holds at a time
 

@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedms.frames import Results, results
-    from fedms.mixture import Mixture, load
+    from fedms.export.mixture import Mixture, load
+    from fedms.report.results import Results, results
 
 __all__ = ["Mixture", "Results", "load", "results"]
 
-_HOMES = {"Mixture": "fedms.mixture", "Results": "fedms.frames", "load": "fedms.mixture", "results": "fedms.frames"}
+_HOMES = {"Mixture": "fedms.export.mixture", "Results": "fedms.report.results", "load": "fedms.export.mixture",
+          "results": "fedms.report.results"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from fedms.config import RunConfig
     from fedms.progress import Progress
-    from fedms_ext.served import Served
+    from fedms_ext.profiling import Served
 
 PACKAGES = ("torch", "numpy", "transformers", "safetensors", "scikit-learn", "flwr-datasets", "pydantic", "matplotlib",
             "jinja2", "tomli-w")
@@ -52,10 +52,10 @@ def served(config: RunConfig, progress: Progress) -> Served:
     Raises:
         ConfigError, ModelError, DataError: as where the run is begun.
     """
-    from fedms.client import Client, Private
     from fedms.data import ClientSplit
-    from fedms.session import Session
-    from fedms_ext.served import Served
+    from fedms.federated.client import Client, Private
+    from fedms.runs.experiment import Session
+    from fedms_ext.profiling import Served
 
     model, case = (session := Session(config, progress)).model, session.case(config)
     split = case.partition.clients[0]
@@ -188,7 +188,7 @@ def _certificates(run_file: Path | None) -> Iterator[Check]:
     """Of the deployment whose run file this is, if it is one's."""
     if run_file is None or not (run_file.parent / "certificates/server.pem").is_file():
         return
-    from fedms.engine.flower import certificates
+    from fedms.engines.flower import certificates
 
     folder = run_file.parent / "certificates"
     lines, ends = certificates.warnings(folder), certificates.ends(folder)

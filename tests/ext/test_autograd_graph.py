@@ -8,7 +8,7 @@ from tiny_models import BLOCKS, MODELS
 from torch import Tensor, nn
 
 from fedms_ext import ConstantPrefix, LoRA, activate, attach, expert_layers
-from fedms_ext.activation import blocks_of
+from fedms_ext.sparse.activation import blocks_of
 
 
 @pytest.fixture(params=MODELS)

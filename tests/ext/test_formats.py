@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedms_ext import QuantisedWeight, reference
-from fedms_ext.formats import KINDS
+from fedms_ext.quantization.formats import KINDS
 
 FOUR_BITS = ["nf4", "int4"]
 

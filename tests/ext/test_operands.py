@@ -10,8 +10,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, QuantisedWeight, expert_linear, reference
-from fedms_ext.backends.operands import made_once
-from fedms_ext.frozen_ops import frozen_linear
+from fedms_ext.backends.base import made_once
+from fedms_ext.operators.frozen import frozen_linear
 
 M, K, N, R = 3, 16, 8, 4
 OPERANDS = ("x", "weight", "bias", "a", "b", "gate", "scale")

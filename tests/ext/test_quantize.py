@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantisedWeight, reference
-from fedms_ext.formats import KINDS
+from fedms_ext.quantization.formats import KINDS
 
 BACKENDS = ["cpu", "eager"]
 

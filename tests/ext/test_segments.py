@@ -8,8 +8,8 @@ from torch import nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, expert_linear, reference
-from fedms_ext.frozen_ops import frozen_linear
 from fedms_ext.nn import QuantisedWeight
+from fedms_ext.operators.frozen import frozen_linear
 
 N, K = 33, 23
 SEGMENTS = [(7, 5), (12, 0), (0, 1, 11), (6, 0, 6)]

@@ -8,7 +8,7 @@ from torch import nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, QuantisedWeight, backends
-from fedms_ext.served import PYTORCH, Product, Served
+from fedms_ext.profiling import PYTORCH, Product, Served
 
 
 def layer(kind: str | None, rank: int = 4) -> ExpertLinear:

@@ -50,7 +50,7 @@ CONFIGURATIONS = [
 def planned(memory: int, sets: list[str]) -> dict:
     """The plan for a configuration, made in this process."""
     from fedms.config import load_config
-    from fedms.plan import plan
+    from fedms.runs.plan import plan
 
     found = plan(load_config("sentiment", [*SMALL, *sets]), memory=memory, flops=1e9)
     if found.chosen is None:
@@ -112,8 +112,8 @@ def main() -> None:
     if arguments.plan:
         print(json.dumps(planned(int(arguments.plan[0]), arguments.plan[1:])))
     elif arguments.run:
-        from fedms import run
         from fedms.config import load_config
+        from fedms.runs import run
 
         notes = run.run(load_config("sentiment", [*SMALL, *arguments.run[1:]]), Path(arguments.run[0]))["notes"]
         print("\n".join(notes))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NOT_RUN = re.compile(r"^\*Not run by the tests: .+\.\*$", re.S)
 ELSEWHERE = re.compile(r"^<!-- run by (\S+) -->$")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fedms import cli
 from fedms.config import METHODS
-from fedms.records import CLIENT_FIELDS, ROUND_FIELDS, SUMMARY_FIELDS, VISIT_FIELDS, RunRecords, comparable
+from fedms.storage.records import CLIENT_FIELDS, ROUND_FIELDS, SUMMARY_FIELDS, VISIT_FIELDS, RunRecords, comparable
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ VISITS = 3 * 3
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "fedms.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "fedms", *map(str, arguments)]
 
 
 def fedms(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

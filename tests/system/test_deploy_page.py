@@ -1,4 +1,4 @@
-"""docs/deploy.md for several machines, word for word: each machine is a network of its own (ip netns), with a folder that
+"""docs/guide/deploy.md for several machines, word for word: each machine is a network of its own (ip netns), with a folder that
 has nothing but what the page says to carry there. Minutes, and root: `make test-full` alone."""
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
-from fedms.checkpoint import CheckpointFolder
-from fedms.records import RunRecords
+from fedms.storage.checkpoint import CheckpointFolder
+from fedms.storage.records import RunRecords
 
-PAGE = Path(__file__).parents[2] / "docs/deploy.md"
+PAGE = Path(__file__).parents[2] / "docs/guide/deploy.md"
 SERVER, *CLIENTS = (f"fedms-{os.getpid()}-{name}" for name in ("server", "client-0", "client-1"))
 pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
 

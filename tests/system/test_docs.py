@@ -18,7 +18,7 @@ QUICK = [page for page in RUNNING if not any(block.runs_here and block.language 
 
 
 def test_the_configuration_page_is_current():
-    assert (ROOT / "docs/configuration.md").read_text() == reference(), "run: make docs"
+    assert (ROOT / "docs/reference/configuration.md").read_text() == reference(), "run: make docs"
 
 
 def test_every_block_has_a_language_that_is_known():
@@ -29,7 +29,7 @@ def test_every_block_has_a_language_that_is_known():
             assert known, f"{page.name}: {block.language!r} for\n{block.code}"
             if found := ELSEWHERE.match(block.above):
                 assert page.name in (ROOT / found[1]).read_text(), f"{found[1]} does not read {page.name}"
-        if page.parent.name == "docs":
+        if page.name != "README.md":
             loose = re.findall(r"^ {4}(?:[A-Z_]+=\S+ )*(?:fedms|python|pytest|make|pip) .*", page.read_text(), re.M)
             assert not loose, f"{page.name}: give it a fence: {loose[0]}"
 
@@ -43,12 +43,12 @@ def test_python_blocks_run(page, tmp_path):
 @pytest.mark.parametrize("page", [page for page in RUNNING if page not in QUICK], ids=lambda page: page.name)
 def test_all_blocks_run(page, tmp_path):
     printed = run_page(page, tmp_path)
-    if page.name == "models-and-data.md":
+    if page.name == "models.md":
         check_predictions(printed, tmp_path)
 
 
 def check_predictions(printed, folder):
-    """What the two walks of docs/models-and-data.md end in."""
+    """What the two walks of docs/guide/models.md end in."""
     assert "text,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in printed
     reviews, cells = pd.read_parquet(folder / "predicted.parquet"), pd.read_csv(folder / "predicted.csv")
     assert reviews.label.tolist() == ["bad", "good"] and len(cells) == 20
@@ -76,7 +76,7 @@ def test_messages_that_are_explained_are_those_of_the_code():
     """Of each, the words between what is filled in stand in some string of the code."""
     strings = [node.value for package in ("fedms_ext", "python/fedms") for path in (ROOT / package).rglob("*.py")
                for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    explained = re.findall(r"^\*\*`(.+?)`\*\*", (ROOT / "docs/errors.md").read_text(), re.M)
+    explained = re.findall(r"^\*\*`(.+?)`\*\*", (ROOT / "docs/reference/errors.md").read_text(), re.M)
     assert len(explained) > 10
     for message in explained:
         for words in re.split(r"\bN\b|\bDIR\b|\.\.\.|'triton'|nan|\d", message):
@@ -84,7 +84,7 @@ def test_messages_that_are_explained_are_those_of_the_code():
 
 
 def test_names_in_the_table_from_the_paper_exist():
-    names = re.findall(r"`(fedms(?:_ext)?(?:\.\w+)+)`", (ROOT / "docs/paper.md").read_text())
+    names = re.findall(r"`(fedms(?:_ext)?(?:\.\w+)+)`", (ROOT / "docs/method/paper.md").read_text())
     assert len(names) >= 10
     for name in names:
         module, _, attribute = name.rpartition(".")

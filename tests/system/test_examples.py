@@ -22,10 +22,8 @@ pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes:
 
 @pytest.fixture(scope="module")
 def saved_models():
-    """Saves random models of many architectures (tests/fedms/saved_models.py)."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "fedms"))
-    yield __import__("saved_models")
-    sys.path.pop(0)
+    """Saves random models of many architectures (tests/helpers/saved_models.py)."""
+    return __import__("saved_models")
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def call(folder: Path, *command: str) -> str:
 
 def fedms(folder: Path, *arguments: str) -> dict:
     """Runs a run file; returns the summary."""
-    call(folder, sys.executable, "-m", "fedms.cli", "run", *arguments, *SMALL, "--out", "out")
+    call(folder, sys.executable, "-m", "fedms", "run", *arguments, *SMALL, "--out", "out")
     return json.loads((folder / "out/summary.json").read_text())
 
 

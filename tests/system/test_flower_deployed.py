@@ -1,6 +1,6 @@
 """One run file three ways, with real processes: embedded, Flower's simulation, and a SuperLink with three SuperNodes on
-loopback, with TLS and authentication, by the commands of docs/deploy.md; then among processes that are killed, hang and
-lie. Minutes: `make test-full` alone. The same without processes is in tests/fedms/test_flower.py."""
+loopback, with TLS and authentication, by the commands of docs/guide/deploy.md; then among processes that are killed, hang and
+lie. Minutes: `make test-full` alone. The same without processes is in tests/fedms/engines/test_flower.py."""
 from __future__ import annotations
 
 import json
@@ -21,15 +21,15 @@ import torch
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
-from fedms.checkpoint import CheckpointFolder
-from fedms.client import Visit, visit
 from fedms.config import load_config
-from fedms.engine import local
-from fedms.engine.flower import certificates, deployment
-from fedms.engine.flower.folder import ClientFolder
-from fedms.records import RunRecords, comparable
-from fedms.run import run
-from fedms.server import Server
+from fedms.engines import local
+from fedms.engines.flower import certificates, deployment
+from fedms.federated.client import Visit, visit
+from fedms.federated.server import Server
+from fedms.runs.run import run
+from fedms.storage.checkpoint import CheckpointFolder
+from fedms.storage.private_state import ClientFolder
+from fedms.storage.records import RunRecords, comparable
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.max_samples=300", "data.partition=iid", "clients.unseen=1", "run.threads=1", "sal.cache=disk",
@@ -43,7 +43,7 @@ def environment(folder):
 
 
 def fedms(folder, *words, timeout=900):
-    done = subprocess.run([sys.executable, "-m", "fedms.cli", *words], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "fedms", *words], cwd=folder, capture_output=True, text=True,
                           timeout=timeout, env=environment(folder))
     assert done.returncode == 0, " ".join(words) + "\n" + done.stdout + done.stderr
     return done.stdout
@@ -61,8 +61,8 @@ def same(a, b):
 
 
 def documented():
-    """The four commands of docs/deploy.md for one machine, as lists of words."""
-    section = (ROOT / "docs/deploy.md").read_text().split("## Deployed, all on one machine first")[1].split("\n## ")[0]
+    """The four commands of docs/guide/deploy.md for one machine, as lists of words."""
+    section = (ROOT / "docs/guide/deploy.md").read_text().split("## Deployed, all on one machine first")[1].split("\n## ")[0]
     (block,) = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
     return [shlex.split(line)[1:] for line in block.splitlines()]
 
@@ -114,7 +114,7 @@ REASONS = {("stage1", 2, 1): f"no answer within {DEADLINE} s", ("stage1", 2, 5):
 def test_chaos_among_real_processes(tmp_path, monkeypatch):
     """A SuperNode is killed while its client trains and started again, one hangs until it is started again, one replays an
     old reply, one sends NaN, an intruder has a key of its own making, the SuperLink is killed with all that belongs to it,
-    later the ServerApp alone: the honest lose nothing. With twelve clients and rounds: tests/fedms/test_flower.py."""
+    later the ServerApp alone: the honest lose nothing. With twelve clients and rounds: tests/fedms/engines/test_flower.py."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "misbehaving"))
     monkeypatch.setenv("MISBEHAVIOUR", json.dumps(MISBEHAVIOUR))
     monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "cache"))
@@ -185,7 +185,7 @@ def check_that_the_honest_lost_nothing(root, out, monkeypatch):
 
 
 def start_fedms(folder, words):
-    return subprocess.Popen([sys.executable, "-m", "fedms.cli", *words], cwd=folder, env=environment(folder),
+    return subprocess.Popen([sys.executable, "-m", "fedms", *words], cwd=folder, env=environment(folder),
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -17,7 +17,7 @@ from pages import ROOT, run_page
 from test_docs import check_predictions
 
 pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
-PAGE = ROOT / "docs/models-and-data.md"
+PAGE = ROOT / "docs/guide/models.md"
 
 
 def call(*command, cwd) -> str:
@@ -45,15 +45,15 @@ def environment(folder: Path) -> Path:
 def test_the_wheel_holds_what_runs_and_nothing_else(packages):
     names = zipfile.ZipFile(packages[".whl"]).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fedms", "fedms_ext"}, names
-    assert {"fedms/py.typed", "fedms_ext/py.typed", "fedms/runfiles/digits.toml", "fedms/templates/report.html.j2"} <= {*names}
+    assert {"fedms/py.typed", "fedms_ext/py.typed", "fedms/config/builtin/digits.toml", "fedms/report/report.html.j2"} <= {*names}
     assert [name for name in names if ".so" in name] == [f"fedms_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
     assert any(name.endswith("licenses/LICENSE") for name in names) and "manylinux" in packages[".whl"].name
 
 
 def test_the_source_distribution_holds_what_builds_and_tests(packages):
     names = {name.partition("/")[2] for name in tarfile.open(packages[".gz"]).getnames()}
-    assert {"setup.py", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/cpu/lora.cpp", "csrc/cuda/gemm.cu", "tests/conftest.py",
-            "docs/index.md", "examples/README.md", "LICENSE"} <= names
+    assert {"setup.py", "CMakeLists.txt", "csrc/python/module.cpp", "csrc/cpu/lora/lora.cpp", "csrc/cuda/gemm.cu",
+            "tests/conftest.py", "docs/index.md", "examples/README.md", "LICENSE"} <= names
     assert not any(name.endswith((".so", ".pyc")) or ".venv" in name or "/trials/" in name for name in names)
 
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../lora_operands.h"
+#include "../lora/operands.h"
 #include "fedms/isa.h"
 #include "row_kernels.h"
 

@@ -11,10 +11,10 @@
 // T is 255, so that xq is a byte, where the CPU has a dot product of bytes. Where the products are of 16-bit values anyway
 // (AVX2, portable) it is up to 4095 for an int8 weight, which costs nothing: after a LayerNorm one or two channels are many
 // times as large as the others, and on MiniLM's activations 255 steps alone make an error of 1.40 %, the int8 weight alone
-// one of 0.72 %, both 1.60 % (bench/cpu_int8_error.py, also on what else would lessen it). Where xq is a byte, the simplest
+// one of 0.72 %, both 1.60 % (bench/accuracy/int8.py, also on what else would lessen it). Where xq is a byte, the simplest
 // that reaches 1.3 % is to multiply the largest value of a row apart.
 //
-// There is no GELU in the epilogue and no requantisation for the next layer: bench/bench_cpu_mlp.py bounds what they could
+// There is no GELU in the epilogue and no requantisation for the next layer: bench/layers/bench_cpu_mlp.py bounds what they could
 // gain, and finds nothing above its noise.
 //
 // All matrices are row-major and dense. The results are bitwise the same for any number of threads.

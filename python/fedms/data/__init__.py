@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from fedms.config import DATA
 
-from . import digits, fashion, own, sentiment
+from . import digits, fashion, sentiment, user_data
 from .cache import cache_dir, made_cache_dir
 from .dataset import Dataset, describe, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
-from .own import stamp
 from .partitioning import ClientSplit, Partition, partition
 from .samples import normal
 from .shard import Shard, ShardError, read_shard, shard_of, write_shard
+from .user_data import stamp
 
 __all__ = [
     "ClientSplit",
@@ -62,7 +62,7 @@ def load(config, model, *, seed: int = 0) -> Dataset:
     if config.max_samples is not None and config.max_samples < 1:
         raise DataError(f"data.max_samples: expected at least 1, got {config.max_samples}")
     if config.name not in LOADERS:
-        return own.load(config, model, seed)
+        return user_data.load(config, model, seed)
     if model.reads != DATA[config.name]:
         raise DataError(
             f"data.name: {config.name!r} holds {DATA[config.name]}, but model.id {model.name!r} reads {model.reads}; "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedms.files import private_folder
+from fedms.storage.durable import private_folder
 
 from .inputs import DataError
 

@@ -22,8 +22,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor
 
-from fedms.files import SHARD, ShardAbout, ShardClient, parse_about, private_folder, write_durably
 from fedms.foreign import conform, read_regular, read_tensors
+from fedms.storage.durable import SHARD, ShardAbout, ShardClient, parse_about, private_folder, write_durably
 
 from .dataset import Dataset, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
@@ -41,7 +41,7 @@ class ShardError(DataError):
 @dataclass(frozen=True)
 class Shard:
     """dataset: the samples of `partition`, in the order of the whole set, so that every client sees the same batches
-    as where all of it is at hand. fitting: see `fedms.devices.device_of`."""
+    as where all of it is at hand. fitting: see `fedms.federated.devices.device_of`."""
 
     dataset: Dataset
     partition: Partition

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from fedms.config import RunConfig
 from fedms.methods.apfl import APFL
-from fedms.methods.base import Method, Prediction
 from fedms.methods.ditto import Ditto
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.fedavg_ft import FedAvgFT
@@ -18,6 +17,7 @@ from fedms.methods.fedrep import FedRep
 from fedms.methods.fedsa_lora import FedSALoRA
 from fedms.methods.ffa_lora import FFALoRA
 from fedms.methods.local import Local
+from fedms.methods.steps import Method, Prediction
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (
     Local, FedAvg, FedAvgPrior, FedAvgFT, FedProx, FedPer, FedRep, Ditto, APFL, FFALoRA, FedSALoRA, FedExLoRA, FedDPA,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Loss, Message, Private, Reply, Score, score, train
-from fedms.methods.base import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
+from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, Score, score, train
 from fedms.methods.fedavg import FedAvg
-from fedms.resident import Part, ResidentModel, Tensors
+from fedms.methods.steps import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
+from fedms.training.expert_model import Part, ResidentModel, Tensors
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 

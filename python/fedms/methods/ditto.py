@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Prediction, proximal, shared_expert, train_private, train_shared
+from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
-from fedms.resident import Part, ResidentModel
+from fedms.methods.steps import Prediction, proximal, shared_expert, train_private, train_shared
+from fedms.training.expert_model import Part, ResidentModel
 
 
 class Ditto(FedAvg):

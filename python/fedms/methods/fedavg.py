@@ -1,9 +1,9 @@
 """FedAvg on LoRA (FedIT: Zhang et al., arXiv 2305.05644): one expert, trained by all, averaged every round."""
 from __future__ import annotations
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Method, Prediction, shared_expert, train_shared
-from fedms.resident import Part, ResidentModel
+from fedms.federated.client import Client, Message, Private, Reply
+from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
+from fedms.training.expert_model import Part, ResidentModel
 
 
 class FedAvg(Method):

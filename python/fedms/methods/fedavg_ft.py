@@ -1,9 +1,9 @@
 """FedAvg, then fine-tuning: in stage 2 every client goes on training a private copy of the shared expert."""
 from __future__ import annotations
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Method, Prediction, shared_expert, train_private, train_shared
-from fedms.resident import Part, ResidentModel
+from fedms.federated.client import Client, Message, Private, Reply
+from fedms.methods.steps import Method, Prediction, shared_expert, train_private, train_shared
+from fedms.training.expert_model import Part, ResidentModel
 
 
 class FedAvgFT(Method):

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Prediction, class_counts
+from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
-from fedms.resident import Part, ResidentModel, Tensors
+from fedms.methods.steps import Prediction, class_counts
+from fedms.training.expert_model import Part, ResidentModel, Tensors
 
 
 class FedAvgPrior(FedAvg):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Prediction, shared_expert
+from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg_ft import FedAvgFT
-from fedms.resident import Part, ResidentModel
-from fedms.rng import generator
+from fedms.methods.steps import Prediction, shared_expert
+from fedms.seeds import generator
+from fedms.training.expert_model import Part, ResidentModel
 
 REFERENCES = "feddpa/references"        # (S, D) features of training samples
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Loss, LossOn, Message, Private, Reply, Score, score, train, validate
-from fedms.methods.base import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
-                                train_shared)
-from fedms.resident import Part, ResidentModel, Tensors
+from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, Score, score, train, validate
+from fedms.methods.steps import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
+                                 train_shared)
+from fedms.training.expert_model import Part, ResidentModel, Tensors
 
 
 class FedMS(Method):

@@ -1,4 +1,4 @@
-"""FedMS with what validation data asked for. Each piece is a setting of `[plus]`; docs/method.md says what each gains.
+"""FedMS with what validation data asked for. Each piece is a setting of `[plus]`; docs/method/fedms.md says what each gains.
 
 The clients' class priors. Clients differ most in how often they see a class. The shift log p_client(y) - log p_all(y) is
 added to both experts' logits, so that the local expert need not spend its few samples on learning it (balanced softmax:
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
-from fedms.methods.base import Prediction, class_counts, keep_better, train_shared
+from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
-from fedms.resident import EXPERTS, Part, ResidentModel, Tensors
-from fedms.rng import generator
+from fedms.methods.steps import Prediction, class_counts, keep_better, train_shared
+from fedms.seeds import generator
+from fedms.training.expert_model import EXPERTS, Part, ResidentModel, Tensors
 
 COUNTS = "class_counts"
 

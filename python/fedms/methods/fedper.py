@@ -2,9 +2,9 @@
 LoRA expert, and the head a client's own from its first visit on. Needs the linear head."""
 from __future__ import annotations
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Method, Prediction, shared_expert, train_shared
-from fedms.resident import Part, ResidentModel
+from fedms.federated.client import Client, Message, Private, Reply
+from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
+from fedms.training.expert_model import Part, ResidentModel
 
 
 class FedPer(Method):

@@ -4,10 +4,10 @@
 """
 from __future__ import annotations
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import proximal, train_shared
+from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
-from fedms.resident import ResidentModel
+from fedms.methods.steps import proximal, train_shared
+from fedms.training.expert_model import ResidentModel
 
 
 class FedProx(FedAvg):

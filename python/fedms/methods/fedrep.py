@@ -3,10 +3,10 @@ is fitted to the body as it arrives, for `[fedrep] head_epochs`; then the head s
 trained and sent. Needs the linear head."""
 from __future__ import annotations
 
-from fedms.client import Client, Group, Message, Private, Reply, cross_entropy_of, train, validate
-from fedms.methods.base import fit, lr_of, make_reply, shared_expert
+from fedms.federated.client import Client, Group, Message, Private, Reply, cross_entropy_of, train, validate
 from fedms.methods.fedper import FedPer
-from fedms.resident import ResidentModel
+from fedms.methods.steps import fit, lr_of, make_reply, shared_expert
+from fedms.training.expert_model import ResidentModel
 
 
 class FedRep(FedPer):

@@ -1,9 +1,9 @@
 """Local training: every client trains a private expert on its own data, and nothing travels."""
 from __future__ import annotations
 
-from fedms.client import Client, Message, Private, Reply
-from fedms.methods.base import Method, Prediction, train_private
-from fedms.resident import Part, ResidentModel
+from fedms.federated.client import Client, Message, Private, Reply
+from fedms.methods.steps import Method, Prediction, train_private
+from fedms.training.expert_model import Part, ResidentModel
 
 
 class Local(Method):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedms.data.inputs import TextInputs
 from fedms_ext import find_blocks
-from fedms_ext.surgery import block_list
+from fedms_ext.sparse.surgery import block_list
 
 
 class ModelError(Exception):

@@ -309,7 +309,7 @@ def _explained(model_id: str) -> Iterator[None]:
             advice = "save it again with save_pretrained(), or copy it again"
         else:
             advice = ("check the id, the network and, for a private model, the login of `hf auth login`; a local folder "
-                      "works too. Built-in models: see docs/configuration.md")
+                      "works too. Built-in models: see docs/reference/configuration.md")
         raise ModelError(f"model.id: {model_id!r} cannot be loaded ({type(error).__name__}: {reason}); "
                          f"{advice}") from error
 

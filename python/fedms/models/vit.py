@@ -29,7 +29,7 @@ class Recipe:
     pool:        its features are the means over the patches of each cell of a pool x pool grid: where something is in an
                  image counts.
     mean, std:   of the pixels, which the model normalises.
-    task:        "views" or "mae", see `fedms.pretrain`.
+    task:        "views" or "mae", see `fedms.models.pretrain`.
     keep:        share of the patches that the encoder sees in training.
     flips:       whether an image may be mirrored.
     """

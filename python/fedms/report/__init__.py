@@ -1,6 +1,6 @@
 """The report: from the records on disk to tables, words, pictures and one self-contained HTML file.
 
-Only :mod:`fedms.records` is read, never a live object, so a report can be made again at any time and equal records
+Only :mod:`fedms.storage.records` is read, never a live object, so a report can be made again at any time and equal records
 give an equal file.
 """
 from fedms.report.figures import (GRID, GROUP_COLOURS, INK, MUTED, accuracy_figure, accuracy_over_bytes_figure,

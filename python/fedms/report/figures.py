@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
-from fedms.records import RunRecords
+from fedms.storage.records import RunRecords
 from fedms.report.numbers import (by_method, client_values, field_of, first_stage_rounds, focus_method, local_only,
                                   participants, worst_tenth)
 

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from fedms.records import CONFIG, RunRecords
 from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_colour, plain_style
 from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, field_of, focus_method, participants,
                                   read_runs)
 from fedms.report.significance import differences
 from fedms.report.tables import table, write_text
 from fedms.report.wording import duration, findings, headline, p_value, percent, signed, size
+from fedms.storage.records import CONFIG, RunRecords
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent
 
 # Light colours are what the figures are drawn in; in the page each becomes a CSS variable with this dark twin.
 DARK = {INK: "#e6e9ef", MUTED: "#98a2b3", GRID: "#2b3442", SURFACE: "#161b24", "#c2410c": "#fb8c3c",
@@ -30,7 +30,7 @@ DARK = {INK: "#e6e9ef", MUTED: "#98a2b3", GRID: "#2b3442", SURFACE: "#161b24", "
 def write_report(path: str | Path) -> Path:
     """Write ``report.html`` into a run folder or a folder of runs; returns its path.
 
-    Raises :class:`fedms.records.RunFolderError` if there is no run or the file cannot be written.
+    Raises :class:`fedms.storage.records.RunFolderError` if there is no run or the file cannot be written.
     """
     path = Path(path)
     runs, notes = read_runs(path)

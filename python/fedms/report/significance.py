@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedms.records import RunRecords
 from fedms.report.numbers import by_method, field_of, focus_method, participants
+from fedms.storage.records import RunRecords
 
 
 @dataclass(frozen=True)

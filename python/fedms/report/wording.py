@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Optional
 
 from fedms.foreign import few
-from fedms.records import RunRecords
 from fedms.report.numbers import (Stat, below_local, by_method, client_gap, client_mean, differing_keys, field_of,
                                   focus_method, idle_visits, learned_gate, paired_gap)
+from fedms.storage.records import RunRecords
 
 ONE_SEED = "One seed: a difference of a few points may be chance."
 GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would

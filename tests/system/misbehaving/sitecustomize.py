@@ -9,7 +9,7 @@ import sys
 import time
 
 if any(word.endswith("flwr-clientapp") for word in sys.orig_argv):
-    from fedms.engine.flower import client, mail
+    from fedms.engines.flower import client, transport
     from flwr.app import Message
 
     plan, honest = json.loads(os.environ["MISBEHAVIOUR"]), client.train
@@ -22,18 +22,18 @@ if any(word.endswith("flwr-clientapp") for word in sys.orig_argv):
         if what == "replay":
             head, parts = json.loads(old.read_text())
             parts = {name: bytes.fromhex(data) for name, data in parts.items()}
-            return Message(mail.write(head, mail.buffers(parts)), reply_to=message)
+            return Message(transport.write(head, transport.buffers(parts)), reply_to=message)
         answer = honest(message, identity, open_case)
-        head, parts = mail.read(answer.content)
+        head, parts = transport.read(answer.content)
         if what == "remember":
             old.write_text(json.dumps([head, {name: data.hex() for name, data in parts.items()}]))
         if what == "nan":
-            from fedms import wire
+            from fedms.federated import encoding
 
-            tensors = wire.unpack(parts["tensors"])
+            tensors = encoding.unpack(parts["tensors"])
             next(iter(tensors.values())).fill_(float("nan"))
-            parts["tensors"] = wire.pack(tensors)
-            return Message(mail.write(head, mail.buffers(parts)), reply_to=message)
+            parts["tensors"] = encoding.pack(tensors)
+            return Message(transport.write(head, transport.buffers(parts)), reply_to=message)
         return answer
 
     client.train = train

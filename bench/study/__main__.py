@@ -1,0 +1,59 @@
+"""The study from the command line: `python -m bench.study --help`, or `make study`."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from bench.study import study as studies
+from fedms.cli import _bar, _epilog, _exit_codes, _line, _polite_stop, console
+from fedms.config import PRETRAINED
+from fedms.models import pretrain as pretraining
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+OUT = Path("bench/study")
+PAGE = Path("docs/evidence/study.md")
+
+
+@app.command(epilog=_epilog(
+    "python -m bench.study --quick --out runs/study-quick  # six methods, two settings, one seed",
+    "python -m bench.study --jobs 2 --hours 8              # the whole study, or as much of it as fits; called again it goes on",
+    "python -m bench.study --page-only                     # make the page again from the records; it names the `fedms tune` "
+    "commands that choose each method's constants before a study",
+    notes=["OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in"
+           " runs/study."]))
+def study(
+    quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
+    settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
+        "Settings to run: fashion-0.1, sentiment-natural, fashion-0.5 (with the ablations), sentiment-0.3."))] = "all",
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = OUT,
+    page: Annotated[Optional[Path], typer.Option(
+        "--page", metavar="FILE", help="The page.", show_default=f"{PAGE}; of another OUT: OUT.md, beside it")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs at a time, one thread each.")] = 1,
+    hours: Annotated[Optional[float], typer.Option(
+        "--hours", min=0, metavar="H", help="Stop then, wherever the runs are; the next call goes on.",
+        show_default="no limit")] = None,
+    page_only: Annotated[bool, typer.Option("--page-only", help="Run nothing.")] = False,
+) -> None:
+    """Run the study of all methods on four settings, and write its page from the records."""
+    with _exit_codes():
+        planned, records = studies.plan(quick, out / "tuned"), out / "records.jsonl"
+        chosen = studies.within(planned, settings)
+        if not page_only:
+            needed = {run.config.model.id for run in chosen}
+            for model in (name for name in PRETRAINED if name in needed):
+                with _bar(f"pretraining {model}") as advance:
+                    pretraining.ensure(model, report=advance)
+            end = None if hours is None else time.monotonic() + 3600 * hours
+            with _polite_stop() as stop:
+                studies.carry_out(chosen, records, Path("runs") / out.name, jobs=jobs, say=_line,
+                                  stop=lambda: stop() or (end is not None and time.monotonic() > end))
+        page = page or (PAGE if out == OUT else out.with_suffix(".md"))
+        studies.write_page(page, planned, records)
+        console.print(f"page: {page}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

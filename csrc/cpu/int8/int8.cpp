@@ -1,0 +1,463 @@
+// The int8 linear layer: packing, and how the product is blocked and shared among threads. The kernels are one file an
+// instruction set.
+#include "fedms/int8.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "kernels.h"
+#include "../lora/operands.h"
+
+namespace fedms {
+namespace {
+
+const Int8Kernels* const ALL[] = {
+    &int8_portable,
+#ifdef FEDMS_X86
+    &int8_avx2,     &int8_avx2_narrow, &int8_avxvnni, &int8_avx512vnni,
+#endif
+#ifdef FEDMS_ARM64
+    &int8_dotprod,  &int8_i8mm,
+#endif
+};
+
+const Int8Kernels& kernels_now() {
+#ifdef FEDMS_X86
+  if (isa() == Isa::avx512 && avx512_has_vnni()) return int8_avx512vnni;
+  if (isa() == Isa::avxvnni || (isa() == Isa::avx512 && available(Isa::avxvnni))) return int8_avxvnni;
+  if (isa() != Isa::portable) return int8_avx2;
+#endif
+#ifdef FEDMS_ARM64
+  if (isa() == Isa::i8mm) return int8_i8mm;
+  if (isa() == Isa::dotprod) return int8_dotprod;
+#endif
+  return int8_portable;
+}
+
+const Int8Kernels& nibble_kernels_now() {
+  const Int8Kernels& kernels = kernels_now();
+#ifdef FEDMS_X86
+  if (&kernels == &int8_avx2) return int8_avx2_narrow;
+#endif
+  return kernels;
+}
+
+int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// A packed weight is this header, minus the sum of every column (int32), and the panels
+// [n / panel][k / group][panel][group], each part at a multiple of 64 bytes. One of 4 bits has, in front of the panels,
+// every column's scale (float) and the factors of its groups [n / panel][k / nibble_group][panel] (int16), and half as
+// many bytes a panel: see Int8Kernels::expand for their order.
+struct Header {
+  int32_t magic, kernels;
+  int64_t n, k;
+  int64_t nibble_group;   // 0: int8
+  int16_t levels[16];     // what `expand` takes
+  float float_levels[16];
+};
+constexpr int32_t MAGIC = 0x38694d46;  // "FMi8"
+
+struct Packed {
+  const Int8Kernels* kernels;
+  int32_t steps;  // of x
+  int64_t nibble_group, panels, padded_k, sums_at, scales_at, factors_at, panels_at, size;
+
+  Packed(const Int8Kernels& with, int64_t n, int64_t k, int64_t nibble_group_ = 0)
+      : kernels(&with), steps(nibble_group_ ? 255 : with.most_steps), nibble_group(nibble_group_) {
+    while (steps > 255 && steps * 127 * k > INT32_MAX) steps /= 2;
+    panels = rounded_up(n, with.panel) / with.panel;
+    padded_k = rounded_up(k, nibble_group ? nibble_group : with.group);
+    sums_at = rounded_up(sizeof(Header), 64);
+    const int64_t column_size = rounded_up(panels * with.panel * static_cast<int64_t>(sizeof(int32_t)), 64);
+    scales_at = sums_at + column_size;
+    factors_at = scales_at + (nibble_group ? column_size : 0);
+    panels_at = factors_at + rounded_up(panels * groups() * with.panel * static_cast<int64_t>(sizeof(int16_t)), 64);
+    size = panels_at + panels * panel_size();
+  }
+
+  int64_t groups() const { return nibble_group ? padded_k / nibble_group : 0; }
+  int64_t wide_panel_size() const { return kernels->panel * padded_k; }
+  int64_t panel_size() const { return nibble_group ? wide_panel_size() / 2 : wide_panel_size(); }
+
+  // Of wq[column][j] in its panel, as int8.
+  int64_t offset_in_panel(int64_t column, int64_t j) const {
+    const int64_t panel = kernels->panel, group = kernels->group;
+    return (j / group * panel + column % panel) * group + j % group;
+  }
+  // Of an int8 wq[column][j] from panels_at.
+  int64_t offset(int64_t column, int64_t j) const {
+    return column / kernels->panel * panel_size() + offset_in_panel(column, j);
+  }
+  // Of the byte with the code of [column][j] from panels_at, and how far to shift it.
+  std::pair<int64_t, int> nibble(int64_t column, int64_t j) const {
+    const int64_t at = offset_in_panel(column, j);
+    return {column / kernels->panel * panel_size() + at / 64 * 32 + at % 32, static_cast<int>(at % 64 / 32 * 4)};
+  }
+  // Of the factor of a column's group from factors_at, counted in int16.
+  int64_t factor(int64_t column, int64_t group) const {
+    return (column / kernels->panel * groups() + group) * kernels->panel + column % kernels->panel;
+  }
+};
+
+Packed layout_of(int64_t n, int64_t k, const uint8_t* packed, int64_t size) {
+  Header header{};
+  if (size >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed, sizeof header);
+  if (header.magic != MAGIC) throw std::invalid_argument("this is not a packed weight");
+  if (header.n != n || header.k != k) {
+    throw std::invalid_argument("the packed weight is (" + std::to_string(header.n) + ", " + std::to_string(header.k) +
+                                "), expected (" + std::to_string(n) + ", " + std::to_string(k) + ")");
+  }
+  for (const Int8Kernels* kernels : ALL) {
+    if (kernels->id != header.kernels) continue;
+    if (header.nibble_group != 0 && header.nibble_group != 32 && header.nibble_group != 64) break;
+    const Packed layout(*kernels, n, k, header.nibble_group);
+    if (layout.size == size) return layout;
+  }
+  throw std::invalid_argument("the packed weight is damaged, or was packed on another machine");
+}
+
+Packed nibble_layout_of(int64_t n, int64_t k, const uint8_t* packed, int64_t size) {
+  const Packed layout = layout_of(n, k, packed, size);
+  if (!layout.nibble_group) throw std::invalid_argument("this is a packed int8 weight, expected one of 4 bits");
+  return layout;
+}
+
+// A buffer that a thread keeps, so that large ones are not mapped anew at every call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, rounded_up(bytes, 4096));
+      if (!data_) throw std::bad_alloc();
+      size_ = rounded_up(bytes, 4096);
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch_of_thread, scratch_of_team, scratch_of_panel;
+
+// Rows of x after quantisation, and their S times scale and gate.
+struct Strip {
+  uint8_t* q;
+  float* q_scale;
+  int32_t* q_zero;
+  float* weighed;
+
+  static int64_t size(int64_t rows, int64_t row_size, int64_t rank) {
+    return rounded_up(rows * row_size, 64) + rows * (2 + rank) * static_cast<int64_t>(sizeof(float));
+  }
+  static Strip in(void* memory, int64_t rows, int64_t row_size) {
+    uint8_t* q = static_cast<uint8_t*>(memory);
+    float* q_scale = reinterpret_cast<float*>(q + rounded_up(rows * row_size, 64));
+    return {q, q_scale, reinterpret_cast<int32_t*>(q_scale + rows), q_scale + 2 * rows};
+  }
+};
+
+// y = dequantised(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
+struct Product {
+  const Int8Weight& weight;
+  const Packed& layout;
+  const Lora& lora;                        // ranks, scales, gates
+  int64_t m, n, k;                         // of this product
+  std::vector<const float*> shrink;        // R rows of k
+  std::vector<const float*> expand;        // R rows of n
+  const float* x;
+  float *s, *y;
+  bool masked = false;                     // dropout on the x that makes S
+};
+
+// From one row of the quantised x to the next, in bytes: odd multiples of a cache line, because rows of a tile that lie a
+// multiple of a power of two apart push each other out of the L1 cache.
+int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
+
+void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* dropped) {
+  const int64_t rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t row_size = row_size_of(p.layout);
+  for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
+    const int64_t rows = std::min(PREPARED_ROWS, count - i);
+    const float* x = p.x + (first + i) * p.k;
+    p.layout.kernels->quantise(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size,
+                               to.q_scale + i, to.q_zero + i);
+    if (rank == 0) continue;
+    if (p.masked) {
+      drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);
+      x = dropped;
+    }
+    lora_kernels().dots(rows, rank, p.k, x, p.k, p.shrink.data(), p.s + (first + i) * rank, rank);
+  }
+  if (rank > 0) weigh(p.lora, first, count, p.s + first * rank, to.weighed);
+}
+
+// One panel of the weight as int8, and its columns' scales.
+const int8_t* wide_panel(const Product& p, int64_t panel) {
+  const Packed& layout = p.layout;
+  const uint8_t* from = p.weight.packed + layout.panels_at + panel * layout.panel_size();
+  if (!layout.nibble_group) return reinterpret_cast<const int8_t*>(from);
+  const Header* header = reinterpret_cast<const Header*>(p.weight.packed);
+  const int64_t width = layout.kernels->panel, count = layout.nibble_group * width;
+  const int16_t* factors = reinterpret_cast<const int16_t*>(p.weight.packed + layout.factors_at);
+  int8_t* const wide = static_cast<int8_t*>(scratch_of_panel.reserve(layout.wide_panel_size()));
+  for (int64_t g = 0; g < layout.groups(); ++g) {
+    layout.kernels->expand(count, from + g * count / 2, header->levels, factors + layout.factor(panel * width, g),
+                           wide + g * count);
+  }
+  return wide;
+}
+
+// Rows first .. first + count - 1 of y, one panel of columns.
+void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, const Strip& from) {
+  const Packed& layout = p.layout;
+  const int64_t width = layout.kernels->panel, rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t column = panel * width, columns = std::min(width, p.n - column);
+  const uint8_t* packed = p.weight.packed;
+  const float* scales =
+      layout.nibble_group ? reinterpret_cast<const float*>(packed + layout.scales_at) : p.weight.scale;
+  Int8Strip strip{};
+  strip.rows = count;
+  strip.k = layout.padded_k;
+  strip.q = from.q;
+  strip.q_stride = row_size_of(layout) / layout.kernels->q_size;
+  strip.q_scale = from.q_scale;
+  strip.panel = wide_panel(p, panel);
+  strip.q_zero = from.q_zero;
+  strip.minus_sums = reinterpret_cast<const int32_t*>(packed + layout.sums_at) + column;
+  strip.rank = rank;
+  strip.s = from.weighed;
+  if (columns == width) {
+    strip.scale = scales + column;
+    strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
+    strip.expand = p.expand.data();
+    strip.expand_column = column;
+    strip.y = p.y + first * p.n + column;
+    strip.y_stride = p.n;
+    layout.kernels->multiply(strip);
+    return;
+  }
+  // The last panel: the kernel works on whole ones, so its operands are padded, and its y is copied.
+  std::vector<float> padded((2 + rank + count) * width, 0.0f);
+  std::vector<const float*> expand;
+  float* to = padded.data();
+  const auto pad = [&](const float* values) {
+    std::copy_n(values, columns, to);
+    to += width;
+    return to - width;
+  };
+  strip.scale = pad(scales + column);
+  strip.bias = p.weight.bias ? pad(p.weight.bias + column) : nullptr;
+  for (const float* row : p.expand) expand.push_back(pad(row + column));
+  strip.expand = expand.data();
+  strip.y = to;
+  strip.y_stride = width;
+  layout.kernels->multiply(strip);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(to + i * width, columns, p.y + (first + i) * p.n + column);
+}
+
+void run(const Product& p) {
+  if (p.m == 0) return;
+  const int64_t panels = p.layout.panels, rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t row_size = row_size_of(p.layout);
+  const int64_t dropped_size = p.masked ? PREPARED_ROWS * p.k : 0;
+  // Waking a thread costs about as much as this many multiply-adds.
+  constexpr int64_t work_per_thread = 1 << 19;
+  const int64_t useful = p.m * p.n * p.k / work_per_thread;
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(useful, omp_get_max_threads()));
+
+  if (p.m >= 24 * threads) {
+    // A thread takes rows, and meets no barrier: equally many chunks a thread, of rows that are a multiple of the tile
+    // heights, and no more of them than leave the L2 cache to q and to the panels (fewer than 100 or more than 400 are
+    // up to 20 % slower at k = 3072, and make no difference at 384).
+    const int64_t fitting = std::max<int64_t>(24, std::min<int64_t>(264, (768 << 10) / row_size / 12 * 12));
+    const int64_t each = (p.m + threads * fitting - 1) / (threads * fitting);
+    const int64_t chunk = std::max<int64_t>(24, rounded_up((p.m + threads * each - 1) / (threads * each), 12));
+    const int64_t chunks = (p.m + chunk - 1) / chunk;
+    const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, rank), 64);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = c * chunk, count = std::min(chunk, p.m - first);
+      char* memory = static_cast<char*>(
+          scratch_of_thread.reserve(strip_size + dropped_size * static_cast<int64_t>(sizeof(float))));
+      const Strip strip = Strip::in(memory, chunk, row_size);
+      prepare(p, first, count, strip, reinterpret_cast<float*>(memory + strip_size));
+      for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, first, count, strip);
+    }
+    return;
+  }
+
+  // Few rows: they are shared, and a thread takes panels.
+  const Strip strip = Strip::in(scratch_of_team.reserve(Strip::size(p.m, row_size, rank)), p.m, row_size);
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+  {
+    float* dropped = static_cast<float*>(scratch_of_thread.reserve(dropped_size * static_cast<int64_t>(sizeof(float))));
+    const int64_t part = (p.m + threads - 1) / threads;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < p.m; first += part) {
+      const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.q_zero + first,
+                       strip.weighed + first * rank};
+      prepare(p, first, std::min(part, p.m - first), rows, dropped);
+    }
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, 0, p.m, strip);
+  }
+}
+
+}  // namespace
+
+int32_t int8_steps(const uint8_t* packed, int64_t packed_size) {
+  Header header{};
+  if (packed_size >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed, sizeof header);
+  return layout_of(header.n, header.k, packed, packed_size).steps;
+}
+
+int64_t int8_packed_size(int64_t n, int64_t k) { return Packed(kernels_now(), n, k).size; }
+
+void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
+  if (k > INT8_LONGEST) throw std::invalid_argument("the weight has rows of more than 65536 values");
+  const Packed layout(kernels_now(), n, k);
+  std::memset(packed, 0, layout.size);
+  const Header header{MAGIC, layout.kernels->id, n, k, 0, {}, {}};
+  std::memcpy(packed, &header, sizeof header);
+  int32_t* minus_sums = reinterpret_cast<int32_t*>(packed + layout.sums_at);
+  int8_t* panels = reinterpret_cast<int8_t*>(packed + layout.panels_at);
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      const int8_t value = wq[c * k + j];
+      panels[layout.offset(c, j)] = value;
+      sum += value;
+    }
+    minus_sums[c] = -sum;
+  }
+}
+
+void int8_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, int8_t* wq) {
+  const Packed layout = layout_of(n, k, packed, packed_size);
+  if (layout.nibble_group) throw std::invalid_argument("this is a packed weight of 4 bits, expected int8");
+  const int8_t* panels = reinterpret_cast<const int8_t*>(packed + layout.panels_at);
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c)
+    for (int64_t j = 0; j < k; ++j) wq[c * k + j] = panels[layout.offset(c, j)];
+}
+
+int64_t nibbles_packed_size(int64_t n, int64_t k, int64_t group) {
+  return Packed(nibble_kernels_now(), n, k, group).size;
+}
+
+void nibbles_pack(int64_t n, int64_t k, int64_t group, const float* levels, const uint8_t* q, const float* scale,
+                  uint8_t* packed) {
+  if (k > INT8_LONGEST) throw std::invalid_argument("the weight has rows of more than 65536 values");
+  if (group != 32 && group != 64) throw std::invalid_argument("the group is not 32 or 64");
+  const Packed layout(nibble_kernels_now(), n, k, group);
+  std::memset(packed, 0, layout.size);
+  Header header{MAGIC, layout.kernels->id, n, k, group, {}, {}};
+  float top = 0;
+  for (int i = 0; i < 16; ++i) top = std::max(top, std::abs(levels[i]));
+  uint8_t zero = 0;
+  for (int i = 0; i < 16; ++i) {
+    header.float_levels[i] = levels[i];
+    header.levels[i] = static_cast<int16_t>(std::nearbyint(static_cast<double>(levels[i]) / top * 1008));
+    if (levels[i] == 0) zero = static_cast<uint8_t>(i);
+  }
+  std::memcpy(packed, &header, sizeof header);
+  int32_t* minus_sums = reinterpret_cast<int32_t*>(packed + layout.sums_at);
+  float* scales = reinterpret_cast<float*>(packed + layout.scales_at);
+  int16_t* factors = reinterpret_cast<int16_t*>(packed + layout.factors_at);
+  uint8_t* panels = packed + layout.panels_at;
+  std::memset(panels, zero << 4 | zero, layout.panels * layout.panel_size());
+  const int64_t groups = layout.groups();
+#pragma omp parallel for schedule(static)
+  for (int64_t panel = 0; panel < layout.panels; ++panel) {  // a byte holds codes of several columns of a panel
+    for (int64_t c = panel * layout.kernels->panel; c < std::min(n, (panel + 1) * layout.kernels->panel); ++c) {
+      float largest = 0;
+      for (int64_t g = 0; g < groups; ++g) largest = std::max(largest, std::abs(scale[c * groups + g]));
+      scales[c] = largest * static_cast<float>(static_cast<double>(top) / 63);
+      for (int64_t g = 0; g < groups && largest > 0; ++g) {
+        factors[layout.factor(c, g)] = static_cast<int16_t>(std::nearbyint(scale[c * groups + g] / largest * 2048));
+      }
+      int32_t sum = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        const int code = q[c * ((k + 1) / 2) + j / 2] >> (j % 2 * 4) & 15;
+        const auto [at, shift] = layout.nibble(c, j);
+        panels[at] = static_cast<uint8_t>((panels[at] & ~(15 << shift)) | code << shift);
+        sum += (header.levels[code] * factors[layout.factor(c, j / group)] + (1 << 14)) >> 15;
+      }
+      minus_sums[c] = -sum;
+    }
+  }
+}
+
+void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, uint8_t* q) {
+  const Packed layout = nibble_layout_of(n, k, packed, packed_size);
+  const uint8_t* panels = packed + layout.panels_at;
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    uint8_t* to = q + c * ((k + 1) / 2);
+    for (int64_t j = 0; j < k; ++j) {
+      const auto [at, shift] = layout.nibble(c, j);
+      const int code = panels[at] >> shift & 15;
+      to[j / 2] = static_cast<uint8_t>(j % 2 ? to[j / 2] | code << 4 : code);
+    }
+  }
+}
+
+void nibbles_dequantise(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
+                        const float* scale, float* w) {
+  const Packed layout = nibble_layout_of(n, k, packed, packed_size);
+  if (layout.nibble_group != group) throw std::invalid_argument("the packed weight has another group");
+  const Header* header = reinterpret_cast<const Header*>(packed);
+  const uint8_t* panels = packed + layout.panels_at;
+  const int64_t groups = layout.groups();
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    for (int64_t j = 0; j < k; ++j) {
+      const auto [at, shift] = layout.nibble(c, j);
+      w[c * k + j] = header->float_levels[panels[at] >> shift & 15] * scale[c * groups + j / group];
+    }
+  }
+}
+
+void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
+  const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
+  if (!weight.scale && !layout.nibble_group) throw std::invalid_argument("an int8 weight needs its scale");
+  const TransposedB b(lora);
+  run({weight, layout, lora, lora.m, lora.n, lora.k, rows_of_a(lora), b.rows, x, s, y, lora.dropout_p > 0});
+}
+
+void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
+                   const LoraGradients& out) {
+  const int64_t m = lora.m, n = lora.n, k = lora.k;
+  if (!out.dx) {
+    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+    return;
+  }
+  const Packed layout = layout_of(k, n, transposed.packed, transposed.packed_size);
+  if (lora.experts.empty() || lora.dropout_p > 0) {
+    // The mask is on the LoRA part of dx alone, which therefore cannot be added in the product.
+    run({transposed, layout, lora, m, k, n, {}, {}, dy, nullptr, out.dx});
+    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+    return;
+  }
+  const TransposedB b(lora);
+  const std::unique_ptr<float[]> u = buffer(m * lora.total_rank());
+  run({transposed, layout, lora, m, k, n, b.rows, rows_of_a(lora), dy, u.get(), out.dx});
+  LoraGradients rest = out;
+  rest.dx = nullptr;
+  lora_backward_from(lora, dy, x, s, u.get(), rest);
+}
+
+}  // namespace fedms

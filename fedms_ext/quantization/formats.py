@@ -1,0 +1,76 @@
+"""The formats of frozen weights: what `nn.QuantisedWeight` holds, as plain tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference import LEVELS, dequantise_groups, pack_nibbles, quantise_groups, quantise_weight, unpack_nibbles
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = ("int8", *HALVES, "nf4", "int4")
+
+
+def quantise(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """The logical form of a weight (N, K): q and scale, see `nn.QuantisedWeight`.
+
+    Raises ValueError if a value lies beyond the range of fp16.
+    """
+    if kind == "int8":
+        q, scale = quantise_weight(weight)
+        return q.to(torch.int8), scale
+    if kind in HALVES:
+        q = weight.to(HALVES[kind], copy=True)
+        if not q.isfinite().all():
+            raise ValueError(
+                f"the weight has a value of magnitude {weight.abs().max():.3g}, beyond the range of {kind}; use bf16"
+            )
+        return q, weight.new_empty((len(weight), 0), dtype=torch.float32)
+    codes, scale = quantise_groups(weight, kind, group)
+    return pack_nibbles(codes), scale
+
+
+def packed(q: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
+    """A logical form as its device keeps it: on the CPU packed for the instruction set in use, fp16 and bf16 as they
+    are."""
+    if kind in HALVES or q.device.type != "cpu":
+        return q
+    if kind == "int8":
+        data = torch.empty(_C.int8_packed_size(*q.shape), dtype=torch.uint8)
+        _C.int8_pack(q.contiguous(), data)
+    else:
+        data = torch.empty(_C.nibbles_packed_size(len(q), k, group), dtype=torch.uint8)
+        _C.nibbles_pack(k, group, LEVELS[kind], q.contiguous(), scale.contiguous(), data)
+    return data
+
+
+def _is_packed(data: Tensor, kind: str) -> bool:
+    return kind not in HALVES and data.dim() == 1
+
+
+def unpacked(data: Tensor, kind: str, n: int, k: int) -> Tensor:
+    """The logical form of the data of a weight (n, k), in either form."""
+    if not _is_packed(data, kind):
+        return data
+    if kind == "int8":
+        q = torch.empty(n, k, dtype=torch.int8)
+        _C.int8_unpack(data, q)
+    else:
+        q = torch.empty(n, (k + 1) // 2, dtype=torch.uint8)
+        _C.nibbles_unpack(k, data, q)
+    return q
+
+
+def dequantise(data: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
+    """The weight (N, k), float32, that the data, in either form, and the scale stand for."""
+    if kind in LEVELS and _is_packed(data, kind):
+        weight = torch.empty(scale.shape[0], k)
+        _C.nibbles_dequantise(group, data, scale, weight)
+        return weight
+    q = unpacked(data, kind, scale.shape[0], k)
+    if kind in HALVES:
+        return q.float()
+    if kind == "int8":
+        return q * scale.unsqueeze(1)
+    return dequantise_groups(unpack_nibbles(q, k), scale, kind, group)

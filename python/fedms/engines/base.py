@@ -1,0 +1,250 @@
+"""What every engine does alike: the rounds of a run, their records and their checkpoints. An engine of its own says how
+a message reaches clients and what comes back."""
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedms.federated.client import Message, Participant, Visit
+from fedms.federated.packing import Packed, pack_message, unpack_message
+from fedms.federated.schema import printable
+from fedms.federated.server import Collected, Refused, Server, ServerState
+from fedms.progress import Progress
+from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot, pack_server, unpack_server
+from fedms.storage.records import RunFolder
+from fedms.training.expert_model import Tensors
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and did so between two clients; everything is in its checkpoint."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What came back from a client, or why nothing did.
+
+    visit:   as the client tells it; None if it said nothing that can be used, `reason` then says what happened.
+    after:   the engine's own: how the client's private state is found, if the visit counts.
+    """
+
+    client: int
+    visit: Visit | None
+    bytes_up: int
+    bytes_down: int
+    reason: str | None = None
+    after: Any = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A client's line of `clients.jsonl`, and what it answers on the common test set where that was asked."""
+
+    record: dict[str, Any]
+    on_common_test: float | None
+
+
+class Engine(ABC):
+    """Runs the rounds of one run, with a checkpoint after each.
+
+    Args:
+        server: the server's side of the method.
+        fm_params: parameters of the foundation model, of which trained ones are a share.
+        folder: where rounds and visits are recorded, and checkpoints kept.
+        stop: asked between clients whether the run shall stop.
+    """
+
+    def __init__(self, server: Server, fm_params: int, folder: RunFolder, progress: Progress,
+                 stop: Callable[[], bool]) -> None:
+        self.server, self.fm_params = server, fm_params
+        self.folder, self.progress, self.stop = folder, progress, stop
+        self.encoding = server.config.wire.dtype
+        self.checkpoints = CheckpointFolder(folder.path / "checkpoint")
+        self.received: set[tuple[str, int]] = set()      # (hash of constants, client that has them)
+        self.visited = 0                                 # clients of the round under way that have been visited
+        self.sent = {"bytes_up": 0, "bytes_down": 0}     # in the round under way
+        self.slowest: float | None = None                # simulated seconds of its slowest client
+        self.started = time.perf_counter()
+        self.seconds_before = 0.0                        # spent on the run by processes before this one
+
+    # What engines differ in
+
+    @abstractmethod
+    def prepare(self, message: Message) -> Mapping[int, Participant]:
+        """A round begins: those of its clients that can be reached."""
+
+    @abstractmethod
+    def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
+        """Has these clients (ids, ascending) do what the message, as it arrives or packed, says; yields what came of
+        each, in that order.
+
+        Raises:
+            Interrupted: if asked to stop.
+        """
+
+    @abstractmethod
+    def keep(self, arrival: Arrival) -> None:
+        """A visit counts: from now on its client's private state is the one after it."""
+
+    @abstractmethod
+    def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
+        """Has all clients evaluate what they have in the end, in ascending order of their ids; `on_common_test`: on
+        the common test set too.
+
+        Raises:
+            Interrupted: if asked to stop.
+        """
+
+    @abstractmethod
+    def own_state(self) -> dict[str, Any]:
+        """What the engine itself must keep in checkpoints: plain data."""
+
+    @abstractmethod
+    def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
+        """The counterpart of `own_state` and `private`."""
+
+    def private(self) -> Mapping[int, Tensors]:
+        """The clients' private tensors, where this process is the one that keeps them."""
+        return {}
+
+    # The rounds
+
+    def run(self, tensors: Tensors) -> ServerState:
+        """All rounds, from the folder's checkpoint if it has one, else from these initial tensors; returns the state
+        after the last round.
+
+        Raises:
+            AllClientsFailed: if too few clients of a round could train.
+            Interrupted: if asked to stop.
+            CheckpointError, RunFolderError: if the folder cannot be written, or its checkpoints cannot be read.
+        """
+        state, collected = self._restore() or self._begin(tensors)
+        while state.stage != "done":
+            started = time.perf_counter()
+            try:
+                self._visit_clients(state, collected)
+            except Interrupted:
+                self._save(state, collected)
+                raise
+            state, record = self.server.step(state, collected)
+            record.update(self.sent, simulated_seconds=self.slowest, seconds=time.perf_counter() - started)
+            self.folder.append_round(record)
+            self.visited, self.sent, self.slowest = 0, dict.fromkeys(self.sent, 0), None
+            collected = self.server.collect(state)
+            self._save(state, collected)
+            self.progress.round(**record)
+        return state
+
+    def _begin(self, tensors: Tensors) -> tuple[ServerState, Collected]:
+        state = self.server.start(tensors)
+        return state, self.server.collect(state)
+
+    def final_message(self, state: ServerState) -> Message:
+        """What a client has in the end: the server's tensors as they arrive."""
+        return unpack_message(pack_message(self.server.message(state), self.encoding))
+
+    def check_stop(self, message: Message) -> None:
+        """Raises Interrupted if the run shall stop."""
+        if self.stop():
+            raise Interrupted("all rounds are done, evaluation is not" if message.stage == "done" else
+                              f"{message.stage}, round {message.round}, {self.visited} clients visited")
+
+    def due_to(self, client: int, packed: Packed) -> Packed:
+        """What a client must be sent: constants that it has are left out."""
+        return packed.without("constants") if (packed.head.get("constants"), client) in self.received else packed
+
+    def note_received(self, client: int, packed: Packed) -> None:
+        if (digest := packed.head.get("constants")) is not None:
+            self.received.add((digest, client))
+
+    def _visit_clients(self, state: ServerState, collected: Collected) -> None:
+        message = self.server.message(state)
+        packed = pack_message(message, self.encoding)
+        arrives = unpack_message(packed)
+        participants = self.prepare(message)
+        due = message.clients[self.visited:]
+        reached = [i for i in due if i in participants and participants[i].n_train]
+        arrivals = self.visits(arrives, packed, reached)
+        for client in due:
+            self.check_stop(message)
+            participant = participants.get(client)
+            if client in reached:
+                visit = self._judge(next(arrivals), arrives, participant, collected)
+            elif participant is None:
+                visit = self._record(message, client, None, status="failed", reason="it could not be reached")
+            else:
+                visit = self._record(message, client, participant, status="skipped", reason="no training samples",
+                                     seconds=0.0)
+            self.visited += 1
+            for key in self.sent:
+                self.sent[key] += visit[key]
+            if (simulated := visit.get("simulated_seconds")) is not None:
+                self.slowest = max(simulated, self.slowest or 0.0)
+            self.folder.append_visit(visit)
+            self.progress.visit(**visit)
+
+    def _judge(self, arrival: Arrival, message: Message, participant: Participant,
+               collected: Collected) -> dict[str, Any]:
+        """Takes what came back into the round, if it may be; returns the visit's record. The record is whole before a
+        reply is admitted, so that nothing in a reply can stop the run halfway."""
+        record = self._record(message, arrival.client, participant, status="failed", bytes_down=arrival.bytes_down,
+                              reason=None if arrival.reason is None else printable(arrival.reason))
+        visit = arrival.visit
+        if visit is None:
+            return record
+        record.update(flops=visit.flops, seconds=visit.seconds, peak_memory_bytes=visit.peak_memory_bytes)
+        if visit.reply is None:
+            record["reason"] = visit.reason
+            self.keep(arrival)
+        else:
+            accepted = {**record, **visit.reply.metrics, "status": "ok", "bytes_up": arrival.bytes_up,
+                        "trained_percent": 100 * visit.reply.metrics["trained_params"] / self.fm_params}
+            try:
+                self.server.admit(visit.reply, message, participant, collected)
+            except Refused as refused:
+                record["reason"] = printable(f"its reply is refused: {refused}")
+            else:
+                self.keep(arrival)
+                record = accepted
+        record["simulated_seconds"] = participant.device.seconds(visit.flops, record["bytes_up"], arrival.bytes_down)
+        return record
+
+    def _record(self, message: Message, client: int, participant: Participant | None, **values: Any) -> dict[str, Any]:
+        known = {} if participant is None else {"depth": participant.trained_depth(message),
+                                                "n_train": participant.n_train}
+        return {"stage": message.stage, "round": message.round, "client": client, "bytes_up": 0, "bytes_down": 0,
+                **known, **values}
+
+    # Checkpoints
+
+    def _save(self, state: ServerState, collected: Collected) -> None:
+        server, tensors = pack_server(state, collected)
+        self.checkpoints.save(Snapshot(
+            {"server": server, "visited": self.visited, "sent": self.sent, "slowest": self.slowest,
+             "received": sorted(self.received), "records": self.folder.sync(),
+             "seconds": self.seconds_before + time.perf_counter() - self.started, **self.own_state()},
+            tensors, self.private()))
+
+    def _restore(self) -> tuple[ServerState, Collected] | None:
+        snapshot, notes = self.checkpoints.load()
+        for note in notes:
+            self.progress.note(note)
+        if snapshot is None:
+            self.folder.rewind({})
+            return None
+        saved = snapshot.state
+        try:
+            self.visited, self.sent, self.slowest = saved["visited"], saved["sent"], saved["slowest"]
+            self.received = {(digest, client) for digest, client in saved["received"]}
+            self.seconds_before = saved["seconds"]
+            self.restore_own(saved, snapshot.private)
+            self.folder.rewind(saved["records"])
+            state, collected = unpack_server(saved["server"], snapshot.tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder.path}: its checkpoint is not what a run writes ({type(error).__name__}: "
+                                  f"{error}); start the run again") from None
+        where = "all rounds are done" if state.stage == "done" else f"{state.stage}, round {state.round}"
+        self.progress.note(f"going on from the checkpoint: {where}")
+        return state, collected

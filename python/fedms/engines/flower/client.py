@@ -1,0 +1,180 @@
+"""The client's side: what it does with a message. Who it is comes from its own node's configuration, never from the
+server."""
+from __future__ import annotations
+
+import hashlib
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Message as Mail
+
+from fedms.engines.flower import transport
+from fedms.federated.schema import EVALUATE, FORMAT, TRAIN, Table, printable, shown
+from fedms.storage.durable import SHARD
+
+if TYPE_CHECKING:       # torch is imported when there is something to train
+    from fedms.config import RunConfig
+    from fedms.federated.client import Message
+    from fedms.runs.experiment import Case, Session
+    from fedms.storage.private_state import ClientFolder
+
+HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """client: its id. n_train: its number of training samples; None where the server knows. state: its own folder.
+    data: its samples; None where the run file says where they are. own: the node's own run file, which alone may name code
+    to be run, and paths; None: no run may name any."""
+
+    client: int
+    n_train: int | None
+    state: Path
+    data: Path | None
+    own: RunConfig | None = None
+
+
+Open = Callable[["RunConfig", "Path | None"], "tuple[Session, Case]"]
+
+
+def hello(message: Mail, identity: Identity) -> Mail:
+    """Says which client this is and how many samples it has, which holds from then on."""
+    return _answer(message, {"client": identity.client, "n_train": identity.n_train,
+                             "n_validation": _validation_samples(identity)})
+
+
+def _validation_samples(identity: Identity) -> int | None:
+    if identity.data is None:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(identity.data / SHARD, "numpy") as file:     # numpy: torch is not imported for a number
+        return file.get_slice(f"client/{identity.client}/validation").get_shape()[0]
+
+
+def train(message: Mail, identity: Identity, open_case: Open) -> Mail:
+    """A visit. Whatever goes wrong is told as a reason; the private state is then as it was."""
+    return _guarded(message, identity, TRAIN, lambda head, parts: _visit(head, parts, identity, open_case))
+
+
+def evaluate(message: Mail, identity: Identity, open_case: Open) -> Mail:
+    """The client's line of `clients.jsonl`, with what it has in the end."""
+    return _guarded(message, identity, EVALUATE, lambda head, parts: _evaluate(head, parts, identity, open_case))
+
+
+def _guarded(message: Mail, identity: Identity, kind: Table,
+             act: Callable[[dict[str, Any], dict[str, bytes]], tuple[dict[str, Any], dict[str, bytes]]]) -> Mail:
+    echo: dict[str, Any] = {"client": identity.client}
+    try:
+        head, parts = transport.read(message.content)
+        if head.get("format") != FORMAT:
+            raise transport.MailError(f"messages of format {shown(head.get('format'))}, this client's are of format {FORMAT}; "
+                                 "update fedms on both sides")
+        head = kind.read(head)
+        echo.update({name: head[name] for name in ("run", "nonce")})
+        answer, out = act(head, parts)
+    except Exception as error:
+        traceback.print_exc()       # into the node's own log; the server is told in a line
+        return _answer(message, {**echo, "problem": printable(f"{type(error).__name__}: {error}")})
+    return _answer(message, {**echo, **answer}, out)
+
+
+class Disagreement(Exception):
+    """A server asks for what this node has not agreed to."""
+
+
+def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
+    """The run file that came with a message, once it names no code and no path but those of the node's own run file.
+
+    Raises:
+        Disagreement, ConfigError: if it does.
+    """
+    from fedms.config import MODELS, RunConfig, config_from_dict
+
+    config, own = config_from_dict(tables), identity.own or RunConfig()
+    for table, key in (("model", "trust_remote_code"), ("lora", "start"), ("data", "path")):
+        told, agreed = getattr(getattr(config, table), key), getattr(getattr(own, table), key)
+        if told != agreed:
+            raise Disagreement(f"{table}.{key}: the server says {shown(told)}, but {_whose(identity)} {shown(agreed)}")
+    id = config.model.id
+    of_hub = re.fullmatch(HUB_ID, id, re.ASCII) and not Path(id).exists()
+    if id not in MODELS and not of_hub and (identity.own is None or id != own.model.id):
+        raise Disagreement(f"model.id: the server says {shown(id)}, which is neither built in nor a hub id such as org/name; "
+                           "a folder must be the one that this node's own run file names (--node-config run=\"FILE\")")
+    if identity.data is None and config.data.name != own.data.name:
+        raise Disagreement(f"data.name: the server says {shown(config.data.name)}, but {_whose(identity)} {shown(own.data.name)}")
+    return config
+
+
+def _whose(identity: Identity) -> str:
+    return "this node's own run file says" if identity.own else "without a run file of its own this node takes only"
+
+
+def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
+           open_case: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+    from fedms.federated.client import visit
+    from fedms.federated.packing import pack_reply
+    from fedms.storage.private_state import ClientFolder, State
+
+    config = _agreed(head["config"], identity)
+    session, case = _opened(head, config, identity, open_case)
+    client = case.client(identity.client)
+    with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
+        state, message = folder.load(head["kept"]), _message(head, parts, folder)
+        session.model.charged = set(state.charged)
+        came, after = visit(case.method.client_step, session.model, client, state.private, message)
+        digest = folder.save(State(after, frozenset(session.model.charged)), message.stage, message.round)
+    answer = {"visit": {"reason": came.reason, "flops": came.flops, "seconds": came.seconds,
+                        "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest, "private": bool(after.tensors)}
+    if came.reply is None:
+        return answer, {}
+    if foreign := sorted(came.reply.tensors.keys() - message.tensors.keys()):
+        raise Disagreement(f"{foreign[0]} is this client's own: the server did not send it, so it is not sent to the server")
+    packed = pack_reply(came.reply, config.wire.dtype)
+    return {**answer, "reply": packed.head}, packed.parts
+
+
+def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
+              open_case: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+    from fedms.federated.evaluation import evaluate_client, own_accuracy
+    from fedms.storage.private_state import ClientFolder
+    from fedms.training.expert_model import Part
+
+    session, case = _opened(head, _agreed(head["config"], identity), identity, open_case)
+    with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
+        private, final = folder.load(head["kept"]).private, _message(head, parts, folder)
+    record = evaluate_client(case.method, session.model, case.client(identity.client), private, final)
+    common = Part(case.partition.global_test)
+    return {"record": record, "on_common_test": own_accuracy(case.method, session.model, common, private, final)
+            if head["on_common_test"] else None}, {}
+
+
+def _message(head: dict[str, Any], parts: dict[str, bytes], folder: ClientFolder) -> Message:
+    """The message as it arrived, with the constants that came before it."""
+    from fedms.federated.packing import Packed, unpack_message
+
+    digest = head["message"].get("constants")
+    if digest is None and "constants" in parts:
+        raise transport.MailError("constants without their hash")
+    if digest is not None:
+        if "constants" in parts:
+            if hashlib.sha256(parts["constants"]).hexdigest() != digest:
+                raise transport.MailError("constants with the hash of others")
+            folder.keep_constants(parts["constants"])
+        parts = {**parts, "constants": folder.constants(digest)}
+    return unpack_message(Packed(head["message"], parts))
+
+
+def _opened(head: dict[str, Any], config: RunConfig, identity: Identity, open_case: Open) -> tuple[Session, Case]:
+    session, case = open_case(config, identity.data)
+    if session.foundation.fingerprint != head["model"]:
+        raise Disagreement(f"model.id {config.model.id}: the weights here are others than the server's")
+    return session, case
+
+
+def _answer(message: Mail, head: dict[str, Any], parts: dict[str, bytes] | None = None) -> Mail:
+    return Mail(transport.write(head, transport.buffers(parts or {})), reply_to=message)

@@ -1,0 +1,382 @@
+"""The server's side: rounds over a Flower grid, whose nodes may be slow, gone, wrong or hostile."""
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message as Mail
+from flwr.serverapp import Grid
+
+from fedms.config import RunConfig
+from fedms.engines.base import Arrival, Engine, Evaluation
+from fedms.engines.flower import transport
+from fedms.federated.admission import plausible_validation
+from fedms.federated.client import Message, Participant, Visit
+from fedms.federated.devices import Device, device_of
+from fedms.federated.encoding import WireError
+from fedms.federated.packing import Packed, pack_message, unpack_reply
+from fedms.federated.schema import EVALUATED, FORMAT, HELLO, NAME, PROBLEM, TRAINED, SchemaError, Table, printable, shown
+from fedms.federated.server import Server
+from fedms.progress import Progress
+from fedms.storage.records import RunFolder
+from fedms.training.expert_model import Tensors
+
+SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests
+GRACE = 10.0                # seconds in which a node that was silent may say that it is there, and miss no further round
+NOTES = 100                 # most notes that strangers can cause
+POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at most
+
+
+@dataclass(frozen=True)
+class Registered(Participant):
+    id: int
+    n_train: int
+    n_validation: int
+    device: Device
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A message under way: to which client, what its answer must repeat, its bytes."""
+
+    client: int
+    nonce: str
+    size: int
+
+
+class FlowerEngine(Engine):
+    """Args:
+        server, fm_params, folder, progress, stop: see `Engine`.
+        fingerprint: of the foundation model, which must be the same everywhere.
+        grid: Flower's access to the nodes.
+        fitting: see `fedms.federated.devices.device_of`.
+        samples: numbers of training and validation samples by client, where this process knows them; else clients tell, once.
+        timeout: seconds in which a client must answer; None: however long it takes.
+    """
+
+    def __init__(self, server: Server, fm_params: int, fingerprint: str, grid: Grid, fitting: Sequence[int | None],
+                 samples: Mapping[int, tuple[int, int]], timeout: float | None, folder: RunFolder, progress: Progress,
+                 stop: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(server, fm_params, folder, progress, stop)
+        self.fingerprint, self.grid, self.fitting, self.timeout = fingerprint, grid, fitting, timeout
+        self.config: RunConfig = server.config
+        self.join_timeout = None if timeout is None else self.config.clients.join_timeout or timeout
+        self.samples = dict(samples)
+        self.run_id = uuid.uuid4().hex
+        self.kept: dict[int, str] = {}              # by client: its private state after the last visit that counted
+        self.private_at: set[int] = set()           # clients that have something of their own in it
+        self.node_of: dict[int, int] = {}           # by client
+        self.greeted: dict[int, float] = {}         # nodes that were asked who they are, and when
+        self.away: set[int] = set()                 # clients that were waited for in vain
+        self.asked_again: dict[int, float] = {}     # when those of them that were silent were asked whether they are there
+        self.authenticated = False                  # whether nodes have registered keys
+        self.told: set[str] = set()                 # notes that strangers caused
+        self.greetings: dict[str, int] = {}         # nodes whose answer is awaited, by message
+        self.overdue: dict[str, str] = {}           # visits that were given up, by message
+
+    # What the engine is asked for
+
+    def prepare(self, message: Message) -> Mapping[int, Participant]:
+        clients = message.clients[self.visited:]
+        self._wait_for_nodes(clients, message)
+        return {client: self._participant(client) for client in clients if client in self.node_of}
+
+    def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
+        asked, lost = self._send("train", f"{message.stage} {message.round}", clients, packed, {})
+        for answer in self._answers(asked, lost, message):
+            yield self._arrival(answer, message, packed)
+
+    def keep(self, arrival: Arrival) -> None:
+        self.kept[arrival.client], private = arrival.after
+        (self.private_at.add if private else self.private_at.discard)(arrival.client)
+
+    def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
+        clients = range(self.config.clients.count)
+        self._wait_for_nodes(clients, final)
+        packed = pack_message(final, self.encoding)
+        # As many at a time as in a round, whose deadline is theirs too.
+        at_once = self.config.clients.sampled
+        for first in range(0, len(clients), at_once):
+            yield from self._evaluate(clients[first : first + at_once], final, packed, on_common_test)
+
+    def _evaluate(self, clients: Sequence[int], final: Message, packed: Packed,
+                  on_common_test: bool) -> Iterator[Evaluation]:
+        self._meet()
+        reached = [client for client in clients if client in self.node_of]
+        asked, lost = self._send("evaluate", "evaluation", reached, packed, {"on_common_test": on_common_test})
+        for answer in self._answers(asked, lost, final):
+            try:
+                found, _ = self._open(answer, EVALUATED, limit=0)
+                yield Evaluation(self._checked(found["record"], answer.client), found["on_common_test"])
+            except _Unusable as problem:
+                self.progress.note(f"client {answer.client} is not evaluated: {problem}")
+        for client in sorted(set(clients) - set(reached)):
+            self.progress.note(f"client {client} is not evaluated: it could not be reached")
+
+    def _checked(self, record: dict[str, Any], client: int) -> dict[str, Any]:
+        known = {"id": client, "unseen": False, **dict(zip(("n_train", "n_validation"), self.samples[client]))}
+        for name, value in known.items():
+            if record[name] != value:
+                raise _Unusable(f"its record is refused: {name} is {record[name]}, expected {value}")
+        return record
+
+    def own_state(self) -> dict[str, Any]:
+        return {"run": self.run_id, "kept": {str(client): digest for client, digest in self.kept.items()},
+                "private_at": sorted(self.private_at),
+                "samples": {str(client): list(counts) for client, counts in self.samples.items()}}
+
+    def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
+        self.run_id = state["run"]
+        self.kept = {int(client): digest for client, digest in state["kept"].items()}
+        self.private_at = set(state.get("private_at", ()))
+        # Checkpoints of older versions lack them: the nodes tell again.
+        self.samples = {int(client): (counts[0], counts[1]) for client, counts in state.get("samples", {}).items()} | self.samples
+
+    # Who is there
+
+    def _participant(self, client: int) -> Participant:
+        return Registered(client, *self.samples[client], device_of(self.config, client, self.fitting))
+
+    def _wait_for_nodes(self, clients: Collection[int], message: Message) -> None:
+        """Until the nodes of these clients are there, or the deadline has passed. A client that was waited for once is only
+        looked at from then on, until it is there again; unless nobody else is left."""
+        self._meet()
+        if all(client in self.away for client in clients):
+            self.away.clear()
+        started, pauses, told = time.monotonic(), _Pauses(), False
+        while missing := [client for client in clients if client not in self.node_of and self._is_waited_for(client)]:
+            waited = time.monotonic() - started
+            if waited > (self.join_timeout or float("inf")):
+                self.away.update(missing)
+                self.progress.note(f"the nodes of the clients {_listed(missing)} are away; they are not waited for again")
+                return
+            if waited > 5 and not told:
+                told = True
+                self.progress.note(f"waiting for the nodes of the clients {_listed(missing)}")
+            self.check_stop(message)
+            pauses.sleep()
+            self._meet()
+
+    def _is_waited_for(self, client: int) -> bool:
+        return client not in self.away or time.monotonic() - self.asked_again.get(client, float("-inf")) < GRACE
+
+    def _meet(self) -> None:
+        """Asks new nodes which client they are; forgets nodes that have left."""
+        nodes = {node.node_id: node.name or "" for node in self.grid.get_nodes()}
+        # Flower names the keys that were registered with it, and no others: one name says that authentication is on.
+        self.authenticated = self.authenticated or any(nodes.values())
+        self.node_of = {client: node for client, node in self.node_of.items()
+                        if node in nodes and (not self.authenticated or nodes[node] == f"client-{client}")}
+        self.greeted = {node: when for node, when in self.greeted.items() if node in nodes}
+        again = 30.0        # seconds after which a node that did not answer is asked once more
+        known = set(self.node_of.values())
+        new = [node for node in nodes if node not in known
+               and time.monotonic() - self.greeted.get(node, float("-inf")) > again]
+        letters = [Mail(transport.write({"format": FORMAT}, {}), node, "query", group_id="hello") for node in new]
+        if letters:
+            self.grid.push_messages(letters)
+            self.greeted |= dict.fromkeys(new, time.monotonic())
+            self.greetings |= {letter.metadata.message_id: node for letter, node in zip(letters, new)}
+        for reply in self._pull(list(self.greetings)):
+            node = self.greetings.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None and node in nodes:
+                try:
+                    self._register(node, nodes[node], reply)
+                except _Unusable as problem:
+                    self._tell_once(f"node {node} is refused: {problem}")
+
+    def _register(self, node: int, name: str, reply: Mail) -> None:
+        head, _ = _read(reply, limit=0)
+        try:
+            told = HELLO.read(head)
+        except SchemaError as error:
+            raise _Unusable(f"its answer is refused: {error}") from None
+        client, n_train = told["client"], told["n_train"]
+        if client >= self.config.clients.count:
+            raise _Unusable(f"it says it is client {client}; there are clients 0 to {self.config.clients.count - 1}")
+        if self.authenticated and name != f"client-{client}":
+            raise _Unusable(f"it says it is client {client}, but its key is registered as {shown(name) if name else 'nobody'}"
+                            f"; register it by --name client-{client}")
+        if client in self.node_of:
+            raise _Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
+        known = self.samples.get(client)
+        if (n_train, told["n_validation"]) == (None, None):
+            if known is None:
+                raise _Unusable(f"client {client} does not say how many samples it has")
+        elif None in (n_train, told["n_validation"]):
+            raise _Unusable(f"client {client} says how many samples it has of one kind alone")
+        elif known is not None and known != (n_train, told["n_validation"]):
+            raise _Unusable(f"client {client} says it has {n_train} training and {told['n_validation']} validation samples; "
+                            f"before it had {known[0]} and {known[1]}")
+        elif told["n_validation"] > (most := plausible_validation(self.config, n_train)):
+            raise _Unusable(f"client {client} says it has {told['n_validation']} validation samples; beside {n_train} for "
+                            f"training data.split leaves it {most} at most")
+        else:
+            self.samples[client] = (n_train, told["n_validation"])
+        self.node_of[client] = node
+        self.away.discard(client)
+
+    def _ask_again(self, client: int) -> None:
+        """Of a client that did not answer in time: it takes part again once its node says that it is there."""
+        node = self.node_of.pop(client, None)
+        if node is not None:
+            self.away.add(client)
+            self.asked_again[client] = time.monotonic()
+            self.greeted.pop(node, None)
+            self._meet()
+
+    def _tell_once(self, text: str) -> None:
+        """A note that strangers can cause: the same one is not repeated, and there is an end of them."""
+        if text not in self.told and len(self.told) < NOTES:
+            self.told.add(text)
+            self.progress.note(text if len(self.told) < NOTES else f"{text}; further notes of this kind are left out")
+
+    # Messages and their answers
+
+    def _send(self, kind: str, group: str, clients: Sequence[int], packed: Packed,
+              extra: Mapping[str, Any]) -> tuple[dict[str, Asked], list[int]]:
+        """Sends a message to each client; returns what was asked, by message, and clients whose message was not
+        taken."""
+        head = {"format": FORMAT, "run": self.run_id, "model": self.fingerprint, "message": packed.head, **extra,
+                "config": self.config.model_dump(mode="json", exclude_none=True)}
+        arrays = transport.buffers(packed.parts)
+        mails, asked = [], []
+        for client in clients:
+            due, nonce = self.due_to(client, packed), secrets.token_hex(8)
+            content = transport.write({**head, "nonce": nonce, "kept": self.kept.get(client)},
+                                 {name: arrays[name] for name in due.parts})
+            mails.append(Mail(content, self.node_of[client], kind, group_id=group))
+            asked.append(Asked(client, nonce, due.size))
+        taken = list(self.grid.push_messages(mails)) if mails else []
+        under_way = {each.metadata.message_id: what for each, what in zip(mails, asked)
+                     if each.metadata.message_id in taken}
+        return under_way, [what.client for what in asked if what not in under_way.values()]
+
+    def _answers(self, asked: Mapping[str, Asked], lost: Sequence[int], message: Message) -> Iterator[_Answer]:
+        """Answers in ascending order of the clients' ids, those that did not come in time included."""
+        due = sorted([*(what.client for what in asked.values()), *lost])
+        came = {client: _Answer(client, None, None, "the SuperLink did not take its message") for client in lost}
+        waiting, started, pauses = dict(asked), time.monotonic(), _Pauses()
+        while due:
+            while due and due[0] in came:
+                yield came.pop(due.pop(0))
+            if not due:
+                return
+            self.check_stop(message)
+            replies = self._pull([*waiting, *self.overdue]) if waiting else []
+            for reply in replies:
+                number = reply.metadata.reply_to_message_id
+                if (what := waiting.pop(number, None)) is not None:
+                    came[what.client] = _Answer(what.client, what, reply)
+                elif (late := self.overdue.pop(number, None)) is not None:
+                    self.progress.note(f"{late} has answered after the deadline; its reply is dropped")
+                else:
+                    self.progress.note(f"a reply that nobody waits for, or a second one, from node "
+                                       f"{reply.metadata.src_node_id} is dropped")
+            if self.timeout is not None and time.monotonic() - started > self.timeout:
+                for number, what in waiting.items():
+                    came[what.client] = _Answer(what.client, what, None, f"no answer within {self.timeout:g} s")
+                    self.overdue[number] = f"client {what.client} ({message.stage}, round {message.round})"
+                silent = [what.client for what in waiting.values()]
+                waiting.clear()
+                for client in silent:
+                    self._ask_again(client)
+            elif replies:
+                pauses = _Pauses()
+            elif waiting:
+                pauses.sleep()
+
+    def _pull(self, numbers: Sequence[str]) -> list[Mail]:
+        """Replies to these messages, as far as they have come. Flower rebuilds them from what nodes stored; bytes that it
+        cannot rebuild lose the replies that came with them, not the run."""
+        if not numbers:
+            return []
+        try:
+            return list(self.grid.pull_messages(numbers))
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            self._tell_once(f"replies that Flower could not read are dropped: {type(error).__name__}: {printable(str(error), 200)}")
+            return []
+
+    def _arrival(self, answer: _Answer, message: Message, packed: Packed) -> Arrival:
+        sent = answer.asked.size if answer.asked else 0
+        try:
+            head, parts = self._open(answer, TRAINED, limit=2 * packed.size + SLACK)
+            visit, size = _visit_of(head, parts)
+        except _Unusable as problem:
+            return Arrival(answer.client, None, 0, sent, str(problem))
+        self.note_received(answer.client, packed)
+        return Arrival(answer.client, visit, size, sent, after=(head["kept"], head["private"]))
+
+    def _open(self, answer: _Answer, kind: Table, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The head of an answer as its kind of message has it, and its buffers, if it answers what was asked.
+
+        Raises:
+            _Unusable: saying why there is no such answer.
+        """
+        if answer.mail is None:
+            raise _Unusable(answer.reason)
+        head, parts = _read(answer.mail, limit)
+        try:
+            head = (PROBLEM if "problem" in head else kind).read(head)
+        except SchemaError as error:
+            raise _Unusable(f"its reply is refused: {error}") from None
+        if head.get("run") != self.run_id or head.get("nonce") != answer.asked.nonce:
+            if "problem" not in head or "nonce" in head:
+                raise _Unusable("its reply is refused: it answers another message, an old one or one of another run")
+        if head["client"] != answer.client:
+            raise _Unusable(f"its reply is refused: it is client {head['client']}'s")
+        if "problem" in head:
+            raise _Unusable(f"the client says: {head['problem']}")
+        return head, parts
+
+
+@dataclass(frozen=True)
+class _Answer:
+    client: int
+    asked: Asked | None
+    mail: Mail | None
+    reason: str = ""
+
+
+class _Unusable(Exception):
+    """There is no answer that could be used; the message says why."""
+
+
+class _Pauses:
+    """Waits that grow, so that quick answers are seen quickly and slow ones cost nothing."""
+
+    def __init__(self) -> None:
+        self.next, self.most = POLL
+
+    def sleep(self) -> None:
+        time.sleep(self.next)
+        self.next = min(1.5 * self.next, self.most)
+
+
+def _read(reply: Mail, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    if reply.has_error():
+        raise _Unusable(f"no answer: {printable(reply.error.reason, NAME)} (Flower's error {reply.error.code})")
+    try:
+        return transport.read(reply.content, limit)
+    except transport.MailError as error:
+        raise _Unusable(f"its reply is refused: {error}") from None
+
+
+def _visit_of(head: Mapping[str, Any], parts: dict[str, bytes]) -> tuple[Visit, int]:
+    """The visit that an answer tells of, and the bytes of its reply."""
+    told = head["visit"]
+    if told["reason"] is not None:
+        return Visit(None, **told), 0
+    packed = Packed(head["reply"], parts)
+    try:
+        return Visit(unpack_reply(packed), **told), packed.size
+    except (SchemaError, WireError) as error:
+        raise _Unusable(f"its reply is refused: {error}") from None
+
+
+def _listed(clients: Sequence[int]) -> str:
+    return ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")

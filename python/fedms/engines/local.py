@@ -1,0 +1,69 @@
+"""The embedded engine: server and clients in one process, one resident model, clients visited one after the other."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedms.engines.base import Arrival, Engine, Evaluation
+from fedms.federated.client import Client, Message, Participant, Private, visit
+from fedms.federated.evaluation import evaluate_client, own_accuracy
+from fedms.federated.packing import Packed, pack_reply, unpack_reply
+from fedms.federated.server import Server
+from fedms.methods import Method
+from fedms.progress import Progress
+from fedms.storage.records import RunFolder
+from fedms.training.expert_model import Part, ResidentModel, Tensors
+
+
+class LocalEngine(Engine):
+    """Args:
+        method, server, model: what to run, and on which resident model.
+        clients: participating clients; client i has id i.
+        common_test: the common test set.
+        folder, progress, stop: see `Engine`.
+    """
+
+    def __init__(self, method: Method, server: Server, model: ResidentModel, clients: Sequence[Client],
+                 common_test: Part, folder: RunFolder, progress: Progress,
+                 stop: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(server, model.fm_params, folder, progress, stop)
+        self.method, self.model, self.clients, self.common_test = method, model, clients, common_test
+        self.states: dict[int, Private] = {}        # of clients with a visit that counted
+
+    def prepare(self, message: Message) -> Mapping[int, Participant]:
+        return {client: self.clients[client] for client in message.clients}
+
+    def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
+        for client in clients:
+            bytes_down = self.due_to(client, packed).size
+            self.note_received(client, packed)
+            came, after = visit(self.method.client_step, self.model, self.clients[client], self._state(client), message)
+            bytes_up = 0
+            if came.reply is not None:
+                answer = pack_reply(came.reply, self.encoding)
+                came, bytes_up = replace(came, reply=unpack_reply(answer)), answer.size
+            yield Arrival(client, came, bytes_up, bytes_down, after=after)
+
+    def keep(self, arrival: Arrival) -> None:
+        self.states[arrival.client] = arrival.after
+
+    def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
+        for client in self.clients:
+            self.check_stop(final)
+            private = self._state(client.id)
+            yield Evaluation(evaluate_client(self.method, self.model, client, private, final), own_accuracy(
+                self.method, self.model, self.common_test, private, final) if on_common_test else None)
+
+    def _state(self, client: int) -> Private:
+        return self.states.get(client, Private())
+
+    def own_state(self) -> dict[str, Any]:
+        return {"charged": sorted(self.model.charged)}
+
+    def private(self) -> Mapping[int, Tensors]:
+        return {client: private.tensors for client, private in self.states.items() if private.tensors}
+
+    def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
+        self.model.charged = set(state["charged"])
+        self.states |= {client: Private(tensors) for client, tensors in private.items()}

@@ -1,0 +1,1 @@
+"""The protocol between a server and its clients, as plain data: messages, visits, admission, aggregation."""

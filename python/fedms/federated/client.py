@@ -1,0 +1,279 @@
+"""The steps a client is made of: plain data in, plain data out. Methods compose them; engines carry the messages."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedms.config import RunConfig
+from fedms.data import ClientSplit
+from fedms.federated.devices import Device, device_of
+from fedms.federated.schema import printable
+from fedms.seeds import derive_seed, generator
+from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.memory import peak_memory, reset_peak_memory
+
+
+class ClientFailure(Exception):
+    """A client's visit failed; the message is the reason that goes into the records. The run goes on without it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the server sends to a client.
+
+    stage, round: where the run stands (round counts from 1 within its stage).
+    clients:      ids of the clients sampled this round, ascending.
+    depth:        number of blocks of the activation order that are trained.
+    applied_depth: number of blocks whose pairs are applied, at least `depth`.
+    tensors:      sent to every sampled client.
+    constants:    sent to a client once a stage and kept by it: what does not change any more.
+    sums:         statistics that the server added up over clients.
+    """
+
+    stage: str
+    round: int
+    clients: tuple[int, ...]
+    depth: int
+    applied_depth: int
+    tensors: Tensors
+    constants: Tensors = field(default_factory=dict)
+    sums: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client sends back: the tensors to be averaged, statistics to be added up, and numbers for the records.
+
+    `score` is the validation accuracy of the model it received (None without validation samples)."""
+
+    client: int
+    tensors: Tensors
+    n_train: int
+    n_validation: int
+    score: float | None
+    metrics: dict[str, float | None]
+    sums: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Private:
+    """A client's own state between visits; it never leaves the client."""
+
+    tensors: Tensors = field(default_factory=dict)
+
+    @property
+    def has_expert(self) -> bool:
+        return any(name.startswith("expert/") for name in self.tensors)
+
+
+class Participant:
+    """What the server knows of a client: its id, its numbers of training and validation samples, and its device."""
+
+    id: int
+
+    if TYPE_CHECKING:       # only to be read, so that properties will do
+        @property
+        def n_train(self) -> int: ...
+
+        @property
+        def n_validation(self) -> int: ...
+
+        @property
+        def device(self) -> Device: ...
+
+    def trained_depth(self, message: Message) -> int:
+        """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
+        most = self.device.max_depth
+        return message.depth if most is None else min(message.depth, most)
+
+
+class Client(Participant):
+    """One client's data, its device and its share of the settings. `fitting`: see `device_of`.
+
+    Of a hundred thousand clients most are never visited: what a visit needs is made by the first one."""
+
+    n_train: int
+    n_validation: int
+
+    def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
+        self.split, self.config, self.fitting = split, config, fitting
+        self.id, self.group = split.id, split.group
+        self.n_train, self.n_validation = len(split.train), len(split.validation)
+
+    @cached_property
+    def train(self) -> Part:
+        return Part(self.split.train)
+
+    @cached_property
+    def validation(self) -> Part:
+        return Part(self.split.validation)
+
+    @cached_property
+    def test(self) -> Part:
+        return Part(self.split.test)
+
+    @cached_property
+    def device(self) -> Device:
+        return device_of(self.config, self.id, self.fitting)
+
+    def seed(self, message: Message, purpose: str) -> int:
+        return derive_seed(self.config.run.seed, purpose, message.stage, message.round, self.id)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What came of a visit, as the client tells it: its reply, or the reason why there is none; operations, seconds,
+    and peak memory in bytes."""
+
+    reply: Reply | None
+    reason: str | None
+    flops: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+ClientStep = Callable[[ResidentModel, Client, Private, Message], tuple[Reply, Private]]
+
+
+def visit(step: ClientStep, model: ResidentModel, client: Client, private: Private,
+          message: Message) -> tuple[Visit, Private]:
+    """Carries out a method's step and measures it. A client that fails keeps the private state that it had."""
+    flops, started = model.flops, time.perf_counter()
+    reset_peak_memory()
+    model.clear()
+    reply, after, reason = None, private, None
+    try:
+        with _memory_errors():
+            reply, after = step(model, client, private, message)
+    except ClientFailure as failure:
+        reason = printable(str(failure))
+    return Visit(reply, reason, model.flops - flops, time.perf_counter() - started, peak_memory()), after
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A client that runs out of memory fails; the run goes on without it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:        # torch's CPU allocator raises a plain RuntimeError
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise ClientFailure("out of memory; a smaller batch, sal.max_depth or sal.cache_bytes may help") from error
+        raise
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy and mean cross-entropy on some samples; None on no samples."""
+
+    accuracy: float | None
+    loss: float | None
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """logits (n, C), or log-probabilities; labels (n,)."""
+    if len(labels) == 0:
+        return Score(None, None)
+    return Score(float((logits.argmax(1) == labels).float().mean()), float(F.cross_entropy(logits, labels)))
+
+
+def validate(model: ResidentModel, client: Client, expert: str) -> Score:
+    """Validation score of one expert's stream as it stands in the model."""
+    return score(model.all_logits(expert, client.validation), model.labels(client.validation))
+
+
+Loss = Callable[[Tensor], Tensor]               # mean over rows (B,) of a part
+LossOn = Callable[[Part], Loss]
+
+
+def cross_entropy_of(model: ResidentModel, expert: str) -> LossOn:
+    """Loss of one expert's own logits."""
+    return lambda part: lambda rows: F.cross_entropy(model.logits(expert, part, rows), model.labels(part, rows))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by the names under which their optimiser state is kept, and their learning rate."""
+
+    params: Mapping[str, Tensor]
+    lr: float
+
+
+def train(model: ResidentModel, client: Client, message: Message, private: Private, groups: list[Group],
+          loss_on: LossOn, part: Part | None = None, rows: Tensor | None = None,
+          epochs: int | None = None) -> tuple[float, Tensors]:
+    """Local epochs of AdamW over a part of the client's samples.
+
+    Args:
+        private: holds the optimiser's state of the last visit, if `[clients] optimizer = "kept"`.
+        loss_on: given the part once; with `[data] augment`, at every step the batch's images as they are then.
+        part: default the training part.
+        rows: (n,) rows of it; default all.
+        epochs: default the stage's.
+
+    Returns:
+        Mean training loss over all samples seen, and the optimiser's state to keep (empty when it starts afresh).
+
+    Raises:
+        ClientFailure: when a loss or a gradient norm is NaN or infinite.
+    """
+    settings = getattr(client.config, message.stage)
+    part = client.train if part is None else part
+    rows = torch.arange(len(part)) if rows is None else rows
+    named = {name: p for group in groups for name, p in group.params.items()}
+    # Fused: one kernel for all pairs, of which there are many small ones.
+    optimizer = torch.optim.AdamW([{"params": list(group.params.values()), "lr": group.lr} for group in groups
+                                   if group.params], weight_decay=settings.weight_decay, fused=True)
+    keeps = client.config.clients.optimizer == "kept"
+    if keeps:
+        _load_moments(optimizer, named, private.tensors, message.stage)
+    torch.manual_seed(client.seed(message, "dropout"))
+    shuffle = generator(client.seed(message, "shuffle"))
+    total, seen = 0.0, 0
+    micro_batch = settings.micro_batch or settings.batch
+    loss_of = None if client.config.data.augment else loss_on(part)
+    for _ in range(epochs or settings.epochs):
+        for batch in rows[torch.randperm(len(rows), generator=shuffle)].split(settings.batch):
+            optimizer.zero_grad(set_to_none=True)
+            if loss_of is not None:
+                loss = accumulate(loss_of, batch, micro_batch)
+            else:
+                with model.varied(part, batch) as images:
+                    loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch)
+            norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
+            if not (math.isfinite(loss) and torch.isfinite(norm)):
+                raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
+                                    f"{seen} samples; a lower {message.stage}.lr may help")
+            optimizer.step()
+            total, seen = total + loss * len(batch), seen + len(batch)
+    return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
+
+
+def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int) -> float:
+    """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples; returns that loss."""
+    total = 0.0
+    for part in batch.split(micro_batch):
+        loss = loss_of(part) * (len(part) / len(batch))
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:
+    return {f"optimizer/{stage}/{name}/{kind}": value.clone()
+            for name, p in named.items() for kind, value in optimizer.state.get(p, {}).items()}
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], kept: Tensors, stage: str) -> None:
+    for name, p in named.items():
+        prefix = f"optimizer/{stage}/{name}"
+        if f"{prefix}/step" in kept:      # a pair activated since the last visit has none yet
+            optimizer.state[p] = {kind: kept[f"{prefix}/{kind}"].clone() for kind in ("step", "exp_avg", "exp_avg_sq")}

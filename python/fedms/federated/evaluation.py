@@ -1,0 +1,128 @@
+"""What came out: test accuracies, per client and in all. The only place that reads test labels, after every choice
+has been made on training and validation data."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from fedms.federated.client import Client, ClientFailure, Message, Private
+from fedms.methods import Method, Prediction
+from fedms.training.expert_model import Part, ResidentModel
+
+# A gate is named collapsed when its mean entropy falls below this share of the largest possible, log 2: it then
+# hardly mixes at all, whichever side it fell on.
+COLLAPSED_BELOW = 0.2
+
+
+def evaluate_client(method: Method, model: ResidentModel, client: Client, private: Private, final: Message,
+                    unseen: bool = False) -> dict[str, Any]:
+    """One line of `clients.jsonl`: accuracies in [0, 1] on the client's test part, null where they do not apply."""
+    record: dict[str, Any] = {
+        "id": client.id, "group": client.group, "unseen": unseen, "n_train": len(client.train),
+        "n_validation": len(client.validation), "n_test": len(client.test), "accuracy": {}}
+    if len(client.test) == 0:
+        return record
+    model.clear()
+    prediction = method.predict(model, client.test, private, final)
+    labels = model.labels(client.test)
+    zero_shot = model.zero_shot_logits(client.test)
+    record["accuracy"] = {
+        "personalised": accuracy(prediction.personalised, labels),
+        "global": accuracy(prediction.global_, labels),
+        "local": accuracy(prediction.local, labels),
+        "zero_shot": accuracy(zero_shot, labels),
+        **_mixture_accuracies(prediction, labels),
+    }
+    record["macro_f1"] = float(f1_score(labels, prediction.personalised.argmax(1), average="macro",
+                                        labels=sorted(set(labels.tolist())), zero_division=0))
+    if prediction.weights is not None:
+        own = prediction.weights[:, 1]
+        record.update(gate_mean=float(own.mean()), gate_std=float(own.std(correction=0)),
+                      gate_entropy=float(torch.special.entr(prediction.weights).sum(1).mean()))
+    return record
+
+
+def _mixture_accuracies(prediction: Prediction, labels: Tensor) -> dict[str, float | None]:
+    """The gate's mixture, beside a fixed half-half mix and an oracle that picks the right expert for each sample."""
+    if prediction.weights is None:
+        return {}
+    shared, own = prediction.global_, prediction.local
+    either = (shared.argmax(1) == labels) | (own.argmax(1) == labels)
+    return {"mixture": accuracy(prediction.personalised, labels), "half": accuracy((shared + own) / 2, labels),
+            "oracle": float(either.float().mean())}
+
+
+def evaluate_unseen(method: Method, model: ResidentModel, client: Client, final: Message,
+                    rounds: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """An unseen client, twice: with what arrives, and after `rounds` visits of stage 2 that it makes on its own (it
+    sends nothing; None without such visits, or if training failed)."""
+    as_it_arrives = evaluate_client(method, model, client, Private(), final, unseen=True)
+    if rounds == 0 or len(client.train) == 0:
+        return as_it_arrives, None
+    private = Private()
+    for k in range(rounds):
+        model.clear()
+        try:
+            _, private = method.client_step(model, client, private, replace(final, stage="stage2", round=k + 1))
+        except ClientFailure:
+            return as_it_arrives, None
+    return as_it_arrives, evaluate_client(method, model, client, private, final, unseen=True)
+
+
+def shared_accuracy(method: Method, model: ResidentModel, part: Part, final: Message) -> float | None:
+    """Accuracy of the global expert on the common test set; None for a method without one."""
+    if len(part) == 0:
+        return None
+    model.clear()
+    return accuracy(method.predict(model, part, Private(), final).global_, model.labels(part))
+
+
+def own_accuracy(method: Method, model: ResidentModel, part: Part, private: Private, final: Message) -> float | None:
+    """Accuracy on the common test set of what a client answers."""
+    if len(part) == 0:
+        return None
+    model.clear()
+    return accuracy(method.predict(model, part, private, final).personalised, model.labels(part))
+
+
+def summarise(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> dict[str, Any]:
+    """Figures over participating clients that have test samples: each client counts the same. learns_gate: whether the
+    weights of the experts are a trained gate's, which alone can collapse."""
+    tested = [c for c in clients if c["n_test"]]
+    personalised = np.array([c["accuracy"]["personalised"] for c in tested])
+    worst = np.sort(personalised)[:max(1, math.ceil(len(personalised) / 10))]
+    return {
+        "personalised_accuracy": {"mean": mean(personalised), "std": float(personalised.std()) if tested else None,
+                                  "worst10": mean(worst)},
+        "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
+        "macro_f1": mean([c["macro_f1"] for c in tested]),
+        "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None], learns_gate),
+    }
+
+
+def _gate_summary(clients: list[dict[str, Any]], learns_gate: bool) -> dict[str, Any] | None:
+    if not clients:
+        return None
+    means = np.array([c["gate_mean"] for c in clients])
+    entropy = mean([c["gate_entropy"] for c in clients])
+    return {"mean": mean(means), "std_clients": float(means.std()),
+            "std_samples": mean([c["gate_std"] for c in clients]), "entropy": entropy,
+            "collapsed": entropy < COLLAPSED_BELOW * math.log(2) if learns_gate else None,
+            "half_mix_accuracy": mean([c["accuracy"]["half"] for c in clients]),
+            "oracle_accuracy": mean([c["accuracy"]["oracle"] for c in clients])}
+
+
+def accuracy(logits: Tensor | None, labels: Tensor) -> float | None:
+    return None if logits is None else float((logits.argmax(1) == labels).float().mean())
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None

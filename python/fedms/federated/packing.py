@@ -1,0 +1,86 @@
+"""Messages and replies as they travel: plain data for the head, and the tensors as buffers of `fedms.federated.encoding`.
+
+Every engine sends what is packed here and reads it back, so that all of them lose the same bits to an encoding and
+count the same bytes.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedms.federated import encoding as wire, schema
+from fedms.federated.client import Message, Reply
+from fedms.federated.schema import SchemaError
+from fedms.training.expert_model import Tensors
+
+
+@dataclass(frozen=True)
+class Packed:
+    """head: plain data, whatever JSON holds. parts: buffers by name; what holds no tensor is left out."""
+
+    head: dict[str, Any]
+    parts: dict[str, bytes]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the buffers."""
+        return sum(map(len, self.parts.values()))
+
+    def without(self, name: str) -> Packed:
+        return replace(self, parts={part: buffer for part, buffer in self.parts.items() if part != name})
+
+    def tensors(self, name: str) -> Tensors:
+        return wire.unpack(self.parts[name]) if name in self.parts else {}
+
+
+def pack_message(message: Message, encoding: str) -> Packed:
+    """Who else was sampled stays with the server."""
+    head = {"stage": message.stage, "round": message.round, "depth": message.depth,
+            "applied_depth": message.applied_depth}
+    parts = {**_pack({"tensors": message.tensors, "constants": message.constants}, encoding),
+             **_pack({"sums": message.sums})}
+    if "constants" in parts:
+        head["constants"] = hashlib.sha256(parts["constants"]).hexdigest()
+    return Packed(head, parts)
+
+
+def unpack_message(packed: Packed) -> Message:
+    """The message as it arrives.
+
+    Raises:
+        SchemaError, WireError: if it is none.
+    """
+    head = schema.MESSAGE.read(packed.head)
+    _check_parts(packed, {"tensors", "constants", "sums"})
+    return Message(head["stage"], head["round"], (), head["depth"], head["applied_depth"],
+                   packed.tensors("tensors"), packed.tensors("constants"), packed.tensors("sums"))
+
+
+def pack_reply(reply: Reply, encoding: str) -> Packed:
+    head = {"client": reply.client, "n_train": reply.n_train, "n_validation": reply.n_validation, "score": reply.score,
+            "metrics": reply.metrics}
+    return Packed(head, _pack({"tensors": reply.tensors}, encoding) | _pack({"sums": reply.sums}))
+
+
+def unpack_reply(packed: Packed) -> Reply:
+    """The reply as it arrives.
+
+    Raises:
+        SchemaError, WireError: if it is none. Whether it answers what was asked is for `Server.admit` to say.
+    """
+    head = schema.REPLY.read(packed.head)
+    _check_parts(packed, {"tensors", "sums"})
+    return Reply(head["client"], packed.tensors("tensors"), head["n_train"], head["n_validation"], head["score"],
+                 head["metrics"], packed.tensors("sums"))
+
+
+def _check_parts(packed: Packed, known: set[str]) -> None:
+    if unknown := sorted(packed.parts.keys() - known):
+        raise SchemaError(f"an unknown part {schema.shown(unknown[0])}")
+
+
+def _pack(groups: Mapping[str, Tensors], encoding: str = "fp32") -> dict[str, bytes]:
+    # By name: a server that goes on from a checkpoint, which has an order of its own, sends the same bytes.
+    return {part: wire.pack(dict(sorted(tensors.items())), encoding) for part, tensors in groups.items() if tensors}

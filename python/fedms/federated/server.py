@@ -1,0 +1,283 @@
+"""The server's side: plain data in, plain data out. It knows no model; it averages what arrives, decides which blocks
+are active, and words the next message."""
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedms.config import RunConfig
+from fedms.federated import schedule
+from fedms.federated.admission import Admission, Refused
+from fedms.federated.aggregation import Residual, WeightedMean, krum, median, trimmed_mean
+from fedms.federated.client import Message, Participant, Reply
+from fedms.seeds import generator
+from fedms.training.expert_model import Tensors, is_a
+from fedms_ext import LoRA
+
+__all__ = ["STAGES", "AllClientsFailed", "Collected", "Refused", "Server", "ServerState"]
+
+STAGES = ("stage1", "stage2")
+HEAVIEST = 10       # times the median: what a client's validation samples weigh at most in the score that activates blocks
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server knows between rounds.
+
+    stage, round: of the round that comes next; stage is "done" when none does.
+    tensors:      the current global tensors (expert, head, gate).
+    sums:         statistics added up over clients.
+    counted:      clients whose statistics are in them.
+    sal:          where the activation stands in this stage.
+    applied_depth: number of blocks of the activation order whose pairs are applied.
+    final_depth:  depth reached at the end of each stage that is over.
+    """
+
+    stage: str
+    round: int
+    tensors: Tensors
+    sal: schedule.SalState
+    applied_depth: int
+    sums: Tensors = field(default_factory=dict)
+    final_depth: Mapping[str, int] = field(default_factory=dict)
+    counted: frozenset[int] = frozenset()
+
+
+class Collected:
+    """What has come back in a round so far. Replies are added in ascending order of their clients' ids, so that every
+    engine gives the same bits.
+
+    Args:
+        weights: "samples" weighs a reply by its training samples, "uniform" all alike.
+        streams: whether replies are added to a running mean; otherwise all are kept until the round ends.
+        counted: clients whose statistics have been added up, in this round or before.
+    """
+
+    def __init__(self, weights: str, streams: bool = True, counted: Iterable[int] = ()) -> None:
+        self.weights, self.streams, self.counted = weights, streams, set(counted)
+        self.mean, self.residual = WeightedMean(), Residual()
+        self.replies: list[Tensors] = []
+        self.sums: Tensors = {}
+        self.numbers: list[dict[str, float | None]] = []        # one dict a reply
+
+    def add(self, reply: Reply) -> None:
+        weight = float(reply.n_train) if self.weights == "samples" else 1.0
+        if self.streams:
+            self.mean.add(reply.tensors, weight)
+            self.residual.add(reply.tensors, weight)
+        else:
+            self.replies.append(reply.tensors)
+        if reply.sums:
+            self.counted.add(reply.client)
+        for name, tensor in reply.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + tensor
+        self.numbers.append({**reply.metrics, "score": reply.score, "n_train": reply.n_train,
+                             "n_validation": reply.n_validation})
+
+    def average(self, name: str, by: str = "n_validation") -> float | None:
+        """Mean of a number over the clients that have it, weighted by another one."""
+        pairs = [(numbers[by], numbers[name]) for numbers in self.numbers if numbers.get(name) is not None]
+        total = sum(weight for weight, _ in pairs)
+        return sum(weight * value for weight, value in pairs) / total if total else None
+
+    def score(self, robust: bool) -> float | None:
+        """The validation score of the model that clients received, by which blocks are activated; None if none could tell.
+
+        Args:
+            robust: take the median over clients. Otherwise the mean: weighted by validation samples, of which no client has
+                more than HEAVIEST times the median, or uniformly as the replies are.
+        """
+        told = [(n["n_validation"], n["score"]) for n in self.numbers if n["score"] is not None]
+        if not told:
+            return None
+        if robust:
+            return statistics.median(score for _, score in told)
+        heaviest = HEAVIEST * statistics.median(weight for weight, _ in told)
+        weights = [min(weight, heaviest) if self.weights == "samples" else 1 for weight, _ in told]
+        total = sum(weights)
+        return sum(weight * score for weight, (_, score) in zip(weights, told)) / total if total else None
+
+    # To and from plain data and tensors, for checkpoints
+
+    def plain(self) -> dict[str, Any]:
+        return {"weights": self.weights, "streams": self.streams, "replies": len(self.replies),
+                "counted": sorted(self.counted),
+                "numbers": self.numbers, "mean_weights": self.mean.weights,
+                "residual_weights": {layer: [w for _, _, w in pairs] for layer, pairs in self.residual.pairs.items()}}
+
+    def tensors(self) -> Tensors:
+        pairs = {f"residual/{layer}/{i}/{x}": t for layer, pairs in self.residual.pairs.items()
+                 for i, pair in enumerate(pairs) for x, t in zip("ab", pair[:2])}
+        replies = {f"replies/{i}/{n}": t for i, reply in enumerate(self.replies) for n, t in reply.items()}
+        return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.sums.items()},
+                **pairs, **replies}
+
+    @classmethod
+    def restore(cls, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
+        self = cls(plain["weights"], plain["streams"], plain.get("counted", ()))
+        self.numbers = list(plain["numbers"])
+        self.mean.weights = dict(plain["mean_weights"])
+        self.mean.sums = {name: tensors[f"mean/{name}"] for name in self.mean.weights}
+        self.residual.pairs = {
+            layer: [(tensors[f"residual/{layer}/{i}/a"], tensors[f"residual/{layer}/{i}/b"], weight)
+                    for i, weight in enumerate(weights)]
+            for layer, weights in plain["residual_weights"].items()}
+        self.sums = _under("sums/", tensors)
+        self.replies = [_under(f"replies/{i}/", tensors) for i in range(plain["replies"])]
+        return self
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+class AllClientsFailed(Exception):
+    """Too few clients of a round could train; the message says where to look."""
+
+
+class Server:
+    """One run's server: its settings, and what it needs to know of the model (names of tensors by block).
+
+    Args:
+        config: the run file.
+        order: block numbers in the order of their activation.
+        block_of: block number of each tensor under `expert/`.
+        carries: `carries(stage, name)` says how a tensor goes to clients in a stage: "round" (with every message),
+            "once" (a client keeps it), or None. The method decides.
+        sums: statistics that clients may send to be added up, as zeros. The method decides.
+    """
+
+    def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
+                 carries: Callable[[str, str], str | None], sums: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.config, self.order, self.block_of, self._carries, self.sums = config, order, block_of, carries, sums
+        self.schedule = schedule.from_config(config.sal, len(order))
+        self.admission = Admission(config, order, block_of, sums)
+
+    def carries(self, stage: str, name: str) -> str | None:
+        """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
+        return None if self.config.aggregation == "freeze_a" and is_a(name) else self._carries(stage, name)
+
+    def start(self, tensors: Tensors) -> ServerState:
+        """State before the first round of the first stage that has rounds."""
+        sal = self.schedule.start()
+        first = next(stage for stage in STAGES if getattr(self.config, stage).rounds)
+        # An expert that was trained before (`[lora] start`) is applied wherever it does something.
+        active = [self.order.index(block) + 1 for name, block in self.block_of.items()
+                  if self.config.lora.start is not None and name.endswith("lora_b") and tensors[name].any()]
+        return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
+
+    def message(self, state: ServerState) -> Message:
+        """What goes out for the round that comes next. After the last round: the final tensors, to nobody in
+        particular, for evaluation."""
+        applied = set(self.order[:state.applied_depth])
+        sent: dict[str, Tensors] = {"round": {}, "once": {}}
+        for name, tensor in state.tensors.items():
+            how = self.carries(state.stage, name)
+            if how and (name not in self.block_of or self.block_of[name] in applied):
+                sent[how][name] = tensor
+        clients = self.sample(state.stage, state.round) if state.stage in STAGES else ()
+        return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
+                       sent["round"], sent["once"], state.sums)
+
+    def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected) -> None:
+        """Adds a reply to the round, if it is one that this client can have given to this message.
+
+        Raises:
+            Refused: naming what is wrong with it; the round is then as it was.
+        """
+        self.admission.check(reply, message, participant, collected.counted)
+        collected.add(reply)
+
+    def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
+        """One round: averages what its clients sent.
+
+        Returns:
+            The next state, and the round's record.
+
+        Raises:
+            AllClientsFailed: if no reply came, or fewer than `[clients] quorum` or the rule asks for.
+        """
+        count, sampled = len(collected.numbers), len(self.sample(state.stage, state.round))
+        if not collected.numbers:
+            raise AllClientsFailed(f"{state.stage}, round {state.round}: no client could train; see visits.jsonl")
+        if count < self.config.clients.quorum * sampled:
+            raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
+                                   f"than clients.quorum = {self.config.clients.quorum:g} asks for; see visits.jsonl")
+        if count < (least := self._least_of_rule(sampled)):
+            raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
+                                   f"than the {least} without which aggregate.rule = {self.config.aggregation!r} protects "
+                                   "from nothing; see visits.jsonl")
+        last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
+        after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
+                        sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
+                        counted=frozenset(collected.counted),
+                        sal=state.sal if last else self.schedule.advance(state.sal, collected.score(not self._streams)))
+        activated = [str(block) for block in self.order[state.sal.depth:after.sal.depth]]
+        record = {
+            "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(collected.numbers),
+            **{name: collected.average(name, by="n_train") for name in ("loss", "gate_mean", "gate_entropy")},
+            **{name: collected.average(name) for name in ("validation_accuracy", "validation_loss")},
+            "residual_norm": collected.residual.norm(),
+            "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None,
+        }
+        return self._next_round(after), record
+
+    def _least_of_rule(self, sampled: int) -> int:
+        """Replies that a robust rule needs to be one: krum's bound, or the first value that a trimmed mean cuts, if it
+        were to cut any had all clients replied."""
+        settings = self.config.aggregate
+        if self.config.aggregation == "krum":
+            return 2 * settings.byzantine + 3
+        if self.config.aggregation == "trimmed_mean" and settings.trim * sampled >= 1:
+            return math.ceil(1 / settings.trim)
+        return 1
+
+    def collect(self, state: ServerState | None = None) -> Collected:
+        """An empty round, the next after this state."""
+        return Collected(self.config.aggregate.weights, self._streams, state.counted if state else ())
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the rule is a mean; the others are robust, and need all replies at once."""
+        return self.config.aggregation in ("mean", "exact", "freeze_a")
+
+    def _combine(self, collected: Collected, current: Tensors) -> Tensors:
+        """What the server has after a round in the place of what clients sent (`[aggregate] rule`)."""
+        rule, settings = self.config.aggregation, self.config.aggregate
+        if rule == "median":
+            return median(collected.replies)
+        if rule == "trimmed_mean":
+            return trimmed_mean(collected.replies, settings.trim)
+        if rule == "krum":
+            return krum(collected.replies, current, settings.byzantine)
+        means = collected.mean.result()
+        if rule != "exact":
+            return means
+        lora = self.config.lora
+        lost = collected.residual.corrections(means, LoRA(lora.rank, lora.alpha, lora.dropout, lora.rslora).scale)
+        return {**means, **{name: (current.get(name, 0) + more).float() for name, more in lost.items()}}
+
+    def _next_round(self, state: ServerState) -> ServerState:
+        state = replace(state, round=state.round + 1, applied_depth=max(state.applied_depth, state.sal.depth))
+        if state.round <= getattr(self.config, state.stage).rounds:
+            return state
+        final_depth = {**state.final_depth, state.stage: state.sal.depth}
+        if state.stage == "stage1" and self.config.stage2.rounds:
+            # Activation starts again: in stage 2 it says what is trained; what stage 1 activated stays applied.
+            return replace(state, stage="stage2", round=1, sal=self.schedule.start(), final_depth=final_depth)
+        return replace(state, stage="done", final_depth=final_depth)
+
+    def sample(self, stage: str, round: int) -> tuple[int, ...]:
+        """Ids of the clients of a round, ascending."""
+        clients = self.config.clients
+        drawn = torch.randperm(clients.count, generator=generator(
+            self.config.run.seed, "sample-clients", stage, round))[:clients.sampled]
+        return tuple(sorted(drawn.tolist()))
+

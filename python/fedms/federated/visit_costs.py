@@ -1,0 +1,225 @@
+"""What a client's visit costs at a depth: memory, operations, bytes. The cost model of `fedms_ext.budget`, asked about
+a run's own model, data, method and settings, before anything is trained."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedms.config import ConfigError, RunConfig
+from fedms.data import ClientSplit, Partition
+from fedms.federated import encoding
+from fedms.federated.client import Client, Private
+from fedms.federated.schedule import SalState
+from fedms.federated.server import STAGES, Server
+from fedms.methods import Method
+from fedms.seeds import generator
+from fedms.training.expert_model import Part, ResidentModel, Tensors, is_a, nothing
+from fedms_ext import ConstantCache, budget
+from fedms_ext.budget import Memory
+
+# Copies of a part's prefix outputs, as they are stored, that exist while they are computed beside what is kept: the new
+# ones, and on disk the file's bytes too.
+BUILDING = {"memory": 1, "disk": 2, "off": 0}
+STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
+
+
+@dataclass(frozen=True)
+class VisitMemory:
+    """Bytes of one depth, one precision of the frozen weights, and prefixes replayed or not.
+
+    weights:  the model with its experts, a quantised model's transposed weights as far as this depth needs them.
+    training: the larger of both stages' visits, gradients and the optimiser's state included, by the samples of a
+              micro-batch.
+    judging:  a pass without gradients through the whole model, by the samples of a chunk: validation, and the
+              building of constants.
+    """
+
+    weights: int
+    training: Memory
+    judging: Memory
+
+    def working(self, micro_batch: int, chunk: int) -> int:
+        """Peak of what is made and dropped during a visit."""
+        return max(self.training.of(micro_batch), self.judging.of(chunk))
+
+
+@dataclass(frozen=True)
+class VisitWork:
+    """Stage 1 at one depth, of one client: parameters that it trains, operations of a visit and of building the
+    constants (once), bytes of a visit's messages."""
+
+    trained_params: int
+    flops: int
+    building_flops: int
+    bytes_up: int
+    bytes_down: int
+
+
+class CostModel:
+    """Answers for one run's model, data, method and settings.
+
+    Asking overwrites what is loaded into the model. Every device class is asked about alike: `[clients] budgets` is
+    not read.
+    """
+
+    def __init__(self, model: ResidentModel, method: Method, config: RunConfig, partition: Partition) -> None:
+        self.model, self.method, self.partition = model, method, partition
+        self.config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ()})})
+        self.server = Server(config, model.order, model.block_of, method.carries)
+        self.max_depth = config.sal.max_depth or len(model.order)
+        lengths = model.dataset.inputs.lengths
+        self.longest = lengths.argmax()
+        self.largest = max(partition.clients, key=lambda split: int(lengths[split.train].sum()))
+
+    # Memory
+
+    def memory(self, depth: int, replays: bool) -> VisitMemory:
+        """Traced on the longest sample; ask for depths in ascending order, as transposed weights stay."""
+        stages = [stage for stage in STAGES if getattr(self.config, stage).rounds]
+        kept, self.model.cache = self.model.cache, ConstantCache(2**62 if replays else 0)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)        # one or two samples: threads would wait for each other most of the time
+        try:
+            with torch.random.fork_rng(devices=[]):
+                traces = [self._training(stage, depth) for stage in stages]
+                self.model.cache = ConstantCache(0)
+                judging = self._judging(depth)
+        finally:
+            torch.set_num_threads(threads)
+            self.model.cache = kept
+            self.model.clear()
+        training = Memory(max(t.fixed for t in traces), max(t.per_sample for t in traces))
+        held = sum(budget.weight_bytes(m) for m in (self.model.foundation.module, self.model.heads, self.model.gate))
+        return VisitMemory(held, training, judging)
+
+    def _training(self, stage: str, depth: int) -> Memory:
+        initial = self.model.initial(self.config.run.seed)
+        state = replace(self.server.start(initial), stage=stage, sal=SalState(depth), applied_depth=depth)
+        message = self.server.message(state)
+
+        def visit(samples: int) -> None:
+            # Two steps: the second one finds the optimiser's state in place.
+            rows = self.longest.repeat(2 * samples)
+            settings = getattr(self.config, stage).model_copy(
+                update={"batch": samples, "micro_batch": None, "epochs": 1})
+            client = Client(ClientSplit(0, None, rows, rows[:1], rows[:0]),
+                            self.config.model_copy(update={stage: settings}))
+            self.model.clear()
+            self.method.client_step(self.model, client, Private(), message)
+        return budget.memory_of(visit)
+
+    def _judging(self, depth: int) -> Memory:
+        self._load(depth)
+
+        def judge(samples: int) -> None:
+            self.model.judged.clear()
+            self.model.all_logits("global", Part(self.longest.repeat(samples)))
+        return budget.memory_of(judge)
+
+    def constants(self, depth: int) -> int:
+        """Bytes of what the largest client's cache holds at a depth, training and validation samples, both stages."""
+        parts = [self.largest.validation, *([] if self.config.data.augment else [self.largest.train])]
+        outputs = self.model.foundation.feature_dim + len(self.model.dataset.classes)
+        return sum(self._prefix_bytes(part, depth) + (4 * outputs * len(part) if self.config.stage2.rounds else 0)
+                   for part in parts)
+
+    def building(self, depth: int, cache: str) -> int:
+        """Bytes that come and go while the prefix outputs of the largest set of samples are made for a cache."""
+        every = [part for split in (*self.partition.clients, *self.partition.unseen)
+                 for part in (split.train, split.validation, split.test)]
+        return BUILDING[cache] * max(self._prefix_bytes(part, depth) for part in (*every, self.partition.global_test))
+
+    def experts(self, depth: int) -> int:
+        """Bytes of experts outside the model: a process that plays all clients keeps every client's private one, and
+        the server's, which is read, sent, averaged and saved."""
+        kept = 3 if self.config.clients.optimizer == "kept" else 1
+        one = _nbytes(self._load(depth))
+        return one * (self.config.clients.count * kept * bool(self.config.stage2.rounds) + 6)
+
+    def _tokens(self, part: Tensor) -> int:
+        return int(self.model.dataset.inputs.lengths[part].sum())
+
+    def _prefix_bytes(self, part: Tensor, depth: int) -> int:
+        if self.model.untrained_below(depth) == 0:
+            return 0
+        storage = self.config.sal.cache_dtype
+        scales = 4 if storage == "int8" else 0
+        return self._tokens(part) * (STORED[storage] * self.model.foundation.width + scales) + 16 * len(part)
+
+    # Operations and bytes
+
+    def work(self, depth: int, replays: bool, micro_batch: int | None = None) -> VisitWork:
+        """A visit of the client with the most training tokens, in stage 1, after its first round."""
+        applied = self._load(depth)
+        module, settings = self.model.foundation.module, self.config.stage1
+        params = self.model.trainable("global")
+        first = self.model.untrained_below(depth) if replays else 0
+        train, validation = (self.model.dataset.inputs.lengths[part]
+                             for part in (self.largest.train, self.largest.validation))
+        shuffle = generator(self.config.run.seed, "plan")
+        again = 0 if self.config.data.augment else first        # blocks of a training pass that are not run again
+        flops = building = 0
+        for _ in range(settings.epochs):
+            for batch in train[torch.randperm(len(train), generator=shuffle)].split(micro_batch or settings.batch):
+                size = len(batch), int(batch.max())
+                flops += budget.forward_flops(module, *size, first=again) + budget.backward_flops(module, *size)
+        for lengths, judged in ((train[:0] if self.config.data.augment else train, False), (validation, True)):
+            for chunk in lengths.sort().values.split(self.model.CHUNK) if len(lengths) else ():
+                size = len(chunk), int(chunk.max())
+                flops += budget.forward_flops(module, *size, first=first) if judged else 0
+                building += budget.forward_flops(module, *size, last=first)
+        trained = {name: applied[name] for name in params}
+        up, down = (self._message(tensors) for tensors in (trained, applied))
+        return VisitWork(sum(p.numel() for p in params.values()), flops, building, up, down)
+
+    def _load(self, depth: int) -> Tensors:
+        """Loads a fresh global expert and returns its applied tensors."""
+        self.model.clear()
+        self.model.load("global", self.model.initial(self.config.run.seed), depth=depth, applied_depth=depth,
+                        keep=is_a if self.config.aggregation == "freeze_a" else nothing)
+        return self.model.read_applied("global")
+
+    def _message(self, tensors: Tensors) -> int:
+        sent = {name: tensor for name, tensor in tensors.items() if self.server.carries("stage1", name)}
+        return len(encoding.pack(sent, self.config.wire.dtype)) if sent else 0
+
+
+def fitting_depths(model: ResidentModel, method: Method, config: RunConfig,
+                   partition: Partition) -> Sequence[int | None]:
+    """For each class of `[clients] budgets` the most blocks whose training fits its memory; None: no memory given.
+
+    A class's memory holds the weights, the largest client's constants, and what a visit makes and drops; not the
+    Python process around them.
+
+    Raises:
+        ConfigError: if a class's memory is too small to train one block.
+    """
+    memories = [tier.memory for tier in config.clients.budgets]
+    if all(memory is None for memory in memories):
+        return [None] * len(memories)
+    costs = CostModel(model, method, config, partition)
+    needs = [device_memory(costs, depth) for depth in range(1, costs.max_depth + 1)]
+    depths: list[int | None] = []
+    for number, memory in enumerate(memories):
+        fitting = [depth for depth, need in enumerate(needs, start=1) if memory is None or need <= memory]
+        if not fitting:
+            raise ConfigError(f"clients.budgets[{number}].memory: got {memory}, but to train one block takes "
+                              f"{needs[0]} bytes; give more, or lower stage1.micro_batch and stage2.micro_batch")
+        depths.append(None if memory is None else max(fitting))
+    return depths
+
+
+def device_memory(costs: CostModel, depth: int) -> int:
+    """Bytes that a client's device needs at a depth with the settings as they are."""
+    config, replays = costs.config, costs.config.sal.cache != "off"
+    micro_batch = max(stage.micro_batch or stage.batch for stage in (config.stage1, config.stage2))
+    memory = costs.memory(depth, replays)
+    kept = min(costs.constants(depth), config.sal.cache_bytes) if config.sal.cache == "memory" else 0
+    return memory.weights + kept + memory.working(micro_batch, costs.model.CHUNK)
+
+
+def _nbytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,245 @@
+"""`fedms plan`: what a round costs on a client's device at each depth, and the settings that fit its memory.
+
+Memory here is what training takes: weights, experts, constants, and what a step makes and drops. The process around it
+(Python, its libraries, the data set) is measured too, but apart: a device may well have a leaner one.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fedms.runs.run  # noqa: F401  what it loads is part of the process that is measured here
+from fedms import data, methods, models
+from fedms.config import RunConfig
+from fedms.data import ClientSplit
+from fedms.federated.client import Client, Private
+from fedms.federated.visit_costs import CostModel, VisitMemory, VisitWork
+from fedms.progress import Progress
+from fedms.runs.experiment import with_clients
+from fedms.training.expert_model import ResidentModel
+from fedms.training.memory import hand_back_large_blocks, peak_memory, reset_peak_memory, resident_memory
+from fedms_ext import budget, dequantize
+
+# Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
+RESERVE = 0.05
+# Precisions of the frozen weights to try after the run file's own: int8 and nf4, where they are smaller.
+SMALLER = {"int8": ("nf4",), "nf4": (), "int4": ()}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train at a depth. Memory in bytes, by what it is for; seconds for one round of the largest client."""
+
+    depth: int
+    frozen: str
+    cache: str
+    micro_batch: int
+    memory: dict[str, int]
+    work: VisitWork
+    trained_percent: float
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """options: the best one at each depth, shallowest first. limit: bytes that training may use, None: any number.
+    process: bytes of the process without the model. chosen: the deepest option that fits; None if none does.
+    speed: operations a second by precision, measured here where none was given. bandwidth: bytes a second, None:
+    transfers take no time. cache_bytes: for the chosen one."""
+
+    options: list[Option]
+    limit: int | None
+    process: int
+    chosen: Option | None
+    speed: dict[str, float]
+    bandwidth: float | None
+    cache_bytes: int
+
+    def fits(self, option: Option) -> bool:
+        return self.limit is None or option.peak <= (1 - RESERVE) * self.limit
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What to put into the run file, by dotted key."""
+        assert self.chosen is not None
+        return {"model.frozen": self.chosen.frozen, "sal.max_depth": self.chosen.depth, "sal.cache": self.chosen.cache,
+                "sal.cache_bytes": self.cache_bytes, "stage1.micro_batch": self.chosen.micro_batch,
+                "stage2.micro_batch": self.chosen.micro_batch}
+
+
+def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = None, bandwidth: float | None = None,
+         progress: Progress | None = None) -> Plan:
+    """Costs at each depth, and the settings to use.
+
+    At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
+    and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it. The
+    deepest one is chosen.
+
+    Args:
+        memory: bytes that training may use, beside the process and the data.
+        flops: operations a second of the device; None: as measured here, on one visit.
+        bandwidth: bytes a second, up and down; None: transfers take no time.
+
+    Raises:
+        ConfigError, ModelError, DataError: as a run does.
+    """
+    planner = _Planner(config, progress or Progress())
+    speeds: dict[str, float] = {}
+    tried: dict[int, list[Option]] = {}
+    for frozen in (config.model.frozen, *SMALLER.get(config.model.frozen, ("int8", "nf4"))):
+        planner.freeze(frozen)
+        speeds[frozen] = flops or planner.speed()
+        for depth in range(1, planner.costs.max_depth + 1):
+            for option in planner.options(depth, speeds[frozen], bandwidth):
+                tried.setdefault(depth, []).append(option)
+        if memory is None or all(any(o.peak <= (1 - RESERVE) * memory for o in each) for each in tried.values()):
+            break
+    found = Plan([], memory, planner.process, None, speeds, bandwidth, 0)
+    options = [next((o for o in each if found.fits(o)), None) or min(each, key=lambda o: o.peak)
+               for _, each in sorted(tried.items())]
+    chosen = max((o for o in options if found.fits(o)), key=lambda o: o.depth, default=None)
+    cache_bytes = config.sal.cache_bytes
+    if chosen and memory is not None and chosen.cache == "memory":
+        left = int((1 - RESERVE) * memory) - chosen.peak
+        cache_bytes = min(cache_bytes, (chosen.memory["constants"] + left) // 2**20 * 2**20)
+    return Plan(options, memory, planner.process, chosen, speeds, bandwidth, cache_bytes)
+
+
+class _Planner:
+    """The loaded model and data, and what the process needs besides them."""
+
+    originals: dict[str, Tensor]    # by name, once they are quantised
+
+    def __init__(self, config: RunConfig, progress: Progress) -> None:
+        hand_back_large_blocks()
+        torch.set_num_threads(config.run.threads)
+        progress.phase(f"loading model {config.model.id}")
+        # Loaded as every run does, in full precision; `freeze` quantises it.
+        plain = config.model_copy(update={"model": config.model.model_copy(update={"frozen": "fp32"})})
+        foundation = models.load(plain.model)
+        progress.phase(f"loading data {config.data.name}")
+        dataset = data.load(plain.data, foundation)
+        config = with_clients(config, dataset)
+        self.config, self.progress = config, progress
+        self.model = ResidentModel(foundation, dataset, plain)
+        self.frozen = "fp32"
+        partition = data.partition(dataset, config.data, config.clients, config.run.seed)
+        self.costs = CostModel(self.model, methods.create(config), config, partition)
+        loading = peak_memory()
+        self._visit()       # what stays of a first visit, such as buffers of the kernels, is a part of the process
+        reset_peak_memory()
+        self.process = resident_memory() - budget.weight_bytes(foundation.module)
+        self.loading = loading - self.process
+
+    def freeze(self, frozen: str) -> None:
+        if frozen != self.frozen:
+            module = self.model.foundation.module
+            if self.frozen != "fp32":
+                dequantize(module, self.originals)
+            full = budget.weight_bytes(module)
+            self.originals = {f"{name}.weight": m.weight for name, m in module.named_modules()
+                              if isinstance(m, nn.Linear)}
+            self.model.freeze(frozen)
+            self.frozen = frozen
+            # Both copies of the weights are there for a moment.
+            self.loading = max(self.loading, full + budget.weight_bytes(self.model.foundation.module))
+
+    def options(self, depth: int, speed: float, bandwidth: float | None) -> Iterator[Option]:
+        """Ways to train at a depth in the precision of the frozen weights that is set, the preferred ones first."""
+        self.progress.phase(f"tracing depth {depth} with {self.frozen} weights")
+        costs, sal = self.costs, self.config.sal
+        replays = sal.cache != "off"
+        traced = costs.memory(depth, replays)
+        for cache in ("memory", "disk") if sal.cache == "memory" else (sal.cache,):
+            for micro_batch in _halves(max(self.config.stage1.batch, self.config.stage2.batch)):
+                work = costs.work(depth, replays, min(micro_batch, self.config.stage1.batch))
+                seconds = work.flops / speed
+                if bandwidth is not None:
+                    seconds += (work.bytes_up + work.bytes_down) / bandwidth
+                yield Option(depth, self.frozen, cache, micro_batch, self._memory(traced, depth, cache, micro_batch),
+                             work, 100 * work.trained_params / self.model.fm_params, seconds)
+
+    def _memory(self, traced: VisitMemory, depth: int, cache: str, micro_batch: int) -> dict[str, int]:
+        # On disk the constants are mapped while a batch of them is read.
+        costs = self.costs
+        constants = costs.constants(depth) if cache == "memory" else 0
+        building = costs.building(depth, cache) + traced.judging.of(self.model.CHUNK)
+        working = max(traced.training.of(micro_batch), building)
+        parts = {"weights": traced.weights, "experts": costs.experts(depth), "constants": constants,
+                 "training step": working}
+        parts["training step"] += max(0, self.loading - sum(parts.values()))     # the peak may be that of loading
+        return parts
+
+    def speed(self) -> float:
+        """Operations a second of this machine, the better one of two visits at depth 1."""
+        self.progress.phase(f"measuring this machine with {self.frozen} weights")
+        return max(self._visit() for _ in range(2))
+
+    def _visit(self) -> float:
+        costs, batch = self.costs, self.config.stage1.batch
+        rows = costs.longest.repeat(2 * batch)
+        client = Client(ClientSplit(0, None, rows, rows[:1], rows[:0]), costs.config)
+        message = costs.server.message(costs.server.start(self.model.initial(self.config.run.seed)))
+        self.model.clear()
+        before, started = self.model.flops, time.perf_counter()
+        costs.method.client_step(self.model, client, Private(), message)
+        return (self.model.flops - before) / (time.perf_counter() - started)
+
+
+def _halves(batch: int) -> Iterator[int]:
+    while batch > 1:
+        yield batch
+        batch = (batch + 1) // 2
+    yield 1
+
+
+def picture(found: Plan, path: Path) -> None:
+    """Draws the plan: memory by purpose with the limit, and seconds and bytes of a round, by depth. The suffix of the
+    path says the format (png, svg, pdf).
+
+    Raises:
+        ValueError: for another suffix.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    from fedms.report import GRID, GROUP_COLOURS, INK, MUTED
+
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    memory, seconds, sent = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    depths = [o.depth for o in found.options]
+    bottom = [0.0] * len(depths)
+    for colour, part in zip(GROUP_COLOURS, found.options[0].memory):
+        heights = [o.memory[part] / 2**20 for o in found.options]
+        memory.bar(depths, heights, 0.7, bottom, color=colour, label=part)
+        bottom = [b + h for b, h in zip(bottom, heights)]
+    for option, top in zip(found.options, bottom):
+        memory.text(option.depth, top, f"{option.frozen}\n×{option.micro_batch}", ha="center", va="bottom", fontsize=7,
+                    color=INK if found.fits(option) else MUTED)
+    if found.limit is not None:
+        memory.axhline(found.limit / 2**20, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    memory.set_ylim(0, 1.18 * max(*bottom, (found.limit or 0) / 2**20))
+    memory.set_ylabel("peak memory (MiB)")
+    memory.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=5, columnspacing=1,
+                  handlelength=1)
+    seconds.bar(depths, [o.seconds for o in found.options], 0.7, color=GROUP_COLOURS[0])
+    seconds.set_ylabel("seconds a round")
+    sent.bar(depths, [(o.work.bytes_up + o.work.bytes_down) / 1e6 for o in found.options], 0.7, color=GROUP_COLOURS[1])
+    sent.set_ylabel("sent and received a round (MB)")
+    for axes in (memory, seconds, sent):
+        axes.set_xlabel("depth")
+        axes.set_xticks(depths)
+        axes.grid(axis="y", color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,1 @@
+"""What must survive a crash: records, checkpoints and the private state of a node."""

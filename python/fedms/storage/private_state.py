@@ -1,0 +1,160 @@
+"""A client's own folder: its private expert between visits. It never leaves the client.
+
+    ROOT/RUN/owner.json          which run and client it belongs to, and the hash of the run file
+    ROOT/RUN/state/              checkpoints (`fedms.storage.checkpoint`), one a visit, the last few
+    ROOT/RUN/HASH.constants      the stage's constants, as they arrived
+
+The server says which visit was the last to count, by the hash of what was saved then. So a visit whose reply was lost,
+late or refused leaves no trace, and a server that goes on from an older checkpoint finds clients as they were then.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedms.federated.client import Private
+from fedms.foreign import parse_json, read_regular
+from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot
+from fedms.storage.durable import FolderLock, write_durably
+
+KEPT = 3
+OWNER = "owner.json"
+
+
+class FolderError(Exception):
+    """A folder that belongs to another client or run, lacks what was asked for, or cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """private: the client's tensors. charged: see `ResidentModel.charged`."""
+
+    private: Private
+    charged: frozenset[str]
+
+
+class ClientFolder:
+    """One client's folder for one run, for this process alone until it is closed.
+
+    Args:
+        config: the run file's tables, which the first message of a run pins: a server that changed what the private state
+            is used for in the middle of a run could have it sent.
+
+    Raises:
+        FolderError: if it belongs to another run, client or run file, is in use, or cannot be written.
+    """
+
+    def __init__(self, root: Path, run: str, client: int, config: Mapping[str, Any] | None = None) -> None:
+        if re.fullmatch("[A-Za-z0-9-]{1,64}", run) is None:
+            raise FolderError(f"{run!r} is no id of a run: letters, digits and -")
+        self.path, self.client = root / run, client
+        owner: dict[str, object] = {"run": run, "client": client}
+        if config is not None:
+            owner["config"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.lock = FolderLock(self.path)
+        except BlockingIOError as error:
+            raise FolderError(f"{self.path}: {error}, another visit of this client") from None
+        except OSError as error:
+            raise FolderError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+        try:
+            self._claim(owner)
+        except BaseException:
+            self.lock.release()
+            raise
+        self.states = CheckpointFolder(self.path / "state", KEPT)
+
+    def __enter__(self) -> ClientFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def load(self, digest: str | None) -> State:
+        """What was saved under this hash; without one, the state of a client that no visit of counted.
+
+        Raises:
+            FolderError: if it is not there, or damaged.
+        """
+        if digest is None:
+            return State(Private(), frozenset())
+        try:
+            snapshot, notes = self.states.load(digest)
+        except CheckpointError as error:
+            raise FolderError(str(error)) from None
+        if snapshot is None:
+            raise FolderError(f"{self.path}: the private state {digest[:12]} that the server asks for is not there"
+                              + "".join(f"; {note}" for note in notes))
+        return State(Private(snapshot.private.get(self.client, {})), frozenset(snapshot.state["charged"]))
+
+    def save(self, state: State, stage: str, round: int) -> str:
+        """Keeps the state after a visit; returns its hash, the same for the same state.
+
+        Raises:
+            FolderError: if it cannot be written; what was there before is then untouched.
+        """
+        plain = {"stage": stage, "round": round, "charged": sorted(state.charged)}
+        try:
+            return self.states.save(Snapshot(plain, {}, {self.client: state.private.tensors}))
+        except CheckpointError as error:
+            raise FolderError(str(error)) from None
+
+    def keep_constants(self, data: bytes) -> None:
+        name = f"{hashlib.sha256(data).hexdigest()}.constants"
+        try:
+            write_durably(self.path / name, data, private=True)
+        except OSError as error:
+            raise FolderError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+        for other in self.path.glob("*.constants"):
+            if other.name != name:
+                other.unlink()
+
+    def constants(self, digest: str) -> bytes:
+        """Raises FolderError if they are not there whole."""
+        path = self.path / f"{digest}.constants"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise FolderError(f"{path}: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise FolderError(f"{path}: wrong checksum")
+        return data
+
+    def _claim(self, owner: dict[str, object]) -> None:
+        path = self.path / OWNER
+        try:
+            if not path.exists():
+                write_durably(path, json.dumps(owner).encode(), private=True)
+            found = parse_json(read_regular(path))
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{path}: {error}") from None
+        if not isinstance(found, dict):
+            raise FolderError(f"{path}: is damaged")
+        if "config" in owner and found.get("config", owner["config"]) != owner["config"]:
+            raise FolderError(f"{path}: the server has changed the run file since this run began; it must start another run")
+        if any(found.get(name) != owner[name] for name in ("run", "client")):
+            raise FolderError(f"{path}: belongs to {found}, not to {owner}; give this client a folder of its own")
+
+
+def find_private(root: Path, run: str, client: int, digest: str) -> Private | None:
+    """What a client kept under this hash. `root`: its own folder, or one with those of several clients, as a deployment
+    on one machine and a simulation have them. None if the client has no folder there.
+
+    Raises:
+        FolderError: if it has one without that state, or a damaged one.
+    """
+    for place in (root / f"client-{client}", root / str(client), root):
+        try:
+            owner = parse_json(read_regular(place / run / OWNER))
+        except (OSError, ValueError):
+            continue
+        if isinstance(owner, dict) and (owner.get("run"), owner.get("client")) == (run, client):
+            with ClientFolder(place, run, client) as folder:
+                return folder.load(digest).private
+    return None

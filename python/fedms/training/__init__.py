@@ -1,0 +1,1 @@
+"""The resident model: the frozen foundation model with its experts, and what training it takes."""

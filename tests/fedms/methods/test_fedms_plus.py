@@ -1,0 +1,108 @@
+"""The pieces of fedms_plus: each does what it says, and without them it is fedms."""
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedms import methods
+from fedms.config import ConfigError, load_config
+from fedms.federated.client import Group
+from fedms.methods.fedavg_prior import log_prior
+from fedms.methods.fedms_plus import confidences
+from fedms.runs import run
+from fedms.storage.checkpoint import CheckpointFolder
+from fedms.storage.records import RunRecords, comparable
+from fedms_ext import GateAdapter
+
+SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
+         "run.threads=1"]
+OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false", "plus.global_in_stage2=false"]
+OTHER = ["plus.prior_in_stage1=true", "plus.gate_on=held_out", "gate.training=private", "gate.weight=0.5"]
+
+
+def config(*sets):
+    return load_config("digits", [*SMALL, *sets])
+
+
+def test_without_its_pieces_it_is_fedms(tmp_path):
+    records = []
+    for sets in (["run.method=fedms"], ["run.method=fedms_plus", *OFF]):
+        run.run(config(*sets), tmp_path / sets[0])
+        found = comparable(RunRecords.read(tmp_path / sets[0]))
+        del found["config"]
+        found["summary"].pop("method")
+        for line in (*found["rounds"], *found["visits"], found["summary"]):
+            line.pop("bytes_up"), line.pop("bytes_down")            # plus sends each client's class counts, once
+        records.append(json.dumps(found))
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("sets", [*OFF, *OTHER])
+def test_each_piece_can_be_switched(sets, tmp_path):
+    summary = run.run(config("run.method=fedms_plus", sets), tmp_path / "run")
+    assert summary["personalised_accuracy"]["mean"] is not None
+
+
+def test_the_shift_is_the_clients_prior_over_everybodys():
+    counts, everyone = torch.tensor([8.0, 2.0, 0.0]), torch.tensor([20.0, 30.0, 50.0])
+    expected = torch.tensor([9 / 13, 3 / 13, 1 / 13]).log() - torch.tensor([21 / 103, 31 / 103, 51 / 103]).log()
+    for sets, stage, shifted in [
+            ((), "stage1", ()), ((), "stage2", ("global", "local")), (("plus.prior=global",), "stage2", ("global",)),
+            (("plus.prior=off",), "stage2", ()), (("plus.prior_in_stage1=true",), "stage1", ("global",))]:
+        model = SimpleNamespace(shifts={"global": torch.ones(3), "local": torch.ones(3)})       # of what came before
+        method = methods.create(config("run.method=fedms_plus", *sets))
+        method._shift(model, stage, counts, {"class_counts": everyone})
+        for expert, shift in model.shifts.items():
+            assert torch.allclose(shift, expected if expert in shifted else torch.zeros(3)), (sets, stage, expert)
+
+
+def test_the_global_expert_goes_on_in_stage2(tmp_path):
+    """It ends as that of federated averaging with as many rounds, bit for bit; without this piece as stage 1 left it."""
+    def expert(name, *sets):
+        run.run(config("sal.max_depth=1", *sets), tmp_path / name)
+        snapshot, _ = CheckpointFolder(tmp_path / name / "checkpoint").load()
+        return {name: tensor.numpy().tobytes() for name, tensor in snapshot.tensors.items()
+                if name.startswith(("tensors/expert/", "tensors/head/"))}
+
+    averaged = {rounds: expert(f"fedavg-{rounds}", "run.method=fedavg", f"stage1.rounds={rounds}", "stage2.rounds=0")
+                for rounds in (2, 4)}
+    assert averaged[2] and averaged[2] != averaged[4]
+    assert expert("on", "run.method=fedms_plus") == averaged[4]
+    assert expert("off", "run.method=fedms_plus", "plus.global_in_stage2=false") == averaged[2]
+
+
+def test_smoothing_bounds_a_class_that_was_never_seen():
+    counts = torch.tensor([10.0, 0.0])
+    assert torch.allclose(log_prior(counts, 0.5), torch.tensor([10.5 / 11, 0.5 / 11]).log())
+    assert log_prior(counts, 0.1)[1] < log_prior(counts, 1.0)[1]
+
+
+def test_confidences_are_the_best_log_probability_and_its_lead():
+    found = confidences(torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+    best = torch.tensor([2.0, 0.0, 1.0]).log_softmax(0)[0]
+    assert torch.allclose(found, torch.tensor([[float(best), 1.0], [-float(torch.tensor(3.0).log()), 0.0]]))
+
+
+def test_a_gates_further_inputs_move_its_weights_by_a_linear_map():
+    gate = GateAdapter(4, 2, side=2)
+    features, side = torch.randn(5, 4), torch.randn(5, 2)
+    assert torch.equal(gate(features, side), torch.full((5, 2), 0.5))       # zero at first
+    gate.side.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert torch.allclose(gate(features, side), torch.softmax(side, 1))
+    assert "side.weight" not in GateAdapter(4, 2).state_dict()
+
+
+def test_confidences_need_outputs():
+    with pytest.raises(ConfigError, match='plus.confidences: mixing = "layers"'):
+        config("run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix")
+
+
+def test_features_and_confidences_have_rates_of_their_own():
+    method = methods.create(config("run.method=fedms_plus", "plus.confidence_lr=0.5"))
+    gate = GateAdapter(4, 2, side=4)
+    groups = method._gate_groups(Group({f"gate/{n}": p for n, p in gate.named_parameters()}, 1e-3))
+    assert [group.lr for group in groups] == [1e-3, 0.5] and list(groups[1].params) == ["gate/side.weight"]
+    assert len(groups[0].params) + 1 == len(list(gate.parameters()))

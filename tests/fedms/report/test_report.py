@@ -1,0 +1,473 @@
+"""The report: right numbers and fair words, from records alone, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+from html.parser import HTMLParser
+
+import pytest
+from fedms import report
+from fedms.storage.records import RunFolderError, RunRecords
+from synthetic import write_run
+
+METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms")
+
+
+class Page(HTMLParser):
+    """What a test asks a page for: tags with attributes, table cells, list items, headings, all visible text."""
+
+    VOID = {"meta", "br", "link", "img", "input"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((tuple(self.open), data.strip()))
+
+    def inside(self, tag) -> list[str]:
+        return [text for path, text in self.texts if tag in path]
+
+    @property
+    def visible(self) -> str:
+        return " ".join(text for path, text in self.texts if "style" not in path)
+
+
+def page_of(folder) -> Page:
+    return Page(report.write_report(folder).read_text(encoding="utf-8"))
+
+
+def edit(path, change):
+    """Pass every record of a .jsonl file, or the one of a .json file, through `change`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    path.write_text("".join(json.dumps(change(json.loads(line))) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Five methods, three seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    for method in METHODS:
+        for seed in range(3):
+            write_run(folder / f"{method}-seed{seed}", method, seed)
+    return folder
+
+
+def findings(folder) -> list[dict[str, str]]:
+    return report.findings(*report.read_runs(folder))
+
+
+def finding(folder, words: str) -> dict[str, str]:
+    found = [f for f in findings(folder) if words in f["text"]]
+    assert len(found) == 1, found
+    return found[0]
+
+
+# The page
+
+def test_a_single_run(tmp_path):
+    path = write_run(tmp_path / "run")
+    page = page_of(path)
+    summary = json.loads((path / "summary.json").read_text())
+    assert f"{100 * summary['personalised_accuracy']['mean']:.1f} %" in page.visible
+    for title in ("Personalised test accuracy", "Validation accuracy per round", "Validation accuracy over bytes",
+                  "Validation accuracy over operations", "Depth", "Communication", "Gate weight by client",
+                  "Gate weight and data size", "Against local-only"):
+        assert title in page.inside("h3")
+    assert [t for t, _ in page.tags].count("figure") == 9
+    assert "Every client of fedms, seed 0" in page.visible and "Every round of fedms, seed 0" in page.visible
+    assert report.ONE_SEED in page.inside("header")[2]
+
+
+def test_the_numbers_of_a_study_are_those_of_the_summaries(study):
+    rows = {row["method"]: row for row in report.comparison(report.read_runs(study)[0])}
+    assert list(rows) == ["zero-shot", *METHODS]
+    for method in METHODS:
+        summaries = [json.loads((study / f"{method}-seed{s}" / "summary.json").read_text()) for s in range(3)]
+        for name, keys in {"personalised": ("personalised_accuracy", "mean"), "bytes_up": ("bytes_up",),
+                           "worst10": ("personalised_accuracy", "worst10"), "global_test": ("global_test_accuracy",)
+                           }.items():
+            values = [s[keys[0]] if len(keys) == 1 else s[keys[0]][keys[1]] for s in summaries]
+            assert rows[method][name].mean == pytest.approx(statistics.fmean(values))
+            assert rows[method][name].std == pytest.approx(statistics.stdev(values))
+    page = page_of(study)
+    cells = page.inside("td")
+    start = cells.index("fedms")
+    stat = rows["fedms"]["personalised"]
+    assert cells[start + 1] == f"{100 * stat.mean:.1f} ± {100 * stat.std:.1f}"
+    alone = [{c["id"]: c["accuracy"]["personalised"] for c in RunRecords.read(study / f"local-seed{s}").clients
+              if not c["unseen"]} for s in range(3)]
+    ours = [{c["id"]: c["accuracy"]["personalised"] for c in RunRecords.read(study / f"fedavg-seed{s}").clients
+             if not c["unseen"]} for s in range(3)]
+    below = statistics.fmean(sum(ours[s][i] < alone[s][i] for i in alone[s]) / len(alone[s]) for s in range(3))
+    assert rows["fedavg"]["below_local"].mean == pytest.approx(below)
+    assert rows["zero-shot"].get("global_test") is None  # nobody measured it
+
+
+def test_the_picture_marks_the_mean_and_the_worst_clients_of_the_table(study):
+    runs, _ = report.read_runs(study)
+    rows = report.comparison(runs)
+    axes = report.clients_figure(runs).axes[0]
+    drawn = [(float(statistics.fmean(line.get_xdata())), line.get_marker()) for line in axes.lines]
+    for number, row in enumerate(rows):
+        (mean, _), (worst, marker) = drawn[2 * number], drawn[2 * number + 1]
+        assert (mean, worst) == pytest.approx((row["personalised"].mean, row["worst10"].mean)) and marker == "|"
+
+
+def test_lines_that_coincide_share_a_short_name(study):
+    runs, _ = report.read_runs(study)
+    for figure in (report.depth_figure(runs), report.bytes_figure(runs), report.accuracy_figure(runs)):
+        names = [text.get_text() for text in figure.axes[0].texts if not text.get_text().startswith("stage ")]
+        lines = [line for name in names for line in name.split(",\n")]
+        told = [line for line in lines if not line.endswith(" more")]
+        more = sum(int(line.split()[0]) for line in lines if line.endswith(" more"))
+        assert len(told) + more == len(METHODS) and "fedms" in told and all(name.count("\n") < 3 for name in names)
+
+
+def test_accuracy_over_the_simulated_clock(tmp_path):
+    for method, seconds in (("fedms", 100.0), ("local", 50.0)):
+        write_run(tmp_path / method, method, rounds=(3, 2), round_seconds=seconds)
+    runs, _ = report.read_runs(tmp_path)
+    axes = report.clock_figure(runs).axes[0]
+    lines = [[round(float(x), 9) for x in line.get_xdata()] for line in axes.lines]
+    expected = {"fedms": [k * 100 / 60 for k in range(1, 6)], "local": [k * 50 / 60 for k in range(1, 6)]}
+    for xs in expected.values():        # a piece for each stage
+        assert [round(x, 9) for x in xs[:3]] in lines and [round(x, 9) for x in xs[3:]] in lines
+    assert "simulated (min)" in axes.get_xlabel() and "simulated time" in report.render(runs)
+    assert report.clock_figure([RunRecords.read(write_run(tmp_path / "plain"))]) is None
+
+
+def test_a_page_needs_nothing_else(study):
+    text = report.write_report(study).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                assert value.startswith("#"), (name, value)
+    assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", text))
+    assert "@import" not in text
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    wanted = {a["xlink:href"][1:] for _, a in page.tags if "xlink:href" in a}
+    assert wanted <= set(ids) and set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
+
+
+def test_every_colour_has_a_light_and_a_dark_value(study):
+    text = report.write_report(study).read_text(encoding="utf-8")
+    light, dark = text.split("prefers-color-scheme: dark", 1)
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", text)) - {"--font"}
+    derived = {"--ink", "--muted", "--line", "--surface"}
+    for name in used - derived:
+        assert f"{name}: #" in light and f"{name}: #" in dark.split("} }")[0], name
+    assert derived <= set(re.findall(r"(--[a-z]+): var", light))
+    svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) == set()
+
+
+def test_equal_records_give_an_equal_page(tmp_path, monkeypatch):
+    import matplotlib
+
+    first = report.write_report(write_run(tmp_path / "a" / "run")).read_bytes()
+    matplotlib.rcParams["lines.linewidth"] = 9  # a setting of the user
+    try:
+        again = report.write_report(write_run(tmp_path / "b" / "run")).read_bytes()
+        assert again == first
+        assert matplotlib.rcParams["lines.linewidth"] == 9
+    finally:
+        matplotlib.rcdefaults()
+
+
+EVIL = '<script>alert("1")</script><img src=http://x.example>&amp;$x_$'
+
+
+def test_texts_of_others_are_escaped(tmp_path):
+    for method in ("local", "fedms"):
+        path = write_run(tmp_path / f"{method}-seed0", method)
+        edit(path / "clients.jsonl", lambda c: {**c, "group": EVIL})
+        edit(path / "rounds.jsonl", lambda r: {**r, "event": EVIL})
+        edit(path / "visits.jsonl", lambda v: {**v, "status": "failed", "reason": EVIL})
+        edit(path / "summary.json", lambda s: {**s, "notes": [EVIL]})
+        config = (path / "config.toml").read_text()
+        (path / "config.toml").write_text(config.replace("[data]\n", f"[data]\npath = '{EVIL}'\n"))
+    (tmp_path / f"x{EVIL.replace('/', '')}").mkdir()
+    (tmp_path / f"x{EVIL.replace('/', '')}" / "config.toml").write_text("no toml")
+    page = page_of(tmp_path)
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    for tag in ("text", "td", "pre", "li"):  # pictures, tables, configuration, findings show it as it is
+        assert any(EVIL in text for text in page.inside(tag)), tag
+
+
+# Unfinished, damaged, unequal
+
+def test_a_run_that_has_not_ended(tmp_path):
+    path = write_run(tmp_path / "run", stop_after=5)
+    page = page_of(path)
+    assert "No run here has ended" in page.visible
+    assert finding(path, "has not ended: the last round recorded is stage 1, round 5")["kind"] == "bad"
+    assert page.inside("h3") == ["Validation accuracy per round", "Validation accuracy over bytes",
+                                 "Validation accuracy over operations", "Depth", "Communication"]
+
+
+def test_a_run_killed_before_its_first_round_ended(tmp_path):
+    path = write_run(tmp_path / "run", stop_after=0)
+    assert page_of(path).inside("h3") == []
+    assert finding(path, "no round was completed, 0 visits are recorded")
+
+
+def test_an_unfinished_run_beside_others_does_not_count(tmp_path):
+    write_run(tmp_path / "a", "fedavg")
+    write_run(tmp_path / "b", "fedms")
+    write_run(tmp_path / "c", "fedms", 1, stop_after=9)
+    rows = {row["method"]: row for row in report.comparison(report.read_runs(tmp_path)[0])}
+    assert (rows["fedms"]["seeds"], rows["fedms"]["unfinished"]) == (1, 1)
+    assert rows["fedms"]["personalised"].std is None
+    assert "fedms (1 unfinished)" in page_of(tmp_path).inside("td")
+
+
+def test_damage_is_named_and_does_not_hide_the_other_runs(tmp_path):
+    write_run(tmp_path / "a", "fedavg")
+    write_run(tmp_path / "b", "fedms")
+    bad = write_run(tmp_path / "c", "local")
+    (bad / "rounds.jsonl").write_text("{\n{}\n")
+    cut = (tmp_path / "b" / "visits.jsonl").read_bytes()
+    (tmp_path / "b" / "visits.jsonl").write_bytes(cut[:-9])
+    assert finding(tmp_path, "rounds.jsonl, line 1: not a record")["kind"] == "bad"
+    assert finding(tmp_path, "b: visits.jsonl: its last line is cut off")["kind"] == "bad"
+    assert "local" not in page_of(tmp_path).inside("td")
+    with pytest.raises(RunFolderError, match="line 1"):
+        report.write_report(bad)
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(RunFolderError, match="holds no run"):
+        report.write_report(tmp_path)
+
+
+def test_failed_visits_are_counted_with_their_reason(tmp_path):
+    path = write_run(tmp_path / "run")
+    edit(path / "visits.jsonl", lambda v: {**v, "status": "failed", "reason": "diverged"} if v["client"] == 3 else v)
+    assert finding(path, "12 of 144 visits did not train (diverged)")["kind"] == "bad"
+
+
+def test_runs_of_other_settings_are_not_compared_silently(tmp_path):
+    write_run(tmp_path / "a", "fedavg")
+    write_run(tmp_path / "b", "fedms", rounds=(9, 4))
+    assert finding(tmp_path, "differ in more than method and seed: stage1.rounds")["kind"] == "bad"
+
+
+def test_a_client_without_test_samples(tmp_path):
+    path = write_run(tmp_path / "run")
+    edit(path / "clients.jsonl", lambda c: {**c, "n_test": 0, "accuracy": dict.fromkeys(c["accuracy"]),
+                                            "macro_f1": None, "gate_mean": None, "gate_std": None,
+                                            "gate_entropy": None} if c["id"] == 2 else c)
+    assert page_of(path).inside("td").count("–") >= 6
+
+
+# Words
+
+def test_a_headline_of_three_seeds_tells_gaps_from_noise(study):
+    runs, _ = report.read_runs(study)
+    text = report.headline(runs)
+    ours = [r.summary["personalised_accuracy"]["mean"] for r in runs if r.method == "fedms"]
+    assert text.startswith(f"fedms reaches {100 * statistics.fmean(ours):.1f} ± {100 * statistics.stdev(ours):.1f} %")
+    _, place, points = re.fullmatch(r"(.*?), 1st of 5 methods(.*?)\. In points: (.*)\.", text).groups()
+    assert place == ""
+    parts = dict(re.fullmatch("(not clearly apart from|ahead of) (.*)", part).groups() for part in points.split("; "))
+    for method in METHODS[:-1]:
+        theirs = [r.summary["personalised_accuracy"]["mean"] for r in runs if r.method == method]
+        gaps = [a - b for a, b in zip(ours, theirs)]
+        if abs(statistics.fmean(gaps)) > 4.30 * statistics.stdev(gaps) / 3**0.5:  # Student's t, two degrees of freedom
+            assert f"{method} ({100 * statistics.fmean(gaps):+.1f})" in parts["ahead of"]
+        else:
+            assert (f"{method} ({100 * statistics.fmean(gaps):+.1f} ± {100 * statistics.stdev(gaps):.1f})"
+                    in parts["not clearly apart from"])
+    assert report.ONE_SEED not in text
+
+
+def test_a_headline_of_many_methods_is_short(tmp_path):
+    for method, mean in {"local": 0.5, "fedavg": 0.62, "fedprox": 0.61, "fedper": 0.66, "fedrep": 0.70, "ditto": 0.65,
+                         "apfl": 0.64, "feddpa": 0.58, "ffa_lora": 0.6, "fedms": 0.6}.items():
+        with_accuracy(write_run(tmp_path / method, method), mean)
+    assert report.headline(report.read_runs(tmp_path)[0]) == (
+        "fedms reaches 60.0 % mean personalised accuracy, 7th of 10 methods; fedrep is best with 70.0 %. In points: behind "
+        "fedrep (−10.0), fedper (−6.0) and 4 more; level with ffa_lora; ahead of feddpa (+2.0) and local (+10.0). "
+        + report.ONE_SEED)
+
+
+def with_accuracy(path, mean):
+    edit(path / "summary.json", lambda s: {**s, "personalised_accuracy": {"mean": mean, "std": 0.1, "worst10": 0.1}})
+
+
+@pytest.mark.parametrize("ours, theirs, words", [
+    ([0.70], [0.60], "ahead of local (+10.0). " + report.ONE_SEED),
+    ([0.60], [0.70], "behind local (−10.0). " + report.ONE_SEED),
+    ([0.60], [0.60], "level with local. " + report.ONE_SEED),
+    ([0.60, 0.62, 0.61], [0.50, 0.50, 0.50], "ahead of local (+11.0)."),
+    ([0.60, 0.62, 0.61], [0.62, 0.63, 0.63], "behind local (−1.7)."),  # 0.6 spread
+    ([0.60, 0.62, 0.61], [0.62, 0.63, 0.61], "not clearly apart from local (−1.0 ± 1.0)."),
+    ([0.60, 0.62], [0.50, 0.50], "not clearly apart from local (+11.0 ± 1.4)."),  # two seeds can hardly tell
+    ([0.60, 0.62], [0.62, 0.60], "not clearly apart from local (+0.0 ± 2.8)."),
+])
+def test_headlines(tmp_path, ours, theirs, words):
+    for method, values in (("fedms", ours), ("local", theirs)):
+        for seed, value in enumerate(values):
+            with_accuracy(write_run(tmp_path / f"{method}{seed}", method, seed), value)
+    assert report.headline(report.read_runs(tmp_path)[0]).endswith(words)
+
+
+def test_seeds_that_are_not_shared_give_no_spread(tmp_path):
+    with_accuracy(write_run(tmp_path / "a", "fedms", 0), 0.7)
+    with_accuracy(write_run(tmp_path / "b", "local", 1), 0.6)
+    assert report.headline(report.read_runs(tmp_path)[0]).endswith("ahead of local (+10.0). " + report.ONE_SEED)
+
+
+def test_a_collapsed_gate_is_named(tmp_path):
+    assert "collapsed onto the local expert: mean weight on the local expert 0.97" in finding(
+        write_run(tmp_path / "one", collapsed=True), "gate collapsed")["text"]
+    write_run(tmp_path / "many" / "a", collapsed=True)
+    write_run(tmp_path / "many" / "b", seed=1)
+    found = finding(tmp_path / "many", "gate collapsed")
+    assert "in 1 of 2 seeds" in found["text"] and found["kind"] == "bad"
+    edit(tmp_path / "one" / "summary.json", lambda s: {**s, "gate": {**s["gate"], "mean": 0.02}})
+    assert finding(tmp_path / "one", "collapsed onto the global expert")
+
+
+def test_a_gate_that_is_a_constant_is_not_praised(tmp_path):
+    path = write_run(tmp_path / "run")
+    assert finding(path, "The gate did not collapse")["kind"] == "good"
+    edit(path / "summary.json", lambda s: {**s, "gate": {**s["gate"], "std_clients": 0.001, "std_samples": 0.004}})
+    assert finding(path, "The gate acts as one constant weight")["kind"] == "plain"
+
+
+@pytest.mark.parametrize("gains, words, kind", [
+    ([0.02], "the learned gate 2.0 points more (one seed, so no spread", "plain"),
+    ([-0.02], "the learned gate 2.0 points less (one seed, so no spread", "plain"),
+    ([0.0], "the learned gate the same.", "plain"),
+    ([0.02, 0.03, 0.02], "the learned gate +2.3 ± 0.6 points, clearly different over 3 seeds", "good"),
+    ([-0.02, -0.03, -0.02], "the learned gate −2.3 ± 0.6 points, clearly different over 3 seeds", "bad"),
+    ([0.02, -0.01, 0.02], "the learned gate +1.0 ± 1.7 points, not clearly different over 3 seeds", "plain"),
+])
+def test_the_gate_against_a_fixed_mix_is_judged_by_the_spread(tmp_path, gains, words, kind):
+    for seed, gain in enumerate(gains):
+        path = write_run(tmp_path / f"s{seed}", seed=seed)
+        edit(path / "clients.jsonl", lambda c, gain=gain: {
+            **c, "accuracy": {**c["accuracy"], "mixture": 0.6, "half": 0.6 - gain, "oracle": None}})
+    found = finding(tmp_path, "A fixed half-and-half mix")
+    assert words in found["text"] and found["kind"] == kind
+
+
+@pytest.mark.parametrize("method", ["local", "fedavg"])
+def test_a_method_without_a_gate(tmp_path, method):
+    path = write_run(tmp_path / "run", method)
+    assert not [f for f in findings(path) if "gate" in f["text"]]
+    assert "Gate weight by client" not in page_of(path).inside("h3")
+    assert "its own global expert" not in report.headline(report.read_runs(path)[0])
+
+
+def test_notes_name_their_seed_where_there_are_several(tmp_path):
+    for seed in range(2):
+        path = write_run(tmp_path / f"{seed}", seed=seed)
+        edit(path / "summary.json", lambda s: {**s, "notes": ["one class is missing"]})
+    assert finding(tmp_path / "0", "missing")["text"] == "One class is missing."
+    assert [f["text"] for f in findings(tmp_path) if "missing" in f["text"]] == [
+        "Seed 0: one class is missing.", "Seed 1: one class is missing."]
+
+
+# Tables
+
+def test_the_comparison_files(study):
+    table, text = report.write_comparison(study)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["seed"]) for r in rows] == [(m, str(s)) for m in METHODS for s in range(3)]
+    for row in rows:
+        summary = RunRecords.read(study / f"{row['method']}-seed{row['seed']}").summary
+        assert float(row["personalised_mean"]) == summary["personalised_accuracy"]["mean"]
+        assert int(row["bytes_up"]) == summary["bytes_up"]
+        assert row["gate_collapsed"] == ("False" if row["method"] == "fedms" else "")
+    lines = text.read_text(encoding="utf-8").splitlines()
+    assert lines[8] == "" and len({line.count("|") for line in lines[:8]}) == 1
+    tests = lines[lines.index("| against | points | clients better | worse | p | p corrected |") + 2:]
+    assert [line.split()[1] for line in tests] == [m for m in METHODS if m != "fedms"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_table_fits_the_terminal_and_keeps_what_matters(study, width):
+    rows = report.comparison(report.read_runs(study)[0])
+    header, cells = report.table(rows, width=width)
+    widths = [max(len(part) for text in column for part in text.split("\n")) for column in zip(header, *cells)]
+    assert sum(widths) + 2 * (len(widths) - 1) <= width
+    assert "mean\nacc. %" in header and (width < 60 or "worst 10 %\nacc. %" in header)
+    assert len(report.table(rows, width=1000)[0]) == len(report.table(rows)[0]) == 11
+
+
+@pytest.mark.parametrize("value, text", [(None, "–"), (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"),
+                                         (65_700_000, "65.7 MB"), (3e12, "3 TB")])
+def test_sizes(value, text):
+    assert report.size(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(None, "–"), (0.04, "0.0 s"), (59.9, "59.9 s"), (59.96, "1 min 00 s"),
+                                         (123.4, "2 min 03 s"), (3599.9, "1 h 00 min"), (7322, "2 h 02 min")])
+def test_durations(value, text):
+    assert report.duration(value) == text
+
+
+def test_worst_tenth():
+    assert report.worst_tenth([0.5, 0.1, 0.9]) == 0.1
+    assert report.worst_tenth([i / 20 for i in range(20)]) == pytest.approx(0.025)
+    assert report.worst_tenth([i / 21 for i in range(21)]) == pytest.approx(1 / 21)  # rounded up to three
+
+
+def texts_of(folder) -> str:
+    return " ".join(each["text"] for each in report.findings(*report.read_runs(folder)))
+
+
+def test_a_fixed_weight_is_no_gate(tmp_path):
+    """Neither learned nor collapsed, whatever an older version wrote into the summary."""
+    said = texts_of(write_run(tmp_path, collapsed=True, sets=("gate.weight=1.0",)))
+    assert "No gate was trained; the mean weight on the local expert is 0.97." in said
+    assert "collapsed" not in said and "learned gate" not in said
+
+
+@pytest.mark.parametrize("keep, told", [("best", True), ("last", False)])
+def test_visits_that_were_undone_are_told(tmp_path, keep, told):
+    folder = write_run(tmp_path, sets=(f"stage2.keep={keep}",))
+    lines = [json.loads(line) for line in (folder / "visits.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["stage"] == "stage2" and line["client"] < 6:
+            line["validation_loss"] = 0.5
+    (folder / "visits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ("18 of 48 visits of stage 2 did not improve" in texts_of(folder)) == told
+
+
+def test_visits_that_improve_are_no_finding(tmp_path):
+    assert "did not improve" not in texts_of(write_run(tmp_path))
+
+
+def test_a_thousand_reasons_are_one_short_line(tmp_path):
+    folder = write_run(tmp_path)
+    lines = [json.loads(line) for line in (folder / "visits.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line.update(status="failed", reason=f"reason {number}")
+    (folder / "visits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert all(len(each["text"]) < 500 for each in report.findings(*report.read_runs(folder)))

@@ -1,0 +1,43 @@
+"""`[model] frozen`: the same run on a quantised foundation model."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedms import data, models
+from fedms.config import load_config
+from fedms.training.expert_model import Part, ResidentModel
+
+SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
+         "data.partition=iid", "run.threads=1"]
+COSINE = {"int8": 0.995, "bf16": 0.9999, "fp16": 0.999999, "nf4": 0.96, "int4": 0.96}    # with the features of fp32
+
+
+def resident(frozen: str) -> ResidentModel:
+    config = load_config("digits", [*SMALL, f"model.frozen={frozen}"])
+    foundation = models.load(config.model)
+    return ResidentModel(foundation, data.load(config.data, foundation), config)
+
+
+@pytest.mark.parametrize("frozen", COSINE)
+def test_every_layer_is_quantised_and_gradients_flow_to_all_blocks(frozen):
+    model = resident(frozen)
+    model.initial(0)
+    assert all(layer.frozen is not None for layer in model.layers.values())
+    tensors = model.read("global")
+    model.load("global", tensors, depth=model.blocks, applied_depth=model.blocks)
+    part = Part(torch.arange(20))
+    model.logits("global", part, torch.arange(20)).square().mean().backward()
+    trained = model.trainable("global")
+    assert all(p.grad is not None for p in trained.values())
+    assert {model.block_of[name] for name in trained if name in model.block_of} == set(range(1, model.blocks + 1))
+
+
+@pytest.mark.parametrize("frozen", COSINE)
+def test_features_stay_close_to_those_of_fp32(frozen):
+    config = load_config("digits", SMALL)
+    exact = models.load(config.model)
+    model, part = resident(frozen), Part(torch.arange(40))
+    want = exact.features(model.dataset.inputs.batch(part.indices))
+    got = model.features(part)
+    assert torch.nn.functional.cosine_similarity(got, want).min() > COSINE[frozen]

@@ -1,0 +1,614 @@
+// The GPU on a CPU: csrc/cuda compiled by a C++ compiler gets this in the place of ptx.h and launch.h.
+//
+// Every thread of a block is a fibre, and every instruction has the meaning that the PTX manual gives it: which lane
+// holds which value of a fragment, how shared memory is swizzled, what a descriptor addresses, when a barrier's phase
+// ends. What the hardware may do early or late is done at both ends, to bring out missing waits: FEDMS_EMULATOR=early
+// copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order.
+//
+// An error is an exception that names the launch: a deadlock, lanes that disagree about the next instruction,
+// addresses outside of shared memory or misaligned ones, reading what a fence should have made visible, bank conflicts.
+#pragma once
+
+#include <algorithm>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+#include "fedms/cuda.h"
+#include "elements.h"
+
+#define FEDMS_DEVICE inline
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace fedms::cuda {
+
+struct Grid {
+  int x, y = 1, z = 1;
+  bool together = false;
+};
+
+struct Launch {
+  const char* kernel;
+  int64_t m, n, k, r;
+  const Stream& stream;
+};
+
+[[noreturn]] inline void fail(const Launch& launch, const std::string& reason) {
+  throw Error(std::string(launch.kernel) + " (m " + std::to_string(launch.m) + ", n " + std::to_string(launch.n) +
+              ", k " + std::to_string(launch.k) + ", total rank " + std::to_string(launch.r) + "), emulated: " + reason);
+}
+
+struct TensorMap {
+  uint8_t* data;
+  int64_t rows, columns, stride;
+  int box_rows;
+};
+
+inline TensorMap tensor_map(const Launch& what, bool, const void* data, int64_t rows, int64_t columns, int64_t stride,
+                            int box_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || stride * 2 % 16) fail(what, "a tensor map needs rows at multiples of 16 bytes");
+  if (box_rows < 1 || box_rows > 256 || rows < 1 || columns < 1) fail(what, "a tensor map has a size out of range");
+  return {static_cast<uint8_t*>(const_cast<void*>(data)), rows, columns, stride, box_rows};
+}
+
+namespace emulator {
+
+struct Problem : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+using Action = std::function<void()>;
+
+// What a thread, or a warpgroup for wgmma, has under way: groups of actions, the newest last.
+class Groups {
+ public:
+  void add(bool late, Action action) { late ? open_.push_back(std::move(action)) : action(); }
+  void commit() { closed_.push_back(std::move(open_)), open_.clear(); }
+  void wait(size_t pending) {
+    while (closed_.size() > pending) {
+      for (Action& action : closed_.front()) action();
+      closed_.pop_front();
+    }
+  }
+  bool idle() const {
+    return open_.empty() && std::all_of(closed_.begin(), closed_.end(), [](const auto& group) { return group.empty(); });
+  }
+
+ private:
+  std::vector<Action> open_;
+  std::deque<std::vector<Action>> closed_;
+};
+
+struct Thread {
+  int number = 0;
+  bool started = false, done = false;
+  std::unique_ptr<uint8_t[]> stack;
+  jmp_buf place;
+  Groups copies, stores;
+  std::vector<uint32_t> unfenced;  // words of shared memory that this thread wrote since its last fence
+};
+
+// Lanes that execute an instruction together.
+struct Together {
+  int arrived = 0;
+  long turn = 0;
+  const char* what = nullptr;
+  const void* operands[128];
+};
+
+struct Barrier {
+  int expected = 0, pending = 0;
+  long bytes = 0, phase = 0;
+};
+
+struct Block {
+  int x, y, z, blocks_x, threads;
+  bool late;
+  std::vector<uint8_t> memory;
+  uint8_t* shared;
+  std::vector<uint16_t> writer;  // of each word of shared memory: the thread with an unfenced write, plus one
+  std::vector<Thread> fibres;
+  std::vector<Together> warps, warpgroups;
+  std::vector<Groups> multiplications;  // of each warpgroup
+  std::map<int, Together> named;
+  std::map<uint32_t, Barrier> barriers;
+  std::string problem;
+};
+
+// The block and the thread that run now.
+inline Block* block = nullptr;
+inline Thread* self = nullptr;
+inline std::mt19937 random_numbers;
+inline std::deque<Action> transfers;  // late copies
+inline long events = 0;  // whatever lets another fibre go on
+inline jmp_buf scheduler;
+inline ucontext_t start_context;
+inline Action body;
+
+inline void yield() {
+  if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
+}
+[[noreturn]] inline void problem(const std::string& what) {
+  if (block->problem.empty()) block->problem = what + ", thread " + std::to_string(self ? self->number : -1);
+  for (;;) yield();  // exceptions do not cross fibres: the scheduler throws it
+}
+template <class Ready>
+void wait_until(Ready ready) {
+  while (!ready()) yield();
+  ++events;
+}
+
+inline void fibre() {
+  body();
+  if (!self->copies.idle()) block->problem = "a thread ended before its copies into shared memory";
+  self->done = true;
+  ++events;
+  _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread& thread) {
+  self = &thread;
+  if (_setjmp(scheduler) == 0) {
+    if (thread.started) _longjmp(thread.place, 1);
+    constexpr size_t STACK = 256 << 10;
+    thread.started = true;
+    thread.stack.reset(new uint8_t[STACK]);
+    getcontext(&start_context);
+    start_context.uc_stack.ss_sp = thread.stack.get();
+    start_context.uc_stack.ss_size = STACK;
+    start_context.uc_link = nullptr;
+    makecontext(&start_context, fibre, 0);
+    setcontext(&start_context);
+  }
+}
+
+// Runs these blocks at the same time.
+inline void run_blocks(std::vector<Block>& blocks) {
+  struct Warp {
+    Block* of;
+    int number;
+  };
+  std::vector<Warp> order;
+  for (Block& one : blocks) {
+    for (size_t i = 0; i < one.warps.size(); ++i) order.push_back({&one, int(i)});
+  }
+  transfers.clear();
+  for (bool left = true; left;) {
+    left = false;
+    const long before = events;
+    std::shuffle(order.begin(), order.end(), random_numbers);
+    for (const Warp& warp : order) {
+      block = warp.of;
+      for (int i = warp.number * 32; i < warp.number * 32 + 32; ++i) {
+        if (block->fibres[i].done) continue;
+        left = true;
+        resume(block->fibres[i]);
+        if (!block->problem.empty()) throw Problem(block->problem + " of block " + std::to_string(block->x));
+      }
+    }
+    if (left && events == before) {
+      if (transfers.empty()) throw Problem("deadlock: every thread waits");
+      // Late copies come in any order.
+      const size_t pick = random_numbers() % transfers.size();
+      transfers[pick]();
+      transfers.erase(transfers.begin() + pick);
+    }
+  }
+}
+
+// The lanes of a warp or warpgroup meet; the last one runs act(operands of all lanes).
+template <class Act>
+void together(Together& group, int size, const char* what, const void* operand, Act act) {
+  if (group.arrived > 0 && std::strcmp(group.what, what)) problem(std::string("lanes disagree: ") + group.what + " and " + what);
+  group.what = what;
+  group.operands[self->number % size] = operand;
+  const long turn = group.turn;
+  if (++group.arrived == size) {
+    group.arrived = 0;
+    ++group.turn;
+    ++events;
+    act(group.operands);
+  } else {
+    wait_until([&] { return group.turn != turn; });
+  }
+}
+template <class Act>
+void in_warp(const char* what, const void* operand, Act act) {
+  together(block->warps[self->number / 32], 32, what, operand, act);
+}
+template <class Act>
+void in_warpgroup(const char* what, const void* operand, Act act) {
+  together(block->warpgroups[self->number / 128], 128, what, operand, act);
+}
+
+inline uint8_t* at(uint32_t address, uint32_t bytes) {
+  if (address + bytes > block->memory.size() - 1024) problem("an address outside of shared memory: " + std::to_string(address));
+  if (address % bytes) problem("a misaligned address in shared memory: " + std::to_string(address));
+  return block->shared + address;
+}
+
+// Lanes of one phase of a shared memory instruction, each with `bytes` at an address, must not wait for a bank.
+inline void check_banks(const char* what, const uint32_t* addresses, int lanes, int bytes) {
+  uint32_t held[32];
+  bool used[32] = {};
+  for (int lane = 0; lane < lanes; ++lane) {
+    for (uint32_t word = addresses[lane] / 4; word * 4 < addresses[lane] + bytes; ++word) {
+      if (used[word % 32] && held[word % 32] != word) problem(std::string("a bank conflict of ") + what);
+      used[word % 32] = true;
+      held[word % 32] = word;
+    }
+  }
+}
+inline void check_warp(const char* what, const void* const* operands, int lanes_a_phase, int bytes) {
+  for (int first = 0; first < 32; first += lanes_a_phase) {
+    uint32_t addresses[32];
+    for (int i = 0; i < lanes_a_phase; ++i) addresses[i] = *static_cast<const uint32_t*>(operands[first + i]);
+    check_banks(what, addresses, lanes_a_phase, bytes);
+  }
+}
+
+inline void wrote(uint32_t address, int bytes) {
+  for (int i = 0; i < bytes; i += 4) {
+    block->writer[(address + i) / 4] = uint16_t(self->number + 1);
+    self->unfenced.push_back((address + i) / 4);
+  }
+}
+inline void check_fenced(uint32_t address, int bytes) {
+  for (int i = 0; i < bytes; i += 4) {
+    if (block->writer[(address + i) / 4]) problem("asynchronous hardware reads shared memory that was written without a fence");
+  }
+}
+
+// The 128-byte swizzle: bits 4 to 6 of an address are changed by bits 7 to 9.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+
+}  // namespace emulator
+
+namespace ptx {
+
+using namespace emulator;
+
+inline int thread() { return self->number; }
+inline int block_x() { return block->x; }
+inline int block_y() { return block->y; }
+inline int block_z() { return block->z; }
+inline int blocks_x() { return block->blocks_x; }
+inline uint32_t shared_memory() { return 0; }
+
+inline void named_barrier(int id, int threads) {
+  Together& group = block->named[id];
+  const long turn = group.turn;
+  if (++group.arrived == threads) {
+    group.arrived = 0;
+    ++group.turn;
+    ++events;
+  } else {
+    wait_until([&] { return group.turn != turn; });
+  }
+}
+inline void sync_block() { named_barrier(0, block->threads); }
+inline void announce(int32_t* flag) {
+  *flag = 1;
+  ++events;
+}
+inline void wait_for(const int32_t* flag) {
+  wait_until([&] { return *static_cast<const volatile int32_t*>(flag) != 0; });
+}
+inline void fence_global_for_tma() {}
+
+inline float shuffle_xor(float value, int lanes) {
+  struct Lane {
+    float value, result;
+    int lanes;
+  } lane{value, 0, lanes};
+  in_warp("shuffle", &lane, [](const void* const* all) {
+    for (int i = 0; i < 32; ++i) {
+      auto* to = static_cast<Lane*>(const_cast<void*>(all[i]));
+      to->result = static_cast<const Lane*>(all[i ^ to->lanes])->value;
+    }
+  });
+  return lane.result;
+}
+
+inline uint32_t load_shared_u16(uint32_t from) {
+  in_warp("ld.shared.u16", &from, [](const void* const* all) { check_warp("ld.shared.u16", all, 32, 2); });
+  uint16_t value;
+  std::memcpy(&value, at(from, 2), 2);
+  return value;
+}
+inline void store_shared_u32(uint32_t to, uint32_t value) {
+  in_warp("st.shared.b32", &to, [](const void* const* all) { check_warp("st.shared.b32", all, 32, 4); });
+  std::memcpy(at(to, 4), &value, 4);
+  wrote(to, 4);
+}
+inline Words load_shared_128(uint32_t from) {
+  in_warp("ld.shared.v4", &from, [](const void* const* all) { check_warp("ld.shared.v4", all, 8, 16); });
+  Words value;
+  std::memcpy(&value, at(from, 16), 16);
+  return value;
+}
+inline void store_shared_128(uint32_t to, const Words& value) {
+  in_warp("st.shared.v4", &to, [](const void* const* all) { check_warp("st.shared.v4", all, 8, 16); });
+  std::memcpy(at(to, 16), &value, 16);
+  wrote(to, 16);
+}
+
+inline void cp_async_16(uint32_t to, const void* from, int bytes) {
+  in_warp("cp.async", &to, [](const void* const* all) { check_warp("cp.async", all, 8, 16); });
+  if (reinterpret_cast<uintptr_t>(from) % 16) problem("cp.async from a misaligned address");
+  if (bytes < 0 || bytes > 16) problem("cp.async of " + std::to_string(bytes) + " bytes");
+  uint8_t* place = at(to, 16);
+  self->copies.add(block->late, [=] {
+    std::memcpy(place, from, bytes);
+    std::memset(place + bytes, 0, 16 - bytes);
+  });
+}
+inline void cp_async_commit() { self->copies.commit(); }
+template <int PENDING>
+void cp_async_wait() {
+  self->copies.wait(PENDING);
+}
+
+inline void ldmatrix(uint32_t (&to)[4], uint32_t from, bool transposed) {
+  struct Lane {
+    uint32_t from;
+    uint32_t* to;
+  } lane{from, to};
+  in_warp(transposed ? "ldmatrix.trans" : "ldmatrix", &lane, [&](const void* const* all) {
+    const auto of = [&](int i) { return static_cast<const Lane*>(all[i]); };
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t value[8][8];
+      uint32_t addresses[8];
+      for (int row = 0; row < 8; ++row) {
+        addresses[row] = of(matrix * 8 + row)->from;
+        std::memcpy(value[row], at(addresses[row], 16), 16);
+      }
+      check_banks(transposed ? "ldmatrix.trans" : "ldmatrix", addresses, 8, 16);
+      for (int i = 0; i < 32; ++i) {
+        const int row = i / 4, column = 2 * (i % 4);
+        const uint16_t low = transposed ? value[column][row] : value[row][column];
+        const uint16_t high = transposed ? value[column + 1][row] : value[row][column + 1];
+        of(i)->to[matrix] = low | uint32_t(high) << 16;
+      }
+    }
+  });
+}
+inline void ldmatrix_x4(uint32_t (&to)[4], uint32_t from) { ldmatrix(to, from, false); }
+inline void ldmatrix_x4_trans(uint32_t (&to)[4], uint32_t from) { ldmatrix(to, from, true); }
+
+template <class T>
+float number(uint32_t word, int half) {
+  return Number<T>::widen(T{static_cast<uint16_t>(word >> (16 * half))});
+}
+
+template <class T>
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } lane{d, a, {b0, b1}};
+  in_warp("mma", &lane, [](const void* const* all) {
+    float a[16][16], b[16][8];
+    for (int i = 0; i < 32; ++i) {
+      const auto* from = static_cast<const Lane*>(all[i]);
+      for (int word = 0; word < 4; ++word) {
+        for (int half = 0; half < 2; ++half) {
+          a[i / 4 + word % 2 * 8][2 * (i % 4) + word / 2 * 8 + half] = number<T>(from->a[word], half);
+          if (word < 2) b[2 * (i % 4) + word * 8 + half][i / 4] = number<T>(from->b[word], half);
+        }
+      }
+    }
+    for (int i = 0; i < 32; ++i) {
+      for (int v = 0; v < 4; ++v) {
+        float& sum = static_cast<const Lane*>(all[i])->d[v];
+        for (int k = 0; k < 16; ++k) sum += a[i / 4 + v / 2 * 8][k] * b[k][2 * (i % 4) + v % 2];
+      }
+    }
+  });
+}
+
+// --- sm_90a
+
+inline Barrier& barrier_at(uint32_t address) {
+  at(address, 8);
+  if (!block->barriers.count(address)) problem("a barrier that was not initialised");
+  return block->barriers[address];
+}
+inline void complete(Barrier& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    barrier.pending = barrier.expected;
+    ++barrier.phase;
+  }
+  ++events;
+}
+inline void barrier_init(uint32_t address, int arrivals) {
+  at(address, 8);
+  block->barriers[address] = {arrivals, arrivals, 0, 0};
+}
+inline void fence_barrier_init() {}
+inline void barrier_arrive_expect(uint32_t address, int bytes) {
+  Barrier& barrier = barrier_at(address);
+  if (barrier.pending == 0) problem("a barrier has more arrivals than it expects");
+  --barrier.pending;
+  barrier.bytes += bytes;
+  complete(barrier);
+}
+inline void barrier_arrive(uint32_t address) { barrier_arrive_expect(address, 0); }
+inline void barrier_wait(uint32_t address, int parity) {
+  Barrier& barrier = barrier_at(address);
+  wait_until([&] { return (barrier.phase & 1) != parity; });
+}
+
+inline void prefetch_map(const TensorMap*) {}
+inline void tma_load(uint32_t to, const TensorMap* given, uint32_t barrier, int row, int column) {
+  const TensorMap map = *given;  // the thread may be over before the copy
+  Block* in = block;             // and another block may run then
+  if (to % 1024) problem("a box with the 128-byte swizzle must start at a multiple of 1024 bytes");
+  at(to + map.box_rows * 128 - 16, 16);
+  const auto copy = [=] {
+    for (int i = 0; i < map.box_rows; ++i) {
+      for (int j = 0; j < 64; ++j) {
+        const int64_t from_row = int64_t(row) + i, from_column = int64_t(column) + j;
+        uint16_t value = 0;
+        if (from_row >= 0 && from_row < map.rows && from_column >= 0 && from_column < map.columns) {
+          std::memcpy(&value, map.data + (from_row * map.stride + from_column) * 2, 2);
+        }
+        std::memcpy(in->shared + swizzled(to + i * 128 + j * 2), &value, 2);
+      }
+    }
+    Barrier& full = in->barriers[barrier];
+    full.bytes -= map.box_rows * 128;
+    complete(full);
+  };
+  barrier_at(barrier);
+  block->late ? transfers.push_back(copy) : copy();
+}
+inline void fence_shared_for_tma() {
+  for (uint32_t word : self->unfenced) {
+    if (block->writer[word] == self->number + 1) block->writer[word] = 0;
+  }
+  self->unfenced.clear();
+}
+inline void tma_store(const TensorMap* given, uint32_t from, int row, int column) {
+  const TensorMap map = *given;
+  if (from % 1024) problem("a box with the 128-byte swizzle must start at a multiple of 1024 bytes");
+  check_fenced(from, map.box_rows * 128);
+  self->stores.add(block->late, [=] {
+    for (int i = 0; i < map.box_rows; ++i) {
+      for (int j = 0; j < 64; ++j) {
+        const int64_t to_row = int64_t(row) + i, to_column = int64_t(column) + j;
+        if (to_row >= map.rows || to_column >= map.columns) continue;
+        std::memcpy(map.data + (to_row * map.stride + to_column) * 2, block->shared + swizzled(from + i * 128 + j * 2), 2);
+      }
+    }
+  });
+}
+inline void tma_store_commit() { self->stores.commit(); }
+template <int PENDING>
+void tma_store_wait_read() {
+  self->stores.wait(PENDING);
+}
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
+
+inline void wgmma_fence() {
+  in_warpgroup("wgmma.fence", nullptr, [](const void* const*) {});
+}
+inline void wgmma_commit() {
+  in_warpgroup("wgmma.commit", nullptr, [](const void* const*) { block->multiplications[self->number / 128].commit(); });
+}
+template <int PENDING>
+void wgmma_wait() {
+  in_warpgroup("wgmma.wait", nullptr, [](const void* const*) { block->multiplications[self->number / 128].wait(PENDING); });
+}
+
+template <int N>
+void keep_in_place(float (&)[N]) {}
+
+// Where a descriptor puts number `row` along the columns (or rows of a) and `k` along the reduction: the canonical
+// layouts with the 128-byte swizzle of the PTX manual, "asynchronous warpgroup level canonical layouts".
+inline uint32_t described(uint64_t descriptor, bool across, int row, int k) {
+  const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4, leading = uint32_t(descriptor >> 16 & 0x3FFF) << 4;
+  const uint32_t stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) problem("a descriptor without the 128-byte swizzle, or off its base");
+  // K-major ((8, m), (T, 2)) : ((8T, SBO), (1, T)); MN-major ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)); T = 8.
+  if (!across) return swizzled(start + row % 8 * 128 + row / 8 * stride + k * 2);
+  return swizzled(start + row % 64 * 2 + row / 64 * leading + k % 8 * 128 + k / 8 * stride);
+}
+
+template <class T, int N, bool B_ACROSS>
+void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  struct Lane {
+    float* d;
+    uint64_t a, b;
+  } lane{d, a, b};
+  in_warpgroup("wgmma", &lane, [](const void* const* all) {
+    std::vector<Lane> lanes(128);
+    for (int i = 0; i < 128; ++i) {
+      lanes[i] = *static_cast<const Lane*>(all[i]);
+      if (lanes[i].a != lanes[0].a || lanes[i].b != lanes[0].b) {
+        problem("the threads of a warpgroup disagree about wgmma");
+      }
+    }
+    block->multiplications[self->number / 128].add(block->late, [lanes] {
+      static float a[64][16], b[16][N];
+      const auto read = [](uint32_t address) {
+        check_fenced(address & ~3u, 4);
+        uint16_t bits;
+        std::memcpy(&bits, at(address, 2), 2);
+        return Number<T>::widen(T{bits});
+      };
+      for (int k = 0; k < 16; ++k) {
+        for (int i = 0; i < 64; ++i) a[i][k] = read(described(lanes[0].a, false, i, k));
+        for (int j = 0; j < N; ++j) b[k][j] = read(described(lanes[0].b, B_ACROSS, j, k));
+      }
+      for (int thread = 0; thread < 128; ++thread) {
+        for (int v = 0; v < N / 2; ++v) {
+          const int row = thread / 32 * 16 + thread % 32 / 4 + v / 2 % 2 * 8, column = v / 4 * 8 + 2 * (thread % 4) + v % 2;
+          float sum = lanes[thread].d[v];
+          for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+          lanes[thread].d[v] = sum;
+        }
+      }
+    });
+  });
+}
+
+}  // namespace ptx
+
+template <class... Parameters>
+void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes,
+            const Parameters&... arguments) {
+  using namespace emulator;
+  const char* mode = std::getenv("FEDMS_EMULATOR");
+  if (threads % 32) fail(what, "the emulator wants whole warps");
+  body = [&] { kernel(arguments...); };
+  for (int z = 0; z < grid.z; ++z) {
+    for (int y = 0; y < grid.y; ++y) {
+      const int at_once = grid.together ? grid.x : 1;
+      for (int x = 0; x < grid.x; x += at_once) {
+        std::vector<Block> blocks(at_once);
+        for (int i = 0; i < at_once; ++i) {
+          Block& now = blocks[i];
+          now.x = x + i, now.y = y, now.z = z, now.blocks_x = grid.x, now.threads = threads;
+          now.late = mode == nullptr || std::string(mode) != "early";
+          // NaNs in bf16 and in fp16, at a multiple of 1024 bytes.
+          now.memory.assign(shared_bytes + 1024, 0xFF);
+          now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;
+          now.writer.resize(shared_bytes / 4 + 4);
+          now.fibres = std::vector<Thread>(threads);
+          for (int thread = 0; thread < threads; ++thread) now.fibres[thread].number = thread;
+          now.warps.resize(threads / 32);
+          now.warpgroups.resize((threads + 127) / 128);
+          now.multiplications.resize(now.warpgroups.size());
+        }
+        random_numbers.seed(unsigned(x + 31 * y + 1009 * z));
+        try {
+          run_blocks(blocks);
+        } catch (const Problem& found) {
+          fail(what, std::string(found.what()) + ", of the blocks from (" + std::to_string(x) + ", " + std::to_string(y) +
+                         ", " + std::to_string(z) + ") on");
+        }
+      }
+    }
+  }
+}
+
+__attribute__((used)) inline void check_device(int) {}
+
+}  // namespace fedms::cuda

@@ -1,0 +1,225 @@
+"""The CUDA kernels, through the backend, against float64.
+
+test_cuda.py runs this on the emulator, in processes of their own: once with copies and multiplications that happen as
+early as they may, and once as late. `make gpu` runs it on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedms_ext
+from fedms_ext import expert_linear
+from fedms_ext.backends import cuda as backend
+from fedms_ext.backends import eager
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
+import layers  # noqa: E402
+from layers import (  # noqa: E402
+    Layer,
+    check_bits_repeat,
+    check_graph_replay,
+    check_more_than_two_to_the_31_values,
+    check_not_applied,
+)
+
+if reason := fedms_ext.explain("cuda"):
+    pytest.skip(reason, allow_module_level=True)
+
+DEVICE = "cpu" if backend._EMULATED else "cuda"
+CHIP = backend._chip(torch.empty(0, device=DEVICE).device)
+
+
+def tiles(int8=False, drops=False):
+    numbers = sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, drops, True))
+    return [pytest.param(tile, id=backend._kernels.gemm_tile_name(tile)) for tile in numbers]
+
+
+SMALL = 1  # 64 x 64: where the tile is not what is tested
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """The kernels themselves must take every call."""
+    monkeypatch.setattr(backend, "other", lambda x: pytest.fail("the kernels did not take the call"))
+    monkeypatch.setenv("FEDMS_TUNE", "0")
+    monkeypatch.setattr(backend, "_kept", {})
+    backend._choices.cache_clear()
+    torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+def use_tile(monkeypatch, tile, inside=False):
+    """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
+
+    def ways(chip, m, n, k, rank, int8, drops, whole, may_shrink):
+        return [backend._Way(tile, inside and may_shrink and backend._kernels.shrinks_inside(tile, rank))]
+
+    monkeypatch.setattr(backend, "_ways", ways)
+
+
+inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])
+check = partial(layers.check, backend="cuda")
+check_quantised = partial(layers.check_quantised, backend="cuda")
+
+
+@inside_or_apart
+# Sizes that end inside a tile, a step of the reduction and a step of the ranks.
+@pytest.mark.parametrize("tile", tiles())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_tile(monkeypatch, inside, tile, dtype):
+    use_tile(monkeypatch, tile, inside)
+    check(Layer(150, 200, 264, [17, 3], "row and expert", dtype))
+
+
+@inside_or_apart
+@pytest.mark.parametrize("tile", [tile for tile in tiles() if tile.id.startswith("wgmma")])
+def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, inside, tile):
+    # The emulated chip has four multiprocessors.
+    use_tile(monkeypatch, tile, inside)
+    check(Layer(390, 520, 520, [70], "row"), needs=[0])
+
+
+@pytest.mark.parametrize("tile", tiles(drops=True))
+def test_dropout(monkeypatch, tile):
+    use_tile(monkeypatch, tile)
+    check(Layer(70, 136, 72, [9], "row", dropout_p=0.3, seed=2**40 + 3))
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "expert", "row", "zeros and ones", "strided"])
+def test_gates(monkeypatch, gate):
+    use_tile(monkeypatch, SMALL)
+    check(Layer(70, 72, 40, [3, 2], gate))
+
+
+@pytest.mark.parametrize("ranks", [[1], [8], [33], [1, 17], [40, 2, 64]], ids=str)
+def test_ranks(monkeypatch, ranks):
+    use_tile(monkeypatch, SMALL)
+    check(Layer(33, 72, 136, ranks, "row and expert"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 63, 65])
+@pytest.mark.parametrize("k, n", [(8, 8), (8, 72), (136, 8)])
+def test_small_shapes(monkeypatch, rows, k, n):
+    use_tile(monkeypatch, SMALL)
+    check(Layer(rows, k, n, [5, 2], "row", bias=n == 8))
+
+
+def test_wide_dy_takes_wide_blocks(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    check(Layer(66, 8, 2056, [5], "row"), needs=[1, 3])  # the gate and B
+
+
+def test_what_is_asked_for(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    layer = Layer(40, 24, 32, [2, 3], "row and expert")
+    for asked in ([0], [1], [2], [5], [0, 3, 4]):
+        check(layer, needs=asked)
+    for active in itertools.product([True, False], repeat=2):
+        check(layer, list(active))
+
+
+def test_views_and_a_frozen_bias_in_any_layout(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    layer = Layer(6, 24, 32, [2])
+    layer.x = torch.randn(3, 2, 56, dtype=torch.bfloat16)[..., 8:32]   # rows with gaps
+    layer.weight = torch.randn(24, 32, dtype=torch.bfloat16).t()       # transposed
+    layer.dy = torch.randn(32, dtype=torch.bfloat16).expand(3, 2, 32)  # stride 0
+    check(layer)
+
+
+def test_nan_stays_in_its_row(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    layer = Layer(40, 24, 32, [5], "row")
+    layer.x[7, 3] = float("nan")
+    with fedms_ext.use_backend("cuda"):
+        y = layer.run(expert_linear)[0]
+    assert y[7].isnan().all() and y[:7].isfinite().all() and y[8:].isfinite().all()
+
+
+@pytest.mark.parametrize("tile", tiles(int8=True))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_int8_weight(monkeypatch, tile, dtype, p):
+    use_tile(monkeypatch, tile)
+    check_quantised(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
+
+
+@inside_or_apart
+@pytest.mark.parametrize("tile", tiles())
+@pytest.mark.parametrize("segments, ranks, gate", [
+    ((128, 150), [8, 8], "none"),
+    ((131, 0, 140), [3, 17, 40], "row"),
+], ids=str)  # fmt: skip
+def test_segments(monkeypatch, inside, tile, segments, ranks, gate):
+    use_tile(monkeypatch, tile, inside)
+    check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
+
+
+@pytest.mark.parametrize("segments, ranks", [((30, 40), [5, 2]), ((1, 1, 68), [2, 40, 7]), ((0, 70), [3, 3]),
+                                             ((9,) * 8, [1, 2, 3, 4, 5, 6, 7, 33])], ids=str)  # fmt: skip
+def test_short_segments(segments, ranks):
+    check(Layer(sum(segments), 72, 136, ranks, "row", segments=segments))
+
+
+def test_segments_with_dropout_and_int8(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    check(Layer(135, 72, 136, [3, 33], "row", dropout_p=0.3, segments=(65, 70)))
+    check_quantised(Layer(135, 80, 144, [3, 33], "row", dropout_p=0.3, segments=(65, 70)), "int8", 64)
+
+
+def test_segments_of_experts_that_are_not_applied():
+    for active in ([True, False, True], [False, True, False]):
+        layer = Layer(400, 40, 48, [2, 3, 9], "row", segments=(130, 140, 130))
+        check_not_applied(layer, active, row=140, backend="cuda")
+
+
+def test_only_asked_gradients_of_segments_are_made(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    layer = Layer(70, 40, 48, [2, 3], "row", segments=(40, 30))
+    for needs in [{0}, {1}, {2, 5}, {3}, {4, 5}]:
+        assert len(check(layer, needs=needs)) == 1 + len(needs)
+
+
+def test_more_segments_than_the_kernels_take_go_elsewhere(monkeypatch):
+    monkeypatch.setattr(backend, "other", lambda x: eager)
+    check(Layer(72, 40, 48, [2] * 9, "row", segments=(8,) * 9))
+
+
+def test_bits_repeat(monkeypatch):
+    use_tile(monkeypatch, SMALL)
+    check_bits_repeat(Layer(150, 72, 136, [9, 8], "row and expert", dropout_p=0.1), 1, "cuda")
+
+
+@inside_or_apart
+@on_gpu
+@pytest.mark.parametrize("tile", tiles())
+@pytest.mark.parametrize("rows, k, n", [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
+def test_large(monkeypatch, inside, tile, rows, k, n):
+    use_tile(monkeypatch, tile, inside)
+    check(Layer(rows, k, n, [16, 16], "row and expert"))
+
+
+@on_gpu
+def test_the_tiles_of_the_cost_model():
+    for rows in (1, 17, 128, 1000, 5000):
+        check(Layer(rows, 768, 768, [16, 16], "row", dropout_p=0.1 if rows % 2 else 0.0))
+
+
+@on_gpu
+def test_graph_replay():
+    check_graph_replay(Layer(1000, 768, 768, [16, 8], "row and expert", dropout_p=0.1), "cuda")
+
+
+@on_gpu
+def test_more_than_two_to_the_31_values():
+    check_more_than_two_to_the_31_values("cuda")
