@@ -58,7 +58,7 @@ gpu: ## on a machine with a GPU: rebuild, its tests and benchmarks; at most eigh
 	$(PYTHON) -m bench.run_gpu --dest $(DEST) $(if $(QUICK),--quick $(if $(LIMIT),--seconds $(LIMIT)) --since $$since)
 
 # A build folder of its own; the kernels without Python, on every instruction set of this machine.
-sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behaviour sanitizer
+sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined behavior sanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFEDMS_CHECK=ON \
 	  -DFEDMS_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize

@@ -77,16 +77,16 @@ class Step:
         self.head = nn.Linear(case.width, CLASSES)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.lora_parameters = sum(p.numel() for p in trained)
-        self.optimiser = torch.optim.AdamW([*trained, *self.head.parameters()], lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW([*trained, *self.head.parameters()], lr=1e-4, fused=True)
 
     def hidden(self) -> Tensor:
         return self.model(**self.batch).last_hidden_state
 
     def __call__(self) -> None:
         loss = nn.functional.cross_entropy(self.head(self.hidden().mean(1)), self.labels)
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
 
 
 class CachedStep(Step):

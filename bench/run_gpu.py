@@ -28,7 +28,7 @@ from fedms_ext.backends import cuda
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "kernels" / "triton"
 CUDA_TESTS = ROOT / "tests" / "kernels" / "cuda" / "numerics.py"
-SANITISED = "test_every_tile or test_bits_repeat"
+SANITIZED = "test_every_tile or test_bits_repeat"
 QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opcheck or test_measured_choices"
 QUICK_SECONDS = 8 * 60
 RESERVE = 10.0  # seconds to write the report
@@ -138,7 +138,7 @@ def test(steps: Steps, quick: bool, dest: Path) -> None:
     if sanitizer := shutil.which("compute-sanitizer"):
         # PyTorch's caching allocator would hide an access behind the end of a tensor.
         checked, uncached = [sanitizer, "--error-exitcode", "9", *PYTEST], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        steps.run("compute-sanitizer", [*checked, str(TESTS / "on_gpu.py"), "-k", SANITISED], 1800, **uncached)
+        steps.run("compute-sanitizer", [*checked, str(TESTS / "on_gpu.py"), "-k", SANITIZED], 1800, **uncached)
         if fedms_ext.explain("cuda") is None:
             kernels = [*checked, str(CUDA_TESTS), "-k", "every_tile or dropout or int8 or segments"]
             steps.run("compute-sanitizer, CUDA kernels", kernels, 1800, **uncached)

@@ -7,7 +7,7 @@ import torch  # noqa: F401  first: the kernels of this package run on the OpenMP
 from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import available, explain, use_backend
-from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantisedWeight
+from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight
 from .operators.expert_linear import expert_linear
 from .quantization.quantize import dequantize, quantize
 from .reference import philox_mask
@@ -34,7 +34,7 @@ __all__ = [
     "GateAdapter",
     "LoRA",
     "PairState",
-    "QuantisedWeight",
+    "QuantizedWeight",
     "Ragged",
     "accelerate",
     "activate",

@@ -54,7 +54,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     Parameters, their names and the `state_dict`, adapters (rsLoRA included), `set_adapter`, merging, `save_pretrained`
     and the Hugging Face Trainer work as before, since only the class of each layer changes. Outputs and gradients are
     the same up to rounding; dropout is drawn from torch's default generator but with another mask, and one adapter at a
-    time. What the operator does not compute (DoRA and other variants, biases of an adapter, GPT-2's Conv1D, quantised
+    time. What the operator does not compute (DoRA and other variants, biases of an adapter, GPT-2's Conv1D, quantized
     or trained base weights, embeddings, convolutions, modules_to_save) stays as it is and is named in the result.
 
     Args:

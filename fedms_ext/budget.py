@@ -1,7 +1,7 @@
 """Cost model: operations and memory of a model whose blocks are partly trained, partly a constant prefix.
 
 Operations: one multiply-add counts as two. Counted are the Linear layers, their applied LoRA pairs, and the two
-products of attention; normalisation, activations and softmax are left out (a few percent of a transformer).
+products of attention; normalization, activations and softmax are left out (a few percent of a transformer).
 
 Memory: what a model keeps for its backward pass depends on every operator in it, so it is not worked out from the
 layers but traced: a piece of work runs on one sample and on two, and `PeakMemory` follows its tensors. The peak is
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.linear import is_linear
-from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.nn.quantized_weight import QuantizedWeight
 from fedms_ext.sparse.activation import blocks_of, prefix_depth
 
 
@@ -79,12 +79,12 @@ def trained_parameters(model: nn.Module) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, buffers and quantised weights, experts included. What several modules share counts
-    once. A quantised weight's transpose counts once a backward pass has asked for it."""
-    quantised = [m for m in model.modules() if isinstance(m, QuantisedWeight)]
-    inside = {id(t) for weight in quantised for t in weight.buffers()}
+    """Bytes of all parameters, buffers and quantized weights, experts included. What several modules share counts
+    once. A quantized weight's transpose counts once a backward pass has asked for it."""
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
+    inside = {id(t) for weight in quantized for t in weight.buffers()}
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
-    return sum(held.values()) + sum(weight.nbytes for weight in quantised)
+    return sum(held.values()) + sum(weight.nbytes for weight in quantized)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -134,7 +134,7 @@ class Memory:
 def memory_of(work: Callable[[int], object]) -> Memory:
     """The memory that `work(samples)` needs above what is held when it is called, traced with 1 and 2 samples.
 
-    Each size runs twice, and the second run counts: what is made once and kept (a quantised weight's transpose) is
+    Each size runs twice, and the second run counts: what is made once and kept (a quantized weight's transpose) is
     no part of it.
     """
     peaks = []

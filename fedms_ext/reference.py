@@ -155,7 +155,7 @@ def expert_linear_backward(
     return dx.reshape(x.shape), dgate, da, db
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) as int8 with one scale an output channel, symmetric: W is about q * scale.
 
     Returns q (N, K), float32 that holds whole numbers from -127 to 127, and scale (N,) float32.
@@ -165,11 +165,11 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale.clamp_min(INT8_TINY).unsqueeze(1)).clamp(-127, 127), scale
 
 
-# A row whose levels would lie closer than this is quantised to zeros: 1 / scale must be a float32.
+# A row whose levels would lie closer than this is quantized to zeros: 1 / scale must be a float32.
 INT8_TINY = 2.0**-100
 
 
-def quantise_rows(x: Tensor, steps: int = 255) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, steps: int = 255) -> tuple[Tensor, Tensor]:
     """The rows of an activation in so many steps from low = min(x, 0) to high = max(x, 0), and 0 is a level: x is about
     q * scale.
 
@@ -201,14 +201,14 @@ def frozen_linear(
     segments: Sequence[int] | None = None,
     steps: int = 255,
 ) -> Tensor:
-    """`expert_linear` on an int8 weight: x is quantised row by row for the frozen product, and only for that, in 255 steps
-    or, where the kernels multiply 16-bit values, in up to 4095 (`QuantisedWeight.steps`).
+    """`expert_linear` on an int8 weight: x is quantized row by row for the frozen product, and only for that, in 255 steps
+    or, where the kernels multiply 16-bit values, in up to 4095 (`QuantizedWeight.steps`).
 
     `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
-    is the result, (..., N). The gradient of x is that of the function before quantisation, which is
+    is the result, (..., N). The gradient of x is that of the function before quantization, which is
     dy (weight * weight_scale) and the LoRA part.
     """
-    q, row_scale = quantise_rows(x, steps)
+    q, row_scale = quantize_rows(x, steps)
     product = (q.double() * row_scale.double()) @ (weight.double() * weight_scale.double().unsqueeze(1)).T
     zero = torch.zeros(weight.shape[0], weight.shape[1], dtype=torch.float64, device=x.device)
     lora_a, lora_b = [a.double() for a in lora_a], [b.double() for b in lora_b]
@@ -222,7 +222,7 @@ def frozen_linear(
 # The 4-bit formats. Along K a row is cut into groups, each with one float32 scale, and
 #     W[n, k] = LEVELS[kind][code[n, k]] * scale[n, k // group].
 # Two codes share a byte: the one at an even k lies in the low nibble. Scales stay float32: at 64 values a group a weight
-# takes 4.5 bits, 14.1 % of fp32; quantising the scales too (QLoRA) would save 1.2 of these points and costs a second
+# takes 4.5 bits, 14.1 % of fp32; quantizing the scales too (QLoRA) would save 1.2 of these points and costs a second
 # rounding.
 GROUP = 64
 LEVELS = {
@@ -243,7 +243,7 @@ def _of_groups(scale: Tensor, k: int, group: int) -> Tensor:
     return scale.repeat_interleave(group, dim=1)[:, :k]
 
 
-def quantise_groups(weight: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
+def quantize_groups(weight: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """A weight (N, K) in a 4-bit format: codes (N, K) uint8, 0 to 15, and scale (N, ceil(K / group)) float32.
 
     The last group of a row may be shorter. A value divided by its scale, in float32, goes to the nearest level; from
@@ -264,8 +264,8 @@ def quantise_groups(weight: Tensor, kind: str, group: int = GROUP) -> tuple[Tens
     return codes.to(torch.uint8), scale
 
 
-def dequantise_groups(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> Tensor:
-    """The weight (N, K), float32, of `quantise_groups`' codes and scale."""
+def dequantize_groups(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> Tensor:
+    """The weight (N, K), float32, of `quantize_groups`' codes and scale."""
     levels = torch.tensor(LEVELS[kind], device=codes.device)
     return levels[codes.long()] * _of_groups(scale, codes.shape[1], group)
 
@@ -282,7 +282,7 @@ def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
 
 
 def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """A 4-bit weight as the CPU multiplies by it: int8 with one scale an output channel, like `quantise_weight`.
+    """A 4-bit weight as the CPU multiplies by it: int8 with one scale an output channel, like `quantize_weight`.
 
     A group's scale is rounded to 1/2048 of the row's largest, and a level to 1/1008 of the format's: the product of
     these whole numbers, rounded, is the int8 value (pmulhrsw on x86, sqrdmulh on Arm), from -63 to 63: so AVX2 can add

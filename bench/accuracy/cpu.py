@@ -4,7 +4,7 @@
 
 512 sentences of the built-in sentiment data. Errors are relative (Frobenius norm), of every Linear layer of the blocks
 fed with the input that it has in fp32: its output, and the gradient of its input from that of a cross-entropy on the
-pooled features. The cosine is that of the sentences' embeddings with those of the fp32 model, all layers quantised.
+pooled features. The cosine is that of the sentences' embeddings with those of the fp32 model, all layers quantized.
 Memory is what a fresh process holds, by the system's count, before and after `fedms_ext.quantize`.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedms import data, models
 from fedms.config import load_config
 from fedms.training.memory import hand_back_large_blocks, reset_peak_memory, resident_memory
-from fedms_ext import FrozenLinear, QuantisedWeight, quantize
+from fedms_ext import FrozenLinear, QuantizedWeight, quantize
 from fedms_ext.quantization.formats import KINDS
 
 SENTENCES, BATCH = 512, 64
@@ -73,33 +73,33 @@ def error(got: Tensor, want: Tensor) -> float:
 def errors(layer: nn.Linear, x: Tensor, dy: Tensor, kind: str) -> tuple[float, float]:
     """Of the output and of dx, in percent."""
     x = x.clone().requires_grad_()
-    y = FrozenLinear(QuantisedWeight(layer.weight, kind), layer.bias)(x)
+    y = FrozenLinear(QuantizedWeight(layer.weight, kind), layer.bias)(x)
     y.backward(dy)
     return error(y.detach(), layer(x).detach()), error(x.grad, dy @ layer.weight)
 
 
 def memory_shares(kind: str) -> tuple[float, float]:
-    """What the process holds of MiniLM's Linear weights, in percent of their size in fp32: as quantised, and once dx has
+    """What the process holds of MiniLM's Linear weights, in percent of their size in fp32: as quantized, and once dx has
     been asked for in every layer."""
     hand_back_large_blocks()
     module = models.load(CONFIG.model).module
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()  # as loaded they are mapped from the file
-    QuantisedWeight(torch.randn(1536, 1536), kind).for_dx()  # loads the code, which would count as the weights' memory
+    QuantizedWeight(torch.randn(1536, 1536), kind).for_dx()  # loads the code, which would count as the weights' memory
     reset_peak_memory()  # which hands freed memory back
     before = resident_memory()
     quantize(module, kind)
-    weights = [m for m in module.modules() if isinstance(m, QuantisedWeight)]
+    weights = [m for m in module.modules() if isinstance(m, QuantizedWeight)]
     full = sum(4 * n * k for n, k in (weight.shape for weight in weights))
 
     def share() -> float:
         reset_peak_memory()
         return 100 * (1 - (before - resident_memory()) / full)
 
-    quantised = share()
+    quantized = share()
     for weight in weights:
         weight.for_dx()
-    return quantised, share()
+    return quantized, share()
 
 
 def main() -> None:
@@ -112,9 +112,9 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for kind in KINDS:
         layers = list(zip(*(errors(*layer, kind) for layer in recorded)))
-        quantised = models.load(CONFIG.model)
-        quantize(quantised.module, kind)
-        cosine = nn.functional.cosine_similarity(case.embeddings(quantised), want)
+        quantized = models.load(CONFIG.model)
+        quantize(quantized.module, kind)
+        cosine = nn.functional.cosine_similarity(case.embeddings(quantized), want)
         with context.Pool(1) as fresh:
             held = fresh.apply(memory_shares, (kind,))
         print(f"| `{kind}` | " + " | ".join(f"{sum(e) / len(e):.3g}, {max(e):.3g}" for e in layers)

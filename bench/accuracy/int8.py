@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from bench.accuracy.cpu import Case, error
 from torch import Tensor
 
-from fedms_ext.reference import quantise_rows, quantise_weight
+from fedms_ext.reference import quantize_rows, quantize_weight
 
 ROWS = 2048
 
 
 def weight_of(w: Tensor) -> Tensor:
-    q, scale = quantise_weight(w)
+    q, scale = quantize_weight(w)
     return q * scale.unsqueeze(1)
 
 
 def rows_of(x: Tensor, steps: int = 255) -> Tensor:
-    q, scale = quantise_rows(x, steps)
+    q, scale = quantize_rows(x, steps)
     return q * scale
 
 

@@ -1,5 +1,5 @@
 """Linear probe of a pretrained model: logistic regression on its frozen features, beside the same network untrained and
-raw pixels. Both parts are of the public half, so that nothing about clients' images is learnt by choosing a recipe.
+raw pixels. Both parts are of the public half, so that nothing about clients' images is learned by choosing a recipe.
 
     python -m bench.accuracy.pretrained [vit-fashion] [--train 6000] [--test 4000]
 """

@@ -1,6 +1,6 @@
 """FedAvg of LoRA with pfl-research (PyPI `pfl`) beside the embedded engine: `python -m bench.federated.pfl_research --help`.
 
-The same foundation model (MiniLM), samples, clients, LoRA shapes and initial values, trained head, local optimiser,
+The same foundation model (MiniLM), samples, clients, LoRA shapes and initial values, trained head, local optimizer,
 clipping, batch size and rounds; all clients in every round, all blocks trained. On pfl's side the LoRA layers are PEFT's,
 as a user of pfl would have them, and local batches come in the order of the samples, as pfl gives them (ours are
 shuffled). Our rounds also judge the received model on each client's validation samples, send what is trained through the

@@ -4,7 +4,7 @@
     fedms compare fashion --methods fedms --seeds 3 --out runs/all --set sal.schedule=all
     python -m bench.federated.schedules runs/progressive runs/all --figure schedules.svg
 
-Accuracies are the clients' personalised test accuracies; operations are all that the clients did in training. Both are
+Accuracies are the clients' personalized test accuracies; operations are all that the clients did in training. Both are
 compared with the last folder's, seed by seed. The picture shows validation accuracy over operations.
 """
 
@@ -36,9 +36,9 @@ def main() -> None:
     base = runs[arguments.folders[-1].name]
 
     def accuracy(run: RunRecords) -> float:
-        return 100 * run.summary["personalised_accuracy"]["mean"]
+        return 100 * run.summary["personalized_accuracy"]["mean"]
 
-    print("| schedule | seeds | personalised, % | points over the last | TFLOP | of the last's | depth at the end |")
+    print("| schedule | seeds | personalized, % | points over the last | TFLOP | of the last's | depth at the end |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, found in runs.items():
         seeds = sorted(found.keys() & base.keys())

@@ -58,10 +58,10 @@ def interleaved(
     return {name: np.array(values) for name, values in taken.items()}
 
 
-def summarise(values: np.ndarray) -> Spread:
+def summarize(values: np.ndarray) -> Spread:
     return Spread(float(np.median(values)), float(np.percentile(values, 20)), float(np.percentile(values, 80)))
 
 
 def ratio(seconds: np.ndarray, base: np.ndarray) -> Spread:
     """Of `seconds` over `base`, turn by turn: above 1 is slower than the base."""
-    return summarise(seconds / base)
+    return summarize(seconds / base)

@@ -23,14 +23,14 @@ from bench.peers import SHAPES, peft_linear
 from torch import Tensor, nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantisedWeight
+from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantizedWeight
 from fedms_ext.backends import cpu
-from fedms_ext.reference import quantise_weight
+from fedms_ext.reference import quantize_weight
 
 
 def int_mm(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     """torch's integer product with the same symmetric scales, a row of x and a row of the weight each."""
-    q, scale = quantise_weight(weight)
+    q, scale = quantize_weight(weight)
     q_t = q.to(torch.int8).t()
 
     def call(x: Tensor) -> Tensor:
@@ -40,18 +40,18 @@ def int_mm(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def quantised(k: int, n: int, rank: int, kind: str) -> ExpertLinear:
+def quantized(k: int, n: int, rank: int, kind: str) -> ExpertLinear:
     layer = ExpertLinear.from_linear(nn.Linear(k, n), {"e": LoRA(rank, 16)})
     nn.init.normal_(layer.lora_b["e"])
     layer.set_state("e", "trained")
-    layer.freeze(QuantisedWeight(layer.weight, kind))
+    layer.freeze(QuantizedWeight(layer.weight, kind))
     return layer
 
 
 def candidates(rows: int, k: int, n: int, rank: int, backward: bool) -> dict[str, Callable[[], object]]:
     base = nn.Linear(k, n).requires_grad_(False)
     in_peft = peft_linear(nn.Linear(k, n).requires_grad_(False), rank)
-    ours = quantised(k, n, rank, "int8")
+    ours = quantized(k, n, rank, "int8")
     pair = [p for p in in_peft.parameters() if p.requires_grad]
     torch._dynamo.reset()
     layers: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
@@ -66,8 +66,8 @@ def candidates(rows: int, k: int, n: int, rank: int, backward: bool) -> dict[str
             layers["quantize_dynamic, no LoRA"] = (torch.ao.quantization.quantize_dynamic(nn.Sequential(base)), [])
         if rows > 16:   # which is what it asks for
             layers["_int_mm, no LoRA"] = (int_mm(base.weight, base.bias), [])
-        layers["ours, fp16"] = (quantised(k, n, rank, "fp16"), [])
-        layers["ours, nf4"] = (quantised(k, n, rank, "nf4"), [])
+        layers["ours, fp16"] = (quantized(k, n, rank, "fp16"), [])
+        layers["ours, nf4"] = (quantized(k, n, rank, "nf4"), [])
         low = nn.Linear(k, n).requires_grad_(False).bfloat16()
         layers["bf16 F.linear, no LoRA"] = (lambda x: low(x.bfloat16()).float(), [])
     x, dy = torch.randn(rows, k), torch.randn(rows, n)
@@ -95,7 +95,7 @@ COLUMNS = ("ours, fp16", "ours, nf4", "PEFT", "PEFT compiled", "quantize_dynamic
 def table() -> Iterator[dict[str, list[str]]]:
     lines: dict[str, list[str]] = {
         f"rows; K -> N | r | pass | F.linear, us | ours, int8 | PEFT over ours | {' | '.join(COLUMNS)}": [],
-        "rows; K -> N | quantise x and the call itself, % | S = x A^T | products | expansion | products, GMAC/s | F.linear, GMAC/s": [],
+        "rows; K -> N | quantize x and the call itself, % | S = x A^T | products | expansion | products, GMAC/s | F.linear, GMAC/s": [],
     }
     yield lines
     info = fedms_ext.build_info()
@@ -130,7 +130,7 @@ def test_layer(benchmark, table, name, rank, backward):
 @pytest.mark.parametrize("rows", [16, 64, 128, 256])
 def test_few_rows(benchmark, rows):
     """A weight of fp16 made float32 in the registers, or written out: what `_FEW_ROWS` of the CPU backend decides."""
-    layer, x = FrozenLinear(QuantisedWeight(torch.randn(768, 768), "fp16")), torch.randn(rows, 768)
+    layer, x = FrozenLinear(QuantizedWeight(torch.randn(768, 768), "fp16")), torch.randn(rows, 768)
 
     def call(few_rows: int) -> Callable[[], object]:
         def forward() -> object:
@@ -158,24 +158,24 @@ def test_phases(benchmark, table, name):
     x, base = torch.randn(rows, k), nn.Linear(k, n).requires_grad_(False)
     layers = {
         "F.linear": base,
-        "all": quantised(k, n, 8, "int8"),
-        "no LoRA": FrozenLinear(QuantisedWeight(base.weight)),
-        "x alone": quantised(k, 16, 8, "int8"),
-        "x alone, no LoRA": FrozenLinear(QuantisedWeight(base.weight[:16])),
+        "all": quantized(k, n, 8, "int8"),
+        "no LoRA": FrozenLinear(QuantizedWeight(base.weight)),
+        "x alone": quantized(k, 16, 8, "int8"),
+        "x alone, no LoRA": FrozenLinear(QuantizedWeight(base.weight[:16])),
     }
     with torch.no_grad():
         turns = interleaved({what: lambda layer=layer: layer(x) for what, layer in layers.items()}, seconds=1.0)
     taken = {what: float(np.median(values)) for what, values in turns.items()}
     # Without what the products of that one panel take, of which the whole has n / 16.
     one_panel = (taken["no LoRA"] - taken["x alone, no LoRA"]) / (n / 16 - 1)
-    quantise = taken["x alone, no LoRA"] - one_panel
+    quantize = taken["x alone, no LoRA"] - one_panel
     shrink = taken["x alone"] - taken["x alone, no LoRA"]
-    products = taken["no LoRA"] - quantise
+    products = taken["no LoRA"] - quantize
     expand = taken["all"] - taken["no LoRA"] - shrink
     macs = rows * k * n / 1e9
     benchmark.extra_info.update(rows=rows, k=k, n=n, seconds=taken)
     _, head = table
     table[head].append(" | ".join([
-        f"{rows}; {k} -> {n}", *(f"{100 * part / taken['all']:.0f}" for part in (quantise, shrink, products, expand)),
+        f"{rows}; {k} -> {n}", *(f"{100 * part / taken['all']:.0f}" for part in (quantize, shrink, products, expand)),
         f"{macs / products:.0f}", f"{macs / taken['F.linear']:.0f}"]))  # fmt: skip
     benchmark.pedantic(lambda: layers["all"](x), rounds=3)

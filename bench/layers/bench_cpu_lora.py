@@ -14,7 +14,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from bench.harness.timing import interleaved, ratio, summarise
+from bench.harness.timing import interleaved, ratio, summarize
 from bench.peers import SHAPES, peft_linear
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ def test_layer(benchmark, table, name, rank, backward):
     rows, k, n = SHAPES[name]
     candidates = Case(rows, k, n, rank).candidates(backward)
     seconds = interleaved(candidates)
-    bare = summarise(seconds["bare"]).median
+    bare = summarize(seconds["bare"]).median
     over_bare = {peer: ratio(seconds[peer], seconds["bare"]) for peer in PEERS}
     gain = ratio(seconds["PEFT"], seconds["ours, cpu backend"])
     benchmark.extra_info.update(

@@ -43,13 +43,13 @@ def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], ob
 
 
 def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def call() -> object:
         loss = model(**batch).last_hidden_state.square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss
 
     return call

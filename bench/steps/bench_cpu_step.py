@@ -66,13 +66,13 @@ def step(model: nn.Module) -> Callable[[], object]:
     batch, labels = inputs(), torch.randint(0, 2, (32,))
     head = nn.Linear(384, 2)
     trained = [*(p for p in model.parameters() if p.requires_grad), *head.parameters()]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def call() -> object:
         loss = nn.functional.cross_entropy(head(model(**batch).last_hidden_state.mean(1)), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss
 
     return call

@@ -67,13 +67,13 @@ def with_peft(model: Encoder, rank: int, depth: int) -> nn.Module:
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], object]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, capturable=x.is_cuda, foreach=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=x.is_cuda, foreach=True)
 
     def call() -> Tensor:
         loss = model(x).float().square().mean()
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
         return loss
 
     return call

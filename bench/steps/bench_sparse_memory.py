@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 from bench.cases import MINILM, Step
-from bench.harness.timing import interleaved, ratio, summarise
+from bench.harness.timing import interleaved, ratio, summarize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,13 +31,13 @@ class MicroBatches(Step):
         self.parts = parts
 
     def __call__(self) -> None:
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         whole, labels = self.batch, self.labels
         for part in torch.arange(len(labels)).chunk(self.parts):
             self.batch = {name: value[part] for name, value in whole.items()}
             nn.functional.cross_entropy(self.head(self.hidden().mean(1)), labels[part], reduction="sum").backward()
         self.batch = whole
-        self.optimiser.step()
+        self.optimizer.step()
 
 
 def checkpointed() -> Step:
@@ -58,6 +58,6 @@ def test_memory(benchmark):
         with PeakMemory() as memory:
             step()
         over = ratio(seconds[name], seconds[WHOLE])
-        benchmark.extra_info[name] = {"seconds": asdict(summarise(seconds[name])), "peak": memory.peak}
+        benchmark.extra_info[name] = {"seconds": asdict(summarize(seconds[name])), "peak": memory.peak}
         print(f"| {name} | {over} | {memory.peak / 2**20:.0f} |")
     benchmark.pedantic(steps[WHOLE], rounds=2)

@@ -17,13 +17,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from bench.cases import MINILM, VIT_B, CachedStep, Case, Step
-from bench.harness.timing import interleaved, ratio, summarise
+from bench.harness.timing import interleaved, ratio, summarize
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fedms_ext
 from fedms_ext.budget import PeakMemory
-from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.nn.quantized_weight import QuantizedWeight
 
 ALL, SAME = "PEFT, all blocks", "PEFT, the same blocks"
 
@@ -31,7 +31,7 @@ ALL, SAME = "PEFT, all blocks", "PEFT, the same blocks"
 def kept_bytes(step: Step) -> int:
     """Bytes of the tensors that a step keeps for its backward pass, each storage counted once. The model's weights are
     not among them: they are there anyway."""
-    transposed = [t for m in step.model.modules() if isinstance(m, QuantisedWeight) for t in m.for_dx()]
+    transposed = [t for m in step.model.modules() if isinstance(m, QuantizedWeight) for t in m.for_dx()]
     weights = {t.untyped_storage().data_ptr()
                for t in (*step.model.parameters(), *step.model.buffers(), *transposed) if t is not None}
     storages: dict[int, int] = {}
@@ -110,9 +110,9 @@ def test_step(benchmark, case):
     kept, peak = ({name: of(step) for name, step in steps.items()} for of in (kept_bytes, peak_bytes))
     for name in steps:
         over_all, over_same = (ratio(seconds[peer], seconds[name]) for peer in (ALL, SAME))
-        benchmark.extra_info[name] = {"seconds": asdict(summarise(seconds[name])), "over_all": asdict(over_all),
+        benchmark.extra_info[name] = {"seconds": asdict(summarize(seconds[name])), "over_all": asdict(over_all),
                                       "over_same": asdict(over_same), "kept": kept[name], "peak": peak[name]}
-        print(f"| {name} | {1e3 * summarise(seconds[name]).median:.0f} | {over_all} | {over_same} "
+        print(f"| {name} | {1e3 * summarize(seconds[name]).median:.0f} | {over_all} | {over_same} "
               f"| {kept[name] / 2**20:.1f} | {kept[name] / kept[ALL]:.2f} | {peak[name] / 2**20:.1f} "
               f"| {peak[name] / peak[ALL]:.2f} |")
     print(f"\n| share of the time | {' | '.join([*KINDS, 'rest'])} |\n| --- |{' ---: |' * (len(KINDS) + 1)}")

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from bench.cases import CLASSES, MINILM, RANK, VIT_B, Case, Step
-from bench.harness.timing import interleaved, ratio, summarise
+from bench.harness.timing import interleaved, ratio, summarize
 from torch import Tensor
 
 import fedms_ext
@@ -81,8 +81,8 @@ class PeftVisit:
     def __init__(self, case: Case, batches: int) -> None:
         model = case.theirs(case.blocks)
         self.batches = [Step(case, model, case.batch()) for _ in range(batches + 1)]
-        for step in self.batches:       # one head and one optimiser
-            step.head, step.optimiser = self.batches[0].head, self.batches[0].optimiser
+        for step in self.batches:       # one head and one optimizer
+            step.head, step.optimizer = self.batches[0].head, self.batches[0].optimizer
 
     def __call__(self) -> None:
         judged, *trained = self.batches
@@ -109,6 +109,6 @@ def test_visit(benchmark, case, batches):
     for name in visits:
         over = ratio(seconds[PEFT], seconds[name])
         stages = ratio(seconds[name], seconds[name.replace("stage 2", "stage 1")])
-        benchmark.extra_info[name] = {"seconds": asdict(summarise(seconds[name])), "over_peft": asdict(over)}
-        print(f"| {name} | {summarise(seconds[name]).median:.2f} | {over} | {stages if 'stage 2' in name else ''} |")
+        benchmark.extra_info[name] = {"seconds": asdict(summarize(seconds[name])), "over_peft": asdict(over)}
+        print(f"| {name} | {summarize(seconds[name]).median:.2f} | {over} | {stages if 'stage 2' in name else ''} |")
     benchmark.pedantic(visits["fp32, stage 1, later"], rounds=2)

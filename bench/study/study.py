@@ -24,11 +24,11 @@ from fedms.foreign import parse_json
 from fedms.progress import Progress
 from fedms.runs.workers import in_processes
 from fedms.storage.durable import FolderLock, write_durably
-from fedms.storage.records import RunFolderError, RunRecords
+from fedms.storage.records import RunFolderError, RunRecords, renamed
 
 SEEDS = (0, 1, 2)
 FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
-PERSONALISED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
+PERSONALIZED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
 REST = tuple(method for method in METHODS if method not in FIRST)
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
@@ -187,7 +187,7 @@ def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: in
             except OSError as error:
                 raise RunFolderError(f"{records}: cannot be written: {error.strerror}") from error
             left -= 1
-            say(f"{run.title}: {100 * line['personalised_accuracy']['mean']:.1f} % in {line['seconds']:.0f} s; "
+            say(f"{run.title}: {100 * line['personalized_accuracy']['mean']:.1f} % in {line['seconds']:.0f} s; "
                 f"{left} runs to do")
         return left
     finally:
@@ -220,7 +220,7 @@ def _record(run: Planned, progress: Progress, stop: Callable[[], bool], *, work:
         summary = go(overwrite=True)
     assert summary is not None          # test data are read
     past = RunRecords.read(folder)
-    keep = ("personalised_accuracy", "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate",
+    keep = ("personalized_accuracy", "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate",
             "final_depth", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
     return {"config": run.values} | _rounded({
         "setting": run.setting.name, "label": run.label, "method": run.config.run.method, "seed": run.config.run.seed,
@@ -271,8 +271,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            line = parse_json(text)
-            line["config"]["run"], line["label"], line["personalised_accuracy"]["mean"]
+            line = renamed(parse_json(text))
+            line["config"]["run"], line["label"], line["personalized_accuracy"]["mean"]
         except (ValueError, TypeError, KeyError) as error:
             raise RunFolderError(f"{path}, line {number}: not a record of the study ({error}); remove the line") from None
         lines.append(line)
@@ -351,7 +351,7 @@ def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], sourc
         parts.append(f"## {setting.title}")
         parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
         if here:
-            parts.append(f"![Personalised test accuracy of each client, by method]({pictures}/{setting.name}.svg)")
+            parts.append(f"![Personalized test accuracy of each client, by method]({pictures}/{setting.name}.svg)")
             parts.append("*One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth.*")
             if missing:
                 parts.append(f"Not run yet: {missing}.")
@@ -394,10 +394,10 @@ def _setting_part(setting: Setting, done: Sequence[Done], margins: list[tuple[fl
     seeds = [str(row["seeds"]) for row in rows]
     header, cells = [header[0], "seeds", *header[1:]], [[c[0], n, *c[1:]] for c, n in zip(cells, seeds)]
     parts = [_provenance(setting, done), _table(header, cells)]
-    scores = {row["method"]: row["personalised"].mean for row in rows}
+    scores = {row["method"]: row["personalized"].mean for row in rows}
     sentences = []
     for ours in ("fedms", "fedms_plus"):
-        best = max((m for m in PERSONALISED if m in scores), key=scores.get, default=None)
+        best = max((m for m in PERSONALIZED if m in scores), key=scores.get, default=None)
         against = [m for m in ("fedavg", best, "local") if m in scores]
         if ours not in scores or not against:
             continue
@@ -405,7 +405,7 @@ def _setting_part(setting: Setting, done: Sequence[Done], margins: list[tuple[fl
         known = {m: gap for m, gap in gaps.items() if gap is not None}
         place = 1 + sum(scores[m] > scores[ours] for m in scores)
         sentences.append(f"- `{ours}` is number {place} of {len(scores)}: " + ", ".join(
-            f"{_signed(gap)} against `{m}`" + (" (the best other personalised method)" if m == best else "")
+            f"{_signed(gap)} against `{m}`" + (" (the best other personalized method)" if m == best else "")
             for m, gap in known.items()) + ".")
         if ours == "fedms":
             margins += [(gap[0], f"{_signed(gap)} points against `{m}` ({setting.title}; {100 * scores[ours]:.1f} against "
@@ -465,12 +465,12 @@ def _ablation_part(done: Sequence[Done], planned: Sequence[Planned], of_run: Map
         own = [line for line in here if line["label"] == label]
         gap = _gap(runs, label, method if method == "fedms_plus" else "fedms")
         if own:
-            mean, worst = (report.Stat.of(line["personalised_accuracy"][key] for line in own) for key in ("mean", "worst10"))
+            mean, worst = (report.Stat.of(line["personalized_accuracy"][key] for line in own) for key in ("mean", "worst10"))
             rows.append([label, str(len(own)), report.percent(mean), report.percent(worst),
                          _signed(gap) if gap else "–"])
     if not rows:
         return [*parts, "No run is done yet."]
-    parts.append(_table(["run", "seeds", "personalised %", "worst 10 % of clients %", "points against the whole method"], rows))
+    parts.append(_table(["run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
     if missing := _missing(wanted, of_run):
         parts.append(f"Not run yet: {missing}.")
     return parts
@@ -485,8 +485,8 @@ def _as_run(line: Mapping[str, Any]) -> RunRecords:
 def _gap(runs: Sequence[RunRecords], ours: str, theirs: str) -> tuple[float, float] | None:
     """Mean over clients and seeds of the difference of their accuracies, and half the width of its 95 % interval."""
     def scores(method: str) -> dict[tuple[int, int], float]:
-        return {(run.seed, client["id"]): client["accuracy"]["personalised"] for run in runs if run.method == method
-                for client in run.clients if not client["unseen"] and "personalised" in client["accuracy"]}
+        return {(run.seed, client["id"]): client["accuracy"]["personalized"] for run in runs if run.method == method
+                for client in run.clients if not client["unseen"] and "personalized" in client["accuracy"]}
 
     first, second = scores(ours), scores(theirs)
     gaps = [first[key] - second[key] for key in first.keys() & second.keys()]

@@ -97,7 +97,7 @@ FEDMS_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
 FEDMS_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the copies of the tensor memory accelerator.
+// Makes initialized barriers visible to the copies of the tensor memory accelerator.
 FEDMS_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 FEDMS_DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");

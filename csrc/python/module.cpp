@@ -282,12 +282,12 @@ void nibbles_unpack(int64_t k, py::handle packed, py::handle q) {
   fedms::nibbles_unpack(to.rows(), k, from.data(), from.columns(), to.data());
 }
 
-void nibbles_dequantise(int64_t group, py::handle packed, py::handle scale, py::handle weight) {
+void nibbles_dequantize(int64_t group, py::handle packed, py::handle scale, py::handle weight) {
   const MatrixOf<uint8_t> from("packed", packed);
   const Matrix scales("scale", scale), to("weight", weight);
   scales.expect(to.rows(), (to.columns() + group - 1) / group);
   const py::gil_scoped_release unlocked;
-  fedms::nibbles_dequantise(to.rows(), to.columns(), group, from.data(), from.columns(), scales.data(), to.data());
+  fedms::nibbles_dequantize(to.rows(), to.columns(), group, from.data(), from.columns(), scales.data(), to.data());
 }
 
 // A weight of 4 bits has its scale inside.
@@ -471,14 +471,14 @@ PYBIND11_MODULE(_C, m) {
         "Packs weight (n, k) int8 into packed (int8_packed_size(n, k),) uint8, for the instruction set used now.");
   m.def("int8_unpack", &int8_unpack, py::arg("packed"), py::arg("weight"), "The inverse of int8_pack.");
   m.def("int8_steps", &int8_steps, py::arg("packed"),
-        "In how many steps x is quantised for this packed weight of int8 or 4 bits.");
+        "In how many steps x is quantized for this packed weight of int8 or 4 bits.");
   m.def("nibbles_packed_size", &nibbles_packed_size, py::arg("n"), py::arg("k"), py::arg("group"),
         "Bytes of a packed 4-bit weight (n, k).");
   m.def("nibbles_pack", &nibbles_pack, py::arg("k"), py::arg("group"), py::arg("levels"), py::arg("q"),
         py::arg("scale"), py::arg("packed"),
         "Packs q (n, ceil(k / 2)) uint8 and scale (n, ceil(k / group)); see csrc/include/fedms/int8.h.");
   m.def("nibbles_unpack", &nibbles_unpack, py::arg("k"), py::arg("packed"), py::arg("q"), "The inverse: q alone.");
-  m.def("nibbles_dequantise", &nibbles_dequantise, py::arg("group"), py::arg("packed"), py::arg("scale"),
+  m.def("nibbles_dequantize", &nibbles_dequantize, py::arg("group"), py::arg("packed"), py::arg("scale"),
         py::arg("weight"), "Writes the weight (n, k).");
   m.def("int8_forward", &int8_forward, py::arg("x"), py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),

@@ -70,7 +70,7 @@ class Lora(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """The data and the scale of a QuantisedWeight that stands for (n, k); in a backward pass what its `for_dx` gave,
+    """The data and the scale of a QuantizedWeight that stands for (n, k); in a backward pass what its `for_dx` gave,
     None where dx is not needed."""
 
     data: Tensor | None

@@ -373,7 +373,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple
 
 
 def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
-    """`forward` on an int8 weight, made wide where a tile is multiplied; x is not quantised."""
+    """`forward` on an int8 weight, made wide where a tile is multiplied; x is not quantized."""
     if not _in_kernels(x, frozen.n, lora) or frozen.data.dtype != torch.int8 or frozen.k % 16:
         return other(x).frozen_forward(x, frozen, bias, lora)
     return _forward(x, frozen.data, frozen.scale, bias, lora)
@@ -434,7 +434,7 @@ def _backward(
 
     dx = None
     if needs.dx:
-        # An int8 weight is its own transpose, quantised apart, so its ranks lie along it too.
+        # An int8 weight is its own transpose, quantized apart, so its ranks lie along it too.
         f, rank = call.a, len(call.a)
         if w_scale is not None:
             f = _rows(F.pad(f.t(), (0, _padded(rank) - rank)))

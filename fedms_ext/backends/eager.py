@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantization.formats import dequantise
+from ..quantization.formats import dequantize
 from ..reference import dropout
 from .base import Frozen, Gradients, Lora, Needs, Scales, plain_numbers
 
@@ -118,8 +118,8 @@ def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor
 def frozen_forward(
     x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora, run: Callable[..., tuple[Tensor, Tensor]] = forward
 ) -> tuple[Tensor, Tensor]:
-    """`forward`, or that of another backend, on a quantised weight, expanded to x's dtype."""
-    expanded = dequantise(frozen.data, frozen.scale, frozen.kind, frozen.group, frozen.k).to(x.dtype)
+    """`forward`, or that of another backend, on a quantized weight, expanded to x's dtype."""
+    expanded = dequantize(frozen.data, frozen.scale, frozen.kind, frozen.group, frozen.k).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if not lora.a:
         return F.linear(x, expanded, bias), x.new_empty(x.shape[:-1].numel(), 0)
@@ -130,7 +130,7 @@ def frozen_backward(
     dy: Tensor, x: Tensor | None, frozen: Frozen, lora: Lora, s: Tensor | None, needs: Needs,
     run: Callable[..., Gradients] = backward,
 ) -> Gradients:  # fmt: skip
-    """`backward`, or that of another backend, on a quantised weight."""
+    """`backward`, or that of another backend, on a quantized weight."""
     expanded = expand_for_dx(*frozen).to(dy.dtype) if needs.dx else dy.new_empty(frozen.n, 0)
     if not lora.a:
         return dy @ expanded, None, [], []
@@ -140,5 +140,5 @@ def frozen_backward(
 def expand_for_dx(weight: Tensor, weight_scale: Tensor, kind: str, group: int, n: int, k: int) -> Tensor:
     """The weight (n, k), float32, that dx is computed with."""
     if kind == "int8":
-        return dequantise(weight, weight_scale, kind, group, n).t()
-    return dequantise(weight, weight_scale, kind, group, k)
+        return dequantize(weight, weight_scale, kind, group, n).t()
+    return dequantize(weight, weight_scale, kind, group, k)

@@ -36,7 +36,7 @@ class LoRA:
         rank: inner dimension r, at least 1.
         alpha: numerator of the scale, which is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`.
         dropout: probability in [0, 1) of dropping an input of the LoRA branch while it is trained.
-        rslora: rank-stabilised scale.
+        rslora: rank-stabilized scale.
 
     Raises:
         ValueError: if a value lies outside its range.
@@ -92,9 +92,9 @@ class ExpertLinear(FrozenLinear):
     """`y = x W^T + b + sum over applied experts e of s_e * g_e * (x A_e^T) B_e^T`.
 
     A drop-in for `nn.Linear`: `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never get
-    a gradient. Expert `e` adds `lora_a[e]` (r_e, K), initialised as PEFT does (Kaiming uniform, a = sqrt 5), and
+    a gradient. Expert `e` adds `lora_a[e]` (r_e, K), initialized as PEFT does (Kaiming uniform, a = sqrt 5), and
     `lora_b[e]` (N, r_e), which starts at zero, so that a new expert changes nothing. Both are float32, and stay so
-    whatever the weight is or becomes (`half()`, a state dict of bf16, quantisation): in half precision an optimiser's
+    whatever the weight is or becomes (`half()`, a state dict of bf16, quantization): in half precision an optimizer's
     steps round to nothing or overflow. On a float64 weight they are float64.
 
     Each pair is off, frozen or trained (`PairState`): one that is applied is trained where its tensors ask for a gradient,
@@ -275,7 +275,7 @@ class ExpertLinear(FrozenLinear):
         """Raises what `merge` does, but for values that are not finite."""
         self._check_has(expert)
         if self.frozen is not None:
-            raise RuntimeError("the weight is quantised, so nothing can be merged into it; call fedms_ext.dequantize "
+            raise RuntimeError("the weight is quantized, so nothing can be merged into it; call fedms_ext.dequantize "
                                "with the original weights first")
         if self.merged is not None:
             raise RuntimeError(f"expert {self.merged[0]!r} is merged already; unmerge it first")
@@ -296,7 +296,7 @@ class ExpertLinear(FrozenLinear):
 
         Raises:
             KeyError: if the layer has no such expert.
-            RuntimeError: if the expert is off, an expert is merged already, a gate is set, or the weight is quantised.
+            RuntimeError: if the expert is off, an expert is merged already, a gate is set, or the weight is quantized.
             ValueError: if the merged weight would hold an infinity or a NaN.
         """
         self.check_merge(expert)
@@ -352,7 +352,7 @@ class ExpertLinear(FrozenLinear):
 
     def leave(self) -> None:
         """Makes the layer what it was before its experts joined it, in place; the experts are dropped (merge first to keep
-        one). A `FrozenLinear` if the weight is quantised."""
+        one). A `FrozenLinear` if the weight is quantized."""
         del self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.merged
         super().leave()
 

@@ -1,4 +1,4 @@
-"""`FrozenLinear`: a linear layer whose weight is frozen and may be quantised."""
+"""`FrozenLinear`: a linear layer whose weight is frozen and may be quantized."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedms_ext.nn.linear import is_conv1d, is_transposed
-from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.nn.quantized_weight import QuantizedWeight
 from fedms_ext.operators.frozen import frozen_linear
 
 
 class FrozenLinear(nn.Linear):
-    """`y = x W^T + b` with a `QuantisedWeight` in the place of W.
+    """`y = x W^T + b` with a `QuantizedWeight` in the place of W.
 
-    On the CPU x is quantised too, row by row, and the sums of products are exact. Elsewhere the weight is
-    expanded to x's dtype. The gradient of x comes from a weight that is quantised apart (`transposed`).
+    On the CPU x is quantized too, row by row, and the sums of products are exact. Elsewhere the weight is
+    expanded to x's dtype. The gradient of x comes from a weight that is quantized apart (`transposed`).
 
     A layer of a model becomes one by a change of its class (`take`), so that it stays the same object: its hooks, its
-    other attributes and all references to it stay. Code that reads `weight` gets the weight that the quantised one stands
+    other attributes and all references to it stay. Code that reads `weight` gets the weight that the quantized one stands
     for, made anew at every read, in the dtype of the original one; it is no parameter and not in the `state_dict`.
 
     Args:
@@ -26,9 +26,9 @@ class FrozenLinear(nn.Linear):
         bias: (N,) or None. It gets no gradient.
     """
 
-    frozen: QuantisedWeight | None
+    frozen: QuantizedWeight | None
 
-    def __init__(self, frozen: QuantisedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, frozen: QuantizedWeight, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = frozen.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -47,7 +47,7 @@ class FrozenLinear(nn.Linear):
         return layer
 
     def leave(self) -> None:
-        """Makes the layer what it was before `take`, in place; a `FrozenLinear` while its weight is quantised."""
+        """Makes the layer what it was before `take`, in place; a `FrozenLinear` while its weight is quantized."""
         if self.frozen is not None:
             self.__class__ = FrozenLinear
             return
@@ -61,7 +61,7 @@ class FrozenLinear(nn.Linear):
         frozen = self.__dict__.get("_modules", {}).get("frozen") if name == "weight" else None
         if frozen is None or "weight" in self._parameters:
             return super().__getattr__(name)
-        return self._as_stored(frozen.dequantise().to(frozen.dtype))
+        return self._as_stored(frozen.dequantize().to(frozen.dtype))
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
         """(N, K) as the weight of the layer's own class has it, and the other way round: a Conv1D has (K, N)."""
@@ -74,13 +74,13 @@ class FrozenLinear(nn.Linear):
             weight = self.weight
         return weight if self.plain is nn.Linear else self._as_stored(weight)
 
-    def freeze(self, frozen: QuantisedWeight) -> None:
-        """Takes a quantised weight (N, K) in the place of `weight`; see `fedms_ext.quantize`."""
+    def freeze(self, frozen: QuantizedWeight) -> None:
+        """Takes a quantized weight (N, K) in the place of `weight`; see `fedms_ext.quantize`."""
         del self.weight
         self.frozen = frozen
 
     def thaw(self, weight: Tensor) -> None:
-        """Takes a weight, as the layer's own class stores it, in the place of the quantised one; see
+        """Takes a weight, as the layer's own class stores it, in the place of the quantized one; see
         `fedms_ext.dequantize`."""
         bias = self._parameters.pop("bias")  # the order of parameters is that of the state_dict
         self.frozen = None

@@ -1,4 +1,4 @@
-"""Which modules are linear layers that experts or a quantised weight can join, and why others are not."""
+"""Which modules are linear layers that experts or a quantized weight can join, and why others are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer, or what it was before it got experts or a quantised weight, stores its weight as (K, N)."""
+    """Whether a layer, or what it was before it got experts or a quantized weight, stores its weight as (K, N)."""
     return not isinstance(layer, nn.Linear) or not issubclass(getattr(layer, "plain", nn.Linear), nn.Linear)
 
 
@@ -60,10 +60,10 @@ def unplain(module: nn.Module) -> str | None:
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """Why experts, or a quantised weight, cannot join a layer in place, or None if they can.
+    """Why experts, or a quantized weight, cannot join a layer in place, or None if they can.
 
     The layer is an `nn.Linear`, a subclass of it that computes the same, or a Conv1D: it holds a weight and a bias that are
-    parameters, and nothing else. That leaves out weights that are computed (pruned, parametrised, normed) and layers with
+    parameters, and nothing else. That leaves out weights that are computed (pruned, parametrized, normed) and layers with
     weights of another kind. Its hooks stay, since the layer stays the same object.
     """
     if not is_linear(layer):
@@ -71,7 +71,7 @@ def obstacle(layer: nn.Module) -> str | None:
     if reason := replaced_forward(layer):
         return reason
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "its weight is no parameter but computed (pruned or parametrised); make it permanent first"
+        return "its weight is no parameter but computed (pruned or parametrized); make it permanent first"
     extra = [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]
     extra += [name for name, _ in layer.named_buffers(recurse=False)] + [name for name, _ in layer.named_children()]
     if extra:

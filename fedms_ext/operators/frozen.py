@@ -1,4 +1,4 @@
-"""`expert_linear` on a quantised weight, as PyTorch sees it: registration, fakes and autograd (compare `ops.py`)."""
+"""`expert_linear` on a quantized weight, as PyTorch sees it: registration, fakes and autograd (compare `ops.py`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..backends.base import Frozen, Lora, Needs, Scales
 from .expert_linear import _library, _without_autocast, applied, call, check, fake_s, given, settled, split_scale, transforms
 
 if TYPE_CHECKING:
-    from ..nn.quantised_weight import QuantisedWeight
+    from ..nn.quantized_weight import QuantizedWeight
 
-# `weight` and `weight_scale` are the data and the scale of a QuantisedWeight (N, K) of the `kind` and the `group`, and
+# `weight` and `weight_scale` are the data and the scale of a QuantizedWeight (N, K) of the `kind` and the `group`, and
 # those of the backward pass what its `for_dx` gives.
 _library.define(
     "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, str kind, int group, Tensor? bias, Tensor[] lora_a, "
@@ -131,7 +131,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 def frozen_linear(
     x: Tensor,
-    frozen: QuantisedWeight,
+    frozen: QuantizedWeight,
     bias: Tensor | None,
     lora_a: Sequence[Tensor] = (),
     lora_b: Sequence[Tensor] = (),
@@ -142,7 +142,7 @@ def frozen_linear(
     seed: int = 0,
     segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """`expert_linear` on a quantised weight (N, K).
+    """`expert_linear` on a quantized weight (N, K).
 
     x is (..., K), any floating dtype, and y (..., N) has the same. The other arguments are those of `expert_linear`.
     See `reference.frozen_linear` for what is computed on the CPU from int8.
@@ -165,7 +165,7 @@ def frozen_linear(
     factors = settled(chosen)
     if transforms():
         bias = None if bias is None else bias.to(x.dtype)
-        y = F.linear(x, frozen.dequantise().to(x.dtype), bias)
+        y = F.linear(x, frozen.dequantize().to(x.dtype), bias)
         if not lora_a:
             return y
         return y + reference.lora_branch(x, lora_a, lora_b, factors, gate, dropout_p, seed, segments)

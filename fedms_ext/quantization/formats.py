@@ -1,4 +1,4 @@
-"""The formats of frozen weights: what `nn.QuantisedWeight` holds, as plain tensors."""
+"""The formats of frozen weights: what `nn.QuantizedWeight` holds, as plain tensors."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..reference import LEVELS, dequantise_groups, pack_nibbles, quantise_groups, quantise_weight, unpack_nibbles
+from ..reference import LEVELS, dequantize_groups, pack_nibbles, quantize_groups, quantize_weight, unpack_nibbles
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = ("int8", *HALVES, "nf4", "int4")
 
 
-def quantise(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    """The logical form of a weight (N, K): q and scale, see `nn.QuantisedWeight`.
+def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """The logical form of a weight (N, K): q and scale, see `nn.QuantizedWeight`.
 
     Raises ValueError if a value lies beyond the range of fp16.
     """
     if kind == "int8":
-        q, scale = quantise_weight(weight)
+        q, scale = quantize_weight(weight)
         return q.to(torch.int8), scale
     if kind in HALVES:
         q = weight.to(HALVES[kind], copy=True)
@@ -27,7 +27,7 @@ def quantise(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
                 f"the weight has a value of magnitude {weight.abs().max():.3g}, beyond the range of {kind}; use bf16"
             )
         return q, weight.new_empty((len(weight), 0), dtype=torch.float32)
-    codes, scale = quantise_groups(weight, kind, group)
+    codes, scale = quantize_groups(weight, kind, group)
     return pack_nibbles(codes), scale
 
 
@@ -62,15 +62,15 @@ def unpacked(data: Tensor, kind: str, n: int, k: int) -> Tensor:
     return q
 
 
-def dequantise(data: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
+def dequantize(data: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
     """The weight (N, k), float32, that the data, in either form, and the scale stand for."""
     if kind in LEVELS and _is_packed(data, kind):
         weight = torch.empty(scale.shape[0], k)
-        _C.nibbles_dequantise(group, data, scale, weight)
+        _C.nibbles_dequantize(group, data, scale, weight)
         return weight
     q = unpacked(data, kind, scale.shape[0], k)
     if kind in HALVES:
         return q.float()
     if kind == "int8":
         return q * scale.unsqueeze(1)
-    return dequantise_groups(unpack_nibbles(q, k), scale, kind, group)
+    return dequantize_groups(unpack_nibbles(q, k), scale, kind, group)

@@ -284,7 +284,7 @@ class _Skip:
 class _Replay:
     """One thread's replay: what the skipped blocks return, in their own form.
 
-    Whether blocks of a class return a tuple, and what comes after the hidden state, is learnt by running one. Where there
+    Whether blocks of a class return a tuple, and what comes after the hidden state, is learned by running one. Where there
     is more than None, the first block is run at every replay, and its rest is what the others return too; that they would
     is checked once, by running the second one.
     """

@@ -231,7 +231,7 @@ def merge(model: nn.Module, expert: str) -> None:
     Raises:
         KeyError: if no layer has the expert.
         RuntimeError: if the expert is off in all layers, an expert is merged already, a gate is set, or a weight is
-            quantised.
+            quantized.
         ValueError: if a merged weight would hold an infinity or a NaN, or a weight is not there (offloaded).
         The model is then as it was.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedms_ext.nn.quantised_weight import QuantisedWeight
+from fedms_ext.nn.quantized_weight import QuantizedWeight
 from fedms_ext.operators.frozen import frozen_linear
 
 
@@ -42,7 +42,7 @@ class FrozenHead(nn.Module):
             raise ValueError(f"dtype is {dtype!r}, expected fp32 or int8")
         self._shared = (weight, bias)
         self.scale, self.cap = float(scale), cap
-        self.quantized = QuantisedWeight(weight, "int8") if dtype == "int8" else None
+        self.quantized = QuantizedWeight(weight, "int8") if dtype == "int8" else None
 
     @property
     def weight(self) -> Tensor:

@@ -23,12 +23,12 @@ def planned(*runs):
 
 
 def line(run, mean, fingerprint="f"):
-    clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": {"personalised": mean + 0.01 * i}}
+    clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": {"personalized": mean + 0.01 * i}}
                for i in range(3)]
     return {"setting": run.setting.name, "label": run.label, "method": run.config.run.method, "seed": run.config.run.seed,
             "config": run.config.model_dump(mode="json", exclude_none=True), "command": run.command,
             "model_fingerprint": fingerprint, "commit": "abc1234", "torch": "2.13.0", "cpu": "a CPU", "clients": clients, "seconds": 3.0,
-            "personalised_accuracy": {"mean": mean, "std": 0.1, "worst10": mean - 0.1}}
+            "personalized_accuracy": {"mean": mean, "std": 0.1, "worst10": mean - 0.1}}
 
 
 RUNS = planned(("local", 0), ("fedavg", 0), ("fedavg_ft", 0), ("fedms", 0), ("fedms", 1))

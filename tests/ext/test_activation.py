@@ -247,7 +247,7 @@ def test_what_is_replayed_decides(model):
 
 
 @pytest.mark.parametrize("kind", [stack, tuple_stack])
-def test_the_blocks_own_form_is_learnt_without_their_class_being_known(kind):
+def test_the_blocks_own_form_is_learned_without_their_class_being_known(kind):
     model = with_experts(kind(), "global")
     prefix = ConstantPrefix(model, 3)
     hidden, want = prefix.capture(model.run), model.run()

@@ -81,7 +81,7 @@ def test_a_starts_as_in_peft():
     inner = nn.Sequential(nn.Linear(K, N))
     torch.manual_seed(6)
     model = peft.get_peft_model(inner, peft.LoraConfig(r=4, target_modules=["0"]))
-    # PEFT's Linear is initialised twice: by its constructor, and then as LoRA.
+    # PEFT's Linear is initialized twice: by its constructor, and then as LoRA.
     torch.manual_seed(6)
     nn.Linear(K, 4, bias=False), nn.Linear(4, N, bias=False)
     layer = ExpertLinear.from_linear(inner[0].base_layer, {"e": LoRA(4, 8)})

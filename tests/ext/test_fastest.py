@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedms_ext
-from fedms_ext import QuantisedWeight, expert_linear
+from fedms_ext import QuantizedWeight, expert_linear
 from fedms_ext.backends import cpu, cuda, eager, fastest
 from fedms_ext.backends.autotune import Choices
 from fedms_ext.operators.frozen import frozen_linear
@@ -67,7 +67,7 @@ def test_the_faster_one_runs_and_is_measured_once_for_each_shape(stand_ins, monk
     monkeypatch.setattr(Choices, "choose", choose)
     x, weight = torch.randn(70, 24, requires_grad=True), torch.randn(16, 24)
     a, b = torch.randn(3, 24, requires_grad=True), torch.randn(16, 3, requires_grad=True)
-    frozen = QuantisedWeight(weight, "fp16")
+    frozen = QuantizedWeight(weight, "fp16")
 
     def run(rows, call):
         y = call(x[:rows])

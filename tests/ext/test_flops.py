@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedms_ext.flops  # noqa: F401  registers the formulas
-from fedms_ext import ExpertLinear, LoRA, QuantisedWeight, reference
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, reference
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -23,7 +23,7 @@ def test_a_layer_counts_as_in_plain_pytorch(frozen, needs_dx):
         reference.expert_linear(x, weight, layer.bias, list(layer.lora_a.values()), list(layer.lora_b.values()),
                                 [2.0, 2.0]).sum().backward()  # fmt: skip
     if frozen:
-        layer.freeze(QuantisedWeight(weight))
+        layer.freeze(QuantizedWeight(weight))
     with FlopCounterMode(display=False) as got:
         layer(x).sum().backward()
     assert got.get_total_flops() == want.get_total_flops() > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedms_ext import QuantisedWeight, reference
+from fedms_ext import QuantizedWeight, reference
 from fedms_ext.quantization.formats import KINDS
 
 FOUR_BITS = ["nf4", "int4"]
@@ -24,9 +24,9 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 64), (5, 65), (7, 129), (64, 384)])
 def test_every_value_goes_to_the_nearest_level(kind, group, n, k):
     weight = torch.randn(n, k) * torch.rand(n, 1)
-    codes, scale = reference.quantise_groups(weight, kind, group)
+    codes, scale = reference.quantize_groups(weight, kind, group)
     assert codes.dtype == torch.uint8 and codes.max() <= 15 and scale.shape == (n, -(-k // group))
-    got = reference.dequantise_groups(codes, scale, kind, group)
+    got = reference.dequantize_groups(codes, scale, kind, group)
     # All levels of every value's group, beside the one that was taken.
     wide = scale.double().repeat_interleave(group, 1)[:, :k, None] * torch.tensor(reference.LEVELS[kind]).double()
     nearest = (wide - weight.double()[:, :, None]).abs().amin(2)
@@ -45,21 +45,21 @@ def test_nf4_has_the_levels_of_the_normal_distribution():
 
 
 def test_int4_uses_the_sign_of_the_largest_value():
-    codes, scale = reference.quantise_groups(torch.tensor([[4.0, -1.0, 0.5, 0.0, -4.0]]), "int4", 32)
+    codes, scale = reference.quantize_groups(torch.tensor([[4.0, -1.0, 0.5, 0.0, -4.0]]), "int4", 32)
     assert scale.tolist() == [[-0.5]] and codes.tolist() == [[0, 10, 7, 8, 15]]
 
 
 @pytest.mark.parametrize("kind, most", [("nf4", 0.094), ("int4", 0.097)])
 def test_errors_on_normal_weights(kind, most):
     weight = torch.randn(256, 512)
-    got = {group: error(reference.dequantise_groups(*reference.quantise_groups(weight, kind, group), kind, group), weight)
+    got = {group: error(reference.dequantize_groups(*reference.quantize_groups(weight, kind, group), kind, group), weight)
            for group in (32, 64)}  # fmt: skip
     assert 0.05 < got[32] < got[64] < most
-    codes, scale = reference.quantise_groups(weight, kind)
+    codes, scale = reference.quantize_groups(weight, kind)
     q, row_scale = reference.groups_as_int8(codes, scale, kind)
     assert q.abs().max() <= 63 and torch.equal(q, q.round())
     # What this adds is small beside the error of 4 bits.
-    assert error(q * row_scale[:, None], reference.dequantise_groups(codes, scale, kind)) < 0.018
+    assert error(q * row_scale[:, None], reference.dequantize_groups(codes, scale, kind)) < 0.018
     assert error(q * row_scale[:, None], weight) < 1.03 * got[64]
 
 
@@ -77,10 +77,10 @@ def test_nibbles(k):
 def test_zeros_and_extremes(kind):
     weight = torch.zeros(4, 130)
     weight[1, 70], weight[2, :64], weight[3] = 1e-41, 3e38, -2.5
-    got = QuantisedWeight(weight, kind).dequantise()
+    got = QuantizedWeight(weight, kind).dequantize()
     assert torch.equal(got[0], weight[0]) and torch.equal(got[3], weight[3])
     assert error(got[1:3], weight[1:3]) < 0.01
-    codes, scale = reference.quantise_groups(weight, kind)
+    codes, scale = reference.quantize_groups(weight, kind)
     q, row_scale = reference.groups_as_int8(codes, scale, kind)
     assert not q[0].any() and (q * row_scale[:, None]).isfinite().all()
 
@@ -89,34 +89,34 @@ def test_zeros_and_extremes(kind):
 @pytest.mark.parametrize("n, k", [(5, 7), (64, 384), (0, 4)])
 def test_what_is_held(kind, n, k):
     weight = torch.randn(n, k)
-    held = QuantisedWeight(weight, kind)
+    held = QuantizedWeight(weight, kind)
     shapes = {"int8": ((n, k), (n,)), "fp16": ((n, k), (n, 0)), "bf16": ((n, k), (n, 0))}
     q_shape, scale_shape = shapes.get(kind, ((n, (k + 1) // 2), (n, -(-k // 64))))
     assert held.q.shape == q_shape and held.scale.shape == scale_shape and held.scale.dtype == torch.float32
     want = {"int8": 0.01, "fp16": 3e-4, "bf16": 3e-3}.get(kind, 0.11)
-    assert held.dequantise().shape == (n, k)
+    assert held.dequantize().shape == (n, k)
     if weight.numel():
-        assert 0 < error(held.dequantise(), weight) < want
+        assert 0 < error(held.dequantize(), weight) < want
     for other in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
-        assert torch.equal(other.q, held.q) and torch.equal(other.dequantise(), held.dequantise())
-    other = QuantisedWeight(torch.randn(n, k), kind)
+        assert torch.equal(other.q, held.q) and torch.equal(other.dequantize(), held.dequantize())
+    other = QuantizedWeight(torch.randn(n, k), kind)
     other.load_state_dict(held.state_dict())
-    assert torch.equal(other.dequantise(), held.dequantise())
+    assert torch.equal(other.dequantize(), held.dequantize())
 
 
 @pytest.mark.parametrize("kind, most", [("int8", 0.27), ("fp16", 0.5), ("bf16", 0.5), ("nf4", 0.16), ("int4", 0.16)])
 def test_bytes_held(kind, most):
     for n, k in [(384, 384), (1536, 384), (384, 1536), (768, 768)]:
-        assert QuantisedWeight(torch.randn(n, k), kind).nbytes <= most * 4 * n * k
+        assert QuantizedWeight(torch.randn(n, k), kind).nbytes <= most * 4 * n * k
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="magnitude 1e\\+05, beyond the range of fp16; use bf16"):
-        QuantisedWeight(torch.tensor([[1e5]]), "fp16")
+        QuantizedWeight(torch.tensor([[1e5]]), "fp16")
     with pytest.raises(ValueError, match="group is 48, expected 32 or 64"):
-        QuantisedWeight(torch.ones(2, 2), "nf4", 48)
-    with pytest.raises(ValueError, match="cannot quantise to 'nf5'; expected int8"):
-        QuantisedWeight(torch.ones(2, 2), "nf5")
-    held = QuantisedWeight(torch.ones(2, 4), "nf4")
+        QuantizedWeight(torch.ones(2, 2), "nf4", 48)
+    with pytest.raises(ValueError, match="cannot quantize to 'nf5'; expected int8"):
+        QuantizedWeight(torch.ones(2, 2), "nf5")
+    held = QuantizedWeight(torch.ones(2, 4), "nf4")
     with pytest.raises(RuntimeError, match=r"q is torch.int8 \(2, 4\).*expected torch.uint8 \(2, 2\)"):
         held.load_state_dict({"q": torch.ones(2, 4, dtype=torch.int8), "scale": torch.ones(2)})

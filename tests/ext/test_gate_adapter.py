@@ -12,7 +12,7 @@ from torch import nn
 from fedms_ext import GateAdapter
 
 
-def randomised(**arguments) -> GateAdapter:
+def randomized(**arguments) -> GateAdapter:
     gate = GateAdapter(**arguments)
     for parameter in gate.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -32,7 +32,7 @@ def test_starts_at_equal_weights_and_can_leave_them(experts):
 
 @pytest.mark.parametrize("shape", [(6,), (1,), (0,), (2, 3)])
 def test_against_the_definition_in_float64(shape):
-    gate = randomised(dim=7, experts=3, bottleneck=4, temperature=0.7).double()
+    gate = randomized(dim=7, experts=3, bottleneck=4, temperature=0.7).double()
     features = torch.randn(*shape, 7, dtype=torch.float64)
     mean = features.mean(-1, keepdim=True)
     variance = (features - mean).square().mean(-1, keepdim=True)
@@ -46,14 +46,14 @@ def test_against_the_definition_in_float64(shape):
 
 
 def test_weights_are_a_distribution_whatever_the_features():
-    gate = randomised(dim=7, experts=3)
+    gate = randomized(dim=7, experts=3)
     for scale in (0.0, 1e-6, 1.0, 1e6, 1e15):
         weights = gate(scale * torch.randn(20, 7))
         assert torch.allclose(weights.sum(-1), torch.ones(20)) and (weights >= 0).all()
 
 
 def test_temperature():
-    gate, features = randomised(dim=7), torch.randn(50, 7)
+    gate, features = randomized(dim=7), torch.randn(50, 7)
 
     def sharpness(temperature: float) -> float:
         softer = copy.deepcopy(gate)
@@ -65,14 +65,14 @@ def test_temperature():
 
 
 def test_samples_do_not_mix():
-    gate, features = randomised(dim=7), torch.randn(5, 7)
+    gate, features = randomized(dim=7), torch.randn(5, 7)
     others = features.clone()
     others[1:] = torch.randn(4, 7)
     assert torch.allclose(gate(features)[0], gate(others)[0])
 
 
 def test_gradcheck():
-    gate = randomised(dim=5, experts=3, bottleneck=2, temperature=2.0).double()
+    gate = randomized(dim=5, experts=3, bottleneck=2, temperature=2.0).double()
     features = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     names, values = zip(*gate.named_parameters())
 
@@ -86,11 +86,11 @@ def test_learns_which_expert_is_better():
     gate = GateAdapter(dim=8, experts=2)
     features = torch.randn(200, 8)
     better = (features[:, 3] > 0).long()
-    optimiser = torch.optim.Adam(gate.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
     for _ in range(100):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.nll_loss(gate(features).log(), better).backward()
-        optimiser.step()
+        optimizer.step()
     assert (gate(features).argmax(-1) == better).float().mean() > 0.95
 
 

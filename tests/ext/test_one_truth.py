@@ -113,12 +113,12 @@ def test_a_state_dict_loaded_into_a_merged_model_is_not_undone_by_unmerge():
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp16"])
-def test_what_was_quantised_is_what_is_checked(kind):
+def test_what_was_quantized_is_what_is_checked(kind):
     first, second = Net().requires_grad_(False), Net().requires_grad_(False)
     weights = [copy.deepcopy(m.state_dict()) for m in (first, second)]
     quantize(first, kind), quantize(second, kind)
     second.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="is not the weight that was quantised"):
+    with pytest.raises(ValueError, match="is not the weight that was quantized"):
         dequantize(second, weights[1])
     dequantize(second, weights[0])
     assert torch.equal(second.head.weight, weights[0]["head.weight"])
@@ -127,7 +127,7 @@ def test_what_was_quantised_is_what_is_checked(kind):
 def test_codes_of_another_format_are_refused():
     first, second = Net().requires_grad_(False), Net().requires_grad_(False)
     quantize(first, "nf4"), quantize(second, "int4")
-    with pytest.raises(RuntimeError, match="identity says nf4/64, expected a weight quantised to int4/64"):
+    with pytest.raises(RuntimeError, match="identity says nf4/64, expected a weight quantized to int4/64"):
         second.load_state_dict(first.state_dict())
     state = {**second.state_dict(), "head.frozen.identity": torch.zeros(3, dtype=torch.uint8)}
     with pytest.raises(RuntimeError, match="head.frozen.identity"):
@@ -228,7 +228,7 @@ def test_layers_that_are_passed_by_are_named():
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp16", "nf4"])
-def test_a_quantised_weight_that_is_read_is_expanded(kind):
+def test_a_quantized_weight_that_is_read_is_expanded(kind):
     layer = nn.Linear(64, 8).requires_grad_(False).bfloat16()
     weight = layer.weight.clone()
     quantize(layer, kind)
@@ -330,7 +330,7 @@ class Routed(nn.Module):
         self.experts, self.gate = nn.Parameter(torch.zeros(8, D, D)), nn.Linear(D, 8)
 
 
-def test_what_stays_unquantised_is_told():
+def test_what_stays_unquantized_is_told():
     model = nn.Sequential(Routed()).requires_grad_(False)
     with pytest.warns(UserWarning, match="of the bytes of the frozen weights stay as they are.*0.experts"):
         quantize(model)
@@ -342,5 +342,5 @@ def test_what_stays_unquantised_is_told():
 def test_offloaded_weights_are_refused():
     with torch.device("meta"):
         model = Net().requires_grad_(False)
-    with pytest.raises(ValueError, match="'blocks.0.up' cannot be quantised: its weight is offloaded"):
+    with pytest.raises(ValueError, match="'blocks.0.up' cannot be quantized: its weight is offloaded"):
         quantize(model)

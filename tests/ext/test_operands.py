@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fedms_ext
-from fedms_ext import ExpertLinear, LoRA, QuantisedWeight, expert_linear, reference
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, expert_linear, reference
 from fedms_ext.backends.base import made_once
 from fedms_ext.operators.frozen import frozen_linear
 
@@ -27,7 +27,7 @@ def floating(o: dict[str, Tensor]) -> Tensor:
     return expert_linear(o["x"], o["weight"], o["bias"], [o["a"]], [o["b"]], o["scale"], o["gate"])
 
 
-FROZEN = QuantisedWeight(operands()["weight"], "fp16")
+FROZEN = QuantizedWeight(operands()["weight"], "fp16")
 
 
 def frozen(o: dict[str, Tensor]) -> Tensor:
@@ -38,7 +38,7 @@ def frozen(o: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("run", [floating, frozen])
 def test_a_tensor_without_memory_is_refused_or_passed_on(run, name):
     if run is frozen and name == "weight":
-        pytest.skip("a quantised weight is no operand of its own")
+        pytest.skip("a quantized weight is no operand of its own")
     o = operands()
     with FakeTensorMode():
         fake = torch.empty(o[name].shape)
@@ -75,11 +75,11 @@ def test_a_gradient_that_is_negated_when_it_is_read():
     assert torch.allclose(plain, viewed, atol=1e-6)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_inference_mode_leaves_nothing_behind(quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inference_mode_leaves_nothing_behind(quantized):
     layer = ExpertLinear(K, N, experts={"e": LoRA(R, 8.125)})  # a scale that no other test uses
     layer.set_state("e", "trained")
-    if quantised:
+    if quantized:
         fedms_ext.quantize(layer)
     x = torch.randn(M, K)
     with torch.inference_mode():
@@ -119,7 +119,7 @@ def test_a_scale_that_is_changed_in_place():
 
 
 def test_the_transposed_weight_follows_a_change_in_place():
-    weight = QuantisedWeight(torch.randn(N, K))
+    weight = QuantizedWeight(torch.randn(N, K))
     x = torch.randn(M, K, requires_grad=True)
     (before,) = torch.autograd.grad(frozen_linear(x, weight, None).sum(), x)
     weight.scale.mul_(2)

@@ -260,7 +260,7 @@ def test_dropout_statistics():
         mask = philox_mask(random.getrandbits(63), 400, 250, p).double()
         tolerance = 5 * (p * (1 - p) / mask.numel()) ** 0.5
         assert abs(mask.mean().item() - (1 - p)) < tolerance
-        # Neighbouring rows and columns are independent.
+        # Neighboring rows and columns are independent.
         for left, right in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
             assert abs(((left - 1 + p) * (right - 1 + p)).mean().item()) < 5 * p * (1 - p) / mask.numel() ** 0.5
 

@@ -65,7 +65,7 @@ def test_gpt2s_experts_train():
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
-def test_an_output_layer_of_its_own_is_not_quantised_unasked():
+def test_an_output_layer_of_its_own_is_not_quantized_unasked():
     model = falcon()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Quantised layers, and `quantize` and `dequantize` on whole models."""
+"""Quantized layers, and `quantize` and `dequantize` on whole models."""
 from __future__ import annotations
 
 import copy
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantisedWeight, reference
+from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantizedWeight, reference
 from fedms_ext.quantization.formats import KINDS
 
 BACKENDS = ["cpu", "eager"]
@@ -46,7 +46,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def layer_reference(layer: ExpertLinear, x: Tensor) -> Tensor:
-    """The float64 reference of a quantised layer."""
+    """The float64 reference of a quantized layer."""
     applied = layer.applied
     return reference.frozen_linear(
         x, layer.frozen.q, layer.frozen.scale, layer.bias, [layer.lora_a[e] for e in applied],
@@ -56,7 +56,7 @@ def layer_reference(layer: ExpertLinear, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (2, 3, 2, 48), (0, 48)])
 def test_a_frozen_linear_computes_the_reference(shape):
     linear = nn.Linear(48, 70)
-    layer = FrozenLinear(QuantisedWeight(linear.weight), linear.bias)
+    layer = FrozenLinear(QuantizedWeight(linear.weight), linear.bias)
     x = torch.randn(shape)
     want = reference.frozen_linear(x, layer.frozen.q, layer.frozen.scale, linear.bias, [], [], [],
                                    steps=layer.frozen.steps)
@@ -81,7 +81,7 @@ def test_layers_with_experts_compute_the_reference():
                          ids=["transposed", "sliced", "expanded"])
 def test_inputs_with_gaps(strided):
     linear = nn.Linear(48, 70)
-    layer = FrozenLinear(QuantisedWeight(linear.weight), linear.bias)
+    layer = FrozenLinear(QuantizedWeight(linear.weight), linear.bias)
     x = strided(torch.randn(48, 48))
     assert torch.equal(layer(x), layer(x.contiguous()))
 
@@ -92,7 +92,7 @@ def test_gradients(backend, kind):
     net = with_experts()
     layer = net.blocks[1][0]
     fedms_ext.quantize(net, kind)
-    weight = layer.frozen.dequantise()
+    weight = layer.frozen.dequantize()
     x, gate = torch.randn(3, 9, 48, requires_grad=True), torch.rand(3, 2, requires_grad=True)
     dy = torch.randn(3, 9, 70)
     with fedms_ext.use_backend(backend), fedms_ext.gated([layer], gate):
@@ -100,7 +100,7 @@ def test_gradients(backend, kind):
     dx, dgate, da, db = reference.expert_linear_backward(
         dy, x.detach(), weight, list(layer.lora_a.values()), list(layer.lora_b.values()),
         [layer.experts[e].scale for e in "ab"], gate.detach()[:, None, :])
-    # For int8 W^T is quantised apart, and on the CPU dy too; the other formats are made float32.
+    # For int8 W^T is quantized apart, and on the CPU dy too; the other formats are made float32.
     assert error(x.grad, dx) < (0.03 if kind == "int8" else 1e-5)
     assert error(gate.grad, dgate.sum(1)) < 1e-5
     assert error(layer.lora_a["a"].grad, da[0]) < 1e-5
@@ -113,14 +113,14 @@ def test_the_transposed_weight_is_packed_only_where_dx_is_asked_for():
     fedms_ext.activate(net, "a", depth=1, applied_depth=2)
     fedms_ext.quantize(net)
     net(torch.randn(4, 48)).sum().backward()
-    packed = {name: m._transposed is not None for name, m in net.named_modules() if isinstance(m, QuantisedWeight)}
+    packed = {name: m._transposed is not None for name, m in net.named_modules() if isinstance(m, QuantizedWeight)}
     assert packed == {"blocks.0.0.frozen": False, "blocks.0.2.frozen": False, "blocks.1.0.frozen": False,
                       "blocks.1.2.frozen": True, "head.frozen": True}
 
 
 def test_bytes_held():
     for n, k in [(384, 384), (1536, 384), (384, 1536), (768, 768)]:
-        weight = QuantisedWeight(torch.randn(n, k))
+        weight = QuantizedWeight(torch.randn(n, k))
         assert weight.nbytes <= 0.27 * 4 * n * k
         weight.for_dx()
         assert weight.nbytes <= 0.53 * 4 * n * k
@@ -164,7 +164,7 @@ def test_other_dtypes_go_through_float32(dtype):
 
 def test_autocast_rounds_as_a_linear_does():
     linear = nn.Linear(48, 70)
-    layer = FrozenLinear(QuantisedWeight(linear.weight), linear.bias)
+    layer = FrozenLinear(QuantizedWeight(linear.weight), linear.bias)
     x = torch.randn(6, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == linear(x).dtype == torch.bfloat16
@@ -211,7 +211,7 @@ def test_what_is_left_alone():
     assert type(net.head) is nn.Linear and type(net.blocks[1][0]) is nn.Linear
 
 
-def test_pytorchs_fused_encoder_layers_call_the_quantised_ones():
+def test_pytorchs_fused_encoder_layers_call_the_quantized_ones():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval().requires_grad_(False)
     model, x = nn.ModuleList([layer]), torch.randn(2, 5, 32)
     before = layer(x)
@@ -223,14 +223,14 @@ def test_pytorchs_fused_encoder_layers_call_the_quantised_ones():
 def test_training_lowers_the_loss():
     net = with_experts()
     fedms_ext.quantize(net)
-    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     x, labels = torch.randn(64, 48), torch.randint(0, 5, (64,))
     losses = []
     for _ in range(30):
         loss = nn.functional.cross_entropy(net(x), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
@@ -242,22 +242,22 @@ def test_dequantize_restores_the_model(kind):
     x = torch.randn(4, 48)
     before = net(x)
     fedms_ext.quantize(net, kind)
-    with pytest.raises(RuntimeError, match="the weight is quantised"):
+    with pytest.raises(RuntimeError, match="the weight is quantized"):
         fedms_ext.merge(net, "a")
     with pytest.raises(KeyError, match="'blocks.0.0.weight' is missing"):
         fedms_ext.dequantize(net, {})
-    with pytest.raises(ValueError, match="blocks.0.2.weight is not the weight that was quantised"):
+    with pytest.raises(ValueError, match="blocks.0.2.weight is not the weight that was quantized"):
         fedms_ext.dequantize(net, weights | {"blocks.0.2.weight": weights["blocks.0.2.weight"] + 1e-3})
     assert fedms_ext.dequantize(net, weights) == ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2", "head"]
     assert torch.equal(net(x), before)
     fedms_ext.merge(net, "a")
     with pytest.raises(RuntimeError, match="an expert is merged into 'blocks.0.0'"):
         fedms_ext.quantize(net)
-    with pytest.raises(ValueError, match="holds no quantised layer"):
+    with pytest.raises(ValueError, match="holds no quantized layer"):
         fedms_ext.dequantize(net, weights)
 
 
-def test_detach_keeps_the_quantised_weight():
+def test_detach_keeps_the_quantized_weight():
     net = with_experts()
     fedms_ext.quantize(net)
     for layer in fedms_ext.expert_layers(net).values():
@@ -269,7 +269,7 @@ def test_detach_keeps_the_quantised_weight():
     assert type(net.blocks[0][0]) is FrozenLinear and torch.equal(net(x), before)
 
 
-def test_experts_can_be_added_to_a_quantised_layer():
+def test_experts_can_be_added_to_a_quantized_layer():
     net = with_experts()
     fedms_ext.quantize(net)
     layer, x = net.blocks[0][0], torch.randn(4, 48)
@@ -297,7 +297,7 @@ def test_state_dict_holds_the_logical_form():
 
 def steps(model: nn.Module) -> list[int]:
     """Of the inputs, which int8 takes in more steps where the CPU multiplies 16-bit values."""
-    return [m.steps for m in model.modules() if isinstance(m, QuantisedWeight) and m.kind == "int8"]
+    return [m.steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,7 +321,7 @@ def test_copies_and_pickles(isa, kind):
 
 
 def test_changes_of_dtype_leave_the_weight_alone():
-    layer = FrozenLinear(QuantisedWeight(torch.randn(5, 8)), torch.randn(5))
+    layer = FrozenLinear(QuantizedWeight(torch.randn(5, 8)), torch.randn(5))
     layer.half()
     assert layer.frozen.scale.dtype == torch.float32 and layer(torch.randn(2, 8).half()).dtype == torch.float16
 
@@ -344,7 +344,7 @@ def test_compiles_without_a_break(kind):
 
 @pytest.mark.parametrize("needs_dx", [False, True])
 def test_opcheck(needs_dx):
-    weight = QuantisedWeight(torch.randn(6, 8))
+    weight = QuantizedWeight(torch.randn(6, 8))
     a, b = [torch.randn(2, 8), torch.randn(3, 8)], [torch.randn(6, 2), torch.randn(6, 3)]
     scale, gate, x, dy = torch.tensor([1.0, 2.0]), torch.rand(4, 2), torch.randn(4, 8), torch.randn(4, 6)
     ops = torch.ops.fedms_ext
@@ -360,15 +360,15 @@ def test_opcheck(needs_dx):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="cannot quantise to 'int3'; expected int8, fp16, bf16, nf4, int4"):
+    with pytest.raises(ValueError, match="cannot quantize to 'int3'; expected int8, fp16, bf16, nf4, int4"):
         fedms_ext.quantize(Net(), "int3")
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(Net())
     with pytest.raises(ValueError, match="infinity or a NaN"):
-        QuantisedWeight(torch.tensor([[1.0, float("nan")]]))
+        QuantizedWeight(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(ValueError, match=r"expected \(N, K\)"):
-        QuantisedWeight(torch.zeros(3))
-    layer = FrozenLinear(QuantisedWeight(torch.randn(5, 8)))
+        QuantizedWeight(torch.zeros(3))
+    layer = FrozenLinear(QuantizedWeight(torch.randn(5, 8)))
     with pytest.raises(ValueError, match=r"x has the shape \(2, 7\)"):
         layer(torch.randn(2, 7))
     with pytest.raises(TypeError, match="x is torch.int64"):

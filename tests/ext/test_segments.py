@@ -1,4 +1,4 @@
-"""Rows in segments, each with its own expert: operator, quantised layers, and whole models."""
+"""Rows in segments, each with its own expert: operator, quantized layers, and whole models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, expert_linear, reference
-from fedms_ext.nn import QuantisedWeight
+from fedms_ext.nn import QuantizedWeight
 from fedms_ext.operators.frozen import frozen_linear
 
 N, K = 33, 23
@@ -115,9 +115,9 @@ def test_dropout_is_that_of_the_layer(backend, segments):
 
 @pytest.mark.parametrize("active, dropout_p", [(None, 0.0), (None, 0.3), ([True, False, True], 0.3), ([False] * 3, 0.0)])
 @pytest.mark.parametrize("segments", SEGMENTS)
-def test_a_quantised_weight(segments, dropout_p, active):
+def test_a_quantized_weight(segments, dropout_p, active):
     x, gate, a, b, scale, weight, bias, dy = operands(segments, dtype=torch.float32)
-    active, frozen, e = active and active[: len(segments)], QuantisedWeight(weight), len(a)
+    active, frozen, e = active and active[: len(segments)], QuantizedWeight(weight), len(a)
     x1, gate1, *lora1 = leaves(x, gate, *a, *b)
     got = frozen_linear(x1, frozen, bias, lora1[:e], lora1[e:], scale, gate1, active, dropout_p, 5, segments)
     x2, gate2, *lora2 = leaves(*(t.double() for t in (x, gate, *a, *b)))
@@ -187,8 +187,8 @@ def test_opcheck_and_one_graph_for_any_segments():
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_the_streams_of_a_model_run_as_one_batch(quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_streams_of_a_model_run_as_one_batch(quantized):
     torch.manual_seed(0)
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(2))
@@ -197,7 +197,7 @@ def test_the_streams_of_a_model_run_as_one_batch(quantised):
     for layer in layers:
         for b in layer.lora_b.values():
             nn.init.normal_(b, std=0.3)
-    if quantised:
+    if quantized:
         fedms_ext.quantize(model)
 
     def run(x, applied):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, LoRA, QuantisedWeight, backends
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, backends
 from fedms_ext.profiling import PYTORCH, Product, Served
 
 
@@ -15,7 +15,7 @@ def layer(kind: str | None, rank: int = 4) -> ExpertLinear:
     made = ExpertLinear.from_linear(nn.Linear(64, 48), {"e": LoRA(rank, 8)})
     made.set_state("e", "trained")
     if kind is not None:
-        made.freeze(QuantisedWeight(made.weight, kind))
+        made.freeze(QuantizedWeight(made.weight, kind))
     return made
 
 

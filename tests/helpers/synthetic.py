@@ -63,7 +63,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
         own = level + base + noise.gauss(0, 0.015)
         accuracies.append(own)
         gate = (0.97 if collapsed else 0.6) + noise.uniform(-0.03, 0.03)
-        accuracy = {"personalised": own, "zero_shot": 0.52 + base,
+        accuracy = {"personalized": own, "zero_shot": 0.52 + base,
                     "global": None if method == "local" else own if method == "fedavg" else 0.69 + base,
                     "local": own if method in ("local", "fedavg_ft") else None}
         if method == "fedms":
@@ -79,7 +79,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
     out.write_summary({
         "method": method, "model": "minilm", "dataset": "sentiment", "seed": seed,
         "rounds": dict(stages),
-        "personalised_accuracy": {"mean": mean, "std": 0.05, "worst10": sum(worst) / len(worst)},
+        "personalized_accuracy": {"mean": mean, "std": 0.05, "worst10": sum(worst) / len(worst)},
         "global_test_accuracy": mean - 0.02, "zero_shot_accuracy": 0.52, "macro_f1": mean - 0.08,
         "unseen_accuracy": {"as_it_arrives": 0.68, "after_training": 0.69},
         "gate": {"mean": 0.97 if collapsed else 0.6, "std_clients": 0.02, "std_samples": 0.09,

@@ -70,11 +70,11 @@ def test_the_summary_says_what_the_records_say(finished):
     assert summary["rounds"] == {"stage1": 2, "stage2": 1}
     seen = [c for c in run.clients if not c["unseen"]]
     assert [c["id"] for c in seen] == [0, 1, 2] and [c["id"] for c in run.clients if c["unseen"]] == [3]
-    own = sorted(c["accuracy"]["personalised"] for c in seen)
-    accuracy = summary["personalised_accuracy"]
+    own = sorted(c["accuracy"]["personalized"] for c in seen)
+    accuracy = summary["personalized_accuracy"]
     assert accuracy == pytest.approx({"mean": np.mean(own), "std": np.std(own), "worst10": own[0]})
     for client in seen:
-        assert client["accuracy"]["mixture"] == client["accuracy"]["personalised"]
+        assert client["accuracy"]["mixture"] == client["accuracy"]["personalized"]
         assert {"global", "local"} <= {k for k, v in client["accuracy"].items() if v is not None}
         assert 0 <= client["gate_mean"] <= 1 and 0 <= client["gate_entropy"] <= np.log(2) + 1e-6
     for field in ("bytes_up", "bytes_down", "flops"):
@@ -90,8 +90,8 @@ def test_a_run_tells_its_progress_and_its_outcome(finished):
     for words in ("loading model vit-digits", "fedms, seed 0", "stage 1 round  2", "stage 2 round  1", "loss", "depth",
                   "validation"):
         assert words in process.stderr
-    mean = RunRecords.read(folder).summary["personalised_accuracy"]["mean"]
-    assert f"fedms reaches {100 * mean:.1f} % mean personalised accuracy" in process.stdout
+    mean = RunRecords.read(folder).summary["personalized_accuracy"]["mean"]
+    assert f"fedms reaches {100 * mean:.1f} % mean personalized accuracy" in process.stdout
     assert "fedms reaches" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -122,7 +122,7 @@ def test_a_comparison_runs_every_method_on_the_same_clients(tmp_path):
     assert (study / "report.html").is_file() and len((study / "compare.csv").read_text().splitlines()) == 1 + len(METHODS)
     for name, run in runs.items():
         row = next(line for line in process.stdout.splitlines() if line.startswith(name.split("-")[0] + "  "))
-        assert row.split()[1] == f"{100 * run.summary['personalised_accuracy']['mean']:.1f}"
+        assert row.split()[1] == f"{100 * run.summary['personalized_accuracy']['mean']:.1f}"
 
 
 # Bad input: the documented exit code, a clear message, nothing half-written

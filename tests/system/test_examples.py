@@ -48,7 +48,7 @@ def fedms(folder: Path, *arguments: str) -> dict:
 
 def test_newsrooms(folder):
     summary = fedms(folder, "newsrooms.toml", "--set", "data.max_samples=400", "--set", "clients.count=4")
-    assert summary["rounds"] == {"stage1": 1, "stage2": 1} and summary["personalised_accuracy"]["mean"] > 0.3
+    assert summary["rounds"] == {"stage1": 1, "stage2": 1} and summary["personalized_accuracy"]["mean"] > 0.3
 
 
 def test_solar_cells(folder, saved_models):
@@ -57,7 +57,7 @@ def test_solar_cells(folder, saved_models):
     assert sorted(path.name for path in (folder / "images").iterdir()) == [
         f"{kind}{plant}" for kind in ("mono", "poly") for plant in (1, 2, 3)]
     saved_models.save("vit", folder / "model")
-    assert fedms(folder, "solar_cells.toml", "--set", "model.id=model")["personalised_accuracy"]["mean"] > 0.3
+    assert fedms(folder, "solar_cells.toml", "--set", "model.id=model")["personalized_accuracy"]["mean"] > 0.3
 
 
 def test_clip(folder, saved_models):

@@ -106,7 +106,7 @@ def test_three_ways_give_the_same_bits(deployed):
 ROUNDS = {"stage1": 4, "stage2": 2}
 DEADLINE = 150      # seconds: no honest client shall miss it on a machine that is busy with other things
 SAMPLED = [(1, 2, 3), (0, 1, 5), (0, 3, 4), (1, 4, 5), (1, 2, 4), (0, 3, 5)]
-MISBEHAVIOUR = {"1": {"stage1 2": "hang"}, "3": {"stage1 1": "remember", "stage1 3": "replay"}, "4": {"stage1 4": "nan"}}
+MISBEHAVIOR = {"1": {"stage1 2": "hang"}, "3": {"stage1 1": "remember", "stage1 3": "replay"}, "4": {"stage1 4": "nan"}}
 REASONS = {("stage1", 2, 1): f"no answer within {DEADLINE} s", ("stage1", 2, 5): "no answer",
            ("stage1", 3, 3): "it answers another message, an old one", ("stage1", 4, 4): "holds NaN or infinity"}
 
@@ -116,7 +116,7 @@ def test_chaos_among_real_processes(tmp_path, monkeypatch):
     old reply, one sends NaN, an intruder has a key of its own making, the SuperLink is killed with all that belongs to it,
     later the ServerApp alone: the honest lose nothing. With twelve clients and rounds: tests/fedms/engines/test_flower.py."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "misbehaving"))
-    monkeypatch.setenv("MISBEHAVIOUR", json.dumps(MISBEHAVIOUR))
+    monkeypatch.setenv("MISBEHAVIOR", json.dumps(MISBEHAVIOR))
     monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "cache"))
     folder, port = tmp_path / "deployment", free_ports()
     sets = ["clients.count=6", "clients.unseen=0", "clients.fraction=0.5", f"clients.round_timeout={DEADLINE}",

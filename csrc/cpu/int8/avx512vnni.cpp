@@ -40,13 +40,13 @@ void find_levels(int64_t k, int32_t steps, const float* x, Int8Levels* levels) {
   }
 }
 
-// Prefetches the row that is quantised PREPARED_ROWS rows later: x usually comes from the L3 cache, and a block of rows is
+// Prefetches the row that is quantized PREPARED_ROWS rows later: x usually comes from the L3 cache, and a block of rows is
 // too short for the hardware prefetcher. At 2048 rows, 384 -> 384 (Zen 4, one thread), the layer's forward pass was
 // expected to gain the 230 us that reading x took, and went from 2230 us to 2040 us.
-void quantise_row(int64_t k, const Int8Levels& levels, const float* x, uint8_t* to) {
+void quantize_row(int64_t k, const Int8Levels& levels, const float* x, uint8_t* to) {
   const __m512 inverse = _mm512_set1_ps(levels.inverse);
   const __m512i zero = _mm512_set1_epi32(levels.zero);
-  const auto quantised = [&](__m512 v) {
+  const auto quantized = [&](__m512 v) {
     return _mm512_add_epi32(zero, _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
   };
   // Packing saturates at 255. It works within lanes of 128 bits, so the groups of four bytes are put in order afterwards.
@@ -54,37 +54,37 @@ void quantise_row(int64_t k, const Int8Levels& levels, const float* x, uint8_t* 
   int64_t c = 0;
   for (; c + 64 <= k; c += 64) {
     FEDMS_UNROLL for (int line = 0; line < 4; ++line) _mm_prefetch(x + PREPARED_ROWS * k + c + 16 * line, _MM_HINT_T1);
-    const __m512i words0 = _mm512_packus_epi32(quantised(_mm512_loadu_ps(x + c)), quantised(_mm512_loadu_ps(x + c + 16)));
+    const __m512i words0 = _mm512_packus_epi32(quantized(_mm512_loadu_ps(x + c)), quantized(_mm512_loadu_ps(x + c + 16)));
     const __m512i words1 =
-        _mm512_packus_epi32(quantised(_mm512_loadu_ps(x + c + 32)), quantised(_mm512_loadu_ps(x + c + 48)));
+        _mm512_packus_epi32(quantized(_mm512_loadu_ps(x + c + 32)), quantized(_mm512_loadu_ps(x + c + 48)));
     _mm512_storeu_si512(to + c, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words0, words1)));
   }
   for (; c < k; c += 16) {
     const __mmask16 mask = first(k - c);
-    _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, quantised(_mm512_maskz_loadu_ps(mask, x + c)));
+    _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, quantized(_mm512_maskz_loadu_ps(mask, x + c)));
   }
 }
 
 template <int COUNT>
-void quantise_rows(int64_t k, int32_t steps, const float* x, uint8_t* to, int64_t q_stride, float* q_scale,
+void quantize_rows(int64_t k, int32_t steps, const float* x, uint8_t* to, int64_t q_stride, float* q_scale,
                    int32_t* q_zero) {
   Int8Levels levels[COUNT];
   find_levels<COUNT>(k, steps, x, levels);
   for (int i = 0; i < COUNT; ++i) {
     q_scale[i] = levels[i].scale;
     q_zero[i] = levels[i].zero;
-    quantise_row(k, levels[i], x + i * k, to + i * q_stride);
+    quantize_row(k, levels[i], x + i * k, to + i * q_stride);
   }
 }
 
-void quantise(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+void quantize(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
               int32_t* q_zero) {
   uint8_t* const to = static_cast<uint8_t*>(q);
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
-    quantise_rows<4>(k, steps, x + i * k, to + i * q_stride, q_stride, q_scale + i, q_zero + i);
+    quantize_rows<4>(k, steps, x + i * k, to + i * q_stride, q_stride, q_scale + i, q_zero + i);
   }
-  for (; i < rows; ++i) quantise_rows<1>(k, steps, x + i * k, to + i * q_stride, q_stride, q_scale + i, q_zero + i);
+  for (; i < rows; ++i) quantize_rows<1>(k, steps, x + i * k, to + i * q_stride, q_stride, q_scale + i, q_zero + i);
 }
 
 // sum += x * w, four products a lane. As an instruction, not an intrinsic: GCC 12 moves the intrinsic's accumulators
@@ -154,6 +154,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantise, multiply, expand};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, expand};
 
 }  // namespace fedms

@@ -43,6 +43,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_dotprod = {"dotprod", 5, PANEL, GROUP, sizeof(Q), 255, quantise, multiply, expand};
+const Int8Kernels int8_dotprod = {"dotprod", 5, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand};
 
 }  // namespace fedms

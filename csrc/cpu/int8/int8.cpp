@@ -151,7 +151,7 @@ class Scratch {
 
 thread_local Scratch scratch_of_thread, scratch_of_team, scratch_of_panel;
 
-// Rows of x after quantisation, and their S times scale and gate.
+// Rows of x after quantization, and their S times scale and gate.
 struct Strip {
   uint8_t* q;
   float* q_scale;
@@ -168,7 +168,7 @@ struct Strip {
   }
 };
 
-// y = dequantised(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
+// y = dequantized(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
 struct Product {
   const Int8Weight& weight;
   const Packed& layout;
@@ -181,7 +181,7 @@ struct Product {
   bool masked = false;                     // dropout on the x that makes S
 };
 
-// From one row of the quantised x to the next, in bytes: odd multiples of a cache line, because rows of a tile that lie a
+// From one row of the quantized x to the next, in bytes: odd multiples of a cache line, because rows of a tile that lie a
 // multiple of a power of two apart push each other out of the L1 cache.
 int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
 
@@ -191,7 +191,7 @@ void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, fl
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i);
     const float* x = p.x + (first + i) * p.k;
-    p.layout.kernels->quantise(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size,
+    p.layout.kernels->quantize(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size,
                                to.q_scale + i, to.q_zero + i);
     if (rank == 0) continue;
     if (p.masked) {
@@ -415,7 +415,7 @@ void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_
   }
 }
 
-void nibbles_dequantise(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
+void nibbles_dequantize(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
                         const float* scale, float* w) {
   const Packed layout = nibble_layout_of(n, k, packed, packed_size);
   if (layout.nibble_group != group) throw std::invalid_argument("the packed weight has another group");

@@ -9,7 +9,7 @@
 
 namespace fedms {
 
-// A strip of rows of the quantised x times one panel of the packed weight, and all that is added to it.
+// A strip of rows of the quantized x times one panel of the packed weight, and all that is added to it.
 struct Int8Strip {
   int64_t rows, k;             // k rounded up to a multiple of `group`
   const void* q;               // rows of `k` elements
@@ -28,18 +28,18 @@ struct Int8Strip {
   int64_t y_stride;
 };
 
-// Rows that are quantised at a time, before their S is made: they stay in the L1 cache from the one pass over x to the other.
+// Rows that are quantized at a time, before their S is made: they stay in the L1 cache from the one pass over x to the other.
 constexpr int64_t PREPARED_ROWS = 12;
 
 struct Int8Kernels {
   const char* name;
   int32_t id;            // stored with a packed weight
   int32_t panel, group;  // columns of a panel, and consecutive k that lie side by side
-  int32_t q_size;        // bytes of a quantised value
-  int32_t most_steps;    // that a quantised value has room for
-  // Quantises rows of x in so many steps (see int8.h): q = xq + q_zero. What lies between k and its next multiple of
+  int32_t q_size;        // bytes of a quantized value
+  int32_t most_steps;    // that a quantized value has room for
+  // Quantizes rows of x in so many steps (see int8.h): q = xq + q_zero. What lies between k and its next multiple of
   // `group` may be anything, because the weight is zero there; q_stride is at least that.
-  void (*quantise)(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+  void (*quantize)(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
                    int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);
   // Makes 4-bit codes wide: to[i] = (levels[code i] * factors[i / group % panel] + 2^14) >> 15, i < count, a multiple
@@ -47,7 +47,7 @@ struct Int8Kernels {
   void (*expand)(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to);
 };
 
-// How a row is quantised, from the bits of its floats: `largest` as signed integers, at least 0, which is its largest
+// How a row is quantized, from the bits of its floats: `largest` as signed integers, at least 0, which is its largest
 // positive value, and as unsigned ones, which is its lowest negative value if there is one. (Without the sign, floats
 // are ordered as their bits, and NaN lies above all.)
 struct Int8Levels {

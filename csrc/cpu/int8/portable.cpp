@@ -1,4 +1,4 @@
-// Any CPU: plain loops over a panel of columns, which the compiler turns into what vectors there are. x is quantised to
+// Any CPU: plain loops over a panel of columns, which the compiler turns into what vectors there are. x is quantized to
 // 16 bits with their sign, so q_zero is 0.
 #include <algorithm>
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int PANEL = 16;
 
-void quantise(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
+void quantize(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
               int32_t* q_zero) {
   int16_t* to = static_cast<int16_t*>(q);
   for (int64_t i = 0; i < rows; ++i, x += k, to += q_stride) {
@@ -65,6 +65,6 @@ void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const 
 
 }  // namespace
 
-const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), 4095, quantise, multiply, expand};
+const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), 4095, quantize, multiply, expand};
 
 }  // namespace fedms

@@ -23,7 +23,7 @@ inline const LoraKernels& lora_kernels() {
   return lora_portable;
 }
 
-// An uninitialised buffer.
+// An uninitialized buffer.
 inline std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
 
 // to (r, n) = b^T, b (n, r). In blocks that are one cache line wide where they are written.

@@ -2,7 +2,7 @@
 //
 //   y[i][c] = xs[i] * ws[c] * (sum over j of xq[i][j] * wq[c][j]) + bias[c] + (the LoRA branch of row i)[c]
 //
-// wq (n, k) int8 and ws (n,) are the weight, symmetric, one scale an output channel. x is quantised here, row by row,
+// wq (n, k) int8 and ws (n,) are the weight, symmetric, one scale an output channel. x is quantized here, row by row,
 // in T = int8_steps steps from low = min(x, 0) to high = max(x, 0), and 0 is a level: xs = high / T - low / T,
 // zero = round(-low / xs), xq = min(round(x / xs), T - zero), where / xs is a product with 1 / xs and ties round to even.
 // (Symmetric levels would lose a bit where a row has its outliers on one side.) The sums of products are exact. A row that
@@ -14,7 +14,7 @@
 // one of 0.72 %, both 1.60 % (bench/accuracy/int8.py, also on what else would lessen it). Where xq is a byte, the simplest
 // that reaches 1.3 % is to multiply the largest value of a row apart.
 //
-// There is no GELU in the epilogue and no requantisation for the next layer: bench/layers/bench_cpu_mlp.py bounds what they could
+// There is no GELU in the epilogue and no requantization for the next layer: bench/layers/bench_cpu_mlp.py bounds what they could
 // gain, and finds nothing above its noise.
 //
 // All matrices are row-major and dense. The results are bitwise the same for any number of threads.
@@ -57,7 +57,7 @@ void nibbles_pack(int64_t n, int64_t k, int64_t group, const float* levels, cons
                   uint8_t* packed);
 void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size, uint8_t* q);
 // w (n, k) as float, for the product that sums along n.
-void nibbles_dequantise(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
+void nibbles_dequantize(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
                         const float* scale, float* w);
 
 // Packed by int8_pack or nibbles_pack.
@@ -72,7 +72,7 @@ struct Int8Weight {
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y);
 
 // The gradients of lora_backward, with the difference that out.dx is written: dx = dy W + its LoRA part. `transposed`
-// is W^T (k, n), quantised apart from W and packed; it is not looked at where out.dx is null.
+// is W^T (k, n), quantized apart from W and packed; it is not looked at where out.dx is null.
 void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
                    const LoraGradients& out);
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...quantization.formats import HALVES, dequantise
+from ...quantization.formats import HALVES, dequantize
 from ...reference import LEVELS
 from .. import eager
 from ..autotune import Choices
@@ -153,7 +153,7 @@ def _wide(w: Weight, x: Tensor, n: int) -> Tensor:
         return w.data
     if w.kind == "int8":
         return (w.data * w.scale).to(x.dtype)
-    rows = dequantise(w.data, w.scale, w.kind, w.group, n if w.across else x.shape[1]).to(x.dtype)
+    rows = dequantize(w.data, w.scale, w.kind, w.group, n if w.across else x.shape[1]).to(x.dtype)
     return rows if w.across else rows.t()
 
 
@@ -164,7 +164,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple
 
 
 def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
-    """`forward` on a quantised weight, made wide where a tile is loaded; x is not quantised."""
+    """`forward` on a quantized weight, made wide where a tile is loaded; x is not quantized."""
     if not _in_kernels(x, lora) or not _loadable(frozen, x):
         return eager.frozen_forward(x, frozen, bias, lora)
     rows = dense_rows(frozen.data)
@@ -178,7 +178,7 @@ def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -
 
 
 def _loadable(frozen: Frozen, x: Tensor) -> bool:
-    """Whether the kernels can load the data of a quantised weight for a product with x: on the CPU int8 is packed."""
+    """Whether the kernels can load the data of a quantized weight for a product with x: on the CPU int8 is packed."""
     dtype = torch.uint8 if frozen.kind in LEVELS else torch.int8 if frozen.kind == "int8" else x.dtype
     return frozen.data.dtype == dtype
 
@@ -228,7 +228,7 @@ def frozen_backward(
         rows = dense_rows(frozen.data)
         if frozen.kind in HALVES:
             w = Weight(rows, across=True)
-        elif frozen.kind == "int8":  # of the transposed weight, which is quantised apart
+        elif frozen.kind == "int8":  # of the transposed weight, which is quantized apart
             w = Weight(rows.t(), False, frozen.scale, frozen.kind)
         else:
             w = Weight(rows, True, frozen.scale, frozen.kind, frozen.group)

@@ -9,7 +9,7 @@ def keep_tile(seed, threshold, first_row, first_column, columns, ROWS: tl.conste
               QUADS: tl.constexpr):
     """(ROWS, COLUMNS) int8, 1 where the value at (first_row + i, first_column + j) of a (., columns) matrix is kept.
 
-    `first_column` must be a multiple of 4. QUADS says that `columns` is one too: then four neighbours share one
+    `first_column` must be a multiple of 4. QUADS says that `columns` is one too: then four neighbors share one
     call of Philox, otherwise each value makes its own.
     """
     rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)

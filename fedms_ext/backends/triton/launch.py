@@ -87,7 +87,7 @@ class Weight(NamedTuple):
     """The frozen operand w (K, N) of a GEMM, in any format; `across`: its side with stride 1 is N, as for dx.
 
     Without a scale it is dense: w itself. int8: w itself, with one scale a column, (N,). With a `kind` of 4 bits: the
-    bytes (rows, ceil(columns / 2)) and the scales (rows, ceil(columns / group)) of a QuantisedWeight whose rows are the
+    bytes (rows, ceil(columns / 2)) and the scales (rows, ceil(columns / group)) of a QuantizedWeight whose rows are the
     other side.
     """
 

@@ -108,7 +108,7 @@ class ModelTable(Table):
         "linear", description="text: frozen class prompts, cosine logits; linear: trained with the expert")
     temperature: Optional[float] = Field(
         None, gt=0, description="divides the cosine logits of class prompts; unset: the model's own (0.05 for text models, "
-        "CLIP's as it was learnt)")
+        "CLIP's as it was learned)")
     learn_temperature: bool = Field(False, description="train the text head's temperature")
 
 
@@ -296,7 +296,7 @@ class ClientsTable(Table):
     max_change: float = Field(2.0, gt=0, description="a reply is refused in which a tensor changed by more than this many "
                               "times what a visit's training can change: learning rate, times steps, times the root of "
                               "the number of its elements")
-    optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimiser state at each visit")
+    optimizer: Literal["fresh", "kept"] = Field("fresh", description="optimizer state at each visit")
 
     @property
     def sampled(self) -> int:
@@ -488,7 +488,7 @@ def _method_problems(c: RunConfig) -> Iterable[str]:
         yield f"aggregate.rule: {_show(rule)} needs B to be shared, which fedsa_lora keeps private"
     if rule == "exact" and c.model.frozen != "fp32":
         yield (f'aggregate.rule: "exact" adds to the frozen weights, which model.frozen = {_show(c.model.frozen)} '
-               'quantises; set model.frozen to "fp32"')
+               'quantizes; set model.frozen to "fp32"')
     if rule == "krum" and c.clients.count is not None and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
         yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
                f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")

@@ -52,7 +52,7 @@ def load(config, model, *, seed: int = 0) -> Dataset:
     in a file, in a folder or on the hub.
 
     config: the run file's [data] table.
-    model:  a `fedms.models.FoundationModel`; texts are tokenised by it, images brought to its size.
+    model:  a `fedms.models.FoundationModel`; texts are tokenized by it, images brought to its size.
     seed:   of the subsample, if `max_samples` asks for one. Runs that differ in their own seed only should
             keep it, so that they see the same samples.
 

@@ -1,4 +1,4 @@
-"""What every loader returns: labelled samples, with no client in them."""
+"""What every loader returns: labeled samples, with no client in them."""
 
 from __future__ import annotations
 

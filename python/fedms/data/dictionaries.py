@@ -4,7 +4,7 @@
     jargon   the Jargon File                                 public domain
     foldoc   the Free On-line Dictionary of Computing        GFDL
     vera     Virtual Entity of Relevant Acronyms             GFDL
-    wn       WordNet 3.0                                     WordNet licence
+    wn       WordNet 3.0                                     WordNet license
     gcide    GNU Collaborative International Dictionary      GPL
 
 A sample asks `What does "X" mean?`, and a definition of 20 to 300 characters answers. The files are those of the Debian

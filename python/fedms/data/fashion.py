@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 images of clothing, 28 x 28, ten classes (Xiao, Rasul & Vollgraf, arXiv 1708.07747; MIT licence).
+"""Fashion-MNIST: 70,000 images of clothing, 28 x 28, ten classes (Xiao, Rasul & Vollgraf, arXiv 1708.07747; MIT license).
 
 The first 30,000 images are the *public half*, on which `fedms pretrain` trains the foundation model without their
 labels. Clients never see it: what `load` returns are the other 40,000.

@@ -30,7 +30,7 @@ def from_hub(table, config, reads: str) -> Samples:
     """Samples of a `datasets.Dataset`, under the same rules as those of a file."""
     import datasets
 
-    wanted = wanted_columns(config, reads, labelled=True)
+    wanted = wanted_columns(config, reads, labeled=True)
     written = {normal(name): name for name in table.column_names}
     columns: dict[str, list[Any]] = {}
     for name in wanted.values():
@@ -47,4 +47,4 @@ def from_hub(table, config, reads: str) -> Samples:
     places = [f"{config.name}, row {row + 1}" for row in range(len(table))]
     found = Table(config.name, None, [normal(name) for name in table.column_names], columns, places,
                   None if names is None else tuple(names))
-    return samples_of([found], None, config, reads, labelled=True)
+    return samples_of([found], None, config, reads, labeled=True)

@@ -52,12 +52,12 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGES
 
 
-def image_samples(tree: Tree, labelled: bool) -> Samples:
+def image_samples(tree: Tree, labeled: bool) -> Samples:
     """The images of a folder; their classes and clients are the names of the folders around them."""
     root, files = tree.root, tree.images
     places = [str(path) for path in files]
     notes = tuple(left_out((*tree.tables, *tree.others), root, "as they are no images that can be read"))
-    if not labelled:
+    if not labeled:
         return Samples(list(files), places, None, None, notes=notes)
     depths = {len(path.relative_to(root).parts): path for path in files}
     if len(depths) > 1 or not depths.keys() <= {2, 3}:

@@ -25,7 +25,7 @@ MOST_LEFT_OUT = 0.05    # share of a data set's images that may be unreadable; o
 _TRAITS = {
     "frames": "{} several pages or frames, of which the first is read",
     "turned": "{} turned as the camera's EXIF entry says",
-    "grey": "{} grey, without colours",
+    "gray": "{} gray, without colors",
     "transparent": "{} transparent parts, which become white",
 }
 
@@ -129,7 +129,7 @@ def _decode(item: Any) -> tuple[Any, list[str]]:
         traits.append("turned")
         image = ImageOps.exif_transpose(image)
     if image.mode in ("1", "L", "LA", "La"):
-        traits.append("grey")
+        traits.append("gray")
     if not image.has_transparency_data:
         return image, traits
     seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")

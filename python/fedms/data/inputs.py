@@ -20,7 +20,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class TextInputs:
-    """Tokenised texts, ragged.
+    """Tokenized texts, ragged.
 
     fields:     name -> (total,) int64, the tokens of all samples one after another ("input_ids", and
                 "token_type_ids" where the tokenizer makes it). The attention mask follows from the lengths.

@@ -1,4 +1,4 @@
-"""Human-rated sentiment in four domains: Hutto & Gilbert, "VADER", ICWSM 2014 (MIT licence).
+"""Human-rated sentiment in four domains: Hutto & Gilbert, "VADER", ICWSM 2014 (MIT license).
 
 23,703 sentences from film reviews, product reviews, newspaper editorials and tweets, each with the mean
 rating of ten or more people from -4 (very negative) to 4. Three classes, cut at -0.5 and 0.5; a sentence's

@@ -70,10 +70,10 @@ def table_stem(path: Path) -> str:
     return normal(Path(stem).stem)
 
 
-def wanted_columns(config, reads: str, labelled: bool) -> dict[str, str]:
+def wanted_columns(config, reads: str, labeled: bool) -> dict[str, str]:
     """Key of the [data] table -> name of a column that is needed, in its normal form."""
     wanted = {"data.text": config.text} if reads == "text" else {"data.image": config.image}
-    if labelled:
+    if labeled:
         wanted |= {"data.label": config.label} | ({"data.client": config.client} if config.client else {})
     return {key: normal(name) for key, name in wanted.items()}
 
@@ -100,14 +100,14 @@ def read_table(path: Path, config, wanted: Mapping[str, str]) -> Table:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, reads: str, labelled: bool) -> Samples:
+def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, reads: str, labeled: bool) -> Samples:
     """The samples of tables, one after the other.
 
     clients: a table's client each, where tables are clients and no column says whose a sample is.
 
     Raises DataError: a missing column, a table without samples, a cell with nothing in it, class names that differ.
     """
-    wanted = wanted_columns(config, reads, labelled)
+    wanted = wanted_columns(config, reads, labeled)
     for table in tables:
         _check(table, wanted)
     content_column, label, client = (wanted.get(key) for key in (f"data.{'text' if reads == 'text' else 'image'}",
@@ -115,16 +115,16 @@ def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, r
     content = [value for table in tables for value in _content(table, content_column, reads)]
     places = [place for table in tables for place in table.places]
     classes = {table.classes for table in tables}
-    if labelled and len(classes) > 1:
+    if labeled and len(classes) > 1:
         raise DataError(f"{tables[0].source} and {tables[-1].source}: name their classes differently, so their labels cannot "
                         "be compared; write the names as labels")
     owners: list[str] | None = None
     if client:
         owners = names_of([value for table in tables for value in table.columns[client]], places, "the client")
-    elif clients is not None and labelled:
+    elif clients is not None and labeled:
         owners = [owner for owner, table in zip(clients, tables) for _ in table.places]
     labels = [value for table in tables for value in table.columns[label]] if label else None
-    return Samples(content, places, labels, owners, classes.pop() if labelled else None,
+    return Samples(content, places, labels, owners, classes.pop() if labeled else None,
                    tuple(note for table in tables for note in table.notes))
 
 

@@ -79,21 +79,21 @@ def inputs_of(content: Sequence[Any], places: Sequence[str], model, source: str,
     return read_images(content, places, model, source, strict=True).inputs
 
 
-def read(config, reads: str, *, labelled: bool = True) -> Samples:
+def read(config, reads: str, *, labeled: bool = True) -> Samples:
     """All samples of `config.name` (config: the [data] table, or what has its keys).
 
     reads:    "text" or "images".
-    labelled: False where labels and clients are not wanted, as for prediction.
+    labeled: False where labels and clients are not wanted, as for prediction.
     """
     path = Path(config.name).expanduser()
     if path.is_dir():
-        return _folder(path, config, reads, labelled)
+        return _folder(path, config, reads, labeled)
     if path.is_file():
         if table_kind(path):
-            return _tables([path], config, reads, labelled)
+            return _tables([path], config, reads, labeled)
         if is_image(path):
             _check_images(path, reads)
-            return image_samples(Tree(path.parent, (), (path,), (), ()), labelled)
+            return image_samples(Tree(path.parent, (), (path,), (), ()), labeled)
         raise DataError(f"data.name: {path} is no table; accepted: {', '.join(TABLES)} (each also as .gz), or a folder of them "
                         f"or of images{_remedy(path)}")
     if path.exists():
@@ -113,7 +113,7 @@ def _remedy(path: Path) -> str:
     return "; write one JSON object a line (.jsonl)" if suffix == ".json" else ""
 
 
-def _folder(path: Path, config, reads: str, labelled: bool) -> Samples:
+def _folder(path: Path, config, reads: str, labeled: bool) -> Samples:
     tree = scan(path)
     tables = sorted((table for table in tree.tables if table.parent == path), key=lambda table: natural(table_stem(table)))
     if tables:
@@ -123,21 +123,21 @@ def _folder(path: Path, config, reads: str, labelled: bool) -> Samples:
         notes = [*left_out(deeper, path, "as they lie in a folder below it"),
                  *left_out(others, path, "as they are no tables that can be read")]
     else:
-        if labelled and (split := _split_folder(tree, config.part)):
+        if labeled and (split := _split_folder(tree, config.part)):
             chosen, notes = split
-            inner = _folder(chosen, config, reads, labelled)
+            inner = _folder(chosen, config, reads, labeled)
             return replace(inner, notes=(*notes, *inner.notes))
         if not tree.images:
             below = f"; tables lie in {tree.tables[0].parent}, name that folder" if tree.tables else ""
             raise DataError(f"data.name: {path} holds neither tables ({', '.join(TABLES)}) nor images "
                             f"({', '.join(IMAGES)}){below}")
         _check_images(path, reads)
-        return image_samples(tree, labelled)
+        return image_samples(tree, labeled)
     by_table = True
-    if labelled and (split := _chosen({table: split_name(table_stem(table)) for table in tables}, path, config.part)):
+    if labeled and (split := _chosen({table: split_name(table_stem(table)) for table in tables}, path, config.part)):
         (tables, said), by_table = split, False
         notes += said
-    samples = _tables(tables, config, reads, labelled, by_table)
+    samples = _tables(tables, config, reads, labeled, by_table)
     return replace(samples, notes=(*notes, *samples.notes))
 
 
@@ -146,11 +146,11 @@ def _check_images(path: Path, reads: str) -> None:
         raise DataError(f"data.name: {path} holds images, but the model reads text")
 
 
-def _tables(paths: Sequence[Path], config, reads: str, labelled: bool, by_table: bool = True) -> Samples:
+def _tables(paths: Sequence[Path], config, reads: str, labeled: bool, by_table: bool = True) -> Samples:
     """by_table: whether each of several tables is a client, where no column says whose a sample is."""
-    wanted = wanted_columns(config, reads, labelled)
+    wanted = wanted_columns(config, reads, labeled)
     clients = [table_stem(path) for path in paths] if by_table and len(paths) > 1 else None
-    return samples_of([read_table(path, config, wanted) for path in paths], clients, config, reads, labelled)
+    return samples_of([read_table(path, config, wanted) for path in paths], clients, config, reads, labeled)
 
 
 # Splits

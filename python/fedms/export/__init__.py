@@ -159,7 +159,7 @@ def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, st
             onnx: bool) -> frozenset[int]:
     if not onnx:
         _needs_transformers(foundation)
-    plain = task.config.model.model_copy(update={"frozen": "fp32"})     # nothing is merged into quantised weights
+    plain = task.config.model.model_copy(update={"frozen": "fp32"})     # nothing is merged into quantized weights
     model = bind(foundation, Task(task.config.model_copy(update={"model": plain}), task.classes, task.prompts,
                                   task.groups, task.fingerprint))
     outcome = outcome_of(run, task, model, states)

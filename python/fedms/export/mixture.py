@@ -59,7 +59,7 @@ class Mixture:
         inputs = user_data.inputs_of(samples, places, self.model.foundation, "samples", max_tokens)
         with self._alone:
             found = predict(self.model, self.outcome, self.client, inputs)
-        best = found.personalised.softmax(1).max(1)
+        best = found.personalized.softmax(1).max(1)
         return pd.DataFrame({"label": [self.classes[i] for i in best.indices.tolist()],
                              "probability": best.values.numpy(),
                              "gate_weight": None if found.weights is None else found.weights[:, 1].detach().numpy()})
@@ -71,7 +71,7 @@ class Mixture:
         """
         data, reads = self.outcome.task.config.data, self.model.foundation.reads
         data = data.model_copy(update={"name": source, **{k: v for k, v in columns.items() if v is not None}})
-        samples = user_data.read(data, reads, labelled=False)
+        samples = user_data.read(data, reads, labeled=False)
         table = self._table(samples.content, samples.places)
         named = samples.content if reads == "text" else [
             str(item) if isinstance(item, Path) else place for item, place in zip(samples.content, samples.places)]

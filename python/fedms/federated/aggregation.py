@@ -135,6 +135,6 @@ def krum(replies: Sequence[Mapping[str, Tensor]], current: Mapping[str, Tensor],
     for name in {name for reply in replies for name in reply}:
         values = torch.stack([reply.get(name, current[name]) for reply in replies]).double().flatten(1)
         distances += torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
-    itself, neighbours = 1, max(1, len(replies) - byzantine - 2)
-    scores = distances.sort(dim=1).values[:, itself:itself + neighbours].sum(1)
+    itself, neighbors = 1, max(1, len(replies) - byzantine - 2)
+    scores = distances.sort(dim=1).values[:, itself:itself + neighbors].sum(1)
     return dict(replies[int(scores.argmin())])

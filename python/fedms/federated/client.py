@@ -201,7 +201,7 @@ def cross_entropy_of(model: ResidentModel, expert: str) -> LossOn:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, by the names under which their optimiser state is kept, and their learning rate."""
+    """Parameters, by the names under which their optimizer state is kept, and their learning rate."""
 
     params: Mapping[str, Tensor]
     lr: float
@@ -213,14 +213,14 @@ def train(model: ResidentModel, client: Client, message: Message, private: Priva
     """Local epochs of AdamW over a part of the client's samples.
 
     Args:
-        private: holds the optimiser's state of the last visit, if `[clients] optimizer = "kept"`.
+        private: holds the optimizer's state of the last visit, if `[clients] optimizer = "kept"`.
         loss_on: given the part once; with `[data] augment`, at every step the batch's images as they are then.
         part: default the training part.
         rows: (n,) rows of it; default all.
         epochs: default the stage's.
 
     Returns:
-        Mean training loss over all samples seen, and the optimiser's state to keep (empty when it starts afresh).
+        Mean training loss over all samples seen, and the optimizer's state to keep (empty when it starts afresh).
 
     Raises:
         ClientFailure: when a loss or a gradient norm is NaN or infinite.

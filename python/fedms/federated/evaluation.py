@@ -34,13 +34,13 @@ def evaluate_client(method: Method, model: ResidentModel, client: Client, privat
     labels = model.labels(client.test)
     zero_shot = model.zero_shot_logits(client.test)
     record["accuracy"] = {
-        "personalised": accuracy(prediction.personalised, labels),
+        "personalized": accuracy(prediction.personalized, labels),
         "global": accuracy(prediction.global_, labels),
         "local": accuracy(prediction.local, labels),
         "zero_shot": accuracy(zero_shot, labels),
         **_mixture_accuracies(prediction, labels),
     }
-    record["macro_f1"] = float(f1_score(labels, prediction.personalised.argmax(1), average="macro",
+    record["macro_f1"] = float(f1_score(labels, prediction.personalized.argmax(1), average="macro",
                                         labels=sorted(set(labels.tolist())), zero_division=0))
     if prediction.weights is not None:
         own = prediction.weights[:, 1]
@@ -55,7 +55,7 @@ def _mixture_accuracies(prediction: Prediction, labels: Tensor) -> dict[str, flo
         return {}
     shared, own = prediction.global_, prediction.local
     either = (shared.argmax(1) == labels) | (own.argmax(1) == labels)
-    return {"mixture": accuracy(prediction.personalised, labels), "half": accuracy((shared + own) / 2, labels),
+    return {"mixture": accuracy(prediction.personalized, labels), "half": accuracy((shared + own) / 2, labels),
             "oracle": float(either.float().mean())}
 
 
@@ -89,17 +89,17 @@ def own_accuracy(method: Method, model: ResidentModel, part: Part, private: Priv
     if len(part) == 0:
         return None
     model.clear()
-    return accuracy(method.predict(model, part, private, final).personalised, model.labels(part))
+    return accuracy(method.predict(model, part, private, final).personalized, model.labels(part))
 
 
-def summarise(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> dict[str, Any]:
+def summarize(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> dict[str, Any]:
     """Figures over participating clients that have test samples: each client counts the same. learns_gate: whether the
     weights of the experts are a trained gate's, which alone can collapse."""
     tested = [c for c in clients if c["n_test"]]
-    personalised = np.array([c["accuracy"]["personalised"] for c in tested])
-    worst = np.sort(personalised)[:max(1, math.ceil(len(personalised) / 10))]
+    personalized = np.array([c["accuracy"]["personalized"] for c in tested])
+    worst = np.sort(personalized)[:max(1, math.ceil(len(personalized) / 10))]
     return {
-        "personalised_accuracy": {"mean": mean(personalised), "std": float(personalised.std()) if tested else None,
+        "personalized_accuracy": {"mean": mean(personalized), "std": float(personalized.std()) if tested else None,
                                   "worst10": mean(worst)},
         "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
         "macro_f1": mean([c["macro_f1"] for c in tested]),

@@ -246,7 +246,7 @@ VISIT = Table({"reason": _client(Prose(), null=True), "flops": _client(Whole(0, 
                "seconds": _client(Number(0, SECONDS)), "peak_memory_bytes": _client(Whole(0, EXACT))})
 
 ACCURACY = Table({name: _client(SHARE, null=True, optional=True) for name in (
-    "personalised", "mixture", "global", "local", "zero_shot", "half", "oracle")})
+    "personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")})
 
 
 def _record_rule(record: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def _record_rule(record: dict[str, Any]) -> None:
     accuracy, gate = record["accuracy"], record.get("gate_mean") is not None
     if record["n_test"] and ("zero_shot" not in accuracy or "macro_f1" not in record):
         raise SchemaError("accuracy.zero_shot or macro_f1 is missing, expected it from a client with test samples")
-    needed = {"personalised"} if record["n_test"] else set()
+    needed = {"personalized"} if record["n_test"] else set()
     needed |= {"half", "oracle", "mixture"} if gate else set()
     if missing := sorted(name for name in needed if accuracy.get(name) is None):
         raise SchemaError(f"accuracy.{missing[0]} is missing, expected {SHARE.words}")

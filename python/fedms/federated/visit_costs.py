@@ -30,8 +30,8 @@ STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
 class VisitMemory:
     """Bytes of one depth, one precision of the frozen weights, and prefixes replayed or not.
 
-    weights:  the model with its experts, a quantised model's transposed weights as far as this depth needs them.
-    training: the larger of both stages' visits, gradients and the optimiser's state included, by the samples of a
+    weights:  the model with its experts, a quantized model's transposed weights as far as this depth needs them.
+    training: the larger of both stages' visits, gradients and the optimizer's state included, by the samples of a
               micro-batch.
     judging:  a pass without gradients through the whole model, by the samples of a chunk: validation, and the
               building of constants.
@@ -101,7 +101,7 @@ class CostModel:
         message = self.server.message(state)
 
         def visit(samples: int) -> None:
-            # Two steps: the second one finds the optimiser's state in place.
+            # Two steps: the second one finds the optimizer's state in place.
             rows = self.longest.repeat(2 * samples)
             settings = getattr(self.config, stage).model_copy(
                 update={"batch": samples, "micro_batch": None, "epochs": 1})

@@ -33,4 +33,4 @@ class Ditto(FedAvg):
         model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
                    applied_depth=final.applied_depth)
         own = model.all_logits("local", part)
-        return replace(prediction, personalised=own, local=own)
+        return replace(prediction, personalized=own, local=own)

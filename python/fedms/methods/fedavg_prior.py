@@ -37,7 +37,7 @@ class FedAvgPrior(FedAvg):
         if "class_counts" not in private.tensors:        # never visited: its classes were never counted
             return shared
         shift = log_prior(private.tensors["class_counts"]) - log_prior(final.sums["class_counts"])
-        return replace(shared, personalised=shared.global_ + shift.float())
+        return replace(shared, personalized=shared.global_ + shift.float())
 
 
 def log_prior(counts: Tensor, smoothing: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@ averaging, then a private local one that starts as its copy, and at inference a 
 
     weight(x) = clip(scale * mean over s of cos(f(x), f(x_s)), 0, 1)
 
-with x_s some training samples of the client and f the frozen foundation model's features. Nothing is learnt about the
+with x_s some training samples of the client and f the frozen foundation model's features. Nothing is learned about the
 weights. The two are mixed inside each layer, as in the paper; no source gave the scale for our features, so it is
 `[feddpa] scale`."""
 from __future__ import annotations
@@ -38,10 +38,10 @@ class FedDPA(FedAvgFT):
     def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if REFERENCES not in private.tensors:               # never visited in stage 2: the global one alone
-            return replace(prediction, personalised=prediction.global_, local=None)
+            return replace(prediction, personalized=prediction.global_, local=None)
         own = self._weight(model.features(part), private.tensors[REFERENCES])
         weights = torch.stack([1 - own, own], dim=1)
-        return replace(prediction, personalised=model.all_layer_mixture(part, weights), weights=weights)
+        return replace(prediction, personalized=model.all_layer_mixture(part, weights), weights=weights)
 
     def _weight(self, features: Tensor, references: Tensor) -> Tensor:
         """Weights (n,) of the local expert for features (n, D)."""

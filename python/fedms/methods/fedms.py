@@ -70,7 +70,7 @@ class FedMS(Method):
     def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
              gate: Group) -> tuple[float, Tensors, Tensors]:
         """Trains the local expert and the gate; returns the mean loss, the expert's tensors that are kept, and the
-        optimiser's state."""
+        optimizer's state."""
         own_before, before = validate(model, client, "local"), model.read_applied("local")
         loss, moments = train(model, client, message, private, [expert, gate], self._loss(model))
         kept, _ = keep_better(model, client, message, before, own_before)

@@ -21,10 +21,10 @@ from fedms.training.expert_model import Part, ResidentModel, Tensors, is_a, noth
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (n, C) of a client for some samples: `personalised` is what the method answers; the others are its
+    """Logits (n, C) of a client for some samples: `personalized` is what the method answers; the others are its
     parts where it has them. `weights` (n, 2): the gate's weights of the global and the local expert."""
 
-    personalised: Tensor
+    personalized: Tensor
     global_: Tensor | None = None
     local: Tensor | None = None
     weights: Tensor | None = None
@@ -120,17 +120,17 @@ def train_private(model: ResidentModel, client: Client, private: Private, messag
 
 def fit(model: ResidentModel, client: Client, private: Private, message: Message, expert: str,
         penalty: Penalty | None = None) -> tuple[float, Tensors, int]:
-    """Trains a loaded expert on its own loss; returns the mean loss, the optimiser's state to keep, and the number of
+    """Trains a loaded expert on its own loss; returns the mean loss, the optimizer's state to keep, and the number of
     parameters trained."""
     params, own = model.trainable(expert), cross_entropy_of(model, expert)
     prefix = "local/" if expert == "local" else ""
     loss, moments = train(model, client, message, private,
                           [Group({prefix + name: p for name, p in params.items()}, lr_of(client, message))],
-                          own if penalty is None else lambda part: penalised(own(part), penalty, params))
+                          own if penalty is None else lambda part: penalized(own(part), penalty, params))
     return loss, moments, sum(p.numel() for p in params.values())
 
 
-def penalised(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> Loss:
+def penalized(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> Loss:
     return lambda rows: loss_of(rows) + penalty(params)
 
 

@@ -59,7 +59,7 @@ class FoundationModel:
         raise NotImplementedError
 
     def tokenize(self, texts: list[str], max_tokens: int) -> TextInputs:
-        """Tokenise texts, at most `max_tokens` each, special tokens included. Text models only."""
+        """Tokenize texts, at most `max_tokens` each, special tokens included. Text models only."""
         raise ModelError(f"model.id: {self.name} reads {self.reads}, not text")
 
     def prepare(self, images: Sequence[Any]) -> Tensor:
@@ -71,7 +71,7 @@ class FoundationModel:
     pixel_transform: tuple[Tensor, Tensor] | None = None
 
     def class_embeddings(self, prompts: tuple[tuple[str, ...], ...], max_tokens: int = 64) -> Tensor:
-        """Unit vectors (C, D): per class the mean of its prompts' features, normalised (prompt ensembling as
+        """Unit vectors (C, D): per class the mean of its prompts' features, normalized (prompt ensembling as
         in CLIP, arXiv 2103.00020, section 3.1.4). Zero-shot logits are features @ class_embeddings.T /
         temperature.
         """

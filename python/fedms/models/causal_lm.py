@@ -36,7 +36,7 @@ class CausalModel(FoundationModel):
 
     def __init__(self, name: str, whole: nn.Module, tokenizer: Any, *, blocks: str | None = None,
                  dequantized: bool = False) -> None:
-        """whole: a `transformers` model with a language modelling head. Raises ModelError if its head is no Linear layer, or
+        """whole: a `transformers` model with a language modeling head. Raises ModelError if its head is no Linear layer, or
         it does more to the logits than to scale and cap them."""
         config: Any = whole.config
         whole.eval().requires_grad_(False)

@@ -32,7 +32,7 @@ class TextModel(FoundationModel):
     """A text encoder, or a decoder read as one.
 
     pooling: "mean" over real tokens, "cls" (the first token) or "last" (the last real token); "auto" is what
-             a decoder needs, "last", and "mean" otherwise. Pooled features are L2-normalised, as sentence
+             a decoder needs, "last", and "mean" otherwise. Pooled features are L2-normalized, as sentence
              encoders do, so that class prompts can be compared with them.
     """
 
@@ -51,7 +51,7 @@ class TextModel(FoundationModel):
         self.accepted = set(inspect.signature(module.forward).parameters)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) float32, L2-normalised."""
+        """(B, D) float32, L2-normalized."""
         hidden, mask = self.module(**inputs).last_hidden_state, inputs["attention_mask"]
         if self.pooling == "mean":
             weights = mask.unsqueeze(-1).to(hidden.dtype)
@@ -127,7 +127,7 @@ class VisionModel(FoundationModel):
         self.pixel_transform = self._transform()
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) float32, not normalised."""
+        """(B, D) float32, not normalized."""
         out = self.module(**inputs)
         pooled = getattr(out, "pooler_output", None)
         if self.pooling == "auto" and pooled is not None:
@@ -137,7 +137,7 @@ class VisionModel(FoundationModel):
         return out.last_hidden_state[:, 0]
 
     def prepare(self, images: Sequence[Any]) -> Tensor:
-        # Rescaling and normalising is affine, so it is left for the batch: pixels stay uint8, a quarter of the memory.
+        # Rescaling and normalizing is affine, so it is left for the batch: pixels stay uint8, a quarter of the memory.
         return self._process(images, do_rescale=False, do_normalize=False)
 
     def _process(self, images: Sequence[Any], **steps: bool) -> Tensor:
@@ -147,7 +147,7 @@ class VisionModel(FoundationModel):
         return processed["pixel_values"]
 
     def _probe(self) -> int:
-        """Width of the features, learnt by running one grey image."""
+        """Width of the features, learned by running one gray image."""
         from PIL import Image
 
         pixels = self._process([Image.new("L", (32, 32), 128)])
@@ -190,7 +190,7 @@ class VisionModel(FoundationModel):
 
 class TwoTowerModel(VisionModel):
     """A CLIP-like model: images are read by the image tower, which is what experts are attached to; class
-    prompts are embedded by the text tower. The zero-shot temperature is the one that the model has learnt."""
+    prompts are embedded by the text tower. The zero-shot temperature is the one that the model has learned."""
 
     def __init__(self, name: str, pair: Any, tokenizer: Any, processor: Any, *, blocks: str | None = None) -> None:
         transformers = import_transformers()
@@ -207,7 +207,7 @@ class TwoTowerModel(VisionModel):
         self.zero_shot_temperature = math.exp(-float(pair.logit_scale))
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) float32, L2-normalised, in the space that both towers share."""
+        """(B, D) float32, L2-normalized, in the space that both towers share."""
         out = self.module(**inputs)
         pooled = out.image_embeds if "image_embeds" in out else out.pooler_output
         return nn.functional.normalize(pooled, dim=-1)
@@ -371,7 +371,7 @@ def _pooling(source: str, wanted: str) -> str:
 
 
 def _is_decoder(config) -> bool:
-    """Whether a model reads from left to right: it is made for causal language modelling and for nothing masked."""
+    """Whether a model reads from left to right: it is made for causal language modeling and for nothing masked."""
     from transformers.models.auto import modeling_auto
 
     kind = config.model_type

@@ -3,7 +3,7 @@
 Two tasks, both on images of which the encoder sees some patches only, drawn at random:
 
 - "mae", masked auto-encoding (He et al., arXiv 2111.06377): a one-block decoder fills in the pixels of the patches that
-  were hidden, each patch normalised.
+  were hidden, each patch normalized.
 - "views", contrastive learning: two views of an image, cropped, mirrored, shaded and masked differently, must find each
   other among those of the whole batch (SimCLR: Chen et al., arXiv 2002.05709; masked views: Assran et al., 2204.07141).
 

@@ -1,4 +1,4 @@
-"""Small Vision Transformers (arXiv 2010.11929) for small grey images, whose weights `fedms pretrain` makes.
+"""Small Vision Transformers (arXiv 2010.11929) for small gray images, whose weights `fedms pretrain` makes.
 
 A recipe says all that the weights depend on: the shape of the network, the data and the training. Its weights are kept in
 `cache_dir()` under a name that holds a hash of the recipe, so weights of another recipe are never taken for them.
@@ -28,7 +28,7 @@ class Recipe:
     side, patch: width of an image and of a patch, in pixels. width, blocks, heads: of the transformer.
     pool:        its features are the means over the patches of each cell of a pool x pool grid: where something is in an
                  image counts.
-    mean, std:   of the pixels, which the model normalises.
+    mean, std:   of the pixels, which the model normalizes.
     task:        "views" or "mae", see `fedms.models.pretrain`.
     keep:        share of the patches that the encoder sees in training.
     flips:       whether an image may be mirrored.

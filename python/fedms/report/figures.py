@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, SURFACE = "#1c2430", "#667084", "#e4e7ec", "#ffffff"
-METHOD_COLOURS = {"fedms": "#c2410c", "fedavg_ft": "#1d4ed8", "fedavg_prior": "#0f766e", "fedavg": "#7c3aed",
+METHOD_COLORS = {"fedms": "#c2410c", "fedavg_ft": "#1d4ed8", "fedavg_prior": "#0f766e", "fedavg": "#7c3aed",
                   "local": "#5b6b80", "fedprox": "#be185d", "fedper": "#4d7c0f", "fedrep": "#a16207", "ditto": "#0369a1",
                   "apfl": "#b45309", "ffa_lora": "#86198f", "fedsa_lora": "#15803d", "fedex_lora": "#be123c",
                   "feddpa": "#0e7490", "fedms_plus": "#7f1d1d"}
 _OTHER_METHODS = ("#be185d", "#4d7c0f", "#0369a1", "#a16207")
-GROUP_COLOURS = ("#0e7490", "#b45309", "#6d28d9", "#15803d", "#be123c", "#475569", "#86198f", "#1e6091")
+GROUP_COLORS = ("#0e7490", "#b45309", "#6d28d9", "#15803d", "#be123c", "#475569", "#86198f", "#1e6091")
 _WIDE, _HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to its column, and to half of it
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """One line of a picture: its methods, colour, and values over seeds by position on the axis."""
+    """One line of a picture: its methods, color, and values over seeds by position on the axis."""
 
     methods: tuple[str, ...]
-    colour: str
+    color: str
     xs: Sequence[float]
     ys: list[list[float]]
 
@@ -61,20 +61,20 @@ def _curves(runs: Sequence[RunRecords], value: Callable[[RunRecords], list[Optio
         if not points:
             continue
         xs = sorted(points)
-        new = _Curve((method,), method_colour(method), xs, [points[x] for x in xs])
+        new = _Curve((method,), method_color(method), xs, [points[x] for x in xs])
         twin = next((i for i, c in enumerate(curves) if c.xs == new.xs and c.ys == new.ys), None)
         if twin is None:
             curves.append(new)
         else:
             old = curves[twin]
-            colour = new.colour if method == "fedms" else old.colour
-            curves[twin] = _Curve((*old.methods, method), colour, old.xs, old.ys)
+            color = new.color if method == "fedms" else old.color
+            curves[twin] = _Curve((*old.methods, method), color, old.xs, old.ys)
     return curves
 
 
-def method_colour(method: str) -> str:
-    """The colour of a method, the same in every picture and page."""
-    return METHOD_COLOURS.get(method) or _OTHER_METHODS[sum(method.encode()) % len(_OTHER_METHODS)]
+def method_color(method: str) -> str:
+    """The color of a method, the same in every picture and page."""
+    return METHOD_COLORS.get(method) or _OTHER_METHODS[sum(method.encode()) % len(_OTHER_METHODS)]
 
 
 def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
@@ -89,8 +89,8 @@ def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         for piece in (_part(curve, lambda x: x <= first), _part(curve, lambda x: x > first)):
             lows, highs = [min(y) for y in piece.ys], [max(y) for y in piece.ys]
             if lows != highs:
-                axes.fill_between(piece.xs, lows, highs, color=curve.colour, alpha=0.13, linewidth=0)
-            axes.plot(piece.xs, piece.means, color=curve.colour, linewidth=2.4 if _has_fedms(curve) else 1.7,
+                axes.fill_between(piece.xs, lows, highs, color=curve.color, alpha=0.13, linewidth=0)
+            axes.plot(piece.xs, piece.means, color=curve.color, linewidth=2.4 if _has_fedms(curve) else 1.7,
                       marker="o", markersize=4, markeredgecolor=SURFACE, markeredgewidth=0.8)
     _percent_axis(axes.yaxis)
     axes.set_ylabel("validation accuracy (%)")
@@ -155,7 +155,7 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], l
                     points[position].append((so_far, record["validation_accuracy"]))
         if points:
             positions = sorted(points)
-            curves.append((positions, _Curve((method,), method_colour(method),
+            curves.append((positions, _Curve((method,), method_color(method),
                                              [statistics.fmean(x for x, _ in points[p]) for p in positions],
                                              [[y for _, y in points[p]] for p in positions])))
     longest = max((curve.xs[-1] for _, curve in curves), default=0.0)
@@ -167,14 +167,14 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], l
         # Stage 2 measures another model, so its line starts anew.
         split = sum(position <= first for position in positions)
         for piece in (slice(split), slice(split, None)):
-            axes.plot([x / scale for x in curve.xs[piece]], curve.means[piece], color=curve.colour, marker="o",
+            axes.plot([x / scale for x in curve.xs[piece]], curve.means[piece], color=curve.color, marker="o",
                       linewidth=2.4 if _has_fedms(curve) else 1.7, markersize=4, markeredgecolor=SURFACE,
                       markeredgewidth=0.8)
     _percent_axis(axes.yaxis)
     axes.set_ylabel("validation accuracy (%)")
     axes.set_xlabel(f"{label} ({name})")
     axes.set_xlim(-0.01 * longest / scale, longest / scale)
-    _end_labels(axes, [_Curve(c.methods, c.colour, [x / scale for x in c.xs], c.ys) for _, c in curves])
+    _end_labels(axes, [_Curve(c.methods, c.color, [x / scale for x in c.xs], c.ys) for _, c in curves])
     return figure
 
 
@@ -191,7 +191,7 @@ def gate_size_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     for group in groups:
         chosen = [p for p in points if p[2] == group]
         axes.scatter([p[0] for p in chosen], [p[1] for p in chosen], s=46, alpha=0.85, linewidths=0.8,
-                     color=_group_colour(groups, group), edgecolors=SURFACE, zorder=3)
+                     color=_group_color(groups, group), edgecolors=SURFACE, zorder=3)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, 1.05 * max(n for n, _, _ in points))
     axes.set_xlabel("training samples of a client")
@@ -206,7 +206,7 @@ def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         return None
     figure, axes = _axes(_HALF, _height(curves, 2.9))
     for curve in curves:
-        axes.plot(curve.xs, curve.means, color=curve.colour, linewidth=1.9, drawstyle="steps-mid", marker="o",
+        axes.plot(curve.xs, curve.means, color=curve.color, linewidth=1.9, drawstyle="steps-mid", marker="o",
                   markersize=3.5, markeredgecolor=SURFACE, markeredgewidth=0.6)
     top = max(max(c.means) for c in curves)
     axes.set_ylim(0, top + 0.8)
@@ -234,10 +234,10 @@ def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         unit, scale = "GB", 1e9
     elif max(c.means[-1] for c in curves) < 1e6:
         unit, scale = "kB", 1e3
-    curves = [_Curve(c.methods, c.colour, c.xs, [[v / scale for v in y] for y in c.ys]) for c in curves]
+    curves = [_Curve(c.methods, c.color, c.xs, [[v / scale for v in y] for y in c.ys]) for c in curves]
     figure, axes = _axes(_HALF, _height(curves, 2.9))
     for curve in curves:
-        axes.plot(curve.xs, curve.means, color=curve.colour, linewidth=1.9, marker="o", markersize=3.5,
+        axes.plot(curve.xs, curve.means, color=curve.color, linewidth=1.9, marker="o", markersize=3.5,
                   markeredgecolor=SURFACE, markeredgewidth=0.6)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"sent by clients so far ({unit})")
@@ -247,25 +247,25 @@ def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def clients_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Personalised test accuracy of every client, one row a method, with mean and worst 10 %."""
+    """Personalized test accuracy of every client, one row a method, with mean and worst 10 %."""
     rows = []
     if zero := [v for r in {r.seed: r for r in runs}.values() if (v := client_values(r, "zero_shot"))]:
         rows.append(("zero-shot", MUTED, zero))
     for method, group in by_method(runs).items():
-        if values := [v for r in group if (v := client_values(r, "personalised"))]:
-            rows.append((method, method_colour(method), values))
+        if values := [v for r in group if (v := client_values(r, "personalized"))]:
+            rows.append((method, method_color(method), values))
     if not rows:
         return None
     figure, axes = _axes(_WIDE, 0.75 + 0.4 * len(rows))
-    for y, (method, colour, values) in enumerate(rows):
+    for y, (method, color, values) in enumerate(rows):
         # Over seeds as in the table: of each seed first, then their mean.
         mean, worst = statistics.fmean(map(statistics.fmean, values)), statistics.fmean(map(worst_tenth, values))
         dots = [v for seed in values for v in seed]
-        axes.scatter(dots, [y] * len(dots), s=42, color=colour, alpha=0.32, linewidths=0, zorder=2)
-        axes.plot([mean, mean], [y - 0.32, y + 0.32], color=colour, linewidth=3, solid_capstyle="butt", zorder=3)
-        axes.plot([worst], [y], marker="|", color=colour, markersize=12, markeredgewidth=1.4, zorder=3)
+        axes.scatter(dots, [y] * len(dots), s=42, color=color, alpha=0.32, linewidths=0, zorder=2)
+        axes.plot([mean, mean], [y - 0.32, y + 0.32], color=color, linewidth=3, solid_capstyle="butt", zorder=3)
+        axes.plot([worst], [y], marker="|", color=color, markersize=12, markeredgewidth=1.4, zorder=3)
         axes.annotate(f"{100 * mean:.1f}", (mean, y - 0.32), (0, 1.5), textcoords="offset points", ha="center",
-                      va="bottom", color=colour, fontsize=9, fontweight="bold")
+                      va="bottom", color=color, fontsize=9, fontweight="bold")
     axes.set_yticks(range(len(rows)), [r[0] for r in rows])
     for label, row in zip(axes.get_yticklabels(), rows):
         label.set_color(row[1])
@@ -298,15 +298,15 @@ def gate_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
             if mean is None:
                 continue
             y = place[client["id"]] + (number - (len(gated) - 1) / 2) * width
-            colour = _group_colour(groups, client.get("group"))
+            color = _group_color(groups, client.get("group"))
             spread = client.get("gate_std") or 0
-            axes.plot([max(0, mean - spread), min(1, mean + spread)], [y, y], color=colour, alpha=0.4,
+            axes.plot([max(0, mean - spread), min(1, mean + spread)], [y, y], color=color, alpha=0.4,
                       linewidth=4 if len(gated) == 1 else 2.5, solid_capstyle="round", zorder=2)
-            axes.plot([mean], [y], marker="o", color=colour, markersize=6 if len(gated) == 1 else 4,
+            axes.plot([mean], [y], marker="o", color=color, markersize=6 if len(gated) == 1 else 4,
                       markeredgecolor=SURFACE, markeredgewidth=0.8, zorder=3)
     axes.set_yticks(range(len(clients)), [f"{g or 'client'} {i}" for g, i in clients])
     for label, (group, _) in zip(axes.get_yticklabels(), clients):
-        label.set_color(_group_colour(groups, group))
+        label.set_color(_group_color(groups, group))
     axes.set_ylim(len(clients) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.grid(axis="y", visible=False)
@@ -326,7 +326,7 @@ def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         alone = local_only(run, runs)
         for client in participants(run):
             x = alone.get(client["id"]) if compared else field_of(client, "accuracy", "local")
-            y = field_of(client, "accuracy", "personalised")
+            y = field_of(client, "accuracy", "personalized")
             if x is not None and y is not None:
                 points.append((x, y, client.get("group"), client["id"]))
     if not points or focus[0].method == "local":
@@ -341,7 +341,7 @@ def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     for group in groups:
         chosen = [p for p in points if str(p[2] or "") == group]
         axes.scatter([p[0] for p in chosen], [p[1] for p in chosen], s=46, alpha=0.85, linewidths=0.8,
-                     color=_group_colour(groups, group), edgecolors=SURFACE, zorder=3, label=group)
+                     color=_group_color(groups, group), edgecolors=SURFACE, zorder=3, label=group)
     if len(focus) == 1 and len(points) <= 16:
         for x, y, _, client in points:
             axes.annotate(str(client), (x, y), (5, 3), textcoords="offset points", fontsize=7.5, color=MUTED)
@@ -363,7 +363,7 @@ def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 FIGURES: tuple[tuple[str, Callable[..., Any], str, str, str], ...] = (
-    ("clients", clients_figure, "Personalised test accuracy",
+    ("clients", clients_figure, "Personalized test accuracy",
      "One dot a client and seed; the bar with the number is the mean, the thin tick the mean of the worst 10 % of "
      "clients.", "wide"),
     ("accuracy", accuracy_figure, "Validation accuracy per round",
@@ -459,7 +459,7 @@ def _round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
 
 def _part(curve: _Curve, inside: Callable[[float], bool]) -> _Curve:
     chosen = [(x, y) for x, y in zip(curve.xs, curve.ys) if inside(x)]
-    return _Curve(curve.methods, curve.colour, [x for x, _ in chosen], [y for _, y in chosen])
+    return _Curve(curve.methods, curve.color, [x for x, _ in chosen], [y for _, y in chosen])
 
 
 def _has_fedms(curve: _Curve) -> bool:
@@ -486,12 +486,12 @@ def _end_labels(axes: Any, curves: Sequence[_Curve]) -> None:
         if curve.xs[-1] < last or abs(place - shift - curve.means[-1]) > line:
             bend = right - 0.03 * (right - axes.get_xlim()[0])
             axes.plot([curve.xs[-1], bend, right], [curve.means[-1], curve.means[-1], place - shift], linewidth=0.8,
-                      color=curve.colour, linestyle=(0, (1, 2)), clip_on=False)
+                      color=curve.color, linestyle=(0, (1, 2)), clip_on=False)
         axes.annotate(label, (right, place - shift), (4, 0), textcoords="offset points", va="center",
-                      color=curve.colour, fontsize=9, annotation_clip=False,
+                      color=curve.color, fontsize=9, annotation_clip=False,
                       fontweight="bold" if _has_fedms(curve) else "normal")
 
 
-def _group_colour(groups: Sequence[str], group: Any) -> str:
+def _group_color(groups: Sequence[str], group: Any) -> str:
     name = str(group or "")
-    return GROUP_COLOURS[groups.index(name) % len(GROUP_COLOURS)] if name in groups else MUTED
+    return GROUP_COLORS[groups.index(name) % len(GROUP_COLORS)] if name in groups else MUTED

@@ -66,7 +66,7 @@ def by_method(runs: Iterable[RunRecords]) -> dict[str, list[RunRecords]]:
 def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     """One row a method, zero-shot first: :class:`Stat` over seeds of what the summaries hold, None where unknown.
 
-    ``below_local`` is the share of clients whose personalised accuracy is under that of the ``local`` run of the
+    ``below_local`` is the share of clients whose personalized accuracy is under that of the ``local`` run of the
     same seed.
     """
     rows = []
@@ -74,14 +74,14 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     if zero_shot:
         rows.append({
             "method": "zero-shot", "seeds": len(zero_shot), "unfinished": 0,
-            "personalised": Stat.of(client_mean(r, "zero_shot") for r in zero_shot.values()),
+            "personalized": Stat.of(client_mean(r, "zero_shot") for r in zero_shot.values()),
             "worst10": Stat.of(worst_tenth(client_values(r, "zero_shot")) for r in zero_shot.values()),
         })
     for method, group in by_method(runs).items():
         ended = [r for r in group if r.summary]
         row: dict[str, Any] = {"method": method, "seeds": len(ended), "unfinished": len(group) - len(ended)}
-        for name, keys in {"personalised": ("personalised_accuracy", "mean"),
-                           "worst10": ("personalised_accuracy", "worst10"), "macro_f1": ("macro_f1",),
+        for name, keys in {"personalized": ("personalized_accuracy", "mean"),
+                           "worst10": ("personalized_accuracy", "worst10"), "macro_f1": ("macro_f1",),
                            "global_test": ("global_test_accuracy",), "trainable_percent": ("trainable_percent",),
                            "unseen": ("unseen_accuracy", "after_training"), "bytes_up": ("bytes_up",),
                            "bytes_down": ("bytes_down",), "flops": ("flops",), "seconds": ("seconds",),
@@ -164,22 +164,22 @@ def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
     """Accuracy of the ``local`` method by client in the run of the same seed; empty if there is none."""
     for other in runs:
         if other.method == "local" and other.seed == run.seed and other.clients:
-            return {c["id"]: c["accuracy"]["personalised"] for c in participants(other)
-                    if field_of(c, "accuracy", "personalised") is not None}
+            return {c["id"]: c["accuracy"]["personalized"] for c in participants(other)
+                    if field_of(c, "accuracy", "personalized") is not None}
     return {}
 
 
 def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
     alone = local_only(run, runs)
-    pairs = [(field_of(c, "accuracy", "personalised"), alone.get(c["id"])) for c in participants(run)]
+    pairs = [(field_of(c, "accuracy", "personalized"), alone.get(c["id"])) for c in participants(run)]
     pairs = [(own, other) for own, other in pairs if own is not None and other is not None]
     return statistics.fmean(own < other for own, other in pairs) if pairs and run.method != "local" else None
 
 
 def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords]) -> Optional[Stat]:
-    other = {r.seed: field_of(r.summary, "personalised_accuracy", "mean") for r in theirs}
+    other = {r.seed: field_of(r.summary, "personalized_accuracy", "mean") for r in theirs}
     gaps = [own - other[r.seed] for r in ours
-            if (own := field_of(r.summary, "personalised_accuracy", "mean")) is not None and other.get(r.seed) is not None]
+            if (own := field_of(r.summary, "personalized_accuracy", "mean")) is not None and other.get(r.seed) is not None]
     return Stat.of(gaps)
 
 

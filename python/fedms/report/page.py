@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_colour, plain_style
+from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_color, plain_style
 from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, field_of, focus_method, participants,
                                   read_runs)
 from fedms.report.significance import differences
@@ -19,7 +19,7 @@ from fedms.storage.records import CONFIG, RunRecords
 
 TEMPLATES = Path(__file__).parent
 
-# Light colours are what the figures are drawn in; in the page each becomes a CSS variable with this dark twin.
+# Light colors are what the figures are drawn in; in the page each becomes a CSS variable with this dark twin.
 DARK = {INK: "#e6e9ef", MUTED: "#98a2b3", GRID: "#2b3442", SURFACE: "#161b24", "#c2410c": "#fb8c3c",
         "#1d4ed8": "#6ea8fe", "#0f766e": "#2dd4bf", "#7c3aed": "#b197fc", "#5b6b80": "#a3b1c6", "#be185d": "#f472b6",
         "#4d7c0f": "#a3e635", "#0369a1": "#38bdf8", "#a16207": "#facc15", "#0e7490": "#22d3ee", "#b45309": "#fbbf24",
@@ -62,7 +62,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         title=f"{config['model']['id']} on {config['data']['name']}",
         setting=_setting(runs), headline=outcome.rstrip(".") + ".", lead=more, findings=findings(runs, notes),
         tests=differences(runs), cards=_cards(focus_runs),
-        focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colours=_css_colours(),
+        focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colors=_css_colors(),
         method_class=_css_name,
         grouped=any(c.get("group") for r in runs for c in r.clients), clients_by_method=_clients_by_method(runs),
         details=[_client_details(r) for r in runs if r.clients],
@@ -89,8 +89,8 @@ def _cards(runs: Sequence[RunRecords]) -> list[dict[str, str]]:
         return Stat.of(field_of(r.summary, *keys) for r in ended)
 
     cards = [
-        ("personalised accuracy", stat("personalised_accuracy", "mean"), lambda s: f"{percent(s)} %"),
-        ("worst 10 % of clients", stat("personalised_accuracy", "worst10"), lambda s: f"{percent(s)} %"),
+        ("personalized accuracy", stat("personalized_accuracy", "mean"), lambda s: f"{percent(s)} %"),
+        ("worst 10 % of clients", stat("personalized_accuracy", "worst10"), lambda s: f"{percent(s)} %"),
         ("global test", stat("global_test_accuracy"), lambda s: f"{percent(s)} %"),
         ("weight on local expert", stat("gate", "mean"), lambda s: f"{s.mean:.2f}"),
         ("parameters trained", stat("trainable_percent"), lambda s: f"{s.mean:.2f} %"),
@@ -102,7 +102,7 @@ def _cards(runs: Sequence[RunRecords]) -> list[dict[str, str]]:
 
 
 def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
-    """Personalised accuracy of each client under each method, mean over seeds."""
+    """Personalized accuracy of each client under each method, mean over seeds."""
     methods = {m: group for m, group in by_method(runs).items() if any(r.clients for r in group)}
     if len(methods) < 2:
         return None
@@ -112,7 +112,7 @@ def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
         for run in group:
             for client in participants(run):
                 about.setdefault(client["id"], client)
-                if (v := field_of(client, "accuracy", "personalised")) is not None:
+                if (v := field_of(client, "accuracy", "personalized")) is not None:
                     values[client["id"]][method].append(v)
     rows = []
     for number in sorted(values):
@@ -124,23 +124,23 @@ def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
 
 
 def _client_details(run: RunRecords) -> dict[str, Any]:
-    names = [n for n in ("personalised", "mixture", "global", "local", "zero_shot", "half", "oracle")
+    names = [n for n in ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
              if any(field_of(c, "accuracy", n) is not None for c in run.clients)]
     gated = any(c.get("gate_mean") is not None for c in run.clients)
     return {"title": f"{run.method}, seed {run.seed}", "names": names, "gated": gated,
             "rows": sorted(run.clients, key=lambda c: c["id"])}
 
 
-def _css_name(colour_or_method: str) -> str:
-    return "c" + (colour_or_method if colour_or_method.startswith("#") else method_colour(colour_or_method))[1:]
+def _css_name(color_or_method: str) -> str:
+    return "c" + (color_or_method if color_or_method.startswith("#") else method_color(color_or_method))[1:]
 
 
-def _css_colours() -> list[tuple[str, str, str]]:
+def _css_colors() -> list[tuple[str, str, str]]:
     return [(_css_name(light), light, dark) for light, dark in DARK.items()]
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Inline SVG with text kept as text and every colour a CSS variable, so that it follows the page's theme."""
+    """Inline SVG with text kept as text and every color a CSS variable, so that it follows the page's theme."""
     svg = as_svg(figure, name)
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -11,7 +11,7 @@ from fedms.storage.records import RunRecords
 
 @dataclass(frozen=True)
 class Difference:
-    """The focus method minus another: mean gap of the personalised accuracy over clients that both have, how many are
+    """The focus method minus another: mean gap of the personalized accuracy over clients that both have, how many are
     better and worse off, the p-value of Wilcoxon's signed-rank test, and the one corrected for all comparisons."""
 
     against: str
@@ -60,4 +60,4 @@ def holm(values: Sequence[float]) -> list[float]:
 
 def _accuracies(runs: Sequence[RunRecords]) -> dict[tuple[int, int], float]:
     return {(run.seed, client["id"]): accuracy for run in runs for client in participants(run)
-            if (accuracy := field_of(client, "accuracy", "personalised")) is not None}
+            if (accuracy := field_of(client, "accuracy", "personalized")) is not None}

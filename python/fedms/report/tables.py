@@ -21,7 +21,7 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     path = Path(path)
     runs, _ = read_runs(path)
     text = io.StringIO()
-    columns = ("method", "seed", "personalised_mean", "personalised_std", "personalised_worst10", "global_test",
+    columns = ("method", "seed", "personalized_mean", "personalized_std", "personalized_worst10", "global_test",
                "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "below_local", "gate_mean",
                "gate_collapsed", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
     writer = csv.writer(text, lineterminator="\n")
@@ -29,7 +29,7 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     for run in runs:
         s = run.summary
         writer.writerow([run.method, run.seed,
-                         *(field_of(s, "personalised_accuracy", k) for k in ("mean", "std", "worst10")),
+                         *(field_of(s, "personalized_accuracy", k) for k in ("mean", "std", "worst10")),
                          field_of(s, "global_test_accuracy"),
                          *(field_of(s, "unseen_accuracy", k) for k in ("as_it_arrives", "after_training")),
                          field_of(s, "zero_shot_accuracy"), field_of(s, "macro_f1"), below_local(run, runs), field_of(s, "gate", "mean"), field_of(s, "gate", "collapsed"),
@@ -60,7 +60,7 @@ class _Column:
 
 
 _COLUMNS = (
-    _Column("personalised %", "mean\nacc. %", "personalised", lambda s: percent(s), 8),
+    _Column("personalized %", "mean\nacc. %", "personalized", lambda s: percent(s), 8),
     _Column("worst 10 % of clients %", "worst 10 %\nacc. %", "worst10", lambda s: percent(s), 7),
     _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),
     _Column("unseen clients %", "unseen\n%", "unseen", lambda s: percent(s), 1),

@@ -20,17 +20,17 @@ def headline(runs: Sequence[RunRecords]) -> str:
     """The outcome in two or three sentences: the place of the method in focus, the best one, from whom it is apart by how
     many points, and what that is worth."""
     methods = by_method([r for r in runs if r.summary])
-    scores = {m: Stat.of(field_of(r.summary, "personalised_accuracy", "mean") for r in group)
+    scores = {m: Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
               for m, group in methods.items()}
     scores = {m: s for m, s in scores.items() if s}
     if not scores:
         return "No run here has ended, so there is no outcome yet."
     focus = focus_method(scores)
     own = scores[focus]
-    text = f"{focus} reaches {percent(own)} % mean personalised accuracy"
+    text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
     rivals = [m for m in scores if m != focus]
     if not rivals:
-        gaps = {label: Stat.of(client_gap(r, "personalised", name) for r in methods[focus])
+        gaps = {label: Stat.of(client_gap(r, "personalized", name) for r in methods[focus])
                 for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
         parts = [f"{_points(gap.mean)} {'above' if gap.mean > 0 else 'below'} {label}"
                  for label, gap in gaps.items() if gap and not _is_zero(gap.mean)]
@@ -71,7 +71,7 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
     for run in runs:
         if run.summary is None:
             say(f"{run.method}, seed {run.seed}, has not ended: {_how_far(run)}. It has no test results.", "bad")
-    worst = Stat.of(field_of(r.summary, "personalised_accuracy", "worst10") for r in ended)
+    worst = Stat.of(field_of(r.summary, "personalized_accuracy", "worst10") for r in ended)
     if worst:
         say(f"On its worst 10 % of clients {focus} scores {percent(worst)} %.")
     below = Stat.of(below_local(r, runs) for r in ended)

@@ -118,13 +118,13 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
 class _Planner:
     """The loaded model and data, and what the process needs besides them."""
 
-    originals: dict[str, Tensor]    # by name, once they are quantised
+    originals: dict[str, Tensor]    # by name, once they are quantized
 
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
         progress.phase(f"loading model {config.model.id}")
-        # Loaded as every run does, in full precision; `freeze` quantises it.
+        # Loaded as every run does, in full precision; `freeze` quantizes it.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"frozen": "fp32"})})
         foundation = models.load(plain.model)
         progress.phase(f"loading data {config.data.name}")
@@ -213,15 +213,15 @@ def picture(found: Plan, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from fedms.report import GRID, GROUP_COLOURS, INK, MUTED
+    from fedms.report import GRID, GROUP_COLORS, INK, MUTED
 
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     memory, seconds, sent = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     depths = [o.depth for o in found.options]
     bottom = [0.0] * len(depths)
-    for colour, part in zip(GROUP_COLOURS, found.options[0].memory):
+    for color, part in zip(GROUP_COLORS, found.options[0].memory):
         heights = [o.memory[part] / 2**20 for o in found.options]
-        memory.bar(depths, heights, 0.7, bottom, color=colour, label=part)
+        memory.bar(depths, heights, 0.7, bottom, color=color, label=part)
         bottom = [b + h for b, h in zip(bottom, heights)]
     for option, top in zip(found.options, bottom):
         memory.text(option.depth, top, f"{option.frozen}\n×{option.micro_batch}", ha="center", va="bottom", fontsize=7,
@@ -232,9 +232,9 @@ def picture(found: Plan, path: Path) -> None:
     memory.set_ylabel("peak memory (MiB)")
     memory.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=5, columnspacing=1,
                   handlelength=1)
-    seconds.bar(depths, [o.seconds for o in found.options], 0.7, color=GROUP_COLOURS[0])
+    seconds.bar(depths, [o.seconds for o in found.options], 0.7, color=GROUP_COLORS[0])
     seconds.set_ylabel("seconds a round")
-    sent.bar(depths, [(o.work.bytes_up + o.work.bytes_down) / 1e6 for o in found.options], 0.7, color=GROUP_COLOURS[1])
+    sent.bar(depths, [(o.work.bytes_up + o.work.bytes_down) / 1e6 for o in found.options], 0.7, color=GROUP_COLORS[1])
     sent.set_ylabel("sent and received a round (MB)")
     for axes in (memory, seconds, sent):
         axes.set_xlabel("depth")

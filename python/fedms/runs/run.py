@@ -15,7 +15,7 @@ from fedms.data import Dataset, Shard
 from fedms.engines.base import Engine, Interrupted
 from fedms.engines.local import LocalEngine
 from fedms.federated.client import Client, Message
-from fedms.federated.evaluation import evaluate_unseen, mean, shared_accuracy, summarise
+from fedms.federated.evaluation import evaluate_unseen, mean, shared_accuracy, summarize
 from fedms.federated.server import STAGES, AllClientsFailed, Server
 from fedms.foreign import few
 from fedms.methods import Method
@@ -261,11 +261,11 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
         "dataset": config.data.name, "classes": model.dataset.classes, "prompts": model.dataset.prompts,
         "seed": config.run.seed,
         "rounds": {stage: getattr(config, stage).rounds for stage in STAGES},
-        **summarise(records, method.learns_gate),
+        **summarize(records, method.learns_gate),
         "global_test_accuracy": mean([e.on_common_test for e in evaluations]) if shared is None else shared,
         "unseen_accuracy": None if not arrives else {
-            "as_it_arrives": summarise(arrives)["personalised_accuracy"]["mean"],
-            "after_training": summarise(trained)["personalised_accuracy"]["mean"] if trained else None},
+            "as_it_arrives": summarize(arrives)["personalized_accuracy"]["mean"],
+            "after_training": summarize(trained)["personalized_accuracy"]["mean"] if trained else None},
         "final_depth": {stage: state.final_depth.get(stage) for stage in STAGES},
         "trainable_params": max((v["trained_params"] or 0 for v in past.visits), default=0),
         "trainable_percent": max((v["trained_percent"] or 0 for v in past.visits), default=0),

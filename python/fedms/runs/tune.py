@@ -1,6 +1,6 @@
 """`fedms tune`: the same number of trials for every method over its own main constants, judged on validation data.
 
-Trials are points of a Sobol sequence (`scipy.stats.qmc`), not proposals of a sequential optimiser: with eight of them a
+Trials are points of a Sobol sequence (`scipy.stats.qmc`), not proposals of a sequential optimizer: with eight of them a
 model of the results would have nothing to go by, and as each trial is known in advance they run side by side, and a
 tuning that was killed goes on by its run folders. The first trial is the run file as it stands.
 """

@@ -49,9 +49,9 @@ CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
     "gate_entropy",
 )
-ACCURACY_FIELDS = ("personalised", "mixture", "global", "local", "zero_shot", "half", "oracle")
+ACCURACY_FIELDS = ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
 SUMMARY_FIELDS = (
-    "method", "model", "fingerprint", "dataset", "classes", "prompts", "seed", "rounds", "personalised_accuracy",
+    "method", "model", "fingerprint", "dataset", "classes", "prompts", "seed", "rounds", "personalized_accuracy",
     "global_test_accuracy",
     "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth", "trainable_params",
     "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
@@ -86,7 +86,7 @@ _SCHEMAS = {
     CLIENTS: _schema("Client", CLIENT_FIELDS, id=_Count, group=_Text, unseen=bool | None, accuracy=_NUMBERS),
     SUMMARY: _schema(
         "Summary", SUMMARY_FIELDS, method=_Text, model=_Text, fingerprint=_Text, dataset=_Text, classes=list[str] | None,
-        prompts=list[list[str]] | None, rounds=_NUMBERS | None, personalised_accuracy=_NUMBERS | None,
+        prompts=list[list[str]] | None, rounds=_NUMBERS | None, personalized_accuracy=_NUMBERS | None,
         unseen_accuracy=_NUMBERS | None, gate=dict[str, _Number | bool] | None, final_depth=_NUMBERS | None,
         notes=list[str] | None)}
 
@@ -259,6 +259,17 @@ class RunFolder:
             raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
 
+# Fields that had another name in the records of earlier versions.
+RENAMED = {"personalised": "personalized", "personalised_accuracy": "personalized_accuracy"}
+
+
+def renamed(record: Any) -> Any:
+    """A record with today's names of its fields, whatever version wrote it."""
+    if isinstance(record, dict):
+        return {RENAMED.get(key, key): renamed(value) for key, value in record.items()}
+    return [renamed(value) for value in record] if isinstance(record, list) else record
+
+
 @dataclass(frozen=True)
 class RunRecords:
     """A run folder read back as plain data. ``config`` has today's keys whatever version wrote it, and none that a later
@@ -336,7 +347,7 @@ def _strip(value: Any) -> Any:
 
 
 def _complete(record: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    # A misspelt field would silently leave a null in every table made from the records later.
+    # A misspelled field would silently leave a null in every table made from the records later.
     if unknown := sorted(set(record) - set(fields)):
         raise ValueError(f"unknown record field {unknown[0]!r}; known: {', '.join(fields)}")
     return {name: record.get(name) for name in fields}
@@ -440,6 +451,7 @@ def _record(name: str, line: bytes) -> dict[str, Any]:
     value = parse_json(line)
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
+    value = renamed(value)
     found = conform(_SCHEMAS[name], value)
     record = {field: value.get(field) for field in type(found).model_fields}
     return {field: each if field in ("classes", "prompts") else all_printable(each) for field, each in record.items()}

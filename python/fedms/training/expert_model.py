@@ -146,7 +146,7 @@ class ResidentModel:
         """Stores the frozen weights of Linear layers as `[model] frozen` says; from full precision only."""
         if frozen != "fp32":
             quantize(self.foundation.module, frozen)
-            # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantised.
+            # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantized.
             for parameter in self.foundation.module.parameters():
                 parameter.data = parameter.data.clone()
 

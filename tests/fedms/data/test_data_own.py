@@ -282,10 +282,10 @@ def test_what_was_done_to_images_is_said(tmp_path, viewer):
     exif[0x0112] = 6
     Image.new("RGB", (8, 12), "red").save(root / "cat/turned.jpg", exif=exif)
     Image.new("RGB", (8, 12), "red").save(root / "cat/pages.tiff", save_all=True, append_images=[Image.new("RGB", (8, 12))])
-    Image.new("L", (8, 12)).save(root / "dog/grey.jfif", "JPEG")
+    Image.new("L", (8, 12)).save(root / "dog/gray.jfif", "JPEG")
     (root / "dog/note.txt").write_text("dogs")
     notes = "; ".join(load(root, viewer).notes)
-    for said in ("1 file left out", "note.txt", "1 image has several pages", "1 image is turned", "1 image is grey"):
+    for said in ("1 file left out", "note.txt", "1 image has several pages", "1 image is turned", "1 image is gray"):
         assert said in notes
     assert user_data._open(root / "cat/turned.jpg").size == (12, 8)
 

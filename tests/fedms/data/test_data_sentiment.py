@@ -16,7 +16,7 @@ import torch
 from fedms import models
 from fedms.data import DataError, cache_dir, load, sentiment
 
-# Enough of a model for everything that fails before tokenisation.
+# Enough of a model for everything that fails before tokenization.
 TEXT_MODEL = SimpleNamespace(name="minilm", reads="text")
 
 

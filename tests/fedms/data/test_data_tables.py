@@ -274,8 +274,8 @@ def test_splits_are_no_clients(tmp_path):
         put(tmp_path / f"shards/{name}.csv", f"text,label\n{name},pos\nbad,neg\n")
     content, _, clients = look(tmp_path / "shards")
     assert len(content) == 4 and clients is None
-    unlabelled = user_data.read(DataTable(name=str(tmp_path / "folders/test")), "text", labelled=False)
-    assert unlabelled.content == ["test", "bad"] and unlabelled.labels is None
+    unlabeled = user_data.read(DataTable(name=str(tmp_path / "folders/test")), "text", labeled=False)
+    assert unlabeled.content == ["test", "bad"] and unlabeled.labels is None
 
 
 # Fuzzing

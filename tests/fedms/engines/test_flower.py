@@ -291,7 +291,7 @@ def test_text_of_a_client_is_escaped_and_cut(tmp_path, shards):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda r: r["accuracy"].pop("personalised"), "accuracy.personalised is missing"),
+    (lambda r: r["accuracy"].pop("personalized"), "accuracy.personalized is missing"),
     (lambda r: r["accuracy"].pop("half"), "accuracy.half is missing"), (lambda r: r.pop("gate_std"), "gate_std is missing"),
     (lambda r: r.update(gate_entropy=None), "gate_entropy is missing"), (lambda r: r.pop("macro_f1"), "macro_f1 is missing"),
     (lambda r: r.update(n_test=2**40), "record.n_test is 1099511627776, expected"),

@@ -167,7 +167,7 @@ def test_exact_aggregation_is_merged_and_is_no_adapter(ended, tmp_path):
     want = predict(model, outcome, None, inputs).global_
     assert error(logits_of_readme(tmp_path / "out"), want) < 1e-5
     mixture = fedms.load(export(tmp_path / "run", tmp_path / "mixture"), client="anna")
-    found = predict(model, outcome, 0, inputs).personalised.softmax(1).max(1)
+    found = predict(model, outcome, 0, inputs).personalized.softmax(1).max(1)
     assert mixture.predict(TEXTS).probability.tolist() == pytest.approx(found.values.tolist())
 
 
@@ -213,7 +213,7 @@ def test_a_loaded_mixture_predicts_as_the_run_did(kind, ended, tmp_path):
         table = mixture.predict([samples.content[i] for i in split.test])
         assert list(table.columns) == ["label", "probability", "gate_weight"] and len(table) == len(split.test)
         truth = [dataset.classes[i] for i in dataset.labels[split.test]]
-        assert (table.label == truth).mean() == pytest.approx(recorded[split.id]["accuracy"]["personalised"])
+        assert (table.label == truth).mean() == pytest.approx(recorded[split.id]["accuracy"]["personalized"])
         assert table.probability.between(1 / len(dataset.classes) - 1e-6, 1).all()
         if config.run.method == "fedms":
             assert table.gate_weight.mean() == pytest.approx(recorded[split.id]["gate_mean"], abs=1e-6)

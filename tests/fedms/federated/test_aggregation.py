@@ -135,7 +135,7 @@ def close(a, b):
 @settings(max_examples=15, deadline=None)
 @given(round=ROUNDS)
 def test_the_order_of_clients_does_not_matter(rule, round):
-    if rule == "krum":          # with one neighbour, the nearest two are as near to each other
+    if rule == "krum":          # with one neighbor, the nearest two are as near to each other
         round = (max(5, round[0]), round[1])
     sent, weights = drawn(round)
     order = torch.randperm(len(sent)).tolist()

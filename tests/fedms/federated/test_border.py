@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedms.federated import encoding, schema
 from fedms.federated.encoding import WireError
-from fedms.federated.evaluation import summarise
+from fedms.federated.evaluation import summarize
 from fedms.federated.packing import Packed, unpack_message, unpack_reply
 from fedms.federated.schema import KINDS, SchemaError, Table, printable, read_json
 
@@ -97,7 +97,7 @@ def test_a_damaged_message_is_refused_by_name_or_harmless(case):
     read.pop("config", None)
     assert harmless(read)
     if kind == "evaluated":
-        assert harmless(summarise([read["record"]]))
+        assert harmless(summarize([read["record"]]))
 
 
 @many

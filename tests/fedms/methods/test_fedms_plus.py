@@ -43,7 +43,7 @@ def test_without_its_pieces_it_is_fedms(tmp_path):
 @pytest.mark.parametrize("sets", [*OFF, *OTHER])
 def test_each_piece_can_be_switched(sets, tmp_path):
     summary = run.run(config("run.method=fedms_plus", sets), tmp_path / "run")
-    assert summary["personalised_accuracy"]["mean"] is not None
+    assert summary["personalized_accuracy"]["mean"] is not None
 
 
 def test_the_shift_is_the_clients_prior_over_everybodys():

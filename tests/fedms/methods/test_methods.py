@@ -188,7 +188,7 @@ def test_fedavg_prior(world):
     for client in (0, 1):
         prediction = done.predict(world, client)
         shift = ((counts[client] + 1) / (counts[client].sum() + 10) / everybody).log()
-        assert torch.allclose(prediction.personalised - prediction.global_, shift.float().expand(len(prediction.global_), 10),
+        assert torch.allclose(prediction.personalized - prediction.global_, shift.float().expand(len(prediction.global_), 10),
                               atol=1e-5)
 
 
@@ -206,7 +206,7 @@ def test_fedper(world):
     same({name: done.state.tensors[name] for name in body}, body, world.shared)
     inputs = world.dataset.inputs.batch(world.splits[0].test)
     want = world.plain.logits({**body, **parts(trained[0])[1]}, inputs)
-    assert torch.allclose(done.predict(world, 0).personalised, want, atol=0.02)
+    assert torch.allclose(done.predict(world, 0).personalized, want, atol=0.02)
 
 
 def parts(tensors):
@@ -251,7 +251,7 @@ def test_apfl(world):
         want = adamw(start, loss, lambda name: 0.02 if name == "apfl/alpha" else LR["stage1"])
         same(done.kept[client].tensors, want, start)
     prediction, alpha = done.predict(world, 0), done.kept[0].tensors["apfl/alpha"].sigmoid()
-    assert torch.allclose(prediction.personalised, alpha * prediction.local + (1 - alpha) * prediction.global_, atol=1e-5)
+    assert torch.allclose(prediction.personalized, alpha * prediction.local + (1 - alpha) * prediction.global_, atol=1e-5)
 
 
 def test_ffa_lora(world):
@@ -296,7 +296,7 @@ def test_fedex_lora(world):
     assert done.record["residual_norm"] > 0
     inputs = world.dataset.inputs.batch(world.splits[0].test)
     logits = F.linear(world.plain.features(inputs, ideal), mean["head/weight"], mean["head/bias"])
-    assert torch.allclose(done.predict(world, 0).personalised, logits, atol=0.02)
+    assert torch.allclose(done.predict(world, 0).personalized, logits, atol=0.02)
     # The frozen weights themselves are as they were: the foundation model alone, and the next method, do not see it.
     before = world.plain.features(inputs, {})
     assert torch.allclose(world.model.features(Client(world.splits[0], done.method.config).test), before, atol=1e-4)
@@ -329,7 +329,7 @@ def test_feddpa(world):
         feature = world.plain.features(inputs, mixed)
         logits = sum(w * F.linear(feature, t["head/weight"], t["head/bias"]) for w, t in ((1 - weight, start), (weight, want)))
         assert torch.allclose(prediction.weights[row, 1], weight, atol=1e-4)
-        assert torch.allclose(prediction.personalised[row], logits[0], atol=0.02)
+        assert torch.allclose(prediction.personalized[row], logits[0], atol=0.02)
 
 
 def gate_by_hand(gate, features):

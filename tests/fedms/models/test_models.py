@@ -65,7 +65,7 @@ def test_batches_equal_the_tokenizers_own_padding(text_model):
                 assert torch.equal(batch[name], expected[name]), name
 
 
-def test_features_are_the_normalised_mean_of_the_tokens(text_model):
+def test_features_are_the_normalized_mean_of_the_tokens(text_model):
     """Against transformers alone: a sentence at a time, no padding, no mask, eager attention, numpy."""
     from transformers import AutoModel, AutoTokenizer
 

@@ -87,8 +87,8 @@ def test_a_single_run(tmp_path):
     path = write_run(tmp_path / "run")
     page = page_of(path)
     summary = json.loads((path / "summary.json").read_text())
-    assert f"{100 * summary['personalised_accuracy']['mean']:.1f} %" in page.visible
-    for title in ("Personalised test accuracy", "Validation accuracy per round", "Validation accuracy over bytes",
+    assert f"{100 * summary['personalized_accuracy']['mean']:.1f} %" in page.visible
+    for title in ("Personalized test accuracy", "Validation accuracy per round", "Validation accuracy over bytes",
                   "Validation accuracy over operations", "Depth", "Communication", "Gate weight by client",
                   "Gate weight and data size", "Against local-only"):
         assert title in page.inside("h3")
@@ -102,8 +102,8 @@ def test_the_numbers_of_a_study_are_those_of_the_summaries(study):
     assert list(rows) == ["zero-shot", *METHODS]
     for method in METHODS:
         summaries = [json.loads((study / f"{method}-seed{s}" / "summary.json").read_text()) for s in range(3)]
-        for name, keys in {"personalised": ("personalised_accuracy", "mean"), "bytes_up": ("bytes_up",),
-                           "worst10": ("personalised_accuracy", "worst10"), "global_test": ("global_test_accuracy",)
+        for name, keys in {"personalized": ("personalized_accuracy", "mean"), "bytes_up": ("bytes_up",),
+                           "worst10": ("personalized_accuracy", "worst10"), "global_test": ("global_test_accuracy",)
                            }.items():
             values = [s[keys[0]] if len(keys) == 1 else s[keys[0]][keys[1]] for s in summaries]
             assert rows[method][name].mean == pytest.approx(statistics.fmean(values))
@@ -111,11 +111,11 @@ def test_the_numbers_of_a_study_are_those_of_the_summaries(study):
     page = page_of(study)
     cells = page.inside("td")
     start = cells.index("fedms")
-    stat = rows["fedms"]["personalised"]
+    stat = rows["fedms"]["personalized"]
     assert cells[start + 1] == f"{100 * stat.mean:.1f} ± {100 * stat.std:.1f}"
-    alone = [{c["id"]: c["accuracy"]["personalised"] for c in RunRecords.read(study / f"local-seed{s}").clients
+    alone = [{c["id"]: c["accuracy"]["personalized"] for c in RunRecords.read(study / f"local-seed{s}").clients
               if not c["unseen"]} for s in range(3)]
-    ours = [{c["id"]: c["accuracy"]["personalised"] for c in RunRecords.read(study / f"fedavg-seed{s}").clients
+    ours = [{c["id"]: c["accuracy"]["personalized"] for c in RunRecords.read(study / f"fedavg-seed{s}").clients
              if not c["unseen"]} for s in range(3)]
     below = statistics.fmean(sum(ours[s][i] < alone[s][i] for i in alone[s]) / len(alone[s]) for s in range(3))
     assert rows["fedavg"]["below_local"].mean == pytest.approx(below)
@@ -129,7 +129,7 @@ def test_the_picture_marks_the_mean_and_the_worst_clients_of_the_table(study):
     drawn = [(float(statistics.fmean(line.get_xdata())), line.get_marker()) for line in axes.lines]
     for number, row in enumerate(rows):
         (mean, _), (worst, marker) = drawn[2 * number], drawn[2 * number + 1]
-        assert (mean, worst) == pytest.approx((row["personalised"].mean, row["worst10"].mean)) and marker == "|"
+        assert (mean, worst) == pytest.approx((row["personalized"].mean, row["worst10"].mean)) and marker == "|"
 
 
 def test_lines_that_coincide_share_a_short_name(study):
@@ -171,7 +171,7 @@ def test_a_page_needs_nothing_else(study):
     assert wanted <= set(ids) and set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
 
 
-def test_every_colour_has_a_light_and_a_dark_value(study):
+def test_every_color_has_a_light_and_a_dark_value(study):
     text = report.write_report(study).read_text(encoding="utf-8")
     light, dark = text.split("prefers-color-scheme: dark", 1)
     used = set(re.findall(r"var\((--[a-z0-9]+)\)", text)) - {"--font"}
@@ -239,7 +239,7 @@ def test_an_unfinished_run_beside_others_does_not_count(tmp_path):
     write_run(tmp_path / "c", "fedms", 1, stop_after=9)
     rows = {row["method"]: row for row in report.comparison(report.read_runs(tmp_path)[0])}
     assert (rows["fedms"]["seeds"], rows["fedms"]["unfinished"]) == (1, 1)
-    assert rows["fedms"]["personalised"].std is None
+    assert rows["fedms"]["personalized"].std is None
     assert "fedms (1 unfinished)" in page_of(tmp_path).inside("td")
 
 
@@ -287,13 +287,13 @@ def test_a_client_without_test_samples(tmp_path):
 def test_a_headline_of_three_seeds_tells_gaps_from_noise(study):
     runs, _ = report.read_runs(study)
     text = report.headline(runs)
-    ours = [r.summary["personalised_accuracy"]["mean"] for r in runs if r.method == "fedms"]
+    ours = [r.summary["personalized_accuracy"]["mean"] for r in runs if r.method == "fedms"]
     assert text.startswith(f"fedms reaches {100 * statistics.fmean(ours):.1f} ± {100 * statistics.stdev(ours):.1f} %")
     _, place, points = re.fullmatch(r"(.*?), 1st of 5 methods(.*?)\. In points: (.*)\.", text).groups()
     assert place == ""
     parts = dict(re.fullmatch("(not clearly apart from|ahead of) (.*)", part).groups() for part in points.split("; "))
     for method in METHODS[:-1]:
-        theirs = [r.summary["personalised_accuracy"]["mean"] for r in runs if r.method == method]
+        theirs = [r.summary["personalized_accuracy"]["mean"] for r in runs if r.method == method]
         gaps = [a - b for a, b in zip(ours, theirs)]
         if abs(statistics.fmean(gaps)) > 4.30 * statistics.stdev(gaps) / 3**0.5:  # Student's t, two degrees of freedom
             assert f"{method} ({100 * statistics.fmean(gaps):+.1f})" in parts["ahead of"]
@@ -308,13 +308,13 @@ def test_a_headline_of_many_methods_is_short(tmp_path):
                          "apfl": 0.64, "feddpa": 0.58, "ffa_lora": 0.6, "fedms": 0.6}.items():
         with_accuracy(write_run(tmp_path / method, method), mean)
     assert report.headline(report.read_runs(tmp_path)[0]) == (
-        "fedms reaches 60.0 % mean personalised accuracy, 7th of 10 methods; fedrep is best with 70.0 %. In points: behind "
+        "fedms reaches 60.0 % mean personalized accuracy, 7th of 10 methods; fedrep is best with 70.0 %. In points: behind "
         "fedrep (−10.0), fedper (−6.0) and 4 more; level with ffa_lora; ahead of feddpa (+2.0) and local (+10.0). "
         + report.ONE_SEED)
 
 
 def with_accuracy(path, mean):
-    edit(path / "summary.json", lambda s: {**s, "personalised_accuracy": {"mean": mean, "std": 0.1, "worst10": 0.1}})
+    edit(path / "summary.json", lambda s: {**s, "personalized_accuracy": {"mean": mean, "std": 0.1, "worst10": 0.1}})
 
 
 @pytest.mark.parametrize("ours, theirs, words", [
@@ -401,7 +401,7 @@ def test_the_comparison_files(study):
     assert [(r["method"], r["seed"]) for r in rows] == [(m, str(s)) for m in METHODS for s in range(3)]
     for row in rows:
         summary = RunRecords.read(study / f"{row['method']}-seed{row['seed']}").summary
-        assert float(row["personalised_mean"]) == summary["personalised_accuracy"]["mean"]
+        assert float(row["personalized_mean"]) == summary["personalized_accuracy"]["mean"]
         assert int(row["bytes_up"]) == summary["bytes_up"]
         assert row["gate_collapsed"] == ("False" if row["method"] == "fedms" else "")
     lines = text.read_text(encoding="utf-8").splitlines()

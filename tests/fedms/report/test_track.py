@@ -67,7 +67,7 @@ def test_every_round_is_sent_once_and_then_the_summary(tmp_path, notes, recorder
     assert first.logged[0][1]["stage1/loss"] == first.run.rounds[0]["loss"]
     assert first.logged[4][1]["stage2/gate_mean"] == first.run.rounds[4]["gate_mean"]
     assert "stage1/gate_mean" not in first.logged[0][1] and "stage1/round" not in first.logged[0][1]
-    assert first.ended["summary/personalised_accuracy.mean"] == first.run.summary["personalised_accuracy"]["mean"]
+    assert first.ended["summary/personalized_accuracy.mean"] == first.run.summary["personalized_accuracy"]["mean"]
     assert not notes
 
 

@@ -78,7 +78,7 @@ def test_results_are_frames_with_a_row_a_round_a_visit_a_client_and_a_run(tmp_pa
     found = fedms.results(tmp_path)
     assert len(found.rounds) == 5 + 2 and len(found.visits) == 4 * (5 + 2)
     assert set(found.rounds.method) == {"fedms", "local"} and list(found.runs.run) == ["fedms-seed0"]
-    assert len(found.clients) == 5 and found.clients["accuracy.personalised"].between(0, 1).all()
+    assert len(found.clients) == 5 and found.clients["accuracy.personalized"].between(0, 1).all()
     by_stage = found.rounds[found.rounds.method == "fedms"].groupby("stage").bytes_up.sum()
     assert by_stage["stage1"] > 0
     with pytest.raises(RunFolderError, match="no such folder"):

@@ -39,7 +39,7 @@ class Heard(Progress):
 
 
 def everything(folder):
-    """All records but for what a run's neighbours change: which of them computed a constant that both need."""
+    """All records but for what a run's neighbors change: which of them computed a constant that both need."""
     def strip(value):
         if isinstance(value, dict):
             return {k: strip(v) for k, v in value.items() if k != "flops"}
@@ -115,7 +115,7 @@ def test_differences_are_paired_by_client_and_seed(tmp_path):
     runs, _ = report.read_runs(tmp_path)
     local, fedavg = differences(runs)
     assert (local.against, fedavg.against, local.pairs) == ("local", "fedavg", 24)
-    seen = {(r.method, r.seed, c["id"]): c["accuracy"]["personalised"] for r in runs for c in r.clients if not c["unseen"]}
+    seen = {(r.method, r.seed, c["id"]): c["accuracy"]["personalized"] for r in runs for c in r.clients if not c["unseen"]}
     gaps = [v - seen["local", seed, i] for (method, seed, i), v in seen.items() if method == "fedms"]
     assert local.gap == pytest.approx(sum(gaps) / 24) and local.better == sum(g > 0 for g in gaps)
     assert local.corrected == pytest.approx(min(1, 2 * min(local.p, fedavg.p)) if local.p < fedavg.p else

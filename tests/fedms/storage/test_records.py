@@ -142,7 +142,7 @@ def test_records_are_complete_and_plain(tmp_path):
     out.append_round({"stage": "stage1", "round": 1, "loss": np.float32(0.5), "validation_accuracy": math.nan,
                       "depth": torch.tensor(2), "event": 'a "quoted"\nline – ü'})
     out.append_visit({"stage": "stage1", "round": 1, "client": np.int64(3), "loss": math.inf, "seconds": 0.1})
-    out.append_client({"id": 0, "accuracy": {"personalised": np.float64(0.25)}, "unseen": np.bool_(True)})
+    out.append_client({"id": 0, "accuracy": {"personalized": np.float64(0.25)}, "unseen": np.bool_(True)})
     out.append_client({"id": 1, "accuracy": {}})
     out.write_summary({"method": "fedms", "gate": {"mean": -math.inf}, "notes": ("a", "b")})
     got = RunRecords.read(tmp_path / "run")
@@ -152,13 +152,13 @@ def test_records_are_complete_and_plain(tmp_path):
     assert got.rounds[0]["loss"] == 0.5 and got.rounds[0]["validation_accuracy"] is None
     assert got.rounds[0]["depth"] == 2 and got.rounds[0]["event"] == 'a "quoted"\nline – ü'
     assert got.visits[0]["client"] == 3 and got.visits[0]["loss"] is None
-    assert got.clients[0]["accuracy"]["personalised"] == 0.25 and got.clients[0]["unseen"] is True
+    assert got.clients[0]["accuracy"]["personalized"] == 0.25 and got.clients[0]["unseen"] is True
     assert got.summary["gate"] == {"mean": None} and got.summary["notes"] == ["a", "b"]
     assert "NaN" not in (tmp_path / "run" / "rounds.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("append", ["append_round", "append_visit", "append_client", "write_summary"])
-def test_a_misspelt_field_is_refused(tmp_path, append):
+def test_a_misspelled_field_is_refused(tmp_path, append):
     out = RunFolder.create(tmp_path / "run", CONFIG)
     with pytest.raises(ValueError, match="unknown record field 'looss'"):
         getattr(out, append)({"looss": 1})
@@ -249,3 +249,15 @@ def test_runs_that_differ_in_exempt_fields_alone_are_comparable(tmp_path):
     change(c, "bytes_up", 12345)
     assert comparable(RunRecords.read(a)) == comparable(RunRecords.read(b)) != comparable(RunRecords.read(c))
     assert '"seconds"' not in json.dumps(comparable(RunRecords.read(a)))
+
+
+def test_fields_that_had_another_name_are_read(tmp_path):
+    folder = write_run(tmp_path / "run")
+    before = RunRecords.read(folder)
+    assert before.summary["personalized_accuracy"] and before.clients[0]["accuracy"]["personalized"] is not None
+    for name in ("clients.jsonl", "summary.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("personalized", "personalised"))
+        assert (folder / name).read_text() != text
+    after = RunRecords.read(folder)
+    assert (after.summary, after.clients) == (before.summary, before.clients)

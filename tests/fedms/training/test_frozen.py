@@ -1,4 +1,4 @@
-"""`[model] frozen`: the same run on a quantised foundation model."""
+"""`[model] frozen`: the same run on a quantized foundation model."""
 from __future__ import annotations
 
 import pytest
@@ -20,7 +20,7 @@ def resident(frozen: str) -> ResidentModel:
 
 
 @pytest.mark.parametrize("frozen", COSINE)
-def test_every_layer_is_quantised_and_gradients_flow_to_all_blocks(frozen):
+def test_every_layer_is_quantized_and_gradients_flow_to_all_blocks(frozen):
     model = resident(frozen)
     model.initial(0)
     assert all(layer.frozen is not None for layer in model.layers.values())

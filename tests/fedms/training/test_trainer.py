@@ -318,7 +318,7 @@ def test_an_unvisited_client_falls_back_to_the_global_expert(tmp_path):
     final, part = session.server.message(state), session.clients[0].test
     session.model.clear()
     prediction = session.method.predict(session.model, part, Private(), final)
-    assert prediction.weights is None and torch.equal(prediction.personalised, prediction.global_)
+    assert prediction.weights is None and torch.equal(prediction.personalized, prediction.global_)
 
 
 def test_a_mixture_of_two_equal_experts_is_that_expert(tmp_path):
@@ -334,7 +334,7 @@ def test_a_mixture_of_two_equal_experts_is_that_expert(tmp_path):
         final = session.server.__class__(method.config, model.order, model.block_of, method.carries).message(state)
         # "done" is no stage: its message carries what stage 2 would.
         prediction = method.predict(model, part, own, final)
-        shared, mixed = prediction.global_, prediction.personalised
+        shared, mixed = prediction.global_, prediction.personalized
         if sets[-1] == "gate.on=probabilities":
             shared = shared.log_softmax(1)
         assert torch.allclose(mixed, shared, atol=1e-4), sets
@@ -398,7 +398,7 @@ def test_a_class_that_a_client_never_sees(tmp_path):
     c = config("data.partition=dirichlet", "data.alpha=0.1", "data.max_samples=600", "run.method=fedavg_prior")
     summary = run.run(c, tmp_path / "run")
     assert any("lack at least one of the 10 classes" in note for note in summary["notes"])
-    assert summary["personalised_accuracy"]["mean"] >= 0
+    assert summary["personalized_accuracy"]["mean"] >= 0
 
 
 def test_budgets_limit_what_a_client_trains(tmp_path):
@@ -440,7 +440,7 @@ def test_devices_of_a_class_differ_by_the_seed():
     assert Device().seconds(1, 1, 1) is None
 
 
-def test_kept_optimisers_go_on_where_they_were(tmp_path):
+def test_kept_optimizers_go_on_where_they_were(tmp_path):
     fresh = Session(config("run.method=fedavg", "clients.optimizer=fresh"), tmp_path)
     first = fresh.run().tensors
     kept = Session(config("run.method=fedavg", "clients.optimizer=kept"), tmp_path)

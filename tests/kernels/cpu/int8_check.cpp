@@ -39,8 +39,8 @@ void compare(const char* what, const std::vector<float>& got, const std::vector<
   }
 }
 
-// Rows of x as int8.h quantises them, made wide again.
-std::vector<double> quantised_rows(const std::vector<float>& x, int m, int k, const std::vector<uint8_t>& packed) {
+// Rows of x as int8.h quantizes them, made wide again.
+std::vector<double> quantized_rows(const std::vector<float>& x, int m, int k, const std::vector<uint8_t>& packed) {
   const float steps = static_cast<float>(fedms::int8_steps(packed.data(), packed.size()));
   std::vector<double> out(x.size());
   for (int i = 0; i < m; ++i) {
@@ -90,13 +90,13 @@ Weight nibble_weight(int n, int k, int group) {
   fedms::nibbles_unpack(n, k, w.packed.data(), w.packed.size(), back.data());
   if (q != back) std::puts("nibbles_unpack differs"), std::exit(1);
   std::vector<float> wide(n * k);
-  fedms::nibbles_dequantise(n, k, group, w.packed.data(), w.packed.size(), scale.data(), wide.data());
+  fedms::nibbles_dequantize(n, k, group, w.packed.data(), w.packed.size(), scale.data(), wide.data());
   for (int c = 0; c < n; ++c) {
     float largest = 0;
     for (int g = 0; g < groups; ++g) largest = std::max(largest, std::abs(scale[c * groups + g]));
     for (int j = 0; j < k; ++j) {
       const float of_group = scale[c * groups + j / group];
-      if (wide[c * k + j] != levels[code(c, j)] * of_group) std::puts("nibbles_dequantise differs"), std::exit(1);
+      if (wide[c * k + j] != levels[code(c, j)] * of_group) std::puts("nibbles_dequantize differs"), std::exit(1);
       const int factor = static_cast<int>(std::nearbyint(of_group / largest * 2048));
       const int value = ((code(c, j) - 8) * 126 * factor + (1 << 14)) >> 15;
       w.wide.push_back(value * static_cast<double>(largest * static_cast<float>(8.0 / 63)));
@@ -126,7 +126,7 @@ void check(int m, int n, int k, int rank, int group) {
                        weight.scale.empty() ? nullptr : weight.scale.data(), bias.data()},
                       lora, x.data(), s.data(), y.data());
   std::vector<double> want(m * n), want_s(m * rank);
-  add_product(want, quantised_rows(x, m, k, weight.packed), weight.wide, m, n, k);
+  add_product(want, quantized_rows(x, m, k, weight.packed), weight.wide, m, n, k);
   add_product(want_s, wide(x), wide(a), m, rank, k);
   compare("s", s, want_s);
   std::vector<double> scaled = want_s;
@@ -147,7 +147,7 @@ void check(int m, int n, int k, int rank, int group) {
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < rank; ++j)
       for (int c = 0; c < n; ++c) ds[i * rank + j] += 0.5 * dy[i * n + c] * b[c * rank + j];
-  add_product(want_dx, quantised_rows(dy, m, n, transposed.packed), transposed.wide, m, k, n);
+  add_product(want_dx, quantized_rows(dy, m, n, transposed.packed), transposed.wide, m, k, n);
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < rank; ++j) {
       for (int c = 0; c < k; ++c) {

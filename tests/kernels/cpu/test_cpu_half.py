@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fedms_ext
-from fedms_ext import _C, QuantisedWeight, backends
+from fedms_ext import _C, QuantizedWeight, backends
 from fedms_ext.operators.frozen import frozen_linear
 
 KINDS = {torch.float16: _C.fp16_forward, torch.bfloat16: _C.bf16_forward}
@@ -81,10 +81,10 @@ def test_wrong_operands():
 def test_few_rows_are_multiplied_without_a_weight_in_float32(monkeypatch, kind, rows, few):
     weight, bias, x = torch.randn(48, 40), torch.randn(48), torch.randn(rows, 40)
     expanded = []
-    written_out = backends.eager.dequantise
-    monkeypatch.setattr(backends.eager, "dequantise", lambda *args: expanded.append(1) or written_out(*args))
+    written_out = backends.eager.dequantize
+    monkeypatch.setattr(backends.eager, "dequantize", lambda *args: expanded.append(1) or written_out(*args))
     a, b = torch.randn(4, 40), torch.randn(48, 4)
-    frozen = QuantisedWeight(weight, kind)
+    frozen = QuantizedWeight(weight, kind)
     want = x.double() @ frozen.q.double().T + bias.double()
     with torch.no_grad():
         assert error(frozen_linear(x, frozen, bias), want) < 1e-6

@@ -40,8 +40,8 @@ class Case:
     def __init__(self, m: int, n: int, k: int, ranks: list[int], gate: bool = False, bias: bool = True, dropout_p=0.0):
         self.x, self.dy = torch.randn(m, k), torch.randn(m, n)
         full = torch.randn(n, k)
-        self.weight, self.weight_scale = reference.quantise_weight(full)
-        self.weight_t, self.weight_t_scale = reference.quantise_weight(full.T)
+        self.weight, self.weight_scale = reference.quantize_weight(full)
+        self.weight_t, self.weight_t_scale = reference.quantize_weight(full.T)
         self.bias = torch.randn(n) if bias else None
         self.a = [torch.randn(r, k) / k**0.5 for r in ranks]
         self.b = [torch.randn(n, r) for r in ranks]
@@ -276,14 +276,14 @@ def test_pack_and_unpack():
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("m, n, k", [(2, 3, 5), (50, 65, 97), (67, 130, 200), (197, 48, 768)])
 def test_weights_of_4_bits(kind, group, m, n, k):
-    codes, scale = reference.quantise_groups(torch.randn(n, k) * torch.rand(n, 1), kind, group)
+    codes, scale = reference.quantize_groups(torch.randn(n, k) * torch.rand(n, 1), kind, group)
     q = reference.pack_nibbles(codes)
     data = torch.full((_C.nibbles_packed_size(n, k, group),), 85, dtype=torch.uint8)
     _C.nibbles_pack(k, group, reference.LEVELS[kind], q, scale, data)
     back, wide = torch.full_like(q, 99), torch.full((n, k), NAN)
     _C.nibbles_unpack(k, data, back)
-    _C.nibbles_dequantise(group, data, scale, wide)
-    assert torch.equal(back, q) and torch.equal(wide, reference.dequantise_groups(codes, scale, kind, group))
+    _C.nibbles_dequantize(group, data, scale, wide)
+    assert torch.equal(back, q) and torch.equal(wide, reference.dequantize_groups(codes, scale, kind, group))
     case = Case(m, n, k, [3, 8], gate=True)
     case.weight, case.weight_scale = reference.groups_as_int8(codes, scale, kind, group)
     case.packed = data
@@ -341,7 +341,7 @@ def test_refused_operands():
     with pytest.raises(ValueError, match="this is a packed int8 weight, expected one of 4 bits"):
         _C.nibbles_unpack(6, case.packed, torch.zeros(5, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="has another group"):
-        _C.nibbles_dequantise(32, nibbles, torch.ones(5, 1), torch.zeros(5, 6))
+        _C.nibbles_dequantize(32, nibbles, torch.ones(5, 1), torch.zeros(5, 6))
     with pytest.raises(ValueError, match="group must be 32 or 64"):
         _C.nibbles_packed_size(5, 6, 48)
     with pytest.raises(ValueError, match="damaged"):

@@ -1,6 +1,6 @@
 // The GPU on a CPU: csrc/cuda compiled by a C++ compiler gets this in the place of ptx.h and launch.h.
 //
-// Every thread of a block is a fibre, and every instruction has the meaning that the PTX manual gives it: which lane
+// Every thread of a block is a fiber, and every instruction has the meaning that the PTX manual gives it: which lane
 // holds which value of a fragment, how shared memory is swizzled, what a descriptor addresses, when a barrier's phase
 // ends. What the hardware may do early or late is done at both ends, to bring out missing waits: FEDMS_EMULATOR=early
 // copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order.
@@ -119,7 +119,7 @@ struct Block {
   std::vector<uint8_t> memory;
   uint8_t* shared;
   std::vector<uint16_t> writer;  // of each word of shared memory: the thread with an unfenced write, plus one
-  std::vector<Thread> fibres;
+  std::vector<Thread> fibers;
   std::vector<Together> warps, warpgroups;
   std::vector<Groups> multiplications;  // of each warpgroup
   std::map<int, Together> named;
@@ -132,7 +132,7 @@ inline Block* block = nullptr;
 inline Thread* self = nullptr;
 inline std::mt19937 random_numbers;
 inline std::deque<Action> transfers;  // late copies
-inline long events = 0;  // whatever lets another fibre go on
+inline long events = 0;  // whatever lets another fiber go on
 inline jmp_buf scheduler;
 inline ucontext_t start_context;
 inline Action body;
@@ -142,7 +142,7 @@ inline void yield() {
 }
 [[noreturn]] inline void problem(const std::string& what) {
   if (block->problem.empty()) block->problem = what + ", thread " + std::to_string(self ? self->number : -1);
-  for (;;) yield();  // exceptions do not cross fibres: the scheduler throws it
+  for (;;) yield();  // exceptions do not cross fibers: the scheduler throws it
 }
 template <class Ready>
 void wait_until(Ready ready) {
@@ -150,7 +150,7 @@ void wait_until(Ready ready) {
   ++events;
 }
 
-inline void fibre() {
+inline void fiber() {
   body();
   if (!self->copies.idle()) block->problem = "a thread ended before its copies into shared memory";
   self->done = true;
@@ -169,7 +169,7 @@ inline void resume(Thread& thread) {
     start_context.uc_stack.ss_sp = thread.stack.get();
     start_context.uc_stack.ss_size = STACK;
     start_context.uc_link = nullptr;
-    makecontext(&start_context, fibre, 0);
+    makecontext(&start_context, fiber, 0);
     setcontext(&start_context);
   }
 }
@@ -192,9 +192,9 @@ inline void run_blocks(std::vector<Block>& blocks) {
     for (const Warp& warp : order) {
       block = warp.of;
       for (int i = warp.number * 32; i < warp.number * 32 + 32; ++i) {
-        if (block->fibres[i].done) continue;
+        if (block->fibers[i].done) continue;
         left = true;
-        resume(block->fibres[i]);
+        resume(block->fibers[i]);
         if (!block->problem.empty()) throw Problem(block->problem + " of block " + std::to_string(block->x));
       }
     }
@@ -424,7 +424,7 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 
 inline Barrier& barrier_at(uint32_t address) {
   at(address, 8);
-  if (!block->barriers.count(address)) problem("a barrier that was not initialised");
+  if (!block->barriers.count(address)) problem("a barrier that was not initialized");
   return block->barriers[address];
 }
 inline void complete(Barrier& barrier) {
@@ -591,8 +591,8 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
           now.memory.assign(shared_bytes + 1024, 0xFF);
           now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;
           now.writer.resize(shared_bytes / 4 + 4);
-          now.fibres = std::vector<Thread>(threads);
-          for (int thread = 0; thread < threads; ++thread) now.fibres[thread].number = thread;
+          now.fibers = std::vector<Thread>(threads);
+          for (int thread = 0; thread < threads; ++thread) now.fibers[thread].number = thread;
           now.warps.resize(threads / 32);
           now.warpgroups.resize((threads + 127) / 128);
           now.multiplications.resize(now.warpgroups.size());

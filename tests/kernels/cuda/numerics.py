@@ -69,7 +69,7 @@ def use_tile(monkeypatch, tile, inside=False):
 
 inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])
 check = partial(layers.check, backend="cuda")
-check_quantised = partial(layers.check_quantised, backend="cuda")
+check_quantized = partial(layers.check_quantized, backend="cuda")
 
 
 @inside_or_apart
@@ -151,7 +151,7 @@ def test_nan_stays_in_its_row(monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_int8_weight(monkeypatch, tile, dtype, p):
     use_tile(monkeypatch, tile)
-    check_quantised(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
+    check_quantized(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
 
 
 @inside_or_apart
@@ -174,7 +174,7 @@ def test_short_segments(segments, ranks):
 def test_segments_with_dropout_and_int8(monkeypatch):
     use_tile(monkeypatch, SMALL)
     check(Layer(135, 72, 136, [3, 33], "row", dropout_p=0.3, segments=(65, 70)))
-    check_quantised(Layer(135, 80, 144, [3, 33], "row", dropout_p=0.3, segments=(65, 70)), "int8", 64)
+    check_quantized(Layer(135, 80, 144, [3, 33], "row", dropout_p=0.3, segments=(65, 70)), "int8", 64)
 
 
 def test_segments_of_experts_that_are_not_applied():

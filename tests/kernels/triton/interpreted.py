@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from layers import GATES, Layer, check, check_not_applied, check_quantised
+from layers import GATES, Layer, check, check_not_applied, check_quantized
 
 import fedms_ext
 from fedms_ext import expert_linear
@@ -237,17 +237,17 @@ def test_opcheck():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind, group", [("int8", 64), ("nf4", 32), ("nf4", 64), ("int4", 64)])
 @pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (65, 131, 101)])
-def test_quantised_weight(monkeypatch, rows, k, n, kind, group, dropout_p, tile):
+def test_quantized_weight(monkeypatch, rows, k, n, kind, group, dropout_p, tile):
     """The frozen weight made wide where a tile is loaded, forward and dx, against its exact values."""
     if tile == "cublas" and dropout_p:
         pytest.skip("cuBLAS cannot mask the ranks' part of dx")
     monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL.get(tile))
-    check_quantised(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p), kind, group)
+    check_quantized(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p), kind, group)
 
 
-def test_quantised_weight_in_segments(monkeypatch):
+def test_quantized_weight_in_segments(monkeypatch):
     monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL["pointer"])
-    check_quantised(Layer(140, 72, 136, [3, 8], "row", segments=(75, 65)), "nf4", 64)
+    check_quantized(Layer(140, 72, 136, [3, 8], "row", segments=(75, 65)), "nf4", 64)
 
 
 @pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "descriptor"),

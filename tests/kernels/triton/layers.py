@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fedms_ext
-from fedms_ext import QuantisedWeight, expert_linear, reference
+from fedms_ext import QuantizedWeight, expert_linear, reference
 from fedms_ext.backends.eager import expand_for_dx
 from fedms_ext.quantization.formats import unpacked
 
@@ -124,10 +124,10 @@ def check_more_than_two_to_the_31_values(backend="triton"):
     assert (whole[-70:] - end).abs().max() <= 2e-2 * end.abs().max()
 
 
-def check_quantised(layer, kind, group, backend="triton"):
-    """`check` on a quantised weight, against the exact values that it stands for, forward and in dx."""
-    (n, k), frozen = layer.weight.shape, QuantisedWeight(layer.weight, kind, group)
-    # The logical form is what a GPU holds. An int8 weight has a transpose, which is quantised apart.
+def check_quantized(layer, kind, group, backend="triton"):
+    """`check` on a quantized weight, against the exact values that it stands for, forward and in dx."""
+    (n, k), frozen = layer.weight.shape, QuantizedWeight(layer.weight, kind, group)
+    # The logical form is what a GPU holds. An int8 weight has a transpose, which is quantized apart.
     q, (q_dx, scale_dx) = frozen.q, frozen.for_dx()
     q_dx = unpacked(q_dx, kind, *((k, n) if kind == "int8" else (n, k)))
     lora = (layer.a, layer.b, torch.tensor(layer.scale, dtype=torch.float64), layer.gate, layer.options["segments"])
@@ -139,7 +139,7 @@ def check_quantised(layer, kind, group, backend="triton"):
             y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, kind, group, layer.bias, *lora, *options)
             found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
                 layer.dy, layer.x, k, q_dx, scale_dx, kind, group, *lora, s, *options, *needs)]  # fmt: skip
-    layer.weight = frozen.dequantise().double()
+    layer.weight = frozen.dequantize().double()
     y, *_ = layer.run(reference.expert_linear, double=True)
     layer.weight = expand_for_dx(q_dx, scale_dx, kind, group, n, k).double()
     _, *gradients = layer.run(reference.expert_linear, double=True)

@@ -16,7 +16,7 @@ from layers import (
     check_bits_repeat,
     check_graph_replay,
     check_more_than_two_to_the_31_values,
-    check_quantised,
+    check_quantized,
 )
 
 import fedms_ext
@@ -120,8 +120,8 @@ def test_segments(segments, p):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kind, group", [("int8", 64), ("nf4", 32), ("nf4", 64), ("int4", 64), ("bf16", 64)])
 @pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (197, 431, 101), (1000, 768, 768)])
-def test_quantised_weight(rows, k, n, kind, group, p):
-    check_quantised(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=p), kind, group)
+def test_quantized_weight(rows, k, n, kind, group, p):
+    check_quantized(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=p), kind, group)
 
 
 @pytest.mark.parametrize("segments", [None, (2000, 1000)])

@@ -1,6 +1,6 @@
 """On the PYTHONPATH of a SuperNode this changes what its ClientApp does, as who has that machine could.
 
-MISBEHAVIOUR (JSON): by client, what it does with the messages of a round, such as {"3": {"stage1 1": "remember",
+MISBEHAVIOR (JSON): by client, what it does with the messages of a round, such as {"3": {"stage1 1": "remember",
 "stage1 3": "replay"}}; other things are "nan" and "hang".
 """
 import json
@@ -12,7 +12,7 @@ if any(word.endswith("flwr-clientapp") for word in sys.orig_argv):
     from fedms.engines.flower import client, transport
     from flwr.app import Message
 
-    plan, honest = json.loads(os.environ["MISBEHAVIOUR"]), client.train
+    plan, honest = json.loads(os.environ["MISBEHAVIOR"]), client.train
 
     def train(message, identity, open_case):
         what = plan.get(str(identity.client), {}).get(message.metadata.group_id)

@@ -1,6 +1,6 @@
 """Flower's simulation on this machine: Ray actors play the nodes, each with one resident model for all of its clients.
 
-Flower 1.41 calls `run_simulation` deprecated in favour of `flwr run`, which leaves a SuperLink running in the background
+Flower 1.41 calls `run_simulation` deprecated in favor of `flwr run`, which leaves a SuperLink running in the background
 and the run's errors and signals in another process; the pinned version has it.
 """
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`QuantisedWeight`: the frozen weight of a linear layer in a small format."""
+"""`QuantizedWeight`: the frozen weight of a linear layer in a small format."""
 from __future__ import annotations
 
 import hashlib
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fedms_ext import _C
-from fedms_ext.quantization.formats import KINDS, dequantise, packed, quantise, unpacked
-from fedms_ext.reference import GROUP, LEVELS, quantise_weight
+from fedms_ext.quantization.formats import KINDS, dequantize, packed, quantize, unpacked
+from fedms_ext.reference import GROUP, LEVELS, quantize_weight
 
 
-class QuantisedWeight(nn.Module):
+class QuantizedWeight(nn.Module):
     """A weight (N, K) in a small format: `q`, and `scale` in float32::
 
         kind         q                       scale                  bits a weight (group 64)
@@ -28,7 +28,7 @@ class QuantisedWeight(nn.Module):
     the format, in `identity`; it loads into a weight of the same format alone.
 
     Args:
-        weight: (N, K), any floating dtype; quantised in float32. It is not kept.
+        weight: (N, K), any floating dtype; quantized in float32. It is not kept.
         kind: one of the formats above.
         group: values that share a scale in the 4-bit formats, 32 or 64.
 
@@ -44,17 +44,17 @@ class QuantisedWeight(nn.Module):
         super().__init__()
         weight = weight.detach().contiguous()
         if kind not in KINDS:
-            raise ValueError(f"cannot quantise to {kind!r}; expected {', '.join(KINDS)}")
+            raise ValueError(f"cannot quantize to {kind!r}; expected {', '.join(KINDS)}")
         if group not in (32, 64):
             raise ValueError(f"group is {group}, expected 32 or 64")
         if weight.dim() != 2:
             raise ValueError(f"the weight has the shape {tuple(weight.shape)}, expected (N, K)")
         if not weight.isfinite().all():
-            raise ValueError("the weight holds an infinity or a NaN, so it cannot be quantised; repair it first")
+            raise ValueError("the weight holds an infinity or a NaN, so it cannot be quantized; repair it first")
         self.sha256, self.dtype = tensor_sha256(weight), weight.dtype
         self.kind, self.group = kind, group
         self._shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
-        self._hold(*quantise(weight, kind, group))
+        self._hold(*quantize(weight, kind, group))
 
     def _hold(self, q: Tensor, scale: Tensor) -> None:
         self.register_buffer("data", packed(q, scale, self.kind, self.group, self._shape[1]), persistent=False)
@@ -79,19 +79,19 @@ class QuantisedWeight(nn.Module):
 
     @property
     def steps(self) -> int:
-        """In how many steps the CPU's kernels quantise x for this weight, int8 or of 4 bits; see
-        `reference.quantise_rows`."""
+        """In how many steps the CPU's kernels quantize x for this weight, int8 or of 4 bits; see
+        `reference.quantize_rows`."""
         return _C.int8_steps(self.data)
 
-    def dequantise(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weight (N, K) that this stands for, float32."""
-        return dequantise(self.data, self.scale, self.kind, self.group, self._shape[1])
+        return dequantize(self.data, self.scale, self.kind, self.group, self._shape[1])
 
     def for_dx(self) -> tuple[Tensor, Tensor]:
         """The data and scale that the gradient of a layer's input is computed from.
 
         int8 has one scale an output channel, along which that product sums; so it needs the transposed weight (K, N),
-        quantised apart with one scale an input channel, from q * scale, when it is first asked for, and kept: there,
+        quantized apart with one scale an input channel, from q * scale, when it is first asked for, and kept: there,
         and only then, torch.compile breaks its graph. The other formats give what the forward pass uses.
         """
         if self.kind != "int8":
@@ -108,7 +108,7 @@ class QuantisedWeight(nn.Module):
 
     def _transpose(self) -> None:
         self._transposed_of = self._versions()
-        q, scale = quantise_weight(self.dequantise().T)
+        q, scale = quantize_weight(self.dequantize().T)
         self._transposed = packed(q.to(torch.int8), scale, "int8", self.group, self._shape[0]), scale
 
     @property
@@ -118,8 +118,8 @@ class QuantisedWeight(nn.Module):
 
     # The packed form belongs to one machine, so only the logical one leaves it.
 
-    def _apply(self, fn, recurse: bool = True) -> QuantisedWeight:
-        moved = fn(self.scale)   # may also change the dtype, which is not for a quantised weight
+    def _apply(self, fn, recurse: bool = True) -> QuantizedWeight:
+        moved = fn(self.scale)   # may also change the dtype, which is not for a quantized weight
         if moved.device != self.scale.device:
             self._hold(self.q.to(moved.device), self.scale.to(moved.device))
         return self
@@ -142,7 +142,7 @@ class QuantisedWeight(nn.Module):
             match = _IDENTITY.fullmatch(_text(found["identity"]))
             if match is None or match["format"] != self._format():
                 told = repr(_text(found["identity"])[:100]) if match is None else match["format"]
-                errors.append(f"{prefix}identity says {told}, expected a weight quantised to {self._format()}; quantize the "
+                errors.append(f"{prefix}identity says {told}, expected a weight quantized to {self._format()}; quantize the "
                               "model to the format that was saved, then load")
             elif q.dtype != own.dtype or q.shape != own.shape or scale.shape != self.scale.shape:
                 errors.append(f"{prefix}q is {q.dtype} {tuple(q.shape)} and {prefix}scale {tuple(scale.shape)}, expected "
