@@ -145,7 +145,7 @@ def test(steps: Steps, quick: bool, dest: Path) -> None:
     if profiler := shutil.which("ncu"):  # needs the right to read counters, which is not everyone's
         steps.run(
             "counters",
-            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm|shrink|sweep",
+            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm|shrink|lora_grad_partials",
              "--launch-count", "40", sys.executable, "-m", "bench.layers.bench_gpu_linear", "--quick"],
             900, FEDMS_TUNE="0",
         )  # fmt: skip

@@ -28,11 +28,11 @@ from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms_plus import COUNTS, confidences
 from fedms.methods.steps import class_counts
 from fedms.progress import Progress
-from fedms.runs.experiment import Session
+from fedms.runs.experiment import LoadedTask
 from fedms.runs.run import with_run
 from fedms.runs.tune import replaced
 from fedms.storage.records import RunFolder
-from fedms.training.expert_model import Part
+from fedms.training.expert_model import Subset
 
 EPOCHS, RATES = 4, (1e-3, 3e-3)
 
@@ -47,7 +47,7 @@ def main() -> None:
                       method="fedms_plus")
     with (mock.patch.object(fashion, "stratified_sample", unused),
           mock.patch.object(sentiment, "stratified_sample", unused)):
-        session = Session(config, Progress())
+        session = LoadedTask(config, Progress())
     for in_stage1 in (False, True):
         try_on(session, replaced(config, {"plus.prior_in_stage1": in_stage1}))
 
@@ -66,36 +66,36 @@ class Outputs:
     test: Tensor
 
 
-def try_on(session: Session, config) -> None:
-    case, model = session.case(config), session.model
+def try_on(session: LoadedTask, config) -> None:
+    experiment, model = session.experiment(config), session.model
     with tempfile.TemporaryDirectory() as folder:
         model.start()
-        engine = LocalEngine(case.method, case.server, model, case.clients, Part(case.partition.global_test),
+        engine = LocalEngine(experiment.method, experiment.server, model, experiment.clients, Subset(experiment.partition.global_test),
                              RunFolder.create(Path(folder) / "run", config), Progress())
-        final = engine.final_message(engine.run(case.method.initial(model)))
+        final = engine.final_message(engine.run(experiment.method.initial(model)))
         engine.folder.close()
     shared, depth = {**final.constants, **final.tensors}, final.applied_depth
-    shifts = {c.id: log_prior(class_counts(model, c.train)) - log_prior(final.sums[COUNTS]) for c in case.clients}
+    shifts = {c.id: log_prior(class_counts(model, c.train)) - log_prior(final.statistics[COUNTS]) for c in experiment.clients}
 
     print(f"\nstage 1 {'with' if config.plus.prior_in_stage1 else 'without'} the prior")
     with_shift = {}
     for name, share in (("global", 0.0), ("global + prior", 1.0)):
         found = {}
-        for client in case.clients:
+        for client in experiment.clients:
             model.clear()
             model.load("global", shared, depth=0, applied_depth=depth)
             model.shifts["global"] = (share * shifts[client.id]).float()
             found[client.id] = outputs(model, "global", client)
-        tell(name, case.clients, model, found)
+        tell(name, experiment.clients, model, found)
         with_shift = found
     for prior, share in (("both", 1.0), ("global", 0.0)):
         for rate in RATES:
-            own = {c.id: local(model, c, shared, depth, (share * shifts[c.id]).float(), rate) for c in case.clients}
-            tell(f"local, prior {prior}, rate {rate:g}", case.clients, model, own)
-            tell("  half and half with global + prior", case.clients, model,
+            own = {c.id: local(model, c, shared, depth, (share * shifts[c.id]).float(), rate) for c in experiment.clients}
+            tell(f"local, prior {prior}, rate {rate:g}", experiment.clients, model, own)
+            tell("  half and half with global + prior", experiment.clients, model,
                  {i: Outputs((with_shift[i].validation + each.validation) / 2, (with_shift[i].test + each.test) / 2)
                   for i, each in own.items()})
-            tell("  gate on validation samples", case.clients, model, gated(case.clients, model, with_shift, own))
+            tell("  gate on validation samples", experiment.clients, model, gated(experiment.clients, model, with_shift, own))
 
 
 def outputs(model, expert: str, client: Client) -> Outputs:

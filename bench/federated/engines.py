@@ -34,7 +34,7 @@ from fedms.config import load_config
 from fedms.federated.client import Message as Round
 from fedms.federated.client import Private, visit
 from fedms.runs import run
-from fedms.runs.flower_app import open_case
+from fedms.runs.flower_app import open_experiment
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords
 from bench.harness.environment import save
@@ -62,8 +62,8 @@ def flower_fedavg(clients: int, rounds: int) -> dict:
     from flwr.simulation.run_simulation import run_simulation
 
     config = configuration(clients, rounds)
-    session, case = open_case(config, None)
-    start = case.server.message(case.server.start(session.model.initial(config.run.seed))).tensors
+    session, experiment = open_experiment(config, None)
+    start = experiment.server.message(experiment.server.start(session.model.initial(config.run.seed))).tensors
     times: list[float] = []
     app = ServerApp()
 
@@ -97,11 +97,11 @@ def client_app(config) -> ClientApp:
 
 
 def train(message: Message, context: Context, config) -> Message:
-    session, case = open_case(config, None)
-    client = case.clients[int(context.node_config["partition-id"])]
+    session, experiment = open_experiment(config, None)
+    client = experiment.clients[int(context.node_config["partition-id"])]
     tensors = dict(message.content["arrays"].to_torch_state_dict())
     number = int(message.content["config"]["server-round"])
-    came, _ = visit(case.method.client_step, session.model, client, Private(),
+    came, _ = visit(experiment.method.client_step, session.model, client, Private(),
                     Round("stage1", number, (), config.sal.depth, config.sal.depth, tensors))
     return Message(RecordDict({"arrays": ArrayRecord(came.reply.tensors),
                                "metrics": MetricRecord({"num-examples": client.n_train})}), reply_to=message)

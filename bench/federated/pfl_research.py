@@ -33,7 +33,7 @@ from fedms.config import RunConfig, load_config
 from fedms.federated.evaluation import accuracy
 from fedms.progress import Progress
 from fedms.runs import run
-from fedms.runs.experiment import Case, Session
+from fedms.runs.experiment import Experiment, LoadedTask
 from fedms.storage.records import RunRecords
 from fedms.training.expert_model import Tensors
 from bench.harness.environment import save
@@ -55,7 +55,7 @@ def ours(config: RunConfig, folder: Path) -> dict:
 class Net(nn.Module):
     """What pfl trains: PEFT's LoRA in the foundation model, and the head; a batch is row numbers of the data set."""
 
-    def __init__(self, config: RunConfig, session: Session, initial: Tensors) -> None:
+    def __init__(self, config: RunConfig, session: LoadedTask, initial: Tensors) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         super().__init__()
@@ -98,16 +98,16 @@ def theirs(config: RunConfig) -> dict:
     from pfl.metrics import Metrics
     from pfl.model.pytorch import PyTorchModel
 
-    session = Session(config, Progress())
-    case: Case = session.case(config)
-    net = Net(config, session, case.method.initial(session.model))
-    stage, clients = config.stage1, case.clients
+    session = LoadedTask(config, Progress())
+    experiment: Experiment = session.experiment(config)
+    net = Net(config, session, experiment.method.initial(session.model))
+    stage, clients = config.stage1, experiment.clients
     users = FederatedDataset(lambda user: Dataset([clients[user].train.indices], user_id=str(user)),
                              get_user_sampler("minimize_reuse", list(range(len(clients)))))
     model = PyTorchModel(net, partial(torch.optim.AdamW, weight_decay=stage.weight_decay, fused=True),
                          torch.optim.SGD(net.parameters(), lr=1.0))
     trained = {name: p.numel() for name, p in net.named_parameters() if p.requires_grad}
-    assert sum(trained.values()) == sum(t.numel() for n, t in case.method.initial(session.model).items()
+    assert sum(trained.values()) == sum(t.numel() for n, t in experiment.method.initial(session.model).items()
                                         if n.startswith(("expert/", "head/")))
     ends: list[float] = []
 
@@ -125,7 +125,7 @@ def theirs(config: RunConfig) -> dict:
                                                   local_batch_size=stage.batch, local_max_grad_norm=stage.clip),
             model_eval_params=NNEvalHyperParams(local_batch_size=64), callbacks=[Clock()])
     with torch.no_grad():
-        test = case.partition.global_test
+        test = experiment.partition.global_test
         logits = torch.cat([net.logits(rows) for rows in test.split(64)])
     return {"seconds": [0.0, *(b - a for a, b in zip(ends, ends[1:]))],
             "accuracy": accuracy(logits, session.dataset.labels[test])}

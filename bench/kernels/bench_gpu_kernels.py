@@ -34,32 +34,32 @@ Call = Callable[[], object]
 
 @dataclass
 class Operands:
-    """Of a GEMM x w^T + t f^T, or `across`: x w + t f, as dx has it: x (rows, k), t (rows, rank)."""
+    """Of a GEMM x w^T + t f^T, or `transposed`: x w + t f, as dx has it: x (rows, k), t (rows, rank)."""
 
     x: Tensor
     w: Tensor
     t: Tensor
     a: Tensor
     b: Tensor
-    across: bool
+    transposed: bool
 
     @staticmethod
-    def random(shape: tuple[int, int, int, int], across: bool, like: dict[str, object]) -> Operands:
+    def random(shape: tuple[int, int, int, int], transposed: bool, like: dict[str, object]) -> Operands:
         k, n, rows, rank = shape
         torch.manual_seed(0)
-        x = torch.randn(rows, n if across else k, **like)
+        x = torch.randn(rows, n if transposed else k, **like)
         w = torch.randn(n, k, **like) / k**0.5
-        return Operands(x, w, torch.randn(rows, rank, **like), torch.randn(rank, k, **like), torch.randn(n, rank, **like), across)
+        return Operands(x, w, torch.randn(rows, rank, **like), torch.randn(rank, k, **like), torch.randn(n, rank, **like), transposed)
 
     @property
     def gemm(self) -> tuple[int, int, int, int]:
         """m, n, k and the ranks, of the GEMM at hand."""
         n, k = self.w.shape
-        return (len(self.x), k, n, len(self.a)) if self.across else (len(self.x), n, k, len(self.a))
+        return (len(self.x), k, n, len(self.a)) if self.transposed else (len(self.x), n, k, len(self.a))
 
 
 def bare(o: Operands) -> Call:
-    return (lambda: o.x @ o.w) if o.across else (lambda: F.linear(o.x, o.w))
+    return (lambda: o.x @ o.w) if o.transposed else (lambda: F.linear(o.x, o.w))
 
 
 def of_triton(o: Operands) -> dict[str, Call]:
@@ -70,7 +70,7 @@ def of_triton(o: Operands) -> dict[str, Call]:
 
     chip = backend._chip(o.x.device)
     experts = launch.pack([o.a], [o.b], torch.ones(1, device=o.x.device))
-    w, f = (launch.Weight(o.w, across=True), experts.a) if o.across else (launch.Weight(o.w.t(), False), experts.b.t())
+    w, f = (launch.Weight(o.w, transposed=True), experts.a) if o.transposed else (launch.Weight(o.w.t(), False), experts.b.t())
     tiles = legal_tiles(Gemm(*o.gemm), chip, aligned=True, inline=False, drop=False)
     calls: dict[str, Call] = {
         f"Triton, {tile}": lambda tile=tile: launch.gemm(o.x, w, None, o.t, f, experts, tile, chip) for tile in tiles
@@ -84,14 +84,14 @@ def of_cuda(o: Operands) -> dict[str, Call]:
         return {}
     kernels, chip = cuda._kernels, cuda._chip(o.x.device)
     m, n, k, rank = o.gemm
-    f = o.a if o.across else o.b
+    f = o.a if o.transposed else o.b
 
     def call(tile: int, ranks: int) -> Tensor:
         y = o.x.new_empty(m, n)
         kernels.gemm(
             o.x.dtype == torch.bfloat16, m, n, k, ranks, o.x.data_ptr(), o.x.stride(0), o.w.data_ptr(), o.w.stride(0), 0, 0,
-            o.t.data_ptr(), o.t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), o.across, kernels.Dropout(0.0, 0),
-            kernels.Segments([], [], []), kernels.Inside(), tile, chip, cuda._stream(o.x),
+            o.t.data_ptr(), o.t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), o.transposed, kernels.Dropout(0.0, 0),
+            kernels.Segments([], [], []), kernels.FusedShrink(), tile, chip, cuda._stream(o.x),
         )  # fmt: skip
         return y
 
@@ -106,13 +106,13 @@ def of_cuda(o: Operands) -> dict[str, Call]:
 def tiles(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
     like = dict(dtype=report.dtype, device=report.clock.device)
     for shape in shapes:
-        for across in (False, True):
-            operands = Operands.random(shape, across, like)
+        for transposed in (False, True):
+            operands = Operands.random(shape, transposed, like)
             calls = {"bare GEMM": bare(operands)}
             if operands.x.is_cuda:
                 calls |= of_triton(operands) | of_cuda(operands)
             (m, n, k, rank), work = operands.gemm, Work(*shape)
-            what = "dx" if across else "forward"
+            what = "dx" if transposed else "forward"
             facts = dict(m=m, n=n, k=k, rank=rank, dtype=str(report.dtype), what=what, flops=work.gemm_flops)
             report.add(f"GEMM of {what}, {k} -> {n}, {m} rows, rank {rank}", facts, calls, "bare GEMM")
 

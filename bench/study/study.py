@@ -85,7 +85,7 @@ TUNED_ON = (FASHION, NATURAL)       # constants are chosen once for each data se
 
 
 @dataclass(frozen=True)
-class Planned:
+class StudyRun:
     """One run. label: the method, or the ablation's name."""
 
     setting: Setting
@@ -114,7 +114,7 @@ class Planned:
         return f"{self.setting.name}, {self.label}, seed {self.config.run.seed}"
 
 
-def plan(quick: bool = False, tuned: Path | None = None) -> list[Planned]:
+def plan(quick: bool = False, tuned: Path | None = None) -> list[StudyRun]:
     """All runs, in the order in which they tell most: every method on every setting with one seed, then the other seeds,
     then the ablations; in each part those first that the claims rest on.
 
@@ -131,7 +131,7 @@ def plan(quick: bool = False, tuned: Path | None = None) -> list[Planned]:
                    for seed in SEEDS for name, (method, sets) in ABLATIONS.items()]
 
 
-def within(planned: Sequence[Planned], settings: str) -> list[Planned]:
+def within(planned: Sequence[StudyRun], settings: str) -> list[StudyRun]:
     """The runs of some settings, by their names with commas between them, or of all.
 
     Raises:
@@ -145,16 +145,16 @@ def within(planned: Sequence[Planned], settings: str) -> list[Planned]:
 
 
 def _plan_one(setting: Setting, label: str, method: str, seed: int, sets: tuple[str, ...] = (), *,
-              tuned: Path | None) -> Planned:
+              tuned: Path | None) -> StudyRun:
     chosen: tuple[str, ...] = ()
     if tuned is not None and (file := tuned / setting.source / f"{method}.toml").is_file():
         chosen = tuple(f"{table}.{key}={json.dumps(value)}" for table, keys in read_tables(file).items()
                        for key, value in keys.items())
     sets = (*COMMON, *setting.sets, *chosen, *sets, f"run.method={method}", f"run.seed={seed}")
-    return Planned(setting, label, load_config(setting.source, sets), sets, tuned=bool(chosen))
+    return StudyRun(setting, label, load_config(setting.source, sets), sets, tuned=bool(chosen))
 
 
-def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: int = 1,
+def carry_out(planned: Sequence[StudyRun], records: Path, work: Path, *, jobs: int = 1,
               say: Callable[[str], None] = print, stop: Callable[[], bool] = lambda: False) -> int:
     """Runs what has no record yet, `jobs` runs at a time, and adds their records to the file one by one.
 
@@ -194,8 +194,8 @@ def carry_out(planned: Sequence[Planned], records: Path, work: Path, *, jobs: in
         lock.release()
 
 
-def _results(todo: Sequence[Planned], work: Path, jobs: int,
-             stop: Callable[[], bool]) -> Iterator[tuple[Planned, dict[str, Any]]]:
+def _results(todo: Sequence[StudyRun], work: Path, jobs: int,
+             stop: Callable[[], bool]) -> Iterator[tuple[StudyRun, dict[str, Any]]]:
     from fedms.engines.base import Interrupted
 
     record = partial(_record, work=work)
@@ -208,7 +208,7 @@ def _results(todo: Sequence[Planned], work: Path, jobs: int,
         return
 
 
-def _record(run: Planned, progress: Progress, stop: Callable[[], bool], *, work: Path) -> dict[str, Any]:
+def _record(run: StudyRun, progress: Progress, stop: Callable[[], bool], *, work: Path) -> dict[str, Any]:
     """Carries out a run and makes its line."""
     from fedms.runs import run as runner
 
@@ -248,7 +248,7 @@ def machine() -> dict[str, str]:
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
-    """`Planned.key` of the run that a record is of; None if its configuration is one of the past."""
+    """`StudyRun.key` of the run that a record is of; None if its configuration is one of the past."""
     try:
         return line["label"], dump_toml(config_from_dict(of_method(line["config"])))
     except ConfigError:
@@ -302,7 +302,7 @@ holds 0 are marked by ~.
 """
 
 
-def write_page(page: Path, planned: Sequence[Planned], records: Path) -> None:
+def write_page(page: Path, planned: Sequence[StudyRun], records: Path) -> None:
     """Makes the page from the records of the planned runs, and its pictures in a folder of the page's name. RunFolderError
     if they cannot be written."""
     lines, folder = read_records(records), page.with_suffix("")
@@ -316,7 +316,7 @@ def write_page(page: Path, planned: Sequence[Planned], records: Path) -> None:
         raise RunFolderError(f"{page}: cannot be written: {error.strerror}") from error
 
 
-def _pictures(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """By its file's name a picture of each setting with records: every client's accuracy, by method."""
     from fedms import report
 
@@ -330,7 +330,7 @@ def _pictures(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]]) ->
     return found
 
 
-def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
+def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
     """The page as Markdown; equal records give an equal page. pictures: the folder with a picture of each setting, as the
     page names it."""
     of_run = {key_of(line): line for line in lines}
@@ -361,10 +361,10 @@ def render(planned: Sequence[Planned], lines: Sequence[Mapping[str, Any]], sourc
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-Done = tuple[Planned, Mapping[str, Any]]
+StudyRecord = tuple[StudyRun, Mapping[str, Any]]
 
 
-def _one_model(planned: Sequence[Planned], of_run: Mapping[Any, Mapping[str, Any]]) -> tuple[list[Done], int]:
+def _one_model(planned: Sequence[StudyRun], of_run: Mapping[Any, Mapping[str, Any]]) -> tuple[list[StudyRecord], int]:
     """The planned runs with a record, where their setting was run with one set of model weights, the most frequent one; and
     how many have others: pretraining elsewhere may give other bits."""
     done = [(run, of_run[run.key]) for run in planned if run.key in of_run]
@@ -377,7 +377,7 @@ def _one_model(planned: Sequence[Planned], of_run: Mapping[Any, Mapping[str, Any
     return kept, len(done) - len(kept)
 
 
-def _missing(planned: Iterable[Planned], of_run: Mapping[Any, Any]) -> str:
+def _missing(planned: Iterable[StudyRun], of_run: Mapping[Any, Any]) -> str:
     by_label: dict[str, list[str]] = {}
     for run in planned:
         if run.key not in of_run:
@@ -385,7 +385,7 @@ def _missing(planned: Iterable[Planned], of_run: Mapping[Any, Any]) -> str:
     return "; ".join(f"{label} (seed {', '.join(seeds)})" for label, seeds in by_label.items())
 
 
-def _setting_part(setting: Setting, done: Sequence[Done], margins: list[tuple[float, str]]) -> list[str]:
+def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[tuple[float, str]]) -> list[str]:
     from fedms import report
 
     runs = [_as_run(line) for _, line in done]
@@ -425,7 +425,7 @@ def _gate(label: str, gates: Sequence[Mapping[str, float]]) -> str:
             f"can know, {100 * oracle:.1f} %.")
 
 
-def _provenance(setting: Setting, done: Sequence[Done]) -> str:
+def _provenance(setting: Setting, done: Sequence[StudyRecord]) -> str:
     commits, cpus, torches = ({line[key] for _, line in done} for key in ("commit", "cpu", "torch"))
     command = shlex.join(["fedms", "run", setting.source]
                          + [word for text in (*COMMON, *setting.sets) for word in ("--set", text)])
@@ -434,7 +434,7 @@ def _provenance(setting: Setting, done: Sequence[Done]) -> str:
             f"PyTorch {', '.join(sorted(torches))}. " + _constants([run for run, _ in done]))
 
 
-def _constants(runs: Sequence[Planned]) -> str:
+def _constants(runs: Sequence[StudyRun]) -> str:
     tuned = {run.label: run.tuned for run in runs}
     setting = next((each for each in TUNED_ON if each.source == runs[0].setting.source), None)
     if not any(tuned.values()):
@@ -451,7 +451,7 @@ def tuning(setting: Setting) -> str:
     return shlex.join(["fedms", "tune", setting.source, *sets, "--jobs", "2", "--out", f"bench/study/tuned/{setting.source}"])
 
 
-def _ablation_part(done: Sequence[Done], planned: Sequence[Planned], of_run: Mapping[Any, Any]) -> list[str]:
+def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_run: Mapping[Any, Any]) -> list[str]:
     from fedms import report
 
     wanted = [run for run in planned if run.label not in METHODS]

@@ -7,22 +7,22 @@ namespace fedms::cuda {
 namespace {
 
 template <class T>
-void start(const Launch& what, const Gemm& g, int tile, const Chip& chip) {
+void start(const Launch& what, const Gemm& g, int tile, const DeviceProperties& chip) {
   const auto of = [](const void* data) { return static_cast<const T*>(data); };
   const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
                                    g.w_stride, g.w_scale,       of(g.bias), static_cast<T*>(g.t), g.t_stride, of(g.f),    g.f_stride,
                                    static_cast<T*>(g.y), mask_of(g.dropout), g.segments, of(g.inside.a),
                                    g.inside.a_stride, static_cast<T*>(g.inside.s), g.inside.factors, g.inside.ready};
-  if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.across);
-  if constexpr (HAS_WGMMA) start_wgmma_gemm(what, arguments, tile, g.across, chip.multiprocessors);
+  if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.transposed);
+  if constexpr (HAS_WGMMA) start_wgmma_gemm(what, arguments, tile, g.transposed, chip.multiprocessors);
 }
 
 std::string text(int value) { return std::to_string(value); }
 
 }  // namespace
 
-std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops, bool whole) {
-  return rank_tiles(chip, m, n, k, r, int8, drops, whole);
+std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout, bool full_tiles) {
+  return rank_tiles(chip, m, n, k, r, int8, has_dropout, full_tiles);
 }
 
 std::string gemm_tile_name(int tile) {
@@ -32,7 +32,7 @@ std::string gemm_tile_name(int tile) {
 
 bool shrinks_inside(int tile, int64_t r) { return TILES[tile].kind == Kind::wgmma && r <= RANKS_INSIDE; }
 
-void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
+void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& stream) {
   if (tile < 0 || tile >= TILE_COUNT) throw Error("there is no tile " + text(tile));
   const std::string name = "gemm " + gemm_tile_name(tile);
   const Launch what{name.c_str(), g.m, g.n, g.k, g.r, stream};
@@ -40,18 +40,18 @@ void gemm(const Gemm& g, int tile, const Chip& chip, const Stream& stream) {
   if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
   if (g.n % 8 || g.k % (g.w_scale ? 16 : 8)) fail(what, "n or k is not a multiple of 8 (k of 16 for an int8 w)");
   check_segments(what, g.segments, g.m);
-  const bool drops = g.dropout.p > 0, int8 = g.w_scale != nullptr;
-  bool whole = true;
+  const bool has_dropout = g.dropout.p > 0, int8 = g.w_scale != nullptr;
+  bool full_tiles = true;
   for (int e = 0, start = 0; e < g.segments.count; start = g.segments.ends[e++]) {
     const int rows = g.segments.ends[e] - start;
-    whole = whole && (rows == 0 || rows >= TILES[tile].bm);
+    full_tiles = full_tiles && (rows == 0 || rows >= TILES[tile].bm);
   }
-  if (!takes(TILES[tile], int8, drops, whole) || (int8 && g.across) || (drops && !g.across && !int8)) {
+  if (!takes(TILES[tile], int8, has_dropout, full_tiles) || (int8 && g.transposed) || (has_dropout && !g.transposed && !int8)) {
     fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
   }
   if (g.inside.ready) {
     const bool ranks_fit = shrinks_inside(tile, g.r) && g.t_stride >= g.r && g.t_stride <= RANKS_INSIDE;
-    if (g.across || int8 || drops || !ranks_fit) fail(what, "s cannot be made inside of this product");
+    if (g.transposed || int8 || has_dropout || !ranks_fit) fail(what, "s cannot be made inside of this product");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

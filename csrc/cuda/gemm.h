@@ -23,7 +23,7 @@ struct GemmArguments {
   T* y;
   Mask mask;
   Segments segments;
-  const T* a;  // of Inside, and what follows
+  const T* a;  // of FusedShrink, and what follows
   int64_t a_stride;
   T* s;
   Factors factors;
@@ -46,9 +46,9 @@ FEDMS_HD void add_bias(const T* bias, int column, int n, float& low, float& high
 }
 
 template <class T>
-void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool across);
+void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed);
 template <class T>
-void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool across,
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed,
                       int multiprocessors);
 
 }  // namespace fedms::cuda

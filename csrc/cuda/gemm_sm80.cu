@@ -8,13 +8,13 @@ namespace {
 
 // INT8 && DROPS: the ranks' part has an accumulator of its own, since neither the scale of W nor the mask is for both.
 // Without INT8 the mask is looked up as the kernel runs, and DROPS is false.
-template <class T, int TILE, bool INT8, bool ACROSS, bool DROPS>
+template <class T, int TILE, bool INT8, bool TRANSPOSED, bool DROPS>
 struct MmaGemm {
   static constexpr Tile tile = TILES[TILE];
   static constexpr int BM = tile.bm, BN = tile.bn, STAGES = tile.stages, STAGE = tile.stage_bytes(), THREADS = tile.threads();
   static constexpr int WARP_ROWS = BM / tile.warps_m, WARP_COLUMNS = BN / tile.warps_n;
   static constexpr int TILES_M = WARP_ROWS / 16, TILES_N = WARP_COLUMNS / 16;
-  static_assert(!(INT8 && ACROSS) && !(DROPS && !INT8));
+  static_assert(!(INT8 && TRANSPOSED) && !(DROPS && !INT8));
 
   using Accumulator = float[TILES_M][2 * TILES_N][4];
 
@@ -28,9 +28,9 @@ struct MmaGemm {
       copy_tile<BN, 4, THREADS>(b, static_cast<const int8_t*>(g.w), g.w_stride, column, g.n, first, k);
       return;
     }
-    const T* from = ranks ? g.f + rows.first_rank * (ACROSS ? g.f_stride : 1) : static_cast<const T*>(g.w);
+    const T* from = ranks ? g.f + rows.first_rank * (TRANSPOSED ? g.f_stride : 1) : static_cast<const T*>(g.w);
     const int64_t stride = ranks ? g.f_stride : g.w_stride;
-    if constexpr (ACROSS) {
+    if constexpr (TRANSPOSED) {
       copy_tile<STEP, BN / 8, THREADS>(b, from, stride, first, k, column, g.n);
     } else {
       copy_tile<BN, 8, THREADS>(b, from, stride, column, g.n, first, k);
@@ -50,7 +50,7 @@ struct MmaGemm {
       uint32_t b[4];
       if constexpr (WIDEN) {
         load_b_int8<T>(b, b_tile, column + j * 16, k16);
-      } else if constexpr (ACROSS) {
+      } else if constexpr (TRANSPOSED) {
         load_b_across<BN / 8>(b, b_tile, k16 * 16, column / 8 + 2 * j);
       } else {
         load_b<8>(b, b_tile, column + j * 16, 2 * k16);
@@ -119,7 +119,7 @@ struct MmaGemm {
       const uint32_t stage = memory + step % STAGES * STAGE;
       const bool first = step < first_steps;
       if (step == first_steps && INT8 && !DROPS) scale();
-      if (step == first_steps && !INT8 && g.mask.drops()) drop(sum);
+      if (step == first_steps && !INT8 && g.mask.has_dropout()) drop(sum);
       if (first == INT8) {
 #pragma unroll
         for (int k16 = 0; k16 < STEP / 16; ++k16) multiply<INT8>(sum, stage, k16);
@@ -160,25 +160,25 @@ struct MmaGemm {
   }
 };
 
-template <class T, int TILE, bool INT8, bool ACROSS, bool DROPS>
+template <class T, int TILE, bool INT8, bool TRANSPOSED, bool DROPS>
 __global__ void __launch_bounds__(TILES[TILE].threads()) mma_gemm(__grid_constant__ const GemmArguments<T> arguments) {
-  MmaGemm<T, TILE, INT8, ACROSS, DROPS>::run(arguments);
+  MmaGemm<T, TILE, INT8, TRANSPOSED, DROPS>::run(arguments);
 }
 
-template <class T, int TILE, bool INT8, bool ACROSS, bool DROPS>
+template <class T, int TILE, bool INT8, bool TRANSPOSED, bool DROPS>
 void start(const Launch& what, const GemmArguments<T>& g) {
   constexpr Tile tile = TILES[TILE];
-  launch(what, mma_gemm<T, TILE, INT8, ACROSS, DROPS>,
+  launch(what, mma_gemm<T, TILE, INT8, TRANSPOSED, DROPS>,
          {row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn)}, tile.threads(), tile.shared_bytes(), g);
 }
 
 template <class T, int TILE>
-void start_layout(const Launch& what, const GemmArguments<T>& arguments, bool across) {
-  if (arguments.w_scale && arguments.mask.drops()) {
+void start_layout(const Launch& what, const GemmArguments<T>& arguments, bool transposed) {
+  if (arguments.w_scale && arguments.mask.has_dropout()) {
     start<T, TILE, true, false, true>(what, arguments);
   } else if (arguments.w_scale) {
     start<T, TILE, true, false, false>(what, arguments);
-  } else if (across) {
+  } else if (transposed) {
     start<T, TILE, false, true, false>(what, arguments);
   } else {
     start<T, TILE, false, false, false>(what, arguments);
@@ -188,10 +188,10 @@ void start_layout(const Launch& what, const GemmArguments<T>& arguments, bool ac
 }  // namespace
 
 template <class T>
-void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool across) {
+void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed) {
   switch (tile) {
-    case 0: return start_layout<T, 0>(what, arguments, across);
-    case 1: return start_layout<T, 1>(what, arguments, across);
+    case 0: return start_layout<T, 0>(what, arguments, transposed);
+    case 1: return start_layout<T, 1>(what, arguments, transposed);
   }
 }
 template void start_mma_gemm(const Launch&, const GemmArguments<Bf16>&, int, bool);

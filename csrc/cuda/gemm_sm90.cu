@@ -23,7 +23,7 @@ struct Maps {
   TensorMap x, w, t, f, y, a;
 };
 
-template <class T, int TILE, bool ACROSS, bool INSIDE>
+template <class T, int TILE, bool TRANSPOSED, bool INSIDE>
 struct WgmmaGemm {
   static constexpr Tile tile = TILES[TILE];
   static constexpr int BM = tile.bm, BN = tile.bn, STAGES = tile.stages, STAGE = tile.stage_bytes();
@@ -73,7 +73,7 @@ struct WgmmaGemm {
     if (shrinks) ptx::tma_load(ring.a_of(at.stage), &maps.a, full, place.rows.first_rank, first);
     ptx::tma_load(a, ranks ? &maps.t : &maps.x, full, row, first);
     const TensorMap* map = ranks ? &maps.f : &maps.w;
-    if constexpr (ACROSS) {
+    if constexpr (TRANSPOSED) {
 #pragma unroll
       for (int box = 0; box < BN / 64; ++box) ptx::tma_load(b + box * BOX, map, full, first_of_f, column + box * 64);
     } else {
@@ -122,8 +122,8 @@ struct WgmmaGemm {
   static FEDMS_DEVICE void multiply(Accumulator& sum, uint32_t stage, int warpgroup, int k16) {
     const uint64_t a = matrix_descriptor(stage + warpgroup * BOX + k16 * 32, 0);
     // Along: 16 k are 32 bytes further on in each row. Across: they are 16 rows further down in each box.
-    const uint64_t b = matrix_descriptor(stage + BM * 128 + k16 * (ACROSS ? 16 * 128 : 32), ACROSS ? BOX : 0);
-    ptx::wgmma<T, BN, ACROSS>(sum, a, b);
+    const uint64_t b = matrix_descriptor(stage + BM * 128 + k16 * (TRANSPOSED ? 16 * 128 : 32), TRANSPOSED ? BOX : 0);
+    ptx::wgmma<T, BN, TRANSPOSED>(sum, a, b);
   }
 
   using Shrunk = float[RANKS_INSIDE / 2];
@@ -268,20 +268,20 @@ struct WgmmaGemm {
   }
 };
 
-template <class T, int TILE, bool ACROSS, bool INSIDE>
+template <class T, int TILE, bool TRANSPOSED, bool INSIDE>
 __global__ void __launch_bounds__(TILES[TILE].threads(), 1)
     wgmma_gemm(__grid_constant__ const GemmArguments<T> arguments, __grid_constant__ const Maps maps) {
-  WgmmaGemm<T, TILE, ACROSS, INSIDE>::run(arguments, maps);
+  WgmmaGemm<T, TILE, TRANSPOSED, INSIDE>::run(arguments, maps);
 }
 
-template <class T, int TILE, bool ACROSS, bool INSIDE>
+template <class T, int TILE, bool TRANSPOSED, bool INSIDE>
 void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
   constexpr Tile tile = TILES[TILE];
   const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
     return tensor_map(what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
   };
   const auto operand = [&](const void* data, int k, int64_t stride) {
-    return ACROSS ? map(data, k, g.n, stride, STEP) : map(data, g.n, k, stride, tile.bn);
+    return TRANSPOSED ? map(data, k, g.n, stride, STEP) : map(data, g.n, k, stride, tile.bn);
   };
   Maps maps;
   maps.x = map(g.x, g.m, g.k, g.x_stride, tile.bm);
@@ -294,17 +294,17 @@ void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
   maps.y = map(g.y, g.m, g.n, g.n, 64);
   maps.a = INSIDE ? map(g.a, ranks_of_f, g.k, g.a_stride, RANKS_INSIDE) : maps.x;
   const int tiles = row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn);
-  launch(what, wgmma_gemm<T, TILE, ACROSS, INSIDE>, {std::min(tiles, multiprocessors), 1, 1, INSIDE}, tile.threads(),
+  launch(what, wgmma_gemm<T, TILE, TRANSPOSED, INSIDE>, {std::min(tiles, multiprocessors), 1, 1, INSIDE}, tile.threads(),
          tile.shared_bytes(), g, maps);
 }
 
 }  // namespace
 
 template <class T>
-void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, bool across, int multiprocessors) {
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, bool transposed, int multiprocessors) {
   const auto start_tile = [&](auto number) {
     constexpr int TILE = decltype(number)::value;
-    if (across) return start<T, TILE, true, false>(what, g, multiprocessors);
+    if (transposed) return start<T, TILE, true, false>(what, g, multiprocessors);
     g.ready ? start<T, TILE, false, true>(what, g, multiprocessors) : start<T, TILE, false, false>(what, g, multiprocessors);
   };
   switch (tile) {

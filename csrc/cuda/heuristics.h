@@ -41,9 +41,9 @@ constexpr Tile TILES[] = {
 constexpr int RANKS_INSIDE = 32;  // of s made inside of a wgmma tile
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both are
-// for mma. The tensor memory accelerator writes whole tiles: `whole`, no segment is shorter than one.
-constexpr bool takes(const Tile& tile, bool int8, bool drops, bool whole) {
-  return tile.kind == Kind::mma || !(int8 || drops || !whole);
+// for mma. The tensor memory accelerator writes whole tiles: `full_tiles`, no segment is shorter than one.
+constexpr bool takes(const Tile& tile, bool int8, bool has_dropout, bool full_tiles) {
+  return tile.kind == Kind::mma || !(int8 || has_dropout || !full_tiles);
 }
 
 constexpr bool all_fit() {
@@ -61,14 +61,14 @@ constexpr bool all_fit() {
 static_assert(all_fit());
 static_assert(TILES[0].shared_bytes() <= 101376 && TILES[1].shared_bytes() <= 101376, "8.6 and 8.9 need a tile each");
 
-inline int resident(const Tile& tile, const Chip& chip) {
+inline int resident(const Tile& tile, const DeviceProperties& chip) {
   const int registers = tile.threads() * std::min(255, tile.accumulators() + 80);
   // A multiprocessor has 1 KiB more than a block may ask for, and keeps 1 KiB for each.
   return std::max(1, std::min(65536 / registers, (chip.shared_memory + 1024) / (tile.shared_bytes() + 1024)));
 }
 
 // Clock cycles, by the slower of the tensor cores and the caches.
-inline double cost(const Tile& tile, const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r) {
+inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r) {
   const bool wgmma = tile.kind == Kind::wgmma;
   const double row_blocks = ceil_div(m, tile.bm), column_blocks = ceil_div(n, tile.bn), tiles = row_blocks * column_blocks;
   // Steps of 64 along K, the last one filled up with zeros; the ranks come in steps of 16.
@@ -95,15 +95,15 @@ constexpr bool HAS_WGMMA = true;
 constexpr bool HAS_WGMMA = false;
 #endif
 
-inline bool runs_on(const Tile& tile, const Chip& chip) {
+inline bool runs_on(const Tile& tile, const DeviceProperties& chip) {
   return tile.shared_bytes() <= chip.shared_memory && (tile.kind == Kind::mma || (HAS_WGMMA && chip.capability == 90));
 }
 
-inline std::vector<int> rank_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops,
-                                   bool whole) {
+inline std::vector<int> rank_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout,
+                                   bool full_tiles) {
   std::vector<int> legal;
   for (int i = 0; i < TILE_COUNT; ++i) {
-    if (runs_on(TILES[i], chip) && takes(TILES[i], int8, drops, whole)) legal.push_back(i);
+    if (runs_on(TILES[i], chip) && takes(TILES[i], int8, has_dropout, full_tiles)) legal.push_back(i);
   }
   std::stable_sort(legal.begin(), legal.end(), [&](int i, int j) {
     return cost(TILES[i], chip, m, n, k, r) < cost(TILES[j], chip, m, n, k, r);

@@ -78,7 +78,7 @@ struct Shrink {
       ptx::sync_block();  // all see this step's tiles, and are done with the stage that is filled next
       load(step + STAGES - 1);
       const uint32_t x = memory + step % STAGES * STAGE, a = x + ROWS * 128;
-      if (g.mask.drops()) {
+      if (g.mask.has_dropout()) {
         drop_tile<ROWS, 8, THREADS>(g.mask, x, row, step * STEP, g.k);
         ptx::sync_block();
       }
@@ -113,7 +113,7 @@ struct Shrink {
     for (int j = 0; j < RANKS / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float value = g.mask.drops() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
+        const float value = g.mask.has_dropout() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
         put_s(g.s, g.t, g.t_stride, g.r, rows, to_row(i), to_rank(j, i), value, factor[j][i]);
       }
     }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(Shrink<T>::THREADS) shrink_kernel(__grid_const
 // t = with scale and gate the sum of the parts of s (parts, m, r), in order. A block has whole rows of t.
 template <class T, class From>
 __global__ void __launch_bounds__(256)
-    weigh_kernel(int m, int r, int parts, const From* s, T* t, int t_stride, __grid_constant__ const Factors factors,
+    apply_scale_and_gate_kernel(int m, int r, int parts, const From* s, T* t, int t_stride, __grid_constant__ const Factors factors,
                  __grid_constant__ const Segments segments) {
   const int rows_of_block = 256 / t_stride, of_block = ptx::thread() / t_stride, rank = ptx::thread() % t_stride;
   const int row = ptx::block_x() * rows_of_block + of_block;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(256)
 // --- one pass over dy or x
 
 template <class T>
-struct SweepArguments {
+struct LoraGradPartialsArguments {
   int m, c, r, rows_a_split;
   const T* z;
   int64_t z_stride;
@@ -177,10 +177,10 @@ struct SweepArguments {
 };
 
 // A wide block makes few parts of U; a narrow layer would leave multiprocessors idle with it.
-constexpr int sweep_columns(int64_t c) { return c >= 2048 ? 256 : 128; }
+constexpr int lora_grad_partials_columns(int64_t c) { return c >= 2048 ? 256 : 128; }
 
 template <class T, int COLUMNS>
-struct Sweep {
+struct LoraGradPartials {
   // Low steps, so that several are under way in what memory two blocks of a multiprocessor have.
   static constexpr int ROWS = 32, THREADS = 256, STAGES = COLUMNS == 256 ? 4 : 6, CHUNKS = COLUMNS / 8;
   static constexpr int Z_BYTES = ROWS * COLUMNS * 2, STAGE = Z_BYTES + ROWS * RANKS * 2;
@@ -192,7 +192,7 @@ struct Sweep {
   static_assert(ROWS * QUARTERS / 16 == THREADS / 32 && RANKS / 8 == QUARTERS);
   static_assert(SHARED <= 101376);
 
-  static FEDMS_DEVICE void run(const SweepArguments<T>& g) {
+  static FEDMS_DEVICE void run(const LoraGradPartialsArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory(), b_tile = memory + STAGES * STAGE;
     const int column = ptx::block_x() * COLUMNS, split = ptx::block_y(), rank = ptx::block_z() * RANKS;
     const RowBlock rows = row_block(g.segments, split, g.rows_a_split, g.m, g.r, false);
@@ -225,7 +225,7 @@ struct Sweep {
       ptx::sync_block();
       load(step + STAGES - 1);
       const uint32_t z = memory + step % STAGES * STAGE;
-      if (g.mask.drops()) {
+      if (g.mask.has_dropout()) {
         drop_tile<ROWS, CHUNKS, THREADS>(g.mask, z, begin + step * ROWS, column, g.c);
         ptx::sync_block();
       }
@@ -243,7 +243,7 @@ struct Sweep {
           const int to_column = column + (warp() * OUTER + o) * 16 + accumulator_row(lane(), i);
           const int to_rank = rank + j * 8 + accumulator_column(lane(), i);
           if (to_column >= g.c || to_rank >= g.r) continue;
-          to[int64_t(to_column) * g.r + to_rank] = g.mask.drops() ? outer[o][j][i] * g.mask.kept_scale : outer[o][j][i];
+          to[int64_t(to_column) * g.r + to_rank] = g.mask.has_dropout() ? outer[o][j][i] * g.mask.kept_scale : outer[o][j][i];
         }
       }
     }
@@ -269,7 +269,7 @@ struct Sweep {
     }
   }
 
-  static FEDMS_DEVICE void project(const SweepArguments<T>& g, uint32_t z, const uint32_t (&b)[OF_QUARTER][RANKS / 16][4],
+  static FEDMS_DEVICE void project(const LoraGradPartialsArguments<T>& g, uint32_t z, const uint32_t (&b)[OF_QUARTER][RANKS / 16][4],
                                    uint32_t sums, int row, int end, int rank) {
     const int part = warp() / QUARTERS * 16, quarter = warp() % QUARTERS;
     float sum[RANKS / 8][4] = {};
@@ -311,9 +311,9 @@ struct Sweep {
 };
 
 template <class T, int COLUMNS>
-__global__ void __launch_bounds__(Sweep<T, COLUMNS>::THREADS, 2)
-    sweep_kernel(__grid_constant__ const SweepArguments<T> arguments) {
-  Sweep<T, COLUMNS>::run(arguments);
+__global__ void __launch_bounds__(LoraGradPartials<T, COLUMNS>::THREADS, 2)
+    lora_grad_partials_kernel(__grid_constant__ const LoraGradPartialsArguments<T> arguments) {
+  LoraGradPartials<T, COLUMNS>::run(arguments);
 }
 
 // --- sums of parts
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(Sweep<T, COLUMNS>::THREADS, 2)
 // dgate, and dS on the way. A warp for every row.
 template <class T>
 __global__ void __launch_bounds__(256)
-    finish_rows_kernel(int m, int r, int experts, int parts, const float* u, const T* s, T* ds, int64_t ds_stride,
+    finalize_row_grads_kernel(int m, int r, int experts, int parts, const float* u, const T* s, T* ds, int64_t ds_stride,
                        float* dgate, __grid_constant__ const Factors factors, __grid_constant__ const Segments segments) {
   const int row = ptx::block_x() * 8 + warp();
   if (row >= m) return;
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(256)
 // A block has whole rows of the sum.
 template <class T>
 __global__ void __launch_bounds__(256)
-    add_parts_kernel(int c, int r, int parts, int first, int count, const float* g, T* out, int64_t row_stride,
+    reduce_partials_kernel(int c, int r, int parts, int first, int count, const float* g, T* out, int64_t row_stride,
                      int64_t column_stride) {
   const int rows_of_block = 256 / count, of_block = ptx::thread() / count, column = ptx::thread() % count;
   const int row = ptx::block_x() * rows_of_block + of_block;
@@ -404,25 +404,25 @@ void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int
   });
 }
 
-void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
+void apply_scale_and_gate(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
            const Segments& segments, const Stream& stream) {
-  const Launch what{"weigh", m, 0, 0, r, stream};
+  const Launch what{"apply_scale_and_gate", m, 0, 0, r, stream};
   check_sizes(what, m, r, r);
   check_segments(what, segments, m);
   if (t_stride < r || t_stride > MOST_RANKS) fail(what, "the stride of t is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    launch(what, weigh_kernel<T, T>, blocks_of_rows(m, t_stride), 256, 0, int(m), int(r), 1, static_cast<const T*>(s),
+    launch(what, apply_scale_and_gate_kernel<T, T>, blocks_of_rows(m, t_stride), 256, 0, int(m), int(r), 1, static_cast<const T*>(s),
            static_cast<T*>(t), int(t_stride), factors, segments);
   });
 }
 
-int64_t sweep_blocks(int64_t c) { return ceil_div(c, sweep_columns(c)); }
+int64_t lora_grad_partials_blocks(int64_t c) { return ceil_div(c, lora_grad_partials_columns(c)); }
 
-void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
+void lora_grad_partials(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
            const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Segments& segments,
            const Dropout& dropout, const Stream& stream) {
-  const Launch what{"sweep", m, c, 0, r, stream};
+  const Launch what{"lora_grad_partials", m, c, 0, r, stream};
   check_sizes(what, m, c, r);
   if (c % 8) fail(what, "the columns of z are not a multiple of 8");
   if (rows_a_split < 64 || rows_a_split % 64 || rows_a_split > INT_MAX - 1024) {
@@ -432,45 +432,45 @@ void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_spli
   check_segments(what, segments, m);
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const SweepArguments<T> arguments{int(m), int(c), int(r), int(rows_a_split), static_cast<const T*>(z), z_stride,
+    const LoraGradPartialsArguments<T> arguments{int(m), int(c), int(r), int(rows_a_split), static_cast<const T*>(z), z_stride,
                                       static_cast<const T*>(t), t_stride, g, static_cast<const T*>(b), b_stride, u,
                                       segments, mask_of(dropout)};
-    const Grid grid{int(sweep_blocks(c)), row_blocks(segments, int(rows_a_split), int(m)), ceil_div(r, RANKS)};
-    if (sweep_columns(c) == 256) {
-      launch(what, sweep_kernel<T, 256>, grid, Sweep<T, 256>::THREADS, Sweep<T, 256>::SHARED, arguments);
+    const Grid grid{int(lora_grad_partials_blocks(c)), row_blocks(segments, int(rows_a_split), int(m)), ceil_div(r, RANKS)};
+    if (lora_grad_partials_columns(c) == 256) {
+      launch(what, lora_grad_partials_kernel<T, 256>, grid, LoraGradPartials<T, 256>::THREADS, LoraGradPartials<T, 256>::SHARED, arguments);
     } else {
-      launch(what, sweep_kernel<T, 128>, grid, Sweep<T, 128>::THREADS, Sweep<T, 128>::SHARED, arguments);
+      launch(what, lora_grad_partials_kernel<T, 128>, grid, LoraGradPartials<T, 128>::THREADS, LoraGradPartials<T, 128>::SHARED, arguments);
     }
   });
 }
 
-void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
+void finalize_row_grads(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
                  void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Segments& segments,
                  const Stream& stream) {
-  const Launch what{"finish_rows", m, 0, 0, r, stream};
+  const Launch what{"finalize_row_grads", m, 0, 0, r, stream};
   check_sizes(what, m, r, r);
   check_segments(what, segments, m);
   if (ds && (ds_stride < r || ds_stride > MOST_RANKS)) fail(what, "the stride of ds is out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     if (ds && !dgate) {
-      launch(what, weigh_kernel<T, float>, blocks_of_rows(m, ds_stride), 256, 0, int(m), int(r), int(parts), u,
+      launch(what, apply_scale_and_gate_kernel<T, float>, blocks_of_rows(m, ds_stride), 256, 0, int(m), int(r), int(parts), u,
              static_cast<T*>(ds), int(ds_stride), factors, segments);
     }
     if (!dgate) return;
-    launch(what, finish_rows_kernel<T>, {ceil_div(m, 8)}, 256, 0, int(m), int(r), int(experts), int(parts), u,
+    launch(what, finalize_row_grads_kernel<T>, {ceil_div(m, 8)}, 256, 0, int(m), int(r), int(experts), int(parts), u,
            static_cast<const T*>(s), static_cast<T*>(ds), ds_stride, dgate, factors, segments);
   });
 }
 
-void add_parts(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
+void reduce_partials(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
                void* out, int64_t row_stride, int64_t column_stride, const Stream& stream) {
-  const Launch what{"add_parts", c, 0, 0, r, stream};
+  const Launch what{"reduce_partials", c, 0, 0, r, stream};
   check_sizes(what, c, r, r);
   if (first < 0 || count < 1 || first + count > r) fail(what, "the columns are out of range");
   for_element(element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    launch(what, add_parts_kernel<T>, blocks_of_rows(c, count), 256, 0, int(c), int(r), int(parts), int(first),
+    launch(what, reduce_partials_kernel<T>, blocks_of_rows(c, count), 256, 0, int(c), int(r), int(parts), int(first),
            int(count), g, static_cast<T*>(out), row_stride, column_stride);
   });
 }

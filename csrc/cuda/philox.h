@@ -11,7 +11,7 @@ struct Mask {
   uint32_t threshold;  // floor(p * 2^32); 0: nothing is dropped
   float kept_scale;    // 1 / (1 - p)
 
-  FEDMS_HD bool drops() const { return threshold != 0; }
+  FEDMS_HD bool has_dropout() const { return threshold != 0; }
 };
 
 inline Mask mask_of(const Dropout& dropout) {

@@ -203,9 +203,9 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
 template <class T, int N, bool B_ACROSS>
 FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   static_assert(N == 32 || N == 128 || N == 192 || N == 256);
-#define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, ACROSS, ...)                                                    \
+#define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, TRANSPOSED, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B            \
-               ", 1, 1, 1, 0, " ACROSS ";"                                                                     \
+               ", 1, 1, 1, 0, " TRANSPOSED ";"                                                                     \
                : __VA_ARGS__                                                                                   \
                : "l"(a), "l"(b), "n"(int(B_ACROSS)))
 #define FEDMS_WGMMA_OF(SHAPE, ...)                   \

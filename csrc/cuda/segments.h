@@ -18,9 +18,9 @@ FEDMS_HD int row_blocks(const Segments& segments, int size, int m) {
   return blocks;
 }
 
-// The block of that number. `whole`: in segments it has just `size` rows, of which no segment has fewer: the last one of a
+// The block of that number. `full_tiles`: in segments it has just `size` rows, of which no segment has fewer: the last one of a
 // segment reaches back into the one before.
-FEDMS_HD RowBlock row_block(const Segments& segments, int block, int size, int m, int r, bool whole) {
+FEDMS_HD RowBlock row_block(const Segments& segments, int block, int size, int m, int r, bool full_tiles) {
   if (segments.count == 0) return {block * size, m - block * size < size ? m : (block + 1) * size, 0, 0, r};
   int e = 0, start = 0;
   for (; e < segments.count - 1; start = segments.ends[e++]) {
@@ -29,7 +29,7 @@ FEDMS_HD RowBlock row_block(const Segments& segments, int block, int size, int m
     block -= blocks;
   }
   const int end = segments.ends[e], row = start + block * size, last = end - size;
-  return {whole && row > last ? last : row, row > last ? end : row + size, e, segments.firsts[e], segments.ranks[e]};
+  return {full_tiles && row > last ? last : row, row > last ? end : row + size, e, segments.firsts[e], segments.ranks[e]};
 }
 
 // Where a row belongs.

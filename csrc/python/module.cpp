@@ -349,11 +349,11 @@ void define_cuda(py::module_ m) {
   py::class_<cuda::Stream>(m, "Stream").def(py::init([at](int device, Address handle) {
     return cuda::Stream{device, at(handle)};
   }), py::arg("device"), py::arg("handle"));
-  py::class_<cuda::Chip>(m, "Chip").def(
+  py::class_<cuda::DeviceProperties>(m, "DeviceProperties").def(
       py::init([](int capability, int multiprocessors, int shared_memory) {
-        return cuda::Chip{capability, multiprocessors, shared_memory};
+        return cuda::DeviceProperties{capability, multiprocessors, shared_memory};
       }), py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"))
-      .def_readonly("multiprocessors", &cuda::Chip::multiprocessors);
+      .def_readonly("multiprocessors", &cuda::DeviceProperties::multiprocessors);
   py::class_<cuda::Dropout>(m, "Dropout").def(py::init([](double p, uint64_t seed) {
     return cuda::Dropout{p, seed};
   }), py::arg("p"), py::arg("seed"));
@@ -375,27 +375,27 @@ void define_cuda(py::module_ m) {
         std::copy(firsts.begin(), firsts.end(), segments.firsts);
         return segments;
       }), py::arg("ends"), py::arg("ranks"), py::arg("firsts"));
-  py::class_<cuda::Inside>(m, "Inside")
+  py::class_<cuda::FusedShrink>(m, "FusedShrink")
       .def(py::init([at](Address a, int64_t a_stride, Address s, const cuda::Factors& factors, Address ready) {
-        return cuda::Inside{at(a), a_stride, at(s), factors, reinterpret_cast<int32_t*>(ready)};
+        return cuda::FusedShrink{at(a), a_stride, at(s), factors, reinterpret_cast<int32_t*>(ready)};
       }), py::arg("a"), py::arg("a_stride"), py::arg("s"), py::arg("factors"), py::arg("ready"))
-      .def(py::init([] { return cuda::Inside{}; }));
+      .def(py::init([] { return cuda::FusedShrink{}; }));
   m.attr("MOST_SEGMENTS") = cuda::MOST_SEGMENTS;
 
   m.def("check_device", &cuda::check_device, py::arg("device"));
   m.def("gemm_tiles", &cuda::gemm_tiles, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
-        py::arg("int8"), py::arg("drops"), py::arg("whole"));
+        py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
   m.def("shrinks_inside", &cuda::shrinks_inside, py::arg("tile"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
   m.def("gemm", [=](bool bf16, int64_t m, int64_t n, int64_t k, int64_t r, Address x, int64_t x_stride, Address w,
                     int64_t w_stride, Address w_scale, Address bias, Address t, int64_t t_stride, Address f,
-                    int64_t f_stride, Address y, bool across, const cuda::Dropout& dropout,
-                    const cuda::Segments& segments, const cuda::Inside& inside, int tile, const cuda::Chip& chip, const cuda::Stream& stream) {
+                    int64_t f_stride, Address y, bool transposed, const cuda::Dropout& dropout,
+                    const cuda::Segments& segments, const cuda::FusedShrink& inside, int tile, const cuda::DeviceProperties& chip, const cuda::Stream& stream) {
     cuda::gemm({element(bf16), m, n, k, r, at(x), x_stride, at(w), w_stride, floats(w_scale), at(bias), at(t), t_stride,
-                at(f), f_stride, at(y), across, dropout, segments, inside}, tile, chip, stream);
+                at(f), f_stride, at(y), transposed, dropout, segments, inside}, tile, chip, stream);
   }, py::arg("bf16"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"),
         py::arg("w"), py::arg("w_stride"), py::arg("w_scale"), py::arg("bias"), py::arg("t"), py::arg("t_stride"),
-        py::arg("f"), py::arg("f_stride"), py::arg("y"), py::arg("across"), py::arg("dropout"), py::arg("segments"),
+        py::arg("f"), py::arg("f_stride"), py::arg("y"), py::arg("transposed"), py::arg("dropout"), py::arg("segments"),
         py::arg("inside"), py::arg("tile"), py::arg("chip"), py::arg("stream"));
   m.def("shrink", [=](bool bf16, int64_t m, int64_t k, int64_t r, Address x, int64_t x_stride, Address a,
                       int64_t a_stride, Address s, Address t, int64_t t_stride, const cuda::Factors& factors,
@@ -405,31 +405,31 @@ void define_cuda(py::module_ m) {
   }, py::arg("bf16"), py::arg("m"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("a"),
         py::arg("a_stride"), py::arg("s"), py::arg("t"), py::arg("t_stride"), py::arg("factors"), py::arg("segments"),
         py::arg("dropout"), py::arg("stream"));
-  m.def("weigh", [=](bool bf16, int64_t m, int64_t r, Address s, Address t, int64_t t_stride,
+  m.def("apply_scale_and_gate", [=](bool bf16, int64_t m, int64_t r, Address s, Address t, int64_t t_stride,
                      const cuda::Factors& factors, const cuda::Segments& segments, const cuda::Stream& stream) {
-    cuda::weigh(element(bf16), m, r, at(s), at(t), t_stride, factors, segments, stream);
+    cuda::apply_scale_and_gate(element(bf16), m, r, at(s), at(t), t_stride, factors, segments, stream);
   }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("s"), py::arg("t"), py::arg("t_stride"), py::arg("factors"),
         py::arg("segments"), py::arg("stream"));
-  m.def("sweep_blocks", &cuda::sweep_blocks, py::arg("c"));
-  m.def("sweep", [=](bool bf16, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, Address z, int64_t z_stride,
+  m.def("lora_grad_partials_blocks", &cuda::lora_grad_partials_blocks, py::arg("c"));
+  m.def("lora_grad_partials", [=](bool bf16, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, Address z, int64_t z_stride,
                      Address t, int64_t t_stride, Address g, Address b, int64_t b_stride, Address u,
                      const cuda::Segments& segments, const cuda::Dropout& dropout, const cuda::Stream& stream) {
-    cuda::sweep(element(bf16), m, c, r, rows_a_split, at(z), z_stride, at(t), t_stride, floats(g), at(b), b_stride,
+    cuda::lora_grad_partials(element(bf16), m, c, r, rows_a_split, at(z), z_stride, at(t), t_stride, floats(g), at(b), b_stride,
                 floats(u), segments, dropout, stream);
   }, py::arg("bf16"), py::arg("m"), py::arg("c"), py::arg("r"), py::arg("rows_a_split"), py::arg("z"),
         py::arg("z_stride"), py::arg("t"), py::arg("t_stride"), py::arg("g"), py::arg("b"), py::arg("b_stride"),
         py::arg("u"), py::arg("segments"), py::arg("dropout"), py::arg("stream"));
-  m.def("finish_rows", [=](bool bf16, int64_t m, int64_t r, int64_t experts, int64_t parts, Address u, Address s,
+  m.def("finalize_row_grads", [=](bool bf16, int64_t m, int64_t r, int64_t experts, int64_t parts, Address u, Address s,
                            Address ds, int64_t ds_stride, Address dgate, const cuda::Factors& factors,
                            const cuda::Segments& segments, const cuda::Stream& stream) {
-    cuda::finish_rows(element(bf16), m, r, experts, parts, floats(u), at(s), at(ds), ds_stride, floats(dgate), factors,
+    cuda::finalize_row_grads(element(bf16), m, r, experts, parts, floats(u), at(s), at(ds), ds_stride, floats(dgate), factors,
                       segments, stream);
   }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("experts"), py::arg("parts"), py::arg("u"), py::arg("s"),
         py::arg("ds"), py::arg("ds_stride"), py::arg("dgate"), py::arg("factors"), py::arg("segments"),
         py::arg("stream"));
-  m.def("add_parts", [=](bool bf16, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, Address g,
+  m.def("reduce_partials", [=](bool bf16, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, Address g,
                          Address out, int64_t row_stride, int64_t column_stride, const cuda::Stream& stream) {
-    cuda::add_parts(element(bf16), c, r, parts, first, count, floats(g), at(out), row_stride, column_stride, stream);
+    cuda::reduce_partials(element(bf16), c, r, parts, first, count, floats(g), at(out), row_stride, column_stride, stream);
   }, py::arg("bf16"), py::arg("c"), py::arg("r"), py::arg("parts"), py::arg("first"), py::arg("count"), py::arg("g"),
         py::arg("out"), py::arg("row_stride"), py::arg("column_stride"), py::arg("stream"));
 }

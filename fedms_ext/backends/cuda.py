@@ -124,9 +124,9 @@ def _in_kernels(x: Tensor, n: int, lora: Lora) -> bool:
 @lru_cache(maxsize=None)
 def _chip(device: torch.device) -> Any:
     if _EMULATED:
-        return _kernels.Chip(90, 4, 232448)
+        return _kernels.DeviceProperties(90, 4, 232448)
     properties = torch.cuda.get_device_properties(device)
-    return _kernels.Chip(
+    return _kernels.DeviceProperties(
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in torch's stubs
@@ -139,8 +139,8 @@ def _nothing_dropped() -> object:
 
 
 @lru_cache(maxsize=1)
-def _nothing_inside() -> object:
-    return _kernels.Inside()
+def _no_fused_shrink() -> object:
+    return _kernels.FusedShrink()
 
 
 def _stream(x: Tensor) -> object:
@@ -197,7 +197,7 @@ def _side_by_side(lora: Lora, gaps: list[int]) -> tuple[Tensor, Tensor]:
     return _rows(a), _rows(b) if rank % 8 == 0 else F.pad(b, (0, -rank % 8))[:, :rank]
 
 
-class _Way(NamedTuple):
+class _GemmConfig(NamedTuple):
     """How a GEMM runs: the number of its tile, and whether the tiles of the first columns make S on the way."""
 
     tile: int
@@ -213,19 +213,19 @@ def _choices(capability: tuple[int, int]) -> autotune.Choices:
     return autotune.Choices(f"cuda-gemm-sm{major}{minor}-{build_id()[:16]}.json")
 
 
-def _ways(
-    chip: object, m: int, n: int, k: int, rank: int, int8: bool, drops: bool, whole: bool, inside: bool
-) -> list[_Way]:
-    """The legal ones, the one that the cost model expects to be the fastest first. `whole`: no segment is shorter than a
+def _gemm_configs(
+    chip: object, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, inside: bool
+) -> list[_GemmConfig]:
+    """The legal ones, the one that the cost model expects to be the fastest first. `full_tiles`: no segment is shorter than a
     wgmma tile. `inside`: S may be made on the way."""
-    tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, drops, whole)
-    apart = [_Way(tile, False) for tile in tiles]
+    tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, has_dropout, full_tiles)
+    apart = [_GemmConfig(tile, False) for tile in tiles]
     # The tiles that make S take longer: there must be many others.
-    within = [_Way(tile, True) for tile in tiles if inside and _kernels.shrinks_inside(tile, rank)]
+    within = [_GemmConfig(tile, True) for tile in tiles if inside and _kernels.shrinks_inside(tile, rank)]
     return within + apart if n >= _WIDE else apart + within
 
 
-_kept: dict[tuple[object, ...], _Way] = {}
+_kept: dict[tuple[object, ...], _GemmConfig] = {}
 
 
 class _Call:
@@ -246,9 +246,9 @@ class _Call:
         self.factors = _kernels.Factors(
             self.scale.data_ptr(), layout.owner.data_ptr(), _address(self.gate), *strides
         )
-        self.drops = lora.dropout_p > 0
+        self.has_dropout = lora.dropout_p > 0
         self.nothing_dropped = _nothing_dropped()
-        self.dropout = _kernels.Dropout(lora.dropout_p, lora.seed) if self.drops else self.nothing_dropped
+        self.dropout = _kernels.Dropout(lora.dropout_p, lora.seed) if self.has_dropout else self.nothing_dropped
 
     def shrink(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """s = drop(x) A^T (M, R), and t, which is s with scale and gate."""
@@ -260,9 +260,9 @@ class _Call:
         )  # fmt: skip
         return s, t
 
-    def weigh(self, s: Tensor) -> Tensor:
+    def apply_scale_and_gate(self, s: Tensor) -> Tensor:
         t = s.new_empty(s.shape[0], _padded(self.rank))
-        _kernels.weigh(
+        _kernels.apply_scale_and_gate(
             self.bf16, s.shape[0], self.rank, s.data_ptr(), t.data_ptr(), t.stride(0), self.factors,
             self.segments, self.stream,
         )  # fmt: skip
@@ -271,96 +271,96 @@ class _Call:
     def forward(self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """y and s."""
 
-        def run(way: _Way) -> tuple[Tensor, Tensor]:
-            if way.inside:
+        def run(config: _GemmConfig) -> tuple[Tensor, Tensor]:
+            if config.inside:
                 s, t = x.new_empty(len(x), self.rank), x.new_empty(len(x), _padded(self.rank))
                 blocks = sum(-(-rows // 128) for rows in self.rows_of_experts or (len(x),))
                 ready = x.new_zeros(blocks, dtype=torch.int32)
-                inside = _kernels.Inside(self.a.data_ptr(), self.a.stride(0), s.data_ptr(), self.factors, ready.data_ptr())
-                return self._gemm(x, w, None, bias, t, self.b, False, False, way.tile, inside), s
+                inside = _kernels.FusedShrink(self.a.data_ptr(), self.a.stride(0), s.data_ptr(), self.factors, ready.data_ptr())
+                return self._gemm(x, w, None, bias, t, self.b, False, False, config.tile, inside), s
             s, t = self.shrink(x)
-            return self._gemm(x, w, w_scale, bias, t, self.b, False, False, way.tile, _nothing_inside()), s
+            return self._gemm(x, w, w_scale, bias, t, self.b, False, False, config.tile, _no_fused_shrink()), s
 
         # Neither dropout nor an int8 W is for the tiles that can make S; and dropout is S's affair alone.
-        inside = not self.drops and w_scale is None
-        return run(self._choose("forward", x, len(w), w_scale, drops=False, inside=inside, run=run))
+        inside = not self.has_dropout and w_scale is None
+        return run(self._choose("forward", x, len(w), w_scale, has_dropout=False, inside=inside, run=run))
 
     def dx(self, dy: Tensor, w: Tensor, w_scale: Tensor | None, ds: Tensor, f: Tensor) -> Tensor:
         """dy w + ds f; an int8 w is given as its transpose, and f with it."""
-        across = w_scale is None
+        transposed = w_scale is None
 
-        def run(way: _Way) -> Tensor:
-            return self._gemm(dy, w, w_scale, None, ds, f, across, self.drops, way.tile, _nothing_inside())
+        def run(config: _GemmConfig) -> Tensor:
+            return self._gemm(dy, w, w_scale, None, ds, f, transposed, self.has_dropout, config.tile, _no_fused_shrink())
 
-        n = w.shape[1] if across else len(w)
-        return run(self._choose("dx", dy, n, w_scale, drops=self.drops, inside=False, run=run))
+        n = w.shape[1] if transposed else len(w)
+        return run(self._choose("dx", dy, n, w_scale, has_dropout=self.has_dropout, inside=False, run=run))
 
     def _choose(
-        self, name: str, x: Tensor, n: int, w_scale: Tensor | None, drops: bool, inside: bool, run: Callable[[_Way], object]
-    ) -> _Way:
+        self, name: str, x: Tensor, n: int, w_scale: Tensor | None, has_dropout: bool, inside: bool, run: Callable[[_GemmConfig], object]
+    ) -> _GemmConfig:
         """How to run a GEMM: measured once for each shape, with rows up to a power of two. `run` runs the whole of it."""
         (rows, k), int8 = x.shape, w_scale is not None
         m = 1 << (rows - 1).bit_length()
-        whole = all(own == 0 or own >= 128 for own in self.rows_of_experts or ())
+        full_tiles = all(own == 0 or own >= 128 for own in self.rows_of_experts or ())
         segmented = self.rows_of_experts is not None
-        shape = (name, "bf16" if self.bf16 else "fp16", m, n, k, self.rank, int8, drops, inside, segmented, whole)
+        shape = (name, "bf16" if self.bf16 else "fp16", m, n, k, self.rank, int8, has_dropout, inside, segmented, full_tiles)
         if (x.device, shape) not in _kept:
-            ways = {str(way): way for way in _ways(self.chip, m, n, k, self.rank, int8, drops, whole, inside)}
-            names = list(ways)
+            configs = {str(config): config for config in _gemm_configs(self.chip, m, n, k, self.rank, int8, has_dropout, full_tiles, inside)}
+            names = list(configs)
             if not _EMULATED:  # there is no time to measure
-                names = [_choices(capability(x.device)).choose(" ".join(map(str, shape)), names, lambda way: run(ways[way]))]
-            _kept[x.device, shape] = ways[names[0]]
+                names = [_choices(capability(x.device)).choose(" ".join(map(str, shape)), names, lambda config: run(configs[config]))]
+            _kept[x.device, shape] = configs[names[0]]
         return _kept[x.device, shape]
 
     def _gemm(
-        self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, t: Tensor, f: Tensor, across: bool,
-        drops: bool, tile: int, inside: object,
+        self, x: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, t: Tensor, f: Tensor, transposed: bool,
+        has_dropout: bool, tile: int, inside: object,
     ) -> Tensor:  # fmt: skip
-        """x w^T + t f^T + bias, or `across`: x w + t f. `drops`: dropout masks t f."""
-        (m, k), n = x.shape, w.shape[1] if across else w.shape[0]
+        """x w^T + t f^T + bias, or `transposed`: x w + t f. `has_dropout`: dropout masks t f."""
+        (m, k), n = x.shape, w.shape[1] if transposed else w.shape[0]
         y = x.new_empty(m, n)
         _kernels.gemm(
             self.bf16, m, n, k, self.rank, x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), _address(w_scale),
-            _address(bias), t.data_ptr(), t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), across,
-            self.dropout if drops else self.nothing_dropped, self.segments, inside, tile, self.chip, self.stream,
+            _address(bias), t.data_ptr(), t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), transposed,
+            self.dropout if has_dropout else self.nothing_dropped, self.segments, inside, tile, self.chip, self.stream,
         )  # fmt: skip
         return y
 
-    def sweep(
-        self, z: Tensor, t: Tensor | None, b: Tensor | None, drops: bool
+    def lora_grad_partials(
+        self, z: Tensor, t: Tensor | None, b: Tensor | None, has_dropout: bool
     ) -> tuple[list[Tensor] | None, Tensor | None]:
         """One pass over z (M, C): the parts of drop(z)^T t (splits, C, R) of each expert, and those of z b (blocks, M, R)."""
         m, c = z.shape
         # Two blocks of threads for each multiprocessor, as far as the columns and the ranks do not make them already.
-        columns = _kernels.sweep_blocks(c)
+        columns = _kernels.lora_grad_partials_blocks(c)
         splits = max(1, 2 * self.chip.multiprocessors // (columns * -(-self.rank // 32)))
         rows = -(-m // (64 * splits)) * 64
         counts = [-(-own // rows) for own in self.rows_of_experts or (m,)]
         g = z.new_empty(sum(counts), c, self.rank, dtype=torch.float32) if t is not None else None
         u = z.new_empty(columns, m, self.rank, dtype=torch.float32) if b is not None else None
-        _kernels.sweep(
+        _kernels.lora_grad_partials(
             self.bf16, m, c, self.rank, rows, z.data_ptr(), z.stride(0), _address(t), _stride(t), _address(g),
             _address(b), _stride(b), _address(u), self.segments,
-            self.dropout if drops else self.nothing_dropped, self.stream,
+            self.dropout if has_dropout else self.nothing_dropped, self.stream,
         )  # fmt: skip
         if g is None:
             return None, u
         return list(g.split(counts)) if self.rows_of_experts else [g] * len(self.layout.starts), u
 
-    def finish_rows(self, u: Tensor, s: Tensor | None, dgate: Tensor | None, like: Tensor) -> Tensor:
+    def finalize_row_grads(self, u: Tensor, s: Tensor | None, dgate: Tensor | None, like: Tensor) -> Tensor:
         """dS (M, R), in the dtype of `like`, from the parts of U; fills `dgate` (M, E) if it is given."""
         parts, m, _ = u.shape
         ds = like.new_empty(m, _padded(self.rank))
-        _kernels.finish_rows(
+        _kernels.finalize_row_grads(
             self.bf16, m, self.rank, len(self.layout.starts), parts, u.data_ptr(), _address(s), ds.data_ptr(),
             ds.stride(0), _address(dgate), self.factors, self.segments, self.stream,
         )  # fmt: skip
         return ds
 
-    def add_parts(self, g: Tensor, out: Tensor, first: int) -> None:
+    def reduce_partials(self, g: Tensor, out: Tensor, first: int) -> None:
         """out (C, r) = the ordered sum over the parts of g (parts, C, R), its columns from `first` on."""
         parts, c, _ = g.shape
-        _kernels.add_parts(
+        _kernels.reduce_partials(
             self.bf16, c, self.rank, parts, first, out.shape[1], g.data_ptr(), out.data_ptr(), out.stride(0),
             out.stride(1), self.stream,
         )  # fmt: skip
@@ -419,18 +419,18 @@ def _backward(
 
     # One pass over dy: dB from S with scale and gate, and U = dy B, from which dS and the gate's gradient come.
     needs_u = needs.dx or needs.dgate or any(needs.da)
-    t = call.weigh(s) if any(needs.db) else None
-    parts, u = call.sweep(rows, t, call.b if needs_u else None, drops=False)
-    ds = call.finish_rows(u, s, dgate, rows) if needs_u else None
+    t = call.apply_scale_and_gate(s) if any(needs.db) else None
+    parts, u = call.lora_grad_partials(rows, t, call.b if needs_u else None, has_dropout=False)
+    ds = call.finalize_row_grads(u, s, dgate, rows) if needs_u else None
     for e, (out, first) in enumerate(zip(db, starts)):
         if out is not None:
-            call.add_parts(parts[e], out, first)
+            call.reduce_partials(parts[e], out, first)
 
     if any(needs.da):
-        parts, _ = call.sweep(_rows(x), ds, None, drops=call.drops)
+        parts, _ = call.lora_grad_partials(_rows(x), ds, None, has_dropout=call.has_dropout)
         for e, (out, first) in enumerate(zip(da, starts)):
             if out is not None:
-                call.add_parts(parts[e], out.t(), first)
+                call.reduce_partials(parts[e], out.t(), first)
 
     dx = None
     if needs.dx:

@@ -54,19 +54,19 @@ def served(config: RunConfig, progress: Progress) -> Served:
     """
     from fedms.data import ClientSplit
     from fedms.federated.client import Client, Private
-    from fedms.runs.experiment import Session
+    from fedms.runs.experiment import LoadedTask
     from fedms_ext.profiling import Served
 
-    model, case = (session := Session(config, progress)).model, session.case(config)
-    split = case.partition.clients[0]
+    model, experiment = (session := LoadedTask(config, progress)).model, session.experiment(config)
+    split = experiment.partition.clients[0]
     stage = config.stage1.model_copy(update={"epochs": 1})
     client = Client(replace(split, train=split.train[: stage.batch], validation=split.validation[:1]),
-                    config.model_copy(update={"stage1": stage}), case.fitting)
-    message = case.server.message(case.server.start(model.initial(config.run.seed)))
+                    config.model_copy(update={"stage1": stage}), experiment.fitting)
+    message = experiment.server.message(experiment.server.start(model.initial(config.run.seed)))
     model.start()
     progress.phase("one training step")
     with Served() as counted:
-        case.method.client_step(model, client, Private(), message)
+        experiment.method.client_step(model, client, Private(), message)
     return counted
 
 

@@ -18,7 +18,7 @@ def planned(*runs):
     found = []
     for method, seed in runs:
         sets = (*TINY, f"run.method={method}", f"run.seed={seed}")
-        found.append(study.Planned(SETTING, method, load_config("digits", sets), sets))
+        found.append(study.StudyRun(SETTING, method, load_config("digits", sets), sets))
     return found
 
 

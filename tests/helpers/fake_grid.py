@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedms.engines.flower import client as side
-from fedms.runs.flower_app import open_case
+from fedms.runs.flower_app import open_experiment
 
 Fault = Callable[[Message, Callable[[Message], Message]], "Message | list[Message] | None"]
 
@@ -63,4 +63,4 @@ class FakeGrid:
         if message.metadata.message_type == "query":
             return side.hello(message, identity)
         act = side.train if message.metadata.message_type == "train" else side.evaluate
-        return act(message, identity, open_case)
+        return act(message, identity, open_experiment)

@@ -1,6 +1,6 @@
 // The linear layer with gated LoRA experts on an NVIDIA GPU, in bf16 and fp16, from compute capability 8.0 on. The
 // parts are launched one by one: S = x A^T (shrink), y = x W^T + T B^T + bias (gemm), and for the gradients one pass
-// over dy (sweep, finish_rows, add_parts), the GEMM again for dx, and a sweep over x for dA.
+// over dy (lora_grad_partials, finalize_row_grads, reduce_partials), the GEMM again for dx, and a pass over x for dA.
 //
 // Pointers lead to memory of the device. A stride is the numbers from one row to the next; along a row they lie side by
 // side, and rows start at multiples of 16 bytes. Nothing is allocated, nothing waits for the GPU, and nothing is read
@@ -52,7 +52,7 @@ struct Segments {
 };
 
 // What a device can do, as far as the choice of a tile needs it.
-struct Chip {
+struct DeviceProperties {
   int capability;      // 80 is 8.0
   int multiprocessors;
   int shared_memory;   // bytes that a block may have
@@ -60,8 +60,8 @@ struct Chip {
 
 // s and t made by the gemm itself, as shrink would: by the tiles of the first columns, which have x at hand. The other tiles of
 // their rows wait for t before they come to the ranks. `ready`: zeros, one for every 128 rows (of each segment); null: t is
-// there already. Not across, r is 32 at most, without dropout, for the tiles of shrinks_inside.
-struct Inside {
+// there already. Not transposed, r is 32 at most, without dropout, for the tiles of shrinks_inside.
+struct FusedShrink {
   const void* a = nullptr;  // (r, k)
   int64_t a_stride = 0;
   void* s = nullptr;
@@ -70,8 +70,8 @@ struct Inside {
 };
 
 // y (m, n), dense, = x w + t f + bias, in one fp32 accumulator. x is (m, k), t (m, r), and r may be 0. w and f are given
-// as (n, k) and (n, r), or, with `across`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
-// `w_scale` (n,) or null: w is int8, not across, with one scale a column of y; k is a multiple of 16. Dropout may mask t f
+// as (n, k) and (n, r), or, with `transposed`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
+// `w_scale` (n,) or null: w is int8, not transposed, with one scale a column of y; k is a multiple of 16. Dropout may mask t f
 // there too.
 struct Gemm {
   Element element;
@@ -87,18 +87,18 @@ struct Gemm {
   const void* f;
   int64_t f_stride;
   void* y;
-  bool across;
+  bool transposed;
   Dropout dropout;
   Segments segments;
-  Inside inside;
+  FusedShrink inside;
 };
 
-// The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `whole`:
+// The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `full_tiles`:
 // no segment is shorter than 128 rows.
-std::vector<int> gemm_tiles(const Chip& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool drops, bool whole);
+std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout, bool full_tiles);
 std::string gemm_tile_name(int tile);
 bool shrinks_inside(int tile, int64_t r);
-void gemm(const Gemm& gemm, int tile, const Chip& chip, const Stream& stream);
+void gemm(const Gemm& gemm, int tile, const DeviceProperties& chip, const Stream& stream);
 
 // s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its
 // stride. k is a multiple of 8.
@@ -107,28 +107,28 @@ void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int
             const Dropout& dropout, const Stream& stream);
 
 // t (m, r) from a dense s (m, r), as shrink makes it.
-void weigh(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
+void apply_scale_and_gate(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
            const Segments& segments, const Stream& stream);
 
 // One pass over z (m, c), which is dy or x:
 //   parts of drop(z)^T t, (splits, c, r), one of every `rows_a_split` rows of z, or of a segment, with t (m, r); and
-//   parts of z b, (sweep_blocks(c), m, r), one of every block of columns of z, with b (c, r).
+//   parts of z b, (lora_grad_partials_blocks(c), m, r), one of every block of columns of z, with b (c, r).
 // Null pointers (g, or u) leave either out. c is a multiple of 8, rows_a_split of 64.
-int64_t sweep_blocks(int64_t c);
-void sweep(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
+int64_t lora_grad_partials_blocks(int64_t c);
+void lora_grad_partials(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
            const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Segments& segments,
            const Dropout& dropout, const Stream& stream);
 
 // From the parts of u = dy B (parts, m, r): ds (m, r) = u with scale and gate (zeros up to its stride), and dgate
 // (m, experts), or (m, 1) in segments, = scale * the sum of s * u over the ranks of an expert, with a dense s (m, r). Null
 // leaves either out.
-void finish_rows(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
+void finalize_row_grads(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
                  void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Segments& segments,
                  const Stream& stream);
 
 // out (c, count) = the sum over the parts, in order, of the columns first .. first + count - 1 of g (parts, c, r);
 // out[i * row_stride + j * column_stride].
-void add_parts(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
+void reduce_partials(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
                void* out, int64_t row_stride, int64_t column_stride, const Stream& stream);
 
 // Throws if this device cannot run the kernels of this build.

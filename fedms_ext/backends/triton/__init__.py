@@ -47,7 +47,7 @@ def unavailable() -> str | None:
 if unavailable() is None:
     from . import launch
     from .launch import Dropout, Experts, Weight
-    from .tiles import DESCRIPTOR_ROWS, Chip, Gemm, Tile, legal_tiles
+    from .tiles import DESCRIPTOR_ROWS, DeviceProperties, Gemm, Tile, legal_tiles
 
 
 def supports(x: Tensor) -> bool:
@@ -57,11 +57,11 @@ def supports(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=None)
-def _chip(device: torch.device) -> Chip:
+def _chip(device: torch.device) -> DeviceProperties:
     if _INTERPRETED:
-        return Chip((9, 0), multiprocessors=4, shared_memory=232448)
+        return DeviceProperties((9, 0), multiprocessors=4, shared_memory=232448)
     properties = torch.cuda.get_device_properties(device)
-    return Chip(
+    return DeviceProperties(
         (properties.major, properties.minor),
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in torch's stubs
@@ -69,7 +69,7 @@ def _chip(device: torch.device) -> Chip:
 
 
 @lru_cache(maxsize=None)
-def _choices(chip: Chip) -> Choices:
+def _choices(chip: DeviceProperties) -> Choices:
     major, minor = chip.capability
     return Choices(f"gemm-sm{major}{minor}-triton{importlib.import_module('triton').__version__}.json")
 
@@ -120,7 +120,7 @@ def _choose(
             aligned=aligned,
             inline=forward and w.scale is None and not drop,
             drop=drop and not forward,
-            nibbles=w.nibbles,
+            is_4bit=w.is_4bit,
         )
         ways: dict[str, Tile | None] = {str(tile): tile for tile in tiles}
         if forward or not drop:  # cuBLAS cannot mask the ranks' part of dx
@@ -153,14 +153,14 @@ def _wide(w: Weight, x: Tensor, n: int) -> Tensor:
         return w.data
     if w.kind == "int8":
         return (w.data * w.scale).to(x.dtype)
-    rows = dequantize(w.data, w.scale, w.kind, w.group, n if w.across else x.shape[1]).to(x.dtype)
-    return rows if w.across else rows.t()
+    rows = dequantize(w.data, w.scale, w.kind, w.group, n if w.transposed else x.shape[1]).to(x.dtype)
+    return rows if w.transposed else rows.t()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     if not _in_kernels(x, lora) or weight.dtype != x.dtype:
         return eager.forward(x, weight, bias, lora)
-    return _forward(x, Weight(dense_rows(weight).t(), across=False), bias, lora)
+    return _forward(x, Weight(dense_rows(weight).t(), transposed=False), bias, lora)
 
 
 def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ def frozen_forward(x: Tensor, frozen: Frozen, bias: Tensor | None, lora: Lora) -
         return eager.frozen_forward(x, frozen, bias, lora)
     rows = dense_rows(frozen.data)
     if frozen.kind in HALVES:
-        w = Weight(rows.t(), across=False)
+        w = Weight(rows.t(), transposed=False)
     elif frozen.kind == "int8":
         w = Weight(rows.t(), False, frozen.scale, frozen.kind)
     else:
@@ -215,7 +215,7 @@ def _forward(x: Tensor, w: Weight, bias: Tensor | None, lora: Lora) -> tuple[Ten
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor, lora: Lora, s: Tensor | None, needs: Needs) -> Gradients:
     if not _in_kernels(dy, lora) or weight.dtype != dy.dtype:
         return eager.backward(dy, x, weight, lora, s, needs)
-    return _backward(dy, x, Weight(dense_rows(weight), across=True) if needs.dx else None, lora, s, needs)
+    return _backward(dy, x, Weight(dense_rows(weight), transposed=True) if needs.dx else None, lora, s, needs)
 
 
 def frozen_backward(
@@ -227,7 +227,7 @@ def frozen_backward(
     if needs.dx:
         rows = dense_rows(frozen.data)
         if frozen.kind in HALVES:
-            w = Weight(rows, across=True)
+            w = Weight(rows, transposed=True)
         elif frozen.kind == "int8":  # of the transposed weight, which is quantized apart
             w = Weight(rows.t(), False, frozen.scale, frozen.kind)
         else:
@@ -251,12 +251,12 @@ def _backward(
     # The rows that one pass over dy sweeps for all that comes out of it, and those that only need dS.
     swept = [needs.dgate or (needed if lora.segments else any(needs.db)) for needed in needs.db]
     if any(swept):
-        u, parts = launch.sweep_dy(rows, s, experts, gates, ds is not None or needs.dgate, any(needs.db), chip, swept)
+        u, parts = launch.lora_grad_partials_dy(rows, s, experts, gates, ds is not None or needs.dgate, any(needs.db), chip, swept)
         if u is not None:
-            launch.finish_rows(u, s, experts, gates, dgate, ds, swept)
+            launch.finalize_row_grads(u, s, experts, gates, dgate, ds, swept)
         for e, out in enumerate(db):
             if out is not None:
-                launch.add_parts(parts[e], out, starts[e])
+                launch.reduce_partials(parts[e], out, starts[e])
     if ds is not None and not all(swept):
         rest = [(needs_dx or needed) and not done for needed, done in zip(needs.da, swept)]
         launch.shrink(rows, experts.b, experts, gates, None, keep_s=False, t=ds, wanted=rest)
@@ -266,9 +266,9 @@ def _backward(
         first = min([starts[e] for e in trained])
         last = max([starts[e] + experts.ranks[e] for e in trained])
         own = ds if last - first == experts.rank else ds[:, first:last]
-        parts = launch.sweep_x(dense_rows(x), own, experts, dropout, chip, needs.da)
+        parts = launch.lora_grad_partials_x(dense_rows(x), own, experts, dropout, chip, needs.da)
         for e in trained:
-            launch.add_parts(parts[e], da[e].t(), starts[e] - first)
+            launch.reduce_partials(parts[e], da[e].t(), starts[e] - first)
 
     dx = None
     if needs_dx:

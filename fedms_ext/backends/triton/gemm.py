@@ -72,11 +72,11 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
                  seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                  EVEN_K: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PER_SCALE: tl.constexpr,
-                 ACROSS: tl.constexpr, SEGMENTS: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr):
+                 TRANSPOSED: tl.constexpr, SEGMENTS: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr):
     """One output tile a program. y is dense.
 
     INT8: W is int8 with one scale a column of the output. PER_SCALE > 0: W has 4 bits and a scale for so many values,
-    packed along the reduction, or ACROSS: along the columns of the output. DROP: the part of the ranks is masked, as
+    packed along the reduction, or TRANSPOSED: along the columns of the output. DROP: the part of the ranks is masked, as
     dx wants it.
     """
     block_m, block_n = _place(tl.program_id(0), blocks_m, N, BN, BAND)
@@ -102,7 +102,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
         else:
             x = tl.load(x_tile, mask=x_mask & (steps[None, :] < K - first), other=0.0)
         if PER_SCALE > 0:
-            if ACROSS:
+            if TRANSPOSED:
                 w = _load_nibbles(w_ptr, w_scale_ptr, levels, first + steps, block_n * BN, K, N, w_stride_k,
                                   w_scale_stride, BK, BN, PER_SCALE).to(x.dtype)
             else:
@@ -190,11 +190,11 @@ def gemm_inline(x_ptr, w_ptr, bias_ptr, a_ptr, f_ptr, scale_ptr, expert_ptr, gat
 def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, y_desc, M, N, K, blocks_m, pitch,
                     seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
-                    RANKS: tl.constexpr, ACROSS: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
+                    RANKS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
                     DROP: tl.constexpr, QUADS: tl.constexpr, HALVES: tl.constexpr):
     """A persistent grid of as many programs as multiprocessors; tiles travel through tensor descriptors (TMA).
 
-    ACROSS: W and F hold the output's columns along their contiguous side (dx); otherwise the reduction (forward).
+    TRANSPOSED: W and F hold the output's columns along their contiguous side (dx); otherwise the reduction (forward).
     SEGMENTS: a segment has BM rows at least, and its last tile ends with it: it may begin in the tile before, whose
     rows it computes once more, to the same bits. HALVES: the tile is written in two halves, which saves shared memory.
     """
@@ -205,16 +205,16 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, y_desc
         column, rank = block_n * BN, owner * pitch
         acc = tl.zeros((BM, BN), tl.float32)
         if DROP:
-            acc = _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS, BR, ACROSS)
+            acc = _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS, BR, TRANSPOSED)
             acc = _drop(acc, seed, threshold, kept_scale, row, column, N, BM, BN, QUADS)
         for first in tl.range(0, K, BK):
             x = x_desc.load([row, first])
-            if ACROSS:
+            if TRANSPOSED:
                 acc = tl.dot(x, w_desc.load([first, column]), acc)
             else:
                 acc = tl.dot(x, w_desc.load([column, first]).T, acc)
         if not DROP:
-            acc = _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS, BR, ACROSS)
+            acc = _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS, BR, TRANSPOSED)
         if BIAS:
             columns = column + tl.arange(0, BN)
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -228,11 +228,11 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, y_desc
 
 @triton.jit
 def _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS: tl.constexpr, BR: tl.constexpr,
-                         ACROSS: tl.constexpr):
+                         TRANSPOSED: tl.constexpr):
     # Unrolled: with a second loop inside, the loop over tiles would not be merged with that over K.
     for first in tl.static_range(0, RANKS, BR):
         t = t_desc.load([row, first])
-        if ACROSS:
+        if TRANSPOSED:
             acc = tl.dot(t, f_desc.load([rank + first, column]), acc)
         else:
             acc = tl.dot(t, f_desc.load([column, rank + first]).T, acc)

@@ -21,7 +21,7 @@ from ...reference import LEVELS
 from ..base import Scales, made_once, scale_on
 from . import gemm as gemm_kernels
 from . import lora as lora_kernels
-from .tiles import Chip, Tile, rank_block
+from .tiles import DeviceProperties, Tile, rank_block
 
 _BAND = 8  # row blocks in a band of tiles
 
@@ -84,7 +84,7 @@ def _owners(ranks: tuple[int, ...], pitch: int, device: torch.device) -> Tensor:
 
 
 class Weight(NamedTuple):
-    """The frozen operand w (K, N) of a GEMM, in any format; `across`: its side with stride 1 is N, as for dx.
+    """The frozen operand w (K, N) of a GEMM, in any format; `transposed`: its side with stride 1 is N, as for dx.
 
     Without a scale it is dense: w itself. int8: w itself, with one scale a column, (N,). With a `kind` of 4 bits: the
     bytes (rows, ceil(columns / 2)) and the scales (rows, ceil(columns / group)) of a QuantizedWeight whose rows are the
@@ -92,13 +92,13 @@ class Weight(NamedTuple):
     """
 
     data: Tensor
-    across: bool
+    transposed: bool
     scale: Tensor | None = None
     kind: str = "dense"
     group: int = 0
 
     @property
-    def nibbles(self) -> bool:
+    def is_4bit(self) -> bool:
         return self.kind in LEVELS
 
 
@@ -153,28 +153,28 @@ class Blocks:
     counts: tuple[int, ...] = ()
 
 
-def blocks(experts: Experts, m: int, size: int, wanted: Sequence[bool] | None = None, whole: bool = False) -> Blocks:
+def blocks(experts: Experts, m: int, size: int, wanted: Sequence[bool] | None = None, full_tiles: bool = False) -> Blocks:
     """Blocks of `size` rows at most; in segments none lies in two of them, and only `wanted` experts have any.
 
-    `whole`: all blocks have just `size` rows, of which no segment may have fewer; the last block of a segment reaches
+    `full_tiles`: all blocks have just `size` rows, of which no segment may have fewer; the last block of a segment reaches
     back into the one before.
     """
     if experts.segments is None:
         return Blocks(_ceil(m, size))
     wanted = tuple(wanted or [True] * len(experts.ranks))
-    return _blocks(experts.segments, experts.ranks, size, wanted, whole, experts.a.device)
+    return _blocks(experts.segments, experts.ranks, size, wanted, full_tiles, experts.a.device)
 
 
 @made_once(256)
 def _blocks(
-    segments: tuple[int, ...], ranks: tuple[int, ...], size: int, wanted: tuple[bool, ...], whole: bool,
+    segments: tuple[int, ...], ranks: tuple[int, ...], size: int, wanted: tuple[bool, ...], full_tiles: bool,
     device: torch.device,
 ) -> Blocks:  # fmt: skip
     table, counts, end = [], [], 0
     for owner, (rows, rank) in enumerate(zip(segments, ranks)):
         start, end = end, end + rows
         firsts = range(start, end if wanted[owner] else start, size)
-        table += [(min(row, end - size) if whole else row, min(row + size, end), owner, rank) for row in firsts]
+        table += [(min(row, end - size) if full_tiles else row, min(row + size, end), owner, rank) for row in firsts]
         counts.append(len(firsts))
     return Blocks(len(table), torch.tensor(table, dtype=torch.int32, device=device).view(-1, 4), tuple(counts))
 
@@ -264,45 +264,45 @@ def new_rows(like: Tensor, columns: int) -> Tensor:
 
 
 def gemm(
-    x: Tensor, w: Weight, bias: Tensor | None, t: Tensor, f: Tensor, experts: Experts, tile: Tile, chip: Chip,
+    x: Tensor, w: Weight, bias: Tensor | None, t: Tensor, f: Tensor, experts: Experts, tile: Tile, chip: DeviceProperties,
     dropout: Dropout | None = None,
 ) -> Tensor:  # fmt: skip
     """x w + t f + bias, with f (R, N) all experts' B^T or A. `dropout` masks t f. Descriptor tiles take a dense w."""
     (m, k), n, r = x.shape, f.shape[1], experts.rank
     y = x.new_empty(m, n)
-    rows = blocks(experts, m, tile.bm, whole=tile.kind == "descriptor")
+    rows = blocks(experts, m, tile.bm, full_tiles=tile.kind == "descriptor")
     step = rank_block(r)
     options = dict(
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=step, BAND=_BAND, BIAS=bias is not None,
         SEGMENTS=rows.table is not None, DROP=dropout is not None, QUADS=n % 4 == 0, num_warps=tile.warps,
-        num_stages=tile.stages, ACROSS=w.across,
+        num_stages=tile.stages, TRANSPOSED=w.transposed,
     )  # fmt: skip
     tiles = rows.count * _ceil(n, tile.bn)
     if tile.kind == "pointer":
         # The bytes of a 4-bit w lie as the weight does, whose rows are the other side.
-        strides = (w.data.stride(0),) * 2 if w.nibbles else w.data.stride()
+        strides = (w.data.stride(0),) * 2 if w.is_4bit else w.data.stride()
         _run(
             gemm_kernels.gemm_pointer, (tiles, 1, 1), x.device,
-            (x, w.data, x if w.scale is None else w.scale, _levels(w.kind, x.device) if w.nibbles else x,
+            (x, w.data, x if w.scale is None else w.scale, _levels(w.kind, x.device) if w.is_4bit else x,
              x if bias is None else bias, t, f, _table(rows, x), y),
-            (m, n, k, r, rows.count, experts.pitch, x.stride(0), *strides, w.scale.stride(0) if w.nibbles else 0,
+            (m, n, k, r, rows.count, experts.pitch, x.stride(0), *strides, w.scale.stride(0) if w.is_4bit else 0,
              t.stride(0), *f.stride()),
-            _drop(dropout), EVEN_K=k % tile.bk == 0, INT8=w.kind == "int8", PER_SCALE=w.group if w.nibbles else 0,
+            _drop(dropout), EVEN_K=k % tile.bk == 0, INT8=w.kind == "int8", PER_SCALE=w.group if w.is_4bit else 0,
             **options,
         )  # fmt: skip
         return y
     # A descriptor wants rows with stride 1: those of w and f in dx, and otherwise of their transposes.
-    w_shape, w_stride = ([k, n], w.data.stride(0)) if w.across else ([n, k], w.data.stride(1))
-    f_shape, f_stride = (f.shape, f.stride(0)) if w.across else (f.shape[::-1], f.stride(1))
+    w_shape, w_stride = ([k, n], w.data.stride(0)) if w.transposed else ([n, k], w.data.stride(1))
+    f_shape, f_stride = (f.shape, f.stride(0)) if w.transposed else (f.shape[::-1], f.stride(1))
     describe = TensorDescriptor  # by hand: a transpose only to describe it would take as long as the description
     _run(
         gemm_kernels.gemm_descriptor, (min(chip.multiprocessors * tile.resident(chip, r), tiles), 1, 1), x.device,
         (
             describe(x, [m, k], [x.stride(0), 1], [tile.bm, tile.bk]),
-            describe(w.data, w_shape, [w_stride, 1], [tile.bk, tile.bn] if w.across else [tile.bn, tile.bk]),
+            describe(w.data, w_shape, [w_stride, 1], [tile.bk, tile.bn] if w.transposed else [tile.bn, tile.bk]),
             x if bias is None else bias,
             describe(t, [m, r], [t.stride(0), 1], [tile.bm, step]),
-            describe(f, f_shape, [f_stride, 1], [step, tile.bn] if w.across else [tile.bn, step]),
+            describe(f, f_shape, [f_stride, 1], [step, tile.bn] if w.transposed else [tile.bn, step]),
             _table(rows, x),
             describe(y, [m, n], [n, 1], [tile.bm, tile.bn // 2 if tile.halves else tile.bn]),
         ),
@@ -332,7 +332,7 @@ def gemm_inline(
 
 
 def _splits(
-    experts: Experts, m: int, bm: int, programs: int, chip: Chip, wanted: Sequence[bool] | None
+    experts: Experts, m: int, bm: int, programs: int, chip: DeviceProperties, wanted: Sequence[bool] | None
 ) -> tuple[Blocks, int]:
     """The parts that the rows are split into for partial sums, and how many rows each has, a multiple of `bm`. A part
     takes `programs` programs. There are two programs a multiprocessor: both fit, and none waits for a second turn. In
@@ -342,8 +342,8 @@ def _splits(
     return blocks(experts, m, rows, wanted), rows
 
 
-def sweep_dy(
-    dy: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, project: bool, outer: bool, chip: Chip,
+def lora_grad_partials_dy(
+    dy: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, project: bool, outer: bool, chip: DeviceProperties,
     wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
     """One pass over dy: partial sums of U = dy B (parts, M, R) if `project`, and if `outer` of dB, (parts, N, R) for each
@@ -352,13 +352,13 @@ def sweep_dy(
     # Wide blocks of columns make fewer partial sums of U; a narrow layer would leave multiprocessors idle, and many
     # ranks would not fit into the shared memory of small chips. With these stages two programs fit.
     bm, bc, br = 64, 256 if n >= 2048 and r <= 32 else 128, rank_block(r, 64)
-    across, steps = _ceil(n, bc), _ceil(r, br)
-    parts, size = _splits(experts, m, bm, across * steps, chip, wanted)
-    u = dy.new_empty(across, m, r, dtype=torch.float32) if project else None
+    columns, steps = _ceil(n, bc), _ceil(r, br)
+    parts, size = _splits(experts, m, bm, columns * steps, chip, wanted)
+    u = dy.new_empty(columns, m, r, dtype=torch.float32) if project else None
     g = dy.new_empty(parts.count, n, r, dtype=torch.float32) if outer else None
     gates = _gate(gate, dy)
     _run(
-        lora_kernels.sweep, (across, parts.count, steps), dy.device,
+        lora_kernels.lora_grad_partials, (columns, parts.count, steps), dy.device,
         (dy, dy if s is None else s, experts.b, experts.scale, experts.expert, gates[0], _table(parts, dy),
          dy if u is None else u, dy if g is None else g),
         (m, n, r, experts.pitch, size, dy.stride(0), 0 if s is None else s.stride(0), experts.b.stride(0), *gates[1:]),
@@ -370,18 +370,18 @@ def sweep_dy(
     return u, None if g is None else _of_experts(g, parts, experts)
 
 
-def sweep_x(
-    x: Tensor, ds: Tensor, experts: Experts, dropout: Dropout | None, chip: Chip, wanted: Sequence[bool]
+def lora_grad_partials_x(
+    x: Tensor, ds: Tensor, experts: Experts, dropout: Dropout | None, chip: DeviceProperties, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Partial sums of dA^T = drop(x)^T dS, (parts, K, R) for each expert, of which it has the columns from its start on.
     In segments only the rows of `wanted` experts are read."""
     (m, k), r = x.shape, ds.shape[1]
     bm, bc, br = 64, 128, rank_block(r, 64)
-    across, steps = _ceil(k, bc), _ceil(r, br)
-    parts, size = _splits(experts, m, bm, across * steps, chip, wanted)
+    columns, steps = _ceil(k, bc), _ceil(r, br)
+    parts, size = _splits(experts, m, bm, columns * steps, chip, wanted)
     g = x.new_empty(parts.count, k, r, dtype=torch.float32)
     _run(
-        lora_kernels.sweep, (across, parts.count, steps), x.device, (x, ds, x, x, x, x, _table(parts, x), x, g),
+        lora_kernels.lora_grad_partials, (columns, parts.count, steps), x.device, (x, ds, x, x, x, x, _table(parts, x), x, g),
         (m, k, r, 0, size, x.stride(0), ds.stride(0), 0, 0, 0), _drop(dropout),
         BM=bm, BC=bc, BR=br, PROJECT=False, OUTER=True, FACTOR=False, GATE=False, DROP=dropout is not None,
         QUADS=k % 4 == 0, SEGMENTS=parts.table is not None, num_warps=8, num_stages=3 if dropout is None else 2,
@@ -393,7 +393,7 @@ def _of_experts(g: Tensor, parts: Blocks, experts: Experts) -> list[Tensor]:
     return list(g.split(list(parts.counts))) if parts.counts else [g] * len(experts.ranks)
 
 
-def finish_rows(
+def finalize_row_grads(
     u: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, dgate: Tensor | None, ds: Tensor | None,
     wanted: Sequence[bool] | None = None,
 ) -> None:  # fmt: skip
@@ -404,7 +404,7 @@ def finish_rows(
     together = max(1, 256 // br)  # 16 KiB a program on their way, with registers for three or four programs
     rows, gates = blocks(experts, m, bm, wanted), _gate(gate, u)
     _run(
-        lora_kernels.finish_rows, (rows.count, 1, 1), u.device,
+        lora_kernels.finalize_row_grads, (rows.count, 1, 1), u.device,
         (u, u if s is None else s, experts.scale, experts.expert, gates[0], _table(rows, u), u if ds is None else ds,
          u if dgate is None else dgate),
         (m, r, len(experts.ranks), parts, experts.pitch, 0 if s is None else s.stride(0),
@@ -414,12 +414,12 @@ def finish_rows(
     )  # fmt: skip
 
 
-def add_parts(g: Tensor, out: Tensor, first: int) -> None:
+def reduce_partials(g: Tensor, out: Tensor, first: int) -> None:
     """out (C, r) = the sum over the parts of g (parts, C, R), its columns from `first` on, in a fixed order."""
     parts, c, r = g.shape
     rank = out.shape[1]
     bc, br = 8, rank_block(rank)  # small, for enough programs; 16 loads of 16 bytes a thread on their way
     _run(
-        lora_kernels.add_parts, (_ceil(c, bc), _ceil(rank, br), 1), g.device, (g, out),
+        lora_kernels.reduce_partials, (_ceil(c, bc), _ceil(rank, br), 1), g.device, (g, out),
         (c, r, parts, first, rank, *out.stride()), BC=bc, BR=br, TOGETHER=16, num_warps=br // 16,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_p
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def sweep(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_ptr, g_ptr, M, C, R, pitch, rows_a_split,
+def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_ptr, g_ptr, M, C, R, pitch, rows_a_split,
           z_stride, t_stride, b_stride, gate_stride_m, gate_stride_e,
           seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
           BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PROJECT: tl.constexpr, OUTER: tl.constexpr,
@@ -153,7 +153,7 @@ def sum_of_parts(tile, mask, parts, stride, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_ptr, dgate_ptr, M, R, E, parts, pitch,
+def finalize_row_grads(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_ptr, dgate_ptr, M, R, E, parts, pitch,
                 s_stride, ds_stride, gate_stride_m, gate_stride_e,
                 BM: tl.constexpr, BR: tl.constexpr, TOGETHER: tl.constexpr,
                 GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr, SEGMENTS: tl.constexpr):
@@ -187,7 +187,7 @@ def finish_rows(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, ds_pt
 
 
 @triton.jit
-def add_parts(g_ptr, out_ptr, C, R, parts, first, rank, out_stride_c, out_stride_r,
+def reduce_partials(g_ptr, out_ptr, C, R, parts, first, rank, out_stride_c, out_stride_r,
               BC: tl.constexpr, BR: tl.constexpr, TOGETHER: tl.constexpr):
     """out (C, rank) = the sum over the parts of the columns first .. first + rank of g (parts, C, R)."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 
-class Chip(NamedTuple):
+class DeviceProperties(NamedTuple):
     """What the kernels must know of a GPU. `shared_memory`: bytes a program may have."""
 
     capability: tuple[int, int]
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
         """Whether a descriptor kernel writes the tile in two halves: then the rest of shared memory has room."""
         return self.bm * self.bn > 128 * 128
 
-    def shared_memory(self, chip: Chip, rank: int, drop: bool = False) -> int:
+    def shared_memory(self, chip: DeviceProperties, rank: int, drop: bool = False) -> int:
         """Bytes of shared memory, within 256: what the compiler was seen to take."""
         columns = self.bn + (rank_block(rank) if self.kind == "inline" else 0)
         # Before Hopper the values of the step at hand are in registers.
@@ -63,7 +63,7 @@ class Tile(NamedTuple):
         return max(pipeline, tail)
 
     @lru_cache(maxsize=256)  # noqa: B019  (asked for at every launch; a tile is only its numbers)
-    def resident(self, chip: Chip, rank: int) -> int:
+    def resident(self, chip: DeviceProperties, rank: int) -> int:
         """How many programs share a multiprocessor: bounded by 64 Ki registers and by shared memory."""
         registers = 32 * self.warps * (self.bm * self.bn // (32 * self.warps) + 64)
         # A multiprocessor has 1 KiB more than a program may ask for, and keeps 1 KiB for each.
@@ -99,7 +99,7 @@ _DESCRIPTOR = [
 ]
 
 
-def cost(tile: Tile, gemm: Gemm, chip: Chip) -> float:
+def cost(tile: Tile, gemm: Gemm, chip: DeviceProperties) -> float:
     """Relative time: waves of tiles, times the work of one, over how well a tile of that shape feeds the cores.
 
     A tile of bm x bn loads bm + bn values for bm * bn products a step: 128 x 256 counts as enough. This is a guess
@@ -116,12 +116,12 @@ def cost(tile: Tile, gemm: Gemm, chip: Chip) -> float:
 
 
 def legal_tiles(
-    gemm: Gemm, chip: Chip, *, aligned: bool, inline: bool, drop: bool, nibbles: bool = False
+    gemm: Gemm, chip: DeviceProperties, *, aligned: bool, inline: bool, drop: bool, is_4bit: bool = False
 ) -> list[Tile]:
     """The tiles that can run, best first.
 
     `aligned`: all rows start at multiples of 16 bytes, as descriptors need. `inline`: the rows of S may be computed
-    inside the GEMM. `drop`: the accumulator is masked, and the mask takes the registers of half of it. `nibbles`: W has 4
+    inside the GEMM. `drop`: the accumulator is masked, and the mask takes the registers of half of it. `is_4bit`: W has 4
     bits, and to widen it takes as many.
     """
     tiles = _ANY + (_HOPPER if chip.capability >= (9, 0) else _BEFORE_HOPPER)
@@ -132,6 +132,6 @@ def legal_tiles(
         for tile in tiles
         if tile.shared_memory(chip, gemm.rank, drop) <= chip.shared_memory
         and not (tile.kind == "inline" and not (inline and gemm.n <= 1024 and gemm.rank <= 32))
-        and not ((drop or nibbles) and tile.bm * tile.bn > 128 * 128)
+        and not ((drop or is_4bit) and tile.bm * tile.bn > 128 * 128)
     ]
     return sorted(legal, key=lambda tile: cost(tile, gemm, chip))

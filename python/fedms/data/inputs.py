@@ -116,7 +116,7 @@ class ImageInputs:
         return {"pixel_values": pixels if self.transform is None else torch.addcmul(self.transform[1], pixels.float(),
                                                                                    self.transform[0])}
 
-    def varied(self, indices: Tensor, how: Sequence[str]) -> ImageInputs:
+    def augmented(self, indices: Tensor, how: Sequence[str]) -> ImageInputs:
         """The images `indices` (B,), each changed at random (torch's generator): "flip" mirrors half of them, "shift"
         moves them by up to an eighth of their size and repeats their edges."""
         pixels = self.pixels[indices]

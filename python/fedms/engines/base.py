@@ -11,7 +11,7 @@ from typing import Any
 from fedms.federated.client import Message, Participant, Visit
 from fedms.federated.packing import Packed, pack_message, unpack_message
 from fedms.federated.schema import printable
-from fedms.federated.server import Collected, Refused, Server, ServerState
+from fedms.federated.server import Collected, RejectedReply, Server, ServerState
 from fedms.progress import Progress
 from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot, pack_server, unpack_server
 from fedms.storage.records import RunFolder
@@ -203,7 +203,7 @@ class Engine(ABC):
                         "trained_percent": 100 * visit.reply.metrics["trained_params"] / self.fm_params}
             try:
                 self.server.admit(visit.reply, message, participant, collected)
-            except Refused as refused:
+            except RejectedReply as refused:
                 record["reason"] = printable(f"its reply is refused: {refused}")
             else:
                 self.keep(arrival)

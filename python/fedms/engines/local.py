@@ -13,7 +13,7 @@ from fedms.federated.server import Server
 from fedms.methods import Method
 from fedms.progress import Progress
 from fedms.storage.records import RunFolder
-from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.expert_model import ResidentModel, Subset, Tensors
 
 
 class LocalEngine(Engine):
@@ -25,7 +25,7 @@ class LocalEngine(Engine):
     """
 
     def __init__(self, method: Method, server: Server, model: ResidentModel, clients: Sequence[Client],
-                 common_test: Part, folder: RunFolder, progress: Progress,
+                 common_test: Subset, folder: RunFolder, progress: Progress,
                  stop: Callable[[], bool] = lambda: False) -> None:
         super().__init__(server, model.fm_params, folder, progress, stop)
         self.method, self.model, self.clients, self.common_test = method, model, clients, common_test
@@ -59,11 +59,11 @@ class LocalEngine(Engine):
         return self.states.get(client, Private())
 
     def own_state(self) -> dict[str, Any]:
-        return {"charged": sorted(self.model.charged)}
+        return {"charged": sorted(self.model.paid_constants)}
 
     def private(self) -> Mapping[int, Tensors]:
         return {client: private.tensors for client, private in self.states.items() if private.tensors}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
-        self.model.charged = set(state["charged"])
+        self.model.paid_constants = set(state["charged"])
         self.states |= {client: Private(tensors) for client, tensors in private.items()}

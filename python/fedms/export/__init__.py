@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedms import models
 from fedms.config import ConfigError
 from fedms.export.manifest import CLIENTS, MANIFEST, read_manifest, write_manifest
-from fedms.export.trained_run import Task, bind, outcome_of, task_of
+from fedms.export.trained_run import Task, bind, task_of, trained_run_of
 from fedms.foreign import printable
 from fedms.models import peft_format
 from fedms.models import FoundationModel, ModelError
@@ -109,11 +109,11 @@ def _mixture(run: Path, folder: Path, foundation: FoundationModel, task: Task, s
         if task.config.model.id not in models.MODELS:
             model_keys = {"id": foundation.name}    # given as an object then, and to be given again
     model = bind(foundation, task)
-    outcome = outcome_of(run, task, model, states)
+    outcome = trained_run_of(run, task, model, states)
     final = outcome.final
     start = {name: tensor for name, tensor in model.imported.items() if name not in final.tensors}
     parts: Tensors = {}
-    for name, tensors in (("tensors", final.tensors), ("constants", {**start, **final.constants}), ("sums", final.sums)):
+    for name, tensors in (("tensors", final.tensors), ("constants", {**start, **final.constants}), ("sums", final.statistics)):
         parts |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
     _save(parts, folder / "shared.safetensors")
     for number, private in outcome.private.items():
@@ -141,7 +141,7 @@ def _peft(run: Path, folder: Path, foundation: FoundationModel, task: Task, stat
     model = bind(foundation, task)
     lora, module = task.config.lora, foundation.module
     shape = peft_format.Shape(lora.rank, lora.alpha, lora.rslora, base)
-    outcome = outcome_of(run, task, model, states)
+    outcome = trained_run_of(run, task, model, states)
     for name, expert in outcome.experts(model).items():
         place = folder / name
         place.mkdir(mode=0o777 if name == "global" else 0o700)
@@ -162,7 +162,7 @@ def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, st
     plain = task.config.model.model_copy(update={"frozen": "fp32"})     # nothing is merged into quantized weights
     model = bind(foundation, Task(task.config.model_copy(update={"model": plain}), task.classes, task.prompts,
                                   task.groups, task.fingerprint))
-    outcome = outcome_of(run, task, model, states)
+    outcome = trained_run_of(run, task, model, states)
     number, experts = outcome.client(client), outcome.experts(model)
     name = "global" if number is None else f"client-{number}"
     if name not in experts:

@@ -12,7 +12,7 @@ from fedms.config import ConfigError, RunConfig, config_from_dict, upgraded
 from fedms.data import user_data
 from fedms.export import check_fingerprint
 from fedms.export.manifest import Manifest, clients_in, read_manifest
-from fedms.export.trained_run import Outcome, Task, bind, predict
+from fedms.export.trained_run import Task, TrainedRun, bind, predict
 from fedms.federated.client import Message, Private
 from fedms.foreign import printable, read_regular, read_tensors
 from fedms.models import FoundationModel
@@ -33,7 +33,7 @@ class Mixture:
     classes: class names.
     """
 
-    def __init__(self, foundation: FoundationModel, outcome: Outcome, client: int | None) -> None:
+    def __init__(self, foundation: FoundationModel, outcome: TrainedRun, client: int | None) -> None:
         self.model, self.outcome, self.client = bind(foundation, outcome.task), outcome, client
         self.classes = outcome.task.classes
         self._alone = threading.Lock()   # a prediction switches the model between its experts
@@ -105,9 +105,10 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     if SHARED not in content.files:
         raise RunFolderError(f"{folder}: its manifest does not list {SHARED}; export it again")
     shared = _tensors(folder / SHARED)
-    parts: dict[str, Any] = {name: _below(name, shared) for name in ("tensors", "constants", "sums")}
+    parts: dict[str, Any] = {name: _below(key, shared) for name, key in (
+        ("tensors", "tensors"), ("constants", "constants"), ("statistics", "sums"))}
     private = {number: Private(_tensors(path)) for number, path in sorted(clients_in(folder, content).items())}
-    outcome = Outcome(task, Message(clients=(), **content.final.model_dump(), **parts), private,
+    outcome = TrainedRun(task, Message(clients=(), **content.final.model_dump(), **parts), private,
                       frozenset(content.elsewhere))
     number = outcome.client(client)     # a mistake here is answered before the model is loaded
     foundation = foundation or models.load(config.model)

@@ -21,7 +21,7 @@ from fedms.models import FoundationModel
 from fedms.storage.checkpoint import CheckpointFolder, unpack_server
 from fedms.storage.private_state import FolderError, find_private
 from fedms.storage.records import RunFolderError, RunRecords
-from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.expert_model import ResidentModel, Subset, Tensors
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainedRun:
     """The end of a run. final: what every client has in the end. private: what each keeps, by id. elsewhere: clients that
     keep something which is not at hand."""
 
@@ -115,7 +115,7 @@ def task_of(run: Path) -> Task:
                 records.summary["fingerprint"])
 
 
-def outcome_of(run: Path, task: Task, model: ResidentModel, states: Path | None = None) -> Outcome:
+def trained_run_of(run: Path, task: Task, model: ResidentModel, states: Path | None = None) -> TrainedRun:
     """What the last checkpoint of a run that has ended holds.
 
     Args:
@@ -132,7 +132,7 @@ def outcome_of(run: Path, task: Task, model: ResidentModel, states: Path | None 
         nodes = conform(_NODES, snapshot.state)
     except ValueError as error:
         raise RunFolderError(f"{run}: its checkpoint is not what a run writes: {error}") from None
-    server = Server(task.config, model.order, model.block_of, methods.create(task.config).carries)
+    server = Server(task.config, model.order, model.block_of, methods.create(task.config).broadcast_policy)
     state, _ = unpack_server(snapshot.state.get("server"), snapshot.tensors)
     message = server.message(state)
     tensors, constants = (encoding.unpack(encoding.pack(t, task.config.wire.dtype)) for t in (message.tensors, message.constants))
@@ -141,7 +141,7 @@ def outcome_of(run: Path, task: Task, model: ResidentModel, states: Path | None 
     if states is not None and not private:
         raise RunFolderError(f"{states}: holds no private state of a client of {run}; expected the folder that a client's "
                              "node names as state=, or one of client-0, client-1, ...")
-    return Outcome(task, replace(message, tensors=tensors, constants=constants), private,
+    return TrainedRun(task, replace(message, tensors=tensors, constants=constants), private,
                    frozenset(nodes.private_at) - private.keys())
 
 
@@ -179,7 +179,7 @@ def bind(foundation: FoundationModel, task: Task) -> ResidentModel:
     return ResidentModel(foundation, _dataset(task, None, 0), uncached)
 
 
-def predict(model: ResidentModel, outcome: Outcome, client: int | None, inputs: TextInputs | ImageInputs) -> Prediction:
+def predict(model: ResidentModel, outcome: TrainedRun, client: int | None, inputs: TextInputs | ImageInputs) -> Prediction:
     """What a client predicts for some inputs; without a client, what the shared expert does.
 
     Raises:
@@ -188,7 +188,7 @@ def predict(model: ResidentModel, outcome: Outcome, client: int | None, inputs: 
     model.dataset = _dataset(outcome.task, inputs, len(inputs))
     model.clear()
     private = Private() if client is None else outcome.private.get(client, Private())
-    prediction = methods.create(outcome.task.config).predict(model, Part(torch.arange(len(inputs))), private, outcome.final)
+    prediction = methods.create(outcome.task.config).predict(model, Subset(torch.arange(len(inputs))), private, outcome.final)
     if client is not None:
         return prediction
     if prediction.global_ is None:

@@ -18,7 +18,7 @@ from fedms.training.expert_model import Tensors
 ROUNDING = 0.05     # share of a tensor's norm that its encoding may change (`[wire] dtype`)
 
 
-class Refused(Exception):
+class RejectedReply(Exception):
     """A reply that must not enter the average; the message says what is wrong with it."""
 
 
@@ -29,27 +29,27 @@ class Admission:
         config: the run file.
         order: block numbers in the order of their activation.
         block_of: block number of each tensor under `expert/`.
-        sums: statistics that a client may send once a run, as zeros; each counts samples by class.
+        statistics: statistics that a client may send once a run, as zeros; each counts samples by class.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
-                 sums: Mapping[str, Tensor]) -> None:
-        self.config, self.order, self.block_of, self.sums = config, order, block_of, sums
+                 statistics: Mapping[str, Tensor]) -> None:
+        self.config, self.order, self.block_of, self.statistics = config, order, block_of, statistics
 
     def check(self, reply: Reply, message: Message, participant: Participant, counted: Collection[int]) -> None:
-        """Raises Refused unless this client can have given this reply to this message.
+        """Raises RejectedReply unless this client can have given this reply to this message.
 
         Args:
             counted: clients whose statistics have been added up already.
         """
         if reply.client != participant.id:
-            raise Refused(f"it is client {reply.client}'s, expected client {participant.id}'s")
+            raise RejectedReply(f"it is client {reply.client}'s, expected client {participant.id}'s")
         for name, what in (("n_train", "training"), ("n_validation", "validation")):
             told, known = getattr(reply, name), getattr(participant, name)
             if told != known:
-                raise Refused(f"{name} {told}, but the client has {known} {what} samples")
+                raise RejectedReply(f"{name} {told}, but the client has {known} {what} samples")
         if reply.score is not None and not reply.n_validation:
-            raise Refused(f"score {reply.score:g} of a client without validation samples")
+            raise RejectedReply(f"score {reply.score:g} of a client without validation samples")
         self._check_names(reply.tensors, message, participant)
         self._check_change(reply.tensors, message, participant)
         self._check_sums(reply, counted)
@@ -58,11 +58,11 @@ class Admission:
         trained = set(self.order[:participant.trained_depth(message)])
         for name, tensor in tensors.items():
             if name not in message.tensors:
-                raise Refused(f"{shown(name)[1:-1]}: was not sent to it")
+                raise RejectedReply(f"{shown(name)[1:-1]}: was not sent to it")
             if name.startswith("correction/"):
-                raise Refused(f"{name}: is what the server adds to frozen weights; no client trains it")
+                raise RejectedReply(f"{name}: is what the server adds to frozen weights; no client trains it")
             if self.block_of.get(name, None) not in {None, *trained}:
-                raise Refused(f"{name}: block {self.block_of[name]} is not trained by this client now")
+                raise RejectedReply(f"{name}: block {self.block_of[name]} is not trained by this client now")
             _check_form(name, tensor, message.tensors[name])
 
     def _check_change(self, tensors: Tensors, message: Message, participant: Participant) -> None:
@@ -72,22 +72,22 @@ class Admission:
         changes = _norms(torch._foreach_sub([tensors[name] for name in names], sent) if names else [])
         for name, change, norm in zip(names, changes, _norms(sent)):
             if not math.isfinite(change):
-                raise Refused(f"{name}: holds NaN or infinity")
+                raise RejectedReply(f"{name}: holds NaN or infinity")
             most = self.config.clients.max_change * farthest(self.config, participant, name, tensors[name].numel(), norm)
             if change > most:
-                raise Refused(f"{name}: its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
+                raise RejectedReply(f"{name}: its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
     def _check_sums(self, reply: Reply, counted: Collection[int]) -> None:
-        for name, tensor in reply.sums.items():
-            if name not in self.sums:
-                raise Refused(f"{shown(name)[1:-1]}: is no statistic that was asked for")
+        for name, tensor in reply.statistics.items():
+            if name not in self.statistics:
+                raise RejectedReply(f"{shown(name)[1:-1]}: is no statistic that was asked for")
             if reply.client in counted:
-                raise Refused(f"{name}: the client has told it before, and it is told once")
-            _check_form(name, tensor, self.sums[name])
+                raise RejectedReply(f"{name}: the client has told it before, and it is told once")
+            _check_form(name, tensor, self.statistics[name])
             if not bool((torch.isfinite(tensor) & (tensor >= 0) & (tensor == tensor.round())).all()):
-                raise Refused(f"{name}: expected whole numbers from 0")
+                raise RejectedReply(f"{name}: expected whole numbers from 0")
             if float(tensor.sum()) != reply.n_train:
-                raise Refused(f"{name}: adds up to {float(tensor.sum()):g}, but the client has {reply.n_train} training samples")
+                raise RejectedReply(f"{name}: adds up to {float(tensor.sum()):g}, but the client has {reply.n_train} training samples")
 
 
 def farthest(config: RunConfig, participant: Participant, name: str, elements: int, norm: float) -> float:
@@ -120,9 +120,9 @@ def plausible_validation(config: RunConfig, n_train: int) -> int:
 
 def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
     if tensor.shape != expected.shape:
-        raise Refused(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+        raise RejectedReply(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.dtype != expected.dtype:
-        raise Refused(f"{name}: {tensor.dtype}, expected {expected.dtype}")
+        raise RejectedReply(f"{name}: {tensor.dtype}, expected {expected.dtype}")
 
 
 def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> list[float]:

@@ -18,7 +18,7 @@ from fedms.data import ClientSplit
 from fedms.federated.devices import Device, device_of
 from fedms.federated.schema import printable
 from fedms.seeds import derive_seed, generator
-from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.expert_model import ResidentModel, Subset, Tensors
 from fedms.training.memory import peak_memory, reset_peak_memory
 
 
@@ -36,7 +36,7 @@ class Message:
     applied_depth: number of blocks whose pairs are applied, at least `depth`.
     tensors:      sent to every sampled client.
     constants:    sent to a client once a stage and kept by it: what does not change any more.
-    sums:         statistics that the server added up over clients.
+    statistics:   statistics that the server added up over clients.
     """
 
     stage: str
@@ -46,7 +46,7 @@ class Message:
     applied_depth: int
     tensors: Tensors
     constants: Tensors = field(default_factory=dict)
-    sums: Tensors = field(default_factory=dict)
+    statistics: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reply:
     n_validation: int
     score: float | None
     metrics: dict[str, float | None]
-    sums: Tensors = field(default_factory=dict)
+    statistics: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,16 @@ class Client(Participant):
         self.n_train, self.n_validation = len(split.train), len(split.validation)
 
     @cached_property
-    def train(self) -> Part:
-        return Part(self.split.train)
+    def train(self) -> Subset:
+        return Subset(self.split.train)
 
     @cached_property
-    def validation(self) -> Part:
-        return Part(self.split.validation)
+    def validation(self) -> Subset:
+        return Subset(self.split.validation)
 
     @cached_property
-    def test(self) -> Part:
-        return Part(self.split.test)
+    def test(self) -> Subset:
+        return Subset(self.split.test)
 
     @cached_property
     def device(self) -> Device:
@@ -191,7 +191,7 @@ def validate(model: ResidentModel, client: Client, expert: str) -> Score:
 
 
 Loss = Callable[[Tensor], Tensor]               # mean over rows (B,) of a part
-LossOn = Callable[[Part], Loss]
+LossOn = Callable[[Subset], Loss]
 
 
 def cross_entropy_of(model: ResidentModel, expert: str) -> LossOn:
@@ -208,7 +208,7 @@ class Group:
 
 
 def train(model: ResidentModel, client: Client, message: Message, private: Private, groups: list[Group],
-          loss_on: LossOn, part: Part | None = None, rows: Tensor | None = None,
+          loss_on: LossOn, part: Subset | None = None, rows: Tensor | None = None,
           epochs: int | None = None) -> tuple[float, Tensors]:
     """Local epochs of AdamW over a part of the client's samples.
 
@@ -246,7 +246,7 @@ def train(model: ResidentModel, client: Client, message: Message, private: Priva
             if loss_of is not None:
                 loss = accumulate(loss_of, batch, micro_batch)
             else:
-                with model.varied(part, batch) as images:
+                with model.augmented_batches(part, batch) as images:
                     loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch)
             norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
             if not (math.isfinite(loss) and torch.isfinite(norm)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedms.federated.client import Client, ClientFailure, Message, Private
 from fedms.methods import Method, Prediction
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 # A gate is named collapsed when its mean entropy falls below this share of the largest possible, log 2: it then
 # hardly mixes at all, whichever side it fell on.
@@ -76,7 +76,7 @@ def evaluate_unseen(method: Method, model: ResidentModel, client: Client, final:
     return as_it_arrives, evaluate_client(method, model, client, private, final, unseen=True)
 
 
-def shared_accuracy(method: Method, model: ResidentModel, part: Part, final: Message) -> float | None:
+def shared_accuracy(method: Method, model: ResidentModel, part: Subset, final: Message) -> float | None:
     """Accuracy of the global expert on the common test set; None for a method without one."""
     if len(part) == 0:
         return None
@@ -84,7 +84,7 @@ def shared_accuracy(method: Method, model: ResidentModel, part: Part, final: Mes
     return accuracy(method.predict(model, part, Private(), final).global_, model.labels(part))
 
 
-def own_accuracy(method: Method, model: ResidentModel, part: Part, private: Private, final: Message) -> float | None:
+def own_accuracy(method: Method, model: ResidentModel, part: Subset, private: Private, final: Message) -> float | None:
     """Accuracy on the common test set of what a client answers."""
     if len(part) == 0:
         return None

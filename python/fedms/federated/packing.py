@@ -40,7 +40,7 @@ def pack_message(message: Message, encoding: str) -> Packed:
     head = {"stage": message.stage, "round": message.round, "depth": message.depth,
             "applied_depth": message.applied_depth}
     parts = {**_pack({"tensors": message.tensors, "constants": message.constants}, encoding),
-             **_pack({"sums": message.sums})}
+             **_pack({"sums": message.statistics})}
     if "constants" in parts:
         head["constants"] = hashlib.sha256(parts["constants"]).hexdigest()
     return Packed(head, parts)
@@ -61,7 +61,7 @@ def unpack_message(packed: Packed) -> Message:
 def pack_reply(reply: Reply, encoding: str) -> Packed:
     head = {"client": reply.client, "n_train": reply.n_train, "n_validation": reply.n_validation, "score": reply.score,
             "metrics": reply.metrics}
-    return Packed(head, _pack({"tensors": reply.tensors}, encoding) | _pack({"sums": reply.sums}))
+    return Packed(head, _pack({"tensors": reply.tensors}, encoding) | _pack({"sums": reply.statistics}))
 
 
 def unpack_reply(packed: Packed) -> Reply:

@@ -209,7 +209,7 @@ NONCE = Word("[0-9a-f]{16}", "16 hexadecimal digits")
 DIGEST = Word("[0-9a-f]{64}", "a SHA-256, 64 hexadecimal digits")
 TENSOR = Name(300)
 
-# The server's messages. Buffers beside the head: `tensors`, `constants`, `sums` (fedms.federated.encoding).
+# The server's messages. Buffers beside the head: `tensors`, `constants`, `statistics` (fedms.federated.encoding).
 
 GREETING = Table({"format": _server(Whole(FORMAT, FORMAT))})
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.federated import schedule
-from fedms.federated.admission import Admission, Refused
+from fedms.federated.admission import Admission, RejectedReply
 from fedms.federated.aggregation import Residual, WeightedMean, krum, median, trimmed_mean
 from fedms.federated.client import Message, Participant, Reply
 from fedms.seeds import generator
 from fedms.training.expert_model import Tensors, is_a
 from fedms_ext import LoRA
 
-__all__ = ["STAGES", "AllClientsFailed", "Collected", "Refused", "Server", "ServerState"]
+__all__ = ["STAGES", "AllClientsFailed", "Collected", "RejectedReply", "Server", "ServerState"]
 
 STAGES = ("stage1", "stage2")
 HEAVIEST = 10       # times the median: what a client's validation samples weigh at most in the score that activates blocks
@@ -33,7 +33,7 @@ class ServerState:
 
     stage, round: of the round that comes next; stage is "done" when none does.
     tensors:      the current global tensors (expert, head, gate).
-    sums:         statistics added up over clients.
+    statistics:   statistics added up over clients.
     counted:      clients whose statistics are in them.
     sal:          where the activation stands in this stage.
     applied_depth: number of blocks of the activation order whose pairs are applied.
@@ -45,7 +45,7 @@ class ServerState:
     tensors: Tensors
     sal: schedule.SalState
     applied_depth: int
-    sums: Tensors = field(default_factory=dict)
+    statistics: Tensors = field(default_factory=dict)
     final_depth: Mapping[str, int] = field(default_factory=dict)
     counted: frozenset[int] = frozenset()
 
@@ -64,7 +64,7 @@ class Collected:
         self.weights, self.streams, self.counted = weights, streams, set(counted)
         self.mean, self.residual = WeightedMean(), Residual()
         self.replies: list[Tensors] = []
-        self.sums: Tensors = {}
+        self.statistics: Tensors = {}
         self.numbers: list[dict[str, float | None]] = []        # one dict a reply
 
     def add(self, reply: Reply) -> None:
@@ -74,10 +74,10 @@ class Collected:
             self.residual.add(reply.tensors, weight)
         else:
             self.replies.append(reply.tensors)
-        if reply.sums:
+        if reply.statistics:
             self.counted.add(reply.client)
-        for name, tensor in reply.sums.items():
-            self.sums[name] = self.sums.get(name, 0) + tensor
+        for name, tensor in reply.statistics.items():
+            self.statistics[name] = self.statistics.get(name, 0) + tensor
         self.numbers.append({**reply.metrics, "score": reply.score, "n_train": reply.n_train,
                              "n_validation": reply.n_validation})
 
@@ -116,7 +116,7 @@ class Collected:
         pairs = {f"residual/{layer}/{i}/{x}": t for layer, pairs in self.residual.pairs.items()
                  for i, pair in enumerate(pairs) for x, t in zip("ab", pair[:2])}
         replies = {f"replies/{i}/{n}": t for i, reply in enumerate(self.replies) for n, t in reply.items()}
-        return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.sums.items()},
+        return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.statistics.items()},
                 **pairs, **replies}
 
     @classmethod
@@ -129,7 +129,7 @@ class Collected:
             layer: [(tensors[f"residual/{layer}/{i}/a"], tensors[f"residual/{layer}/{i}/b"], weight)
                     for i, weight in enumerate(weights)]
             for layer, weights in plain["residual_weights"].items()}
-        self.sums = _under("sums/", tensors)
+        self.statistics = _under("sums/", tensors)
         self.replies = [_under(f"replies/{i}/", tensors) for i in range(plain["replies"])]
         return self
 
@@ -149,20 +149,20 @@ class Server:
         config: the run file.
         order: block numbers in the order of their activation.
         block_of: block number of each tensor under `expert/`.
-        carries: `carries(stage, name)` says how a tensor goes to clients in a stage: "round" (with every message),
+        broadcast_policy: `broadcast_policy(stage, name)` says how a tensor goes to clients in a stage: "round" (with every message),
             "once" (a client keeps it), or None. The method decides.
-        sums: statistics that clients may send to be added up, as zeros. The method decides.
+        statistics: statistics that clients may send to be added up, as zeros. The method decides.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
-                 carries: Callable[[str, str], str | None], sums: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        self.config, self.order, self.block_of, self._carries, self.sums = config, order, block_of, carries, sums
+                 broadcast_policy: Callable[[str, str], str | None], statistics: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.config, self.order, self.block_of, self._broadcast_policy, self.statistics = config, order, block_of, broadcast_policy, statistics
         self.schedule = schedule.from_config(config.sal, len(order))
-        self.admission = Admission(config, order, block_of, sums)
+        self.admission = Admission(config, order, block_of, statistics)
 
-    def carries(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> str | None:
         """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
-        return None if self.config.aggregation == "freeze_a" and is_a(name) else self._carries(stage, name)
+        return None if self.config.aggregation == "freeze_a" and is_a(name) else self._broadcast_policy(stage, name)
 
     def start(self, tensors: Tensors) -> ServerState:
         """State before the first round of the first stage that has rounds."""
@@ -179,18 +179,18 @@ class Server:
         applied = set(self.order[:state.applied_depth])
         sent: dict[str, Tensors] = {"round": {}, "once": {}}
         for name, tensor in state.tensors.items():
-            how = self.carries(state.stage, name)
+            how = self.broadcast_policy(state.stage, name)
             if how and (name not in self.block_of or self.block_of[name] in applied):
                 sent[how][name] = tensor
         clients = self.sample(state.stage, state.round) if state.stage in STAGES else ()
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
-                       sent["round"], sent["once"], state.sums)
+                       sent["round"], sent["once"], state.statistics)
 
     def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected) -> None:
         """Adds a reply to the round, if it is one that this client can have given to this message.
 
         Raises:
-            Refused: naming what is wrong with it; the round is then as it was.
+            RejectedReply: naming what is wrong with it; the round is then as it was.
         """
         self.admission.check(reply, message, participant, collected.counted)
         collected.add(reply)
@@ -216,7 +216,7 @@ class Server:
                                    "from nothing; see visits.jsonl")
         last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
         after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
-                        sums={**state.sums, **{n: state.sums.get(n, 0) + t for n, t in collected.sums.items()}},
+                        statistics={**state.statistics, **{n: state.statistics.get(n, 0) + t for n, t in collected.statistics.items()}},
                         counted=frozenset(collected.counted),
                         sal=state.sal if last else self.schedule.advance(state.sal, collected.score(not self._streams)))
         activated = [str(block) for block in self.order[state.sal.depth:after.sal.depth]]

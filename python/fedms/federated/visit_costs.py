@@ -16,7 +16,7 @@ from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES, Server
 from fedms.methods import Method
 from fedms.seeds import generator
-from fedms.training.expert_model import Part, ResidentModel, Tensors, is_a, nothing
+from fedms.training.expert_model import ResidentModel, Subset, Tensors, is_a, nothing
 from fedms_ext import ConstantCache, budget
 from fedms_ext.budget import Memory
 
@@ -68,7 +68,7 @@ class CostModel:
     def __init__(self, model: ResidentModel, method: Method, config: RunConfig, partition: Partition) -> None:
         self.model, self.method, self.partition = model, method, partition
         self.config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ()})})
-        self.server = Server(config, model.order, model.block_of, method.carries)
+        self.server = Server(config, model.order, model.block_of, method.broadcast_policy)
         self.max_depth = config.sal.max_depth or len(model.order)
         lengths = model.dataset.inputs.lengths
         self.longest = lengths.argmax()
@@ -115,8 +115,8 @@ class CostModel:
         self._load(depth)
 
         def judge(samples: int) -> None:
-            self.model.judged.clear()
-            self.model.all_logits("global", Part(self.longest.repeat(samples)))
+            self.model.logits_cache.clear()
+            self.model.all_logits("global", Subset(self.longest.repeat(samples)))
         return budget.memory_of(judge)
 
     def constants(self, depth: int) -> int:
@@ -183,7 +183,7 @@ class CostModel:
         return self.model.read_applied("global")
 
     def _message(self, tensors: Tensors) -> int:
-        sent = {name: tensor for name, tensor in tensors.items() if self.server.carries("stage1", name)}
+        sent = {name: tensor for name, tensor in tensors.items() if self.server.broadcast_policy("stage1", name)}
         return len(encoding.pack(sent, self.config.wire.dtype)) if sent else 0
 
 

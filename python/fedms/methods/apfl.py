@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, Score, score, train
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
-from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.expert_model import ResidentModel, Subset, Tensors
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 
@@ -42,7 +42,7 @@ class APFL(FedAvg):
         alpha = self._alpha(private).requires_grad_()
         params = model.trainable("local")
 
-        def loss_on(part: Part) -> Loss:
+        def loss_on(part: Subset) -> Loss:
             ours = model.frozen_logits("global", part)
             return lambda rows: F.cross_entropy(mix(alpha, model.logits("local", part, rows), ours[rows]),
                                                 model.labels(part, rows))
@@ -63,7 +63,7 @@ class APFL(FedAvg):
     def _alpha(self, private: Private) -> Tensor:
         return private.tensors.get(ALPHA, torch.tensor(self.config.apfl.alpha).logit()).clone()
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if not private.has_expert:                          # never visited: no model of its own
             return prediction

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, proximal, shared_expert, train_private, train_shared
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 
 class Ditto(FedAvg):
@@ -26,7 +26,7 @@ class Ditto(FedAvg):
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if not private.has_expert:                          # never visited: no model of its own
             return prediction

@@ -3,14 +3,14 @@ from __future__ import annotations
 
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_private, train_shared
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 
 class FedAvgFT(Method):
     name = "fedavg_ft"
     personal = ("stage2",)
 
-    def carries(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> str | None:
         if name.startswith("gate/"):
             return None
         return "round" if stage == "stage1" else "once"
@@ -21,7 +21,7 @@ class FedAvgFT(Method):
             return train_shared(model, client, private, message)
         return train_private(model, client, private, message, start=shared_expert(model, message, self.config))
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = shared_expert(model, final, self.config)
         model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
         model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)

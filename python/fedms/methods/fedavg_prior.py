@@ -15,13 +15,13 @@ from torch import Tensor
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, class_counts
-from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.expert_model import ResidentModel, Subset, Tensors
 
 
 class FedAvgPrior(FedAvg):
     name = "fedavg_prior"
 
-    def sums(self, classes: int) -> Tensors:
+    def statistics(self, classes: int) -> Tensors:
         return {"class_counts": torch.zeros(classes, dtype=torch.float64)}
 
     def client_step(self, model: ResidentModel, client: Client, private: Private,
@@ -29,14 +29,14 @@ class FedAvgPrior(FedAvg):
         reply, after = super().client_step(model, client, private, message)
         counts = class_counts(model, client.train)
         first = "class_counts" not in private.tensors
-        return (replace(reply, sums={"class_counts": counts} if first else {}),
+        return (replace(reply, statistics={"class_counts": counts} if first else {}),
                 replace(after, tensors={**after.tensors, "class_counts": counts}))
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = super().predict(model, part, private, final)
         if "class_counts" not in private.tensors:        # never visited: its classes were never counted
             return shared
-        shift = log_prior(private.tensors["class_counts"]) - log_prior(final.sums["class_counts"])
+        shift = log_prior(private.tensors["class_counts"]) - log_prior(final.statistics["class_counts"])
         return replace(shared, personalized=shared.global_ + shift.float())
 
 

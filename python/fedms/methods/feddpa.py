@@ -18,7 +18,7 @@ from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg_ft import FedAvgFT
 from fedms.methods.steps import Prediction, shared_expert
 from fedms.seeds import generator
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 REFERENCES = "feddpa/references"        # (S, D) features of training samples
 
@@ -35,7 +35,7 @@ class FedDPA(FedAvgFT):
             after = replace(after, tensors={**after.tensors, REFERENCES: features.clone()})
         return reply, after
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if REFERENCES not in private.tensors:               # never visited in stage 2: the global one alone
             return replace(prediction, personalized=prediction.global_, local=None)

@@ -24,14 +24,14 @@ from torch.nn import functional as F
 from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, Score, score, train, validate
 from fedms.methods.steps import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
                                  train_shared)
-from fedms.training.expert_model import Part, ResidentModel, Tensors
+from fedms.training.expert_model import ResidentModel, Subset, Tensors
 
 
 class FedMS(Method):
     name = "fedms"
     personal = ("stage2",)
 
-    def carries(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> str | None:
         if name.startswith("gate/"):
             return "round" if stage != "stage1" and self._shares_gate else None
         return "round" if stage == "stage1" else "once"
@@ -76,7 +76,7 @@ class FedMS(Method):
         kept, _ = keep_better(model, client, message, before, own_before)
         return loss, kept, moments
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = shared_expert(model, final, self.config)
         if not private.has_expert:                          # no local expert: weight 1 on the global one
             model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
@@ -103,7 +103,7 @@ class FedMS(Method):
         are constants of a sample."""
         own_loss = self.config.stage2.own_loss
 
-        def on(part: Part) -> Loss:
+        def on(part: Subset) -> Loss:
             mixture = self._mixture_of(model, part)
 
             def loss(rows: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class FedMS(Method):
             return loss
         return on
 
-    def _mixture_of(self, model: ResidentModel, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    def _mixture_of(self, model: ResidentModel, part: Subset) -> Callable[[Tensor, Tensor], Tensor]:
         """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
         features = model.gate_features(part) if self.learns_gate else torch.empty(len(part), 0)
         if self.config.gate.mixing == "layers":
@@ -134,7 +134,7 @@ class FedMS(Method):
         return model.gate(features)
 
     @torch.no_grad()
-    def _mixture(self, model: ResidentModel, part: Part,
+    def _mixture(self, model: ResidentModel, part: Subset,
                  streams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part. `streams`: the logits of both
         experts, where they are known already."""

@@ -27,7 +27,7 @@ from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
 from fedms.methods.steps import Prediction, class_counts, keep_better, train_shared
 from fedms.seeds import generator
-from fedms.training.expert_model import EXPERTS, Part, ResidentModel, Tensors
+from fedms.training.expert_model import EXPERTS, ResidentModel, Subset, Tensors
 
 COUNTS = "class_counts"
 
@@ -35,13 +35,13 @@ COUNTS = "class_counts"
 class FedMSPlus(FedMS):
     name = "fedms_plus"
 
-    def sums(self, classes: int) -> Tensors:
+    def statistics(self, classes: int) -> Tensors:
         return {COUNTS: torch.zeros(classes, dtype=torch.float64)}
 
-    def carries(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> str | None:
         if self.config.plus.global_in_stage2 and not name.startswith("gate/"):
             return "round"
-        return super().carries(stage, name)
+        return super().broadcast_policy(stage, name)
 
     def initial(self, model: ResidentModel) -> Tensors:
         side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.config.plus.confidences else {}
@@ -50,29 +50,29 @@ class FedMSPlus(FedMS):
     def client_step(self, model: ResidentModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         counts = class_counts(model, client.train)
-        sums = {COUNTS: counts} if COUNTS not in private.tensors else {}
+        statistics = {COUNTS: counts} if COUNTS not in private.tensors else {}
         first, kept = None, Private()
         if message.stage == "stage2" and self.config.plus.global_in_stage2:
-            self._shift(model, "stage1", counts, message.sums)
+            self._shift(model, "stage1", counts, message.statistics)
             as_before = replace(message, stage="stage1", round=self.config.stage1.rounds + message.round)
             first, kept = train_shared(model, client, private, as_before)
-        self._shift(model, message.stage, counts, message.sums)
+        self._shift(model, message.stage, counts, message.statistics)
         reply, after = super().client_step(model, client, private, message)
         if first is not None:
             size = first.metrics["trained_params"] + reply.metrics["trained_params"]
             reply = replace(reply, tensors={**first.tensors, **reply.tensors},
                             metrics={**reply.metrics, "trained_params": size})
-        return replace(reply, sums=sums), Private({**kept.tensors, **after.tensors, COUNTS: counts})
+        return replace(reply, statistics=statistics), Private({**kept.tensors, **after.tensors, COUNTS: counts})
 
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         if COUNTS in private.tensors:                    # a client that was never visited has no counts
-            self._shift(model, "stage2", private.tensors[COUNTS], final.sums)
+            self._shift(model, "stage2", private.tensors[COUNTS], final.statistics)
         return super().predict(model, part, private, final)
 
-    def _shift(self, model: ResidentModel, stage: str, counts: Tensor, sums: Tensors) -> None:
+    def _shift(self, model: ResidentModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
         """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
         plus = self.config.plus
-        everyone = sums.get(COUNTS, torch.zeros_like(counts))
+        everyone = statistics.get(COUNTS, torch.zeros_like(counts))
         shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float()
         none = torch.zeros_like(shift)
         on_global = plus.prior_in_stage1 if stage == "stage1" else plus.prior != "off"
@@ -105,7 +105,7 @@ class FedMSPlus(FedMS):
         rest = {name: p for name, p in gate.params.items() if name not in side}
         return [Group(rest, gate.lr), *([Group(side, self.config.plus.confidence_lr)] if side else [])]
 
-    def _split(self, client: Client) -> tuple[Tensor, Part, Tensor]:
+    def _split(self, client: Client) -> tuple[Tensor, Subset, Tensor]:
         """Rows of the training part for the local expert; the part that the gate is trained on, and its rows there. The
         same at every visit."""
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
@@ -116,7 +116,7 @@ class FedMSPlus(FedMS):
 
     def _gate_loss(self, model: ResidentModel) -> LossOn:
         """Mean over a batch of CE(mixture), with both experts constant."""
-        def on(part: Part) -> Loss:
+        def on(part: Subset) -> Loss:
             mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
             return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
         return on

@@ -10,5 +10,5 @@ class FedSALoRA(FedPer):
     name = "fedsa_lora"
     personal = ("stage1", "stage2")
 
-    def carries(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> str | None:
         return "round" if is_a(name) else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, Score, cross_entropy_of, train, validate
-from fedms.training.expert_model import Part, ResidentModel, Tensors, is_a, nothing
+from fedms.training.expert_model import ResidentModel, Subset, Tensors, is_a, nothing
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Method(ABC):
         return model.initial(self.config.run.seed)
 
     @abstractmethod
-    def carries(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> str | None:
         """How a tensor goes to clients: "round" (with every message), "once" (kept by the client), None (not)."""
 
-    def sums(self, classes: int) -> Tensors:
+    def statistics(self, classes: int) -> Tensors:
         """Statistics that clients send for the server to add up, as zeros."""
         return {}
 
@@ -67,7 +67,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def predict(self, model: ResidentModel, part: Part, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
         """What the client with this private state predicts once training is over. A client that was never visited
         has an empty private state."""
 
@@ -165,13 +165,13 @@ def lr_of(client: Client, message: Message) -> float:
     return getattr(client.config, message.stage).lr
 
 
-def make_reply(client: Client, tensors: Tensors, score: float | None, reached: Score, *, sums: Tensors | None = None,
+def make_reply(client: Client, tensors: Tensors, score: float | None, reached: Score, *, statistics: Tensors | None = None,
                **metrics: float | None) -> Reply:
     """A reply whose records say what validation score the client `reached`."""
     return Reply(client.id, tensors, len(client.train), len(client.validation), score,
-                 {"validation_accuracy": reached.accuracy, "validation_loss": reached.loss, **metrics}, sums or {})
+                 {"validation_accuracy": reached.accuracy, "validation_loss": reached.loss, **metrics}, statistics or {})
 
 
-def class_counts(model: ResidentModel, part: Part) -> Tensor:
+def class_counts(model: ResidentModel, part: Subset) -> Tensor:
     """(C,) float64 number of samples of each class."""
     return torch.bincount(model.labels(part), minlength=len(model.dataset.classes)).double()

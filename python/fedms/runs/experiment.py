@@ -22,7 +22,7 @@ from fedms.training.memory import hand_back_large_blocks
 
 
 @dataclass(frozen=True)
-class Case:
+class Experiment:
     """One run of a session: a method and a seed. `fitting`: see `fedms.federated.devices.device_of`."""
 
     config: RunConfig
@@ -41,7 +41,7 @@ class Case:
         raise KeyError(f"no data of client {id}; there is data of the clients {[c.id for c in self.clients]}")
 
 
-class Session:
+class LoadedTask:
     """What runs that differ in method and seed alone have in common: the frozen model and the data.
 
     Args:
@@ -64,7 +64,7 @@ class Session:
             progress.note(describe(self.dataset))
         self.model = ResidentModel(self.foundation, self.dataset, config)
 
-    def case(self, config: RunConfig) -> Case:
+    def experiment(self, config: RunConfig) -> Experiment:
         """The run `config` on this session's model and data; it may leave open how many clients there are.
 
         Raises:
@@ -74,8 +74,8 @@ class Session:
         torch.set_num_threads(config.run.threads)       # another session of this process may have set it meanwhile
         config = with_clients(config, self.dataset)
         method = methods.create(config)
-        server = Server(config, self.model.order, self.model.block_of, method.carries,
-                        method.sums(len(self.dataset.classes)))
+        server = Server(config, self.model.order, self.model.block_of, method.broadcast_policy,
+                        method.statistics(len(self.dataset.classes)))
         if self.shard is None:
             partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
             fitting = fitting_depths(self.model, method, config, partition)
@@ -83,7 +83,7 @@ class Session:
             partition, fitting = self.shard.partition, self.shard.fitting
         clients, unseen = (tuple(Client(split, config, fitting) for split in splits)
                            for splits in (partition.clients, partition.unseen))
-        return Case(config, partition, fitting, method, server, clients, unseen)
+        return Experiment(config, partition, fitting, method, server, clients, unseen)
 
 
 def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -106,16 +106,16 @@ def basis(config: RunConfig) -> tuple[object, ...]:
             config.gate.model_dump(include={"mixing", "features", "temperature", "bottleneck"}))
 
 
-class Sessions:
+class LoadedTasks:
     """The session of one run after the other: kept as long as the next run can share it."""
 
     def __init__(self) -> None:
-        self.last: Session | None = None
+        self.last: LoadedTask | None = None
 
-    def of(self, config: RunConfig, progress: Progress) -> Session:
+    def of(self, config: RunConfig, progress: Progress) -> LoadedTask:
         if self.last is None or self.last.basis != basis(config):
             self.last = None        # freed before the next one is loaded
-            self.last = Session(config, progress)
+            self.last = LoadedTask(config, progress)
         return self.last
 
 
@@ -126,12 +126,12 @@ def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConf
     Raises:
         ConfigError, ModelError, DataError: as where the run is begun; ShardError if a folder cannot be written.
     """
-    session = Session(config, progress)
-    case = session.case(config)
-    config = case.config
+    session = LoadedTask(config, progress)
+    experiment = session.experiment(config)
+    config = experiment.config
     progress.phase(f"dividing the data among {config.clients.count} clients")
-    parts = {f"client-{split.id}": replace(case.partition, clients=(split,), unseen=(), notes=())
-             for split in case.partition.clients}
-    for name, part in {"server": replace(case.partition, clients=()), **parts}.items():
-        data.write_shard(folder / name, data.shard_of(session.dataset, part, case.fitting))
+    parts = {f"client-{split.id}": replace(experiment.partition, clients=(split,), unseen=(), notes=())
+             for split in experiment.partition.clients}
+    for name, part in {"server": replace(experiment.partition, clients=()), **parts}.items():
+        data.write_shard(folder / name, data.shard_of(session.dataset, part, experiment.fitting))
     return config

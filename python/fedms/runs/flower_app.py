@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 
 if TYPE_CHECKING:
     from fedms.config import RunConfig
-    from fedms.runs.experiment import Case, Session
+    from fedms.runs.experiment import Experiment, LoadedTask
 
 
 def deployed(context: Context) -> side.Identity:
@@ -56,21 +56,21 @@ def simulated(context: Context, state: Path, config: RunConfig) -> side.Identity
     return side.Identity(number, None, state / str(number), None, config)
 
 
-def open_case(config: RunConfig, data: Path | None) -> tuple[Session, Case]:
+def open_experiment(config: RunConfig, data: Path | None) -> tuple[LoadedTask, Experiment]:
     """Model and data of a run, kept in this process for its next message."""
     return _open(json.dumps(config.model_dump(mode="json", exclude_none=True), sort_keys=True), data)
 
 
 @lru_cache(maxsize=1)
-def _open(text: str, data: Path | None) -> tuple[Session, Case]:
+def _open(text: str, data: Path | None) -> tuple[LoadedTask, Experiment]:
     from fedms.config import config_from_dict
     from fedms.data import read_shard
     from fedms.progress import Progress
-    from fedms.runs.experiment import Session
+    from fedms.runs.experiment import LoadedTask
 
     config = config_from_dict(json.loads(text))
-    session = Session(config, Progress(), shard=None if data is None else read_shard(data))
-    return session, session.case(config)
+    session = LoadedTask(config, Progress(), shard=None if data is None else read_shard(data))
+    return session, session.experiment(config)
 
 
 def client_app(identify: Any) -> ClientApp:
@@ -83,11 +83,11 @@ def client_app(identify: Any) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return side.train(message, identify(context), open_case)
+        return side.train(message, identify(context), open_experiment)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return side.evaluate(message, identify(context), open_case)
+        return side.evaluate(message, identify(context), open_experiment)
 
     return app
 

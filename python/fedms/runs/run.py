@@ -21,10 +21,10 @@ from fedms.foreign import few
 from fedms.methods import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
-from fedms.runs.experiment import Case, Session, Sessions
+from fedms.runs.experiment import Experiment, LoadedTask, LoadedTasks
 from fedms.runs.workers import in_processes
 from fedms.storage.records import CONFIG, RunFolder, RunRecords, check_same_config, check_same_data
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -55,7 +55,7 @@ def run(config: RunConfig, out: Path, *, overwrite: bool = False, resume: bool =
     """
     progress = progress or Progress()
     try:
-        session = Session(config, progress, foundation, dataset, shard)
+        session = LoadedTask(config, progress, foundation, dataset, shard)
         return _run(session, config, _opener(Path(out), overwrite, resume), progress, stop, grid)
     finally:
         progress.close()
@@ -150,7 +150,7 @@ def _in_a_worker(task: Task, progress: Progress, stop: Callable[[], bool], *, ov
     return time.perf_counter() - started
 
 
-_sessions = Sessions()      # of this process: most runs of many have model and data in common
+_sessions = LoadedTasks()      # of this process: most runs of many have model and data in common
 
 
 def carry_out_one(task: Task, progress: Progress, stop: Callable[[], bool], *,
@@ -184,26 +184,26 @@ def with_run(config: RunConfig, **values: Any) -> RunConfig:
     return config_from_dict({**tables, "run": {**tables["run"], **values}})
 
 
-def _run(session: Session, config: RunConfig, open_folder: Callable[[RunConfig], RunFolder], progress: Progress,
+def _run(session: LoadedTask, config: RunConfig, open_folder: Callable[[RunConfig], RunFolder], progress: Progress,
          stop: Callable[[], bool], grid: Grid | None = None, tested: bool = True) -> dict[str, Any] | None:
-    case = session.case(config)
-    folder = open_folder(case.config)
+    experiment = session.experiment(config)
+    folder = open_folder(experiment.config)
     try:
         folder.keep_data(session.dataset.name, session.dataset.fingerprint)
         if (summary := folder.summary) is not None:
             return summary
-        with _engine(folder, session, case, progress, stop, grid) as engine:
-            return _run_on(engine, folder, session.model, case, progress, tested)
+        with _engine(folder, session, experiment, progress, stop, grid) as engine:
+            return _run_on(engine, folder, session.model, experiment, progress, tested)
     finally:
         folder.close()
 
 
 @contextmanager
-def _engine(folder: RunFolder, session: Session, case: Case, progress: Progress, stop: Callable[[], bool],
+def _engine(folder: RunFolder, session: LoadedTask, experiment: Experiment, progress: Progress, stop: Callable[[], bool],
             grid: Grid | None) -> Iterator[Engine]:
-    config, model = case.config, session.model
+    config, model = experiment.config, session.model
     if config.run.engine == "local":
-        yield LocalEngine(case.method, case.server, model, case.clients, Part(case.partition.global_test), folder,
+        yield LocalEngine(experiment.method, experiment.server, model, experiment.clients, Subset(experiment.partition.global_test), folder,
                           progress, stop)
         return
     if session.given:
@@ -217,28 +217,28 @@ def _engine(folder: RunFolder, session: Session, case: Case, progress: Progress,
         raise ConfigError(f"run.engine: {config.run.engine!r} needs {error.name}, which is not installed: "
                           "pip install 'fedms[flower]'") from None
     if config.run.engine == "flower":
-        yield FlowerEngine(case.server, model.fm_params, model.foundation.fingerprint, grid, case.fitting, {},
+        yield FlowerEngine(experiment.server, model.fm_params, model.foundation.fingerprint, grid, experiment.fitting, {},
                            config.clients.round_timeout, folder, progress, stop)
         return
     progress.phase("starting Flower's simulation")
     clients = simulation_app(folder.path.absolute() / "clients", config)
-    samples = {client.id: (client.n_train, client.n_validation) for client in case.clients}
+    samples = {client.id: (client.n_train, client.n_validation) for client in experiment.clients}
     with simulated_grid(clients, config.clients.count, config.run.threads) as simulated:
-        yield FlowerEngine(case.server, model.fm_params, model.foundation.fingerprint, simulated, case.fitting, samples,
+        yield FlowerEngine(experiment.server, model.fm_params, model.foundation.fingerprint, simulated, experiment.fitting, samples,
                            None, folder, progress, stop)
 
 
-def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case, progress: Progress,
+def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, experiment: Experiment, progress: Progress,
             tested: bool) -> dict[str, Any] | None:
     started = time.perf_counter()
-    config, method, partition = case.config, case.method, case.partition
+    config, method, partition = experiment.config, experiment.method, experiment.partition
     notes = [*partition.notes, *_augmented(config)]
     for note in notes:
         progress.note(note)
-    progress.start(_visits(case.server, config), f"{method.name}, seed {config.run.seed}")
+    progress.start(_visits(experiment.server, config), f"{method.name}, seed {config.run.seed}")
 
     model.start()
-    common_test = Part(partition.global_test)
+    common_test = Subset(partition.global_test)
     state = engine.run(method.initial(model))
     if not tested:
         return None
@@ -252,7 +252,7 @@ def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, case: Case,
         raise AllClientsFailed("all rounds are done, and no client could be evaluated; --resume asks them again")
     if (missing := config.clients.count - len(records)) > 0:
         notes.append(f"{missing} of {config.clients.count} clients could not be evaluated; the summary is of the others")
-    arrives, trained = _evaluate_unseen(method, model, case.unseen, final, config.stage2.rounds)
+    arrives, trained = _evaluate_unseen(method, model, experiment.unseen, final, config.stage2.rounds)
     for record in (*records, *arrives):
         folder.append_client(record)
     past = RunRecords.read(folder.path)

@@ -238,7 +238,7 @@ def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any
     plain = {"stage": state.stage, "round": state.round, "applied_depth": state.applied_depth,
              "final_depth": dict(state.final_depth), "counted": sorted(state.counted), "collected": collected.plain(),
              "sal": {"depth": state.sal.depth, "rounds": state.sal.rounds, "queue": list(state.sal.queue)}}
-    tensors = {**_prefixed("tensors/", state.tensors), **_prefixed("sums/", state.sums),
+    tensors = {**_prefixed("tensors/", state.tensors), **_prefixed("sums/", state.statistics),
                **_prefixed("collected/", collected.tensors())}
     return plain, tensors
 

@@ -32,10 +32,10 @@ class FolderError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """private: the client's tensors. charged: see `ResidentModel.charged`."""
+    """private: the client's tensors. paid_constants: see `ResidentModel.paid_constants`."""
 
     private: Private
-    charged: frozenset[str]
+    paid_constants: frozenset[str]
 
 
 class ClientFolder:
@@ -99,7 +99,7 @@ class ClientFolder:
         Raises:
             FolderError: if it cannot be written; what was there before is then untouched.
         """
-        plain = {"stage": stage, "round": round, "charged": sorted(state.charged)}
+        plain = {"stage": stage, "round": round, "charged": sorted(state.paid_constants)}
         try:
             return self.states.save(Snapshot(plain, {}, {self.client: state.private.tensors}))
         except CheckpointError as error:

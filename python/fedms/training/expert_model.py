@@ -39,7 +39,7 @@ Constant = TypeVar("Constant", Tensor, Ragged)
 
 
 @dataclass(frozen=True)
-class Part:
+class Subset:
     """Some samples of a data set, such as one client's training part; `key` names their set in caches."""
 
     indices: Tensor                               # (n,) int64 sample indices
@@ -67,7 +67,7 @@ class ResidentModel:
 
     Args:
         foundation: the frozen model; experts are attached to it in place.
-        dataset: what `Part`s index into.
+        dataset: what `Subset`s index into.
         config: the run file; the tables [model], [lora], [sal] and [gate] are read.
 
     Raises:
@@ -112,13 +112,13 @@ class ResidentModel:
         self.corrected: Tensors = {}                        # what exact aggregation adds to frozen weights, by layer
         self.originals: Tensors = {}                        # the weights of those layers without it
         self.boundary = self.untrained_below(config.sal.depth)
-        self.judged: dict[tuple[str, str, str], Tensor] = {}    # logits of experts on whole parts, in this visit
+        self.logits_cache: dict[tuple[str, str, str], Tensor] = {}    # logits of experts on whole parts, in this visit
         self.running: str | None = None                     # what the pairs are set for now
         self.costs: list[budget.BlockCost] = []             # of the blocks as they run now
         self.untrained = 0                                  # blocks below the first trained pair of what runs now
         self.prefix_key = (0, "")                           # depth and hash of the prefix that runs now
         self.flops = 0                                      # of the run under way, on its clients' devices
-        self.charged: set[str] = set()                      # constants that the run has paid for
+        self.paid_constants: set[str] = set()                      # constants that the run has paid for
 
     def _new_cache(self) -> ConstantCache | DiskCache:
         sal, run = self.config.sal, self.config.run
@@ -188,13 +188,13 @@ class ResidentModel:
 
     def start(self) -> None:
         """The start of a run: nothing is counted yet."""
-        self.flops, self.charged = 0, set()
+        self.flops, self.paid_constants = 0, set()
         self._correct({})
         self.clear()
 
     def clear(self) -> None:
         """Forgets which experts are loaded, and what they answered: the start of every visit."""
-        self.judged = {}
+        self.logits_cache = {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
         self.running = None
@@ -283,31 +283,31 @@ class ResidentModel:
         return {name: p.detach().clone() for name, p in self.trainable(expert).items()}
 
     @contextmanager
-    def varied(self, part: Part, rows: Tensor) -> Iterator[Part]:
+    def augmented_batches(self, part: Subset, rows: Tensor) -> Iterator[Subset]:
         """Within the context the data set is a random variation (`[data] augment`) of the samples of a part at the rows
         (B,), and the part that it gives is all of them, in that order. What is constant for them is kept as long."""
-        kept = self.dataset, self.cache, self.charged, self.judged
+        kept = self.dataset, self.cache, self.paid_constants, self.logits_cache
         indices, images = part.indices[rows], cast(ImageInputs, self.dataset.inputs)
-        self.dataset = replace(self.dataset, inputs=images.varied(indices, self.config.data.augment),
+        self.dataset = replace(self.dataset, inputs=images.augmented(indices, self.config.data.augment),
                                labels=self.dataset.labels[indices])
-        self.cache, self.charged, self.judged = ConstantCache(self.cache.max_bytes), set(), {}
+        self.cache, self.paid_constants, self.logits_cache = ConstantCache(self.cache.max_bytes), set(), {}
         try:
-            yield Part(torch.arange(len(rows)))
+            yield Subset(torch.arange(len(rows)))
         finally:
-            self.dataset, self.cache, self.charged, self.judged = kept
+            self.dataset, self.cache, self.paid_constants, self.logits_cache = kept
 
-    def labels(self, part: Part, rows: Tensor | slice = slice(None)) -> Tensor:
+    def labels(self, part: Subset, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.dataset.labels[part.indices[rows]]
 
     # Streams
 
-    def logits(self, expert: str, part: Part, rows: Tensor) -> Tensor:
+    def logits(self, expert: str, part: Subset, rows: Tensor) -> Tensor:
         """(B, C) logits of one expert's stream for the rows (B,) of a part, from the cached prefix. Differentiable
         with respect to the expert's trained tensors."""
         self._run(expert)
         return self.heads[expert](self._features(part, rows)) + self.shifts[expert]
 
-    def layer_mixture(self, part: Part, rows: Tensor, weights: Tensor) -> Tensor:
+    def layer_mixture(self, part: Subset, rows: Tensor, weights: Tensor) -> Tensor:
         """(B, C) logits with the experts mixed inside each trained layer by `weights` (B, 2): one stream. Layers whose
         local pair is frozen hold the same pair twice; the global one alone is applied there, with weight 1."""
         self._run("mixture")
@@ -318,17 +318,17 @@ class ResidentModel:
         return (weights.unsqueeze(-1) * logits).sum(1)
 
     @torch.no_grad()
-    def all_logits(self, expert: str, part: Part) -> Tensor:
+    def all_logits(self, expert: str, part: Subset) -> Tensor:
         """(n, C) logits of one expert's stream for a whole part, as it stands now. A visit judges the same expert on
         the same samples several times: they are computed once."""
         key = (expert, part.key, self._digest(expert))
-        if key not in self.judged:
-            self.judged[key] = self._in_chunks(part, lambda rows: self.logits(expert, part, rows),
+        if key not in self.logits_cache:
+            self.logits_cache[key] = self._in_chunks(part, lambda rows: self.logits(expert, part, rows),
                                                len(self.dataset.classes))
-        return self.judged[key]
+        return self.logits_cache[key]
 
     @torch.no_grad()
-    def both_logits(self, part: Part) -> tuple[Tensor, Tensor]:
+    def both_logits(self, part: Subset) -> tuple[Tensor, Tensor]:
         """`all_logits` of the global and of the local expert. Where both start from the same prefix, the two streams run
         as one batch above it: through one frozen product a layer, each half of the rows with its own expert."""
         keys = []
@@ -354,12 +354,12 @@ class ResidentModel:
         return ours, own
 
     @torch.no_grad()
-    def all_layer_mixture(self, part: Part, weights: Tensor) -> Tensor:
+    def all_layer_mixture(self, part: Subset, weights: Tensor) -> Tensor:
         """(n, C) logits of `layer_mixture` for a whole part, by weights (n, 2)."""
         return self._in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[rows]),
                                len(self.dataset.classes))
 
-    def frozen_logits(self, expert: str, part: Part) -> Tensor:
+    def frozen_logits(self, expert: str, part: Subset) -> Tensor:
         """`all_logits` of an expert that does not change: computed once for the tensors that it has."""
         return self._constant((part.key, "logits", self._digest(expert)), lambda: self.all_logits(expert, part),
                               lambda: self._live_flops(expert, part))
@@ -371,7 +371,7 @@ class ResidentModel:
             digest.update(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
         return digest.hexdigest()
 
-    def features(self, part: Part) -> Tensor:
+    def features(self, part: Subset) -> Tensor:
         """(n, D) pooled features of the foundation model alone, all experts off: constant for ever."""
         def compute() -> Tensor:
             with torch.no_grad():
@@ -379,7 +379,7 @@ class ResidentModel:
                 return self._in_chunks(part, lambda rows: self._features(part, rows), self.foundation.feature_dim)
         return self._constant((part.key, "features"), compute, lambda: self._live_flops(None, part))
 
-    def gate_features(self, part: Part) -> Tensor:
+    def gate_features(self, part: Subset) -> Tensor:
         """(n, D) what the gate sees: `[gate] features`."""
         if self.config.gate.features == "final" or len(part) == 0:
             return self.features(part)
@@ -390,7 +390,7 @@ class ResidentModel:
             return torch.stack([prefix.row(i).mean(0) for i in range(len(prefix))])
         return self._constant((part.key, "prefix features", *self.prefix_key), compute, lambda: 0)
 
-    def zero_shot_logits(self, part: Part) -> Tensor | None:
+    def zero_shot_logits(self, part: Subset) -> Tensor | None:
         """(n, C) logits of the class prompts on the foundation model's own features; None without prompts."""
         if self.class_embeddings is None:
             return None
@@ -404,9 +404,9 @@ class ResidentModel:
         still has from another run, has had to drop, or must compute again after a restart.
         """
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        due = name not in self.charged
+        due = name not in self.paid_constants
         if due:
-            self.charged.add(name)
+            self.paid_constants.add(name)
             self.flops += flops()
         counted = self.flops
         value = cast(Constant, self.cache.get(key, compute))    # what was computed under the key
@@ -415,14 +415,14 @@ class ResidentModel:
         self.flops = counted
         return value
 
-    def _live_flops(self, stream: str | None, part: Part) -> int:
+    def _live_flops(self, stream: str | None, part: Subset) -> int:
         """Operations of running a stream on a whole part, without the prefix where that is cached."""
         self._run(stream)
         if self._replays() and len(part):
             self._prefix(part)      # charged on its own
         return self._chunk_flops(part, first=self.prefix_key[0] if self._replays() else 0)
 
-    def _chunk_flops(self, part: Part, **blocks: int) -> int:
+    def _chunk_flops(self, part: Subset, **blocks: int) -> int:
         lengths = self.dataset.inputs.lengths[part.indices]
         return sum(self._forward_flops(len(rows), int(lengths[rows].max()), **blocks) for rows in self._chunks(part))
 
@@ -464,7 +464,7 @@ class ResidentModel:
                 digest.update(correction.numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
         return digest.hexdigest()
 
-    def _features(self, part: Part, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
+    def _features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
         """(B, D) pooled features of the running stream: the cached prefix (`prefix`, if given), then the live blocks."""
         module, depth = self.foundation.module, self.prefix_key[0]
         if self.config.lora.dropout:    # on where something is trained; the foundation model's own never is
@@ -484,7 +484,7 @@ class ResidentModel:
             self.flops += sum(cost.backward(len(rows) * length, length) for cost in self.costs[self.untrained:])
         return features
 
-    def _prefix(self, part: Part) -> Ragged:
+    def _prefix(self, part: Subset) -> Ragged:
         """Output of the constant prefix for every sample of a part, each (T_i, D)."""
         depth = self.prefix_key[0]
 
@@ -504,12 +504,12 @@ class ResidentModel:
         return self._constant((part.key, "prefix", *self.prefix_key), compute,
                               lambda: self._chunk_flops(part, last=depth))
 
-    def _chunks(self, part: Part) -> Sequence[Tensor]:
+    def _chunks(self, part: Subset) -> Sequence[Tensor]:
         if len(part) == 0:
             return ()
         return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(self.CHUNK)
 
-    def _in_chunks(self, part: Part, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
+    def _in_chunks(self, part: Subset, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
         out = torch.empty(len(part), width)
         for rows in self._chunks(part):
             out[rows] = compute(rows)

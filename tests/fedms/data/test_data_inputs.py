@@ -175,14 +175,14 @@ def test_images_are_mirrored_and_moved():
     rows = torch.arange(24.0).expand(400, 3, 16, 24)            # every pixel says in which column it is
     images = ImageInputs(rows + torch.arange(16.0)[:, None] * 100, 1, "test")
     chosen = torch.arange(399, -1, -1)
-    assert torch.equal(images.varied(chosen, ()).pixels, images.pixels[chosen])
+    assert torch.equal(images.augmented(chosen, ()).pixels, images.pixels[chosen])
 
-    flipped = images.varied(chosen, ("flip",)).pixels
+    flipped = images.augmented(chosen, ("flip",)).pixels
     mirrored = torch.tensor([torch.equal(new, old.flip(2)) for new, old in zip(flipped, images.pixels)])
     assert 150 < mirrored.sum() < 250 and torch.equal(flipped[~mirrored], images.pixels[~mirrored])
 
     torch.manual_seed(3)
-    moved = images.varied(chosen, ("shift",)).pixels
+    moved = images.augmented(chosen, ("shift",)).pixels
     places = moved[:, :, 8, 12]
     dx, dy = places[:, 0] % 100 - 12, places[:, 0] // 100 - 8
     assert set(dx.tolist()) == set(range(-3, 4)) and set(dy.tolist()) == set(range(-2, 3))
@@ -190,9 +190,9 @@ def test_images_are_mirrored_and_moved():
     want = columns[:, None] + 100 * rows[..., None]
     assert torch.equal(moved, want[:, None].expand(-1, 3, -1, -1))
     torch.manual_seed(3)
-    assert torch.equal(images.varied(chosen, ("shift",)).pixels, moved)
+    assert torch.equal(images.augmented(chosen, ("shift",)).pixels, moved)
 
     levels = ImageInputs(torch.randint(0, 256, (5, 1, 3, 3), dtype=torch.uint8), 1, "test",
                          (torch.full((1, 1), 0.5), torch.zeros(1, 1)))
-    varied = levels.varied(torch.tensor([4, 0]), ("flip", "shift")).batch(torch.arange(2))["pixel_values"]
+    varied = levels.augmented(torch.tensor([4, 0]), ("flip", "shift")).batch(torch.arange(2))["pixel_values"]
     assert varied.shape == (2, 1, 3, 3) and varied.dtype == torch.float32

@@ -32,7 +32,7 @@ from fedms.federated.client import ClientFailure, Private
 from fedms.federated.server import AllClientsFailed
 from fedms.progress import Progress
 from fedms.runs import run
-from fedms.runs.experiment import Session, write_shards
+from fedms.runs.experiment import LoadedTask, write_shards
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.durable import shard_about
 from fedms.storage.private_state import ClientFolder, FolderError, State
@@ -76,7 +76,7 @@ def deployed(tmp_path, shards, *sets, faults=None, change=lambda grid: None, nam
 def embedded(tmp_path, *sets, absent=(), monkeypatch=None):
     """The embedded run, without some (stage, round, client)."""
     if absent:
-        kind = type(run.Session(config(), Progress()).case(config(*sets)).method)
+        kind = type(run.LoadedTask(config(), Progress()).experiment(config(*sets)).method)
         step = kind.client_step
 
         def gone(self, model, client, private, message):

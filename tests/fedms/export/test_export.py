@@ -22,7 +22,7 @@ from fedms import cli, data, models
 from fedms.config import ConfigError, config_from_dict
 from fedms.data import DataError
 from fedms.export import export
-from fedms.export.trained_run import bind, outcome_of, predict, task_of
+from fedms.export.trained_run import bind, predict, task_of, trained_run_of
 from fedms.models import peft_format
 from fedms.models import ModelError
 from fedms.runs import run
@@ -112,7 +112,7 @@ def read_out(folder):
     """The outcome of a run on its own model: (outcome, model)."""
     task = task_of(folder)
     model = bind(models.load(task.config.model), task)
-    return outcome_of(folder, task, model), model
+    return trained_run_of(folder, task, model), model
 
 
 def logits_of_readme(folder):

@@ -11,7 +11,7 @@ from fedms.config import load_config
 from fedms.federated.client import Participant, Reply
 from fedms.federated.devices import Device
 from fedms.federated.schedule import SalState
-from fedms.federated.server import AllClientsFailed, Refused, Server
+from fedms.federated.server import AllClientsFailed, RejectedReply, Server
 from fedms.methods import create
 from fedms.storage.checkpoint import pack_server, unpack_server
 
@@ -25,7 +25,7 @@ def server(method="fedms", *sets):
     config = load_config("digits", ["clients.count=4", "clients.unseen=0", "stage1.rounds=3", "stage2.rounds=2",
                                     "sal.max_depth=3", "sal.queue=2", "sal.tau=1.0", f"run.method={method}", *sets])
     method = create(config)
-    return Server(config, ORDER, BLOCK_OF, method.carries, method.sums(3))
+    return Server(config, ORDER, BLOCK_OF, method.broadcast_policy, method.statistics(3))
 
 
 def step(s, state, replies):
@@ -35,8 +35,8 @@ def step(s, state, replies):
     return s.step(state, collected)
 
 
-def reply(client, tensors, n_train=10, score=0.5, sums=None):
-    return Reply(client, tensors, n_train, 5, score, {"loss": 1.0, "validation_accuracy": score}, sums or {})
+def reply(client, tensors, n_train=10, score=0.5, statistics=None):
+    return Reply(client, tensors, n_train, 5, score, {"loss": 1.0, "validation_accuracy": score}, statistics or {})
 
 
 def expert(*blocks):
@@ -102,8 +102,8 @@ def test_sums_are_added_up_over_rounds():
     s = server("fedavg_prior")
     state = s.start(TENSORS)
     for client in (0, 1):
-        state, _ = step(s, state, [reply(client, {}, sums={"class_counts": torch.tensor([1.0, client, 0.0])})])
-    assert state.sums["class_counts"].tolist() == [2.0, 1.0, 0.0]
+        state, _ = step(s, state, [reply(client, {}, statistics={"class_counts": torch.tensor([1.0, client, 0.0])})])
+    assert state.statistics["class_counts"].tolist() == [2.0, 1.0, 0.0]
 
 
 def test_a_round_without_replies_stops_the_run():
@@ -168,15 +168,15 @@ def changed(tensors, name, change):
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t.double())), "float64, expected torch.float32"),
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t / 0)), "head/weight: holds NaN or infinity"),
     (lambda r: replace(r, tensors=changed(r.tensors, "head/weight", lambda t: t + 1e5)), "by clients.max_change"),
-    (lambda r: replace(r, sums={"anything": torch.zeros(2)}), "anything: is no statistic that was asked for"),
+    (lambda r: replace(r, statistics={"anything": torch.zeros(2)}), "anything: is no statistic that was asked for"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_reply_is_admitted_or_refused_with_a_reason(change, words):
     s = server()
     message = s.message(s.start(TENSORS))
     good, collected = reply(2, dict(message.tensors)), s.collect()
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(RejectedReply, match=words):
         s.admit(change(good), message, One(), collected)
-    assert not collected.numbers and not collected.mean.sums and not collected.sums
+    assert not collected.numbers and not collected.mean.sums and not collected.statistics
     s.admit(good, message, One(), collected)
     assert len(collected.numbers) == 1
 
@@ -188,7 +188,7 @@ def test_a_small_tensor_cannot_be_replaced_beside_large_ones():
         collected = s.collect()
         answer = reply(2, {**message.tensors, "head/bias": torch.full((2,), by)})
         if refused:
-            with pytest.raises(Refused, match="head/bias: its change has norm 0.14.*by clients.max_change"):
+            with pytest.raises(RejectedReply, match="head/bias: its change has norm 0.14.*by clients.max_change"):
                 s.admit(answer, message, One(), collected)
         else:
             s.admit(answer, message, One(), collected)
@@ -198,7 +198,7 @@ def test_what_the_server_adds_to_frozen_weights_comes_from_no_client():
     s = server("fedavg", "aggregate.rule=exact")
     message = s.message(replace(s.start(TENSORS), tensors={**TENSORS, "correction/block.2": torch.zeros(2, 2)}))
     assert "correction/block.2" in message.tensors
-    with pytest.raises(Refused, match="correction/block.2: is what the server adds to frozen weights"):
+    with pytest.raises(RejectedReply, match="correction/block.2: is what the server adds to frozen weights"):
         s.admit(reply(2, dict(message.tensors)), message, One(), s.collect())
 
 
@@ -207,16 +207,16 @@ def test_statistics_count_once_and_that_lasts():
     state = s.start(TENSORS)
     told = {"class_counts": torch.tensor([4.0, 0.0, 6.0], dtype=torch.float64)}
     collected = s.collect(state)
-    s.admit(reply(2, {}, sums=told), s.message(state), One(), collected)
+    s.admit(reply(2, {}, statistics=told), s.message(state), One(), collected)
     for _ in range(2):      # in the round, and in the next one
-        with pytest.raises(Refused, match="class_counts: the client has told it before, and it is told once"):
-            s.admit(reply(2, {}, sums=told), s.message(state), One(), collected)
+        with pytest.raises(RejectedReply, match="class_counts: the client has told it before, and it is told once"):
+            s.admit(reply(2, {}, statistics=told), s.message(state), One(), collected)
         plain, tensors = pack_server(state, collected)
         state, collected = unpack_server(json.loads(json.dumps(plain)), tensors)
         if not state.counted:
             state, _ = s.step(state, collected)
             collected = s.collect(state)
-    assert torch.equal(state.sums["class_counts"], told["class_counts"])
+    assert torch.equal(state.statistics["class_counts"], told["class_counts"])
 
 
 @pytest.mark.parametrize("sets, lies", [
@@ -233,15 +233,15 @@ def test_one_client_does_not_weigh_more_than_ten_in_the_score(sets, lies):
 def test_statistics_and_blocks_that_do_not_fit_are_refused():
     s = server("fedavg_prior", "sal.schedule=all")
     message, collected = s.message(s.start(TENSORS)), s.collect()
-    with pytest.raises(Refused, match="block 1 is not trained by this client now"):
+    with pytest.raises(RejectedReply, match="block 1 is not trained by this client now"):
         s.admit(reply(2, dict(message.tensors)), message, One(max_depth=2), collected)
     for counts, words in ((torch.ones(1), r"class_counts: shape \(1,\), expected \(3,\)"),
                           (torch.full((3,), float("inf")), "class_counts: expected whole numbers from 0"),
                           (torch.tensor([-5.0, 5.0, 10.0]), "class_counts: expected whole numbers from 0"),
                           (torch.tensor([0.5, 0.5, 9.0]), "class_counts: expected whole numbers from 0"),
                           (torch.tensor([1e9, 0.0, 0.0]), r"adds up to 1e\+09, but the client has 10 training samples")):
-        with pytest.raises(Refused, match=words):
-            s.admit(reply(2, {}, sums={"class_counts": counts.double()}), message, One(), collected)
+        with pytest.raises(RejectedReply, match=words):
+            s.admit(reply(2, {}, statistics={"class_counts": counts.double()}), message, One(), collected)
 
 
 def test_a_quorum_is_kept():

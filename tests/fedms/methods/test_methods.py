@@ -57,8 +57,8 @@ class World:
         self.model.config = config
         self.model.start()
         made = methods.create(config)
-        server = Server(config, self.model.order, self.model.block_of, made.carries,
-                        made.sums(len(self.model.dataset.classes)))
+        server = Server(config, self.model.order, self.model.block_of, made.broadcast_policy,
+                        made.statistics(len(self.model.dataset.classes)))
         state = server.start(shared or self.shared)
         if stage == "stage2":
             state = type(state)(**{**vars(state), "stage": stage})
@@ -183,7 +183,7 @@ def test_fedprox(world):
 def test_fedavg_prior(world):
     done = world.round("fedavg_prior")
     counts = [torch.bincount(world.dataset.labels[split.train], minlength=10).double() for split in world.splits]
-    assert torch.equal(done.state.sums["class_counts"], counts[0] + counts[1])
+    assert torch.equal(done.state.statistics["class_counts"], counts[0] + counts[1])
     everybody = (counts[0] + counts[1] + 1) / (sum(counts).sum() + 10)
     for client in (0, 1):
         prediction = done.predict(world, client)

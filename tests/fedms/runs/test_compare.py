@@ -80,7 +80,7 @@ def test_tuning_tries_all_methods_alike_reads_no_test_label_and_goes_on(tmp_path
     assert chosen["ditto"].ditto.pull == best.values["ditto.pull"] and set(chosen) == {"ditto", "local"}
     assert set(read_tables(tmp_path / "ditto.toml")) == {"stage1", "stage2", "ditto"}
 
-    monkeypatch.setattr(run, "Session", None)          # nothing is loaded: all is there
+    monkeypatch.setattr(run, "LoadedTask", None)          # nothing is loaded: all is there
     assert tune.tune(config("stage1.rounds=3"), ["ditto", "local"], tmp_path, count=2) == found
 
 

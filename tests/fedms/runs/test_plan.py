@@ -139,10 +139,10 @@ def test_a_visit_costs_what_a_run_records(tmp_path, depth, cache, augment):
 def test_constants_are_what_the_cache_holds():
     for storage in ("fp32", "bf16", "int8"):
         costs = costs_of(f"sal.cache_dtype={storage}", "stage2.rounds=0")
-        model, part = costs.model, run.Part(costs.largest.train)
+        model, part = costs.model, run.Subset(costs.largest.train)
         costs.work(2, True)
         model.all_logits("global", part)
-        model.all_logits("global", run.Part(costs.largest.validation))
+        model.all_logits("global", run.Subset(costs.largest.validation))
         assert model.cache.nbytes == costs.constants(2), storage
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fedms import data, models
 from fedms.config import load_config
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1"]
@@ -26,7 +26,7 @@ def test_every_layer_is_quantized_and_gradients_flow_to_all_blocks(frozen):
     assert all(layer.frozen is not None for layer in model.layers.values())
     tensors = model.read("global")
     model.load("global", tensors, depth=model.blocks, applied_depth=model.blocks)
-    part = Part(torch.arange(20))
+    part = Subset(torch.arange(20))
     model.logits("global", part, torch.arange(20)).square().mean().backward()
     trained = model.trainable("global")
     assert all(p.grad is not None for p in trained.values())
@@ -37,7 +37,7 @@ def test_every_layer_is_quantized_and_gradients_flow_to_all_blocks(frozen):
 def test_features_stay_close_to_those_of_fp32(frozen):
     config = load_config("digits", SMALL)
     exact = models.load(config.model)
-    model, part = resident(frozen), Part(torch.arange(40))
+    model, part = resident(frozen), Subset(torch.arange(40))
     want = exact.features(model.dataset.inputs.batch(part.indices))
     got = model.features(part)
     assert torch.nn.functional.cosine_similarity(got, want).min() > COSINE[frozen]

@@ -20,7 +20,7 @@ from fedms.federated.server import AllClientsFailed, Server
 from fedms.progress import Progress
 from fedms.runs import run
 from fedms.storage.records import SUMMARY_FIELDS, RunFolder, RunRecords, comparable
-from fedms.training.expert_model import Part, ResidentModel
+from fedms.training.expert_model import ResidentModel, Subset
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=3", "stage2.rounds=2",
          "data.partition=iid", "run.threads=1"]
@@ -41,10 +41,10 @@ class Session:
         self.partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
         self.clients = [Client(split, config) for split in self.partition.clients]
         self.method = methods.create(config)
-        self.server = Server(config, self.model.order, self.model.block_of, self.method.carries,
-                             self.method.sums(len(self.dataset.classes)))
+        self.server = Server(config, self.model.order, self.model.block_of, self.method.broadcast_policy,
+                             self.method.statistics(len(self.dataset.classes)))
         self.folder = RunFolder.create(tmp_path / "session", config, overwrite=True)
-        self.engine = LocalEngine(self.method, self.server, self.model, self.clients, Part(self.partition.global_test),
+        self.engine = LocalEngine(self.method, self.server, self.model, self.clients, Subset(self.partition.global_test),
                                   self.folder, Progress())
 
     def run(self):
@@ -203,18 +203,18 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
     batches = []
     features = model._features
     monkeypatch.setattr(model, "_features", lambda part, rows, *rest: batches.append(len(rows)) or features(part, rows, *rest))
-    model.judged.clear()        # answers are kept during a visit, and these were just given one by one
+    model.logits_cache.clear()        # answers are kept during a visit, and these were just given one by one
     together = model.both_logits(part)
     assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model._chunks(part))
     for a, b in zip(apart, together):
         assert torch.allclose(a, b, atol=1e-5)
     assert not torch.allclose(*together, atol=1e-2)
     assert all(layer.segments is None for layer in model.layers.values())
-    model.judged.clear()
+    model.logits_cache.clear()
     model.flops = 0
     model.both_logits(part)
     two, model.flops = model.flops, 0
-    model.judged.clear()
+    model.logits_cache.clear()
     for expert in ("global", "local"):
         model.all_logits(expert, part)
     assert two == model.flops
@@ -268,7 +268,7 @@ def test_a_run_says_that_augmented_images_are_not_cached(tmp_path):
 
 
 def test_without_a_change_augmented_training_is_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedms.data.inputs.ImageInputs.varied",
+    monkeypatch.setattr("fedms.data.inputs.ImageInputs.augmented",
                         lambda self, indices, _: replace(self, pixels=self.pixels[indices]))
     plain, varied = trained(tmp_path), trained(tmp_path, 'data.augment=["flip"]')
     for name in plain:
@@ -331,7 +331,7 @@ def test_a_mixture_of_two_equal_experts_is_that_expert(tmp_path):
         method = methods.create(config(*sets))
         model.config = method.config
         model.clear()
-        final = session.server.__class__(method.config, model.order, model.block_of, method.carries).message(state)
+        final = session.server.__class__(method.config, model.order, model.block_of, method.broadcast_policy).message(state)
         # "done" is no stage: its message carries what stage 2 would.
         prediction = method.predict(model, part, own, final)
         shared, mixed = prediction.global_, prediction.personalized

@@ -522,12 +522,12 @@ void keep_in_place(float (&)[N]) {}
 
 // Where a descriptor puts number `row` along the columns (or rows of a) and `k` along the reduction: the canonical
 // layouts with the 128-byte swizzle of the PTX manual, "asynchronous warpgroup level canonical layouts".
-inline uint32_t described(uint64_t descriptor, bool across, int row, int k) {
+inline uint32_t described(uint64_t descriptor, bool transposed, int row, int k) {
   const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4, leading = uint32_t(descriptor >> 16 & 0x3FFF) << 4;
   const uint32_t stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) problem("a descriptor without the 128-byte swizzle, or off its base");
   // K-major ((8, m), (T, 2)) : ((8T, SBO), (1, T)); MN-major ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)); T = 8.
-  if (!across) return swizzled(start + row % 8 * 128 + row / 8 * stride + k * 2);
+  if (!transposed) return swizzled(start + row % 8 * 128 + row / 8 * stride + k * 2);
   return swizzled(start + row % 64 * 2 + row / 64 * leading + k % 8 * 128 + k / 8 * stride);
 }
 

@@ -62,9 +62,9 @@ void blocks_of_rows() {
       for (int second = first; second <= m; second += 7) {
         const Segments segments{3, {first, second, m}, {5, 0, 40}, {0, 16, 16}};
         for (int size : {16, 64}) {
-          const bool whole = (first == 0 || first >= size) && (second == first || second - first >= size) &&
+          const bool full_tiles = (first == 0 || first >= size) && (second == first || second - first >= size) &&
                              (m == second || m - second >= size);
-          for (int reach_back = 0; reach_back <= whole; ++reach_back, ++grids) {
+          for (int reach_back = 0; reach_back <= full_tiles; ++reach_back, ++grids) {
             std::vector<int> seen(m);
             const int blocks = row_blocks(segments, size, m);
             for (int block = 0; block < blocks; ++block) {
@@ -216,8 +216,8 @@ void boxes() {
 }
 
 void cost_model() {
-  const Chip chips[] = {{80, 108, 166912}, {86, 84, 101376}, {87, 16, 166912}, {89, 128, 101376}, {90, 132, 232448}};
-  for (const Chip& chip : chips) {
+  const DeviceProperties chips[] = {{80, 108, 166912}, {86, 84, 101376}, {87, 16, 166912}, {89, 128, 101376}, {90, 132, 232448}};
+  for (const DeviceProperties& chip : chips) {
     for (int64_t m : {1, 64, 512, 8192}) {
       for (int64_t n : {8, 768, 4096, 14336}) {
         for (bool int8 : {false, true}) {

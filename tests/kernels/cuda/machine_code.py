@@ -31,7 +31,7 @@ TARGETS = {"sm_80": FAMILY, "sm_86": FAMILY, "sm_87": FAMILY, "sm_89": FAMILY, "
 MOST_SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_90a": 232448}
 # What must be in the code of a kernel; the kernels that only add have none of it.
 WANTED = {"mma_gemm": ("HMMA", "LDGSTS", "LDSM"), "shrink": ("HMMA", "LDGSTS", "LDSM"),
-          "sweep": ("HMMA", "LDGSTS", "LDSM"), "wgmma_gemm": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS")}  # fmt: skip
+          "lora_grad_partials": ("HMMA", "LDGSTS", "LDSM"), "wgmma_gemm": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS")}  # fmt: skip
 LOCAL = ("STL", "LDL")
 
 

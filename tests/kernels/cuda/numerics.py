@@ -36,8 +36,8 @@ DEVICE = "cpu" if backend._EMULATED else "cuda"
 CHIP = backend._chip(torch.empty(0, device=DEVICE).device)
 
 
-def tiles(int8=False, drops=False):
-    numbers = sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, drops, True))
+def tiles(int8=False, has_dropout=False):
+    numbers = sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, has_dropout, True))
     return [pytest.param(tile, id=backend._kernels.gemm_tile_name(tile)) for tile in numbers]
 
 
@@ -61,10 +61,10 @@ def alone(monkeypatch):
 def use_tile(monkeypatch, tile, inside=False):
     """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
 
-    def ways(chip, m, n, k, rank, int8, drops, whole, may_shrink):
-        return [backend._Way(tile, inside and may_shrink and backend._kernels.shrinks_inside(tile, rank))]
+    def ways(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_shrink):
+        return [backend._GemmConfig(tile, inside and may_shrink and backend._kernels.shrinks_inside(tile, rank))]
 
-    monkeypatch.setattr(backend, "_ways", ways)
+    monkeypatch.setattr(backend, "_gemm_configs", ways)
 
 
 inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])
@@ -89,7 +89,7 @@ def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch,
     check(Layer(390, 520, 520, [70], "row"), needs=[0])
 
 
-@pytest.mark.parametrize("tile", tiles(drops=True))
+@pytest.mark.parametrize("tile", tiles(has_dropout=True))
 def test_dropout(monkeypatch, tile):
     use_tile(monkeypatch, tile)
     check(Layer(70, 136, 72, [9], "row", dropout_p=0.3, seed=2**40 + 3))

@@ -19,12 +19,12 @@ from ahead_of_time import compiled_for, facts
 
 from fedms_ext.backends.triton import launch
 from fedms_ext.backends.triton.launch import Dropout, Experts, Weight
-from fedms_ext.backends.triton.tiles import Chip, Gemm, legal_tiles
+from fedms_ext.backends.triton.tiles import DeviceProperties, Gemm, legal_tiles
 
 CHIPS = {
-    80: Chip((8, 0), 108, 166912),
-    89: Chip((8, 9), 128, 101376),
-    90: Chip((9, 0), 132, 232448),
+    80: DeviceProperties((8, 0), 108, 166912),
+    89: DeviceProperties((8, 9), 128, 101376),
+    90: DeviceProperties((9, 0), 132, 232448),
 }
 M, N, K = 8192, 4096, 4096
 
@@ -55,13 +55,13 @@ def gemms(chip, ranks):
     rank, experts = sum(ranks), experts_of(ranks)
     x, dy, bias, t = empty(M, K), empty(M, N), empty(N), empty(M, rank)
     f, dropout, gemm = experts.b.t(), Dropout(0.1, 3), Gemm(M, N, K, rank)
-    dense, across = Weight(empty(N, K).t(), False), Weight(empty(N, K), True)
+    dense, transposed = Weight(empty(N, K).t(), False), Weight(empty(N, K), True)
     tiles = legal_tiles(gemm, chip, aligned=True, inline=False, drop=False)
     for tile in tiles:
         yield f"forward {tile}", lambda: launch.gemm(x, dense, bias, t, f, experts, tile, chip)
-        yield f"dx {tile}", lambda: launch.gemm(dy, across, None, t, experts.a, experts, tile, chip)
+        yield f"dx {tile}", lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip)
     for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=True):
-        yield f"dx, dropout {tile}", lambda: launch.gemm(dy, across, None, t, experts.a, experts, tile, chip, dropout)
+        yield f"dx, dropout {tile}", lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip, dropout)
     int8 = Weight(empty(N, K, dtype=torch.int8).t(), False, empty(N, dtype=torch.float32), "int8")
     for tile in tiles:
         if tile.kind == "pointer":
@@ -71,8 +71,8 @@ def gemms(chip, ranks):
     q = empty(N, K // 2, dtype=torch.uint8)
     # nf4 and int4 differ in the values of a table; groups of 64 and of 32 in how many scales a tile loads.
     for group in (32, 64):
-        nf4 = [Weight(q, across, empty(N, K // group, dtype=torch.float32), "nf4", group) for across in (False, True)]
-        for tile in legal_tiles(gemm, chip, aligned=False, inline=False, drop=False, nibbles=True):
+        nf4 = [Weight(q, transposed, empty(N, K // group, dtype=torch.float32), "nf4", group) for transposed in (False, True)]
+        for tile in legal_tiles(gemm, chip, aligned=False, inline=False, drop=False, is_4bit=True):
             name = f"nf4, group {group} {tile}"
             yield f"forward, {name}", lambda: launch.gemm(x, nf4[0], bias, t, f, experts, tile, chip)
             yield f"dx, {name}", lambda: launch.gemm(dy, nf4[1], None, t, experts.a, experts, tile, chip)
@@ -100,16 +100,16 @@ def narrow_parts(chip, ranks, segments=None):
     yield "shrink", lambda: launch.shrink(x, experts.a.t(), experts, gate, None)
     yield "shrink, dropout", lambda: launch.shrink(x, experts.a.t(), experts, gate, dropout)
     yield "shrink dy", lambda: launch.shrink(dy, experts.b, experts, None, None, keep_s=False)
-    yield "sweep dy: U, dB", lambda: launch.sweep_dy(dy, t, experts, gate, True, True, chip)
-    yield "sweep narrow dy: U, dB", lambda: launch.sweep_dy(empty(M, 768), t, narrow, gate, True, True, chip)
-    yield "sweep dy: U", lambda: launch.sweep_dy(dy, t, experts, gate, True, False, chip)
-    yield "sweep dy: dB", lambda: launch.sweep_dy(dy, t, experts, None, False, True, chip)
-    yield "sweep x: dA", lambda: launch.sweep_x(x, t, experts, None, chip, [True] * 2)
-    yield "sweep x: dA, dropout", lambda: launch.sweep_x(x, t, experts, dropout, chip, [True] * 2)
+    yield "lora_grad_partials dy: U, dB", lambda: launch.lora_grad_partials_dy(dy, t, experts, gate, True, True, chip)
+    yield "lora_grad_partials narrow dy: U, dB", lambda: launch.lora_grad_partials_dy(empty(M, 768), t, narrow, gate, True, True, chip)
+    yield "lora_grad_partials dy: U", lambda: launch.lora_grad_partials_dy(dy, t, experts, gate, True, False, chip)
+    yield "lora_grad_partials dy: dB", lambda: launch.lora_grad_partials_dy(dy, t, experts, None, False, True, chip)
+    yield "lora_grad_partials x: dA", lambda: launch.lora_grad_partials_x(x, t, experts, None, chip, [True] * 2)
+    yield "lora_grad_partials x: dA, dropout", lambda: launch.lora_grad_partials_x(x, t, experts, dropout, chip, [True] * 2)
     u = empty(N // 128, M, rank, dtype=torch.float32)
-    yield "finish rows", lambda: launch.finish_rows(u, t, experts, gate, gate, t)
+    yield "finish rows", lambda: launch.finalize_row_grads(u, t, experts, gate, gate, t)
     if segments is None:
-        yield "add parts", lambda: launch.add_parts(empty(16, N, rank, dtype=torch.float32), empty(N, 16), 0)
+        yield "add parts", lambda: launch.reduce_partials(empty(16, N, rank, dtype=torch.float32), empty(N, 16), 0)
 
 
 def segmented(chip):
@@ -117,14 +117,14 @@ def segmented(chip):
     ranks, segments = (32, 32), (M // 2, M // 2)
     experts = experts_of(ranks, segments=segments)
     x, dy, t, f = empty(M, K), empty(M, N), empty(M, 32), experts.b.t()
-    dense, across, dropout = Weight(empty(N, K).t(), False), Weight(empty(N, K), True), Dropout(0.1, 3)
+    dense, transposed, dropout = Weight(empty(N, K).t(), False), Weight(empty(N, K), True), Dropout(0.1, 3)
     gemm = Gemm(M, N, K, 32)
     for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=False):
         yield f"segments, forward {tile}", lambda: launch.gemm(x, dense, empty(N), t, f, experts, tile, chip)
-        yield f"segments, dx {tile}", lambda: launch.gemm(dy, across, None, t, experts.a, experts, tile, chip)
+        yield f"segments, dx {tile}", lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip)
     for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=True):
         yield (f"segments, dx, dropout {tile}",
-               lambda: launch.gemm(dy, across, None, t, experts.a, experts, tile, chip, dropout))
+               lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip, dropout))
     for tile in legal_tiles(Gemm(12608, 768, 768, 32), chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":
             yield f"segments, {tile}", lambda: inline(tile, ranks, (6304, 6304))

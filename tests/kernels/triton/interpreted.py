@@ -286,8 +286,8 @@ def test_segments_of_experts_that_are_not_applied(forced):
 def test_only_asked_gradients_of_segments_are_made(monkeypatch):
     layer = Layer(140, 40, 48, [2, 3, 4], "row", segments=(50, 20, 70))
     swept = []
-    sweep_dy = launch.sweep_dy
-    monkeypatch.setattr(launch, "sweep_dy", lambda *given: swept.append(given[-1]) or sweep_dy(*given))
+    lora_grad_partials_dy = launch.lora_grad_partials_dy
+    monkeypatch.setattr(launch, "lora_grad_partials_dy", lambda *given: swept.append(given[-1]) or lora_grad_partials_dy(*given))
     for needs in [{0}, {1}, {3, 4}, {2, 6}, {5}, {0, 6}, {1, 5}]:
         swept.clear()
         assert len(check(layer, needs=needs)) == 1 + len(needs)

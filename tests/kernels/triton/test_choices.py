@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 from fedms_ext.backends import autotune as module  # noqa: E402
 from fedms_ext.backends import triton as backend  # noqa: E402
 from fedms_ext.backends.autotune import Choices  # noqa: E402
-from fedms_ext.backends.triton.tiles import Chip, Gemm, legal_tiles  # noqa: E402
+from fedms_ext.backends.triton.tiles import DeviceProperties, Gemm, legal_tiles  # noqa: E402
 
-H100 = Chip((9, 0), 132, 232448)
+H100 = DeviceProperties((9, 0), 132, 232448)
 
 
 @pytest.fixture
@@ -60,12 +60,12 @@ def test_nothing_is_measured_where_it_cannot_be(measured, monkeypatch):
 
 
 def test_files_differ_by_capability(measured):
-    paths = [backend._choices.__wrapped__(chip).path for chip in (H100, Chip((8, 9), 128, 101376))]
+    paths = [backend._choices.__wrapped__(chip).path for chip in (H100, DeviceProperties((8, 9), 128, 101376))]
     assert [path.name.partition("-triton")[0] for path in paths] == ["gemm-sm90", "gemm-sm89"]
 
 
-@pytest.mark.parametrize("chip", [H100, Chip((8, 0), 108, 166912), Chip((8, 6), 84, 101376), Chip((12, 0), 170, 101376),
-                                  Chip((10, 0), 148, 232448)], ids=str)
+@pytest.mark.parametrize("chip", [H100, DeviceProperties((8, 0), 108, 166912), DeviceProperties((8, 6), 84, 101376), DeviceProperties((12, 0), 170, 101376),
+                                  DeviceProperties((10, 0), 148, 232448)], ids=str)
 def test_every_chip_has_legal_tiles(chip):
     """An unknown GPU works: what decides is its shared memory, not its name."""
     for gemm in [Gemm(8192, 4096, 4096, 32), Gemm(65, 8, 8, 1), Gemm(12608, 768, 768, 256)]:

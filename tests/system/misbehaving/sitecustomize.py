@@ -14,7 +14,7 @@ if any(word.endswith("flwr-clientapp") for word in sys.orig_argv):
 
     plan, honest = json.loads(os.environ["MISBEHAVIOR"]), client.train
 
-    def train(message, identity, open_case):
+    def train(message, identity, open_experiment):
         what = plan.get(str(identity.client), {}).get(message.metadata.group_id)
         old = identity.state / "old.json"
         if what == "hang":
@@ -23,7 +23,7 @@ if any(word.endswith("flwr-clientapp") for word in sys.orig_argv):
             head, parts = json.loads(old.read_text())
             parts = {name: bytes.fromhex(data) for name, data in parts.items()}
             return Message(transport.write(head, transport.buffers(parts)), reply_to=message)
-        answer = honest(message, identity, open_case)
+        answer = honest(message, identity, open_experiment)
         head, parts = transport.read(answer.content)
         if what == "remember":
             old.write_text(json.dumps([head, {name: data.hex() for name, data in parts.items()}]))

@@ -19,7 +19,7 @@ from fedms.storage.durable import SHARD
 if TYPE_CHECKING:       # torch is imported when there is something to train
     from fedms.config import RunConfig
     from fedms.federated.client import Message
-    from fedms.runs.experiment import Case, Session
+    from fedms.runs.experiment import Experiment, LoadedTask
     from fedms.storage.private_state import ClientFolder
 
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -38,7 +38,7 @@ class Identity:
     own: RunConfig | None = None
 
 
-Open = Callable[["RunConfig", "Path | None"], "tuple[Session, Case]"]
+Open = Callable[["RunConfig", "Path | None"], "tuple[LoadedTask, Experiment]"]
 
 
 def hello(message: Mail, identity: Identity) -> Mail:
@@ -56,14 +56,14 @@ def _validation_samples(identity: Identity) -> int | None:
         return file.get_slice(f"client/{identity.client}/validation").get_shape()[0]
 
 
-def train(message: Mail, identity: Identity, open_case: Open) -> Mail:
+def train(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
     """A visit. Whatever goes wrong is told as a reason; the private state is then as it was."""
-    return _guarded(message, identity, TRAIN, lambda head, parts: _visit(head, parts, identity, open_case))
+    return _guarded(message, identity, TRAIN, lambda head, parts: _visit(head, parts, identity, open_experiment))
 
 
-def evaluate(message: Mail, identity: Identity, open_case: Open) -> Mail:
+def evaluate(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
     """The client's line of `clients.jsonl`, with what it has in the end."""
-    return _guarded(message, identity, EVALUATE, lambda head, parts: _evaluate(head, parts, identity, open_case))
+    return _guarded(message, identity, EVALUATE, lambda head, parts: _evaluate(head, parts, identity, open_experiment))
 
 
 def _guarded(message: Mail, identity: Identity, kind: Table,
@@ -115,19 +115,19 @@ def _whose(identity: Identity) -> str:
 
 
 def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
-           open_case: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+           open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
     from fedms.federated.client import visit
     from fedms.federated.packing import pack_reply
     from fedms.storage.private_state import ClientFolder, State
 
     config = _agreed(head["config"], identity)
-    session, case = _opened(head, config, identity, open_case)
-    client = case.client(identity.client)
+    session, experiment = _opened(head, config, identity, open_experiment)
+    client = experiment.client(identity.client)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         state, message = folder.load(head["kept"]), _message(head, parts, folder)
-        session.model.charged = set(state.charged)
-        came, after = visit(case.method.client_step, session.model, client, state.private, message)
-        digest = folder.save(State(after, frozenset(session.model.charged)), message.stage, message.round)
+        session.model.paid_constants = set(state.paid_constants)
+        came, after = visit(experiment.method.client_step, session.model, client, state.private, message)
+        digest = folder.save(State(after, frozenset(session.model.paid_constants)), message.stage, message.round)
     answer = {"visit": {"reason": came.reason, "flops": came.flops, "seconds": came.seconds,
                         "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest, "private": bool(after.tensors)}
     if came.reply is None:
@@ -139,17 +139,17 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
 
 
 def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
-              open_case: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+              open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
     from fedms.federated.evaluation import evaluate_client, own_accuracy
     from fedms.storage.private_state import ClientFolder
-    from fedms.training.expert_model import Part
+    from fedms.training.expert_model import Subset
 
-    session, case = _opened(head, _agreed(head["config"], identity), identity, open_case)
+    session, experiment = _opened(head, _agreed(head["config"], identity), identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         private, final = folder.load(head["kept"]).private, _message(head, parts, folder)
-    record = evaluate_client(case.method, session.model, case.client(identity.client), private, final)
-    common = Part(case.partition.global_test)
-    return {"record": record, "on_common_test": own_accuracy(case.method, session.model, common, private, final)
+    record = evaluate_client(experiment.method, session.model, experiment.client(identity.client), private, final)
+    common = Subset(experiment.partition.global_test)
+    return {"record": record, "on_common_test": own_accuracy(experiment.method, session.model, common, private, final)
             if head["on_common_test"] else None}, {}
 
 
@@ -169,11 +169,11 @@ def _message(head: dict[str, Any], parts: dict[str, bytes], folder: ClientFolder
     return unpack_message(Packed(head["message"], parts))
 
 
-def _opened(head: dict[str, Any], config: RunConfig, identity: Identity, open_case: Open) -> tuple[Session, Case]:
-    session, case = open_case(config, identity.data)
+def _opened(head: dict[str, Any], config: RunConfig, identity: Identity, open_experiment: Open) -> tuple[LoadedTask, Experiment]:
+    session, experiment = open_experiment(config, identity.data)
     if session.foundation.fingerprint != head["model"]:
         raise Disagreement(f"model.id {config.model.id}: the weights here are others than the server's")
-    return session, case
+    return session, experiment
 
 
 def _answer(message: Mail, head: dict[str, Any], parts: dict[str, bytes] | None = None) -> Mail:
