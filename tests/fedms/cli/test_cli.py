@@ -249,7 +249,7 @@ def test_report_without_a_run(tmp_path):
 @pytest.mark.parametrize("state, code", [("ok", cli.OK), ("note", cli.OK), ("problem", cli.FAILED)])
 def test_doctor_tells_by_its_exit_code(monkeypatch, state, code):
     long = "/a/very/long/path" * 20
-    monkeypatch.setattr("fedms.doctor.diagnose", lambda: [Check("python", "ok", "3"), Check("threads", state,
+    monkeypatch.setattr("fedms.doctor.diagnose", lambda *_: [Check("python", "ok", "3"), Check("threads", state,
                                                                                             f"set [run] at {long}")])
     result = fedms("doctor")
     assert result.exit_code == code
@@ -264,7 +264,7 @@ def test_doctor_shows_who_serves_a_run(monkeypatch):
     for server, product, calls, flops in (("cpu", Product("frozen_linear", 64, 8, 24, 2.0), 3, 3e9),
                                           ("pytorch", Product("bmm"), 2, 1e9)):
         counted.calls[server, product], counted.flops[server, product] = calls, int(flops)
-    monkeypatch.setattr("fedms.doctor.diagnose", lambda: [Check("python", "ok", "3")])
+    monkeypatch.setattr("fedms.doctor.diagnose", lambda *_: [Check("python", "ok", "3")])
     monkeypatch.setattr("fedms.doctor.served", lambda config, progress: counted)
     result = fedms("doctor", "digits")
     assert result.exit_code == cli.OK
