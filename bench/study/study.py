@@ -32,7 +32,8 @@ PERSONALIZED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl"
 REST = tuple(method for method in METHODS if method not in FIRST)
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
-COMMON = ("run.threads=1",)
+# The bound of a reply's change is the one that the committed records were made with.
+COMMON = ("run.threads=1", "clients.max_change=1000")
 
 
 @dataclass(frozen=True)

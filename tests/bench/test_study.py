@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,10 @@ def test_each_setting_with_records_has_a_picture(tmp_path):
         made.append(picture.read_bytes())
     assert f"](page/{picture.name})" in page.read_text() and picture.name == f"{SETTING.name}.svg"
     assert made[0] == made[1] and b"fedavg" in made[0]
+
+
+def test_the_committed_records_are_of_the_runs_that_are_planned():
+    """A default that changes would leave them out without a word but that of the page."""
+    folder = Path(study.__file__).parent
+    planned = {run.key for run in study.plan(tuned=folder / "tuned")}
+    assert planned == {study.key_of(line) for line in study.read_records(folder / "records.jsonl")}
