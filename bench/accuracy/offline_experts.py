@@ -32,7 +32,7 @@ from fedms.runs.experiment import LoadedTask
 from fedms.runs.run import with_run
 from fedms.runs.tune import replaced
 from fedms.storage.records import RunFolder
-from fedms.training.expert_model import Subset
+from fedms.data.subset import Subset
 
 EPOCHS, RATES = 4, (1e-3, 3e-3)
 
@@ -99,7 +99,7 @@ def try_on(session: LoadedTask, config) -> None:
 
 
 def outputs(model, expert: str, client: Client) -> Outputs:
-    return Outputs(*(model.all_logits(expert, part).clone() for part in (client.validation, client.test)))
+    return Outputs(*(model.opinions(expert, part).clone() for part in (client.validation, client.test)))
 
 
 def local(model, client: Client, shared: dict, depth: int, shift: Tensor, rate: float) -> Outputs:
@@ -107,7 +107,7 @@ def local(model, client: Client, shared: dict, depth: int, shift: Tensor, rate: 
     model.clear()
     model.shifts["local"] = shift
     model.load("local", shared, depth=1, applied_depth=depth)
-    params, labels = list(model.trainable("local").values()), model.labels(client.validation)
+    params, labels = list(model.trainable("local").values()), model.targets(client.validation)
     shuffle = torch.Generator().manual_seed(client.id)
 
     def reached() -> tuple[float, Outputs]:
@@ -119,7 +119,7 @@ def local(model, client: Client, shared: dict, depth: int, shift: Tensor, rate: 
         optimizer = torch.optim.AdamW(params, rate, weight_decay=0.0, fused=True)
         for rows in torch.randperm(len(client.train), generator=shuffle).split(client.config.stage2.batch):
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model.logits("local", client.train, rows), model.labels(client.train, rows)).backward()
+            F.cross_entropy(model.opinion("local", client.train, rows), model.targets(client.train, rows)).backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
         best = min(best, reached(), key=lambda found: found[0])
@@ -139,7 +139,7 @@ def gated(clients, model, ours: dict[int, Outputs], own: dict[int, Outputs]) -> 
     mean, std = everywhere.mean(0), everywhere.std(0) + 1e-6
     slope, bias = torch.zeros(everywhere.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([slope, bias], max_iter=100)
-    labels = torch.cat([model.labels(c.validation) for c in clients])
+    labels = torch.cat([model.targets(c.validation) for c in clients])
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def gated(clients, model, ours: dict[int, Outputs], own: dict[int, Outputs]) -> 
 
 
 def tell(name: str, clients, model, found: dict[int, Outputs]) -> None:
-    scores = [score(found[c.id].test, model.labels(c.test)) for c in clients if len(c.test)]
+    scores = [classes.score(found[c.id].test, model.targets(c.test)) for c in clients if len(c.test)]
     accuracies = np.sort([each.accuracy for each in scores])
     worst = accuracies[:math.ceil(len(accuracies) / 10)]
     print(f"{name:<36} {100 * accuracies.mean():5.1f}  worst 10 % {100 * worst.mean():5.1f}  "

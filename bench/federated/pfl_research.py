@@ -35,7 +35,7 @@ from fedms.progress import Progress
 from fedms.runs import run
 from fedms.runs.experiment import Experiment, LoadedTask
 from fedms.storage.records import RunRecords
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 from bench.harness.environment import save
 
 

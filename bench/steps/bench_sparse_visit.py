@@ -30,7 +30,7 @@ from fedms.data.dataset import make_dataset  # noqa: E402
 from fedms.data.inputs import ImageInputs, TextInputs  # noqa: E402
 from fedms.federated.client import Client, Message, Private  # noqa: E402
 from fedms.models.base import FoundationModel  # noqa: E402
-from fedms.training.expert_model import ResidentModel  # noqa: E402
+
 
 EPOCHS = 3
 PEFT = "PEFT, all blocks"
@@ -59,7 +59,7 @@ class Visit:
             inputs = ImageInputs(torch.cat([batch["pixel_values"] for batch in made]), case.tokens, case.name)
         dataset = make_dataset(case.name, inputs, torch.arange(samples) % CLASSES, ("a", "b"))
         foundation = Foundation(case.name, case.module(), case.width)
-        self.model = ResidentModel(foundation, dataset, config)
+        self.model = ExpertModel(foundation, dataset, config)
         self.method, self.first = methods.create(config), first
         rows = torch.arange(samples)
         split = ClientSplit(0, None, rows[case.samples:], rows[:case.samples], rows[:0])

@@ -135,6 +135,18 @@ class DataTable(Table):
     quoting: Literal["standard", "none"] = Field(
         "standard", description='standard: a field in "quotation marks" may hold delimiters and line breaks; none: quotation '
         "marks mean nothing")
+    messages: Optional[str] = Field(
+        None, description="causal_lm: column of conversations, lists of messages with a role and a content")
+    question: Optional[str] = Field(None, description="causal_lm: column of prompts; with data.answer")
+    answer: Optional[str] = Field(None, description="causal_lm: column of answers; with data.question")
+    category: Optional[str] = Field(
+        None, description="causal_lm: column that stands for classes in the partitions; unset: all samples are of one")
+    template: str = Field(
+        "chat", min_length=1, description='causal_lm: "chat", the model\'s chat template; "none", prompt and answer as they '
+        "are; or a text with {prompt} in it and {answer} at its end")
+    long_answers: Literal["error", "drop", "cut"] = Field(
+        "error", description="causal_lm: what becomes of answers that are longer than data.max_tokens")
+    group_by_length: bool = Field(True, description="causal_lm: samples of like length come together in a batch")
     subset: Optional[str] = Field(None, description="configuration of a hub data set that has several")
     part: str = Field("train", min_length=1, description="split that is used of a hub data set, or of a folder with files or "
                       "folders named train, validation and test; clients split it anew")
@@ -143,7 +155,8 @@ class DataTable(Table):
         "half of them are mirrored; shift: they are moved by up to an eighth, their edges repeated")
     max_samples: Optional[int] = Field(
         None, ge=1, description="seeded, stratified subsample of this size; unset: everything")
-    max_tokens: int = Field(64, ge=4, le=512, description="texts are cut to this many tokens")
+    max_tokens: int = Field(64, ge=4, le=32768, description="texts are cut to this many tokens; of a prompt with an answer the "
+                            "prompt's beginning is cut")
     partition: Literal["natural", "dirichlet", "domains", "classes", "quantity", "iid"] = Field(
         "natural", description="natural: client i draws from domain i mod domains; dirichlet: skewed classes; domains: "
         "skewed domains; classes: a few classes a client; quantity: skewed sizes; iid: evenly at random")
@@ -153,6 +166,23 @@ class DataTable(Table):
     split: Annotated[tuple[float, ...], annotated_types.Len(3, 3)] = Field(
         (0.6, 0.15, 0.25), description="train, validation, test shares of each client; they sum to 1")
     global_test: float = Field(0.1, ge=0, lt=1, description="share held out of every client as a common test set")
+
+
+class TaskTable(Table):
+    """What is learned."""
+
+    kind: Literal["classification", "causal_lm"] = Field(
+        "classification", description="classification: one label a sample; causal_lm: the next token, with a causal language "
+        "model")
+    loss_on: Literal["answer", "all"] = Field("answer", description="causal_lm: tokens that are learned, the answers' or all")
+
+
+class HeadTable(Table):
+    """The frozen head of a causal language model."""
+
+    dtype: Literal["fp32", "int8"] = Field(
+        "fp32", description="what the logits are computed in; int8 forward alone, the gradient comes from the full weight")
+    chunk: int = Field(128, ge=1, description="positions whose logits exist at the same time")
 
 
 class LoraTable(Table):
@@ -196,6 +226,7 @@ class Stage(Table):
     rounds: int = Field(8, ge=0, description="communication rounds")
     lr: float = Field(4e-3, gt=0, description="AdamW learning rate")
     epochs: int = Field(1, ge=1, description="local epochs a visit")
+    steps: Optional[int] = Field(None, ge=1, description="steps a visit, instead of epochs; unset: epochs")
     batch: int = Field(32, ge=1, description="samples a step")
     micro_batch: Optional[int] = Field(
         None, ge=1, description="samples at a time; gradients add up to those of the batch. unset: the whole batch")
@@ -372,7 +403,9 @@ class RunTable(Table):
 class RunConfig(Table):
     """A complete, validated run file. Attribute names are the TOML names."""
 
+    task: TaskTable = TaskTable()
     model: ModelTable = ModelTable()
+    head: HeadTable = HeadTable()
     data: DataTable = DataTable()
     lora: LoraTable = LoraTable()
     sal: SalTable = SalTable()

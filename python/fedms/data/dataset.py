@@ -27,6 +27,10 @@ class Dataset:
     fingerprint: sha256 (hex) of what the model sees (tokens or pixels), of labels and groups and of their names; the key
                  of caches, and what tells other data of the same name apart.
     notes:       a line for each thing that the user should know of how the data were read.
+    answers:     (n,) int64, for causal language models: the first token of each sample's answer; labels are then the
+                 samples' categories. None: a sample's label is what is to be answered.
+    answer_bytes: (n,) int64 bytes of each answer's text in UTF-8, or None.
+    values:      (n, ...) what is to be answered, for tasks of other kinds, or None.
     """
 
     name: str
@@ -37,10 +41,32 @@ class Dataset:
     groups: Tensor | None
     group_names: tuple[str, ...]
     fingerprint: str
+    answers: Tensor | None = None
+    answer_bytes: Tensor | None = None
+    values: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.labels.numel()
+
+    def units(self, indices: Tensor) -> Tensor:
+        """(B,) int64: how many things are to be answered in each of the samples `indices` (B,): 1, or an answer's tokens."""
+        return torch.ones_like(indices) if self.answers is None else self.inputs.lengths[indices] - self.answers[indices]
+
+    def targets(self, indices: Tensor) -> Tensor:
+        """(U, ...) what is to be answered in the samples `indices` (B,), one sample after the other."""
+        if self.answers is None:
+            return (self.labels if self.values is None else self.values)[indices]
+        ends = self.inputs.offsets[1:][indices]
+        counts = self.units(indices)
+        firsts = torch.repeat_interleave(ends - counts.cumsum(0), counts)
+        return self.inputs.fields["input_ids"][firsts + torch.arange(int(counts.sum()))]
+
+    def at_units(self, indices: Tensor, width: int) -> Tensor:
+        """(B, width) bool: the positions from which the answers' tokens are to be foretold, in sequences that are padded to
+        `width` on the right."""
+        places = torch.arange(width)
+        return (places >= self.answers[indices, None] - 1) & (places < self.inputs.lengths[indices, None] - 1)
 
 
 def make_dataset(
@@ -52,6 +78,8 @@ def make_dataset(
     prompts: tuple[tuple[str, ...], ...] | None = None,
     groups: Tensor | None = None,
     group_names: tuple[str, ...] = (),
+    answers: Tensor | None = None,
+    answer_bytes: Tensor | None = None,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Check that the parts fit each other (DataError if not), fingerprint them, and put them together."""
@@ -65,8 +93,11 @@ def make_dataset(
     digest.update(labels.numpy().tobytes())
     if groups is not None:
         digest.update(groups.numpy().tobytes())
+    if answers is not None:
+        digest.update(answers.numpy().tobytes())
     digest.update(json.dumps([classes, group_names]).encode())
-    return Dataset(name, inputs, labels, classes, prompts, groups, group_names, digest.hexdigest(), notes)
+    return Dataset(name, inputs, labels, classes, prompts, groups, group_names, digest.hexdigest(), answers, answer_bytes,
+                   notes=notes)
 
 
 def describe(dataset: Dataset) -> str:

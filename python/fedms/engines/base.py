@@ -15,7 +15,7 @@ from fedms.federated.server import Collected, RejectedReply, Server, ServerState
 from fedms.progress import Progress
 from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot, pack_server, unpack_server
 from fedms.storage.records import RunFolder
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 
 class Interrupted(Exception):

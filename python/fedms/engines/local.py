@@ -13,7 +13,9 @@ from fedms.federated.server import Server
 from fedms.methods import Method
 from fedms.progress import Progress
 from fedms.storage.records import RunFolder
-from fedms.training.expert_model import ResidentModel, Subset, Tensors
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 
 
 class LocalEngine(Engine):
@@ -24,7 +26,7 @@ class LocalEngine(Engine):
         folder, progress, stop: see `Engine`.
     """
 
-    def __init__(self, method: Method, server: Server, model: ResidentModel, clients: Sequence[Client],
+    def __init__(self, method: Method, server: Server, model: ExpertModel, clients: Sequence[Client],
                  common_test: Subset, folder: RunFolder, progress: Progress,
                  stop: Callable[[], bool] = lambda: False) -> None:
         super().__init__(server, model.fm_params, folder, progress, stop)
@@ -59,11 +61,11 @@ class LocalEngine(Engine):
         return self.states.get(client, Private())
 
     def own_state(self) -> dict[str, Any]:
-        return {"charged": sorted(self.model.paid_constants)}
+        return {"charged": sorted(self.model.meter.paid)}
 
     def private(self) -> Mapping[int, Tensors]:
         return {client: private.tensors for client, private in self.states.items() if private.tensors}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
-        self.model.paid_constants = set(state["charged"])
+        self.model.meter.paid = set(state["charged"])
         self.states |= {client: Private(tensors) for client, tensors in private.items()}

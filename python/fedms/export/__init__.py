@@ -34,7 +34,8 @@ from fedms.models.huggingface import TextModel, VisionModel
 from fedms.progress import Progress
 from fedms.storage.durable import open_new, sync_folder
 from fedms.storage.records import RunFolderError
-from fedms.training.expert_model import ResidentModel, Tensors
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 from fedms_ext import detach, merge
 
 FORMATS = ("peft", "merged", "onnx", "mixture")
@@ -170,7 +171,8 @@ def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, st
     depth = outcome.final.applied_depth
     model.clear()
     model.load("global", experts[name], depth=0, applied_depth=depth)
-    model._run("global")
+    with model.stream("global"):
+        pass
     head = linear_head(model, experts[name])
     merge(foundation.module, "global")
     detach(foundation.module)
@@ -184,7 +186,7 @@ def _merged(run: Path, folder: Path, foundation: FoundationModel, task: Task, st
     return outcome.elsewhere
 
 
-def linear_head(model: ResidentModel, expert: Mapping[str, Tensor]) -> Tensors:
+def linear_head(model: ExpertModel, expert: Mapping[str, Tensor]) -> Tensors:
     """`weight` (C, D) and `bias` (C,) of an expert's head: logits = features W^T + b. A text head is one too, on
     features of unit length."""
     head = model.heads["global"]

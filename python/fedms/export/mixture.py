@@ -18,7 +18,7 @@ from fedms.foreign import printable, read_regular, read_tensors
 from fedms.models import FoundationModel
 from fedms.storage.durable import write_durably
 from fedms.storage.records import RunFolderError
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 if TYPE_CHECKING:
     import pandas as pd

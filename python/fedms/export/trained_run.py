@@ -21,7 +21,9 @@ from fedms.models import FoundationModel
 from fedms.storage.checkpoint import CheckpointFolder, unpack_server
 from fedms.storage.private_state import FolderError, find_private
 from fedms.storage.records import RunFolderError, RunRecords
-from fedms.training.expert_model import ResidentModel, Subset, Tensors
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TrainedRun:
         names = few((str(i) if group is None else f"{i} ({group})" for i, group in self.task.groups.items()), most=20)
         raise ConfigError(f"client: there is no client {name!r}; clients are: {names}")
 
-    def experts(self, model: ResidentModel) -> dict[str, Tensors]:
+    def experts(self, model: ExpertModel) -> dict[str, Tensors]:
         """The applied pairs and the head of each expert, and the corrections that come with it: "global", and "client-ID" of
         every client with one of its own."""
         shared = {**self.final.tensors, **self.final.constants}
@@ -115,7 +117,7 @@ def task_of(run: Path) -> Task:
                 records.summary["fingerprint"])
 
 
-def trained_run_of(run: Path, task: Task, model: ResidentModel, states: Path | None = None) -> TrainedRun:
+def trained_run_of(run: Path, task: Task, model: ExpertModel, states: Path | None = None) -> TrainedRun:
     """What the last checkpoint of a run that has ended holds.
 
     Args:
@@ -172,14 +174,14 @@ def _private_of_nodes(nodes: _Nodes, root: Path) -> dict[int, Private]:
     return found
 
 
-def bind(foundation: FoundationModel, task: Task) -> ResidentModel:
+def bind(foundation: FoundationModel, task: Task) -> ExpertModel:
     """A resident model without data: `predict` gives it some."""
     config = task.config
     uncached = config.model_copy(update={"sal": config.sal.model_copy(update={"cache": "off"})})
-    return ResidentModel(foundation, _dataset(task, None, 0), uncached)
+    return ExpertModel(foundation, _dataset(task, None, 0), uncached)
 
 
-def predict(model: ResidentModel, outcome: TrainedRun, client: int | None, inputs: TextInputs | ImageInputs) -> Prediction:
+def predict(model: ExpertModel, outcome: TrainedRun, client: int | None, inputs: TextInputs | ImageInputs) -> Prediction:
     """What a client predicts for some inputs; without a client, what the shared expert does.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedms.config import RunConfig
 from fedms.federated.client import Message, Participant, Reply
 from fedms.federated.schema import shown
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 ROUNDING = 0.05     # share of a tensor's norm that its encoding may change (`[wire] dtype`)
 

@@ -6,19 +6,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedms.config import RunConfig
+from fedms.config import RunConfig, Stage
 from fedms.data import ClientSplit
 from fedms.federated.devices import Device, device_of
 from fedms.federated.schema import printable
 from fedms.seeds import derive_seed, generator
-from fedms.training.expert_model import ResidentModel, Subset, Tensors
+from fedms.tasks import Score
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import peak_memory, reset_peak_memory
 
 
@@ -53,7 +56,7 @@ class Message:
 class Reply:
     """What a client sends back: the tensors to be averaged, statistics to be added up, and numbers for the records.
 
-    `score` is the validation accuracy of the model it received (None without validation samples)."""
+    `score` in [0, 1] is the validation score of the model it received (None without validation samples)."""
 
     client: int
     tensors: Tensors
@@ -141,13 +144,13 @@ class Visit:
     peak_memory_bytes: int
 
 
-ClientStep = Callable[[ResidentModel, Client, Private, Message], tuple[Reply, Private]]
+ClientStep = Callable[[ExpertModel, Client, Private, Message], tuple[Reply, Private]]
 
 
-def visit(step: ClientStep, model: ResidentModel, client: Client, private: Private,
+def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private,
           message: Message) -> tuple[Visit, Private]:
     """Carries out a method's step and measures it. A client that fails keeps the private state that it had."""
-    flops, started = model.flops, time.perf_counter()
+    flops, started = model.meter.flops, time.perf_counter()
     reset_peak_memory()
     model.clear()
     reply, after, reason = None, private, None
@@ -156,7 +159,7 @@ def visit(step: ClientStep, model: ResidentModel, client: Client, private: Priva
             reply, after = step(model, client, private, message)
     except ClientFailure as failure:
         reason = printable(str(failure))
-    return Visit(reply, reason, model.flops - flops, time.perf_counter() - started, peak_memory()), after
+    return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak_memory()), after
 
 
 @contextmanager
@@ -170,33 +173,18 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True)
-class Score:
-    """Accuracy and mean cross-entropy on some samples; None on no samples."""
-
-    accuracy: float | None
-    loss: float | None
-
-
-def score(logits: Tensor, labels: Tensor) -> Score:
-    """logits (n, C), or log-probabilities; labels (n,)."""
-    if len(labels) == 0:
-        return Score(None, None)
-    return Score(float((logits.argmax(1) == labels).float().mean()), float(F.cross_entropy(logits, labels)))
-
-
-def validate(model: ResidentModel, client: Client, expert: str) -> Score:
+def validate(model: ExpertModel, client: Client, expert: str) -> Score:
     """Validation score of one expert's stream as it stands in the model."""
-    return score(model.all_logits(expert, client.validation), model.labels(client.validation))
+    return model.task.score(model.opinions(expert, client.validation), model.targets(client.validation))
 
 
-Loss = Callable[[Tensor], Tensor]               # mean over rows (B,) of a part
+Loss = Callable[[Tensor], Tensor]               # mean over the units of rows (B,) of a part
 LossOn = Callable[[Subset], Loss]
 
 
-def cross_entropy_of(model: ResidentModel, expert: str) -> LossOn:
-    """Loss of one expert's own logits."""
-    return lambda part: lambda rows: F.cross_entropy(model.logits(expert, part, rows), model.labels(part, rows))
+def own_loss_of(model: ExpertModel, expert: str) -> LossOn:
+    """Loss of one expert's own opinion."""
+    return lambda part: lambda rows: model.task.loss(model.opinion(expert, part, rows), model.targets(part, rows))
 
 
 @dataclass(frozen=True)
@@ -207,7 +195,7 @@ class Group:
     lr: float
 
 
-def train(model: ResidentModel, client: Client, message: Message, private: Private, groups: list[Group],
+def train(model: ExpertModel, client: Client, message: Message, private: Private, groups: list[Group],
           loss_on: LossOn, part: Subset | None = None, rows: Tensor | None = None,
           epochs: int | None = None) -> tuple[float, Tensors]:
     """Local epochs of AdamW over a part of the client's samples.
@@ -220,7 +208,7 @@ def train(model: ResidentModel, client: Client, message: Message, private: Priva
         epochs: default the stage's.
 
     Returns:
-        Mean training loss over all samples seen, and the optimizer's state to keep (empty when it starts afresh).
+        Mean training loss over all units seen, and the optimizer's state to keep (empty when it starts afresh).
 
     Raises:
         ClientFailure: when a loss or a gradient norm is NaN or infinite.
@@ -237,31 +225,52 @@ def train(model: ResidentModel, client: Client, message: Message, private: Priva
         _load_moments(optimizer, named, private.tensors, message.stage)
     torch.manual_seed(client.seed(message, "dropout"))
     shuffle = generator(client.seed(message, "shuffle"))
-    total, seen = 0.0, 0
+    total, seen, done = 0.0, 0, 0
     micro_batch = settings.micro_batch or settings.batch
     loss_of = None if client.config.data.augment else loss_on(part)
-    for _ in range(epochs or settings.epochs):
-        for batch in rows[torch.randperm(len(rows), generator=shuffle)].split(settings.batch):
-            optimizer.zero_grad(set_to_none=True)
-            if loss_of is not None:
-                loss = accumulate(loss_of, batch, micro_batch)
-            else:
-                with model.augmented_batches(part, batch) as images:
-                    loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch)
-            norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
-            if not (math.isfinite(loss) and torch.isfinite(norm)):
-                raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
-                                    f"{seen} samples; a lower {message.stage}.lr may help")
-            optimizer.step()
-            total, seen = total + loss * len(batch), seen + len(batch)
+    for batch in _batches(model, part, rows, settings, shuffle, epochs):
+        optimizer.zero_grad(set_to_none=True)
+        if loss_of is not None:
+            loss = accumulate(loss_of, batch, micro_batch, partial(model.count_units, part))
+        else:
+            with model.augmented_batches(part, batch) as images:
+                loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch)
+        norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
+        if not (math.isfinite(loss) and torch.isfinite(norm)):
+            raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
+                                f"{done} samples; a lower {message.stage}.lr may help")
+        optimizer.step()
+        units = model.count_units(part, batch)
+        total, seen, done = total + loss * units, seen + units, done + len(batch)
     return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
 
 
-def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int) -> float:
-    """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples; returns that loss."""
+def _batches(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, shuffle: torch.Generator,
+             epochs: int | None) -> Iterator[Tensor]:
+    """The batches of a visit: `epochs` over the rows, or with `[stage] steps` so many batches, in an order drawn anew in every
+    epoch. With `[data] group_by_length` samples of like length come together, and the batches in any order."""
+    steps = settings.steps if epochs is None else None
+    done = 0
+    for _ in range(epochs or settings.epochs) if steps is None else count():
+        order = rows[torch.randperm(len(rows), generator=shuffle)]
+        batches = order.split(settings.batch)
+        if model.config.data.group_by_length and model.task.per_token:
+            lengths = model.dataset.inputs.lengths[part.indices[order]]
+            batches = order[lengths.argsort(stable=True)].split(settings.batch)
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=shuffle).tolist()]
+        for batch in batches:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[Tensor], int] = len) -> float:
+    """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples, each weighted by its number of
+    `units`; returns that loss."""
     total = 0.0
     for part in batch.split(micro_batch):
-        loss = loss_of(part) * (len(part) / len(batch))
+        loss = loss_of(part) * (units(part) / units(batch))
         loss.backward()
         total += float(loss.detach())
     return total

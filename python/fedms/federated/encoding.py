@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedms.federated.schema import TENSOR, SchemaError, shown
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 MOST_TENSORS, MOST_DIMENSIONS, MOST_ELEMENTS = 2**16, 8, 2**40      # of one message; far above any model's
 ENCODINGS = ("fp32", "bf16", "int8")

@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from fedms.federated.client import Client, ClientFailure, Message, Private
 from fedms.methods import Method, Prediction
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.tasks import Task
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 # A gate is named collapsed when its mean entropy falls below this share of the largest possible, log 2: it then
 # hardly mixes at all, whichever side it fell on.
 COLLAPSED_BELOW = 0.2
 
 
-def evaluate_client(method: Method, model: ResidentModel, client: Client, private: Private, final: Message,
+def evaluate_client(method: Method, model: ExpertModel, client: Client, private: Private, final: Message,
                     unseen: bool = False) -> dict[str, Any]:
     """One line of `clients.jsonl`: accuracies in [0, 1] on the client's test part, null where they do not apply."""
     record: dict[str, Any] = {
@@ -31,17 +32,15 @@ def evaluate_client(method: Method, model: ResidentModel, client: Client, privat
         return record
     model.clear()
     prediction = method.predict(model, client.test, private, final)
-    labels = model.labels(client.test)
-    zero_shot = model.zero_shot_logits(client.test)
-    record["accuracy"] = {
-        "personalized": accuracy(prediction.personalized, labels),
-        "global": accuracy(prediction.global_, labels),
-        "local": accuracy(prediction.local, labels),
-        "zero_shot": accuracy(zero_shot, labels),
-        **_mixture_accuracies(prediction, labels),
-    }
-    record["macro_f1"] = float(f1_score(labels, prediction.personalized.argmax(1), average="macro",
-                                        labels=sorted(set(labels.tolist())), zero_division=0))
+    targets, task = model.targets(client.test), model.task
+    opinions = {"personalized": prediction.personalized, "global": prediction.global_, "local": prediction.local,
+                "zero_shot": model.zero_shot(client.test)}
+    record["accuracy"] = {**{name: accuracy(task, opinion, targets) for name, opinion in opinions.items()},
+                          **_mixture_accuracies(task, prediction, targets)}
+    record.update(task.details(prediction.personalized, targets, (model.dataset, client.test)))
+    if task.per_token:
+        record["nats"] = {name: None if opinion is None else float(task.loss(opinion, targets))
+                          for name, opinion in opinions.items()}
     if prediction.weights is not None:
         own = prediction.weights[:, 1]
         record.update(gate_mean=float(own.mean()), gate_std=float(own.std(correction=0)),
@@ -49,17 +48,18 @@ def evaluate_client(method: Method, model: ResidentModel, client: Client, privat
     return record
 
 
-def _mixture_accuracies(prediction: Prediction, labels: Tensor) -> dict[str, float | None]:
+def _mixture_accuracies(task: Task, prediction: Prediction, targets: Tensor) -> dict[str, float | None]:
     """The gate's mixture, beside a fixed half-half mix and an oracle that picks the right expert for each sample."""
     if prediction.weights is None:
         return {}
     shared, own = prediction.global_, prediction.local
-    either = (shared.argmax(1) == labels) | (own.argmax(1) == labels)
-    return {"mixture": accuracy(prediction.personalized, labels), "half": accuracy((shared + own) / 2, labels),
+    either = task.right(shared, targets) | task.right(own, targets)
+    half = accuracy(task, (shared + own) / 2, targets) if task.mixes_opinions else None
+    return {"mixture": accuracy(task, prediction.personalized, targets), "half": half,
             "oracle": float(either.float().mean())}
 
 
-def evaluate_unseen(method: Method, model: ResidentModel, client: Client, final: Message,
+def evaluate_unseen(method: Method, model: ExpertModel, client: Client, final: Message,
                     rounds: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """An unseen client, twice: with what arrives, and after `rounds` visits of stage 2 that it makes on its own (it
     sends nothing; None without such visits, or if training failed)."""
@@ -76,20 +76,20 @@ def evaluate_unseen(method: Method, model: ResidentModel, client: Client, final:
     return as_it_arrives, evaluate_client(method, model, client, private, final, unseen=True)
 
 
-def shared_accuracy(method: Method, model: ResidentModel, part: Subset, final: Message) -> float | None:
+def shared_accuracy(method: Method, model: ExpertModel, part: Subset, final: Message) -> float | None:
     """Accuracy of the global expert on the common test set; None for a method without one."""
     if len(part) == 0:
         return None
     model.clear()
-    return accuracy(method.predict(model, part, Private(), final).global_, model.labels(part))
+    return accuracy(model.task, method.predict(model, part, Private(), final).global_, model.targets(part))
 
 
-def own_accuracy(method: Method, model: ResidentModel, part: Subset, private: Private, final: Message) -> float | None:
+def own_accuracy(method: Method, model: ExpertModel, part: Subset, private: Private, final: Message) -> float | None:
     """Accuracy on the common test set of what a client answers."""
     if len(part) == 0:
         return None
     model.clear()
-    return accuracy(method.predict(model, part, private, final).personalized, model.labels(part))
+    return accuracy(model.task, method.predict(model, part, private, final).personalized, model.targets(part))
 
 
 def summarize(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def summarize(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> di
         "personalized_accuracy": {"mean": mean(personalized), "std": float(personalized.std()) if tested else None,
                                   "worst10": mean(worst)},
         "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
-        "macro_f1": mean([c["macro_f1"] for c in tested]),
+        "macro_f1": mean([c.get("macro_f1") for c in tested]),
         "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None], learns_gate),
     }
 
@@ -119,8 +119,8 @@ def _gate_summary(clients: list[dict[str, Any]], learns_gate: bool) -> dict[str,
             "oracle_accuracy": mean([c["accuracy"]["oracle"] for c in clients])}
 
 
-def accuracy(logits: Tensor | None, labels: Tensor) -> float | None:
-    return None if logits is None else float((logits.argmax(1) == labels).float().mean())
+def accuracy(task: Task, opinion: Tensor | None, targets: Tensor) -> float | None:
+    return None if opinion is None else task.accuracy(opinion, targets)
 
 
 def mean(values: Iterable[float | None]) -> float | None:

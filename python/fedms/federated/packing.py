@@ -13,7 +13,7 @@ from typing import Any
 from fedms.federated import encoding as wire, schema
 from fedms.federated.client import Message, Reply
 from fedms.federated.schema import SchemaError
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedms.federated.admission import Admission, RejectedReply
 from fedms.federated.aggregation import Residual, WeightedMean, krum, median, trimmed_mean
 from fedms.federated.client import Message, Participant, Reply
 from fedms.seeds import generator
-from fedms.training.expert_model import Tensors, is_a
+from fedms.tensors import Tensors, is_a
 from fedms_ext import LoRA
 
 __all__ = ["STAGES", "AllClientsFailed", "Collected", "RejectedReply", "Server", "ServerState"]

@@ -16,7 +16,9 @@ from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES, Server
 from fedms.methods import Method
 from fedms.seeds import generator
-from fedms.training.expert_model import ResidentModel, Subset, Tensors, is_a, nothing
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors, freeze_none, is_a
+from fedms.training.expert_model import ExpertModel
 from fedms_ext import ConstantCache, budget
 from fedms_ext.budget import Memory
 
@@ -65,7 +67,7 @@ class CostModel:
     not read.
     """
 
-    def __init__(self, model: ResidentModel, method: Method, config: RunConfig, partition: Partition) -> None:
+    def __init__(self, model: ExpertModel, method: Method, config: RunConfig, partition: Partition) -> None:
         self.model, self.method, self.partition = model, method, partition
         self.config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ()})})
         self.server = Server(config, model.order, model.block_of, method.broadcast_policy)
@@ -115,15 +117,15 @@ class CostModel:
         self._load(depth)
 
         def judge(samples: int) -> None:
-            self.model.logits_cache.clear()
-            self.model.all_logits("global", Subset(self.longest.repeat(samples)))
+            self.model.opinions_cache.clear()
+            self.model.opinions("global", Subset(self.longest.repeat(samples)))
         return budget.memory_of(judge)
 
     def constants(self, depth: int) -> int:
         """Bytes of what the largest client's cache holds at a depth, training and validation samples, both stages."""
         parts = [self.largest.validation, *([] if self.config.data.augment else [self.largest.train])]
-        outputs = self.model.foundation.feature_dim + len(self.model.dataset.classes)
-        return sum(self._prefix_bytes(part, depth) + (4 * outputs * len(part) if self.config.stage2.rounds else 0)
+        outputs, units = self.model.foundation.feature_dim + self.model.task.columns, self.model.dataset.units
+        return sum(self._prefix_bytes(part, depth) + (4 * outputs * int(units(part).sum()) if self.config.stage2.rounds else 0)
                    for part in parts)
 
     def building(self, depth: int, cache: str) -> int:
@@ -179,7 +181,7 @@ class CostModel:
         """Loads a fresh global expert and returns its applied tensors."""
         self.model.clear()
         self.model.load("global", self.model.initial(self.config.run.seed), depth=depth, applied_depth=depth,
-                        keep=is_a if self.config.aggregation == "freeze_a" else nothing)
+                        keep=is_a if self.config.aggregation == "freeze_a" else freeze_none)
         return self.model.read_applied("global")
 
     def _message(self, tensors: Tensors) -> int:
@@ -187,7 +189,7 @@ class CostModel:
         return len(encoding.pack(sent, self.config.wire.dtype)) if sent else 0
 
 
-def fitting_depths(model: ResidentModel, method: Method, config: RunConfig,
+def fitting_depths(model: ExpertModel, method: Method, config: RunConfig,
                    partition: Partition) -> Sequence[int | None]:
     """For each class of `[clients] budgets` the most blocks whose training fits its memory; None: no memory given.
 

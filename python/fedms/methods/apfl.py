@@ -13,12 +13,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, Score, score, train
+from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
-from fedms.training.expert_model import ResidentModel, Subset, Tensors
+from fedms.data.subset import Subset
+from fedms.tasks import Score
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 
@@ -27,7 +29,7 @@ class APFL(FedAvg):
     name = "apfl"
     personal = ("stage1", "stage2")
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         shared = shared_expert(model, message, self.config)
         reply, private = train_shared(model, client, private, message)
@@ -35,45 +37,46 @@ class APFL(FedAvg):
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 
-    def _train_own(self, model: ResidentModel, client: Client, private: Private, message: Message,
+    def _train_own(self, model: ExpertModel, client: Client, private: Private, message: Message,
                    shared: Tensors) -> tuple[Reply, Private]:
         model.load("global", shared, depth=0, applied_depth=message.applied_depth)
         load_private(model, client, private, message, start=shared)
-        alpha = self._alpha(private).requires_grad_()
+        alpha = self._alpha(private).to(model.device).requires_grad_()
         params = model.trainable("local")
 
         def loss_on(part: Subset) -> Loss:
-            ours = model.frozen_logits("global", part)
-            return lambda rows: F.cross_entropy(mix(alpha, model.logits("local", part, rows), ours[rows]),
-                                                model.labels(part, rows))
+            ours = model.frozen_opinions("global", part)
+            return lambda rows: model.task.loss(
+                model.task.blend(alpha, model.opinion("local", part, rows), ours[model.units(part, rows)]),
+                model.targets(part, rows))
 
         def judge() -> Score:
-            own = model.all_logits("local", client.validation)
-            mixed = mix(alpha.detach(), own, model.frozen_logits("global", client.validation))
-            return score(mixed, model.labels(client.validation))
+            own = model.opinions("local", client.validation)
+            mixed = model.task.blend(alpha.detach(), own, model.frozen_opinions("global", client.validation))
+            return model.task.score(mixed, model.targets(client.validation))
 
-        received, before = judge(), {**model.read_applied("local"), ALPHA: alpha.detach().clone()}
+        received, before = judge(), {**model.read_applied("local"), ALPHA: alpha.detach().to("cpu", copy=True)}
         mean, moments = train(model, client, message, private, [
             Group({f"local/{name}": p for name, p in params.items()}, lr_of(client, message)),
             Group({ALPHA: alpha}, self.config.apfl.lr)], loss_on)
         kept, reached = keep_better(model, client, message, before, received, judge)
         reply = make_reply(client, {}, None, reached, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
-        return reply, Private({**private.tensors, ALPHA: alpha.detach(), **kept, **moments})
+        return reply, Private({**private.tensors, ALPHA: alpha.detach().cpu(), **kept, **moments})
 
     def _alpha(self, private: Private) -> Tensor:
         return private.tensors.get(ALPHA, torch.tensor(self.config.apfl.alpha).logit()).clone()
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if not private.has_expert:                          # never visited: no model of its own
             return prediction
         model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
                    applied_depth=final.applied_depth)
-        ours, own, alpha = prediction.global_, model.all_logits("local", part), self._alpha(private)
+        ours, own = prediction.global_, model.opinions("local", part)
+        alpha = self._alpha(private).to(model.device)
         weight = alpha.sigmoid()
-        return Prediction(mix(alpha, own, ours), ours, own, torch.stack([1 - weight, weight]).expand(len(part), 2))
-
-
-def mix(alpha: Tensor, own: Tensor, shared: Tensor) -> Tensor:
-    """Logits (B, C) of the mixture; `alpha` is a logit."""
-    return alpha.sigmoid() * own + (1 - alpha.sigmoid()) * shared
+        weights = torch.stack([1 - weight, weight]).expand(len(own), 2)
+        if model.task.mixes_opinions:
+            return Prediction(model.task.blend(alpha, own, ours), ours, own, weights)
+        model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
+        return Prediction(model.mixed_opinions(part, weights, (ours, own)), ours, own, weights)

@@ -10,14 +10,15 @@ from dataclasses import replace
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, proximal, shared_expert, train_private, train_shared
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 
 class Ditto(FedAvg):
     name = "ditto"
     personal = ("stage1", "stage2")
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         shared = shared_expert(model, message, self.config)
         reply, private = train_shared(model, client, private, message)
@@ -26,11 +27,11 @@ class Ditto(FedAvg):
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if not private.has_expert:                          # never visited: no model of its own
             return prediction
         model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
                    applied_depth=final.applied_depth)
-        own = model.all_logits("local", part)
+        own = model.opinions("local", part)
         return replace(prediction, personalized=own, local=own)

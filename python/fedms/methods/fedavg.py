@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 
 class FedAvg(Method):
@@ -12,12 +13,12 @@ class FedAvg(Method):
     def broadcast_policy(self, stage: str, name: str) -> str | None:
         return None if name.startswith("gate/") else "round"
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message)
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         model.load("global", shared_expert(model, final, self.config), depth=final.depth,
                    applied_depth=final.applied_depth)
-        logits = model.all_logits("global", part)
-        return Prediction(logits, global_=logits)
+        opinion = model.opinions("global", part)
+        return Prediction(opinion, global_=opinion)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_private, train_shared
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgFT(Method):
@@ -15,15 +16,15 @@ class FedAvgFT(Method):
             return None
         return "round" if stage == "stage1" else "once"
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         if message.stage == "stage1":
             return train_shared(model, client, private, message)
         return train_private(model, client, private, message, start=shared_expert(model, message, self.config))
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = shared_expert(model, final, self.config)
         model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
         model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
-        ours, own = model.both_logits(part)
+        ours, own = model.both_opinions(part)
         return Prediction(own, global_=ours, local=own)

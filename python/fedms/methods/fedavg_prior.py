@@ -15,7 +15,9 @@ from torch import Tensor
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, class_counts
-from fedms.training.expert_model import ResidentModel, Subset, Tensors
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgPrior(FedAvg):
@@ -24,7 +26,7 @@ class FedAvgPrior(FedAvg):
     def statistics(self, classes: int) -> Tensors:
         return {"class_counts": torch.zeros(classes, dtype=torch.float64)}
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         reply, after = super().client_step(model, client, private, message)
         counts = class_counts(model, client.train)
@@ -32,12 +34,12 @@ class FedAvgPrior(FedAvg):
         return (replace(reply, statistics={"class_counts": counts} if first else {}),
                 replace(after, tensors={**after.tensors, "class_counts": counts}))
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = super().predict(model, part, private, final)
         if "class_counts" not in private.tensors:        # never visited: its classes were never counted
             return shared
         shift = log_prior(private.tensors["class_counts"]) - log_prior(final.statistics["class_counts"])
-        return replace(shared, personalized=shared.global_ + shift.float())
+        return replace(shared, personalized=shared.global_ + shift.float().to(model.device))
 
 
 def log_prior(counts: Tensor, smoothing: float = 1.0) -> Tensor:

@@ -18,7 +18,8 @@ from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg_ft import FedAvgFT
 from fedms.methods.steps import Prediction, shared_expert
 from fedms.seeds import generator
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 REFERENCES = "feddpa/references"        # (S, D) features of training samples
 
@@ -26,20 +27,20 @@ REFERENCES = "feddpa/references"        # (S, D) features of training samples
 class FedDPA(FedAvgFT):
     name = "feddpa"
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         reply, after = super().client_step(model, client, private, message)
         if message.stage == "stage2" and REFERENCES not in after.tensors:
             drawn = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "feddpa", client.id))
-            features = model.features(client.train)[drawn[:self.config.feddpa.samples]]
+            features = model.features(client.train).cpu()[drawn[:self.config.feddpa.samples]]
             after = replace(after, tensors={**after.tensors, REFERENCES: features.clone()})
         return reply, after
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)
         if REFERENCES not in private.tensors:               # never visited in stage 2: the global one alone
             return replace(prediction, personalized=prediction.global_, local=None)
-        own = self._weight(model.features(part), private.tensors[REFERENCES])
+        own = self._weight(model.features(part), private.tensors[REFERENCES].to(model.device))
         weights = torch.stack([1 - own, own], dim=1)
         return replace(prediction, personalized=model.all_layer_mixture(part, weights), weights=weights)
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, Score, score, train, validate
+from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.methods.steps import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
                                  train_shared)
-from fedms.training.expert_model import ResidentModel, Subset, Tensors
+from fedms.data.subset import Subset
+from fedms.tasks import Score
+from fedms.tensors import Tensors
+from fedms.training.expert_model import ExpertModel
 
 
 class FedMS(Method):
@@ -44,13 +46,13 @@ class FedMS(Method):
     def _shares_gate(self) -> bool:
         return self.learns_gate and self.config.gate.training == "aggregated"
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         if message.stage == "stage1":
             return train_shared(model, client, private, message)
         return self._stage2(model, client, private, message)
 
-    def _stage2(self, model: ResidentModel, client: Client, private: Private,
+    def _stage2(self, model: ExpertModel, client: Client, private: Private,
                 message: Message) -> tuple[Reply, Private]:
         self._load(model, private, message, client.trained_depth(message))
         received, _ = self._validate(model, client)
@@ -67,7 +69,7 @@ class FedMS(Method):
         own_gate = model.read_gate() if self.config.gate.training == "private" else {}
         return reply, Private({**kept, **own_gate, **moments})
 
-    def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
+    def _fit(self, model: ExpertModel, client: Client, private: Private, message: Message, expert: Group,
              gate: Group) -> tuple[float, Tensors, Tensors]:
         """Trains the local expert and the gate; returns the mean loss, the expert's tensors that are kept, and the
         optimizer's state."""
@@ -76,20 +78,22 @@ class FedMS(Method):
         kept, _ = keep_better(model, client, message, before, own_before)
         return loss, kept, moments
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = shared_expert(model, final, self.config)
         if not private.has_expert:                          # no local expert: weight 1 on the global one
             model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
-            logits = model.all_logits("global", part)
-            return Prediction(logits, global_=logits)
+            opinion = model.opinions("global", part)
+            return Prediction(opinion, global_=opinion)
         self._load(model, private, final, final.depth)
-        ours, own = model.both_logits(part)
-        mixed, weights = self._mixture(model, part, (ours, own))
-        return Prediction(mixed, ours, own, weights)
+        both = model.both_opinions(part)
+        mixed, weights = self._mixture(model, part, both)
+        if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
+            mixed = model.mixed_opinions(part, weights, both)
+        return Prediction(mixed, *both, weights)
 
     # The mixture
 
-    def _load(self, model: ResidentModel, private: Private, message: Message, depth: int) -> None:
+    def _load(self, model: ExpertModel, private: Private, message: Message, depth: int) -> None:
         """Loads both experts, the local one to be trained at a depth, and the gate."""
         start = self.initial(model) if self.config.gate.training == "private" else {}
         shared = shared_expert(model, message, self.config)
@@ -98,70 +102,67 @@ class FedMS(Method):
         if self.learns_gate:
             model.load_gate({**start, **private.tensors, **message.tensors})
 
-    def _loss(self, model: ResidentModel) -> LossOn:
-        """Mean over a batch of CE(mixture) + own_loss * CE(local). The global expert's logits and the gate's features
+    def _loss(self, model: ExpertModel) -> LossOn:
+        """Mean over a batch of loss(mixture) + own_loss * loss(local). The global expert's opinion and the gate's features
         are constants of a sample."""
-        own_loss = self.config.stage2.own_loss
+        own_loss, loss_of = self.config.stage2.own_loss, model.task.loss
 
         def on(part: Subset) -> Loss:
             mixture = self._mixture_of(model, part)
 
             def loss(rows: Tensor) -> Tensor:
-                labels, own = model.labels(part, rows), model.logits("local", part, rows)
-                return F.cross_entropy(mixture(rows, own), labels) + own_loss * F.cross_entropy(own, labels)
+                targets, own = model.targets(part, rows), model.opinion("local", part, rows)
+                return loss_of(mixture(rows, own), targets) + own_loss * loss_of(own, targets)
             return loss
         return on
 
-    def _mixture_of(self, model: ResidentModel, part: Subset) -> Callable[[Tensor, Tensor], Tensor]:
-        """The mixture's logits for rows (B,) of a part, given the local expert's logits (B, C) there."""
-        features = model.gate_features(part) if self.learns_gate else torch.empty(len(part), 0)
+    def _mixture_of(self, model: ExpertModel, part: Subset) -> Callable[[Tensor, Tensor], Tensor]:
+        """The mixture's opinion about rows (B,) of a part, given the local expert's opinion (U, K) there."""
+        features = self._gate_features(model, part)
         if self.config.gate.mixing == "layers":
-            return lambda rows, _: model.layer_mixture(part, rows, self._weights(model, features[rows]))
-        shared = model.frozen_logits("global", part)
+            return lambda rows, _: model.layer_mixture(part, rows, self._weights(model, features[model.units(part, rows)]))
+        shared = model.frozen_opinions("global", part)
 
         def mixture(rows: Tensor, own: Tensor) -> Tensor:
-            weights = self._weights(model, features[rows], shared[rows], own)
-            return mix(weights, shared[rows], own, self.config.gate.on)
+            units = model.units(part, rows)
+            weights = self._weights(model, features[units], shared[units], own)
+            return model.task.mix(weights, shared[units], own, self.config.gate.on)
         return mixture
 
-    def _weights(self, model: ResidentModel, features: Tensor, shared: Tensor | None = None,
+    def _gate_features(self, model: ExpertModel, part: Subset) -> Tensor:
+        if self.learns_gate:
+            return model.gate_features(part)
+        return torch.empty(model.count_units(part, torch.arange(len(part))), 0, device=model.device)
+
+    def _weights(self, model: ExpertModel, features: Tensor, shared: Tensor | None = None,
                  own: Tensor | None = None) -> Tensor:
-        """The weights (B, 2) of both experts for samples of which the gate sees features (B, D). shared, own (B, C): the
-        experts' logits there, where they are known before the gate decides."""
+        """The weights (U, 2) of both experts for units of which the gate sees features (U, D). shared, own (U, K): the
+        experts' opinions there, where they are known before the gate decides."""
         fixed = self.config.gate.weight
         if fixed is not None:
-            return torch.tensor([1 - fixed, fixed]).expand(len(features), 2)
+            return torch.tensor([1 - fixed, fixed], device=model.device).expand(len(features), 2)
         return model.gate(features)
 
     @torch.no_grad()
-    def _mixture(self, model: ResidentModel, part: Subset,
+    def _mixture(self, model: ExpertModel, part: Subset,
                  streams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (n, C) of the mixture and the gate's weights (n, 2) for a whole part. `streams`: the logits of both
+        """Opinion (U, K) of the mixture and the gate's weights (U, 2) for a whole part. `streams`: the opinions of both
         experts, where they are known already."""
-        features = model.gate_features(part) if self.learns_gate else torch.empty(len(part), 0)
+        features = self._gate_features(model, part)
         if self.config.gate.mixing == "layers":
             weights = self._weights(model, features)
             return model.all_layer_mixture(part, weights), weights
-        shared, own = streams or (model.frozen_logits("global", part), model.all_logits("local", part))
+        shared, own = streams or (model.frozen_opinions("global", part), model.opinions("local", part))
         weights = self._weights(model, features, shared, own)
-        return mix(weights, shared, own, self.config.gate.on), weights
+        return model.task.mix(weights, shared, own, self.config.gate.on), weights
 
-    def _validate(self, model: ResidentModel, client: Client) -> tuple[Score, Tensor]:
-        logits, weights = self._mixture(model, client.validation)
-        return score(logits, model.labels(client.validation)), weights
-
-
-def mix(weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
-    """Logits (B, C) of the mixture of two experts' logits by weights (B, 2), each sample on its own; on
-    "probabilities" the result is the logarithm of the mixed class probabilities."""
-    if on == "logits":
-        return weights[:, :1] * shared + weights[:, 1:] * own
-    both = torch.stack([F.log_softmax(shared, 1), F.log_softmax(own, 1)], dim=1)
-    return torch.logsumexp(weights.clamp_min(1e-12).log().unsqueeze(-1) + both, dim=1)
+    def _validate(self, model: ExpertModel, client: Client) -> tuple[Score, Tensor]:
+        opinion, weights = self._mixture(model, client.validation)
+        return model.task.score(opinion, model.targets(client.validation)), weights
 
 
 def gate_numbers(weights: Tensor) -> dict[str, float | None]:
-    """Mean weight of the local expert and mean entropy (nats; at most log 2) of weights (n, 2)."""
+    """Mean weight of the local expert and mean entropy (nats; at most log 2) of weights (U, 2)."""
     if len(weights) == 0:
         return {"gate_mean": None, "gate_entropy": None}
     entropy = torch.special.entr(weights).sum(1).mean()

@@ -20,14 +20,15 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
 from fedms.methods.steps import Prediction, class_counts, keep_better, train_shared
 from fedms.seeds import generator
-from fedms.training.expert_model import EXPERTS, ResidentModel, Subset, Tensors
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors
+from fedms.training.expert_model import EXPERTS, ExpertModel
 
 COUNTS = "class_counts"
 
@@ -35,22 +36,27 @@ COUNTS = "class_counts"
 class FedMSPlus(FedMS):
     name = "fedms_plus"
 
+    @property
+    def _uses_prior(self) -> bool:
+        return self.config.task.kind == "classification"
+
     def statistics(self, classes: int) -> Tensors:
-        return {COUNTS: torch.zeros(classes, dtype=torch.float64)}
+        return {} if not self._uses_prior else {COUNTS: torch.zeros(classes, dtype=torch.float64)}
 
     def broadcast_policy(self, stage: str, name: str) -> str | None:
         if self.config.plus.global_in_stage2 and not name.startswith("gate/"):
             return "round"
         return super().broadcast_policy(stage, name)
 
-    def initial(self, model: ResidentModel) -> Tensors:
+    def initial(self, model: ExpertModel) -> Tensors:
         side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.config.plus.confidences else {}
         return {**super().initial(model), **side}
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         counts = class_counts(model, client.train)
-        statistics = {COUNTS: counts} if COUNTS not in private.tensors else {}
+        known = {COUNTS: counts} if self._uses_prior else {}
+        statistics = {} if COUNTS in private.tensors else known
         first, kept = None, Private()
         if message.stage == "stage2" and self.config.plus.global_in_stage2:
             self._shift(model, "stage1", counts, message.statistics)
@@ -62,30 +68,33 @@ class FedMSPlus(FedMS):
             size = first.metrics["trained_params"] + reply.metrics["trained_params"]
             reply = replace(reply, tensors={**first.tensors, **reply.tensors},
                             metrics={**reply.metrics, "trained_params": size})
-        return replace(reply, statistics=statistics), Private({**kept.tensors, **after.tensors, COUNTS: counts})
+        return replace(reply, statistics=statistics), Private({**kept.tensors, **after.tensors, **known})
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         if COUNTS in private.tensors:                    # a client that was never visited has no counts
             self._shift(model, "stage2", private.tensors[COUNTS], final.statistics)
         return super().predict(model, part, private, final)
 
-    def _shift(self, model: ResidentModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
+    def _shift(self, model: ExpertModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
         """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
+        if not self._uses_prior:
+            return
         plus = self.config.plus
         everyone = statistics.get(COUNTS, torch.zeros_like(counts))
-        shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float()
+        shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float().to(model.device)
         none = torch.zeros_like(shift)
         on_global = plus.prior_in_stage1 if stage == "stage1" else plus.prior != "off"
         on_local = stage != "stage1" and plus.prior == "both"
         model.shifts = {"global": shift if on_global else none, "local": shift if on_local else none}
 
-    def _weights(self, model: ResidentModel, features: Tensor, shared: Tensor | None = None,
+    def _weights(self, model: ExpertModel, features: Tensor, shared: Tensor | None = None,
                  own: Tensor | None = None) -> Tensor:
         if self.config.gate.weight is not None or not self.config.plus.confidences:
             return super()._weights(model, features, shared, own)
-        return model.gate(features, torch.cat([confidences(shared), confidences(own.detach())], 1))
+        sure = model.task.confidences
+        return model.gate(features, torch.cat([sure(shared), sure(own.detach())], 1))
 
-    def _fit(self, model: ResidentModel, client: Client, private: Private, message: Message, expert: Group,
+    def _fit(self, model: ExpertModel, client: Client, private: Private, message: Message, expert: Group,
              gate: Group) -> tuple[float, Tensors, Tensors]:
         if self.config.plus.gate_on == "training":
             return super()._fit(model, client, private, message, expert, gate)
@@ -114,15 +123,9 @@ class FedMSPlus(FedMS):
         held_out = int(self.config.plus.held_out * len(rows))
         return rows[held_out:], client.train, rows[:held_out]
 
-    def _gate_loss(self, model: ResidentModel) -> LossOn:
-        """Mean over a batch of CE(mixture), with both experts constant."""
+    def _gate_loss(self, model: ExpertModel) -> LossOn:
+        """Mean over a batch of the mixture's loss, with both experts constant."""
         def on(part: Subset) -> Loss:
-            mixture, own = self._mixture_of(model, part), model.all_logits("local", part)
-            return lambda rows: F.cross_entropy(mixture(rows, own[rows]), model.labels(part, rows))
+            mixture, own = self._mixture_of(model, part), model.opinions("local", part)
+            return lambda rows: model.task.loss(mixture(rows, own[model.units(part, rows)]), model.targets(part, rows))
         return on
-
-
-def confidences(logits: Tensor) -> Tensor:
-    """(B, 2) of logits (B, C): the log-probability of the likeliest class, and its lead over the second one."""
-    best = F.log_softmax(logits, 1).topk(2, dim=1).values
-    return torch.stack([best[:, 0], best[:, 0] - best[:, 1]], 1)

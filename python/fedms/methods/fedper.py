@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 
 class FedPer(Method):
@@ -14,13 +15,13 @@ class FedPer(Method):
     def broadcast_policy(self, stage: str, name: str) -> str | None:
         return None if name.startswith(("head/", "gate/")) else "round"
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message, start=model.initial(self.config.run.seed))
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         """A client that was never visited has the head that all begin with."""
         start, shared = model.initial(self.config.run.seed), shared_expert(model, final, self.config)
         model.load("global", {**start, **private.tensors, **shared}, depth=final.depth,
                    applied_depth=final.applied_depth)
-        return Prediction(model.all_logits("global", part))
+        return Prediction(model.opinions("global", part))

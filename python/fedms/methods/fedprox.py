@@ -7,13 +7,13 @@ from __future__ import annotations
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import proximal, train_shared
-from fedms.training.expert_model import ResidentModel
+from fedms.training.expert_model import ExpertModel
 
 
 class FedProx(FedAvg):
     name = "fedprox"
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message,
                             penalty=proximal(self.config.fedprox.mu, message.tensors))

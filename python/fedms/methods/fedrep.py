@@ -3,24 +3,24 @@ is fitted to the body as it arrives, for `[fedrep] head_epochs`; then the head s
 trained and sent. Needs the linear head."""
 from __future__ import annotations
 
-from fedms.federated.client import Client, Group, Message, Private, Reply, cross_entropy_of, train, validate
+from fedms.federated.client import Client, Group, Message, Private, Reply, own_loss_of, train, validate
 from fedms.methods.fedper import FedPer
 from fedms.methods.steps import fit, lr_of, make_reply, shared_expert
-from fedms.training.expert_model import ResidentModel
+from fedms.training.expert_model import ExpertModel
 
 
 class FedRep(FedPer):
     name = "fedrep"
     personal = ("stage1", "stage2")
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         start, body = model.initial(self.config.run.seed), shared_expert(model, message, self.config)
         model.load("global", {**start, **private.tensors, **body}, depth=0, applied_depth=message.applied_depth)
         received = validate(model, client, "global")
         head = model.trainable("global")
         _, head_moments = train(model, client, message, private, [Group(head, lr_of(client, message))],
-                                cross_entropy_of(model, "global"), epochs=self.config.fedrep.head_epochs)
+                                own_loss_of(model, "global"), epochs=self.config.fedrep.head_epochs)
         own = model.read_trained("global")
 
         model.load("global", {**body, **own}, depth=client.trained_depth(message),

@@ -3,7 +3,7 @@ common, B what they do not. The linear head, which the paper does not train, sta
 from __future__ import annotations
 
 from fedms.methods.fedper import FedPer
-from fedms.training.expert_model import is_a
+from fedms.tensors import is_a
 
 
 class FedSALoRA(FedPer):

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, train_private
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 
 class Local(Method):
@@ -13,12 +14,12 @@ class Local(Method):
     def broadcast_policy(self, stage: str, name: str) -> str | None:
         return None
 
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_private(model, client, private, message, start=model.initial(self.config.run.seed))
 
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         start = model.initial(self.config.run.seed)
         model.load("local", {**start, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
-        logits = model.all_logits("local", part)
-        return Prediction(logits, local=logits)
+        opinion = model.opinions("local", part)
+        return Prediction(opinion, local=opinion)

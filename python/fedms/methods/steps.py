@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from fedms.config import RunConfig
-from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, Score, cross_entropy_of, train, validate
-from fedms.training.expert_model import ResidentModel, Subset, Tensors, is_a, nothing
+from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
+from fedms.data.subset import Subset
+from fedms.tensors import Tensors, freeze_none, is_a
+from fedms.training.expert_model import ExpertModel
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (n, C) of a client for some samples: `personalized` is what the method answers; the others are its
-    parts where it has them. `weights` (n, 2): the gate's weights of the global and the local expert."""
+    """Opinions (U, K) of a client about some samples: `personalized` is what the method answers; the others are its
+    parts where it has them. `weights` (U, 2): the gate's weights of the global and the local expert."""
 
     personalized: Tensor
     global_: Tensor | None = None
@@ -45,7 +47,7 @@ class Method(ABC):
         """Whether the weights of the mixed experts come from a gate that is trained."""
         return False
 
-    def initial(self, model: ResidentModel) -> Tensors:
+    def initial(self, model: ExpertModel) -> Tensors:
         """All tensors that the server starts with."""
         return model.initial(self.config.run.seed)
 
@@ -58,7 +60,7 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def client_step(self, model: ResidentModel, client: Client, private: Private,
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         """A client's visit: what it sends back, and its private state from now on.
 
@@ -67,7 +69,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def predict(self, model: ResidentModel, part: Subset, private: Private, final: Message) -> Prediction:
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         """What the client with this private state predicts once training is over. A client that was never visited
         has an empty private state."""
 
@@ -77,7 +79,7 @@ class Method(ABC):
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]      # of what is trained, by name; added to the loss
 
 
-def shared_expert(model: ResidentModel, message: Message, config: RunConfig) -> Tensors:
+def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Tensors:
     """The global expert as a client has it: what the message brings and, where A stays as it was drawn (`[aggregate]
     rule = "freeze_a"`), A from the run's seed: it never travels."""
     brought = {**message.constants, **message.tensors}
@@ -86,7 +88,7 @@ def shared_expert(model: ResidentModel, message: Message, config: RunConfig) -> 
     return {**{name: t for name, t in model.initial(config.run.seed).items() if is_a(name)}, **brought}
 
 
-def train_shared(model: ResidentModel, client: Client, private: Private, message: Message, *,
+def train_shared(model: ExpertModel, client: Client, private: Private, message: Message, *,
                  start: Mapping[str, Tensor] = MappingProxyType({}),
                  penalty: Penalty | None = None) -> tuple[Reply, Private]:
     """Federated averaging's visit: load the shared expert, judge it, train it, send what was trained.
@@ -96,7 +98,7 @@ def train_shared(model: ResidentModel, client: Client, private: Private, message
     frozen_a = client.config.aggregation == "freeze_a"
     model.load("global", {**start, **private.tensors, **shared_expert(model, message, client.config)},
                depth=client.trained_depth(message), applied_depth=message.applied_depth,
-               keep=is_a if frozen_a else nothing)
+               keep=is_a if frozen_a else freeze_none)
     received = validate(model, client, "global")
     loss, moments, size = fit(model, client, private, message, "global", penalty)
     trained = model.read_trained("global")
@@ -106,7 +108,7 @@ def train_shared(model: ResidentModel, client: Client, private: Private, message
     return reply, Private({**private.tensors, **own, **moments})
 
 
-def train_private(model: ResidentModel, client: Client, private: Private, message: Message,
+def train_private(model: ExpertModel, client: Client, private: Private, message: Message,
                   start: Mapping[str, Tensor], penalty: Penalty | None = None) -> tuple[Reply, Private]:
     """A visit that trains a private expert and sends nothing. `start`: what it begins as, at the first visit."""
     load_private(model, client, private, message, start)
@@ -118,11 +120,11 @@ def train_private(model: ResidentModel, client: Client, private: Private, messag
     return reply, Private({**private.tensors, **kept, **moments})
 
 
-def fit(model: ResidentModel, client: Client, private: Private, message: Message, expert: str,
+def fit(model: ExpertModel, client: Client, private: Private, message: Message, expert: str,
         penalty: Penalty | None = None) -> tuple[float, Tensors, int]:
     """Trains a loaded expert on its own loss; returns the mean loss, the optimizer's state to keep, and the number of
     parameters trained."""
-    params, own = model.trainable(expert), cross_entropy_of(model, expert)
+    params, own = model.trainable(expert), own_loss_of(model, expert)
     prefix = "local/" if expert == "local" else ""
     loss, moments = train(model, client, message, private,
                           [Group({prefix + name: p for name, p in params.items()}, lr_of(client, message))],
@@ -140,7 +142,7 @@ def proximal(strength: float, anchors: Mapping[str, Tensor]) -> Penalty:
         Tensor, sum((p - anchors[name]).square().sum() for name, p in params.items()))
 
 
-def load_private(model: ResidentModel, client: Client, private: Private, message: Message,
+def load_private(model: ExpertModel, client: Client, private: Private, message: Message,
                  start: Mapping[str, Tensor]) -> None:
     """Loads the client's private expert. Pairs it does not have yet are those of `start`; the blocks that are not
     active stay frozen, so activating never changes the function."""
@@ -148,14 +150,14 @@ def load_private(model: ResidentModel, client: Client, private: Private, message
                applied_depth=message.applied_depth)
 
 
-def keep_better(model: ResidentModel, client: Client, message: Message, before: Tensors, received: Score,
+def keep_better(model: ExpertModel, client: Client, message: Message, before: Tensors, received: Score,
                 judge: Callable[[], Score] | None = None) -> tuple[Tensors, Score]:
     """Early stopping (`[stage2] keep = "best"`): the private expert after training, or the one before if that has the
     lower validation loss; and the validation score of the one that is kept. Loads it into the model. `judge`: scores
     what is in the model; default the local expert alone."""
     trained = judge() if judge else validate(model, client, "local")
     if client.config.stage2.keep == "best" and received.loss is not None and received.loss <= trained.loss:
-        model.load("local", {**before, **model.corrected}, depth=client.trained_depth(message),
+        model.load("local", {**before, **model.corrections.tensors}, depth=client.trained_depth(message),
                    applied_depth=message.applied_depth)
         return before, received
     return model.read_applied("local"), trained
@@ -172,6 +174,6 @@ def make_reply(client: Client, tensors: Tensors, score: float | None, reached: S
                  {"validation_accuracy": reached.accuracy, "validation_loss": reached.loss, **metrics}, statistics or {})
 
 
-def class_counts(model: ResidentModel, part: Subset) -> Tensor:
+def class_counts(model: ExpertModel, part: Subset) -> Tensor:
     """(C,) float64 number of samples of each class."""
-    return torch.bincount(model.labels(part), minlength=len(model.dataset.classes)).double()
+    return torch.bincount(model.dataset.labels[part.indices], minlength=len(model.dataset.classes)).double()

@@ -53,6 +53,15 @@ class FoundationModel:
         self.feature_dim = feature_dim
         self.fingerprint = fingerprint(module)
 
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters of the model, its own head included where it has one."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights to a device."""
+        self.module.to(device)
+
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
         """Pooled features (B, D) float32 of a batch made by `Dataset.inputs.batch`. Gradients flow through:
         what is trained inside `module`, and the caller's autograd mode, decide."""

@@ -17,7 +17,7 @@ from fedms.federated.visit_costs import fitting_depths
 from fedms.methods import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
-from fedms.training.expert_model import ResidentModel
+from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import hand_back_large_blocks
 
 
@@ -62,7 +62,7 @@ class LoadedTask:
         self.dataset = shard.dataset if shard else dataset or data.load(config.data, self.foundation)
         if shard is None:
             progress.note(describe(self.dataset))
-        self.model = ResidentModel(self.foundation, self.dataset, config)
+        self.model = ExpertModel(self.foundation, self.dataset, config)
 
     def experiment(self, config: RunConfig) -> Experiment:
         """The run `config` on this session's model and data; it may leave open how many clients there are.

@@ -22,7 +22,7 @@ from fedms.federated.client import Client, Private
 from fedms.federated.visit_costs import CostModel, VisitMemory, VisitWork
 from fedms.progress import Progress
 from fedms.runs.experiment import with_clients
-from fedms.training.expert_model import ResidentModel
+from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import hand_back_large_blocks, peak_memory, reset_peak_memory, resident_memory
 from fedms_ext import budget, dequantize
 
@@ -131,7 +131,7 @@ class _Planner:
         dataset = data.load(plain.data, foundation)
         config = with_clients(config, dataset)
         self.config, self.progress = config, progress
-        self.model = ResidentModel(foundation, dataset, plain)
+        self.model = ExpertModel(foundation, dataset, plain)
         self.frozen = "fp32"
         partition = data.partition(dataset, config.data, config.clients, config.run.seed)
         self.costs = CostModel(self.model, methods.create(config), config, partition)
@@ -191,9 +191,9 @@ class _Planner:
         client = Client(ClientSplit(0, None, rows, rows[:1], rows[:0]), costs.config)
         message = costs.server.message(costs.server.start(self.model.initial(self.config.run.seed)))
         self.model.clear()
-        before, started = self.model.flops, time.perf_counter()
+        before, started = self.model.meter.flops, time.perf_counter()
         costs.method.client_step(self.model, client, Private(), message)
-        return (self.model.flops - before) / (time.perf_counter() - started)
+        return (self.model.meter.flops - before) / (time.perf_counter() - started)
 
 
 def _halves(batch: int) -> Iterator[int]:

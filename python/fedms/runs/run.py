@@ -24,7 +24,8 @@ from fedms.progress import Progress
 from fedms.runs.experiment import Experiment, LoadedTask, LoadedTasks
 from fedms.runs.workers import in_processes
 from fedms.storage.records import CONFIG, RunFolder, RunRecords, check_same_config, check_same_data
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -228,7 +229,7 @@ def _engine(folder: RunFolder, session: LoadedTask, experiment: Experiment, prog
                            None, folder, progress, stop)
 
 
-def _run_on(engine: Engine, folder: RunFolder, model: ResidentModel, experiment: Experiment, progress: Progress,
+def _run_on(engine: Engine, folder: RunFolder, model: ExpertModel, experiment: Experiment, progress: Progress,
             tested: bool) -> dict[str, Any] | None:
     started = time.perf_counter()
     config, method, partition = experiment.config, experiment.method, experiment.partition
@@ -284,7 +285,7 @@ def _visits(server: Server, config: RunConfig) -> int:
     return per_round * sum(getattr(config, stage).rounds for stage in STAGES)
 
 
-def _evaluate_unseen(method: Method, model: ResidentModel, clients: Sequence[Client], final: Message,
+def _evaluate_unseen(method: Method, model: ExpertModel, clients: Sequence[Client], final: Message,
                      rounds: int) -> tuple[list[dict], list[dict]]:
     pairs = [evaluate_unseen(method, model, client, final, rounds) for client in clients]
     return [first for first, _ in pairs], [after for _, after in pairs if after is not None]

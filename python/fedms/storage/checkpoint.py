@@ -28,7 +28,7 @@ from fedms.federated.schedule import SalState
 from fedms.federated.server import Collected, ServerState
 from fedms.foreign import conform, parse_json, read_regular, read_tensors
 from fedms.storage.durable import private_folder, write_durably
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 FORMAT = 2
 KEPT = 2

@@ -32,7 +32,7 @@ class FolderError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """private: the client's tensors. paid_constants: see `ResidentModel.paid_constants`."""
+    """private: the client's tensors. paid_constants: see `FlopMeter.paid`."""
 
     private: Private
     paid_constants: frozenset[str]

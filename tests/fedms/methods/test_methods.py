@@ -12,7 +12,7 @@ from fedms import data, methods, models
 from fedms.config import ConfigError, load_config
 from fedms.federated.client import Client, Private
 from fedms.federated.server import Server
-from fedms.training.expert_model import ResidentModel
+from fedms.training.expert_model import ExpertModel
 
 # Query and key are left out: their gradients are so small here that rounding turns the sign of AdamW's steps.
 SETS = ['model.targets=["v_proj", "o_proj", "fc1", "fc2"]',
@@ -36,7 +36,7 @@ class World:
         foundation = models.load(config.model)
         self.plain = PlainModel(models.load(config.model))
         self.dataset = data.load(config.data, foundation)
-        self.model = ResidentModel(foundation, self.dataset, config)
+        self.model = ExpertModel(foundation, self.dataset, config)
         self.splits = data.partition(self.dataset, config.data, config.clients, 0).clients
         self.fresh = self.model.initial(0)
         self.shared = self.noisy(1)

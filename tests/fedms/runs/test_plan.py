@@ -12,7 +12,7 @@ from fedms.config import ConfigError, load_config
 from fedms.federated.visit_costs import CostModel, device_memory, fitting_depths
 from fedms.runs import plan, run
 from fedms.storage.records import RunRecords
-from fedms.training.expert_model import ResidentModel
+from fedms.training.expert_model import ExpertModel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -28,7 +28,7 @@ def costs_of(*sets, source="digits"):
     config = load_config(source, [*SMALL, *sets] if source == "digits" else sets)
     foundation = models.load(config.model)
     dataset = data.load(config.data, foundation)
-    model = ResidentModel(foundation, dataset, config)
+    model = ExpertModel(foundation, dataset, config)
     partition = data.partition(dataset, config.data, config.clients, config.run.seed)
     return CostModel(model, methods.create(config), config, partition)
 
@@ -141,8 +141,8 @@ def test_constants_are_what_the_cache_holds():
         costs = costs_of(f"sal.cache_dtype={storage}", "stage2.rounds=0")
         model, part = costs.model, run.Subset(costs.largest.train)
         costs.work(2, True)
-        model.all_logits("global", part)
-        model.all_logits("global", run.Subset(costs.largest.validation))
+        model.opinions("global", part)
+        model.opinions("global", run.Subset(costs.largest.validation))
         assert model.cache.nbytes == costs.constants(2), storage
 
 

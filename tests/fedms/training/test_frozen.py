@@ -6,17 +6,18 @@ import torch
 
 from fedms import data, models
 from fedms.config import load_config
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1"]
 COSINE = {"int8": 0.995, "bf16": 0.9999, "fp16": 0.999999, "nf4": 0.96, "int4": 0.96}    # with the features of fp32
 
 
-def resident(frozen: str) -> ResidentModel:
+def resident(frozen: str) -> ExpertModel:
     config = load_config("digits", [*SMALL, f"model.frozen={frozen}"])
     foundation = models.load(config.model)
-    return ResidentModel(foundation, data.load(config.data, foundation), config)
+    return ExpertModel(foundation, data.load(config.data, foundation), config)
 
 
 @pytest.mark.parametrize("frozen", COSINE)
@@ -27,7 +28,7 @@ def test_every_layer_is_quantized_and_gradients_flow_to_all_blocks(frozen):
     tensors = model.read("global")
     model.load("global", tensors, depth=model.blocks, applied_depth=model.blocks)
     part = Subset(torch.arange(20))
-    model.logits("global", part, torch.arange(20)).square().mean().backward()
+    model.opinion("global", part, torch.arange(20)).square().mean().backward()
     trained = model.trainable("global")
     assert all(p.grad is not None for p in trained.values())
     assert {model.block_of[name] for name in trained if name in model.block_of} == set(range(1, model.blocks + 1))

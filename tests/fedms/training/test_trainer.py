@@ -14,13 +14,14 @@ from fedms.config import ConfigError, load_config
 from fedms.data import TextInputs
 from fedms.engines.local import LocalEngine
 from fedms.federated import encoding
-from fedms.federated.client import Client, ClientFailure, Private, accumulate, cross_entropy_of, train
+from fedms.federated.client import Client, ClientFailure, Private, accumulate, own_loss_of, train
 from fedms.federated.devices import Device, device_of
 from fedms.federated.server import AllClientsFailed, Server
 from fedms.progress import Progress
 from fedms.runs import run
 from fedms.storage.records import SUMMARY_FIELDS, RunFolder, RunRecords, comparable
-from fedms.training.expert_model import ResidentModel, Subset
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=3", "stage2.rounds=2",
          "data.partition=iid", "run.threads=1"]
@@ -37,7 +38,7 @@ class Session:
         self.config = config
         foundation = models.load(config.model)
         self.dataset = data.load(config.data, foundation)
-        self.model = ResidentModel(foundation, self.dataset, config)
+        self.model = ExpertModel(foundation, self.dataset, config)
         self.partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
         self.clients = [Client(split, config) for split in self.partition.clients]
         self.method = methods.create(config)
@@ -185,7 +186,7 @@ def test_activation_never_changes_the_function(tmp_path):
     for depth in (1, 2, 3):
         model.clear()
         model.load("local", state.tensors, depth=depth, applied_depth=3)
-        outputs.append(model.all_logits("local", part))
+        outputs.append(model.opinions("local", part))
     assert all(torch.allclose(o, outputs[0], atol=1e-5) for o in outputs)
 
 
@@ -199,25 +200,25 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
            for n, t in start.items()}
     model.load("global", start, depth=0, applied_depth=3)
     model.load("local", own, depth=1, applied_depth=3)
-    apart = [model.all_logits(e, part) for e in ("global", "local")]
+    apart = [model.opinions(e, part) for e in ("global", "local")]
     batches = []
     features = model._features
     monkeypatch.setattr(model, "_features", lambda part, rows, *rest: batches.append(len(rows)) or features(part, rows, *rest))
-    model.logits_cache.clear()        # answers are kept during a visit, and these were just given one by one
-    together = model.both_logits(part)
+    model.opinions_cache.clear()        # answers are kept during a visit, and these were just given one by one
+    together = model.both_opinions(part)
     assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model._chunks(part))
     for a, b in zip(apart, together):
         assert torch.allclose(a, b, atol=1e-5)
     assert not torch.allclose(*together, atol=1e-2)
     assert all(layer.segments is None for layer in model.layers.values())
-    model.logits_cache.clear()
-    model.flops = 0
-    model.both_logits(part)
-    two, model.flops = model.flops, 0
-    model.logits_cache.clear()
+    model.opinions_cache.clear()
+    model.meter.flops = 0
+    model.both_opinions(part)
+    two, model.meter.flops = model.meter.flops, 0
+    model.opinions_cache.clear()
     for expert in ("global", "local"):
-        model.all_logits(expert, part)
-    assert two == model.flops
+        model.opinions(expert, part)
+    assert two == model.meter.flops
 
 
 def trained_names(model, depth):
@@ -228,8 +229,8 @@ def test_dropout_acts_in_training_alone(tmp_path):
     session = Session(config("lora.dropout=0.5"), tmp_path)
     model, part = session.model, session.clients[0].train
     model.load("global", {n: t + 0.1 for n, t in model.initial(0).items()}, depth=2, applied_depth=2)
-    judged = [model.all_logits("global", part) for _ in range(2)]
-    trained = [model.logits("global", part, torch.arange(len(part))).detach() for _ in range(2)]
+    judged = [model.opinions("global", part) for _ in range(2)]
+    trained = [model.opinion("global", part, torch.arange(len(part))).detach() for _ in range(2)]
     assert torch.equal(*judged) and not torch.allclose(*trained) and not torch.allclose(trained[0], judged[0])
 
 
@@ -259,7 +260,7 @@ def test_texts_are_not_augmented():
     texts = TextInputs({"input_ids": torch.ones(4, dtype=torch.int64)}, torch.arange(5), {"input_ids": 0})
     dataset = data.make_dataset("notes", texts, torch.arange(4) % 2, ("a", "b"))
     with pytest.raises(ConfigError, match=r"data.augment: got \['flip'\], which is for images, and notes holds texts"):
-        ResidentModel(None, dataset, config('data.augment=["flip"]'))
+        ExpertModel(None, dataset, config('data.augment=["flip"]'))
 
 
 def test_a_run_says_that_augmented_images_are_not_cached(tmp_path):
@@ -458,7 +459,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path):
     session = Session(config(), tmp_path)
     model, client = session.model, session.clients[0]
     model.load("global", {n: t + 0.02 for n, t in model.initial(0).items()}, depth=2, applied_depth=2)
-    params, loss_of = model.trainable("global"), cross_entropy_of(model, "global")(client.train)
+    params, loss_of = model.trainable("global"), own_loss_of(model, "global")(client.train)
     found = []
     for micro_batch in (13, 5, 1):
         loss = accumulate(loss_of, torch.arange(13), micro_batch)

@@ -125,9 +125,9 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     client = experiment.client(identity.client)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         state, message = folder.load(head["kept"]), _message(head, parts, folder)
-        session.model.paid_constants = set(state.paid_constants)
+        session.model.meter.paid = set(state.paid_constants)
         came, after = visit(experiment.method.client_step, session.model, client, state.private, message)
-        digest = folder.save(State(after, frozenset(session.model.paid_constants)), message.stage, message.round)
+        digest = folder.save(State(after, frozenset(session.model.meter.paid)), message.stage, message.round)
     answer = {"visit": {"reason": came.reason, "flops": came.flops, "seconds": came.seconds,
                         "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest, "private": bool(after.tensors)}
     if came.reply is None:
@@ -142,7 +142,7 @@ def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
               open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
     from fedms.federated.evaluation import evaluate_client, own_accuracy
     from fedms.storage.private_state import ClientFolder
-    from fedms.training.expert_model import Subset
+    from fedms.data.subset import Subset
 
     session, experiment = _opened(head, _agreed(head["config"], identity), identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:

@@ -23,7 +23,7 @@ from fedms.federated.schema import EVALUATED, FORMAT, HELLO, NAME, PROBLEM, TRAI
 from fedms.federated.server import Server
 from fedms.progress import Progress
 from fedms.storage.records import RunFolder
-from fedms.training.expert_model import Tensors
+from fedms.tensors import Tensors
 
 SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests
 GRACE = 10.0                # seconds in which a node that was silent may say that it is there, and miss no further round

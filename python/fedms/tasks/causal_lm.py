@@ -1,0 +1,100 @@
+"""The next token of an answer, under a frozen head."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedms_ext.token_loss import FrozenHead, mixture_log_prob, token_log_prob
+
+from .base import Score, Task
+
+LOG_P, ENTROPY, LARGEST, RIGHT = range(4)
+
+
+class CausalLM(Task):
+    """An opinion is four numbers a token: the log-probability of the token that comes, the entropy, the largest
+    log-probability, and 1 where the token that comes is the most probable one. Units are the tokens of answers, targets the
+    tokens (U,).
+
+    Args:
+        head: of the foundation model; no expert has its own.
+        chunk: positions whose logits exist at the same time.
+    """
+
+    columns = 4
+    per_token = True
+    mixes_opinions = False
+    trains_head = False
+
+    def __init__(self, head: FrozenHead, chunk: int) -> None:
+        self.head, self.chunk = head, chunk
+
+    def new_head(self) -> nn.Module:
+        return nn.Identity()
+
+    def opinion(self, head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
+        found = token_log_prob(features, self.head, targets, self.chunk)
+        return torch.cat([found.log_p[:, None], found.confidence, (found.best == targets).to(found.log_p.dtype)[:, None]], 1)
+
+    def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
+        """On "probabilities" alone: the logarithm of the mixed probability of the token; NaN for what only all tokens'
+        probabilities say."""
+        log_p = mixture_log_prob(torch.stack([shared[:, LOG_P], own[:, LOG_P]], 1), weights)
+        return torch.cat([log_p[:, None], torch.full_like(own[:, 1:], float("nan"))], 1)
+
+    @torch.no_grad()
+    def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor, on: str) -> Tensor:
+        parts = zip(shared.split(self.chunk), own.split(self.chunk), weights.split(self.chunk), targets.split(self.chunk))
+        found = []
+        for ours, mine, gate, wanted in parts:
+            log_p = torch.logsumexp(torch.stack([self.head(ours).log_softmax(-1), self.head(mine).log_softmax(-1)], 1) +
+                                    gate.clamp_min(torch.finfo(gate.dtype).tiny).log().unsqueeze(-1), 1)
+            best = log_p.max(-1)
+            found.append(torch.stack([log_p.gather(1, wanted[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1), best.values,
+                                      (best.indices == wanted).to(log_p.dtype)], 1))
+        return torch.cat(found) if found else own.new_empty(0, self.columns)
+
+    def layer_opinion(self, heads: Mapping[str, nn.Module], shifts: Mapping[str, Tensor | None], features: Tensor,
+                      targets: Tensor, weights: Tensor) -> Tensor:
+        """The head is one and the same."""
+        return self.opinion(next(iter(heads.values())), features, targets)
+
+    def loss(self, opinion: Tensor, targets: Tensor) -> Tensor:
+        return -opinion[:, LOG_P].mean()
+
+    def score(self, opinion: Tensor, targets: Tensor) -> Score:
+        """The accuracy is exp(-loss), the geometric mean of the tokens' probabilities: 1 / perplexity."""
+        if len(targets) == 0:
+            return Score(None, None)
+        loss = float(self.loss(opinion, targets))
+        return Score(math.exp(-loss), loss)
+
+    def right(self, opinion: Tensor, targets: Tensor) -> Tensor:
+        return opinion[:, RIGHT] > 0.5
+
+    def accuracy(self, opinion: Tensor, targets: Tensor) -> float:
+        """Share of the tokens that are the most probable ones."""
+        return float(opinion[:, RIGHT].mean())
+
+    def confidences(self, opinion: Tensor) -> Tensor:
+        """Entropy, and the largest log-probability."""
+        return opinion[:, ENTROPY:LARGEST + 1]
+
+    def zero_shot(self, features: Tensor, targets: Tensor) -> Tensor | None:
+        return self.opinion(nn.Identity(), features, targets)
+
+    def details(self, opinion: Tensor, targets: Tensor, samples: Any) -> dict[str, Any]:
+        """Nats and bits of the answers: nats a token, its exponential, and bits a byte of the answers' text, which compares
+        models with different tokens."""
+        nats = -float(opinion[:, LOG_P].double().mean())
+        dataset, part = samples
+        count = None if dataset.answer_bytes is None else int(dataset.answer_bytes[part.indices].sum())
+        return {"nats": nats, "perplexity": math.exp(min(nats, 700.0)), "tokens": len(targets),
+                "bits_per_byte": nats * len(targets) / math.log(2) / count if count else None}
+
+    def head_flops(self, units: int, training: bool) -> int:
+        return (4 if training else 2) * units * self.head.weight.numel()

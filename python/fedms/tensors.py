@@ -1,0 +1,31 @@
+"""Named tensors: what travels between server and clients, and what a client keeps.
+
+Their names are `expert/<layer>.lora_a`, `expert/<layer>.lora_b`, `head/<name>`, `gate/<name>`, and with exact aggregation
+`correction/<layer>`.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is the A of a pair."""
+    return name.endswith(".lora_a")
+
+
+def freeze_none(name: str) -> bool:
+    """Accepts no name: training changes all that is active."""
+    return False
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """sha256 (hex) of the values of tensors, wherever they are."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""What exact aggregation adds to frozen weights."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedms.tensors import Tensors
+from fedms_ext import ExpertLinear
+
+
+class Corrections:
+    """`correction/<layer>` (N, K) beside the frozen weights of layers: added to them while an expert's stream runs."""
+
+    def __init__(self, layers: Mapping[str, ExpertLinear]) -> None:
+        self.layers = layers
+        self.tensors: Tensors = {}
+        self.originals: Tensors = {}    # the weights of those layers without it
+
+    def replace(self, tensors: Tensors) -> None:
+        """Takes other corrections in the place of those that were; they are not shown yet."""
+        if tensors.keys() == self.tensors.keys() and all(t is self.tensors[n] for n, t in tensors.items()):
+            return
+        self.show(False)
+        self.tensors = tensors
+        self.originals = {name: self._weight(name).detach().clone() for name in tensors}
+
+    @torch.no_grad()
+    def show(self, shown: bool) -> None:
+        """Puts the weights with, or without, what is added to them into the layers."""
+        for name, original in self.originals.items():
+            self._weight(name).copy_(original + self.tensors[name].to(original.device) if shown else original)
+
+    def below(self, depth: int) -> list[Tensor]:
+        """The corrections of layers in the first `depth` blocks."""
+        return [tensor for name, tensor in self.tensors.items() if self._layer(name).block <= depth]
+
+    def _layer(self, name: str) -> ExpertLinear:
+        return self.layers[name.removeprefix("correction/")]
+
+    def _weight(self, name: str) -> Tensor:
+        return self._layer(name).weight

@@ -1,0 +1,121 @@
+"""`Stream`: one way to run the model, and what it costs."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedms.data.subset import Subset
+from fedms.tasks.base import shifted
+from fedms_ext import ConstantPrefix, Ragged
+from fedms_ext.budget import BlockCost
+
+if TYPE_CHECKING:
+    from fedms.training.expert_model import ExpertModel
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A way to run the model: whose pairs are applied, and up to which block nothing of it can change.
+
+    name:         an expert, "mixture" (the global expert frozen, the local one where it is trained), "streams" (each expert as
+                  it was loaded, for segments of the rows), or None (the foundation model alone).
+    costs:        of each block.
+    untrained:    blocks below the first trained pair.
+    prefix_depth: blocks of the constant prefix, which are not run again.
+    prefix_hash:  what the prefix depends on besides the sample.
+    """
+
+    model: ExpertModel
+    name: str | None
+    costs: Sequence[BlockCost]
+    untrained: int
+    prefix_depth: int
+    prefix_hash: str
+
+    @property
+    def replays(self) -> bool:
+        """Whether it starts from a cached prefix."""
+        return self.prefix_depth > 0 and self.model.cache.max_bytes > 0
+
+    def opinion(self, part: Subset, rows: Tensor) -> Tensor:
+        """(U, K) opinion of the expert about the rows (B,) of a part. Differentiable with respect to its trained tensors."""
+        model = self.model
+        opinion = model.task.opinion(model.heads[self.name], self.features(part, rows), model.targets(part, rows))
+        return shifted(opinion, model.shifts[self.name])
+
+    def features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
+        """(U, D) features of the rows (B,) of a part: the cached prefix (`prefix`, if given), then the live blocks."""
+        model = self.model
+        module, indices = model.foundation.module, part.indices[rows]
+        if model.config.lora.dropout:       # on where something is trained; the foundation model's own never is
+            for layer in model.layers.values():
+                layer.train(torch.is_grad_enabled())
+        inputs = model.inputs(indices)
+        start = 0
+        replayed: AbstractContextManager[None] = nullcontext()
+        if self.replays:
+            prefix = self.prefix(part) if prefix is None else prefix
+            start, replayed = self.prefix_depth, ConstantPrefix(module, self.prefix_depth).replay(prefix.pad(rows))
+        with replayed:
+            features = model.foundation.features(inputs)
+        length = int(model.dataset.inputs.lengths[indices].max())
+        model.meter.add(self.forward_flops(len(rows), length, first=start))
+        if features.requires_grad:
+            model.meter.add(sum(cost.backward(len(rows) * length, length) for cost in self.costs[self.untrained:]))
+        if model.task.per_token:
+            features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
+        model.meter.add(model.task.head_flops(len(features), features.requires_grad))
+        return features
+
+    def prefix(self, part: Subset) -> Ragged:
+        """Output of the constant prefix for every sample of a part, each (T_i, D)."""
+        model = self.model
+
+        def compute() -> Ragged:
+            prefix = ConstantPrefix(model.foundation.module, self.prefix_depth)
+            lengths = model.dataset.inputs.lengths[part.indices]
+            outputs: Ragged | None = None
+            for rows in model.chunks(part):
+                inputs = model.inputs(part.indices[rows])
+                hidden = prefix.capture(lambda: model.foundation.features(inputs))
+                if outputs is None:
+                    outputs = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
+                for row, output in zip(rows.tolist(), hidden):
+                    outputs.put(row, output[:lengths[row]])
+            return outputs
+
+        return model.constant((part.key, "prefix", self.prefix_depth, self.prefix_hash), compute,
+                              lambda: self.chunk_flops(part, last=self.prefix_depth))
+
+    def prefix_at_units(self, part: Subset) -> Tensor:
+        """(U, D) output of the constant prefix at each position from which a token is foretold, or its mean over a sample."""
+        model = self.model
+
+        def compute() -> Tensor:
+            prefix = self.prefix(part)
+            if not model.task.per_token:
+                return torch.stack([prefix.row(i).mean(0) for i in range(len(prefix))])
+            firsts = (model.dataset.answers[part.indices] - 1).tolist()
+            return torch.cat([prefix.row(i)[first:-1] for i, first in enumerate(firsts)])
+        return model.constant((part.key, "prefix features", self.prefix_depth, self.prefix_hash), compute, lambda: 0)
+
+    def forward_flops(self, samples: int, length: int, first: int = 0, last: int | None = None) -> int:
+        """As `budget.forward_flops`; the layers are walked once for many batches."""
+        return sum(cost.forward(samples * length, length) for cost in self.costs[first:last])
+
+    def chunk_flops(self, part: Subset, **blocks: int) -> int:
+        """Operations of running a whole part in chunks."""
+        lengths = self.model.dataset.inputs.lengths[part.indices]
+        return sum(self.forward_flops(len(rows), int(lengths[rows].max()), **blocks) for rows in self.model.chunks(part))
+
+    def live_flops(self, part: Subset) -> int:
+        """Operations of running a whole part, without the prefix where that is cached."""
+        if self.replays and len(part):
+            self.prefix(part)       # charged on its own
+        head = self.model.task.head_flops(int(self.model.dataset.units(part.indices).sum()), False)
+        return self.chunk_flops(part, first=self.prefix_depth if self.replays else 0) + head
