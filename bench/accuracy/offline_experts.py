@@ -23,9 +23,9 @@ from fedms.config import load_config
 from fedms.data import fashion, sentiment
 from fedms.data.dataset import stratified_sample
 from fedms.engines.local import LocalEngine
-from fedms.federated.client import Client, score
+from fedms.federated.client import Client
 from fedms.methods.fedavg_prior import log_prior
-from fedms.methods.fedms_plus import COUNTS, confidences
+from fedms.methods.fedms_plus import COUNTS
 from fedms.methods.steps import class_counts
 from fedms.progress import Progress
 from fedms.runs.experiment import LoadedTask
@@ -112,7 +112,7 @@ def local(model, client: Client, shared: dict, depth: int, shift: Tensor, rate: 
 
     def reached() -> tuple[float, Outputs]:
         found = outputs(model, "local", client)
-        return score(found.validation, labels).loss or math.inf, found
+        return model.task.score(found.validation, labels).loss or math.inf, found
 
     best = reached()
     for _ in range(EPOCHS):
@@ -129,7 +129,7 @@ def local(model, client: Client, shared: dict, depth: int, shift: Tensor, rate: 
 def gated(clients, model, ours: dict[int, Outputs], own: dict[int, Outputs]) -> dict[int, Outputs]:
     """One gate for all clients, a logistic function of both experts' confidences, fitted to all validation samples."""
     def inputs(part: str, i: int) -> Tensor:
-        return torch.cat([confidences(getattr(ours[i], part)), confidences(getattr(own[i], part))], 1)
+        return torch.cat([model.task.confidences(getattr(each[i], part)) for each in (ours, own)], 1)
 
     def mixture(part: str, i: int) -> Tensor:
         weights = ((inputs(part, i) - mean) / std @ slope + bias).sigmoid().unsqueeze(1)
@@ -153,7 +153,7 @@ def gated(clients, model, ours: dict[int, Outputs], own: dict[int, Outputs]) -> 
 
 
 def tell(name: str, clients, model, found: dict[int, Outputs]) -> None:
-    scores = [classes.score(found[c.id].test, model.targets(c.test)) for c in clients if len(c.test)]
+    scores = [model.task.score(found[c.id].test, model.targets(c.test)) for c in clients if len(c.test)]
     accuracies = np.sort([each.accuracy for each in scores])
     worst = accuracies[:math.ceil(len(accuracies) / 10)]
     print(f"{name:<36} {100 * accuracies.mean():5.1f}  worst 10 % {100 * worst.mean():5.1f}  "

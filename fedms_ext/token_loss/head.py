@@ -44,6 +44,13 @@ class FrozenHead(nn.Module):
         self.scale, self.cap = float(scale), cap
         self.quantized = QuantizedWeight(weight, "int8") if dtype == "int8" else None
 
+    def _apply(self, fn, recurse: bool = True) -> FrozenHead:
+        super()._apply(fn, recurse)
+        for tensor in self._shared:     # in place, so that a tied weight stays tied
+            if tensor is not None:
+                tensor.data = fn(tensor.data)
+        return self
+
     @property
     def weight(self) -> Tensor:
         return self._shared[0]

@@ -81,6 +81,16 @@ class CausalModel(FoundationModel):
         old = self.head
         self.head = FrozenHead(old.weight, old.bias, scale=old.scale, cap=old.cap, dtype=dtype)
 
+    @property
+    def parameter_count(self) -> int:
+        own = self.module.state_dict(keep_vars=True).values()
+        tied = any(self.head.weight is p for p in own)
+        return super().parameter_count + (0 if tied else self.head.weight.numel())
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.head.to(device)
+
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """(B, T, D) last hidden states of a batch {"input_ids": (B, T)}, padded on the right."""
         return self.module(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state

@@ -444,9 +444,10 @@ class ExpertModel:
         return self.task.zero_shot(self.features(part), self.targets(part))
 
     def constant(self, key: Key, compute: Callable[[], Constant], flops: Callable[[], int]) -> Constant:
-        """A value that depends on its key alone; see `FlopMeter.constant`."""
+        """A value that depends on its key alone; see `FlopMeter.constant`. Tensors are on the device; rows of different lengths
+        stay in the CPU's memory, and a batch of them is moved when it is used."""
         value = self.meter.constant(self.cache, key, compute, flops)
-        return value if value.device == self.device else value.to(self.device)
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     def _in_chunks(self, part: Subset, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
         out = torch.empty(self.count_units(part, torch.arange(len(part))), width, device=self.device)

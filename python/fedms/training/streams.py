@@ -60,7 +60,8 @@ class Stream:
         replayed: AbstractContextManager[None] = nullcontext()
         if self.replays:
             prefix = self.prefix(part) if prefix is None else prefix
-            start, replayed = self.prefix_depth, ConstantPrefix(module, self.prefix_depth).replay(prefix.pad(rows))
+            start, replayed = self.prefix_depth, ConstantPrefix(module, self.prefix_depth).replay(
+                prefix.pad(rows).to(model.device))
         with replayed:
             features = model.foundation.features(inputs)
         length = int(model.dataset.inputs.lengths[indices].max())
