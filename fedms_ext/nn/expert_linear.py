@@ -253,6 +253,8 @@ class ExpertLinear(FrozenLinear):
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate
         columns = len(self.experts) if route.segments is None else 1
+        if gate.dim() == 3 and gate.shape[-1] == columns and gate.shape[:2].numel() == x.shape[:-1].numel():
+            return gate.reshape(*x.shape[:-1], columns)     # a gate for every token; x may be flattened to (B T, K)
         if gate.dim() != 2 or gate.shape[1] != columns or gate.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"gate must be (B, E) = ({x.shape[0]}, {columns}) for an input of shape "
                              f"{tuple(x.shape)}, got {tuple(gate.shape)}")

@@ -24,10 +24,11 @@ RUNFILES = Path(__file__).parent / "builtin"
 
 # The built-in models and what each reads, the built-in data sets and what each holds; the cross-checks of RunConfig read
 # these. Of anything else that is known once it is loaded.
-MODELS = {"minilm": "text", "vit-digits": "images", "vit-digits-pretrained": "images", "vit-fashion": "images"}
-DATA = {"sentiment": "text", "digits": "images", "fashion-mnist": "images"}
+MODELS = {"minilm": "text", "smollm2": "conversations", "vit-digits": "images", "vit-digits-pretrained": "images", "vit-fashion": "images"}
+DATA = {"sentiment": "text", "digits": "images", "fashion-mnist": "images", "dictionaries": "conversations",
+        "projects": "conversations"}
 PRETRAINED = ("vit-digits-pretrained", "vit-fashion")      # models that `fedms pretrain` makes
-DATA_WITH_GROUPS = ("sentiment",)
+DATA_WITH_GROUPS = ("sentiment", "dictionaries", "projects")
 
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora",
            "fedsa_lora", "fedex_lora", "feddpa", "fedms", "fedms_plus")
@@ -141,8 +142,9 @@ class DataTable(Table):
     answer: Optional[str] = Field(None, description="causal_lm: column of answers; with data.question")
     category: Optional[str] = Field(
         None, description="causal_lm: column that stands for classes in the partitions; unset: all samples are of one")
+    loss_on: Literal["answer", "all"] = Field("answer", description="causal_lm: tokens that are learned, the answers' or all")
     template: str = Field(
-        "chat", min_length=1, description='causal_lm: "chat", the model\'s chat template; "none", prompt and answer as they '
+        "chat", min_length=1, description='causal_lm: "chat", the model\'s chat template; "plain", prompt and answer as they '
         "are; or a text with {prompt} in it and {answer} at its end")
     long_answers: Literal["error", "drop", "cut"] = Field(
         "error", description="causal_lm: what becomes of answers that are longer than data.max_tokens")
@@ -174,7 +176,6 @@ class TaskTable(Table):
     kind: Literal["classification", "causal_lm"] = Field(
         "classification", description="classification: one label a sample; causal_lm: the next token, with a causal language "
         "model")
-    loss_on: Literal["answer", "all"] = Field("answer", description="causal_lm: tokens that are learned, the answers' or all")
 
 
 class HeadTable(Table):
@@ -491,6 +492,7 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
         stage = getattr(c, name)
         if stage.micro_batch is not None and stage.micro_batch > stage.batch:
             yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
+    yield from _task_problems(c)
     yield from _method_problems(c)
     if c.run.method == "fedms_plus" and c.gate.mixing == "layers" and c.plus.confidences:
         yield ('plus.confidences: mixing = "layers" decides before there are outputs to be confident of; '
@@ -508,6 +510,30 @@ def _is_encoding(name: str) -> bool:
         return True
     except (LookupError, ValueError):
         return False
+
+
+# What a causal language model has no use for, and why.
+NOT_FOR_TOKENS = {"fedavg_prior": "it shifts class logits", "fedper": "its private head would be the model's frozen one",
+                  "fedrep": "its private head would be the model's frozen one", "feddpa": "it weighs whole samples"}
+
+
+def _task_problems(c: RunConfig) -> Iterable[str]:
+    reads = MODELS.get(c.model.id)
+    if c.task.kind == "classification":
+        if reads == "conversations":
+            yield f'task.kind: model.id {_show(c.model.id)} is a causal language model; set task.kind to "causal_lm"'
+        return
+    if reads not in (None, "conversations"):
+        yield (f'model.id: task.kind "causal_lm" needs a causal language model, and {_show(c.model.id)} reads {reads}; accepted: '
+               f'{_words(name for name, read in MODELS.items() if read == "conversations")}, a folder, a hub id or a .gguf file')
+    if (holds := DATA.get(c.data.name)) not in (None, "conversations"):
+        yield f"data.name: {_show(c.data.name)} holds {holds} with labels, which task.kind \"causal_lm\" does not learn"
+    if reason := NOT_FOR_TOKENS.get(c.run.method):
+        yield f"run.method: {c.run.method} is not for task.kind \"causal_lm\": {reason}"
+    if c.gate.mixing == "outputs" and c.gate.on == "logits":
+        yield 'gate.on: task.kind "causal_lm" mixes probabilities, which take one number a token to keep; set it to "probabilities"'
+    if c.model.head == "text":
+        yield 'model.head: "text" are class prompts, which task.kind "causal_lm" has none of; leave it out'
 
 
 def _method_problems(c: RunConfig) -> Iterable[str]:

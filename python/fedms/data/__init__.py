@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fedms.config import DATA
 
-from . import digits, fashion, sentiment, user_data
+from . import digits, fashion, language, sentiment, user_data
 from .cache import cache_dir, made_cache_dir
 from .dataset import Dataset, describe, make_dataset
 from .inputs import DataError, ImageInputs, TextInputs
@@ -61,7 +61,9 @@ def load(config, model, *, seed: int = 0) -> Dataset:
     """
     if config.max_samples is not None and config.max_samples < 1:
         raise DataError(f"data.max_samples: expected at least 1, got {config.max_samples}")
-    if config.name not in LOADERS:
+    if model.reads == "conversations":
+        return language.load(config, model, seed)
+    if config.name not in LOADERS and config.name not in DATA:
         return user_data.load(config, model, seed)
     if model.reads != DATA[config.name]:
         raise DataError(

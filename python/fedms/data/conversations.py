@@ -108,7 +108,7 @@ def encode(exchanges: Sequence[Exchange], tokenizer: Any, *, max_tokens: int, te
     Args:
         tokenizer: of transformers.
         max_tokens: longest sequence, at least 2.
-        template: "chat", the tokenizer's chat template; "none", prompt and answer as they are; or a format with {prompt} and,
+        template: "chat", the tokenizer's chat template; "plain", prompt and answer as they are; or a format with {prompt} and,
             at its end, {answer}. An answer ends with the tokenizer's end of sequence, or with the template's end of turn.
         loss_on: "answer", or "all": then prompts are learned too.
         long_answers: "error", "drop" or "cut".
@@ -174,18 +174,18 @@ def _rendered(tokenizer: Any, exchange: Exchange, template: str) -> tuple[str, s
     if template == "chat":
         return _by_chat_template(tokenizer, exchange)
     prompt = "\n".join(message["content"] for message in exchange.messages)
-    if template == "none":
+    if template == "plain":
         return prompt, exchange.answer
     before, found, after = template.partition("{answer}")
     if not found or after or "{prompt}" not in before:
-        raise DataError(f'data.template: got {template!r}; expected "chat", "none", or a text with {{prompt}} in it and '
+        raise DataError(f'data.template: got {template!r}; expected "chat", "plain", or a text with {{prompt}} in it and '
                         "{answer} at its end")
     return before.replace("{prompt}", prompt), exchange.answer
 
 
 def _by_chat_template(tokenizer: Any, exchange: Exchange) -> tuple[str, str]:
     if not tokenizer.chat_template:
-        raise DataError(f'data.template: "chat", but the model\'s tokenizer has no chat template; use "none", or a format such '
+        raise DataError(f'data.template: "chat", but the model\'s tokenizer has no chat template; use "plain", or a format such '
                         'as "Question: {prompt}\\nAnswer: {answer}"')
     try:
         prompt = tokenizer.apply_chat_template(list(exchange.messages), add_generation_prompt=True, tokenize=False)
@@ -195,7 +195,7 @@ def _by_chat_template(tokenizer: Any, exchange: Exchange) -> tuple[str, str]:
         raise DataError(f"{exchange.place}: the model's chat template refuses these messages: {error}") from error
     if not whole.startswith(prompt):
         raise DataError(f"{exchange.place}: the model's chat template writes another beginning once there is an answer: "
-                        f"{prompt[-60:]!r} is not how {whole[:len(prompt)][-60:]!r} goes on; use data.template = \"none\" or a format")
+                        f"{prompt[-60:]!r} is not how {whole[:len(prompt)][-60:]!r} goes on; use data.template = \"plain\" or a format")
     return prompt, whole[len(prompt):]
 
 

@@ -75,7 +75,7 @@ def export(run: Path, out: Path, form: str = "mixture", *, client: str | None = 
                           f"{task.config.model.id!r}; if you trust that code, give --trust-remote-code")
     _check_free(out, overwrite)
     progress.phase(f"loading model {task.config.model.id}")
-    foundation = foundation or models.load(task.config.model)
+    foundation = foundation or models.load(task.config.model, task.config.task.kind)
     check_fingerprint(foundation, task)
     with _new_folder(out, overwrite, private=client is not None) as folder:
         if form == "mixture":

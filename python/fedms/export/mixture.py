@@ -111,7 +111,7 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     outcome = TrainedRun(task, Message(clients=(), **content.final.model_dump(), **parts), private,
                       frozenset(content.elsewhere))
     number = outcome.client(client)     # a mistake here is answered before the model is loaded
-    foundation = foundation or models.load(config.model)
+    foundation = foundation or models.load(config.model, config.task.kind)
     check_fingerprint(foundation, task)
     try:
         return Mixture(foundation, outcome, number)

@@ -37,10 +37,7 @@ def evaluate_client(method: Method, model: ExpertModel, client: Client, private:
                 "zero_shot": model.zero_shot(client.test)}
     record["accuracy"] = {**{name: accuracy(task, opinion, targets) for name, opinion in opinions.items()},
                           **_mixture_accuracies(task, prediction, targets)}
-    record.update(task.details(prediction.personalized, targets, (model.dataset, client.test)))
-    if task.per_token:
-        record["nats"] = {name: None if opinion is None else float(task.loss(opinion, targets))
-                          for name, opinion in opinions.items()}
+    record.update(task.details(opinions, targets, (model.dataset, client.test)))
     if prediction.weights is not None:
         own = prediction.weights[:, 1]
         record.update(gate_mean=float(own.mean()), gate_std=float(own.std(correction=0)),
@@ -104,7 +101,19 @@ def summarize(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> di
         "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
         "macro_f1": mean([c.get("macro_f1") for c in tested]),
         "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None], learns_gate),
+        **_language_summary([c["language"] for c in tested if c.get("language")]),
     }
+
+
+def _language_summary(clients: list[dict[str, Any]]) -> dict[str, Any]:
+    """Nats a token, averaged over clients, never perplexities, and the perplexities that the averages stand for."""
+    if not clients:
+        return {}
+    nats = {name: mean([c.get(name) for c in clients]) for name in clients[0] if name.startswith("nats")}
+    perplexities = {name.replace("nats", "perplexity"): None if value is None else math.exp(min(value, 700.0))
+                    for name, value in nats.items()}
+    return {"language": {**nats, **perplexities, "tokens": sum(c["tokens"] for c in clients),
+                         "bits_per_byte": mean([c.get("bits_per_byte") for c in clients])}}
 
 
 def _gate_summary(clients: list[dict[str, Any]], learns_gate: bool) -> dict[str, Any] | None:

@@ -79,4 +79,4 @@ class APFL(FedAvg):
         if model.task.mixes_opinions:
             return Prediction(model.task.blend(alpha, own, ours), ours, own, weights)
         model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
-        return Prediction(model.mixed_opinions(part, weights, (ours, own)), ours, own, weights)
+        return Prediction(model.mixed_opinions(part, weights), ours, own, weights)

@@ -88,7 +88,7 @@ class FedMS(Method):
         both = model.both_opinions(part)
         mixed, weights = self._mixture(model, part, both)
         if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
-            mixed = model.mixed_opinions(part, weights, both)
+            mixed = model.mixed_opinions(part, weights)
         return Prediction(mixed, *both, weights)
 
     # The mixture

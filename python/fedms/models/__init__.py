@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from . import huggingface
+from . import causal_lm, huggingface
 from .base import FoundationModel, ModelError
 from .huggingface import wrap
 from .minilm import MiniLM
 from .module import ModuleModel
+from .smollm2 import SmolLM2
 from .vit import RECIPES, PretrainedViT
 from .vit_digits import ViTDigits
 
@@ -18,12 +19,16 @@ __all__ = ["MODELS", "FoundationModel", "ModelError", "ModuleModel", "load", "wr
 
 MODELS: dict[str, Callable[[], FoundationModel]] = {
     "minilm": MiniLM,
+    "smollm2": SmolLM2,
     "vit-digits": ViTDigits,
     **{name: partial(PretrainedViT, name) for name in RECIPES},
 }
 
 
-def load(table) -> FoundationModel:
+def load(table, task: str = "classification") -> FoundationModel:
     """Load the frozen model `table.id` (table: the run file's [model]): a built-in one by its name, else what
-    `huggingface.load` finds in a folder or on the hub. ModelError if it cannot be had."""
-    return MODELS[table.id]() if table.id in MODELS else huggingface.load(table)
+    `huggingface.load`, or for the task "causal_lm" `causal_lm.load`, finds in a folder or on the hub. ModelError if it cannot
+    be had."""
+    if table.id in MODELS:
+        return MODELS[table.id]()
+    return causal_lm.load(table) if task == "causal_lm" else huggingface.load(table)

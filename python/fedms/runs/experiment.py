@@ -57,7 +57,7 @@ class LoadedTask:
         # Taken before the data are read: where they change meanwhile, the session is not used again.
         self.basis = basis(config)
         progress.phase(f"loading model {config.model.id}")
-        self.foundation = foundation or models.load(config.model)
+        self.foundation = foundation or models.load(config.model, config.task.kind)
         progress.phase(f"loading data {config.data.name}")
         self.dataset = shard.dataset if shard else dataset or data.load(config.data, self.foundation)
         if shard is None:
@@ -100,7 +100,7 @@ def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 def basis(config: RunConfig) -> tuple[object, ...]:
     """What a session depends on: runs that agree in it can share one."""
-    return (config.model, data.stamp(config.data), config.lora, config.run.threads,
+    return (config.task, config.model, config.head, data.stamp(config.data), config.lora, config.run.threads,
             config.data.model_dump(exclude={"partition", "alpha", "classes_per_client", "split", "global_test"}),
             config.sal.model_dump(include={"order", "depth", "cache", "cache_dtype", "cache_bytes"}),
             config.gate.model_dump(include={"mixing", "features", "temperature", "bottleneck"}))

@@ -126,7 +126,7 @@ class _Planner:
         progress.phase(f"loading model {config.model.id}")
         # Loaded as every run does, in full precision; `freeze` quantizes it.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"frozen": "fp32"})})
-        foundation = models.load(plain.model)
+        foundation = models.load(plain.model, plain.task.kind)
         progress.phase(f"loading data {config.data.name}")
         dataset = data.load(plain.data, foundation)
         config = with_clients(config, dataset)

@@ -47,7 +47,7 @@ VISIT_FIELDS = (
 )
 CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
-    "gate_entropy",
+    "gate_entropy", "language",
 )
 ACCURACY_FIELDS = ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
 SUMMARY_FIELDS = (
@@ -55,8 +55,10 @@ SUMMARY_FIELDS = (
     "global_test_accuracy",
     "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth", "trainable_params",
     "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
-    "peak_memory_bytes", "notes",
+    "peak_memory_bytes", "notes", "language",
 )
+OPTIONAL = frozenset({"language"})
+"""Fields that are written only where a task has them."""
 
 CONFIG, ROUNDS, VISITS, CLIENTS, SUMMARY, DATA = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "summary.json", "data.json")
@@ -83,12 +85,13 @@ _NUMBERS = dict[str, _Number]
 _SCHEMAS = {
     ROUNDS: _schema("Round", ROUND_FIELDS, stage=str, round=_Count, event=_Text),
     VISITS: _schema("Visit", VISIT_FIELDS, stage=str, round=_Count, client=_Count, status=_Text, reason=_Text),
-    CLIENTS: _schema("Client", CLIENT_FIELDS, id=_Count, group=_Text, unseen=bool | None, accuracy=_NUMBERS),
+    CLIENTS: _schema("Client", CLIENT_FIELDS, id=_Count, group=_Text, unseen=bool | None, accuracy=_NUMBERS,
+                     language=_NUMBERS | None),
     SUMMARY: _schema(
         "Summary", SUMMARY_FIELDS, method=_Text, model=_Text, fingerprint=_Text, dataset=_Text, classes=list[str] | None,
         prompts=list[list[str]] | None, rounds=_NUMBERS | None, personalized_accuracy=_NUMBERS | None,
         unseen_accuracy=_NUMBERS | None, gate=dict[str, _Number | bool] | None, final_depth=_NUMBERS | None,
-        notes=list[str] | None)}
+        notes=list[str] | None, language=_NUMBERS | None)}
 
 
 class RunFolderError(Exception):
@@ -350,7 +353,7 @@ def _complete(record: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any
     # A misspelled field would silently leave a null in every table made from the records later.
     if unknown := sorted(set(record) - set(fields)):
         raise ValueError(f"unknown record field {unknown[0]!r}; known: {', '.join(fields)}")
-    return {name: record.get(name) for name in fields}
+    return {name: record.get(name) for name in fields if name in record or name not in OPTIONAL}
 
 
 def _plain(value: Any) -> Any:

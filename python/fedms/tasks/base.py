@@ -61,7 +61,7 @@ class Task(ABC):
         weight = logit.sigmoid()
         return self.mix(torch.stack([1 - weight, weight]).expand(len(own), 2), shared, own, "probabilities")
 
-    def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor, on: str) -> Tensor:
+    def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
         """(U, K) opinion of the mixture from both experts' features (U, D), where `mix` cannot say all of it."""
         raise NotImplementedError
 
@@ -97,8 +97,9 @@ class Task(ABC):
         """(U, K) opinion of the foundation model without any training, from its own features; None if it has none."""
         return None
 
-    def details(self, opinion: Tensor, targets: Tensor, samples: Any) -> dict[str, Any]:
-        """Further figures of a client's test samples for its record; samples: their data set and `Subset`."""
+    def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
+        """Further fields of a client's record. opinions: by "personalized", "global", "local" and "zero_shot", about its test
+        samples; samples: their data set and `Subset`."""
         return {}
 
     def head_flops(self, units: int, training: bool) -> int:

@@ -13,6 +13,7 @@ from fedms_ext.token_loss import FrozenHead, mixture_log_prob, token_log_prob
 from .base import Score, Task
 
 LOG_P, ENTROPY, LARGEST, RIGHT = range(4)
+LARGEST_NATS = 700.0      # whose exponential is still a number
 
 
 class CausalLM(Task):
@@ -47,7 +48,7 @@ class CausalLM(Task):
         return torch.cat([log_p[:, None], torch.full_like(own[:, 1:], float("nan"))], 1)
 
     @torch.no_grad()
-    def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor, on: str) -> Tensor:
+    def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
         parts = zip(shared.split(self.chunk), own.split(self.chunk), weights.split(self.chunk), targets.split(self.chunk))
         found = []
         for ours, mine, gate, wanted in parts:
@@ -87,14 +88,16 @@ class CausalLM(Task):
     def zero_shot(self, features: Tensor, targets: Tensor) -> Tensor | None:
         return self.opinion(nn.Identity(), features, targets)
 
-    def details(self, opinion: Tensor, targets: Tensor, samples: Any) -> dict[str, Any]:
-        """Nats and bits of the answers: nats a token, its exponential, and bits a byte of the answers' text, which compares
-        models with different tokens."""
-        nats = -float(opinion[:, LOG_P].double().mean())
+    def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
+        """Under "language": nats a token of each opinion, and of the personalized one its exponential, the perplexity, and bits
+        a byte of the answers' text, which compare models with different tokens."""
         dataset, part = samples
-        count = None if dataset.answer_bytes is None else int(dataset.answer_bytes[part.indices].sum())
-        return {"nats": nats, "perplexity": math.exp(min(nats, 700.0)), "tokens": len(targets),
-                "bits_per_byte": nats * len(targets) / math.log(2) / count if count else None}
+        nats = {name: -float(opinion[:, LOG_P].double().mean()) for name, opinion in opinions.items() if opinion is not None}
+        own = nats.pop("personalized")
+        bytes_ = None if dataset.answer_bytes is None else int(dataset.answer_bytes[part.indices].sum())
+        return {"language": {"nats": own, **{f"nats_{name}": value for name, value in nats.items()}, "tokens": len(targets),
+                             "perplexity": math.exp(min(own, LARGEST_NATS)),
+                             "bits_per_byte": own * len(targets) / math.log(2) / bytes_ if bytes_ else None}}
 
     def head_flops(self, units: int, training: bool) -> int:
         return (4 if training else 2) * units * self.head.weight.numel()

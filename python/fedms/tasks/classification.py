@@ -1,7 +1,7 @@
 """One label of several a sample."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,9 +63,9 @@ class Classification(Task):
     def zero_shot(self, features: Tensor, targets: Tensor) -> Tensor | None:
         return None if self.prompts is None else features @ self.prompts.T / self.temperature
 
-    def details(self, opinion: Tensor, targets: Tensor, samples: Any) -> dict[str, Any]:
+    def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
         from sklearn.metrics import f1_score
 
         labels = targets.cpu()
-        return {"macro_f1": float(f1_score(labels, opinion.argmax(1).cpu(), average="macro", labels=sorted(set(labels.tolist())),
+        return {"macro_f1": float(f1_score(labels, opinions["personalized"].argmax(1).cpu(), average="macro", labels=sorted(set(labels.tolist())),
                                            zero_division=0))}

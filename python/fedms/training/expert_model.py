@@ -358,16 +358,12 @@ class ExpertModel:
         return shared, own
 
     @torch.no_grad()
-    def mixed_opinions(self, part: Subset, weights: Tensor, opinions: tuple[Tensor, Tensor]) -> Tensor:
-        """(U, K) opinion of the mixture by weights (U, 2) about a whole part, of which `opinions` are those of the global and
-        the local expert: all of it, where `Task.mix` of the two leaves something out."""
-        on = self.config.gate.on
-        if self.task.mixes_opinions:
-            return self.task.mix(weights, *opinions, on)
-
+    def mixed_opinions(self, part: Subset, weights: Tensor) -> Tensor:
+        """(U, K) opinion of the mixture by weights (U, 2) about a whole part: all of it, for tasks where `Task.mix` of both
+        experts' opinions leaves something out."""
         def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
             return self.task.mixed_opinion(self.heads["global"], *halves, weights[self.units(part, rows)],
-                                           self.targets(part, rows), on)
+                                           self.targets(part, rows))
         return self._side_by_side(part, say, self.task.columns)
 
     def _share_prefix(self) -> bool:

@@ -51,7 +51,7 @@ def test_a_template_without_a_generation_prompt_has_its_header_in_the_answer():
 
 
 @pytest.mark.parametrize("template, expected", [
-    ("none", ("What is it?", "A cat.<|end|>")), ("Q: {prompt}\nA: {answer}", ("Q: What is it?\nA: ", "A cat.<|end|>"))])
+    ("plain", ("What is it?", "A cat.<|end|>")), ("Q: {prompt}\nA: {answer}", ("Q: What is it?\nA: ", "A cat.<|end|>"))])
 def test_other_templates(template, expected):
     found = encoded([ASKED], template=template)
     assert text(found, 0) == expected
@@ -132,7 +132,7 @@ def test_what_is_refused(call, message):
 def test_a_tokenizer_without_a_template_is_named():
     made = tiny.tokenizer()
     made.chat_template = None
-    with pytest.raises(DataError, match="has no chat template; use \"none\""):
+    with pytest.raises(DataError, match="has no chat template; use \"plain\""):
         encode([ASKED], made, max_tokens=100)
 
 

@@ -1,0 +1,177 @@
+"""The language modelling task on a tiny model: opinions, gradients, mixtures and whole runs, against plain PyTorch."""
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny_language_models as tiny
+import torch
+from torch.nn import functional as F
+
+from fedms import data, models
+from fedms.config import ConfigError, load_config
+from fedms.data.subset import Subset
+from fedms.runs import run
+from fedms.storage.records import RunRecords, comparable
+from fedms.training.expert_model import ExpertModel
+
+SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=3",
+        "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
+        "sal.schedule=fixed", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "run.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("language")
+    tiny.model().save(made / "model")
+    lines = [{"q": f"number {i}?", "a": f"{who}{i % 3} {who * (1 + i % 4)}", "who": who} for who in "abc" for i in range(20)]
+    (made / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def config(folder, *sets):
+    return load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS, *sets])
+
+
+def loaded(folder, *sets) -> ExpertModel:
+    settings = config(folder, *sets)
+    foundation = models.load(settings.model, settings.task.kind)
+    model = ExpertModel(foundation, data.load(settings.data, foundation), settings)
+    fresh = model.initial(0)
+    noise = torch.Generator().manual_seed(1)
+    for expert in ("global", "local"):
+        moved = {name: t + 0.1 * torch.randn(t.shape, generator=noise) for name, t in fresh.items()}
+        model.load(expert, moved, depth=2, applied_depth=3)
+    return model
+
+
+def plain_log_p(model: ExpertModel, expert: str, part: Subset) -> torch.Tensor:
+    """Log-probabilities (U, V) of each answer's tokens, one sample at a time, from all logits: LoRA by hand in float64."""
+    found = []
+    state = {name: t.double() for name, t in model.foundation.module.state_dict().items() if "lora_" not in name}
+    for name, layer in model.layers.items():
+        state[f"{name}.weight"] = layer.weight.double() + layer.experts[expert].scale * (
+            layer.lora_b[expert].double() @ layer.lora_a[expert].double())
+    whole = tiny.whole().double()
+    for index in part.indices.tolist():
+        row = slice(int(model.dataset.inputs.offsets[index]), int(model.dataset.inputs.offsets[index + 1]))
+        ids = model.dataset.inputs.fields["input_ids"][row]
+        hidden = torch.func.functional_call(whole.model, state, (), {"input_ids": ids[None], "use_cache": False}).last_hidden_state
+        start = int(model.dataset.answers[index])
+        found.append((hidden[0, start - 1:-1] @ whole.lm_head.weight.T).log_softmax(-1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("sets", [[], ["sal.cache=off"], ["head.chunk=3"]], ids=str)
+def test_opinions_and_gradients_equal_plain_pytorch(folder, sets):
+    model, part = loaded(folder, *sets), Subset(torch.tensor([3, 50, 7, 22]))
+    rows = torch.tensor([2, 0, 3])
+    targets = model.targets(part, rows)
+    opinion = model.opinion("local", part, rows)
+    loss = model.task.loss(opinion, targets)
+    params = model.trainable("local")
+    gradients = torch.autograd.grad(loss, list(params.values()))
+
+    picked = Subset(part.indices[rows])
+    log_p = plain_log_p(model, "local", picked)
+    assert torch.equal(model.dataset.targets(picked.indices), targets)
+    expected = F.nll_loss(log_p, targets)
+    of = [model.layers[name.removeprefix("expert/").rpartition(".")[0]] for name in params]
+    wanted = torch.autograd.grad(expected, [getattr(layer, name.rpartition(".")[2])["local"] for layer, name in zip(of, params)])
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    size = torch.cat([w.flatten() for w in wanted]).norm()
+    error = torch.cat([(g - w).flatten() for g, w in zip(gradients, wanted)]).norm()
+    assert error / size < 1e-5
+    torch.testing.assert_close(opinion[:, 1].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(opinion[:, 3].bool(), log_p.argmax(-1) == targets)
+
+
+def test_the_units_of_a_part_follow_its_rows(folder):
+    model, part = loaded(folder), Subset(torch.tensor([3, 50, 7]))
+    every = model.targets(part)
+    for rows in (torch.tensor([2, 0]), torch.tensor([1]), torch.arange(3)):
+        assert torch.equal(every[model.units(part, rows)], model.targets(part, rows))
+        assert model.count_units(part, rows) == len(model.targets(part, rows))
+    text = model.foundation.tokenizer.decode(model.targets(part, torch.tensor([0])))
+    assert text == "a0 aaaa<|end|>"
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_mixture_of_probabilities(folder, weight):
+    model, part = loaded(folder), Subset(torch.arange(9))
+    model.load("local", {**model.read("global"), **model.read_trained("local")}, depth=2, applied_depth=3)   # one prefix
+    shared, own = model.both_opinions(part)
+    for expert, together in (("global", shared), ("local", own)):
+        model.opinions_cache.clear()
+        torch.testing.assert_close(together, model.opinions(expert, part), rtol=1e-4, atol=1e-4)
+    weights = torch.tensor([1 - weight, weight]).expand(len(shared), 2)
+    both = torch.stack([plain_log_p(model, e, part).exp() for e in ("global", "local")])
+    p = (1 - weight) * both[0] + weight * both[1]
+    targets = model.targets(part)
+    expected = p.gather(1, targets[:, None]).squeeze(1).log()
+    torch.testing.assert_close(model.task.mix(weights, shared, own, "probabilities")[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
+    whole = model.mixed_opinions(part, weights)
+    torch.testing.assert_close(whole[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(whole[:, 3].bool(), p.argmax(-1) == targets)
+
+
+def test_mixing_inside_the_layers_by_token(folder):
+    """With weight 1 on one expert it is that expert; the positions before an answer take the weights of its first token."""
+    model, part = loaded(folder, "gate.mixing=layers"), Subset(torch.tensor([4, 30]))
+    model.load("global", model.read("global"), depth=0, applied_depth=3)
+    rows = torch.arange(2)
+    units = model.count_units(part, rows)
+    for column, expert in enumerate(("global", "local")):
+        weights = torch.eye(2)[column].expand(units, 2)
+        if expert == "local":       # below the trained blocks the layers hold the global pair
+            model.load("local", {**model.read("global"), **model.read_trained("local")}, depth=2, applied_depth=3)
+        got = model.layer_mixture(part, rows, weights)
+        torch.testing.assert_close(got, model.opinion(expert, part, rows), rtol=1e-4, atol=1e-4)
+    weights = torch.rand(units, 2)
+    gates = model._gates(part, rows, weights)
+    counts = model.dataset.units(part.indices)
+    first = model.dataset.answers[part.indices]
+    for row in range(2):
+        begin = int(counts[:row].sum())
+        own = weights[begin:begin + int(counts[row])]
+        assert torch.equal(gates[row, int(first[row]) - 1:int(first[row]) - 1 + int(counts[row])], own)
+        assert torch.equal(gates[row, :int(first[row]) - 1], own[:1].expand(int(first[row]) - 1, 2))
+
+
+@pytest.mark.parametrize("sets", [
+    *[[f"run.method={m}"] for m in ("local", "fedavg", "fedavg_ft", "fedprox", "ditto", "apfl", "ffa_lora", "fedms", "fedms_plus")],
+    ["gate.mixing=layers"], ["gate.weight=0.5"], ["model.frozen=int8", "head.dtype=int8"],
+    ["data.template=plain", "data.group_by_length=false", "stage1.steps=3", "stage2.steps=1"], ["data.loss_on=all", "stage1.micro_batch=2"],
+    ["run.method=fedms_plus", "plus.gate_on=training"], ["gate.features=final"]], ids=lambda sets: ",".join(sets))
+def test_runs(folder, tmp_path, sets):
+    summary = run.run(config(folder, *sets), tmp_path / "run")
+    records = RunRecords.read(tmp_path / "run")
+    assert all(visit["status"] == "ok" and math.isfinite(visit["loss"]) for visit in records.visits)
+    language = summary["language"]
+    assert language["perplexity"] == pytest.approx(math.exp(language["nats"])) and language["nats"] < language["nats_zero_shot"]
+    assert language["tokens"] == sum(client["language"]["tokens"] for client in records.clients)
+    for client in records.clients:
+        assert all(0 <= value <= 1 for value in client["accuracy"].values() if value is not None)
+
+
+def test_caches_do_not_change_the_bits(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "cache"))
+    found = []
+    for cache in ("memory", "disk", "off"):
+        run.run(config(folder, f"sal.cache={cache}"), tmp_path / cache)
+        records = comparable(RunRecords.read(tmp_path / cache))
+        found.append([[{k: v for k, v in line.items() if k != "flops"} for line in records[kind]]
+                      for kind in ("rounds", "visits", "clients")])
+    assert found[0] == found[1]
+    for kept, again in zip(found[0][2], found[2][2]):    # without a cache the prefix is padded with other rows
+        assert kept["language"]["nats"] == pytest.approx(again["language"]["nats"], rel=1e-4)
+
+
+@pytest.mark.parametrize("sets, message", [
+    (["run.method=fedper"], "run.method: fedper is not for"), (["run.method=feddpa"], "it weighs whole samples"),
+    (["run.method=fedavg_prior"], "it shifts class logits"), (["gate.on=logits"], "gate.on: .*probabilities"),
+    (["model.head=text"], "model.head"), (["data.name=digits"], "data.name"), (["model.id=minilm"], "model.id")])
+def test_what_is_refused(folder, sets, message):
+    with pytest.raises(ConfigError, match=message):
+        config(folder, *sets)
