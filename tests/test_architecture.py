@@ -25,7 +25,6 @@ WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}
 
 # Imports that point upwards, as (module, room), and why they are still there.
 EXCEPTIONS = {
-    ("fedms.storage.checkpoint", "training"): "the type Tensors is not yet a module below",
     ("fedms.storage.checkpoint", "federated"): "packs the server's state; that belongs into federated",
     ("fedms.storage.private_state", "federated"): "the type Private",
     ("fedms.federated.visit_costs", "methods"): "the type Method is not yet in federated",

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from fedms.config import load_config
 from fedms.data import fashion, sentiment
 from fedms.data.dataset import stratified_sample
+from fedms.data.subset import Subset
 from fedms.engines.local import LocalEngine
 from fedms.federated.client import Client
 from fedms.methods.fedavg_prior import log_prior
@@ -32,7 +33,6 @@ from fedms.runs.experiment import LoadedTask
 from fedms.runs.run import with_run
 from fedms.runs.tune import replaced
 from fedms.storage.records import RunFolder
-from fedms.data.subset import Subset
 
 EPOCHS, RATES = 4, (1e-3, 3e-3)
 

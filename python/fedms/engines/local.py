@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedms.data.subset import Subset
 from fedms.engines.base import Arrival, Engine, Evaluation
 from fedms.federated.client import Client, Message, Participant, Private, visit
 from fedms.federated.evaluation import evaluate_client, own_accuracy
@@ -13,7 +14,6 @@ from fedms.federated.server import Server
 from fedms.methods import Method
 from fedms.progress import Progress
 from fedms.storage.records import RunFolder
-from fedms.data.subset import Subset
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 

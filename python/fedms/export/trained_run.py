@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from fedms import methods
 from fedms.config import ConfigError, RunConfig, config_from_dict
 from fedms.data import Dataset, ImageInputs, TextInputs, normal
+from fedms.data.subset import Subset
 from fedms.federated import encoding
 from fedms.federated.client import Message, Private
 from fedms.federated.server import Server
@@ -21,7 +22,6 @@ from fedms.models import FoundationModel
 from fedms.storage.checkpoint import CheckpointFolder, unpack_server
 from fedms.storage.private_state import FolderError, find_private
 from fedms.storage.records import RunFolderError, RunRecords
-from fedms.data.subset import Subset
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 

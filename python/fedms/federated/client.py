@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fedms.config import RunConfig, Stage
 from fedms.data import ClientSplit
+from fedms.data.subset import Subset
 from fedms.federated.devices import Device, device_of
 from fedms.federated.schema import printable
 from fedms.seeds import derive_seed, generator
 from fedms.tasks import Score
-from fedms.data.subset import Subset
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import peak_memory, reset_peak_memory

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, ClientFailure, Message, Private
 from fedms.methods import Method, Prediction
 from fedms.tasks import Task
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 # A gate is named collapsed when its mean entropy falls below this share of the largest possible, log 2: it then

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fedms.config import ConfigError, RunConfig
 from fedms.data import ClientSplit, Partition
+from fedms.data.subset import Subset
 from fedms.federated import encoding
 from fedms.federated.client import Client, Private
 from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES, Server
 from fedms.methods import Method
 from fedms.seeds import generator
-from fedms.data.subset import Subset
 from fedms.tensors import Tensors, freeze_none, is_a
 from fedms.training.expert_model import ExpertModel
 from fedms_ext import ConstantCache, budget

@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
-from fedms.data.subset import Subset
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, proximal, shared_expert, train_private, train_shared
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 

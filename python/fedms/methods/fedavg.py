@@ -1,9 +1,9 @@
 """FedAvg on LoRA (FedIT: Zhang et al., arXiv 2305.05644): one expert, trained by all, averaged every round."""
 from __future__ import annotations
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 

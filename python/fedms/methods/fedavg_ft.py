@@ -1,9 +1,9 @@
 """FedAvg, then fine-tuning: in stage 2 every client goes on training a private copy of the shared expert."""
 from __future__ import annotations
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_private, train_shared
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, class_counts
-from fedms.data.subset import Subset
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 

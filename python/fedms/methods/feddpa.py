@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg_ft import FedAvgFT
 from fedms.methods.steps import Prediction, shared_expert
 from fedms.seeds import generator
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 REFERENCES = "feddpa/references"        # (S, D) features of training samples

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.methods.steps import (Method, Prediction, keep_better, lr_of, make_reply, shared_expert,
                                  train_shared)
-from fedms.data.subset import Subset
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel

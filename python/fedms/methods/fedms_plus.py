@@ -21,12 +21,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
 from fedms.methods.steps import Prediction, class_counts, keep_better, train_shared
 from fedms.seeds import generator
-from fedms.data.subset import Subset
 from fedms.tensors import Tensors
 from fedms.training.expert_model import EXPERTS, ExpertModel
 

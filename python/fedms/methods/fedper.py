@@ -2,9 +2,9 @@
 LoRA expert, and the head a client's own from its first visit on. Needs the linear head."""
 from __future__ import annotations
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 

@@ -1,9 +1,9 @@
 """Local training: every client trains a private expert on its own data, and nothing travels."""
 from __future__ import annotations
 
+from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, train_private
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fedms.config import RunConfig
-from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
 from fedms.data.subset import Subset
+from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
 from fedms.tensors import Tensors, freeze_none, is_a
 from fedms.training.expert_model import ExpertModel
 

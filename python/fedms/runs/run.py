@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedms.config import ConfigError, RunConfig, config_from_dict
 from fedms.data import Dataset, Shard
+from fedms.data.subset import Subset
 from fedms.engines.base import Engine, Interrupted
 from fedms.engines.local import LocalEngine
 from fedms.federated.client import Client, Message
@@ -24,7 +25,6 @@ from fedms.progress import Progress
 from fedms.runs.experiment import Experiment, LoadedTask, LoadedTasks
 from fedms.runs.workers import in_processes
 from fedms.storage.records import CONFIG, RunFolder, RunRecords, check_same_config, check_same_data
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 
 if TYPE_CHECKING:

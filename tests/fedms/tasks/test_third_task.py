@@ -20,7 +20,7 @@ from fedms.storage.records import RunFolder
 from fedms.tasks import Task
 from fedms.training.expert_model import ExpertModel
 
-SETS = ["data.max_samples=160", "clients.count=2", "clients.unseen=0", "data.partition=iid", "stage1.rounds=6", "stage2.rounds=1",
+SETS = ["data.max_samples=160", "clients.count=2", "clients.unseen=0", "data.partition=iid", "stage1.rounds=3", "stage2.rounds=1",
         "stage1.lr=0.02", "stage1.epochs=3", "run.threads=1"]
 
 

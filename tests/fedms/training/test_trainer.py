@@ -12,6 +12,7 @@ import torch
 from fedms import data, methods, models
 from fedms.config import ConfigError, load_config
 from fedms.data import TextInputs
+from fedms.data.subset import Subset
 from fedms.engines.local import LocalEngine
 from fedms.federated import encoding
 from fedms.federated.client import Client, ClientFailure, Private, accumulate, own_loss_of, train
@@ -20,7 +21,6 @@ from fedms.federated.server import AllClientsFailed, Server
 from fedms.progress import Progress
 from fedms.runs import run
 from fedms.storage.records import OPTIONAL, SUMMARY_FIELDS, RunFolder, RunRecords, comparable
-from fedms.data.subset import Subset
 from fedms.training.expert_model import ExpertModel
 from fedms.training.streams import Stream
 

@@ -140,9 +140,9 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
 
 def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
               open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+    from fedms.data.subset import Subset
     from fedms.federated.evaluation import evaluate_client, own_accuracy
     from fedms.storage.private_state import ClientFolder
-    from fedms.data.subset import Subset
 
     session, experiment = _opened(head, _agreed(head["config"], identity), identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
