@@ -30,14 +30,14 @@ def problem(*overrides: str, source: str | Path = "digits") -> str:
 # Built-in files, dumping and loading
 
 def test_the_built_in_run_files_load_and_differ_from_the_defaults():
-    assert builtin_names() == ("digits", "fashion", "sentiment")
+    assert builtin_names() == ("dictionaries", "digits", "fashion", "sentiment")
     assert load_config("sentiment").data.max_samples == 4000
     assert load_config("digits").model.id == "vit-digits"
 
 
 @pytest.mark.parametrize("name", builtin_names())
 @pytest.mark.parametrize("overrides", [
-    (), ("sal.max_depth=2", "sal.order=[3, 1, 2]", "model.targets=['query', 'value']", "data.path=a \"b\"/ü.npz"),
+    (), ("sal.depth=1", "sal.max_depth=2", "sal.order=[3, 1, 2]", "model.targets=['query', 'value']", "data.path=a \"b\"/ü.npz"),
     ("clients.budgets=[{share=0.25, max_depth=1}, {share=0.75, max_depth=3}]", "data.max_samples=none"),
     ("clients.budgets=[{share=1, memory='512MiB', flops=5e9, bandwidth_up='1MB', bandwidth_down=2}]",
      "clients.spread=0.3", "stage1.micro_batch=8"),
@@ -171,7 +171,7 @@ def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
     ("lora.epochs=4", "lora.epochs: unknown key; did you mean stage1.epochs or stage2.epochs?"),
     ("lora.zzz=4", "lora.zzz: unknown key; keys of [lora]: rank, alpha, dropout, rslora, start"),
     ("stgae1.lr=4", "stgae1: unknown key; did you mean [stage1]?"),
-    ("zzz.lr=4", "zzz: unknown key; tables: model, data, lora, sal, stage1, stage2, gate, clients, aggregate, "
+    ("zzz.lr=4", "zzz: unknown key; tables: task, model, head, data, lora, sal, stage1, stage2, gate, clients, aggregate, "
                  "fedprox, fedrep, ditto, apfl, feddpa, plus, wire, run"),
 ])
 def test_an_unknown_key_names_the_nearest(override, expected):
@@ -198,7 +198,7 @@ def test_all_mistakes_are_reported_at_once():
     (("data.split=[0.5, 0.5, 0.5]",), "data.split:", ["sums to 1.5", "sum to 1"]),
     (("data.split=[1.2, -0.2, 0.0]",), "data.split:", ["above 0"]),
     (("sal.queue=3",), "sal.queue:", ["got 3", "even"]),
-    (("sal.depth=3", "sal.max_depth=2"), "sal.depth:", ["got 3", "sal.max_depth = 2"]),
+    (("sal.depth=3", "sal.depth=1", "sal.max_depth=2"), "sal.depth:", ["got 3", "sal.max_depth = 2"]),
     (("sal.order=[1, 2, 1]",), "sal.order:", ["[1, 2, 1]", "twice"]),
     (("stage1.rounds=0", "stage2.rounds=0"), "stage1.rounds:", ["nothing to train"]),
     (("gate.mixing=layers",), "gate.features:", ['"final"', '"prefix"']),
@@ -221,7 +221,7 @@ def test_all_cross_field_mistakes_are_reported_at_once():
 # Files
 
 def test_an_unknown_built_in_name_lists_them():
-    assert problem(source="sentimental").endswith("built in: digits, fashion, sentiment; did you mean sentiment?")
+    assert problem(source="sentimental").endswith("built in: dictionaries, digits, fashion, sentiment; did you mean sentiment?")
 
 
 def test_files_that_cannot_be_used(tmp_path):
