@@ -90,3 +90,13 @@ def test_names_in_the_table_from_the_paper_exist():
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_map_of_the_rooms_is_whole():
+    """docs/architecture.md names every room of both packages, in the order in which they may import each other."""
+    rooms = importlib.import_module("test_architecture").ROOMS
+    page = (ROOT / "docs/architecture.md").read_text()
+    for package, names in rooms.items():
+        table = page.partition(f"## `{package}`,")[2].partition("\n## ")[0]
+        listed = [name for row in re.findall(r"^\| (`[^|]+) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)]
+        assert listed == [name for name in names if not name.startswith("_")], package
