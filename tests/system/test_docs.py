@@ -94,7 +94,9 @@ def test_names_in_the_table_from_the_paper_exist():
 
 def test_the_map_of_the_rooms_is_whole():
     """docs/architecture.md names every room of both packages, in the order in which they may import each other."""
-    rooms = importlib.import_module("test_architecture").ROOMS
+    source = ast.parse((ROOT / "tests/test_architecture.py").read_text())
+    rooms = next(ast.literal_eval(node.value) for node in source.body
+                 if isinstance(node, ast.Assign) and node.targets[0].id == "ROOMS")
     page = (ROOT / "docs/architecture.md").read_text()
     for package, names in rooms.items():
         table = page.partition(f"## `{package}`,")[2].partition("\n## ")[0]
