@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms.config import load_config
+from fedms.config import load_config, with_run
 from fedms.data import fashion, sentiment
 from fedms.data.dataset import stratified_sample
 from fedms.data.subset import Subset
@@ -30,9 +30,8 @@ from fedms.methods.fedms_plus import COUNTS
 from fedms.methods.steps import class_counts
 from fedms.progress import Progress
 from fedms.runs.experiment import LoadedTask
-from fedms.runs.run import with_run
 from fedms.runs.tune import replaced
-from fedms.storage.records import RunFolder
+from fedms.storage.run_folder import RunFolder
 
 EPOCHS, RATES = 4, (1e-3, 3e-3)
 

@@ -7,8 +7,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from bench.study import study as studies
-from fedms.cli import _bar, _epilog, _exit_codes, _line, _polite_stop, console
+from bench.study.page import write_page
+from bench.study.plan import plan, within
+from bench.study.records import carry_out
+from fedms.cli.command import epilog
+from fedms.cli.stopping import polite_stop, reported_errors
+from fedms.cli.terminal import say, show, step_bar
 from fedms.config import PRETRAINED
 from fedms.models import pretrain as pretraining
 
@@ -17,7 +21,7 @@ OUT = Path("bench/study")
 PAGE = Path("docs/evidence/study.md")
 
 
-@app.command(epilog=_epilog(
+@app.command(epilog=epilog(
     "python -m bench.study --quick --out runs/study-quick  # six methods, two settings, one seed",
     "python -m bench.study --jobs 2 --hours 8              # the whole study, or as much of it as fits; called again it goes on",
     "python -m bench.study --page-only                     # make the page again from the records; it names the `fedms tune` "
@@ -38,21 +42,21 @@ def study(
     page_only: Annotated[bool, typer.Option("--page-only", help="Run nothing.")] = False,
 ) -> None:
     """Run the study of all methods on four settings, and write its page from the records."""
-    with _exit_codes():
-        planned, records = studies.plan(quick, out / "tuned"), out / "records.jsonl"
-        chosen = studies.within(planned, settings)
+    with reported_errors():
+        planned, records = plan(quick, out / "tuned"), out / "records.jsonl"
+        chosen = within(planned, settings)
         if not page_only:
             needed = {run.config.model.id for run in chosen}
             for model in (name for name in PRETRAINED if name in needed):
-                with _bar(f"pretraining {model}") as advance:
+                with step_bar(f"pretraining {model}") as advance:
                     pretraining.ensure(model, report=advance)
             end = None if hours is None else time.monotonic() + 3600 * hours
-            with _polite_stop() as stop:
-                studies.carry_out(chosen, records, Path("runs") / out.name, jobs=jobs, say=_line,
-                                  stop=lambda: stop() or (end is not None and time.monotonic() > end))
+            with polite_stop() as stop:
+                carry_out(chosen, records, Path("runs") / out.name, jobs=jobs, say=say,
+                          stop=lambda: stop() or (end is not None and time.monotonic() > end))
         page = page or (PAGE if out == OUT else out.with_suffix(".md"))
-        studies.write_page(page, planned, records)
-        console.print(f"page: {page}", markup=False, soft_wrap=True)
+        write_page(page, planned, records)
+        show(f"page: {page}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -28,7 +29,6 @@ T = TypeVar("T")
 
 MOST_DIGITS = 300       # of a number in JSON or TOML: what a float can hold
 LONGEST, LONGEST_NOTE = 300, 2000       # characters of a name and of a note that are shown
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -125,11 +125,27 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
         return file.read(-1 if most is None else most)
 
 
-def printable(text: str, longest: int = LONGEST, keep: str = "\t") -> str:
-    r"""A text as it can stand in a line of a terminal, a page or a table: control characters as `\x1b`, but for those to
-    `keep`, and cut."""
-    shown = _CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text[:longest + 1])
+def printable(text: str, longest: int = LONGEST, keep: str = "") -> str:
+    r"""Return a text as it can stand in a line of a terminal, a page or a table.
+
+    Control characters, halves of surrogate pairs, and marks that turn the direction of writing are escaped as in Python's
+    literals (`\x1b`); unusual blanks become a blank.
+
+    Args:
+        text: Any text.
+        longest: Most characters of the result; what is cut off is marked by an ellipsis.
+        keep: Characters that stay as they are although they are not printable, such as a line break.
+    """
+    shown = text[:longest + 1]
+    if not shown.isprintable():
+        shown = "".join(map(partial(_printable, keep=keep), shown))
     return shown if len(shown) <= longest else shown[:longest - 1] + "…"
+
+
+def _printable(character: str, keep: str) -> str:
+    if character.isprintable() or character in keep:
+        return character
+    return " " if unicodedata.category(character) == "Zs" else ascii(character)[1:-1]
 
 
 def few(names: Iterable[object], most: int = 5) -> str:

@@ -29,3 +29,13 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on
     return digest.hexdigest()
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    """Return the tensors with a prefix before each name."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,26 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from bench.study import study
-from fedms.config import METHODS, ConfigError, load_config
-from fedms.storage.records import RunFolderError
+from bench.study import page as pages
+from bench.study import plan as plans
+from bench.study import records as studies
+from fedms.config import METHODS, load_config
+from fedms.errors import ConfigError, RunFolderError
 
 TINY = ("data.max_samples=200", "clients.count=3", "stage1.rounds=1", "stage2.rounds=1", "run.threads=1")
-SETTING = study.Setting("digits", "Digits", "digits", TINY)
+SETTING = plans.Setting("digits", "Digits", "digits", TINY)
 
 
 def planned(*runs):
     found = []
     for method, seed in runs:
         sets = (*TINY, f"run.method={method}", f"run.seed={seed}")
-        found.append(study.StudyRun(SETTING, method, load_config("digits", sets), sets))
+        found.append(plans.StudyRun(SETTING, method, load_config("digits", sets), sets))
     return found
 
 
 def line(run, mean, fingerprint="f"):
     clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": {"personalized": mean + 0.01 * i}}
                for i in range(3)]
-    return {"setting": run.setting.name, "label": run.label, "method": run.config.run.method, "seed": run.config.run.seed,
+    return {"setting": run.setting.name, "id": run.id, "method": run.config.run.method, "seed": run.config.run.seed,
             "config": run.config.model_dump(mode="json", exclude_none=True), "command": run.command,
             "model_fingerprint": fingerprint, "commit": "abc1234", "torch": "2.13.0", "cpu": "a CPU", "clients": clients, "seconds": 3.0,
             "personalized_accuracy": {"mean": mean, "std": 0.1, "worst10": mean - 0.1}}
@@ -36,57 +38,57 @@ RUNS = planned(("local", 0), ("fedavg", 0), ("fedavg_ft", 0), ("fedms", 0), ("fe
 
 
 def test_the_plan_covers_every_method_and_seed_once():
-    runs = study.plan()
+    runs = plans.plan()
     assert len({run.key for run in runs}) == len(runs)
-    for setting in study.SETTINGS:
-        found = {(run.label, run.config.run.seed) for run in runs if run.setting == setting and run.label in METHODS}
-        assert found == {(method, seed) for method in METHODS for seed in study.SEEDS}
-    assert {run.label for run in runs} == {*METHODS, *study.ABLATIONS}
-    assert [run.label for run in runs[:6]] == list(study.FIRST)
+    for setting in plans.SETTINGS:
+        found = {(run.id, run.config.run.seed) for run in runs if run.setting == setting and run.id in METHODS}
+        assert found == {(method, seed) for method in METHODS for seed in plans.SEEDS}
+    assert {run.id for run in runs} == {*METHODS, *plans.ABLATIONS}
+    assert [run.id for run in runs[:6]] == list(plans.FIRST)
 
 
 def test_settings_are_chosen_by_name():
-    runs = study.plan()
-    found = study.within(runs, "fashion-0.5,sentiment-0.3")
+    runs = plans.plan()
+    found = plans.within(runs, "fashion-0.5,sentiment-0.3")
     assert {run.setting.name for run in found} == {"fashion-0.5", "sentiment-0.3"}
-    assert {run.label for run in found} == {*METHODS, *study.ABLATIONS} and study.within(runs, "all") == runs
+    assert {run.id for run in found} == {*METHODS, *plans.ABLATIONS} and plans.within(runs, "all") == runs
     with pytest.raises(ConfigError, match="--settings: got 'fashion'; accepted: fashion-0.1, sentiment-natural"):
-        study.within(runs, "fashion")
+        plans.within(runs, "fashion")
 
 
 def test_constants_that_were_tuned_are_used_and_said(tmp_path):
     (tmp_path / "fashion").mkdir()
     (tmp_path / "fashion" / "ditto.toml").write_text("[ditto]\npull = 0.5\n[stage1]\nlr = 0.001\n")
-    runs = study.plan(tuned=tmp_path)
+    runs = plans.plan(tuned=tmp_path)
     tuned = [run for run in runs if run.tuned]
-    assert {(run.label, run.setting.source) for run in tuned} == {("ditto", "fashion")}
+    assert {(run.id, run.setting.source) for run in tuned} == {("ditto", "fashion")}
     assert all(run.config.ditto.pull == 0.5 and run.config.stage1.lr == 0.001 for run in tuned)
-    assert study._constants(tuned + RUNS[:1]) == f"Constants chosen by `{study.tuning(study.FASHION)}`, but for local."
-    assert study._constants(RUNS).startswith("All methods have the run file's constants")
+    assert pages._constants(tuned + RUNS[:1]) == f"Constants chosen by `{plans.tuning(plans.FASHION)}`, but for local."
+    assert pages._constants(RUNS).startswith("All methods have the run file's constants")
 
 
 def test_what_is_recorded_is_not_run_again_and_one_removed_line_is(tmp_path):
     runs, records = planned(("fedms", 0), ("local", 0)), tmp_path / "study" / "records.jsonl"
-    assert study.carry_out(runs, records, tmp_path / "work", say=lambda text: None) == 0
-    first = study.read_records(records)
-    assert [each["label"] for each in first] == ["fedms", "local"] and max(map(len, records.read_text().split("\n"))) < 6000
+    assert studies.carry_out(runs, records, tmp_path / "work", say=lambda text: None) == 0
+    first = studies.read_records(records)
+    assert [each["id"] for each in first] == ["fedms", "local"] and max(map(len, records.read_text().split("\n"))) < 6000
     said = []
-    assert study.carry_out(runs, records, tmp_path / "work", say=said.append) == 0 and len(said) == 1
-    assert study.read_records(records) == first
+    assert studies.carry_out(runs, records, tmp_path / "work", say=said.append) == 0 and len(said) == 1
+    assert studies.read_records(records) == first
 
     records.write_text(json.dumps(first[1]) + "\n")
-    study.carry_out(runs, records, tmp_path / "elsewhere", say=said.append)
+    studies.carry_out(runs, records, tmp_path / "elsewhere", say=said.append)
     def told(lines):
-        return {each["label"]: {k: v for k, v in each.items() if k not in ("seconds", "peak_memory_bytes")} for each in lines}
-    assert told(study.read_records(records)) == told(first)
-    assert study.carry_out(planned(("fedavg", 0)), records, tmp_path / "work", stop=lambda: True, say=said.append) == 1
+        return {each["id"]: {k: v for k, v in each.items() if k not in ("seconds", "peak_memory_bytes")} for each in lines}
+    assert told(studies.read_records(records)) == told(first)
+    assert studies.carry_out(planned(("fedavg", 0)), records, tmp_path / "work", stop=lambda: True, say=said.append) == 1
 
 
 def test_the_page_says_what_was_run_and_what_was_not():
     lines = [line(run, mean) for run, mean in zip(RUNS, (0.5, 0.6, 0.7, 0.72, 0.8))]
     lines[3]["gate"] = {"mean": 0.9, "entropy": 0.25, "half_mix_accuracy": 0.7, "oracle_accuracy": 0.8, "collapsed": False}
-    page = study.render(RUNS, lines[:4], "records.jsonl", "study")
-    assert page == study.render(RUNS, lines[:4][::-1], "records.jsonl", "study")
+    page = pages.render(RUNS, lines[:4], "records.jsonl", "study")
+    assert page == pages.render(RUNS, lines[:4][::-1], "records.jsonl", "study")
     assert "4 of 5 runs are done" in page and "Not run yet: fedms (seed 1)." in page
     assert "The gate of `fedms` gives the local expert 90 % of the weight (entropy 0.25, at most 0.69)." in page
     assert "Half and half would have 70.0 %; the right expert for each sample, which no gate can know, 80.0 %." in page
@@ -97,7 +99,7 @@ def test_the_page_says_what_was_run_and_what_was_not():
 def test_records_of_another_setting_or_model_are_left_out():
     lines = [line(run, 0.5) for run in RUNS]
     old = {**lines[0], "config": {**lines[0]["config"], "stage1": {**lines[0]["config"]["stage1"], "lr": 0.5}}}
-    page = study.render(RUNS, [old, *lines[1:4], {**lines[4], "model_fingerprint": "other"}], "records.jsonl", "study")
+    page = pages.render(RUNS, [old, *lines[1:4], {**lines[4], "model_fingerprint": "other"}], "records.jsonl", "study")
     assert "3 of 5 runs are done" in page
     assert "1 record of earlier settings is left out" in page
     assert "1 record with other weights of the pretrained model is left out" in page
@@ -106,21 +108,21 @@ def test_records_of_another_setting_or_model_are_left_out():
 
 def test_a_key_younger_than_a_record_has_its_default_and_one_that_is_gone_outdates_it():
     known = line(RUNS[0], 0.5)
-    assert study.key_of(known) == RUNS[0].key
+    assert studies.key_of(known) == RUNS[0].key
     del known["config"]["wire"]
     known["config"]["plus"] = {"key of another method": 1}
-    assert study.key_of(known) == RUNS[0].key
+    assert studies.key_of(known) == RUNS[0].key
     known["config"]["gone"] = {"key": 1}
-    assert study.key_of(known) is None
+    assert studies.key_of(known) is None
     changed = replace(RUNS[0], config=load_config("digits", [*RUNS[0].sets, "stage1.lr=0.001"]))
     assert changed.key != RUNS[0].key
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"label": "x"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"id": "x"}'])
 def test_a_damaged_line_is_named(tmp_path, text):
     (tmp_path / "records.jsonl").write_text(json.dumps(line(RUNS[0], 0.5)) + "\n" + text + "\n")
     with pytest.raises(RunFolderError, match="records.jsonl, line 2: not a record"):
-        study.read_records(tmp_path / "records.jsonl")
+        studies.read_records(tmp_path / "records.jsonl")
 
 
 def test_each_setting_with_records_has_a_picture(tmp_path):
@@ -128,7 +130,7 @@ def test_each_setting_with_records_has_a_picture(tmp_path):
     made = []
     for _ in range(2):
         records.write_text("".join(json.dumps(line(run, 0.5)) + "\n" for run in RUNS[:3]))
-        study.write_page(page, RUNS, records)
+        pages.write_page(page, RUNS, records)
         [picture] = (tmp_path / "page").iterdir()
         made.append(picture.read_bytes())
     assert f"](page/{picture.name})" in page.read_text() and picture.name == f"{SETTING.name}.svg"
@@ -137,6 +139,15 @@ def test_each_setting_with_records_has_a_picture(tmp_path):
 
 def test_the_committed_records_are_of_the_runs_that_are_planned():
     """A default that changes would leave them out without a word but that of the page."""
-    folder = Path(study.__file__).parent
-    planned = {run.key for run in study.plan(tuned=folder / "tuned")}
-    assert planned == {study.key_of(line) for line in study.read_records(folder / "records.jsonl")}
+    folder = Path(plans.__file__).parent
+    planned = {run.key for run in plans.plan(tuned=folder / "tuned")}
+    assert planned == {studies.key_of(line) for line in studies.read_records(folder / "records.jsonl")}
+
+
+def test_records_of_earlier_versions_have_labels_in_the_place_of_ids(tmp_path):
+    for ablation in plans.ABLATIONS.values():
+        old = {**line(RUNS[0], 0.5), "label": ablation.label}
+        del old["id"]
+        (tmp_path / "records.jsonl").write_text(json.dumps(old) + "\n")
+        [read] = studies.read_records(tmp_path / "records.jsonl")
+        assert read["id"] == ablation.id

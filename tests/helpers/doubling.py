@@ -3,6 +3,10 @@ import os
 import signal
 
 
+def start():
+    return double
+
+
 def double(item, progress, stop):
     progress.note(f"at {item}")
     if item == "die":

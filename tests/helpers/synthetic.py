@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from fedms.config import load_config
-from fedms.storage.records import RunFolder
+from fedms.storage.run_folder import RunFolder
 
 DOMAINS = ("films", "news", "products", "tweets")
 LEVEL = {"local": 0.66, "fedavg": 0.694, "fedavg_prior": 0.703, "fedavg_ft": 0.709, "fedms": 0.712, "fedms_plus": 0.714}

@@ -20,7 +20,8 @@ from pathlib import Path
 from fedms.config import load_config
 from fedms.runs import run
 from fedms.storage.checkpoint import CheckpointError, CheckpointFolder
-from fedms.storage.records import RunFolderError, RunRecords, comparable
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords, comparable
 
 CONFIG = load_config("digits", ["data.max_samples=200", "clients.count=4", "clients.unseen=1", "stage1.rounds=3",
                                 "stage2.rounds=2", "clients.fraction=0.8", "clients.optimizer=kept",

@@ -237,11 +237,17 @@ def test_doctor_finds_this_installation_fit(tmp_path):
     assert "kernels" in process.stdout and "problem" not in process.stdout
 
 
-def test_mistakes_are_answered_without_loading_torch(tmp_path):
-    code = ("import sys; from fedms.cli import app; sys.argv = ['fedms', 'run', 'digits', '--set', 'a.b=1']\n"
-            "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.stdout.split() == ["2", "False"], done.stderr
+@pytest.mark.parametrize("words, code", [
+    (["run", "digits", "--set", "a.b=1"], 2), (["run", "digits", "--method", "fedavgg"], 2),
+    (["compare", "digits", "--methods", "fedsm"], 2), (["run", "digits", "--set", "data.name=digit"], 3),
+    (["run", "digits", "--set", "data.name=./none.csv"], 3), (["run", "sentiment", "--set", "model.id=minilmm"], 3),
+    (["--help"], 0), (["exit-codes"], 0), (["init"], 2)])
+def test_mistakes_are_answered_without_loading_torch(tmp_path, words, code):
+    script = (f"import sys; from fedms.cli import app; sys.argv = ['fedms', *{words!r}]\n"
+              "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules, file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+                          stdin=subprocess.DEVNULL)
+    assert done.stderr.split()[-2:] == [str(code), "False"], done.stderr
 
 
 def test_json_lines_are_sorted_and_of_one_line_each(finished):

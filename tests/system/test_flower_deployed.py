@@ -180,7 +180,7 @@ def check_that_the_honest_lost_nothing(root, out, monkeypatch):
     assert comparable(records)["clients"] == comparable(RunRecords.read(root / "embedded"))["clients"]
     for client, own in embedded.private.items():
         with ClientFolder(root / f"deployment/states/client-{client}", found.state["run"], client) as its:
-            private = its.load(found.state["kept"][str(client)]).private.tensors
+            private = its.load(found.state["kept"][str(client)]).tensors
         assert private.keys() == own.keys() and all(torch.equal(private[name], own[name]) for name in own), client
 
 

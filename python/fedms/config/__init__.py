@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origi
 import annotated_types
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fedms.errors import ConfigError
 from fedms.foreign import parse_toml, printable, read_regular
 
 RUNFILES = Path(__file__).parent / "builtin"
@@ -36,17 +37,6 @@ RULE_OF_METHOD = {"ffa_lora": "freeze_a", "fedex_lora": "exact"}    # those whos
 # Tables that one method reads alone: records of another method do not depend on them.
 TABLE_OF_METHOD = {**{name: name for name in ("fedprox", "fedrep", "ditto", "apfl", "feddpa")}, "plus": "fedms_plus"}
 NEED_A_LINEAR_HEAD = ("fedper", "fedrep")
-
-
-class ConfigError(ValueError):
-    """A run file or an override that cannot be used, by itself or with the model that it names.
-
-    ``problems`` holds one line for each problem; ``str(error)`` is those lines joined.
-    """
-
-    def __init__(self, problems: str | Iterable[str]):
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__("\n".join(self.problems))
 
 
 def parse_size(value: Any) -> int:
@@ -582,6 +572,16 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(_explain(error, values)) from None
+
+
+def with_run(config: RunConfig, **values: Any) -> RunConfig:
+    """Return the configuration with values of its [run] table replaced.
+
+    Raises:
+        ConfigError: If they do not fit the rest of it.
+    """
+    tables = config.model_dump()
+    return config_from_dict({**tables, "run": {**tables["run"], **values}})
 
 
 def dump(config: RunConfig) -> dict[str, Any]:

@@ -4,11 +4,12 @@ in `config.DATA`; anything else is read by `own`."""
 from __future__ import annotations
 
 from fedms.config import DATA
+from fedms.errors import DataError
 
 from . import digits, fashion, language, sentiment, user_data
 from .cache import cache_dir, made_cache_dir
 from .dataset import Dataset, describe, make_dataset
-from .inputs import DataError, ImageInputs, TextInputs
+from .inputs import ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition, partition
 from .samples import normal
 from .shard import Shard, ShardError, read_shard, shard_of, write_shard

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedms.errors import DataError
 from fedms.storage.durable import private_folder
 
-from .inputs import DataError
 
 
 def cache_dir() -> Path:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import DataError, TextInputs
+from fedms.errors import DataError
+
+from .inputs import TextInputs
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, str]

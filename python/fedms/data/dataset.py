@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .inputs import DataError, ImageInputs, TextInputs
+from fedms.errors import DataError
+
+from .inputs import ImageInputs, TextInputs
 from .samples import counted
 
 MOST_NAMED = 10     # classes or groups that a description names

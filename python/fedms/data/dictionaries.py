@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
+from fedms.errors import DataError
+
 from .cache import cache_dir, new_folder, verify
 from .conversations import Exchange, question
 from .debian import unpack_packages
-from .inputs import DataError
 
 INSTALLED = Path("/usr/share/dictd")
 FILES = {

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedms.errors import DataError
+
 from .dataset import Dataset, make_dataset, stratified_sample
-from .inputs import DataError, ImageInputs, check_shape
+from .inputs import ImageInputs, check_shape
 
 
 def load(config, model, seed: int) -> Dataset:

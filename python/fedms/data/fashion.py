@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedms.errors import DataError
+
 from .cache import cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, stratified_sample
-from .inputs import DataError, ImageInputs, check_shape
+from .inputs import ImageInputs, check_shape
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .inputs import DataError
+from fedms.errors import DataError
+
 from .samples import Samples, normal
 from .tables import Table, positions, samples_of, wanted_columns
 

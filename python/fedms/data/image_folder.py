@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedms.errors import DataError
+
 from .images import IMAGES
-from .inputs import DataError
 from .labels import natural
 from .samples import Samples, left_out, normal, split_name
 from .tables import table_kind

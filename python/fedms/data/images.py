@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import DataError, ImageInputs
+from fedms.errors import DataError
+
+from .inputs import ImageInputs
 from .samples import counted
 
 # What Pillow reads; a name with another ending is no image to us, and is said to be left out.

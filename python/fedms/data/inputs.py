@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-
-class DataError(Exception):
-    """Data that cannot be used. The message names the file or sample, what was expected, what to do."""
+from fedms.errors import DataError
 
 
 @dataclass(frozen=True)

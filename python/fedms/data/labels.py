@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import DataError
+from fedms.errors import DataError
+
 from .samples import Samples, counted, is_missing, normal
 
 MANY_CLASSES = 20       # from which on it is asked whether the labels are classes at all

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedms.errors import DataError
+
 from . import dictionaries, projects
 from .conversations import Exchange, conversation, encode, plain_text, question
 from .dataset import Dataset, make_dataset, stratified_sample
 from .image_folder import scan
-from .inputs import DataError
 from .labels import groups_of, name_of, natural
 from .samples import is_missing, normal
 from .tables import TABLES, Table, read_table, table_kind, table_stem

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedms.errors import DataError
 from fedms.foreign import few
 
 from .dataset import Dataset, evenly_spaced, strata_of, stratified_sample
-from .inputs import DataError
 
 SCHEMES = ("natural", "dirichlet", "domains", "classes", "quantity", "iid")
 BY_GROUP = ("natural", "domains")

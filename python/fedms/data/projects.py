@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from fedms.errors import DataError
+
 from .conversations import Exchange
-from .inputs import DataError
 
 # What this package and PyTorch bring with them.
 NAMES = ("jinja2", "networkx", "pandas", "scipy", "sklearn", "sympy")

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedms.errors import DataError
+
 from .cache import cache_dir, made_cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
-from .inputs import DataError
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"

@@ -22,11 +22,12 @@ from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor
 
+from fedms.errors import DataError
 from fedms.foreign import conform, read_regular, read_tensors
 from fedms.storage.durable import SHARD, ShardAbout, ShardClient, parse_about, private_folder, write_durably
 
 from .dataset import Dataset, make_dataset
-from .inputs import DataError, ImageInputs, TextInputs
+from .inputs import ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition
 
 FORMAT = 2

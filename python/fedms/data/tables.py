@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .inputs import DataError
+from fedms.errors import DataError
+
 from .labels import names_of
 from .samples import Samples, counted, is_missing, normal
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from fedms.config import DATA
+from fedms.errors import DataError
 
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
 from .hub import from_hub, load_hub
 from .image_folder import Tree, image_samples, is_image, scan
 from .images import IMAGES, read_images
 from .images import open_image as _open
-from .inputs import DataError
 from .labels import class_notes, groups_of, listed, natural, prompts_of
 from .labels import classes_of as _classes
 from .samples import SPLITS, Samples, left_out, split_name

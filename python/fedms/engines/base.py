@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedms.errors import CheckpointError, Interrupted
 from fedms.federated.client import Message, Participant, Visit
 from fedms.federated.packing import Packed, pack_message, unpack_message
-from fedms.federated.schema import printable
+from fedms.federated.schema import REASON
+from fedms.foreign import printable
 from fedms.federated.server import Collected, RejectedReply, Server, ServerState
 from fedms.progress import Progress
-from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot, pack_server, unpack_server
-from fedms.storage.records import RunFolder
+from fedms.federated.server_state import pack_server, unpack_server
+from fedms.storage.checkpoint import CheckpointFolder, Snapshot
+from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
-
-
-class Interrupted(Exception):
-    """A run was asked to stop and did so between two clients; everything is in its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class Engine(ABC):
         """Takes what came back into the round, if it may be; returns the visit's record. The record is whole before a
         reply is admitted, so that nothing in a reply can stop the run halfway."""
         record = self._record(message, arrival.client, participant, status="failed", bytes_down=arrival.bytes_down,
-                              reason=None if arrival.reason is None else printable(arrival.reason))
+                              reason=None if arrival.reason is None else printable(arrival.reason, REASON))
         visit = arrival.visit
         if visit is None:
             return record
@@ -204,7 +203,7 @@ class Engine(ABC):
             try:
                 self.server.admit(visit.reply, message, participant, collected)
             except RejectedReply as refused:
-                record["reason"] = printable(f"its reply is refused: {refused}")
+                record["reason"] = printable(f"its reply is refused: {refused}", REASON)
             else:
                 self.keep(arrival)
                 record = accepted

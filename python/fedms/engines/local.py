@@ -13,7 +13,7 @@ from fedms.federated.packing import Packed, pack_reply, unpack_reply
 from fedms.federated.server import Server
 from fedms.methods import Method
 from fedms.progress import Progress
-from fedms.storage.records import RunFolder
+from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 

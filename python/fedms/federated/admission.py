@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedms.config import RunConfig
+from fedms.errors import FedMSError
 from fedms.federated.client import Message, Participant, Reply
 from fedms.federated.schema import shown
 from fedms.tensors import Tensors
@@ -18,7 +19,7 @@ from fedms.tensors import Tensors
 ROUNDING = 0.05     # share of a tensor's norm that its encoding may change (`[wire] dtype`)
 
 
-class RejectedReply(Exception):
+class RejectedReply(FedMSError):
     """A reply that must not enter the average; the message says what is wrong with it."""
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from fedms.config import RunConfig, Stage
 from fedms.data import ClientSplit
 from fedms.data.subset import Subset
+from fedms.errors import FedMSError
 from fedms.federated.devices import Device, device_of
-from fedms.federated.schema import printable
+from fedms.federated.schema import REASON
+from fedms.foreign import printable
 from fedms.seeds import derive_seed, generator
 from fedms.tasks import Score
 from fedms.tensors import Tensors
@@ -25,7 +27,7 @@ from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import peak_memory, reset_peak_memory
 
 
-class ClientFailure(Exception):
+class ClientFailure(FedMSError):
     """A client's visit failed; the message is the reason that goes into the records. The run goes on without it."""
 
 
@@ -158,7 +160,7 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
         with _memory_errors():
             reply, after = step(model, client, private, message)
     except ClientFailure as failure:
-        reason = printable(str(failure))
+        reason = printable(str(failure), REASON)
     return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak_memory()), after
 
 

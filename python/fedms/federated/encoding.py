@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedms.errors import FedMSError
 from fedms.federated.schema import TENSOR, SchemaError, shown
 from fedms.tensors import Tensors
 
@@ -30,7 +31,7 @@ _EXACT = {"float64": torch.float64, "int64": torch.int64}
 _KINDS = {torch.float32: "float32", **{dtype: kind for kind, dtype in _EXACT.items()}}
 
 
-class WireError(Exception):
+class WireError(FedMSError):
     """A message that is not what it should be; it must be refused."""
 
 

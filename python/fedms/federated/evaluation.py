@@ -2,12 +2,9 @@
 has been made on training and validation data."""
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +13,6 @@ from fedms.federated.client import Client, ClientFailure, Message, Private
 from fedms.methods import Method, Prediction
 from fedms.tasks import Task
 from fedms.training.expert_model import ExpertModel
-
-# A gate is named collapsed when its mean entropy falls below this share of the largest possible, log 2: it then
-# hardly mixes at all, whichever side it fell on.
-COLLAPSED_BELOW = 0.2
 
 
 def evaluate_client(method: Method, model: ExpertModel, client: Client, private: Private, final: Message,
@@ -89,49 +82,5 @@ def own_accuracy(method: Method, model: ExpertModel, part: Subset, private: Priv
     return accuracy(model.task, method.predict(model, part, private, final).personalized, model.targets(part))
 
 
-def summarize(clients: Sequence[dict[str, Any]], learns_gate: bool = True) -> dict[str, Any]:
-    """Figures over participating clients that have test samples: each client counts the same. learns_gate: whether the
-    weights of the experts are a trained gate's, which alone can collapse."""
-    tested = [c for c in clients if c["n_test"]]
-    personalized = np.array([c["accuracy"]["personalized"] for c in tested])
-    worst = np.sort(personalized)[:max(1, math.ceil(len(personalized) / 10))]
-    return {
-        "personalized_accuracy": {"mean": mean(personalized), "std": float(personalized.std()) if tested else None,
-                                  "worst10": mean(worst)},
-        "zero_shot_accuracy": mean([c["accuracy"]["zero_shot"] for c in tested]),
-        "macro_f1": mean([c.get("macro_f1") for c in tested]),
-        "gate": _gate_summary([c for c in tested if c.get("gate_mean") is not None], learns_gate),
-        **_language_summary([c["language"] for c in tested if c.get("language")]),
-    }
-
-
-def _language_summary(clients: list[dict[str, Any]]) -> dict[str, Any]:
-    """Nats a token, averaged over clients, never perplexities, and the perplexities that the averages stand for."""
-    if not clients:
-        return {}
-    nats = {name: mean([c.get(name) for c in clients]) for name in clients[0] if name.startswith("nats")}
-    perplexities = {name.replace("nats", "perplexity"): None if value is None else math.exp(min(value, 700.0))
-                    for name, value in nats.items()}
-    return {"language": {**nats, **perplexities, "tokens": sum(c["tokens"] for c in clients),
-                         "bits_per_byte": mean([c.get("bits_per_byte") for c in clients])}}
-
-
-def _gate_summary(clients: list[dict[str, Any]], learns_gate: bool) -> dict[str, Any] | None:
-    if not clients:
-        return None
-    means = np.array([c["gate_mean"] for c in clients])
-    entropy = mean([c["gate_entropy"] for c in clients])
-    return {"mean": mean(means), "std_clients": float(means.std()),
-            "std_samples": mean([c["gate_std"] for c in clients]), "entropy": entropy,
-            "collapsed": entropy < COLLAPSED_BELOW * math.log(2) if learns_gate else None,
-            "half_mix_accuracy": mean([c["accuracy"]["half"] for c in clients]),
-            "oracle_accuracy": mean([c["accuracy"]["oracle"] for c in clients])}
-
-
 def accuracy(task: Task, opinion: Tensor | None, targets: Tensor) -> float | None:
     return None if opinion is None else task.accuracy(opinion, targets)
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None

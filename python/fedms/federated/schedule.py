@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from fedms.config import ConfigError
+from fedms.errors import ConfigError
+
 
 
 @dataclass(frozen=True)

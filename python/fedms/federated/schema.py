@@ -10,12 +10,13 @@ what is too long is cut. Nothing here imports torch.
 """
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from fedms.errors import FedMSError
+from fedms.foreign import parse_json, printable
 
 FORMAT = 2                  # of all messages; both sides must have the same
 REASON = 1000               # most characters of a reason in the records: it may quote what a client sent
@@ -26,15 +27,8 @@ SECONDS = 1e9
 LOSS = 1e12                 # a mean of such losses over any number of samples is still finite
 
 
-class SchemaError(Exception):
+class SchemaError(FedMSError):
     """Data that is not of the form agreed on; the message says which field, what it holds, and what was expected."""
-
-
-def printable(text: str, most: int = REASON) -> str:
-    """Text for terminals, tables and pages: what is not printable (control characters, surrogates, marks that turn the
-    direction of writing) is escaped as in Python's literals; cut after `most` characters."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
-    return escaped[:most]
 
 
 def shown(value: Any) -> str:
@@ -122,7 +116,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Prose:
-    """Text that people read; see :func:`printable`."""
+    """Text that people read; see :func:`fedms.foreign.printable`."""
 
     most: int = REASON
     words = "text"
@@ -300,19 +294,9 @@ def read_json(text: str) -> dict[str, Any]:
         SchemaError: if the text is none: NaN and infinities, texts nested too deep and endless digits included.
     """
     try:
-        head = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        head = parse_json(text)
+    except ValueError as error:
         raise SchemaError(f"the head is no JSON: {printable(str(error), NAME)}") from None
     if not isinstance(head, dict):
         raise SchemaError("the head is no JSON object")
     return head
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:40]} is no finite number")
-    return value
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no number")

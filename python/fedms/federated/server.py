@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedms.config import RunConfig
+from fedms.errors import AllClientsFailed
 from fedms.federated import schedule
 from fedms.federated.admission import Admission, RejectedReply
 from fedms.federated.aggregation import Residual, WeightedMean, krum, median, trimmed_mean
@@ -136,10 +137,6 @@ class Collected:
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-class AllClientsFailed(Exception):
-    """Too few clients of a round could train; the message says where to look."""
 
 
 class Server:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedms.config import ConfigError, RunConfig
+from fedms.config import RunConfig
 from fedms.data import ClientSplit, Partition
 from fedms.data.subset import Subset
+from fedms.errors import ConfigError
 from fedms.federated import encoding
 from fedms.federated.client import Client, Private
 from fedms.federated.schedule import SalState

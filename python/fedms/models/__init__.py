@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from fedms.errors import ModelError
+
 from . import causal_lm, huggingface
-from .base import FoundationModel, ModelError
+from .base import FoundationModel
 from .huggingface import wrap
 from .minilm import MiniLM
 from .module import ModuleModel

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedms.data.inputs import TextInputs
+from fedms.errors import ModelError
 from fedms_ext import find_blocks
 from fedms_ext.sparse.surgery import block_list
-
-
-class ModelError(Exception):
-    """A model that cannot be loaded. The message says what is missing and what to do."""
 
 
 class FoundationModel:

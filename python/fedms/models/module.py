@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedms.data.inputs import TextInputs
+from fedms.errors import ModelError
 
-from .base import FoundationModel, ModelError
+from .base import FoundationModel
 
 
 class ModuleModel(FoundationModel):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedms.config import ConfigError
+from fedms.errors import ConfigError
 from fedms.foreign import parse_json, printable, read_regular, read_tensors
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"

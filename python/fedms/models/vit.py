@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedms.data.cache import cache_dir
+from fedms.errors import ModelError
 
-from .base import ModelError, import_transformers, quiet_transformers
+from .base import import_transformers, quiet_transformers
 from .huggingface import VisionModel
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+from fedms.errors import FedMSError
+
 KEY_BYTES = 32
 
 
-class KeyFileError(Exception):
+class KeyFileError(FedMSError):
     """The secret key cannot be read, or is not secret; the message says what to do."""
 
 

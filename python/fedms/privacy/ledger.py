@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedms.errors import FedMSError
 from fedms.privacy.accounting import combined, epsilon_of
 
 NAME = "privacy.jsonl"
 
 
-class LedgerError(Exception):
+class LedgerError(FedMSError):
     """The ledger cannot be read or written; the message names the file and the line."""
 
 
-class BudgetSpent(Exception):
+class BudgetSpent(FedMSError):
     """The next release would cost more than the budget; nothing of it was released."""
 
 

@@ -39,6 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedms.errors import FedMSError
 from fedms.privacy import shamir
 from fedms.privacy.key_file import Stream, derive
 from fedms.privacy.noise import draw
@@ -50,7 +51,7 @@ MODULUS = 2**32
 _NONCE = bytes(12)              # each key encrypts one text
 
 
-class ProtocolError(Exception):
+class ProtocolError(FedMSError):
     """A message of a secure sum that an honest participant would not have sent, or too few participants."""
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fedms.config import METHODS, TABLE_OF_METHOD
-from fedms.storage.records import RunFolderError, RunRecords, find_runs
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords, find_runs
 
 # Two-sided 95 % quantiles of Student's t for 2, 3, ... values; above 11 values the last is a little too wide.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)

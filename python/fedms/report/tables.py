@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from fedms.errors import RunFolderError
 from fedms.report.numbers import Stat, below_local, by_method, comparison, field_of, focus_method, read_runs
 from fedms.report.significance import differences
 from fedms.report.wording import duration, p_value, percent, signed, size
 from fedms.storage.durable import write_durably
-from fedms.storage.records import RunFolderError
 
 
 def write_comparison(path: str | Path) -> tuple[Path, Path]:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedms.config import ConfigError
+from fedms.errors import ConfigError, RunFolderError
 from fedms.progress import Progress
-from fedms.storage.records import SUMMARY, RunFolderError, RunRecords, find_runs
+from fedms.storage.records import SUMMARY, RunRecords, find_runs
 
 EXTRA = "pip install 'fedms[track]'"
 

@@ -1,5 +1,7 @@
-"""What a process needs to play its part in a run, as server, as client, or as all of them: the frozen model, the data,
-and who has which of it."""
+"""Loading and building a run: the frozen model, the data, and which client has which part of it.
+
+A process that plays a part in a run, as server, as client or as all of them, needs the same of these.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,7 +25,18 @@ from fedms.training.memory import hand_back_large_blocks
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run of a session: a method and a seed. `fitting`: see `fedms.federated.devices.device_of`."""
+    """One run on a model and data that are loaded: a method, a seed, and who has which samples.
+
+    Attributes:
+        config: The run file, with the number of clients set.
+        partition: Samples of each client, and the common test set.
+        fitting: For each class of devices, the depth that fits its memory, or None for any; see
+            :func:`fedms.federated.devices.device_of`.
+        method: The algorithm.
+        server: The server's side of it.
+        clients: Participating clients of which this process has data.
+        unseen: Clients that do not take part, and are evaluated at the end.
+    """
 
     config: RunConfig
     partition: Partition
@@ -34,7 +47,7 @@ class Experiment:
     unseen: tuple[Client, ...]
 
     def client(self, id: int) -> Client:
-        """Raises KeyError if this process has no data of that client."""
+        """Return a participating client. KeyError if this process has no data of it."""
         for client in self.clients:
             if client.id == id:
                 return client
@@ -42,11 +55,24 @@ class Experiment:
 
 
 class LoadedTask:
-    """What runs that differ in method and seed alone have in common: the frozen model and the data.
+    """A frozen model with experts, and data: what runs that differ in method and seed alone have in common.
 
     Args:
-        foundation, dataset: objects to use in the place of what the run file names.
-        shard: what this process has of the data, if that is not all of it; it holds for its own run alone.
+        config: The run file.
+        progress: Told of what is being loaded, and of what was found in the data.
+        foundation: The foundation model as an object, in the place of the one that the run file names.
+        dataset: The data set as an object, likewise.
+        shard: The part of the data that this process has, if that is not all of it. It holds for its own run alone.
+
+    Attributes:
+        model: The resident model.
+        dataset: The data set.
+        given: Whether the model or the data were given as objects.
+
+    Raises:
+        ConfigError: If the run file does not fit the model.
+        ModelError: If the model cannot be loaded.
+        DataError: If the data cannot be loaded.
     """
 
     def __init__(self, config: RunConfig, progress: Progress, foundation: FoundationModel | None = None,
@@ -54,7 +80,7 @@ class LoadedTask:
         hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
         self.given, self.shard = foundation is not None or dataset is not None, shard
-        # Taken before the data are read: where they change meanwhile, the session is not used again.
+        # Taken before the data are read: if they change meanwhile, this is not used for another run.
         self.basis = basis(config)
         progress.phase(f"loading model {config.model.id}")
         self.foundation = foundation or models.load(config.model, config.task.kind)
@@ -65,13 +91,16 @@ class LoadedTask:
         self.model = ExpertModel(self.foundation, self.dataset, config)
 
     def experiment(self, config: RunConfig) -> Experiment:
-        """The run `config` on this session's model and data; it may leave open how many clients there are.
+        """Build a run on this model and data.
+
+        Args:
+            config: Its run file, which may leave open how many clients there are.
 
         Raises:
-            ConfigError: if a number of clients that follows from the data does not fit the rest of the run file.
-            DataError: if the data cannot be divided as it says.
+            ConfigError: If the number of clients that follows from the data does not fit the rest of the run file.
+            DataError: If the data cannot be divided as it says.
         """
-        torch.set_num_threads(config.run.threads)       # another session of this process may have set it meanwhile
+        torch.set_num_threads(config.run.threads)       # another run of this process may have set it meanwhile
         config = with_clients(config, self.dataset)
         method = methods.create(config)
         server = Server(config, self.model.order, self.model.block_of, method.broadcast_policy,
@@ -87,8 +116,11 @@ class LoadedTask:
 
 
 def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The configuration with `clients.count` set: as many as data of one's own name, without the unseen ones, else
-    `CLIENTS`."""
+    """Return the configuration with `clients.count` set.
+
+    A user's own data that say whose a sample is have as many clients as owners, but for the unseen ones; else there are
+    `CLIENTS`.
+    """
     if config.clients.count is not None:
         return config
     count = CLIENTS
@@ -99,7 +131,7 @@ def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 
 def basis(config: RunConfig) -> tuple[object, ...]:
-    """What a session depends on: runs that agree in it can share one."""
+    """Return what a loaded task depends on: runs that agree in it can share one."""
     return (config.task, config.model, config.head, data.stamp(config.data), config.lora, config.run.threads,
             config.data.model_dump(exclude={"partition", "alpha", "classes_per_client", "split", "global_test"}),
             config.sal.model_dump(include={"order", "depth", "cache", "cache_dtype", "cache_bytes"}),
@@ -107,12 +139,13 @@ def basis(config: RunConfig) -> tuple[object, ...]:
 
 
 class LoadedTasks:
-    """The session of one run after the other: kept as long as the next run can share it."""
+    """Loads model and data for one run after the other, and keeps them as long as the next run can share them."""
 
     def __init__(self) -> None:
         self.last: LoadedTask | None = None
 
     def of(self, config: RunConfig, progress: Progress) -> LoadedTask:
+        """Return the loaded model and data of a run."""
         if self.last is None or self.last.basis != basis(config):
             self.last = None        # freed before the next one is loaded
             self.last = LoadedTask(config, progress)
@@ -120,18 +153,22 @@ class LoadedTasks:
 
 
 def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConfig:
-    """Divides a run's data: `folder/client-N` gets what client N has, `folder/server` what no client has. The common test
-    set goes to all. Returns the configuration with the number of clients set.
+    """Divide a run's data among folders that are carried to the machines of a deployment.
+
+    `folder/client-N` gets what client N has, `folder/server` what no client has, and all get the common test set.
+
+    Returns:
+        The configuration with the number of clients set.
 
     Raises:
-        ConfigError, ModelError, DataError: as where the run is begun; ShardError if a folder cannot be written.
+        FedMSError: If the run could not begin; `ShardError` if a folder cannot be written.
     """
-    session = LoadedTask(config, progress)
-    experiment = session.experiment(config)
+    task = LoadedTask(config, progress)
+    experiment = task.experiment(config)
     config = experiment.config
     progress.phase(f"dividing the data among {config.clients.count} clients")
     parts = {f"client-{split.id}": replace(experiment.partition, clients=(split,), unseen=(), notes=())
              for split in experiment.partition.clients}
     for name, part in {"server": replace(experiment.partition, clients=()), **parts}.items():
-        data.write_shard(folder / name, data.shard_of(session.dataset, part, experiment.fitting))
+        data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting))
     return config

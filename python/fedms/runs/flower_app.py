@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def deployed(context: Context) -> side.Identity:
-    """Who this node is, by its own configuration and the shard in its data folder.
+    """Return who a node is, by its own configuration and the shard in its data folder.
 
     Raises:
-        ValueError: naming what is missing in it.
+        ValueError: If something is missing in its configuration, or the folder holds the data of another client.
     """
     node: Mapping[str, Any] = context.node_config
     for key, kind in (("client", int), ("data", str), ("state", str)):
@@ -51,13 +51,13 @@ def deployed(context: Context) -> side.Identity:
 
 
 def simulated(context: Context, state: Path, config: RunConfig) -> side.Identity:
-    """A simulated node: its number is its client's, all of the data is at hand, and the run file is its own."""
+    """Return who a simulated node is: its number is its client's, it has all data, and the run file is its own."""
     number = int(context.node_config["partition-id"])
     return side.Identity(number, None, state / str(number), None, config)
 
 
 def open_experiment(config: RunConfig, data: Path | None) -> tuple[LoadedTask, Experiment]:
-    """Model and data of a run, kept in this process for its next message."""
+    """Return model and data of a run. They are kept in this process for its next message."""
     return _open(json.dumps(config.model_dump(mode="json", exclude_none=True), sort_keys=True), data)
 
 
@@ -74,7 +74,7 @@ def _open(text: str, data: Path | None) -> tuple[LoadedTask, Experiment]:
 
 
 def client_app(identify: Any) -> ClientApp:
-    """A ClientApp whose nodes are who `identify(context)` says."""
+    """Return a ClientApp whose nodes are who `identify(context)` says."""
     app = ClientApp()
 
     @app.query()
@@ -102,7 +102,7 @@ def simulation_app(state: Path, config: RunConfig) -> ClientApp:
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Carries out the run that the app's configuration names. Its output goes into the run's log (`flwr log`)."""
+    """Carry out the run that the app's configuration names. What it prints goes into the run's log (`flwr log`)."""
     from rich.console import Console
 
     from fedms.config import load_config

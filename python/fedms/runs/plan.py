@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fedms.runs.run  # noqa: F401  what it loads is part of the process that is measured here
+import fedms.engines.local  # noqa: F401  what a run loads is part of the process that is measured here
 from fedms import data, methods, models
 from fedms.config import RunConfig
 from fedms.data import ClientSplit
@@ -34,7 +33,18 @@ SMALLER = {"int8": ("nf4",), "nf4": (), "int4": ()}
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train at a depth. Memory in bytes, by what it is for; seconds for one round of the largest client."""
+    """One way to train at a depth.
+
+    Attributes:
+        depth: Number of blocks that are trained.
+        frozen: Precision of the frozen weights, as `model.frozen`.
+        cache: Where constants are kept, as `sal.cache`.
+        micro_batch: Samples of a forward and backward pass.
+        memory: Bytes by what they are for.
+        work: What a visit computes and sends.
+        trained_percent: Trained parameters in percent of the foundation model's.
+        seconds: Time of one round of the client with the most training data.
+    """
 
     depth: int
     frozen: str
@@ -52,10 +62,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """options: the best one at each depth, shallowest first. limit: bytes that training may use, None: any number.
-    process: bytes of the process without the model. chosen: the deepest option that fits; None if none does.
-    speed: operations a second by precision, measured here where none was given. bandwidth: bytes a second, None:
-    transfers take no time. cache_bytes: for the chosen one."""
+    """What training costs at each depth, and what fits.
+
+    Attributes:
+        options: The best option at each depth, the shallowest first.
+        limit: Bytes that training may use, or None for any number.
+        process: Bytes of the process without the model.
+        chosen: The deepest option that fits, or None if none does.
+        speed: Operations a second by precision of the frozen weights, given or measured here.
+        bandwidth: Bytes a second of the link, or None where transfers take no time.
+        cache_bytes: `sal.cache_bytes` for the chosen option.
+    """
 
     options: list[Option]
     limit: int | None
@@ -70,7 +87,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What to put into the run file, by dotted key."""
+        """What to put into the run file for the chosen option, by dotted key."""
         assert self.chosen is not None
         return {"model.frozen": self.chosen.frozen, "sal.max_depth": self.chosen.depth, "sal.cache": self.chosen.cache,
                 "sal.cache_bytes": self.cache_bytes, "stage1.micro_batch": self.chosen.micro_batch,
@@ -79,19 +96,21 @@ class Plan:
 
 def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = None, bandwidth: float | None = None,
          progress: Progress | None = None) -> Plan:
-    """Costs at each depth, and the settings to use.
+    """Find out what a round costs at each depth, and which settings fit a client's device.
 
     At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
     and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it. The
     deepest one is chosen.
 
     Args:
-        memory: bytes that training may use, beside the process and the data.
-        flops: operations a second of the device; None: as measured here, on one visit.
-        bandwidth: bytes a second, up and down; None: transfers take no time.
+        config: The run file.
+        memory: Bytes that training may use, beside the process and the data; None for any number.
+        flops: Operations a second of the device; None to measure this machine on one visit.
+        bandwidth: Bytes a second, up and down; None where transfers take no time.
+        progress: Told of what is being done.
 
     Raises:
-        ConfigError, ModelError, DataError: as a run does.
+        FedMSError: If a run could not begin with this run file.
     """
     planner = _Planner(config, progress or Progress())
     speeds: dict[str, float] = {}
@@ -116,7 +135,12 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
 
 
 class _Planner:
-    """The loaded model and data, and what the process needs besides them."""
+    """Measures one visit after the other on a model and data that it loads.
+
+    Args:
+        config: The run file.
+        progress: Told of what is being done.
+    """
 
     originals: dict[str, Tensor]    # by name, once they are quantized
 
@@ -155,7 +179,7 @@ class _Planner:
             self.loading = max(self.loading, full + budget.weight_bytes(self.model.foundation.module))
 
     def options(self, depth: int, speed: float, bandwidth: float | None) -> Iterator[Option]:
-        """Ways to train at a depth in the precision of the frozen weights that is set, the preferred ones first."""
+        """Yield ways to train at a depth with the frozen weights in their current precision, the preferred ones first."""
         self.progress.phase(f"tracing depth {depth} with {self.frozen} weights")
         costs, sal = self.costs, self.config.sal
         replays = sal.cache != "off"
@@ -181,7 +205,7 @@ class _Planner:
         return parts
 
     def speed(self) -> float:
-        """Operations a second of this machine, the better one of two visits at depth 1."""
+        """Return the operations a second of this machine, in the faster of two visits at depth 1."""
         self.progress.phase(f"measuring this machine with {self.frozen} weights")
         return max(self._visit() for _ in range(2))
 
@@ -201,45 +225,3 @@ def _halves(batch: int) -> Iterator[int]:
         yield batch
         batch = (batch + 1) // 2
     yield 1
-
-
-def picture(found: Plan, path: Path) -> None:
-    """Draws the plan: memory by purpose with the limit, and seconds and bytes of a round, by depth. The suffix of the
-    path says the format (png, svg, pdf).
-
-    Raises:
-        ValueError: for another suffix.
-        OSError: if the file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    from fedms.report import GRID, GROUP_COLORS, INK, MUTED
-
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    memory, seconds, sent = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    depths = [o.depth for o in found.options]
-    bottom = [0.0] * len(depths)
-    for color, part in zip(GROUP_COLORS, found.options[0].memory):
-        heights = [o.memory[part] / 2**20 for o in found.options]
-        memory.bar(depths, heights, 0.7, bottom, color=color, label=part)
-        bottom = [b + h for b, h in zip(bottom, heights)]
-    for option, top in zip(found.options, bottom):
-        memory.text(option.depth, top, f"{option.frozen}\n×{option.micro_batch}", ha="center", va="bottom", fontsize=7,
-                    color=INK if found.fits(option) else MUTED)
-    if found.limit is not None:
-        memory.axhline(found.limit / 2**20, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-    memory.set_ylim(0, 1.18 * max(*bottom, (found.limit or 0) / 2**20))
-    memory.set_ylabel("peak memory (MiB)")
-    memory.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=5, columnspacing=1,
-                  handlelength=1)
-    seconds.bar(depths, [o.seconds for o in found.options], 0.7, color=GROUP_COLORS[0])
-    seconds.set_ylabel("seconds a round")
-    sent.bar(depths, [(o.work.bytes_up + o.work.bytes_down) / 1e6 for o in found.options], 0.7, color=GROUP_COLORS[1])
-    sent.set_ylabel("sent and received a round (MB)")
-    for axes in (memory, seconds, sent):
-        axes.set_xlabel("depth")
-        axes.set_xticks(depths)
-        axes.grid(axis="y", color=GRID)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)

@@ -15,16 +15,25 @@ from typing import Any
 import tomli_w
 from scipy.stats import qmc
 
-from fedms.config import METHODS, ConfigError, RunConfig, config_from_dict, read_tables
+from fedms.config import METHODS, RunConfig, config_from_dict, read_tables, with_run
+from fedms.errors import ConfigError, RunFolderError
 from fedms.progress import Progress
-from fedms.runs.run import Task, carry_out, with_run
+from fedms.runs.batch import BatchRun, carry_out
 from fedms.storage.durable import write_durably
-from fedms.storage.records import RunFolderError, RunRecords
+from fedms.storage.records import RunRecords
 
 
 @dataclass(frozen=True)
 class Constant:
-    """What is tuned: a key of the run file and its range; `log`: uniform in the logarithm; `whole`: integers."""
+    """A key of the run file that is tuned, and its range.
+
+    Attributes:
+        key: Dotted key.
+        low: Least value.
+        high: Largest value.
+        log: Whether values are spread evenly in the logarithm.
+        whole: Whether they are integers.
+    """
 
     key: str
     low: float
@@ -33,7 +42,7 @@ class Constant:
     whole: bool = False
 
     def at(self, share: float) -> float | int:
-        """The value at a share in [0, 1) of the range, to three significant digits."""
+        """Return the value at a share in [0, 1) of the range, to three significant digits."""
         if self.whole:
             return int(self.low + share * (self.high - self.low + 1))
         if self.log:
@@ -59,12 +68,12 @@ SHARE_OF_ROUNDS = 0.25
 
 
 def constants(method: str) -> tuple[Constant, ...]:
-    """What is tuned of a method."""
+    """Return the constants of a method that are tuned."""
     return (*RATES, *OWN.get(method, ()))
 
 
 def trials(config: RunConfig, method: str, count: int) -> list[dict[str, Any]]:
-    """The values of each trial by key; the first one those of the run file. Drawn from the run's seed."""
+    """Return the values of each trial by dotted key. The first trial is the run file; the others depend on its seed."""
     tuned = constants(method)
     values = config.model_dump()
     first = {c.key: values[c.key.split(".")[0]][c.key.split(".")[1]] for c in tuned}
@@ -75,7 +84,16 @@ def trials(config: RunConfig, method: str, count: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Trial:
-    """values: by key. score: validation accuracy after the last round; loss: validation loss there."""
+    """One trial of a method.
+
+    Attributes:
+        method: Name of the method.
+        number: Number of the trial, from 0 on; 0 is the run file as it stands.
+        values: Values of its constants, by dotted key.
+        folder: Its run folder.
+        score: Validation accuracy in [0, 1] after the last round; None before it has run, or without validation data.
+        loss: Validation loss there.
+    """
 
     method: str
     number: int
@@ -86,25 +104,36 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Lower is better: accuracy first, then loss, then the earlier trial."""
+        """A key by which the best trial is the smallest: accuracy first, then loss, then the earlier trial."""
         return (-(self.score or 0.0), math.inf if self.loss is None else self.loss, self.number)
 
 
 def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, jobs: int = 1,
          overwrite: bool = False, progress: Progress | None = None,
          stop: Callable[[], bool] = lambda: False) -> list[Trial]:
-    """Runs `count` trials of every method at a quarter of the rounds, and writes `out/METHOD.toml`, which holds the best
-    one's values; returns all trials. No test label is read. Trials that have ended stay as they are.
+    """Run the same number of trials for every method, at a quarter of the rounds, and write down the best values.
+
+    No test label is read. Trials that have ended already stay as they are.
 
     Args:
-        out: trials lie in `out/trials/METHOD-N/`.
+        config: The run file.
+        names: Methods.
+        out: Folder to write: `METHOD.toml` with the best values of each method, and `trials/METHOD-N/` for each trial.
+        count: Number of trials of each method.
+        jobs: Number of runs at a time.
+        overwrite: Replace earlier trials instead of going on with them.
+        progress: Told of the progress of all trials.
+        stop: Asked between clients whether to stop.
+
+    Returns:
+        All trials.
 
     Raises:
-        What `run.carry_out` raises.
+        FedMSError: What :func:`fedms.runs.batch.carry_out` raises.
     """
     planned = [Trial(name, number, values, Path(out) / "trials" / f"{name}-{number}")
                for name in names for number, values in enumerate(trials(config, name, count))]
-    carry_out([Task(trial_config(config, trial), trial.folder, tested=False) for trial in planned],
+    carry_out([BatchRun(trial_config(config, trial), trial.folder, tested=False) for trial in planned],
               overwrite=overwrite, jobs=jobs, progress=progress, stop=stop)
     found = [_judged(trial) for trial in planned]
     for name in names:
@@ -114,18 +143,14 @@ def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, 
 
 
 def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
-    """The run of a trial: its values, at a quarter of the rounds."""
+    """Return the run file of a trial: its values, at a quarter of the rounds."""
     short = {f"{stage}.rounds": math.ceil(SHARE_OF_ROUNDS * getattr(config, stage).rounds)
              for stage in ("stage1", "stage2")}
     return replaced(with_run(config, method=trial.method), {**short, **trial.values})
 
 
 def replaced(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The configuration with other values, by dotted key.
-
-    Raises:
-        ConfigError: if they are not accepted.
-    """
+    """Return the configuration with other values, given by dotted key. ConfigError if they are not accepted."""
     tables = config.model_dump()
     for key, value in values.items():
         table, _, name = key.partition(".")
@@ -134,11 +159,15 @@ def replaced(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 
 def chosen(folder: Path, config: RunConfig) -> dict[str, RunConfig]:
-    """The configurations of the methods that have a file in a folder that `tune` wrote: `config` with their values.
+    """Return the run file of each method that has a file in a folder that :func:`tune` wrote.
+
+    Args:
+        folder: The folder with METHOD.toml files.
+        config: The run file that their values are put into.
 
     Raises:
-        ConfigError: if a file cannot be read, or holds what is no key.
-        RunFolderError: if the folder holds no choice.
+        ConfigError: If a file cannot be read, or holds anything but numbers of known keys.
+        RunFolderError: If the folder holds no such file.
     """
     found = {}
     for name in METHODS:
@@ -150,7 +179,10 @@ def chosen(folder: Path, config: RunConfig) -> dict[str, RunConfig]:
 
 
 def _choice(path: Path) -> dict[str, Any]:
-    """The values in a file of `tune`, by dotted key. It chooses constants alone: no data, no model, no code."""
+    """Return the values in a file of :func:`tune`, by dotted key.
+
+    Only numbers are accepted: such a file must not choose data, a model, or code.
+    """
     values = {}
     for table, keys in read_tables(path).items():
         for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:

@@ -1,4 +1,4 @@
-"""Pieces of work in several processes, and the progress of all of them in one place."""
+"""Worker processes: pieces of work side by side, and the progress of all of them in one place."""
 from __future__ import annotations
 
 import multiprocessing
@@ -9,32 +9,37 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from fedms.errors import WorkerDied
 from fedms.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Work = Callable[[Item, Progress, Callable[[], bool]], Result]
+"""Called with an item, where to report progress, and whether to stop."""
 
 
-class WorkerDied(Exception):
-    """A worker process ended without a word, as one does that the system kills for want of memory."""
-
-
-def in_processes(work: Work[Item, Result], items: Sequence[Item], jobs: int, progress: Progress,
+def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item], jobs: int, progress: Progress,
                  stop: Callable[[], bool]) -> Iterator[tuple[Item, Result]]:
-    """`work(item, progress, stop)` for all items, `jobs` at a time, each pair as it is done; fewer if it is stopped.
+    """Do a piece of work for each item, `jobs` at a time, and yield each item with its result as soon as it is done.
 
-    Processes are spawned, not forked: a fork would copy the threads of torch in an unknown state. `work` must be
-    importable by name, items and results plain enough to be pickled.
+    Processes are spawned, not forked: a fork would copy the threads of torch in an unknown state.
+
+    Args:
+        start: Called once in each process; returns the function that does the work, which may keep what items have in
+            common. It must be importable by name.
+        items: The items, plain enough to be pickled, as are the results.
+        jobs: Number of processes.
+        progress: Told of visits and notes of all processes.
+        stop: Asked several times a second whether to stop. Then fewer items are yielded.
 
     Raises:
-        WorkerDied: if a process died.
-        Whatever `work` raises first; no further item is begun, and those under way are asked to stop.
+        WorkerDied: If a process died.
+        Exception: Whatever the work raises first. No further item is begun, and those under way are asked to stop.
     """
     context = multiprocessing.get_context("spawn")
     events, stopping = context.Queue(), context.Event()
-    with ProcessPoolExecutor(min(jobs, len(items)), context, _begin, (events, stopping)) as pool:
-        futures: dict[Future, Item] = {pool.submit(_call, work, item): item for item in items}
+    with ProcessPoolExecutor(min(jobs, len(items)), context, _Worker.begin, (start, events, stopping)) as pool:
+        futures: dict[Future, Item] = {pool.submit(_Worker.do, item): item for item in items}
         waiting = set(futures)
         try:
             while waiting:
@@ -56,23 +61,29 @@ def in_processes(work: Work[Item, Result], items: Sequence[Item], jobs: int, pro
                 future.cancel()
 
 
-# In a worker
+class _Worker:
+    """The state of a worker process, which an executor can hand from its initializer to its tasks by a global alone."""
 
-_worker: dict[str, Any] = {}
+    current: _Worker | None = None
 
+    def __init__(self, work: Work[Any, Any], events: Any, stopping: Any) -> None:
+        self.work, self.progress, self.stopping = work, _Sender(events), stopping
 
-def _begin(events: Any, stopping: Any) -> None:
-    # Ctrl-C reaches the whole group of processes; the parent alone decides, and tells by `stopping`.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.update(events=events, stopping=stopping)
+    @staticmethod
+    def begin(start: Callable[[], Work[Any, Any]], events: Any, stopping: Any) -> None:
+        # Ctrl-C reaches the whole group of processes; the parent alone decides, and tells by `stopping`.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _Worker.current = _Worker(start(), events, stopping)
 
-
-def _call(work: Work, item: Any) -> Any:
-    return work(item, _Sender(_worker["events"]), _worker["stopping"].is_set)
+    @staticmethod
+    def do(item: Any) -> Any:
+        worker = _Worker.current
+        assert worker is not None       # `begin` ran first in this process
+        return worker.work(item, worker.progress, worker.stopping.is_set)
 
 
 class _Sender(Progress):
-    """Tells the parent of visits and notes; rounds of runs side by side would make no readable text."""
+    """Sends visits and notes to the parent process. Rounds of runs side by side would make no readable text."""
 
     def __init__(self, events: Any) -> None:
         self.events = events
@@ -85,6 +96,7 @@ class _Sender(Progress):
 
 
 def _pass_on(events: Any, progress: Progress) -> None:
+    """Report what the workers have sent so far."""
     while True:
         try:
             name, arguments = events.get_nowait()

@@ -1,4 +1,4 @@
-"""What survives a crash, and how it is written: the one way of this package to keep state on disk.
+"""Checkpoints: the state of a run or of a client's node on disk, which survives a crash at any moment.
 
     checkpoint/
       000012.json            a manifest: the plain state, and which object holds which tensors
@@ -18,14 +18,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors.numpy import save as save_arrays
-from typing_extensions import NotRequired, TypedDict     # pydantic asks for it below Python 3.12
 
-from fedms.federated.schedule import SalState
-from fedms.federated.server import Collected, ServerState
+from fedms.errors import CheckpointError
 from fedms.foreign import conform, parse_json, read_regular, read_tensors
 from fedms.storage.durable import private_folder, write_durably
 from fedms.tensors import Tensors
@@ -35,7 +33,7 @@ KEPT = 2
 
 
 def _keep_replies(content: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 came with rules that need all replies of a round at once."""
+    """Migrate format 1, which knew no aggregation rule that needs all replies of a round at once."""
     content["state"]["server"]["collected"] |= {"streams": True, "replies": 0}
     return content
 
@@ -70,17 +68,14 @@ class _Manifest(BaseModel):
 _CONTENT, _MANIFEST = TypeAdapter(_Content), TypeAdapter(_Manifest)
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written, or cannot be read."""
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """All that a run needs to go on.
 
-    state:   plain data (whatever JSON holds).
-    tensors: the server's, by name.
-    private: each client's own, by client id.
+    Attributes:
+        state: Plain data (whatever JSON holds).
+        tensors: The server's tensors, by name.
+        private: Each client's own tensors, by client id.
     """
 
     state: dict[str, Any]
@@ -89,7 +84,12 @@ class Snapshot:
 
 
 class CheckpointFolder:
-    """Writer and reader of the checkpoints in one folder, which is made when first written to; the last `kept` stay."""
+    """Writes and reads the checkpoints in one folder.
+
+    Args:
+        path: The folder, which is made when it is first written to.
+        kept: Number of checkpoints that stay, the newest ones.
+    """
 
     def __init__(self, path: Path, kept: int = KEPT) -> None:
         self.path, self.kept = path, kept
@@ -97,10 +97,13 @@ class CheckpointFolder:
         self.written: dict[int, tuple[Tensors, str]] = {}   # each client's tensors as last saved, and their object
 
     def save(self, snapshot: Snapshot) -> str:
-        """Writes a checkpoint; then drops all but the last ones. Returns its digest, the same for the same snapshot.
+        """Write a checkpoint, then drop all but the newest ones.
+
+        Returns:
+            SHA-256 of its content, the same for the same snapshot.
 
         Raises:
-            CheckpointError: if it cannot be written. The checkpoints before it are untouched.
+            CheckpointError: If it cannot be written. The checkpoints before it are untouched.
         """
         try:
             private_folder(self.path)
@@ -124,11 +127,16 @@ class CheckpointFolder:
                                   "before is intact") from error
 
     def load(self, digest: str | None = None) -> tuple[Snapshot | None, list[str]]:
-        """The newest checkpoint that is whole, or the one with this digest; None if there is none at all; and a note
-        for each damaged one. What is newer than the one that is found is dropped by the next `save`.
+        """Read the newest checkpoint that is whole. Those newer than it are dropped by the next :meth:`save`.
+
+        Args:
+            digest: SHA-256 of the checkpoint that is wanted, as :meth:`save` returned it; None for the newest.
+
+        Returns:
+            The snapshot, or None if there is none at all; and a note for each damaged checkpoint.
 
         Raises:
-            CheckpointError: if there are checkpoints but none is whole, or one is of a newer format.
+            CheckpointError: If there are checkpoints but none is whole, or one is of a newer format.
         """
         notes: list[str] = []
         for number in sorted(self._numbers(), reverse=True):
@@ -146,7 +154,7 @@ class CheckpointFolder:
         return None, notes
 
     def _readable(self, below: int) -> list[int]:
-        """Numbers of older checkpoints whose manifests can be read, descending."""
+        """Return the numbers of older checkpoints whose manifests can be read, the newest first."""
         found = []
         for number in sorted((n for n in self._numbers() if n < below), reverse=True):
             try:
@@ -230,47 +238,6 @@ class CheckpointFolder:
 
 class _Damaged(Exception):
     pass
-
-
-# The server's state, with what a round has collected so far, as a snapshot's plain state and tensors.
-
-def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any], Tensors]:
-    plain = {"stage": state.stage, "round": state.round, "applied_depth": state.applied_depth,
-             "final_depth": dict(state.final_depth), "counted": sorted(state.counted), "collected": collected.plain(),
-             "sal": {"depth": state.sal.depth, "rounds": state.sal.rounds, "queue": list(state.sal.queue)}}
-    tensors = {**_prefixed("tensors/", state.tensors), **_prefixed("sums/", state.statistics),
-               **_prefixed("collected/", collected.tensors())}
-    return plain, tensors
-
-
-_ServerState = TypedDict("_ServerState", {
-    "stage": Literal["stage1", "stage2", "done"], "round": _Count, "applied_depth": _Count,
-    "final_depth": dict[str, _Count], "counted": NotRequired[list[_Count]], "collected": dict[str, Any],
-    "sal": TypedDict("_Sal", {"depth": _Count, "rounds": _Count, "queue": list[float]})})
-_SERVER_STATE = TypeAdapter(_ServerState)
-
-
-def unpack_server(plain: Any, tensors: Tensors) -> tuple[ServerState, Collected]:
-    """Raises CheckpointError if it is not of the form of `pack_server`."""
-    try:
-        conform(_SERVER_STATE, plain)
-        collected = Collected.restore(plain["collected"], _without("collected/", tensors))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"the checkpoint's state of the server is not what a run writes: {type(error).__name__}: "
-                              f"{error}; start the run again") from None
-    sal = plain["sal"]
-    state = ServerState(plain["stage"], plain["round"], _without("tensors/", tensors),
-                        SalState(sal["depth"], sal["rounds"], tuple(sal["queue"])), plain["applied_depth"],
-                        _without("sums/", tensors), plain["final_depth"], frozenset(plain.get("counted", ())))
-    return state, collected
-
-
-def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _without(prefix: str, tensors: Tensors) -> Tensors:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _dump(content: Any) -> bytes:

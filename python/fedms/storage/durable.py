@@ -1,4 +1,4 @@
-"""Files that are whole or not there, files that only their owner can read, and folders that one process at a time writes to."""
+"""Files that appear whole or not at all, private files, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -24,22 +24,33 @@ _OWNER_ONLY, _BY_UMASK = 0o600, 0o666
 
 
 def open_new(path: Path, *, private: bool = False) -> BinaryIO:
-    """A file that was not there, open for writing. private: only its owner can read it; otherwise the umask decides.
+    """Create a file, and return it open for writing.
+
+    Args:
+        path: The file.
+        private: Whether only its owner can read it; otherwise the umask decides.
 
     Raises:
-        FileExistsError: if there is anything of that name; a link is not followed.
+        FileExistsError: If there is anything of that name. A link is not followed.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(os.open(path, flags, _OWNER_ONLY if private else _BY_UMASK), "wb")
 
 
 def write_durably(path: Path, data: bytes, *, private: bool = False, sync_name: bool = True) -> None:
-    """Write a file so that after a crash the old or the new content is there, never a part, and so that it lasts.
+    """Write a file so that it survives a crash: the old or the new content is there after it, never a part.
 
-    private: only its owner can read it; otherwise the umask decides. A link at `path` is replaced, not followed.
-    sync_name: False leaves it to the caller to make the file's name last (:func:`sync_folder`), once for several files.
+    A link at `path` is replaced, not followed.
 
-    Raises OSError if it cannot be written; the old content is then untouched.
+    Args:
+        path: The file.
+        data: Its content.
+        private: Whether only its owner can read it; otherwise the umask decides.
+        sync_name: Whether the file's name must survive a power cut too. If not, the caller calls :func:`sync_folder`, once
+            for several files.
+
+    Raises:
+        OSError: If it cannot be written. The old content is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")      # nobody can lay a link there before
     try:
@@ -56,10 +67,15 @@ def write_durably(path: Path, data: bytes, *, private: bool = False, sync_name: 
 
 
 def private_folder(path: Path, *, close: bool = True) -> Path:
-    """Make a folder that only its owner can enter, its parents by the umask; returns it. One that is there and is the
-    caller's own is closed to others, unless `close` is False: its owner may share it.
+    """Make a folder that only its owner can enter, and return it. The umask decides for its parents.
 
-    Raises OSError if it cannot be made, or is a link or no folder.
+    Args:
+        path: The folder.
+        close: Whether a folder that is there already, and is the caller's own, is closed to others. False where its owner
+            may want to share it.
+
+    Raises:
+        OSError: If it cannot be made, or is a link or no folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -76,7 +92,7 @@ def private_folder(path: Path, *, close: bool = True) -> Path:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last: a rename alone may be undone by a power cut."""
+    """Make the names in a folder survive a power cut, which may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,7 +101,7 @@ def sync_folder(path: Path) -> None:
 
 
 def owner(folder: Path) -> int | None:
-    """The process that has the folder's :class:`FolderLock`, if one that lives has it. It asks without taking it."""
+    """Return the id of the process that holds a folder's :class:`FolderLock`, or None. The lock is not taken for it."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -99,7 +115,13 @@ def owner(folder: Path) -> int | None:
 
 
 class ShardClient(BaseModel):
-    """Whose samples a shard holds, and how many of them are for training."""
+    """A client whose samples are in a shard.
+
+    Attributes:
+        id: Its id.
+        group: Name of its group in the data, or None.
+        n_train: Number of its training samples.
+    """
 
     id: Annotated[int, Field(ge=0, lt=2**31)]
     group: str | None
@@ -107,7 +129,7 @@ class ShardClient(BaseModel):
 
 
 class ShardAbout(BaseModel):
-    """The plain data of a shard (:mod:`fedms.data.shard`). `text` is how it was written, for the checksum."""
+    """What the metadata of a shard say about it; :mod:`fedms.data.shard` writes them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -127,10 +149,15 @@ _SHARD_ABOUT = TypeAdapter(ShardAbout)
 
 
 def shard_about(folder: Path) -> dict[str, Any]:
-    """The plain data of the shard of a data set (:mod:`fedms.data.shard`) in a folder; no tensor is loaded, nor torch.
-    Whether the checksum is right is for :func:`fedms.data.read_shard` to say.
+    """Read the metadata of the shard in a folder, without its tensors and without torch.
 
-    Raises ValueError if there is none, or it is damaged.
+    The checksum is not verified; :func:`fedms.data.read_shard` does that.
+
+    Returns:
+        The fields of :class:`ShardAbout`.
+
+    Raises:
+        ValueError: If there is no shard, or its metadata are damaged.
     """
     path = folder / SHARD
     try:
@@ -141,7 +168,7 @@ def shard_about(folder: Path) -> dict[str, Any]:
 
 
 def parse_about(metadata: dict[str, str]) -> ShardAbout:
-    """What a shard's metadata say about it. Raises ValueError if they say nothing, or it is not of this form."""
+    """Return what a shard's metadata say about it. ValueError if they say nothing, or not in this form."""
     if "shard" not in metadata:
         raise ValueError("its metadata have no entry 'shard'")
     return conform(_SHARD_ABOUT, parse_json(metadata["shard"]))
@@ -151,7 +178,7 @@ class FolderLock:
     """Exclusive use of a folder by this process, until :meth:`release` or the process's end, however it ends."""
 
     def __init__(self, folder: Path):
-        """Raises :class:`BlockingIOError` with the owner's process id if another process has it."""
+        """Take the lock. BlockingIOError names the process that holds it, if another one does."""
         self.path = folder / LOCK
         while True:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _BY_UMASK)
@@ -172,7 +199,7 @@ class FolderLock:
         os.close(self._descriptor)
 
     def _is_current(self) -> bool:
-        """Whether the locked file is still the one in the folder: its last owner may have removed it meanwhile."""
+        """Tell whether the locked file is still the one in the folder: its last owner may have removed it meanwhile."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except FileNotFoundError:

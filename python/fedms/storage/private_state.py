@@ -17,24 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedms.federated.client import Private
+from fedms.errors import CheckpointError, FedMSError
 from fedms.foreign import parse_json, read_regular
-from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot
+from fedms.storage.checkpoint import CheckpointFolder, Snapshot
 from fedms.storage.durable import FolderLock, write_durably
+from fedms.tensors import Tensors
 
 KEPT = 3
 OWNER = "owner.json"
 
 
-class FolderError(Exception):
-    """A folder that belongs to another client or run, lacks what was asked for, or cannot be read or written."""
+class FolderError(FedMSError):
+    """A client's folder belongs to another client or run, lacks what was asked for, or cannot be read or written."""
 
 
 @dataclass(frozen=True)
 class State:
-    """private: the client's tensors. paid_constants: see `FlopMeter.paid`."""
+    """What a client keeps to itself between two visits.
 
-    private: Private
+    Attributes:
+        tensors: Its own tensors, by name.
+        paid_constants: Constants whose computation has been counted among its operations already, see `FlopMeter.paid`.
+    """
+
+    tensors: Tensors
     paid_constants: frozenset[str]
 
 
@@ -42,11 +48,14 @@ class ClientFolder:
     """One client's folder for one run, for this process alone until it is closed.
 
     Args:
-        config: the run file's tables, which the first message of a run pins: a server that changed what the private state
-            is used for in the middle of a run could have it sent.
+        root: The client's own folder.
+        run: Id of the run.
+        client: Id of the client.
+        config: The run file's tables. The first message of a run fixes them: a server that changed in the middle of a run
+            what the private state is used for could have it sent.
 
     Raises:
-        FolderError: if it belongs to another run, client or run file, is in use, or cannot be written.
+        FolderError: If it belongs to another run, client or run file, is in use, or cannot be written.
     """
 
     def __init__(self, root: Path, run: str, client: int, config: Mapping[str, Any] | None = None) -> None:
@@ -77,13 +86,16 @@ class ClientFolder:
         self.lock.release()
 
     def load(self, digest: str | None) -> State:
-        """What was saved under this hash; without one, the state of a client that no visit of counted.
+        """Return what :meth:`save` saved under this hash.
+
+        Args:
+            digest: The hash; None for a client of which no visit has counted yet.
 
         Raises:
-            FolderError: if it is not there, or damaged.
+            FolderError: If it is not there, or damaged.
         """
         if digest is None:
-            return State(Private(), frozenset())
+            return State({}, frozenset())
         try:
             snapshot, notes = self.states.load(digest)
         except CheckpointError as error:
@@ -91,21 +103,25 @@ class ClientFolder:
         if snapshot is None:
             raise FolderError(f"{self.path}: the private state {digest[:12]} that the server asks for is not there"
                               + "".join(f"; {note}" for note in notes))
-        return State(Private(snapshot.private.get(self.client, {})), frozenset(snapshot.state["charged"]))
+        return State(snapshot.private.get(self.client, {}), frozenset(snapshot.state["charged"]))
 
     def save(self, state: State, stage: str, round: int) -> str:
-        """Keeps the state after a visit; returns its hash, the same for the same state.
+        """Keep the state after a visit.
+
+        Returns:
+            Its hash, the same for the same state.
 
         Raises:
-            FolderError: if it cannot be written; what was there before is then untouched.
+            FolderError: If it cannot be written. What was there before is then untouched.
         """
         plain = {"stage": stage, "round": round, "charged": sorted(state.paid_constants)}
         try:
-            return self.states.save(Snapshot(plain, {}, {self.client: state.private.tensors}))
+            return self.states.save(Snapshot(plain, {}, {self.client: state.tensors}))
         except CheckpointError as error:
             raise FolderError(str(error)) from None
 
     def keep_constants(self, data: bytes) -> None:
+        """Keep the constants of a stage as they arrived, in the place of those of the stage before."""
         name = f"{hashlib.sha256(data).hexdigest()}.constants"
         try:
             write_durably(self.path / name, data, private=True)
@@ -116,7 +132,7 @@ class ClientFolder:
                 other.unlink()
 
     def constants(self, digest: str) -> bytes:
-        """Raises FolderError if they are not there whole."""
+        """Return the constants with this SHA-256. FolderError if they are not there, or damaged."""
         path = self.path / f"{digest}.constants"
         try:
             data = path.read_bytes()
@@ -142,12 +158,18 @@ class ClientFolder:
             raise FolderError(f"{path}: belongs to {found}, not to {owner}; give this client a folder of its own")
 
 
-def find_private(root: Path, run: str, client: int, digest: str) -> Private | None:
-    """What a client kept under this hash. `root`: its own folder, or one with those of several clients, as a deployment
-    on one machine and a simulation have them. None if the client has no folder there.
+def find_private(root: Path, run: str, client: int, digest: str) -> Tensors | None:
+    """Return the tensors that a client kept under a hash, or None if it has no folder there.
+
+    Args:
+        root: The client's own folder, or one with those of several clients, as a deployment on one machine and a simulation
+            have them.
+        run: Id of the run.
+        client: Id of the client.
+        digest: The hash.
 
     Raises:
-        FolderError: if it has one without that state, or a damaged one.
+        FolderError: If the client has a folder there, but not with that state, or a damaged one.
     """
     for place in (root / f"client-{client}", root / str(client), root):
         try:
@@ -156,5 +178,5 @@ def find_private(root: Path, run: str, client: int, digest: str) -> Private | No
             continue
         if isinstance(owner, dict) and (owner.get("run"), owner.get("client")) == (run, client):
             with ClientFolder(place, run, client) as folder:
-                return folder.load(digest).private
+                return folder.load(digest).tensors
     return None

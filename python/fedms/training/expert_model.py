@@ -16,10 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedms.config import ConfigError, RunConfig
+from fedms.config import RunConfig
 from fedms.data import Dataset, made_cache_dir
 from fedms.data.inputs import ImageInputs
 from fedms.data.subset import Subset
+from fedms.errors import ConfigError
 from fedms.models import FoundationModel
 from fedms.models.peft_format import read_pairs, read_shape
 from fedms.seeds import generator

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from fedms.config import ConfigError, RunConfig
+from fedms.config import RunConfig
 from fedms.data import Dataset
+from fedms.errors import ConfigError
 from fedms.models import FoundationModel
 from fedms.models.causal_lm import CausalModel
 from fedms.models.heads import LinearHead, TextHead

@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from fedms import cli, data, models
-from fedms.config import METHODS, load_config
+from fedms import cli, errors
+from fedms.cli import stopping
+from fedms.cli.command import PANELS
+from fedms.config import METHODS, load_config, with_run
 from fedms.doctor import Check
 from fedms.progress import Progress, TerminalProgress
-from fedms.runs import run
-from fedms.storage.records import RunFolder
+from fedms.runs import batch, run
+from fedms.storage.run_folder import RunFolder
 from rich.console import Console
 from synthetic import write_run
 from typer.testing import CliRunner
@@ -48,25 +50,34 @@ def fake_runs(monkeypatch):
     def many(config, names, seeds, out, *, overwrite, jobs, progress, stop, settings):
         for seed in seeds:
             for name in names:
-                one(run.with_run(config, method=name, seed=seed), out / f"{name}-seed{seed}", overwrite=overwrite,
+                one(with_run(config, method=name, seed=seed), out / f"{name}-seed{seed}", overwrite=overwrite,
                     resume=not overwrite, progress=progress, stop=stop)
 
     monkeypatch.setattr(run, "run", one)
-    monkeypatch.setattr(run, "compare", many)
+    monkeypatch.setattr(batch, "compare", many)
     return asked
 
 
 # Help
 
-@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("run", "--help"), ("compare", "--help"),
-                                       ("report", "--help"), ("doctor", "--help")])
-def test_help_names_the_exit_codes(arguments):
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("run", "--help"), ("flower", "up", "--help")])
+def test_help_says_where_exit_codes_are_explained(arguments):
     result = fedms(*arguments)
-    text = re.sub(r"\s+", " ", said(result))
-    assert result.exit_code == 0
-    for words in ("0 done", "1 the run failed", "2 wrong usage", "3 model or data", "4 a run folder", "130 interrupted"):
-        assert words in text
-    assert "Traceback" not in text
+    assert result.exit_code == 0 and "fedms exit-codes" in said(result) and "Traceback" not in said(result)
+
+
+def test_exit_codes_are_explained():
+    result = fedms("exit-codes")
+    lines = dict(line.strip().split(maxsplit=1) for line in result.stdout.splitlines()[1:])
+    assert result.exit_code == 0 and {int(code) for code in lines} == set(errors.EXIT_CODES)
+    assert lines["3"] == "The model or the data could not be loaded."
+
+
+def test_commands_are_in_panels():
+    text = said(fedms("--help"))
+    places = [text.index(f"─ {panel} ─") for panel in PANELS]
+    assert places == sorted(places) and "--install-completion" in text
+    assert places[2] < text.index("flower") < places[3] < text.index("watch") < places[4] < text.index("predict")
 
 
 def test_help_names_what_can_be_chosen():
@@ -79,7 +90,7 @@ def test_help_names_what_can_be_chosen():
                                        ("run", "digits", "--seed")])
 def test_wrong_usage(arguments):
     result = fedms(*arguments)
-    assert result.exit_code == cli.USAGE and "Traceback" not in said(result)
+    assert result.exit_code == errors.USAGE and "Traceback" not in said(result)
 
 
 # Configuration
@@ -110,7 +121,7 @@ def test_a_dry_run_prints_a_run_file_that_means_the_same(tmp_path):
 ])
 def test_mistakes_are_explained(arguments, words, fake_runs, tmp_path):
     result = fedms(*arguments)
-    assert result.exit_code == cli.USAGE
+    assert result.exit_code == errors.USAGE
     for word in words:
         assert word in result.stderr
     assert result.stdout == "" and fake_runs == [] and list(tmp_path.iterdir()) == []
@@ -160,7 +171,7 @@ def test_existing_runs_are_kept_unless_forced(fake_runs, tmp_path):
     out.mkdir(parents=True)
     (out / "config.toml").write_text("mine")
     result = fedms(*arguments)
-    assert result.exit_code == cli.FOLDER and fake_runs == []
+    assert result.exit_code == errors.FOLDER and fake_runs == []
     assert "exists and is not empty" in result.stderr and "--force" in result.stderr
     assert (out / "config.toml").read_text() == "mine" and len(list(out.iterdir())) == 1
     (out / "config.toml").unlink()
@@ -169,26 +180,26 @@ def test_existing_runs_are_kept_unless_forced(fake_runs, tmp_path):
 
 
 def test_force_is_passed_on(fake_runs, monkeypatch):
-    monkeypatch.setattr(cli, "_show_results", lambda folder: None)
+    monkeypatch.setattr(cli.run, "show_results", lambda folder: None)
     assert fedms("run", "digits", "--force", "--out", "x").exit_code == 0
     assert fake_runs[-1][3:] == (True, False)
 
 
 def test_resuming_is_passed_on(fake_runs, monkeypatch):
-    monkeypatch.setattr(cli, "_show_results", lambda folder: None)
+    monkeypatch.setattr(cli.run, "show_results", lambda folder: None)
     assert fedms("run", "digits", "--resume", "--out", "x").exit_code == 0
     assert fake_runs[-1][3:] == (False, True)
     result = fedms("run", "digits", "--resume", "--force", "--out", "x")
-    assert result.exit_code == cli.USAGE and "give one of them" in result.stderr and len(fake_runs) == 1
+    assert result.exit_code == errors.USAGE and "give one of them" in result.stderr and len(fake_runs) == 1
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (data.DataError("file.txt: damaged"), cli.UNAVAILABLE, ["data", "file.txt: damaged"]),
-    (models.ModelError("no weights"), cli.UNAVAILABLE, ["model", "no weights"]),
-    (cli.RunFolderError("out: full"), cli.FOLDER, ["run folder", "out: full"]),
-    (ModuleNotFoundError("No module named 'x'"), cli.FAILED, ["pip install 'fedms[train]'", "'x'"]),
-    (ValueError("line one\nline [two]"), cli.FAILED, ["the run failed: ValueError", "  line [two]", "FEDMS_DEBUG=1"]),
-    (KeyboardInterrupt(), cli.INTERRUPTED, ["interrupted"]),
+    (errors.DataError("file.txt: damaged"), errors.UNAVAILABLE, ["data", "file.txt: damaged"]),
+    (errors.ModelError("no weights"), errors.UNAVAILABLE, ["model", "no weights"]),
+    (errors.RunFolderError("out: full"), errors.FOLDER, ["run folder", "out: full"]),
+    (ModuleNotFoundError("No module named 'x'"), errors.FAILED, ["pip install 'fedms[train]'", "'x'"]),
+    (ValueError("line one\nline [two]"), errors.FAILED, ["the run failed: ValueError", "  line [two]", "FEDMS_DEBUG=1"]),
+    (KeyboardInterrupt(), errors.INTERRUPTED, ["interrupted"]),
 ])
 def test_each_error_has_its_exit_code(monkeypatch, error, code, words):
     def fails(*_, **__):
@@ -209,7 +220,7 @@ def test_debugging_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(run, "run", fails)
     monkeypatch.setenv("FEDMS_DEBUG", "1")
     result = fedms("run", "digits", "--out", "x")
-    assert result.exit_code == cli.FAILED and "Traceback" in result.stderr
+    assert result.exit_code == errors.FAILED and "Traceback" in result.stderr
 
 
 def test_an_interrupted_run_says_where_its_records_are(monkeypatch):
@@ -218,7 +229,7 @@ def test_an_interrupted_run_says_where_its_records_are(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", stopped)
-    monkeypatch.setattr(cli.sys, "argv", ["fedms", "run", "digits", "--set", "data.path=a b", "--force"])
+    monkeypatch.setattr(stopping.sys, "argv", ["fedms", "run", "digits", "--set", "data.path=a b", "--force"])
     said = fedms("run", "digits", "--out", "here").stderr
     assert "fedms report here shows what was recorded so far" in said
     assert "  fedms run digits --set 'data.path=a b' --resume\n" in said
@@ -243,10 +254,10 @@ def test_report_of_an_unfinished_run(tmp_path):
 def test_report_without_a_run(tmp_path):
     for folder, words in ((tmp_path, "holds no run"), (tmp_path / "none", "no such folder")):
         result = fedms("report", folder)
-        assert result.exit_code == cli.FOLDER and words in result.stderr and result.stdout == ""
+        assert result.exit_code == errors.FOLDER and words in result.stderr and result.stdout == ""
 
 
-@pytest.mark.parametrize("state, code", [("ok", cli.OK), ("note", cli.OK), ("problem", cli.FAILED)])
+@pytest.mark.parametrize("state, code", [("ok", errors.DONE), ("note", errors.DONE), ("problem", errors.FAILED)])
 def test_doctor_tells_by_its_exit_code(monkeypatch, state, code):
     long = "/a/very/long/path" * 20
     monkeypatch.setattr("fedms.doctor.diagnose", lambda *_: [Check("python", "ok", "3"), Check("threads", state,
@@ -267,12 +278,12 @@ def test_doctor_shows_who_serves_a_run(monkeypatch):
     monkeypatch.setattr("fedms.doctor.diagnose", lambda *_: [Check("python", "ok", "3")])
     monkeypatch.setattr("fedms.doctor.served", lambda config, progress: counted)
     result = fedms("doctor", "digits")
-    assert result.exit_code == cli.OK
+    assert result.exit_code == errors.DONE
     lines = [line.split() for line in result.stdout.splitlines()]
     assert "cpu all 3 3 75.0 %".split() in lines and "pytorch all 2 1 25.0 %".split() in lines
     assert "frozen_linear 64; 8 -> 24, r = 2 3 3 75.0 %".split() in lines
     result = fedms("doctor", "--set", "model.frozen=int8")
-    assert result.exit_code == cli.USAGE and "--set: nothing to override" in result.stderr
+    assert result.exit_code == errors.USAGE and "--set: nothing to override" in result.stderr
 
 
 # Progress

@@ -11,11 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
-from fedms import cli, export
+from fedms.cli.stopping import polite_stop
 from fedms.config import load_config
+from fedms.errors import FOLDER
+from fedms.exports.manifest import save_tensors
 from fedms.foreign import few
 from fedms.methods import create
-from fedms.runs.run import MOST_REASONS, _failures, _unvisited
+from fedms.runs.summary import MOST_REASONS, failures, never_trained
 from fedms.storage.checkpoint import CheckpointFolder, Snapshot
 from fedms.storage.durable import LOCK, FolderLock, open_new, owner, private_folder, write_durably
 from synthetic import write_run
@@ -27,10 +29,9 @@ def fedms(*words, **environment):
                           timeout=120)
 
 
-def test_examples_and_exit_codes_are_one_a_line():
+def test_examples_are_one_a_line():
     lines = [line.strip() for line in fedms("run", "--help", COLUMNS="120").stdout.splitlines()]
     assert "fedms run sentiment" in lines and "fedms run sentiment --method fedavg --seed 1" in lines
-    assert "0 done" in lines and "2 wrong usage or configuration" in lines
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -46,11 +47,11 @@ def test_results_are_shown_on_any_terminal(tmp_path, encoding):
 def test_a_name_that_is_no_unicode_can_be_shown(tmp_path):
     folder = os.fsencode(tmp_path) + b"/run-\xff"
     done = subprocess.run([sys.executable, "-m", "fedms", "report", folder], capture_output=True, timeout=120)
-    assert done.returncode == cli.FOLDER and b"Traceback" not in done.stderr
+    assert done.returncode == FOLDER and b"Traceback" not in done.stderr
 
 
 def test_a_closed_terminal_stops_a_run_as_kill_does():
-    with cli._polite_stop() as stop:
+    with polite_stop() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop()
@@ -59,7 +60,7 @@ def test_a_closed_terminal_stops_a_run_as_kill_does():
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli._polite_stop():
+        with polite_stop():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -79,7 +80,7 @@ def mode(path) -> int:
 
 
 def test_the_umask_holds_for_what_is_shared(tmp_path, umask):
-    export._save({"a": torch.zeros(2)}, tmp_path / "a")
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a")
     write_durably(tmp_path / "b", b"x")
     assert mode(tmp_path / "a") == mode(tmp_path / "b") == 0o666 & ~umask
 
@@ -122,19 +123,19 @@ def test_of_many_names_a_few():
 
 def test_failures_are_told_by_reason():
     visits = [{"status": "failed", "client": i, "stage": "stage1", "round": 1, "reason": "out of memory"} for i in range(900)]
-    assert _failures(visits) == ["900 visits failed, of clients 0, 1, 2, 3, 4 and 895 more; first in stage1, round 1: "
+    assert failures(visits) == ["900 visits failed, of clients 0, 1, 2, 3, 4 and 895 more; first in stage1, round 1: "
                                  "out of memory"]
     visits = [{**visit, "reason": str(i)} for i, visit in enumerate(visits)]
-    assert len(_failures(visits)) == MOST_REASONS + 1
+    assert len(failures(visits)) == MOST_REASONS + 1
 
 
 @pytest.mark.parametrize("method, told", [("fedms", True), ("local", True), ("fedavg_ft", True), ("fedavg", False)])
 def test_clients_that_were_never_chosen_are_told(method, told):
     config = load_config("digits", [f"run.method={method}", "clients.count=4"])
     visits = [{"stage": stage, "client": i, "status": "ok"} for i in (0, 1) for stage in ("stage1", "stage2")]
-    said = _unvisited(config, create(config), visits)
+    said = never_trained(config, create(config).personal, visits)
     assert bool(said) == told and (not told or said[0].startswith("2 of 4 clients were never trained in stage"))
-    assert not _unvisited(config, create(config), [{**v, "client": i} for v in visits for i in range(4)])
+    assert not never_trained(config, create(config).personal, [{**v, "client": i} for v in visits for i in range(4)])
 
 
 # A deployment

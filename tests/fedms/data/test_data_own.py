@@ -18,7 +18,7 @@ from fedms.config import ClientsTable, ConfigError, DataTable, ModelTable, confi
 from fedms.data import DataError, user_data
 from fedms.data.images import read_images
 from fedms.runs.experiment import with_clients
-from fedms.storage.records import RunFolder, check_same_data
+from fedms.storage.run_folder import RunFolder, check_same_data
 
 TEXTS = ["the film was good", "the dog was bad", "a plain cat", "not a great ear", "very bad", "good tail"]
 LABELS = ["good", "bad", "plain", "good", "bad", "plain"]

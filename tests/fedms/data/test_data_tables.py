@@ -234,7 +234,7 @@ def test_natural_order():
 
 def test_a_client_named_by_a_number_is_found_by_its_name():
     from fedms.config import ConfigError
-    from fedms.export.trained_run import Outcome
+    from fedms.exports.trained_run import Outcome
 
     outcome = SimpleNamespace(task=SimpleNamespace(groups={0: "1", 1: "2", 2: "3", 3: "Äpfel", 4: "3"}), elsewhere=frozenset())
     assert [Outcome.client(outcome, name) for name in ("1", "2", "0", "id:1", 1)] == [0, 1, 0, 1, 1]

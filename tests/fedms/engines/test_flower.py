@@ -25,8 +25,8 @@ from fedms.data import read_shard
 from fedms.engines.base import Interrupted
 from fedms.engines.flower import certificates, deployment, transport
 from fedms.engines.flower import client as side
-from fedms.export import mixture
-from fedms.export import export
+from fedms.exports import mixture
+from fedms.exports import export
 from fedms.federated import encoding
 from fedms.federated.client import ClientFailure, Private
 from fedms.federated.server import AllClientsFailed
@@ -36,7 +36,8 @@ from fedms.runs.experiment import LoadedTask, write_shards
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.durable import shard_about
 from fedms.storage.private_state import ClientFolder, FolderError, State
-from fedms.storage.records import RunFolderError, RunRecords, comparable
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords, comparable
 
 SMALL = ["data.max_samples=240", "clients.count=4", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
          "data.partition=iid", "run.threads=1", "clients.round_timeout=0.3"]
@@ -527,12 +528,12 @@ def test_a_folder_belongs_to_one_client_and_run(tmp_path):
     with ClientFolder(tmp_path, "run", 3) as folder:
         with pytest.raises(FolderError, match="another visit of this client"):
             ClientFolder(tmp_path, "run", 3)
-        digest = folder.save(State(Private({"expert/a": torch.ones(3)}), frozenset({"x"})), "stage1", 1)
+        digest = folder.save(State({"expert/a": torch.ones(3)}, frozenset({"x"})), "stage1", 1)
     with pytest.raises(FolderError, match="belongs to .*give this client a folder of its own"):
         ClientFolder(tmp_path, "run", 4)
     with ClientFolder(tmp_path, "run", 3) as folder:
-        assert torch.equal(folder.load(digest).private.tensors["expert/a"], torch.ones(3))
-        assert folder.load(None).private == Private()
+        assert torch.equal(folder.load(digest).tensors["expert/a"], torch.ones(3))
+        assert folder.load(None).tensors == {}
         with pytest.raises(FolderError, match="is not there"):
             folder.load("0" * 64)
     (tmp_path / "run").rename(tmp_path / "other")
@@ -545,18 +546,18 @@ def test_a_folder_keeps_what_the_server_may_ask_for(tmp_path):
     for number in range(5):
         with ClientFolder(tmp_path, "run", 0) as folder:
             folder.load(digests[-1] if digests else None)
-            state = State(Private({"a": torch.full((4,), float(number))}), frozenset())
+            state = State({"a": torch.full((4,), float(number))}, frozenset())
             digests.append(folder.save(state, "stage2", number))
     with ClientFolder(tmp_path, "run", 0) as folder:
         for back in (2, 3, 4):
-            assert float(folder.load(digests[back]).private.tensors["a"][0]) == back
+            assert float(folder.load(digests[back]).tensors["a"][0]) == back
         folder.load(digests[3])         # the visit after it did not count: it is done again, to the same hash
-        assert folder.save(State(Private({"a": torch.full((4,), 4.0)}), frozenset()), "stage2", 4) == digests[4]
+        assert folder.save(State({"a": torch.full((4,), 4.0)}, frozenset()), "stage2", 4) == digests[4]
 
 
 def test_damage_in_a_folder_is_noticed(tmp_path):
     with ClientFolder(tmp_path, "run", 0) as folder:
-        digest = folder.save(State(Private({"a": torch.ones(100)}), frozenset()), "stage1", 1)
+        digest = folder.save(State({"a": torch.ones(100)}, frozenset()), "stage1", 1)
         folder.keep_constants(b"constants")
     for file in (*(tmp_path / "run/state").glob("*.safetensors"), *(tmp_path / "run").glob("*.constants")):
         data = bytearray(file.read_bytes())
@@ -572,9 +573,9 @@ def test_damage_in_a_folder_is_noticed(tmp_path):
 def test_large_private_states_last(tmp_path):
     big = {"expert/a": torch.randn(50, 10**6)}      # 200 MB
     with ClientFolder(tmp_path, "run", 0) as folder:
-        digest = folder.save(State(Private(big), frozenset()), "stage2", 1)
+        digest = folder.save(State(big, frozenset()), "stage2", 1)
     with ClientFolder(tmp_path, "run", 0) as folder:
-        assert torch.equal(folder.load(digest).private.tensors["expert/a"], big["expert/a"])
+        assert torch.equal(folder.load(digest).tensors["expert/a"], big["expert/a"])
 
 
 def test_chaos(tmp_path, shards_of_twelve, monkeypatch):
@@ -621,7 +622,7 @@ def test_chaos(tmp_path, shards_of_twelve, monkeypatch):
     engine, _ = CheckpointFolder(tmp_path / "chaos/checkpoint").load()
     for client, own in snapshot.private.items():
         with ClientFolder(tmp_path / f"states/{client}", engine.state["run"], client) as its:
-            private = its.load(engine.state["kept"][str(client)]).private.tensors
+            private = its.load(engine.state["kept"][str(client)]).tensors
         assert private.keys() == own.keys() and all(torch.equal(private[name], own[name]) for name in own), client
 
 

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 from fedms import report
-from fedms.storage.records import RunFolderError, RunRecords
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords
 from synthetic import write_run
 
 METHODS = ("local", "fedavg", "fedavg_prior", "fedavg_ft", "fedms")

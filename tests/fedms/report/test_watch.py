@@ -11,7 +11,7 @@ import pytest
 from fedms import cli
 from fedms.report.watch import RunState, over, read_states, sparkline, view
 from fedms.storage.durable import FolderLock, owner
-from fedms.storage.records import RunFolderError
+from fedms.errors import RunFolderError
 from rich.console import Console
 from synthetic import write_run
 from typer.testing import CliRunner

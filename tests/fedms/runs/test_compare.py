@@ -5,14 +5,14 @@ import json
 import shutil
 
 import pytest
-from doubling import double
+import doubling
 from synthetic import write_run
 
 from fedms import report
 from fedms.config import METHODS, ConfigError, load_config, read_tables
 from fedms.progress import Progress
 from fedms.report.significance import differences, holm
-from fedms.runs import run, tune
+from fedms.runs import batch, experiment, tune
 from fedms.runs.workers import WorkerDied, in_processes
 from fedms.storage.records import RunRecords, comparable
 
@@ -50,21 +50,21 @@ def everything(folder):
 def test_processes_give_what_one_does_and_ended_runs_stay(tmp_path):
     names = ["fedavg", "ditto"]
     first = Heard()
-    run.compare(config(), names, [0], tmp_path / "many", jobs=2, progress=first)
+    batch.compare(config(), names, [0], tmp_path / "many", jobs=2, progress=first)
     assert first.visits == 8 and sorted(text.split(",")[0] for text in first.ended) == sorted(names)
-    run.compare(config(), names, [0], tmp_path / "one")
+    batch.compare(config(), names, [0], tmp_path / "one")
     assert everything(tmp_path / "many") == everything(tmp_path / "one")
 
     stamp = (tmp_path / "many/ditto-seed0/summary.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "many/fedavg-seed0")
     again = Heard()
-    run.compare(config(), names, [0], tmp_path / "many", progress=again)
+    batch.compare(config(), names, [0], tmp_path / "many", progress=again)
     assert again.visits == 4 and "1 of 2 runs have ended already" in again.notes[0]
     assert (tmp_path / "many/ditto-seed0/summary.json").stat().st_mtime_ns == stamp
     assert everything(tmp_path / "many") == everything(tmp_path / "one")
 
     with pytest.raises(ConfigError, match="stage1.lr: 0.02, but the run in .*ditto-seed0 has 0.01"):
-        run.compare(config("stage1.lr=0.02"), ["ditto"], [0], tmp_path / "many")
+        batch.compare(config("stage1.lr=0.02"), ["ditto"], [0], tmp_path / "many")
 
 
 def test_tuning_tries_all_methods_alike_reads_no_test_label_and_goes_on(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_tuning_tries_all_methods_alike_reads_no_test_label_and_goes_on(tmp_path
     assert chosen["ditto"].ditto.pull == best.values["ditto.pull"] and set(chosen) == {"ditto", "local"}
     assert set(read_tables(tmp_path / "ditto.toml")) == {"stage1", "stage2", "ditto"}
 
-    monkeypatch.setattr(run, "LoadedTask", None)          # nothing is loaded: all is there
+    monkeypatch.setattr(experiment, "LoadedTask", None)          # nothing is loaded: all is there
     assert tune.tune(config("stage1.rounds=3"), ["ditto", "local"], tmp_path, count=2) == found
 
 
@@ -97,9 +97,9 @@ def test_trials_lie_in_their_ranges_and_repeat():
 
 def test_a_dead_process_is_named():
     heard = Heard()
-    assert sorted(in_processes(double, [1, 2, 3], 2, heard, lambda: False)) == [(1, 2), (2, 4), (3, 6)]
+    assert sorted(in_processes(doubling.start, [1, 2, 3], 2, heard, lambda: False)) == [(1, 2), (2, 4), (3, 6)]
     with pytest.raises(WorkerDied, match="one of 2 processes died; if memory ran out, fewer --jobs help"):
-        list(in_processes(double, ["die"], 2, heard, lambda: False))
+        list(in_processes(doubling.start, ["die"], 2, heard, lambda: False))
 
 
 def test_holm():

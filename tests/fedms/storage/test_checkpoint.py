@@ -14,10 +14,12 @@ from fedms import methods
 from fedms.config import ConfigError, load_config
 from fedms.engines.base import Interrupted
 from fedms.progress import Progress
-from fedms.runs import run
+from fedms.runs import batch, run
 from fedms.storage import checkpoint, durable
 from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot
-from fedms.storage.records import RunFolder, RunFolderError, RunRecords, comparable
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords, comparable
+from fedms.storage.run_folder import RunFolder
 
 CONFIG = load_config("digits", ["data.max_samples=200", "clients.count=3", "clients.unseen=0", "clients.fraction=0.7",
                                 "stage1.rounds=2", "stage2.rounds=2", "data.partition=iid", "lora.dropout=0.1",
@@ -210,11 +212,11 @@ def test_every_durable_write_may_be_the_last(tmp_path, undisturbed, monkeypatch,
         run.run(CONFIG, path, resume=True)
         assert outcome(path) == undisturbed, at
         assert not [p for p in path.rglob("*") if p.name.endswith(".tmp")]
-    assert at == 1 + 4 * 3 + 1 + 1      # the configuration; two objects and a manifest a round; the summary
+    assert at == 1 + 4 * 3 + 4      # the configuration; two objects and a manifest a round; data, final, outcome, summary
 
 
 def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, undisturbed, monkeypatch):
-    from fedms.storage import records
+    from fedms.storage import run_folder
 
     def short(file, data, calls=Calls(5)):
         if calls():
@@ -222,7 +224,7 @@ def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, undisturbed, monkeypa
             raise OSError(errno.ENOSPC, "No space left on device")
         os.write(file, data)
 
-    monkeypatch.setattr(records, "_write_all", short)
+    monkeypatch.setattr(run_folder, "_write_all", short)
     with pytest.raises(RunFolderError, match="visits.jsonl: cannot be written: No space left on device"):
         run.run(CONFIG, tmp_path / "run")
     assert (tmp_path / "run/visits.jsonl").read_text().endswith("}\n")
@@ -243,10 +245,10 @@ def test_resuming_what_is_done_or_was_never_begun(tmp_path, undisturbed):
 
 def test_a_comparison_goes_on(tmp_path):
     with pytest.raises(Interrupted):
-        run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped", stop=Calls(30))
+        batch.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped", stop=Calls(30))
     assert sorted(p.parent.name for p in tmp_path.glob("stopped/*/summary.json")) == ["fedavg-seed0", "local-seed0"]
-    run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped")
-    run.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "whole")
+    batch.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "stopped")
+    batch.compare(CONFIG, ["local", "fedavg"], [0, 1], tmp_path / "whole")
     for name in ("local-seed0", "fedavg-seed0", "local-seed1", "fedavg-seed1"):
         assert outcome(tmp_path / "stopped" / name) == outcome(tmp_path / "whole" / name), name
 
@@ -285,7 +287,7 @@ def test_lost_records_are_noticed(tmp_path):
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path):
     folder = RunFolder.create(tmp_path / "run", CONFIG)
-    code = ("import sys; from fedms.storage.records import *; from fedms.config import load_config\n"
+    code = ("import sys; from fedms.storage.run_folder import *; from fedms.config import load_config\n"
             "try: RunFolder.create(sys.argv[1], load_config('digits'), overwrite=True)\n"
             "except RunFolderError as error: print(error)")
     said = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True).stdout

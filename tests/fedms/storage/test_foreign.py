@@ -17,13 +17,14 @@ from fedms.data import make_dataset, read_shard
 from fedms.data.inputs import DataError, TextInputs
 from fedms.data.partitioning import ClientSplit, Partition
 from fedms.data.shard import Shard, _checksum, write_shard
-from fedms.export.manifest import MANIFEST, read_manifest
+from fedms.exports.manifest import MANIFEST, read_manifest
 from fedms.foreign import parse_json, parse_toml, printable, read_tensors
 from fedms.report import render
 from fedms.report.watch import RunState, view
 from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot, _digest, unpack_server
 from fedms.storage.durable import SHARD, shard_about
-from fedms.storage.records import RunFolderError, RunRecords
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console

@@ -14,7 +14,9 @@ import torch
 from fedms.config import ConfigError, dump_toml, load_config
 from fedms.storage import records
 from fedms.storage.records import CLIENT_FIELDS, EXEMPT, ROUND_FIELDS, SUMMARY_FIELDS, VISIT_FIELDS
-from fedms.storage.records import RunFolder, RunFolderError, RunRecords, comparable, find_runs
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords, comparable, find_runs
+from fedms.storage.run_folder import RunFolder
 from synthetic import write_run
 
 CONFIG = load_config("digits")

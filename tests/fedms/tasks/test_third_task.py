@@ -16,7 +16,7 @@ from fedms.engines.local import LocalEngine
 from fedms.federated.client import Client
 from fedms.federated.server import Server
 from fedms.progress import Progress
-from fedms.storage.records import RunFolder
+from fedms.storage.run_folder import RunFolder
 from fedms.tasks import Task
 from fedms.training.expert_model import ExpertModel
 

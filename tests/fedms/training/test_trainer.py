@@ -19,8 +19,9 @@ from fedms.federated.client import Client, ClientFailure, Private, accumulate, o
 from fedms.federated.devices import Device, device_of
 from fedms.federated.server import AllClientsFailed, Server
 from fedms.progress import Progress
-from fedms.runs import run
-from fedms.storage.records import OPTIONAL, SUMMARY_FIELDS, RunFolder, RunRecords, comparable
+from fedms.runs import batch, run
+from fedms.storage.records import OPTIONAL, SUMMARY_FIELDS, RunRecords, comparable
+from fedms.storage.run_folder import RunFolder
 from fedms.training.expert_model import ExpertModel
 from fedms.training.streams import Stream
 
@@ -85,7 +86,7 @@ def test_the_same_seed_gives_the_same_records(sets, tmp_path):
 
 
 def test_a_run_is_the_same_alone_and_after_others(tmp_path):
-    run.compare(config(), ["local", "fedms"], [1, 0], tmp_path / "many")
+    batch.compare(config(), ["local", "fedms"], [1, 0], tmp_path / "many")
     run.run(config("run.method=fedms"), tmp_path / "alone")
     many, alone = (comparable(RunRecords.read(p)) for p in (tmp_path / "many/fedms-seed0", tmp_path / "alone"))
     # Which visit computes a constant depends on what is cached already; nothing else may differ.
@@ -111,7 +112,7 @@ def _without(value, key):
 ], ids=lambda sets: ",".join(sets))
 def test_every_setting_runs_and_is_recorded(sets, tmp_path):
     c = config(*sets)
-    summary = run.carry_out_one(run.Task(c, tmp_path / "run"), Progress(), lambda: False)   # shares model and data
+    summary = batch.BatchRunner()(batch.BatchRun(c, tmp_path / "run"), Progress(), lambda: False)   # shares model and data
     records = RunRecords.read(tmp_path / "run")
     assert set(summary) == set(SUMMARY_FIELDS) - OPTIONAL
     rounds = c.stage1.rounds + c.stage2.rounds

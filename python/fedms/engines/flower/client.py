@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Message as Mail
 
 from fedms.engines.flower import transport
-from fedms.federated.schema import EVALUATE, FORMAT, TRAIN, Table, printable, shown
+from fedms.errors import FedMSError
+from fedms.federated.schema import EVALUATE, FORMAT, REASON, TRAIN, Table, shown
+from fedms.foreign import printable
 from fedms.storage.durable import SHARD
 
 if TYPE_CHECKING:       # torch is imported when there is something to train
@@ -79,11 +81,11 @@ def _guarded(message: Mail, identity: Identity, kind: Table,
         answer, out = act(head, parts)
     except Exception as error:
         traceback.print_exc()       # into the node's own log; the server is told in a line
-        return _answer(message, {**echo, "problem": printable(f"{type(error).__name__}: {error}")})
+        return _answer(message, {**echo, "problem": printable(f"{type(error).__name__}: {error}", REASON)})
     return _answer(message, {**echo, **answer}, out)
 
 
-class Disagreement(Exception):
+class Disagreement(FedMSError):
     """A server asks for what this node has not agreed to."""
 
 
@@ -116,7 +118,7 @@ def _whose(identity: Identity) -> str:
 
 def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
            open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
-    from fedms.federated.client import visit
+    from fedms.federated.client import Private, visit
     from fedms.federated.packing import pack_reply
     from fedms.storage.private_state import ClientFolder, State
 
@@ -126,8 +128,8 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         state, message = folder.load(head["kept"]), _message(head, parts, folder)
         session.model.meter.paid = set(state.paid_constants)
-        came, after = visit(experiment.method.client_step, session.model, client, state.private, message)
-        digest = folder.save(State(after, frozenset(session.model.meter.paid)), message.stage, message.round)
+        came, after = visit(experiment.method.client_step, session.model, client, Private(state.tensors), message)
+        digest = folder.save(State(after.tensors, frozenset(session.model.meter.paid)), message.stage, message.round)
     answer = {"visit": {"reason": came.reason, "flops": came.flops, "seconds": came.seconds,
                         "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest, "private": bool(after.tensors)}
     if came.reply is None:
@@ -141,12 +143,13 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
 def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
               open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
     from fedms.data.subset import Subset
+    from fedms.federated.client import Private
     from fedms.federated.evaluation import evaluate_client, own_accuracy
     from fedms.storage.private_state import ClientFolder
 
     session, experiment = _opened(head, _agreed(head["config"], identity), identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
-        private, final = folder.load(head["kept"]).private, _message(head, parts, folder)
+        private, final = Private(folder.load(head["kept"]).tensors), _message(head, parts, folder)
     record = evaluate_client(experiment.method, session.model, experiment.client(identity.client), private, final)
     common = Subset(experiment.partition.global_test)
     return {"record": record, "on_common_test": own_accuracy(experiment.method, session.model, common, private, final)

@@ -31,6 +31,7 @@ import tomli_w
 from pydantic import TypeAdapter
 
 from fedms.engines.flower import certificates
+from fedms.errors import FedMSError
 from fedms.foreign import conform, parse_json, parse_toml, read_regular
 from fedms.storage.durable import private_folder, write_durably
 
@@ -71,7 +72,7 @@ __all__ = ["client", "server"]
 '''
 
 
-class DeploymentError(Exception):
+class DeploymentError(FedMSError):
     """A deployment's folder or processes that are not what they should be."""
 
 

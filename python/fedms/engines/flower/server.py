@@ -19,10 +19,11 @@ from fedms.federated.client import Message, Participant, Visit
 from fedms.federated.devices import Device, device_of
 from fedms.federated.encoding import WireError
 from fedms.federated.packing import Packed, pack_message, unpack_reply
-from fedms.federated.schema import EVALUATED, FORMAT, HELLO, NAME, PROBLEM, TRAINED, SchemaError, Table, printable, shown
+from fedms.federated.schema import EVALUATED, FORMAT, HELLO, NAME, PROBLEM, TRAINED, SchemaError, Table, shown
+from fedms.foreign import printable
 from fedms.federated.server import Server
 from fedms.progress import Progress
-from fedms.storage.records import RunFolder
+from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
 
 SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests

@@ -17,8 +17,10 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedms.errors import FedMSError
 
-class SimulationError(Exception):
+
+class SimulationError(FedMSError):
     """The simulation could not be started, or ended before the run did."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedms.errors import FedMSError
 from fedms.federated import schema
 
 HEAD_BYTES = 2**20
@@ -18,7 +19,7 @@ _FORM = "fedms.wire"
 _PARTS = ("tensors", "constants", "sums")
 
 
-class MailError(Exception):
+class MailError(FedMSError):
     """Content that is not what it should be; it must be refused."""
 
 

@@ -1,27 +1,96 @@
-"""fedms.json, the manifest of an exported folder: what the export is, and size and SHA-256 of each of its other files."""
+"""Exported folders: files and modes, checksums in fedms.json, and a new folder that appears whole or not at all."""
 from __future__ import annotations
 
 import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from safetensors.torch import save
+from torch import Tensor
 
 from fedms.config import dump
-from fedms.export.trained_run import Task
+from fedms.errors import RunFolderError
+from fedms.exports.trained_run import Task
 from fedms.foreign import InnerPath, conform, parse_json, read_regular
-from fedms.storage.durable import open_new
-from fedms.storage.records import RunFolderError
+from fedms.storage.durable import open_new, sync_folder
 
 MANIFEST, CLIENTS = "fedms.json", "clients"
 FORMAT = 1
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, private: bool = False) -> None:
+    """Write tensors into a new safetensors file.
+
+    Args:
+        tensors: The tensors by name.
+        path: The file, which must not be there.
+        private: Whether only its owner may read it; otherwise the umask decides.
+    """
+    with open_new(path, private=private) as file:
+        file.write(save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise RunFolderError unless an export may be written to `out`: it is empty, or an export that is to be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise RunFolderError(f"{out}: exists and is not empty; choose another --out, or replace it by --force")
+    if not (out / MANIFEST).is_file():
+        raise RunFolderError(f"{out}: not replaced, as it is no earlier export; choose another --out")
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool, private: bool) -> Iterator[Path]:
+    """Yield a folder beside `out`, which takes its place when all went well, and is removed otherwise.
+
+    Args:
+        out: The folder to write.
+        overwrite: Replace an earlier export.
+        private: Whether only its owner may enter it.
+
+    Raises:
+        RunFolderError: If it cannot be written.
+    """
+    scratch = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(mode=0o700 if private else 0o777)
+        yield scratch
+        if out.exists():
+            check_free(out, overwrite)
+            old = scratch.with_name(scratch.name + "-old")
+            out.rename(old)
+            scratch.rename(out)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise RunFolderError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def write_manifest(folder: Path, kind: str, task: Task, **more: Any) -> None:
-    """Lists all files, and gives each the mode that its folder has: the libraries that wrote some have their own."""
+    """List all files of an exported folder in its manifest, with size and SHA-256.
+
+    Each file gets the mode that its folder has: the libraries that wrote some have their own idea of it.
+
+    Args:
+        folder: The folder.
+        kind: One of the formats of an export.
+        task: What its tensors belong to.
+        more: Further entries, see :class:`Manifest`.
+    """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         path.chmod(path.parent.stat().st_mode & 0o666)
@@ -57,8 +126,13 @@ class _File(_Strict):
 
 
 class _Model(_Strict):
-    """Of a mixture: {} for a built-in model, "base" for the folder beside, else the name of an object. Nothing else of
-    the run file's [model] may stand here."""
+    """The foundation model of a mixture. Nothing else of the run file's [model] may stand here.
+
+    Attributes:
+        id: None for a built-in model, "base" for the folder beside, else the name of an object.
+        pooling: See the run file.
+        blocks: See the run file.
+    """
 
     id: str | None = None
     pooling: Literal["auto", "mean", "cls", "last"] | None = None
@@ -73,7 +147,22 @@ class _Final(_Strict):
 
 
 class Manifest(_Strict):
-    """What fedms.json says; model, final and elsewhere: of a mixture, expert: of a merged one."""
+    """What fedms.json says.
+
+    Attributes:
+        format: Version of the form of this file.
+        kind: Format of the export.
+        classes: Names of the classes, in the order of the logits.
+        prompts: Class prompts of each class, or None.
+        clients: Name of each client's group, by client id.
+        model_fingerprint: SHA-256 of the foundation model's weights.
+        config: The run file as plain values.
+        files: Size and SHA-256 of every other file.
+        model: For a mixture, where its foundation model is.
+        final: For a mixture, stage and depths after the last round.
+        elsewhere: For a mixture, clients whose own expert is not in it.
+        expert: For a merged export, the name of the expert in it.
+    """
 
     format: Annotated[int, Field(ge=1)]
     kind: Literal["peft", "merged", "onnx", "mixture"]
@@ -93,11 +182,12 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an exported folder, all its files checked. Clients' files that belong to another user are not read;
-    their clients are added to `elsewhere`.
+    """Read the manifest of an exported folder, and check all its files.
+
+    Clients' files that belong to another user are not read; their clients are added to `elsewhere`.
 
     Raises:
-        RunFolderError: if it is no export, one of a newer version, or a file is missing or damaged.
+        RunFolderError: If it is no export, one of a newer version, or a file is missing or damaged.
     """
     try:
         value = parse_json(read_regular(folder / MANIFEST))
@@ -125,7 +215,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def clients_in(folder: Path, content: Manifest) -> dict[int, Path]:
-    """The files with clients' own experts in an export, by client id."""
+    """Return the files with clients' own experts in an export, by client id."""
     return {_client_of(folder, name): folder / name for name in content.files if name.startswith(f"{CLIENTS}/")}
 
 

@@ -21,12 +21,14 @@ import fedms
 from fedms import cli, data, models
 from fedms.config import ConfigError, config_from_dict
 from fedms.data import DataError
-from fedms.export import export
-from fedms.export.trained_run import bind, predict, task_of, trained_run_of
+from fedms.exports import export
+from fedms.exports.predict import bind, predict
+from fedms.exports.trained_run import read_task, read_trained_run
 from fedms.models import peft_format
 from fedms.models import ModelError
 from fedms.runs import run
-from fedms.storage.records import RunFolderError, RunRecords
+from fedms.errors import RunFolderError
+from fedms.storage.records import RunRecords
 
 TEXTS = ["the film was very good", "a plain photo", "bad dog", "the cat and the dog was not great"]
 
@@ -51,7 +53,7 @@ def make_table(path):
 
 def run_of(ended, out, **tables):
     """Another run on the model and the table of the run "bert"."""
-    before = task_of(ended("bert")).config
+    before = read_task(ended("bert")).config
     run.run(settings(before.model.id, before.data.name, data={"client": "who"}, **tables), out)
     return read_out(out)
 
@@ -105,14 +107,13 @@ def ended(tmp_path_factory):
 def inputs_for(model):
     if model.reads == "text":
         return model.tokenize(TEXTS, 64)
-    return data.own.inputs_of(photos(4), ["photo"] * 4, model, "", 64)
+    return data.user_data.inputs_of(photos(4), ["photo"] * 4, model, "", 64)
 
 
 def read_out(folder):
     """The outcome of a run on its own model: (outcome, model)."""
-    task = task_of(folder)
-    model = bind(models.load(task.config.model), task)
-    return trained_run_of(folder, task, model), model
+    trained = read_trained_run(folder)
+    return trained, bind(models.load(trained.task.config.model), trained.task)
 
 
 def logits_of_readme(folder):
@@ -321,7 +322,7 @@ def test_exports_that_cannot_be_made(ended, tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("")
     with pytest.raises(RunFolderError, match="not replaced, as it is no earlier export"):
         export(tmp_path / "run", tmp_path / "mine", overwrite=True)
-    task = task_of(tmp_path / "run")
+    task = read_task(tmp_path / "run")
     other = saved_models.save("roberta", tmp_path / "other")
     wrong = models.load(task.config.model.model_copy(update={"id": str(other)}))
     with pytest.raises(ModelError, match="is not the model that the experts were trained on"):
@@ -342,7 +343,7 @@ def test_a_full_disk_leaves_the_earlier_export(ended, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedms.export.save_file", full)
+    monkeypatch.setattr("fedms.exports.save_file", full)
     with pytest.raises(RunFolderError, match="out: cannot be written: No space left on device"):
         export(ended("bert"), out, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -374,7 +375,7 @@ def test_our_own_adapter_comes_back(kind, ended, tmp_path):
 
 def test_an_adapter_that_peft_made_starts_stage_2(ended, tmp_path):
     """Trained around a classifier, on two kinds of layers of all blocks: features and head come over."""
-    config = task_of(ended("bert")).config
+    config = read_task(ended("bert")).config
     torch.manual_seed(0)
     base = transformers.BertForSequenceClassification.from_pretrained(config.model.id, num_labels=2)
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["query", "output.dense"],
@@ -405,7 +406,7 @@ def test_adapters_of_another_kind(change, message, ended, tmp_path):
     export(ended("bert"), tmp_path / "out", "peft")
     folder = tmp_path / "out/global"
     found = json.loads((folder / "adapter_config.json").read_text())
-    config = settings(task_of(ended("bert")).config.model.id, task_of(ended("bert")).config.data.name,
+    config = settings(read_task(ended("bert")).config.model.id, read_task(ended("bert")).config.data.name,
                       data={"client": "who"}, lora={"start": str(folder)}, stage1={"rounds": 0})
     (folder / "adapter_config.json").write_text(json.dumps({**found, **change}))
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -416,7 +417,7 @@ def test_adapters_of_another_kind(change, message, ended, tmp_path):
 def test_adapters_that_do_not_fit(ended, tmp_path):
     export(ended("bert"), tmp_path / "out", "peft")
     folder = tmp_path / "out/global"
-    config = task_of(ended("bert")).config
+    config = read_task(ended("bert")).config
     source = config.model_copy(update={"model": config.model.model_copy(update={"targets": ("query",)})})
     with pytest.raises(ConfigError, match="model.targets: the adapter in .* has a pair for .*, where the model has no expert"):
         import_adapter(folder, source, tmp_path / "run")

@@ -1,0 +1,228 @@
+"""The page of the study, from its records: equal records give an equal page."""
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, PERSONALIZED, TUNED_ON, Setting, StudyRun, tuning
+from bench.study.records import key_of, read_records
+from fedms import report
+from fedms.config import METHODS
+from fedms.errors import RunFolderError
+from fedms.storage.durable import write_durably
+from fedms.storage.records import RunRecords
+
+CLAIM = """\
+## The paper's claim
+
+FedMS reports accuracy up to 55.25 % above its baselines (arXiv 2312.15926), its journal form FedFMSL up to 59.19 % (IEEE
+TMC 2024), with models of CLIP's size and data that are not used here; of the papers only the abstracts were at hand. Those
+figures are neither confirmed nor refuted by this page. What is compared is the method: the same two stages, mixture and
+block-wise activation, on smaller models and on data that install without a hub. The largest margins of the row `fedms`
+over another row here, by client and seed:
+"""
+
+READING = """\
+Accuracies in %, mean ± standard deviation over seeds; each client counts the same. *Worst 10 %*: the mean of the worst
+tenth of clients. *Below local*: the share of clients that would be better off alone. `fedms` is the method as defined,
+`fedms_plus` with the pieces that `docs/method/fedms.md` explains. What a run costs lies in its training samples, what it says in
+its test samples: so clients have more of the latter. Sentences cost several times what images do: they are cut to 32
+tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4. Cost is operations (TFLOP), not seconds: runs share the
+machine. Differences are paired by client and seed, in points, with a 95 % interval of their mean; those whose interval
+holds 0 are marked by ~.
+"""
+
+
+def write_page(page: Path, planned: Sequence[StudyRun], records: Path) -> None:
+    """Makes the page from the records of the planned runs, and its pictures in a folder of the page's name. RunFolderError
+    if they cannot be written."""
+    lines, folder = read_records(records), page.with_suffix("")
+    text = render(planned, lines, str(records), folder.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in _pictures(planned, lines).items():
+            write_durably(folder / name, picture.encode())
+        write_durably(page, text.encode())
+    except OSError as error:
+        raise RunFolderError(f"{page}: cannot be written: {error.strerror}") from error
+
+
+def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By its file's name a picture of each setting with records: every client's accuracy, by method."""
+    done, _ = _one_model(planned, {key_of(line): line for line in lines})
+    found = {}
+    with report.plain_style():
+        for setting in dict.fromkeys(run.setting for run in planned):
+            if figure := report.clients_figure([_as_run(line) for run, line in done
+                                                if run.setting == setting and run.id in METHODS]):
+                found[f"{setting.name}.svg"] = report.as_svg(figure, setting.name)
+    return found
+
+
+def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
+    """The page as Markdown; equal records give an equal page. pictures: the folder with a picture of each setting, as the
+    page names it."""
+    of_run = {key_of(line): line for line in lines}
+    done, mixed = _one_model(planned, of_run)
+    parts = ["# The study", f"{len(done)} of {len(planned)} runs are done. Made by `python -m bench.study --page-only` from `{source}`, "
+             "one line a run with its command, commit, seed and every client's accuracy; `python -m bench.study` goes on where the "
+             "records end.", READING]
+    if left_out := len(lines) - len(done) - mixed:
+        parts.append(f"{left_out} record{'s' * (left_out > 1)} of earlier settings "
+                     f"{'are' if left_out > 1 else 'is'} left out.")
+    if mixed:
+        parts.append(f"{mixed} record{'s' * (mixed > 1)} with other weights of the pretrained model "
+                     f"{'are' if mixed > 1 else 'is'} left out.")
+    margins: list[tuple[float, str]] = []
+    for setting in dict.fromkeys(run.setting for run in planned):
+        here = [(run, line) for run, line in done if run.setting == setting and run.id in METHODS]
+        missing = _missing([run for run in planned if run.setting == setting and run.id in METHODS], of_run)
+        parts.append(f"## {setting.title}")
+        parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
+        if here:
+            parts.append(f"![Personalized test accuracy of each client, by method]({pictures}/{setting.name}.svg)")
+            parts.append("*One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth.*")
+            if missing:
+                parts.append(f"Not run yet: {missing}.")
+    parts += _ablation_part(done, planned, of_run)
+    parts.append(CLAIM.rstrip())
+    parts.append("\n".join(f"- {text}" for _, text in sorted(margins, reverse=True)[:4]) or "No two rows to compare yet.")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+StudyRecord = tuple[StudyRun, Mapping[str, Any]]
+
+
+def _one_model(planned: Sequence[StudyRun], of_run: Mapping[Any, Mapping[str, Any]]) -> tuple[list[StudyRecord], int]:
+    """The planned runs with a record, where their setting was run with one set of model weights, the most frequent one; and
+    how many have others: pretraining elsewhere may give other bits."""
+    done = [(run, of_run[run.key]) for run in planned if run.key in of_run]
+    found: dict[str, dict[str, int]] = {}
+    for run, line in done:
+        counts = found.setdefault(run.setting.name, {})
+        counts[line["model_fingerprint"]] = counts.get(line["model_fingerprint"], 0) + 1
+    usual = {name: max(counts, key=lambda f: (counts[f], f)) for name, counts in found.items()}
+    kept = [(run, line) for run, line in done if line["model_fingerprint"] == usual[run.setting.name]]
+    return kept, len(done) - len(kept)
+
+
+def _missing(planned: Iterable[StudyRun], of_run: Mapping[Any, Any]) -> str:
+    by_label: dict[str, list[str]] = {}
+    for run in planned:
+        if run.key not in of_run:
+            by_label.setdefault(LABELS.get(run.id, run.id), []).append(str(run.config.run.seed))
+    return "; ".join(f"{label} (seed {', '.join(seeds)})" for label, seeds in by_label.items())
+
+
+def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[tuple[float, str]]) -> list[str]:
+    runs = [_as_run(line) for _, line in done]
+    rows = report.comparison(runs)
+    header, cells = report.table(rows)
+    seeds = [str(row["seeds"]) for row in rows]
+    header, cells = [header[0], "seeds", *header[1:]], [[c[0], n, *c[1:]] for c, n in zip(cells, seeds)]
+    parts = [_provenance(setting, done), _table(header, cells)]
+    scores = {row["method"]: row["personalized"].mean for row in rows}
+    sentences = []
+    for ours in ("fedms", "fedms_plus"):
+        best = max((m for m in PERSONALIZED if m in scores), key=scores.get, default=None)
+        against = [m for m in ("fedavg", best, "local") if m in scores]
+        if ours not in scores or not against:
+            continue
+        gaps = {m: _gap(runs, ours, m) for m in against}
+        known = {m: gap for m, gap in gaps.items() if gap is not None}
+        place = 1 + sum(scores[m] > scores[ours] for m in scores)
+        sentences.append(f"- `{ours}` is number {place} of {len(scores)}: " + ", ".join(
+            f"{_signed(gap)} against `{m}`" + (" (the best other personalized method)" if m == best else "")
+            for m, gap in known.items()) + ".")
+        if ours == "fedms":
+            margins += [(gap[0], f"{_signed(gap)} points against `{m}` ({setting.title}; {100 * scores[ours]:.1f} against "
+                         f"{100 * scores[m]:.1f} %, {100 * (scores[ours] / scores[m] - 1):+.1f} % relative)")
+                        for m in scores if m not in ("fedms", "fedms_plus") and (gap := _gap(runs, ours, m)) is not None]
+    sentences += [_gate(label, gates) for label in ("fedms", "fedms_plus")
+                  if (gates := [line["gate"] for run, line in done if run.id == label and line.get("gate")])]
+    return parts + (["\n".join(sentences)] if sentences else [])
+
+
+def _gate(label: str, gates: Sequence[Mapping[str, float]]) -> str:
+    """What a method's gate does, in the mean over seeds, and what it could have gained."""
+    weight, entropy, half, oracle = (statistics.fmean(gate[key] for gate in gates) for key in (
+        "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
+    return (f"- The gate of `{label}` gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
+            f"{math.log(2):.2f}). Half and half would have {100 * half:.1f} %; the right expert for each sample, which no gate "
+            f"can know, {100 * oracle:.1f} %.")
+
+
+def _provenance(setting: Setting, done: Sequence[StudyRecord]) -> str:
+    commits, cpus, torches = ({line[key] for _, line in done} for key in ("commit", "cpu", "torch"))
+    command = shlex.join(["fedms", "run", setting.source]
+                         + [word for text in (*COMMON, *setting.sets) for word in ("--set", text)])
+    return (f"`{command} --method METHOD --seed SEED`; seeds {', '.join(sorted({str(line['seed']) for _, line in done}))}; "
+            f"commit {', '.join(sorted(commits))}; {', '.join(sorted(cpus))}, one thread a run; "
+            f"PyTorch {', '.join(sorted(torches))}. " + _constants([run for run, _ in done]))
+
+
+def _constants(runs: Sequence[StudyRun]) -> str:
+    tuned = {run.id: run.tuned for run in runs}
+    setting = next((each for each in TUNED_ON if each.source == runs[0].setting.source), None)
+    if not any(tuned.values()):
+        return ("All methods have the run file's constants: their learning rates are the same, and not tuned one by one"
+                + (f" yet; `{tuning(setting)}` would." if setting else "."))
+    rest = [label for label, is_tuned in tuned.items() if not is_tuned]
+    return (f"Constants chosen by `{tuning(setting) if setting else 'fedms tune'}`"
+            + (f", but for {', '.join(rest)}." if rest else "."))
+
+
+def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_run: Mapping[Any, Any]) -> list[str]:
+    wanted = [run for run in planned if run.id not in METHODS]
+    if not wanted:
+        return []
+    parts = [f"## What the pieces are worth: {ABLATED.title}"]
+    here = [line for run, line in done if run.setting == ABLATED]
+    runs = [_as_run(line) for line in here]
+    rows = []
+    for ablation in ABLATIONS.values():
+        own = [line for line in here if line["id"] == ablation.id]
+        gap = _gap(runs, ablation.id, ablation.method if ablation.method == "fedms_plus" else "fedms")
+        if own:
+            mean, worst = (report.Stat.of(line["personalized_accuracy"][key] for line in own) for key in ("mean", "worst10"))
+            rows.append([ablation.label, str(len(own)), report.percent(mean), report.percent(worst),
+                         _signed(gap) if gap else "–"])
+    if not rows:
+        return [*parts, "No run is done yet."]
+    parts.append(_table(["run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
+    if missing := _missing(wanted, of_run):
+        parts.append(f"Not run yet: {missing}.")
+    return parts
+
+
+def _as_run(line: Mapping[str, Any]) -> RunRecords:
+    """A line in the form that reports are made of. Without its seconds: runs side by side slow each other down."""
+    return RunRecords(Path(line["id"]), {"run": {"method": line["id"], "seed": line["seed"]}}, [], [],
+                      list(line["clients"]), {**line, "seconds": None})
+
+
+def _gap(runs: Sequence[RunRecords], ours: str, theirs: str) -> tuple[float, float] | None:
+    """Mean over clients and seeds of the difference of their accuracies, and half the width of its 95 % interval."""
+    def scores(method: str) -> dict[tuple[int, int], float]:
+        return {(run.seed, client["id"]): client["accuracy"]["personalized"] for run in runs if run.method == method
+                for client in run.clients if not client["unseen"] and "personalized" in client["accuracy"]}
+
+    first, second = scores(ours), scores(theirs)
+    gaps = [first[key] - second[key] for key in first.keys() & second.keys()]
+    if len(gaps) < 2:
+        return None
+    return statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
+def _signed(gap: tuple[float, float]) -> str:
+    mean, half = gap
+    return f"{'~' if abs(mean) <= half else ''}{100 * mean:+.1f} ± {100 * half:.1f}"
+
+
+def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])

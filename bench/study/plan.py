@@ -1,0 +1,189 @@
+"""Which runs the study consists of: every method on four settings and three seeds, and what each piece is worth."""
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedms.config import METHODS, RunConfig, config_from_dict, dump_toml, load_config, of_method, read_tables
+from fedms.errors import ConfigError
+
+SEEDS = (0, 1, 2)
+FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
+PERSONALIZED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
+REST = tuple(method for method in METHODS if method not in FIRST)
+
+# Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
+# The bound of a reply's change is the one that the committed records were made with.
+COMMON = ("run.threads=1", "clients.max_change=1000")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set and how it is spread over clients.
+
+    Attributes:
+        name: Its name in records and commands.
+        title: Its title on the page.
+        source: A built-in run file.
+        sets: The `--set` of its runs.
+    """
+
+    name: str
+    title: str
+    source: str
+    sets: tuple[str, ...] = ()
+
+
+# `READING` in page.py has the reasons. A batch is padded to its longest sentence: cutting the one in four that is longer than 32
+# tokens saves a third of the work.
+IMAGES = ("data.max_samples=8000", "data.split=[0.3, 0.15, 0.55]")
+SENTENCES = ("data.split=[0.4, 0.15, 0.45]", "data.max_tokens=32", "stage1.rounds=6", "stage2.rounds=3")
+
+NATURAL = Setting("sentiment-natural", "Sentiment, four domains, 12 clients", "sentiment", SENTENCES)
+FASHION_SKEWED = Setting("fashion-0.1", "Fashion-MNIST, Dirichlet 0.1, 20 clients", "fashion",
+                         (*IMAGES, "data.alpha=0.1"))
+FASHION = Setting("fashion-0.5", "Fashion-MNIST, Dirichlet 0.5, 20 clients", "fashion", (*IMAGES, "data.alpha=0.5"))
+SENTIMENT_SKEWED = Setting("sentiment-0.3", "Sentiment, Dirichlet 0.3, 20 clients", "sentiment",
+                           (*SENTENCES, "data.partition=dirichlet", "data.alpha=0.3", "clients.count=20"))
+SETTINGS = (FASHION_SKEWED, NATURAL, FASHION, SENTIMENT_SKEWED)
+
+@dataclass(frozen=True)
+class Ablation:
+    """A method with one piece changed, to see what the piece is worth.
+
+    Attributes:
+        id: Its name in records and commands, which never changes.
+        label: Its name on the page.
+        method: The method.
+        sets: The `--set` of the change.
+    """
+
+    id: str
+    label: str
+    method: str
+    sets: tuple[str, ...]
+
+
+ABLATIONS = {ablation.id: ablation for ablation in (
+    Ablation("fedms-gate-fixed", "fedms, gate frozen (half and half)", "fedms", ("gate.weight=0.5",)),
+    Ablation("fedms-gate-private", "fedms, gate private", "fedms", ("gate.training=private",)),
+    Ablation("fedms-global-only", "fedms, global expert only", "fedms", ("gate.weight=0.0",)),
+    Ablation("fedms-local-only", "fedms, local expert only", "fedms", ("gate.weight=1.0",)),
+    Ablation("fedms-no-own-loss", "fedms, without its own loss", "fedms", ("stage2.own_loss=0.0",)),
+    Ablation("fedms-no-early-stopping", "fedms, without early stopping", "fedms", ("stage2.keep=last",)),
+    Ablation("fedms-all-blocks", "fedms, all blocks from the start", "fedms", ("sal.schedule=all",)),
+    Ablation("fedms-bottom-up", "fedms, blocks bottom up", "fedms", ("sal.order=bottom_up",)),
+    Ablation("fedms-random-order", "fedms, blocks in a random order", "fedms", ("sal.order=[2, 4, 1, 3]",)),
+    Ablation("fedavg_ft-doubled-rank", "fedavg_ft, doubled rank (as many parameters as two experts)",
+             "fedavg_ft", ("lora.rank=16", "lora.alpha=32.0")),
+    Ablation("fedavg-one-stage", "fedavg, as many bytes as fedms (no second stage)", "fedavg", ("stage2.rounds=0",)),
+    Ablation("fedms_plus-global-fixed", "fedms_plus, global expert fixed in stage 2", "fedms_plus", ("plus.global_in_stage2=false",)),
+    Ablation("fedms_plus-no-prior", "fedms_plus, no class prior", "fedms_plus", ("plus.prior=off",)),
+    Ablation("fedms_plus-prior-global", "fedms_plus, prior on the global expert only", "fedms_plus", ("plus.prior=global",)),
+    Ablation("fedms_plus-prior-both-stages", "fedms_plus, prior in stage 1 too", "fedms_plus", ("plus.prior_in_stage1=true",)),
+    Ablation("fedms_plus-gate-on-training", "fedms_plus, gate on training samples", "fedms_plus", ("plus.gate_on=training",)),
+    Ablation("fedms_plus-gate-held-out", "fedms_plus, gate on held-out training samples", "fedms_plus", ("plus.gate_on=held_out",)),
+    Ablation("fedms_plus-no-confidences", "fedms_plus, no confidences", "fedms_plus", ("plus.confidences=false",)),
+    Ablation("fedms_plus-gate-fixed", "fedms_plus, half and half", "fedms_plus", ("gate.weight=0.5",)),
+)}
+LABELS = {ablation.id: ablation.label for ablation in ABLATIONS.values()}
+ABLATED = FASHION
+TUNED_ON = (FASHION, NATURAL)       # constants are chosen once for each data set
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of the study.
+
+    Attributes:
+        setting: Data set and partition.
+        id: The method, or the id of an ablation.
+        config: The run file.
+        sets: All `--set` of its command.
+        tuned: Whether it has constants that `fedms tune` chose.
+    """
+
+    setting: Setting
+    id: str
+    config: RunConfig
+    sets: tuple[str, ...]
+    tuned: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Everything that the run depends on but the code: the id and the configuration as TOML."""
+        return self.id, dump_toml(config_from_dict(self.values))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The configuration as plain values, without the tables of other methods."""
+        return of_method(self.config.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def command(self) -> str:
+        sets = [word for text in self.sets for word in ("--set", text)]
+        return shlex.join(["fedms", "run", self.setting.source, *sets])
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting.name}, {self.id}, seed {self.config.run.seed}"
+
+
+def plan(quick: bool = False, tuned: Path | None = None) -> list[StudyRun]:
+    """Return all runs, in the order in which they tell most.
+
+    These are every method on every setting with one seed, then the other seeds, then the ablations; in each part those
+    first that the claims rest on.
+
+    Args:
+        quick: Plan six methods on two settings with one seed instead.
+        tuned: Folder with SOURCE/METHOD.toml, as `fedms tune --out TUNED/SOURCE` writes them. A method without such a file
+            has the run file's constants.
+    """
+    _planned = partial(_plan_one, tuned=tuned)
+    if quick:
+        short = ("stage1.rounds=4", "stage2.rounds=2")
+        return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]
+    # Runs that follow each other share the model, the data and the clients' constants.
+    runs = [_planned(setting, method, method, seed)
+            for seed in SEEDS for setting in SETTINGS for method in (*FIRST, *REST)]
+    return runs + [_planned(ABLATED, ablation.id, ablation.method, seed, ablation.sets)
+                   for seed in SEEDS for ablation in ABLATIONS.values()]
+
+
+def within(planned: Sequence[StudyRun], settings: str) -> list[StudyRun]:
+    """Return the runs of some settings.
+
+    Args:
+        planned: The runs to choose from.
+        settings: Names of settings with commas between them, or all.
+
+    Raises:
+        ConfigError: If none of the runs has such a setting.
+    """
+    names = list(dict.fromkeys(run.setting.name for run in planned))
+    wanted = names if settings == "all" else settings.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        raise ConfigError(f"--settings: got {unknown[0]!r}; accepted: {', '.join(names)}, or all")
+    return [run for run in planned if run.setting.name in wanted]
+
+
+def _plan_one(setting: Setting, id: str, method: str, seed: int, sets: tuple[str, ...] = (), *,
+              tuned: Path | None) -> StudyRun:
+    chosen: tuple[str, ...] = ()
+    if tuned is not None and (file := tuned / setting.source / f"{method}.toml").is_file():
+        chosen = tuple(f"{table}.{key}={json.dumps(value)}" for table, keys in read_tables(file).items()
+                       for key, value in keys.items())
+    sets = (*COMMON, *setting.sets, *chosen, *sets, f"run.method={method}", f"run.seed={seed}")
+    return StudyRun(setting, id, load_config(setting.source, sets), sets, tuned=bool(chosen))
+
+
+def tuning(setting: Setting) -> str:
+    """Return the command that chooses the constants of all methods on a data set, where the study looks for them."""
+    sets = [word for text in (*COMMON, *setting.sets) for word in ("--set", text)]
+    return shlex.join(["fedms", "tune", setting.source, *sets, "--jobs", "2", "--out", f"bench/study/tuned/{setting.source}"])

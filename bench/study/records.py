@@ -1,0 +1,161 @@
+"""The records of the study: one line of JSON for each run, enough for every figure of the page and small enough to commit.
+
+A study can so go on elsewhere. A record counts only for the configuration it was made with, which it holds: that is compared
+with the run as it is planned now, keys that are younger than the record having their defaults. Records of other settings
+stay in the file, and are named and left out.
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.study.plan import ABLATIONS, StudyRun
+from fedms.config import config_from_dict, dump_toml, of_method
+from fedms.errors import ConfigError, Interrupted, RunFolderError
+from fedms.foreign import parse_json
+from fedms.progress import Progress
+from fedms.runs.batch import BatchRun, BatchRunner
+from fedms.runs.workers import in_processes
+from fedms.storage.durable import FolderLock, write_durably
+from fedms.storage.records import RunRecords, renamed
+
+ROOT = Path(__file__).parents[2]
+# What a record takes of a run's summary, and of the line of a client.
+_OF_SUMMARY = ("personalized_accuracy", "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate",
+               "final_depth", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "peak_memory_bytes")
+_OF_CLIENT = ("id", "group", "unseen", "n_train", "n_test", "accuracy", "gate_mean")
+# Records of earlier versions have no id, but a label: that of an ablation, or the method.
+EARLIER_IDS = {ablation.label: ablation.id for ablation in ABLATIONS.values()}
+
+
+def carry_out(planned: Sequence[StudyRun], records: Path, work: Path, *, jobs: int = 1,
+              say: Callable[[str], None] = print, stop: Callable[[], bool] = lambda: False) -> int:
+    """Runs what has no record yet, `jobs` runs at a time, and adds their records to the file one by one.
+
+    Args:
+        work: where run folders are kept; a run that was killed goes on from its last round.
+        stop: asked between clients whether to stop; runs under way go on at the next call.
+
+    Returns:
+        The number of runs still to do: 0 when the study is whole.
+
+    Raises:
+        RunFolderError: if another process works on these records, or they cannot be read or written.
+    """
+    records.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(records.parent)
+    except BlockingIOError as error:
+        raise RunFolderError(f"{records.parent}: {error}, another study; wait for its end") from None
+    try:
+        lines = read_records(records)
+        known = set(map(key_of, lines))
+        todo = [run for run in planned if run.key not in known]
+        say(f"{len(planned) - len(todo)} of {len(planned)} runs are recorded in {records}")
+        left = len(todo)
+        for run, line in _results(todo, work, jobs, stop):
+            lines.append(line)
+            text = "".join(json.dumps(each, sort_keys=True, ensure_ascii=False) + "\n" for each in lines)
+            try:
+                write_durably(records, text.encode())
+            except OSError as error:
+                raise RunFolderError(f"{records}: cannot be written: {error.strerror}") from error
+            left -= 1
+            say(f"{run.title}: {100 * line['personalized_accuracy']['mean']:.1f} % in {line['seconds']:.0f} s; "
+                f"{left} runs to do")
+        return left
+    finally:
+        lock.release()
+
+
+def _results(todo: Sequence[StudyRun], work: Path, jobs: int,
+             stop: Callable[[], bool]) -> Iterator[tuple[StudyRun, dict[str, Any]]]:
+    """Carry out runs, and yield each with its record. Fewer are yielded if `stop` says so."""
+    try:
+        if jobs > 1 and todo:
+            yield from in_processes(partial(Recorder, work), todo, jobs, Progress(), stop)
+        else:
+            record = Recorder(work)
+            yield from ((run, record(run, Progress(), stop)) for run in todo)
+    except Interrupted:
+        return
+
+
+class Recorder:
+    """Carries out runs one after the other, and makes their records.
+
+    Args:
+        work: Where run folders are kept.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work, self._carry_out_one = work, BatchRunner()
+
+    def __call__(self, run: StudyRun, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
+        """Carry out a run, and return its record as plain data."""
+        folder = self.work / run.setting.name / f"{run.id}-seed{run.config.run.seed}"
+        go = partial(self._carry_out_one, BatchRun(run.config, folder), progress, stop)
+        try:
+            summary = go()
+        except ConfigError:                 # the folder holds a run with other settings
+            summary = go(overwrite=True)
+        assert summary is not None          # test data are read
+        return {"config": run.values} | _rounded({
+            "setting": run.setting.name, "id": run.id, "method": run.config.run.method, "seed": run.config.run.seed,
+            "command": run.command, "model_fingerprint": summary["fingerprint"][:16],
+            **machine(), **{key: summary[key] for key in _OF_SUMMARY},
+            "clients": [{key: client[key] for key in _OF_CLIENT} for client in RunRecords.read(folder).clients],
+            "validation": [line["validation_accuracy"] for line in RunRecords.read(folder).rounds]})
+
+
+def machine() -> dict[str, str]:
+    """What a figure was made with: commit, PyTorch, CPU."""
+    import torch
+
+    from fedms.doctor import cpu_name
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    # The study itself changes its records and its page; they are no part of what a figure was made with.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "python", "fedms_ext", "csrc")
+    return {"commit": (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else ""),
+            "torch": torch.__version__, "cpu": cpu_name()}
+
+
+def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
+    """`StudyRun.key` of the run that a record is of; None if its configuration is one of the past."""
+    try:
+        return line["id"], dump_toml(config_from_dict(of_method(line["config"])))
+    except ConfigError:
+        return None
+
+
+def _rounded(value: Any) -> Any:
+    """Fractions to four digits: a hundredth of a percent."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items() if each is not None}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of records; none if there is no file. RunFolderError names a damaged line."""
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = renamed(parse_json(text))
+            line["id"] = line["id"] if "id" in line else EARLIER_IDS.get(line["label"], line["label"])
+            line["config"]["run"], line["personalized_accuracy"]["mean"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunFolderError(f"{path}, line {number}: not a record of the study ({error}); remove the line") from None
+        lines.append(line)
+    return lines

@@ -1,0 +1,81 @@
+"""`fedms export` and `fedms predict`: use what a run trained."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedms.errors import RunFolderError
+
+from .command import EXPORT, command
+from .options import Trust, check_suffix
+from .terminal import run_progress, show
+
+
+@command(
+    EXPORT,
+    "fedms export runs/sentiment/fedms-seed0 --out sentiment-model                    # everything, for `fedms predict` and `fedms.load`",
+    "fedms export runs/sentiment/fedms-seed0 --out adapters --format peft             # an adapter for PEFT for each expert",
+    "fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7  # client 7's expert in the weights",
+    notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
+           "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",
+           "A model that runs code of its repository is exported only with --trust-remote-code, which runs that code."])
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    form: Annotated[str, typer.Option("--format", "-f", metavar="NAME", help="mixture, peft, merged or onnx.")] = "mixture",
+    client: Annotated[Optional[str], typer.Option(
+        "--client", "-c", metavar="ID", help="For merged and onnx: the client whose own expert is written.",
+        show_default="the global expert")] = None,
+    states: Annotated[Optional[Path], typer.Option(
+        "--states", metavar="STATES", help="For a run on Flower: the folder where a client keeps its private expert "
+        "(state= of its node), or one with those of several clients (a deployment's states/).",
+        show_default="a simulation's own")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write what a run trained in a format that others read."""
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: no such folder")
+    from fedms import exports
+
+    with run_progress(folder) as progress:
+        exports.export(folder, out, form, client=client, states=states, overwrite=force, progress=progress,
+                         trust_remote_code=trust_remote_code)
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        show(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@command(
+    EXPORT,
+    "fedms predict sentiment-model new.csv --client 7 --out predicted.csv",
+    "fedms predict photo-model photos/ --client plant2  # a folder of images; the table goes to the terminal",
+    notes=["The table: the text or image, label, its probability, and the gate's weight of the client's own "
+           "expert."])
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What fedms export wrote in the format mixture.")],
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A table (.csv, .tsv, .parquet, .jsonl), an image, or a "
+                                          "folder of either.")],
+    client: Annotated[Optional[str], typer.Option(
+        "--client", "-c", metavar="ID", help="Id of the client that predicts, or its group's name.",
+        show_default="the global expert")] = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="FILE", help="Table to write: .csv or .parquet.", show_default="CSV to the terminal")] = None,
+    text: Annotated[Optional[str], typer.Option("--text", metavar="NAME", help="Column of texts.",
+                                                show_default="as in the run")] = None,
+    image: Annotated[Optional[str], typer.Option("--image", metavar="NAME", help="Column of images.",
+                                                 show_default="as in the run")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Predict with an exported mixture, as one of its clients."""
+    check_suffix("--out", out, ".csv", ".parquet")
+    from fedms.exports import mixture
+
+    loaded = mixture.load(folder, client, trust_remote_code=trust_remote_code)
+    table = loaded.predict_file(source, {"text": text, "image": image})
+    if out is None:
+        print(table.to_csv(index=False), end="")
+    else:
+        mixture.write_table(table, out)
+        show(f"{len(table)} predictions: {out}")

@@ -1,0 +1,226 @@
+"""`fedms init`: a commented run file for a user's own data, from five questions."""
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from fedms.config import MODELS, ConfigError, RunConfig, load_config
+from fedms.errors import DataError, RunFolderError
+from fedms.storage.durable import write_durably
+
+from .command import START, command
+from .terminal import say, show
+
+if TYPE_CHECKING:
+    from fedms.data.samples import Samples
+
+TEXT_MODEL, IMAGE_MODEL = "minilm", "google/vit-base-patch16-224-in21k"
+SIMULATED_CLIENTS = 10
+# Names that columns often have, the likeliest first.
+TEXTS = ("text", "sentence", "review", "content", "message", "question", "body", "title")
+IMAGES = ("image", "img", "photo", "picture", "file", "filename", "path")
+LABELS = ("label", "class", "category", "target", "rating", "sentiment", "y")
+CLIENTS = ("client", "user", "site", "hospital", "office", "team", "group", "device", "source", "domain")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the five questions gave.
+
+    Attributes:
+        data: Path of a table or a folder, or id of a data set of the Hugging Face hub.
+        content: Column of texts or images, or None where the data are a folder of images.
+        label: Column of labels, or None likewise.
+        client: Column that says whose a sample is, or None.
+        model: Name, folder or hub id of the foundation model.
+        images: Whether the content is images.
+        owned: Whether the data say whose a sample is, by that column or by their files or folders.
+    """
+
+    data: str
+    content: Optional[str]
+    label: Optional[str]
+    client: Optional[str]
+    model: str
+    images: bool
+    owned: bool = True
+
+
+@command(
+    START,
+    "fedms init                                                            # asks, then writes my-run.toml",
+    "fedms init mail.toml --data mail.csv --label folder --client office   # asks for what is left open",
+    "fedms init mail.toml --data mail.csv --label folder --yes             # asks nothing: guesses, and says what",
+    notes=["The data are read once to see that the answers fit them; nothing is trained. Edit the file as you like: "
+           "`fedms run FILE --dry-run` checks it and prints every key."])
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The run file to write.")] = Path("my-run.toml"),
+    data: Annotated[Optional[str], typer.Option(
+        "--data", metavar="PATH|ID", help="A table (.csv, .tsv, .parquet, .jsonl), a folder of tables or of images "
+        "(CLASS/IMAGE or CLIENT/CLASS/IMAGE), or a data set of the Hugging Face hub.", show_default="asked")] = None,
+    content: Annotated[Optional[str], typer.Option(
+        "--content", metavar="NAME", help="Column of texts or of images.", show_default="asked")] = None,
+    label: Annotated[Optional[str], typer.Option(
+        "--label", metavar="NAME", help="Column of labels.", show_default="asked")] = None,
+    client: Annotated[Optional[str], typer.Option(
+        "--client", metavar="NAME", help="Column that says whose a sample is; none: clients are simulated.",
+        show_default="asked")] = None,
+    model: Annotated[Optional[str], typer.Option(
+        "--model", metavar="NAME|ID", help=f"Foundation model: {', '.join(MODELS)}, a folder, or an id of the Hugging "
+        "Face hub.", show_default="asked")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the guess for each open question.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+) -> None:
+    """Ask five questions about your data, and write a commented run file that trains on them."""
+    if file.exists() and not force:
+        raise RunFolderError(f"{file}: exists already; choose another file, or replace it by --force")
+    asks = not yes and _has_terminal()
+    if data is None and not asks:
+        raise ConfigError("--data: without a terminal to ask on, name the data: fedms init --data mail.csv")
+    data = data or _ask("1. Where are your data? A table, a folder, or a hub data set", None)
+    columns, images = _columns(data)
+    answers = Answers(data, None, None, None, "", images)
+    if columns:
+        content = content or _choose("2. Which column holds the texts or images?", columns, (*TEXTS, *IMAGES), asks)
+        label = label or _choose("3. Which column holds the label?", [c for c in columns if c != content], LABELS, asks)
+        rest = [c for c in columns if c not in (content, label)]
+        client = client or _choose("4. Which column says whose a sample is? (none: clients are simulated)",
+                                   [*rest, "none"], (*CLIENTS, "none"), asks)
+    if content or label or client:
+        answers = replace(answers, content=content or "text", label=label or "label",
+                          client=None if client in (None, "none") else client,
+                          images=images or (content or "").lower() in IMAGES)
+    usual = IMAGE_MODEL if answers.images else TEXT_MODEL
+    model = model or (_ask("5. Which foundation model? A built-in name, a folder, or a hub id", usual) if asks else usual)
+    answers = _looked_at(replace(answers, model=model, images=answers.images or MODELS.get(model) == "images"))
+    text = run_file(answers)
+    _check(text, file)
+    try:
+        write_durably(file, text.encode())
+    except OSError as error:
+        raise RunFolderError(f"{file}: cannot be written: {error.strerror or error}") from error
+    show(f"{file}: written. Now:  fedms run {file}")
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _ask(question: str, default: Optional[str]) -> str:
+    return typer.prompt(question, default=default, err=True).strip()
+
+
+def _choose(question: str, names: list[str], likely: tuple[str, ...], asks: bool) -> str:
+    """Return one of the names: the answer to a question, or the likeliest one.
+
+    Raises:
+        ConfigError: If the answer is none of them.
+    """
+    lower = {name.lower(): name for name in reversed(names)}
+    guess = next((lower[word] for word in likely if word in lower), names[0] if names else None)
+    if guess is None:
+        raise ConfigError(f"{question} the table has no column left; a table needs one of texts or images, and one of labels")
+    if not asks:
+        return guess
+    answer = _ask(f"{question} {', '.join(names)}", guess)
+    if answer not in names:
+        raise ConfigError(f"{question} got {answer!r}; the columns are {', '.join(names)}")
+    return answer
+
+
+def _columns(data: str) -> tuple[list[str], bool]:
+    """Return the names of the columns of the data, and whether they are a folder of images.
+
+    The list is empty for a folder of images, and for what is not on this machine.
+
+    Raises:
+        DataError: If there are data of that name here, but they cannot be read.
+    """
+    path = Path(data).expanduser()
+    if not path.exists():
+        if data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1:
+            raise DataError(f"--data: {path}: no such file or folder (seen from {Path.cwd()})")
+        return [], False
+    say(f"looking at {path} ...")
+    from fedms.data.image_folder import scan
+    from fedms.data.tables import read_table, table_kind
+
+    tables = [path] if path.is_file() and table_kind(path) else []
+    if path.is_dir():
+        tree = scan(path)
+        tables = sorted(tree.tables)
+        if not tables and tree.images:
+            return [], True
+    if not tables:
+        raise DataError(f"--data: {path} is neither a table (.csv, .tsv, .parquet, .jsonl) nor a folder of tables or images")
+    return list(read_table(tables[0], load_config("sentiment").data, {}).names), False
+
+
+def _looked_at(answers: Answers) -> Answers:
+    """Read data that are on this machine, say what was found, and note whether they say whose a sample is.
+
+    Raises:
+        DataError: If the answers do not fit the data.
+    """
+    if not Path(answers.data).expanduser().exists():
+        say(f"{answers.data} is fetched from the hub by the first run, which says what it found")
+        return replace(answers, owned=answers.client is not None)
+    from fedms.data import user_data
+
+    config = _check(run_file(answers), Path("the answers"))
+    samples = user_data.read(config.data, "images" if answers.images else "text")
+    for line in (_found(samples), *samples.notes):
+        say(f"found: {line}")
+    return replace(answers, owned=samples.clients is not None)
+
+
+def _found(samples: Samples) -> str:
+    """Return how many samples, labels and clients there are, in one line."""
+    labels, clients = Counter(map(str, samples.labels)), set(samples.clients or ())
+    shown = ", ".join(f"{label} ({count:,})" for label, count in labels.most_common(5))
+    return (f"{len(samples.content):,} samples; {len(labels)} labels: {shown}{', ...' if len(labels) > 5 else ''}; "
+            + (f"{len(clients)} clients" if clients else "nobody is named as their owner, so clients are simulated"))
+
+
+def _check(text: str, file: Path) -> RunConfig:
+    """Return the configuration that the text of a run file means. ConfigError if it cannot be used."""
+    from fedms.config import config_from_dict
+    from fedms.foreign import parse_toml
+
+    try:
+        return config_from_dict(parse_toml(text))
+    except ConfigError as error:
+        raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from None
+
+
+def run_file(answers: Answers) -> str:
+    """Return the text of a run file, with a comment on every key."""
+    quoted = {name: json.dumps(getattr(answers, name), ensure_ascii=False) for name in ("data", "label", "client", "model")}
+    content = json.dumps(answers.content, ensure_ascii=False)
+    lines = [
+        "# A run file of FedMS, written by `fedms init`. `fedms run FILE` trains; `fedms run FILE --dry-run` prints every key.",
+        "# All keys and their meaning: docs/reference/configuration.md.", "",
+        "[model]", f"id = {quoted['model']}  # the frozen foundation model: a built-in name, a folder, or a hub id", "",
+        "[data]", f"name = {quoted['data']}  # a table, a folder, or a hub data set"]
+    if answers.content is not None:
+        lines += [f"{'image' if answers.images else 'text'} = {content}  # column of {'images' if answers.images else 'texts'}",
+                  f"label = {quoted['label']}  # column of labels"]
+    if answers.client is not None:
+        lines.append(f"client = {quoted['client']}  # column that says whose a sample is; each value is one client")
+    if not answers.owned:
+        lines += ['partition = "dirichlet"  # nobody owns the samples, so they are dealt to simulated clients',
+                  "alpha = 0.5  # the smaller, the more do the clients' classes differ"]
+    lines += ["# max_samples = 2000  # a stratified subsample, for a first look", "",
+              "[clients]"]
+    lines += ["# count is the number of clients in the data; sampled each round: fraction = 0.5" if answers.owned else
+              f"count = {SIMULATED_CLIENTS}  # simulated clients", "",
+              "[stage1]  # all clients train one global expert together", "rounds = 8", "# lr = 0.01", "",
+              "[stage2]  # each client trains a local expert and the gate that mixes the two", "rounds = 4", "# lr = 0.005",
+              "", "[run]", 'method = "fedms"  # `fedms compare FILE` runs all methods', "seed = 0", ""]
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""`fedms report`, `watch`, `doctor` and `exit-codes`: look at runs and at this installation."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedms.config import ConfigError
+from fedms.errors import EXIT_CODES, FAILED
+
+from .command import LOOK, MAINTAIN, command
+from .options import Sets, read_source
+from .terminal import console, paragraph, plain_table, run_progress, say, show_results, show_served
+
+Runs = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a folder of run folders.")]
+
+
+@command(
+    LOOK,
+    "fedms report runs/sentiment              # one page over all runs of a comparison",
+    "fedms report runs/sentiment/fedms-seed0  # the page of one run",
+    notes=["Only the records on disk are read: the page can be made again at any time, of unfinished runs too."])
+def report(folder: Runs) -> None:
+    """Write DIR/report.html from the records on disk: one file, with pictures, that opens anywhere."""
+    show_results(folder)
+
+
+@command(
+    LOOK,
+    "fedms watch runs/sentiment    # from another terminal, while `fedms compare sentiment` works there",
+    "fedms watch runs/demo --once  # where it stands, and back to the prompt")
+def watch(
+    folder: Runs,
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Time between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the state once and end.")] = False,
+) -> None:
+    """Follow runs live: where each stands, its loss and accuracy. Ends when nothing runs any more, or by Ctrl-C."""
+    from rich.live import Live
+
+    from fedms.report import watch as watching
+
+    states = watching.read_states(folder)
+    if once or not console.is_terminal:
+        console.print(watching.view(states))
+        return
+    with Live(watching.view(states), console=console, auto_refresh=False) as live:
+        while not watching.over(states):
+            time.sleep(every)
+            states = watching.read_states(folder)
+            live.update(watching.view(states), refresh=True)
+
+
+@command(
+    MAINTAIN,
+    "fedms doctor                                    # is everything here that a run needs?",
+    "fedms doctor sentiment --set model.frozen=int8  # and who computes the products of that run's training step?",
+    notes=["There `cpu`, `triton` and `cuda` are the kernels of fedms, `eager` its layers by way of PyTorch's "
+           "operators, and `pytorch` what lies outside of them, or has no experts applied."])
+def doctor(
+    source: Annotated[Optional[str], typer.Argument(
+        metavar="[SOURCE]", help="A run file (TOML) or a built-in one, to see which backend serves its model's shapes.",
+        show_default=False)] = None,
+    set_: Sets = None,
+) -> None:
+    """Check what a run needs: versions, CPU and kernels, cache folder, model and data."""
+    if source is None and set_:
+        raise ConfigError("--set: nothing to override; name a run file, as in `fedms doctor sentiment --set ...`")
+    config = None if source is None else read_source(source, set_ or [])
+
+    from fedms import doctor as checkup
+
+    marks = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    checks = []
+    for check in checkup.diagnose(None if source is None else Path(source)):
+        paragraph(f"{check.state:<8}{check.name:<28}", check.text, marks[check.state])
+        checks.append(check)
+    if config is not None:
+        with run_progress(Path()) as progress:
+            counted = checkup.served(config, progress)
+        show_served(counted)
+    if problems := [c for c in checks if c.state == "problem"]:
+        say(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}: " + ", ".join(c.name for c in problems))
+        raise typer.Exit(FAILED)
+
+
+@command(MAINTAIN, name="exit-codes")
+def exit_codes() -> None:
+    """Explain the exit codes of all commands, for scripts."""
+    table = plain_table("code", "meaning", left=("meaning",))
+    for code, meaning in EXIT_CODES.items():
+        table.add_row(str(code), meaning)
+    console.print(table)

@@ -1,0 +1,105 @@
+"""`fedms plan`: what each depth costs on a client's device."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from fedms.errors import FAILED
+
+from .command import START, command
+from .options import Sets, Source, amount, check_suffix, read_source
+from .terminal import console, paragraph, plain_table, run_progress, say, show
+
+if TYPE_CHECKING:
+    from fedms.runs.plan import Plan
+
+
+@command(
+    START,
+    "fedms plan sentiment --memory 512MiB",
+    "fedms plan my-run.toml --memory 1GiB --flops 5G --bandwidth 1MB --out plan.png",
+    notes=["Nothing is trained: memory is traced on two samples, operations and bytes are counted."])
+def plan(
+    source: Source,
+    memory: Annotated[Optional[str], typer.Option(
+        "--memory", metavar="SIZE", help="Memory for training, beside the process and the data, such as 512MiB.",
+        show_default="no limit")] = None,
+    flops: Annotated[Optional[str], typer.Option(
+        "--flops", metavar="RATE", help="The device's operations a second, such as 5G.",
+        show_default="this machine's, measured")] = None,
+    bandwidth: Annotated[Optional[str], typer.Option(
+        "--bandwidth", metavar="RATE", help="Bytes a second of its link, up and down, such as 1MB.",
+        show_default="transfers take no time")] = None,
+    set_: Sets = None,
+    out: Annotated[Optional[Path], typer.Option(
+        "--out", "-o", metavar="FILE", help="Draw the plan into this file: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Show what each depth costs on a client's device, and which settings fit its memory."""
+    limits = {name: amount(f"--{name}", text) for name, text in
+              {"memory": memory, "flops": flops, "bandwidth": bandwidth}.items() if text is not None}
+    check_suffix("--out", out, ".png", ".svg", ".pdf")
+    config = read_source(source, set_ or [])
+
+    from fedms.runs import plan as planning
+
+    with run_progress(Path()) as progress:
+        found = planning.plan(config, **limits, progress=progress)
+    _show_options(found)
+    _show_reasons(found)
+    if found.chosen is not None:
+        _show_settings(found)
+    if out is not None:
+        from fedms.report.figures.plan import write_picture
+
+        write_picture(found, out)
+        show(f"picture: {out}")
+    if found.chosen is None:
+        raise typer.Exit(FAILED)
+
+
+def _show_options(found: Plan) -> None:
+    """Print one line for each depth."""
+    from fedms.report import duration, size
+
+    table = plain_table("depth", "frozen", "cache", "micro-\nbatch", "trained", "trained\n%", "GFLOP\na round",
+                        "peak\nmemory", "up", "down", "time\na round", "fits", left=("frozen", "cache", "fits"), no_wrap=True)
+    for o in found.options:
+        table.add_row(str(o.depth), o.frozen, o.cache, str(o.micro_batch), f"{o.work.trained_params:,}",
+                      f"{o.trained_percent:.2f}", f"{o.work.flops / 1e9:.1f}", f"{o.peak / 2**20:.0f} MiB",
+                      size(o.work.bytes_up), size(o.work.bytes_down), duration(o.seconds),
+                      "yes" if found.fits(o) else "no", style="bold" if o is found.chosen else None)
+    console.print(table)
+    console.print()
+
+
+def _show_reasons(found: Plan) -> None:
+    """Print what the lines of the options are made of, and why nothing fits where nothing does."""
+    from fedms.report import size
+
+    speeds = ", ".join(f"{speed / 1e9:.1f} GFLOP/s with {name} weights" for name, speed in found.speed.items())
+    paragraph("- ", f"A round of stage 1 on the client with the most training data, at {speeds}"
+              + ("." if found.bandwidth is None else f", {size(found.bandwidth)} a second."))
+    shown = found.chosen or found.options[0]
+    paragraph("- ", f"Memory at depth {shown.depth}: " + ", ".join(
+        f"{part} {amount / 2**20:.0f} MiB" for part, amount in shown.memory.items()) + ".")
+    paragraph("- ", f"The process around it (Python, its libraries, the data) takes {found.process / 2**20:.0f} MiB "
+              "here, which the limit does not count.")
+    paragraph("- ", f"The first round also builds the constants: {shown.work.building_flops / 1e9:.1f} GFLOP.")
+    console.print()
+    if found.chosen is None:
+        least = min(found.options, key=lambda o: o.peak)
+        say(f"nothing fits in {found.limit / 2**20:.0f} MiB: the least, at depth {least.depth}, is "
+            f"{least.peak / 2**20:.0f} MiB and a twentieth to spare")
+
+
+def _show_settings(found: Plan) -> None:
+    """Print the chosen settings as lines of a run file."""
+    show("put into the run file:" if found.limit is not None else "settings:")
+    tables: dict[str, list[str]] = {}
+    for key, value in found.settings.items():
+        name, _, entry = key.partition(".")
+        tables.setdefault(name, []).append(f'{entry} = "{value}"' if isinstance(value, str) else f"{entry} = {value}")
+    for name, lines in tables.items():
+        console.print(f"[{name}]", *lines, sep="\n", markup=False, soft_wrap=True)

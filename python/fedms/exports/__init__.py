@@ -1,0 +1,79 @@
+"""What a run trained, in formats that others read: one folder, which appears whole or not at all.
+
+    peft     a folder for each expert (global, client-ID) that PEFT's `PeftModel.from_pretrained` reads, and its head
+    merged   one expert added into the model's weights, as `AutoModel.from_pretrained` reads it, and its head
+    onnx     the same, from inputs to logits, as one model.onnx
+    mixture  all experts, the gate and the foundation model, for `fedms predict` and `fedms.load`
+
+Each holds fedms.json: the classes, the settings of the run, and size and SHA-256 of every other file. Files have the
+modes that the umask gives, but for those with a client's own expert, which only their owner can read.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedms import models
+from fedms.errors import ConfigError
+from fedms.exports import merged, mixture, onnx, peft
+from fedms.exports.manifest import check_free, new_folder, read_manifest
+from fedms.exports.trained_run import check_fingerprint, read_trained_run
+from fedms.models import FoundationModel
+from fedms.progress import Progress
+
+FORMATS = ("peft", "merged", "onnx", "mixture")
+
+__all__ = ["FORMATS", "export", "read_manifest"]
+
+
+def export(run: str | Path, out: str | Path, form: str = "mixture", *, client: str | None = None,
+           states: str | Path | None = None, overwrite: bool = False, foundation: FoundationModel | None = None,
+           progress: Progress | None = None, trust_remote_code: bool = False) -> Path:
+    """Write what a finished run trained into a folder.
+
+    Args:
+        run: Run folder.
+        out: Folder to write.
+        form: One of :data:`FORMATS`.
+        client: Id or group of the client whose expert is written; None for the global expert. For merged and onnx.
+        states: For a run on Flower, the folder in which a client keeps what is its own, or one with those of several.
+        overwrite: Replace an earlier export in `out`.
+        foundation: The foundation model, if the run was given it as an object.
+        progress: Told of what is being done.
+        trust_remote_code: Run the code of the model's repository, if the run did so.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ConfigError: If the form or the client is unknown, or a client is given where all are written.
+        RunFolderError: If the run has not ended, or `out` exists or cannot be written.
+        CheckpointError: If the run's checkpoints are damaged.
+        ModelError: If the model cannot be loaded, or is not the one of the run.
+    """
+    run, out, progress = Path(run), Path(out), progress or Progress()
+    if form not in FORMATS:
+        raise ConfigError(f"--format: got {form!r}; accepted: {', '.join(FORMATS)}")
+    if client is not None and form not in ("merged", "onnx"):
+        raise ConfigError(f"--client: the format {form} holds all clients; it is for merged and onnx")
+    check_free(out, overwrite)
+    trained = read_trained_run(run, None if states is None else Path(states))
+    table = trained.task.config.model
+    if table.trust_remote_code and not trust_remote_code and foundation is None:
+        raise ConfigError(f"model.trust_remote_code: the run in {run} ran code of the repository of "
+                          f"{table.id!r}; if you trust that code, give --trust-remote-code")
+    progress.phase(f"loading model {table.id}")
+    foundation = foundation or models.load(table, trained.task.config.task.kind)
+    check_fingerprint(foundation, trained.task)
+    with new_folder(out, overwrite, private=client is not None) as folder:
+        if form == "mixture":
+            mixture.write(folder, trained, foundation)
+        elif form == "peft":
+            peft.write(folder, trained, foundation)
+        elif form == "merged":
+            merged.write(folder, trained, foundation, client)
+        else:
+            onnx.write(folder, trained, foundation, client)
+    if trained.elsewhere and client is None:
+        progress.note(f"what {len(trained.elsewhere)} clients keep to themselves is not in it, as it is in folders of their "
+                      "own; --states DIR names one")
+    return out

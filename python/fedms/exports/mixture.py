@@ -1,0 +1,219 @@
+"""A whole mixture as a folder: written by `fedms export`, read by `fedms.load(DIR, client=7)` and `fedms predict`."""
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from fedms import models
+from fedms.config import RunConfig, config_from_dict, upgraded
+from fedms.data import user_data
+from fedms.errors import ConfigError, ModelError, RunFolderError
+from fedms.exports.manifest import CLIENTS, Manifest, clients_in, read_manifest, save_tensors, write_manifest
+from fedms.exports.predict import bind, predict
+from fedms.exports.trained_run import Task, TrainedRun, check_fingerprint, message_of
+from fedms.federated.client import Private
+from fedms.foreign import printable, read_regular, read_tensors
+from fedms.models import FoundationModel
+from fedms.models.huggingface import TextModel, VisionModel
+from fedms.storage.durable import write_durably
+from fedms.storage.final import SHARED, SharedTensors
+from fedms.tensors import Tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> None:
+    """Write everything that a run trained, and its foundation model, into an empty folder.
+
+    Args:
+        folder: The folder.
+        trained: What the run trained.
+        foundation: Its foundation model; experts are attached to it. One that cannot be saved is only named.
+    """
+    task, final = trained.task, trained.final
+    model_keys: dict[str, Any] = {}
+    try:
+        foundation.save(folder / "base")        # before experts are attached
+        model_keys = {"id": "base", "pooling": cast(TextModel | VisionModel, foundation).pooling,
+                      "blocks": foundation.blocks}
+    except ModelError:
+        if task.config.model.id not in models.MODELS:
+            model_keys = {"id": foundation.name}    # given as an object then, and to be given again
+    model = bind(foundation, task)
+    start = {name: tensor for name, tensor in model.imported.items() if name not in final.tensors}
+    depths = {"stage": final.stage, "round": final.round, "depth": final.depth, "applied_depth": final.applied_depth}
+    shared = SharedTensors(**depths, tensors=final.tensors, constants={**start, **final.constants},
+                           statistics=final.statistics)
+    save_tensors(shared.groups(), folder / SHARED)
+    for number, private in trained.private.items():
+        if private.tensors:
+            (folder / CLIENTS).mkdir(mode=0o700, exist_ok=True)
+            kept = {name: tensor for name, tensor in private.tensors.items() if not name.startswith("optimizer/")}
+            save_tensors(kept, folder / CLIENTS / f"{number}.safetensors", private=True)
+    write_manifest(folder, "mixture", task, model=model_keys, elsewhere=sorted(trained.elsewhere), final=depths)
+
+
+class Mixture:
+    """The global expert, one client's local expert, and the gate that mixes them, on the foundation model.
+
+    Several threads may call it at once; predictions are made one after the other.
+
+    Args:
+        foundation: The foundation model; experts are attached to it.
+        trained: What the run trained.
+        client: Id of the client, or None for the global expert alone.
+
+    Attributes:
+        client: The same.
+        classes: Names of the classes.
+    """
+
+    def __init__(self, foundation: FoundationModel, trained: TrainedRun, client: int | None) -> None:
+        self.model, self.trained, self.client = bind(foundation, trained.task), trained, client
+        self.classes = trained.task.classes
+        self._alone = threading.Lock()   # a prediction switches the model between its experts
+
+    def predict(self, samples: Sequence[Any]) -> pd.DataFrame:
+        """Predict the class of each sample.
+
+        Args:
+            samples: Texts; or images as PIL images, paths, or the bytes of their files.
+
+        Returns:
+            A row for each sample: `label`, its `probability` in [0, 1], and `gate_weight`, the gate's weight of the local
+            expert in [0, 1] (missing where there is no mixture).
+
+        Raises:
+            DataError: If samples are no text, or cannot be read as images; the message names them.
+        """
+        return self._table(samples, [f"sample {i}" for i in range(len(samples))])
+
+    def predict_file(self, source: str, columns: Mapping[str, str | None] = {}) -> pd.DataFrame:
+        """Predict the class of each sample in a table, an image, or a folder of either.
+
+        Args:
+            source: The file or folder.
+            columns: Names of the columns `text` and `image` of a table; None or missing: as in the run.
+
+        Returns:
+            What :meth:`predict` returns, and before it a column `text` or `image` that says which sample it is.
+
+        Raises:
+            DataError: If samples cannot be read.
+        """
+        data, reads = self.trained.task.config.data, self.model.foundation.reads
+        data = data.model_copy(update={"name": source, **{k: v for k, v in columns.items() if v is not None}})
+        samples = user_data.read(data, reads, labeled=False)
+        table = self._table(samples.content, samples.places)
+        named = samples.content if reads == "text" else [
+            str(item) if isinstance(item, Path) else place for item, place in zip(samples.content, samples.places)]
+        table.insert(0, "text" if reads == "text" else "image", named)
+        return table
+
+    def _table(self, samples: Sequence[Any], places: Sequence[str]) -> pd.DataFrame:
+        import pandas as pd
+
+        if not len(samples):
+            return pd.DataFrame({"label": [], "probability": [], "gate_weight": []})
+        max_tokens = self.trained.task.config.data.max_tokens
+        inputs = user_data.inputs_of(samples, places, self.model.foundation, "samples", max_tokens)
+        with self._alone:
+            found = predict(self.model, self.trained, self.client, inputs)
+        best = found.personalized.softmax(1).max(1)
+        return pd.DataFrame({"label": [self.classes[i] for i in best.indices.tolist()],
+                             "probability": best.values.numpy(),
+                             "gate_weight": None if found.weights is None else found.weights[:, 1].detach().numpy()})
+
+
+def load(folder: str | Path, client: str | int | None = None, *, foundation: FoundationModel | None = None,
+         trust_remote_code: bool = False) -> Mixture:
+    """Load a mixture that `fedms export --format mixture` wrote, ready to predict.
+
+    Sizes and hashes of its files are checked, and no code in it is run, whatever it says, unless you say so.
+
+    Args:
+        folder: The exported folder.
+        client: Id or group of the client whose local expert is used; None for the global expert alone.
+        foundation: The foundation model, if the run was given it as an object.
+        trust_remote_code: Run the Python code that came with the foundation model, where it needs some.
+
+    Raises:
+        RunFolderError: If the folder is no mixture, or one of its files is damaged.
+        ConfigError: If there is no such client.
+        ModelError: If the model cannot be loaded, or is not the one of the run.
+    """
+    folder = Path(folder)
+    content = read_manifest(folder)
+    if content.kind != "mixture" or content.final is None:
+        raise RunFolderError(f"{folder}: is an export in the format {content.kind}, whose README.md or inputs say how it "
+                             "is read; `fedms predict` and `fedms.load` read --format mixture")
+    config = _config(folder, content, foundation is not None, trust_remote_code)
+    task = Task(config, tuple(content.classes), None if content.prompts is None else tuple(map(tuple, content.prompts)),
+                {int(i): group for i, group in content.clients.items()}, content.model_fingerprint)
+    if SHARED not in content.files:
+        raise RunFolderError(f"{folder}: its manifest does not list {SHARED}; export it again")
+    final = message_of(SharedTensors.of(_tensors(folder / SHARED), **content.final.model_dump()))
+    private = {number: Private(_tensors(path)) for number, path in sorted(clients_in(folder, content).items())}
+    trained = TrainedRun(task, final, private, frozenset(content.elsewhere))
+    number = trained.client(client)     # a mistake here is answered before the model is loaded
+    foundation = foundation or models.load(config.model, config.task.kind)
+    check_fingerprint(foundation, task)
+    try:
+        return Mixture(foundation, trained, number)
+    except (KeyError, RuntimeError) as error:
+        raise RunFolderError(f"{folder}: its tensors do not fit its model: {error}; export it again") from None
+
+
+def _config(folder: Path, content: Manifest, given: bool, trust_remote_code: bool) -> RunConfig:
+    """Return the run's configuration without what a stranger's file must not choose: code, and files outside of the folder.
+
+    Args:
+        folder: The exported folder.
+        content: Its manifest.
+        given: Whether the model is at hand as an object.
+        trust_remote_code: Whether the user lets the model run code.
+    """
+    try:
+        config = config_from_dict(upgraded(content.config))
+    except ConfigError as error:
+        raise RunFolderError(f"{folder}: the configuration in it cannot be used: {error}") from None
+    table: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if content.model.id == "base":
+        table |= {"id": str(folder / "base"), "pooling": content.model.pooling or "auto", "blocks": content.model.blocks}
+    elif content.model.id is not None and not given:
+        raise ConfigError(f"{folder}: its model {printable(content.model.id)!r} was given as an object; give it again as "
+                          "foundation=")
+    elif content.model.id is None and config.model.id not in models.MODELS:
+        raise RunFolderError(f"{folder}: names the model {printable(config.model.id)!r}, which neither lies in it nor is "
+                             f"built in ({', '.join(models.MODELS)}); export it again")
+    return config.model_copy(update={"model": config.model.model_copy(update=table),
+                                     "lora": config.lora.model_copy(update={"start": None})})
+
+
+def _tensors(path: Path) -> Tensors:
+    try:
+        return read_tensors(read_regular(path))[0]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: {error}; export it again") from None
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as .csv or .parquet, whole or not at all.
+
+    Raises:
+        RunFolderError: If it cannot be written.
+    """
+    if path.suffix == ".csv":
+        data = table.to_csv(index=False).encode()
+    else:
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        data = buffer.getvalue()
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,51 @@
+"""Write experts as adapters of PEFT: one folder for each, and its head beside it."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedms import models
+from fedms.errors import ConfigError
+from fedms.exports.manifest import save_tensors, write_manifest
+from fedms.exports.merged import linear_head, model_card, need_transformers
+from fedms.exports.predict import bind
+from fedms.exports.trained_run import TrainedRun
+from fedms.models import FoundationModel, peft_format
+
+
+def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> None:
+    """Write every expert of a run into an empty folder.
+
+    Args:
+        folder: The folder.
+        trained: What the run trained.
+        foundation: Its foundation model; experts are attached to it.
+
+    Raises:
+        ConfigError: If the run added to the frozen weights, which an adapter cannot hold.
+        ModelError: If the model is none of transformers.
+    """
+    need_transformers(foundation)
+    task = trained.task
+    if task.config.aggregation == "exact":
+        raise ConfigError("--format: exact aggregation adds to the frozen weights, which an adapter cannot hold; accepted: "
+                          "merged, onnx, mixture")
+    base = task.config.model.id
+    if base in models.MODELS:                   # no path of its own
+        foundation.save(folder / "base")
+        base = "../base"
+    elif Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().resolve())
+    model = bind(foundation, task)
+    lora, module = task.config.lora, type(foundation.module)
+    shape = peft_format.Shape(lora.rank, lora.alpha, lora.rslora, base)
+    for name, expert in trained.experts(model).items():
+        place = folder / name
+        place.mkdir(mode=0o777 if name == "global" else 0o700)
+        layers = [n.removeprefix("expert/").removesuffix(".lora_a") for n in expert if n.endswith(".lora_a")]
+        (place / peft_format.CONFIG).write_text(
+            peft_format.config_json(shape, layers, module.__name__, module.__module__))
+        save_tensors(peft_format.peft_names(expert), place / peft_format.WEIGHTS)
+        save_tensors(linear_head(model, expert), place / peft_format.HEAD)
+        (place / "README.md").write_text(model_card(foundation, task, name, json.dumps(base), peft=True))
+    write_manifest(folder, "peft", task)

@@ -1,0 +1,154 @@
+"""What all pictures have in common: colors, axes, names at the ends of lines, and SVG."""
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedms.report.numbers import first_stage_rounds
+from fedms.storage.records import RunRecords
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, SURFACE = "#1c2430", "#667084", "#e4e7ec", "#ffffff"
+METHOD_COLORS = {"fedms": "#c2410c", "fedavg_ft": "#1d4ed8", "fedavg_prior": "#0f766e", "fedavg": "#7c3aed",
+                  "local": "#5b6b80", "fedprox": "#be185d", "fedper": "#4d7c0f", "fedrep": "#a16207", "ditto": "#0369a1",
+                  "apfl": "#b45309", "ffa_lora": "#86198f", "fedsa_lora": "#15803d", "fedex_lora": "#be123c",
+                  "feddpa": "#0e7490", "fedms_plus": "#7f1d1d"}
+_OTHER_METHODS = ("#be185d", "#4d7c0f", "#0369a1", "#a16207")
+GROUP_COLORS = ("#0e7490", "#b45309", "#6d28d9", "#15803d", "#be123c", "#475569", "#86198f", "#1e6091")
+WIDE, HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to its column, and to half of it
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture: its methods, color, and values over seeds by position on the axis."""
+
+    methods: tuple[str, ...]
+    color: str
+    xs: Sequence[float]
+    ys: list[list[float]]
+
+    @property
+    def label(self) -> str:
+        """Names, one a line. Of more than three that coincide two are named, the one that reports speak of first."""
+        names = sorted(self.methods, key=lambda name: name != "fedms")
+        return ",\n".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
+
+    @property
+    def means(self) -> list[float]:
+        return [statistics.fmean(y) for y in self.ys]
+
+
+def method_color(method: str) -> str:
+    """The color of a method, the same in every picture and page."""
+    return METHOD_COLORS.get(method) or _OTHER_METHODS[sum(method.encode()) % len(_OTHER_METHODS)]
+
+
+def group_color(groups: Sequence[str], group: Any) -> str:
+    name = str(group or "")
+    return GROUP_COLORS[groups.index(name) % len(GROUP_COLORS)] if name in groups else MUTED
+
+
+@contextlib.contextmanager
+def plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's settings; and a dollar sign in a name starts no formula."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG file, the same for an equal figure of this name; text stays text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return buffer.getvalue()
+
+
+def new_axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.set_axisbelow(True)
+    axes.grid(color=GRID, linewidth=0.8)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("bottom", "left"))
+        spine.set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0, pad=5)
+    axes.xaxis.label.set(color=MUTED, fontsize=9)
+    axes.yaxis.label.set(color=MUTED, fontsize=9)
+    return figure, axes
+
+
+def height_of(curves: Sequence[Curve], least: float) -> float:
+    """Inches in which the names at the lines' ends have room."""
+    return max(least, 0.95 + 0.165 * sum(1 + curve.label.count("\n") for curve in curves))
+
+
+def percent_axis(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}" if -1e-9 <= v <= 1 + 1e-9 else ""))
+
+
+def round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
+    """Rounds counted within their stage, a line between the stages."""
+    first = first_stage_rounds(runs)
+    second = max((r["round"] for run in runs for r in run.rounds if r["stage"] == "stage2"), default=0)
+    stride = max(1, math.ceil((first + second) / 16))
+    ticks = [(x, x) for x in range(1, first + 1, stride)] + [(first + x, x) for x in range(1, second + 1, stride)]
+    axes.set_xticks([x for x, _ in ticks], [str(name) for _, name in ticks])
+    axes.set_xlim(0.6, first + second + 0.4)
+    axes.set_xlabel("round")
+    axes.grid(axis="x", visible=False)
+    for start, rounds, name in ((0, first, "stage 1"), (first, second, "stage 2")):
+        if rounds:
+            axes.text(start + (rounds + 1) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center",
+                      va="bottom", color=MUTED, fontsize=8.5)
+    if first and second:
+        axes.axvline(first + 0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+
+
+def end_labels(axes: Any, curves: Sequence[Curve]) -> None:
+    """Names at the right of the lines' ends, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    line = 11.5 * (high - low) / (axes.figure.get_figheight() * 72 * 0.75)
+    order = sorted(curves, key=lambda c: c.means[-1])
+    labels = [curve.label for curve in order]
+    heights = [line * (1 + label.count("\n")) for label in labels]
+    places: list[float] = []
+    for number, curve in enumerate(order):
+        lowest = places[-1] + (heights[number - 1] + heights[number]) / 2 if places else low
+        places.append(max(curve.means[-1], lowest))
+    # Pushing upwards alone would leave the axes: shift all labels down by half of what they were moved on average.
+    shift = statistics.fmean(p - c.means[-1] for p, c in zip(places, order))
+    right = axes.get_xlim()[1]
+    last = max(c.xs[-1] for c in curves)
+    for place, curve, label in zip(places, order, labels):
+        if curve.xs[-1] < last or abs(place - shift - curve.means[-1]) > line:
+            bend = right - 0.03 * (right - axes.get_xlim()[0])
+            axes.plot([curve.xs[-1], bend, right], [curve.means[-1], curve.means[-1], place - shift], linewidth=0.8,
+                      color=curve.color, linestyle=(0, (1, 2)), clip_on=False)
+        axes.annotate(label, (right, place - shift), (4, 0), textcoords="offset points", va="center",
+                      color=curve.color, fontsize=9, annotation_clip=False,
+                      fontweight="bold" if has_fedms(curve) else "normal")
+
+
+def has_fedms(curve: Curve) -> bool:
+    return "fedms" in curve.methods

@@ -1,0 +1,82 @@
+"""`fedms init`: run files for a user's own data, asked for and not."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fedms import cli, errors
+from fedms.cli import init
+from fedms.config import load_config
+
+ROWS = [f"please pay {i};{'bill' if i % 2 else 'query'};{'Bern' if i < 20 else 'Graz'}" for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def mail(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mail.csv").write_text("text,folder,office\n" + "\n".join(ROWS).replace(";", ",") + "\n")
+
+
+def fedms(*words, answers=None):
+    return CliRunner().invoke(cli.app, ["init", *words], input=answers)
+
+
+def test_flags_and_guesses_make_a_run_file(tmp_path):
+    result = fedms("mine.toml", "--data", "mail.csv", "--label", "folder")
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "mine.toml")
+    assert (config.data.name, config.data.text, config.data.label, config.data.client) == ("mail.csv", "text", "folder", "office")
+    assert (config.model.id, config.data.partition, config.clients.count) == ("minilm", "natural", None)
+    assert "found: 40 samples; 2 labels: query (20), bill (20); 2 clients" in result.stderr
+    assert "mine.toml: written. Now:  fedms run mine.toml" in result.stdout
+    text = (tmp_path / "mine.toml").read_text()
+    assert all("#" in line for line in text.splitlines() if line.startswith(("id", "name", "text", "label", "client")))
+
+
+def test_without_owners_clients_are_simulated(tmp_path):
+    assert fedms("--data", "mail.csv", "--label", "folder", "--client", "none", "--yes").exit_code == 0
+    config = load_config(tmp_path / "my-run.toml")
+    assert (config.data.partition, config.data.client, config.clients.count) == ("dirichlet", None, init.SIMULATED_CLIENTS)
+
+
+def test_questions_are_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(init, "_has_terminal", lambda: True)
+    result = fedms(answers="mail.csv\n\nfolder\n\n\n")
+    assert result.exit_code == 0, result.output
+    assert [number for number in "12345" if f"{number}. W" in result.stderr] == list("12345")
+    assert load_config(tmp_path / "my-run.toml").data.client == "office"
+
+
+def test_a_folder_of_images_needs_no_columns(tmp_path):
+    for client in ("x", "y"):
+        for label in ("cat", "dog"):
+            place = tmp_path / "photos" / client / label
+            place.mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(place / "1.png")
+    result = fedms("--data", "photos", "--model", "vit-fashion")
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "my-run.toml")
+    assert (config.data.name, config.data.client, config.data.partition) == ("photos", None, "natural")
+
+
+@pytest.mark.parametrize("words, code, said", [
+    ((), errors.USAGE, "--data: without a terminal to ask on, name the data"),
+    (("--data", "mial.csv"), errors.UNAVAILABLE, "mial.csv: no such file or folder"),
+    (("--data", "mail.csv", "--label", "fodler"), errors.UNAVAILABLE, "fodler"),
+    (("mail.csv", "--data", "mail.csv"), errors.FOLDER, "mail.csv: exists already"),
+    (("--data", "my.txt"), errors.UNAVAILABLE, "my.txt is neither a table"),
+])
+def test_mistakes_leave_no_file(tmp_path, words, code, said):
+    (tmp_path / "my.txt").write_text("x")
+    before = sorted(tmp_path.iterdir())
+    result = fedms(*words)
+    assert result.exit_code == code and said in result.stderr and sorted(tmp_path.iterdir()) == before
+
+
+def test_awkward_names_are_quoted(tmp_path):
+    answers = init.Answers('a "b"\\c\n', "te xt", "l=", "c#", "minilm", False)
+    (tmp_path / "run.toml").write_text(init.run_file(answers))
+    data = load_config(tmp_path / "run.toml").data
+    assert (data.name, data.text, data.label, data.client) == ('a "b"\\c\n', "te xt", "l=", "c#")
