@@ -30,7 +30,7 @@ import psutil
 from bench.harness.environment import save
 from fedms.config import load_config
 from fedms.progress import Progress
-from fedms.runs.run import Task, carry_out
+from fedms.runs.batch import BatchRun, carry_out
 from fedms.training.memory import resident_memory
 
 A_ROUND = 32
@@ -71,7 +71,7 @@ def registered_once(folder: Path, clients: int, rounds: int) -> dict:
     watch = Watch(resident_memory)
     config = configuration(folder / "noise.npz", clients, "run.method=fedavg", f"stage1.rounds={rounds}",
                            "stage2.rounds=0")
-    carry_out([Task(config, folder / f"{clients}", tested=False)], progress=watch)
+    carry_out([BatchRun(config, folder / f"{clients}", tested=False)], progress=watch)
     return {"clients": clients, "start_seconds": watch.started, "start_bytes": watch.at_start,
             "round_seconds": [seconds for seconds, _ in watch.rounds], "end_bytes": watch.rounds[-1][1]}
 
@@ -112,7 +112,7 @@ def simulated(folder: Path, clients: int, most: int | None) -> dict:
     config = configuration(data, clients, "run.engine=flower-sim", "run.method=local", "stage1.rounds=0",
                            f"stage2.rounds={rounds}", "stage2.keep=last")
     watch = Watch(tree_memory)
-    carry_out([Task(config, folder / "run", tested=False)], progress=watch)
+    carry_out([BatchRun(config, folder / "run", tested=False)], progress=watch)
     engine = CheckpointFolder(folder / "run/checkpoint").load()[0].state
     experts = {}
     for client, digest in engine["kept"].items():
