@@ -205,7 +205,7 @@ def test_a_loaded_mixture_predicts_as_the_run_did(kind, ended, tmp_path):
     config = outcome.task.config
     shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
     (tmp_path / "out").rename(tmp_path / "elsewhere")           # nothing in it points back
-    samples = data.own.read(config.data, model.foundation.reads)
+    samples = data.user_data.read(config.data, model.foundation.reads)
     dataset = data.load(config.data, model.foundation)
     partition = data.partition(dataset, config.data, config.clients, config.run.seed)
     recorded = {c["id"]: c for c in RunRecords.read(ended(kind)).clients}
