@@ -1,9 +1,10 @@
-// The linear layer of 16-bit weights: how its columns are shared among threads. The products are in lora/kernels.inc.
+// The linear layer on few rows: how its columns are shared among threads. The products are in lora/kernels.inc.
 #include "fedms/half.h"
 
 #include <omp.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "lora/operands.h"
 
@@ -13,14 +14,18 @@ namespace {
 template <class Half>
 using Dots = void (*)(int64_t, int64_t, int64_t, const float*, int64_t, const Half* const*, float*, int64_t);
 
-template <class Half>
-void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const Half* w, const float* bias, float* y) {
-  constexpr int64_t COLUMNS = 64;
+constexpr int64_t COLUMNS = 64;
+
+int64_t threads_for(int64_t multiply_adds, int64_t parts) {
   // Waking a thread costs about as much as this many multiply-adds.
   constexpr int64_t work_per_thread = 1 << 18;
+  return std::max<int64_t>(1, std::min({multiply_adds / work_per_thread, parts, int64_t{omp_get_max_threads()}}));
+}
+
+template <class Half>
+void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const Half* w, const float* bias, float* y) {
   const int64_t parts = (n + COLUMNS - 1) / COLUMNS;
-  const int64_t useful = std::min({m * n * k / work_per_thread, parts, int64_t{omp_get_max_threads()}});
-  const int threads = static_cast<int>(std::max<int64_t>(1, useful));
+  const int threads = static_cast<int>(threads_for(m * n * k, parts));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = part * COLUMNS, count = std::min(COLUMNS, n - first);
@@ -33,6 +38,26 @@ void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const
 }
 
 }  // namespace
+
+int64_t few_rows() { return &lora_kernels() == &lora_portable ? 0 : 8; }
+
+void few_rows_forward(int64_t m, int64_t n, int64_t k, const float* x, const float* w, const float* bias, float* y) {
+  run(lora_kernels().dots, m, n, k, x, w, bias, y);
+}
+
+void few_rows_backward(int64_t m, int64_t n, int64_t k, const float* dy, const float* w, float* dx) {
+  // Every thread takes columns of its own, a multiple of the tiles' width.
+  const int64_t threads = threads_for(m * n * k, (k + COLUMNS - 1) / COLUMNS);
+  const int64_t part = ((k + threads - 1) / threads + COLUMNS - 1) / COLUMNS * COLUMNS;
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  for (int64_t first = 0; first < k; first += part) {
+    const int64_t count = std::min(part, k - first);
+    std::vector<const float*> rows(n);
+    for (int64_t c = 0; c < n; ++c) rows[c] = w + c * k + first;
+    for (int64_t i = 0; i < m; ++i) std::fill_n(dx + i * k + first, count, 0.0f);
+    lora_kernels().expand(m, n, count, dy, n, rows.data(), dx + first, k);
+  }
+}
 
 void half_forward(int64_t m, int64_t n, int64_t k, const float* x, const Fp16* w, const float* bias, float* y) {
   run(lora_kernels().fp16_dots, m, n, k, x, w, bias, y);

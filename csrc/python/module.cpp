@@ -19,19 +19,20 @@ namespace py = pybind11;
 
 namespace {
 
-PyTypeObject* tensor_type = nullptr;
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 const fedms::dlpack::ExchangeApi* exchange = nullptr;
 
 // Returns whether the exchange API is used.
-bool set_tensor_type(py::type type, bool use_exchange) {
+bool set_tensor_types(py::type type, py::type parameter, bool use_exchange) {
   tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   exchange = nullptr;
   if (use_exchange && py::hasattr(type, "__dlpack_c_exchange_api__")) {
     const py::object capsule = type.attr("__dlpack_c_exchange_api__");
     const auto* api =
         static_cast<const fedms::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw py::error_already_set();
-    if (api->major == 1 && api->tensor_from_py_object) exchange = api;
+    if (api->version.major == 1 && api->tensor_from_py_object) exchange = api;
   }
   return exchange != nullptr;
 }
@@ -336,6 +337,231 @@ void half_forward(py::handle x, py::handle weight, const py::object& bias, py::h
   fedms::half_forward(m, n, k, x_view.data(), w_view.data(), b, y_view.data());
 }
 
+
+// The plain case of an operator, in one call: every tensor is a float32 torch.Tensor or Parameter itself (no subclass), on the
+// CPU and dense, and the shapes fit. Whatever else comes in is declined (None), and the caller goes the general way, which
+// converts what can be converted and names what is wrong. Only with the exchange API: by attributes it would be slower.
+
+struct View {
+  fedms::dlpack::Tensor tensor{};
+
+  int64_t dimensions() const { return tensor.ndim; }
+  int64_t size(int d) const { return tensor.shape[d]; }
+  int64_t stride(int d) const {
+    if (tensor.strides) return tensor.strides[d];
+    int64_t dense = 1;
+    for (int i = tensor.ndim - 1; i > d; --i) dense *= tensor.shape[i];
+    return dense;
+  }
+  int64_t rows() const {  // of the tensor as a matrix
+    int64_t rows = 1;
+    for (int d = 0; d < tensor.ndim - 1; ++d) rows *= tensor.shape[d];
+    return rows;
+  }
+  int64_t columns() const { return tensor.shape[tensor.ndim - 1]; }
+  bool dense() const {
+    int64_t expected = 1;
+    for (int d = tensor.ndim - 1; tensor.strides && d >= 0; --d) {
+      if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
+      expected *= tensor.shape[d];
+    }
+    return true;
+  }
+  template <class T>
+  T* data() const {
+    return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
+  }
+};
+
+// Whether it is a plain tensor of this element type.
+template <class T>
+bool look(py::handle object, View& view) {
+  if (Py_TYPE(object.ptr()) != tensor_type && Py_TYPE(object.ptr()) != parameter_type) return false;
+  if (exchange->tensor_from_py_object(object.ptr(), &view.tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const fedms::dlpack::Tensor& t = view.tensor;
+  return t.device.type == fedms::dlpack::cpu && t.ndim > 0 && t.dtype.code == Element<T>::code &&
+         t.dtype.bits == 8 * sizeof(T) && t.dtype.lanes == 1;
+}
+
+// Points at a dense float32 tensor that has these rows and columns as a matrix; null stands for None.
+bool dense_matrix(py::handle object, int64_t rows, int64_t columns, float*& data) {
+  View view;
+  if (!look<float>(object, view) || !view.dense() || view.rows() != rows || view.columns() != columns) return false;
+  data = view.data<float>();
+  return true;
+}
+bool dense_or_none(py::handle object, int64_t rows, int64_t columns, float*& data) {
+  data = nullptr;
+  return object.is_none() || dense_matrix(object, rows, columns, data);
+}
+
+// A new uninitialized float32 tensor, allocated by torch.
+struct NewTensor {
+  py::object object;
+  float* data;
+};
+
+void raise_allocation_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+
+NewTensor new_tensor(int64_t* shape, int64_t dimensions) {
+  fedms::dlpack::Tensor prototype{};
+  prototype.device = {fedms::dlpack::cpu, 0};
+  prototype.ndim = static_cast<int32_t>(dimensions);
+  prototype.dtype = {Element<float>::code, 32, 1};
+  prototype.shape = shape;
+  fedms::dlpack::ManagedTensor* managed = nullptr;
+  if (exchange->allocate(&prototype, &managed, nullptr, raise_allocation_error) != 0) throw py::error_already_set();
+  float* const data = static_cast<float*>(managed->tensor.data);
+  void* object = nullptr;
+  if (exchange->managed_to_py_object(managed, &object) != 0) throw py::error_already_set();
+  return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)), data};
+}
+
+NewTensor new_matrix(int64_t rows, int64_t columns) {
+  int64_t shape[] = {rows, columns};
+  return new_tensor(shape, 2);
+}
+
+// Like another tensor, but for the length of the last dimension.
+NewTensor new_like(const View& like, int64_t columns) {
+  std::vector<int64_t> shape(like.tensor.shape, like.tensor.shape + like.tensor.ndim);
+  shape.back() = columns;
+  return new_tensor(shape.data(), like.tensor.ndim);
+}
+
+// The experts and, if x has two dimensions, a gate (m, E).
+bool plain_experts(const View& x, int64_t n, int64_t k, const py::sequence& a, const py::sequence& b,
+                   const py::sequence& scale, py::handle gate, fedms::Lora& lora) {
+  lora.m = x.rows();
+  lora.n = n;
+  lora.k = k;
+  const size_t experts = a.size();
+  for (size_t e = 0; e < experts; ++e) {
+    View view;
+    if (!look<float>(a[e], view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
+    const int64_t rank = view.rows();
+    float* b_data;
+    if (rank == 0 || !dense_matrix(b[e], n, rank, b_data)) return false;
+    lora.experts.push_back({rank, scale[e].cast<float>(), view.data<float>(), b_data});
+  }
+  if (gate.is_none()) return true;
+  View view;
+  if (!look<float>(gate, view) || view.dimensions() != 2 || x.dimensions() != 2) return false;
+  if (view.size(0) != lora.m || view.size(1) != static_cast<int64_t>(experts)) return false;
+  lora.gate = view.data<float>();
+  lora.gate_row_stride = view.stride(0);
+  lora.gate_expert_stride = view.stride(1);
+  return true;
+}
+
+// A frozen weight (n, k): float32, or packed with its scale, which is (n,) for int8 and (n, groups) for 4 bits.
+struct PlainWeight {
+  const float* full = nullptr;
+  fedms::Int8Weight packed{};
+  int64_t n = 0;
+
+  bool read(py::handle weight, py::handle scale, int64_t k) {
+    View view;
+    if (scale.is_none()) {
+      if (!look<float>(weight, view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
+      full = view.data<float>();
+      n = view.rows();
+      return true;
+    }
+    View scales;
+    if (!look<uint8_t>(weight, view) || !view.dense() || view.dimensions() != 1) return false;
+    if (!look<float>(scale, scales) || !scales.dense() || scales.dimensions() > 2) return false;
+    n = scales.size(0);
+    packed = {view.data<uint8_t>(), view.columns(), scales.dimensions() == 1 ? scales.data<float>() : nullptr, nullptr};
+    return true;
+  }
+};
+
+py::object linear_forward(py::handle x, py::handle weight, py::handle weight_scale, py::handle bias, const py::sequence& a,
+                          const py::sequence& b, const py::sequence& scale, py::handle gate) {
+  View x_view;
+  PlainWeight w;
+  fedms::Lora lora;
+  float* bias_data;
+  if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() == 0) return py::none();
+  const int64_t k = x_view.columns();
+  if (!w.read(weight, weight_scale, k) || !dense_or_none(bias, 1, w.n, bias_data)) return py::none();
+  if (!plain_experts(x_view, w.n, k, a, b, scale, gate, lora)) return py::none();
+  if (w.full && lora.m > fedms::few_rows()) return py::none();
+  const NewTensor y = new_like(x_view, w.n), s = new_matrix(lora.m, lora.total_rank());
+  const float* const from = x_view.data<float>();
+  {
+    const py::gil_scoped_release unlocked;
+    if (w.full) {
+      fedms::few_rows_forward(lora.m, w.n, k, from, w.full, bias_data, y.data);
+      fedms::lora_forward(lora, from, s.data, y.data);
+    } else {
+      w.packed.bias = bias_data;
+      fedms::int8_forward(w.packed, lora, from, s.data, y.data);
+    }
+  }
+  return py::make_tuple(y.object, s.object);
+}
+
+// `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
+// every db. The result has the same order, None for what is not needed.
+py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::handle weight_scale, const py::sequence& a,
+                           const py::sequence& b, const py::sequence& scale, py::handle gate, py::handle s,
+                           const py::sequence& needs) {
+  View dy_view, a_view;
+  fedms::Lora lora;
+  if (!exchange || !look<float>(dy, dy_view) || !dy_view.dense() || dy_view.rows() == 0) return py::none();
+  const int64_t n = dy_view.columns(), m = dy_view.rows(), experts = static_cast<int64_t>(a.size());
+  if (experts == 0 || !look<float>(a[0], a_view)) return py::none();
+  const int64_t k = a_view.columns();
+  if (!plain_experts(dy_view, n, k, a, b, scale, gate, lora)) return py::none();
+  float *x_data, *s_data;
+  if (!dense_or_none(x, m, k, x_data) || !dense_or_none(s, m, lora.total_rank(), s_data)) return py::none();
+
+  PlainWeight w;
+  const bool needs_dx = needs[0].cast<bool>();
+  if (needs_dx) {
+    if (!w.read(weight, weight_scale, weight_scale.is_none() ? k : n)) return py::none();
+    if (w.n != (w.full ? n : k) || (w.full && m > fedms::few_rows()) || (!w.full && !w.packed.scale)) return py::none();
+  }
+  py::tuple result(2 + 2 * experts);
+  fedms::LoraGradients out;
+  const auto make = [&](int64_t place, const auto& allocate) -> float* {
+    if (!needs[place].cast<bool>()) {
+      result[place] = py::none();
+      return nullptr;
+    }
+    NewTensor made = allocate();
+    result[place] = std::move(made.object);
+    return made.data;
+  };
+  out.dx = make(0, [&] { return new_like(dy_view, k); });
+  out.dgate = make(1, [&] { return new_matrix(m, experts); });
+  for (int64_t e = 0; e < experts; ++e) {
+    out.da.push_back(make(2 + e, [&] { return new_matrix(lora.experts[e].rank, k); }));
+    if (out.da.back() && !x_data) return py::none();
+  }
+  for (int64_t e = 0; e < experts; ++e) {
+    out.db.push_back(make(2 + experts + e, [&] { return new_matrix(n, lora.experts[e].rank); }));
+    if (out.db.back() && !s_data) return py::none();
+  }
+  if (out.dgate && !s_data) return py::none();
+  const float* const from = dy_view.data<float>();
+  {
+    const py::gil_scoped_release unlocked;
+    if (w.full) {
+      fedms::few_rows_backward(m, n, k, from, w.full, out.dx);
+      fedms::lora_backward(lora, from, x_data, s_data, out);
+    } else {
+      fedms::int8_backward(w.packed, lora, from, x_data, s_data, out);
+    }
+  }
+  return result;
+}
+
 #ifdef FEDMS_CUDA_ARCHS
 // Addresses on the device are numbers here: 0 is null. fedms_ext/backends/cuda.py checks the tensors behind them.
 void define_cuda(py::module_ m) {
@@ -442,7 +668,13 @@ void define_token_loss(py::module_ m);  // loss_bindings.cpp
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fedms_ext. Tensors are dense and on the CPU, float32 unless said otherwise, their last "
             "dimension the columns; anything else is a ValueError.";
-  m.def("set_tensor_type", &set_tensor_type, py::arg("type"), py::arg("use_exchange") = true);
+  m.def("set_tensor_types", &set_tensor_types, py::arg("tensor"), py::arg("parameter"), py::arg("use_exchange") = true);
+  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"),
+        "(y, s) of a plain call on a weight that is float32 (weight_scale None) or packed, or None if it is not plain.");
+  m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("s"), py::arg("needs"),
+        "The gradients of linear_forward: (dx, dgate, *da, *db), None for what is not needed; None if it is not plain.");
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FEDMS_VERSION;

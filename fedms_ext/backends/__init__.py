@@ -79,6 +79,11 @@ def choose(x: Tensor) -> ModuleType:
     raise AssertionError("the eager backend supports every tensor")
 
 
+def cpu_is_chosen() -> bool:
+    """Whether `choose` gives the CPU backend for a float32 tensor on the CPU, which no other of the usable ones takes."""
+    return not _forced or _forced[-1][0] is cpu
+
+
 def serving(x: Tensor, lora: Lora, kind: str | None, backward: bool) -> str:
     """The name of the backend that `choose` gives, or eager where the CPU backend hands the call on. `kind`: of the frozen
     weight, None for a floating one."""

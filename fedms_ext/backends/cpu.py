@@ -18,7 +18,7 @@ from . import eager
 from .base import Frozen, Gradients, Lora, Needs, empty_gradients
 from .cpu_thresholds import LARGEST_RANK
 
-_C.set_tensor_type(Tensor)
+_C.set_tensor_types(Tensor, torch.nn.Parameter)
 
 
 def unavailable() -> str | None:

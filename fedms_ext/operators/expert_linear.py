@@ -96,6 +96,16 @@ def _is_plain(args: Sequence[Any]) -> bool:
     return _PLAIN.issuperset(map(type, every)) and not any([t.is_neg() for t in every if isinstance(t, Tensor)])
 
 
+def is_observed() -> bool:
+    """Whether a compiler, a tracer, a mode, a transform or the profiler listens to PyTorch's dispatcher."""
+    if torch.compiler.is_compiling():
+        return True
+    for listens in _LISTENERS:
+        if listens():
+            return True
+    return False
+
+
 def _dispatched(operator: Callable[..., Any], args: Sequence[Any]) -> Any:
     return operator(*[scale_tensor(arg) if type(arg) is Scales else arg for arg in args])
 
@@ -106,11 +116,8 @@ def call(operator: Callable[..., Any], implementation: Callable[..., Any], *args
 
     The dispatcher is what calls a subclass of Tensor, or writes out a view that is not plain.
     """
-    if torch.compiler.is_compiling() or not _is_plain(args):
+    if is_observed() or not _is_plain(args):
         return _dispatched(operator, args)
-    for listens in _LISTENERS:
-        if listens():
-            return _dispatched(operator, args)
     if not torch.is_grad_enabled():  # to say so again takes 4 us
         return implementation(*args)
     with torch.no_grad():  # as below the dispatcher's autograd
@@ -303,6 +310,10 @@ def transforms() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp) is at work. Our operators have no rules for it, so that a layer
     then is computed by PyTorch's own ones, which have."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def scale_tensor(values: Sequence[float]) -> Tensor:
+    return (_scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor)(tuple(values))
 
 
 def _under_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:

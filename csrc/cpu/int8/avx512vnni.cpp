@@ -11,9 +11,45 @@ namespace {
 constexpr int ROWS = 6, VECTORS = 4;  // of a tile: 24 sums, 4 vectors of the weight and one of x fill 29 of 32 registers
 constexpr int PANEL = 16 * VECTORS, GROUP = 4;
 
-#include "expand.inc"
+// `expand` of int8_kernels.h, 64 codes at a time: twice as many as with 256 bits, and a group's factors are spread over their
+// values by a permutation each (at 768 -> 768 and one row the layer was expected to lose 20 of its 40 us of expansion).
+void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to) {
+  constexpr int BLOCKS = PANEL * GROUP / 64;  // after so many blocks of 64 values the columns come again
+  // Unpacking bytes makes words of the first and the last half of every 128 bits; packing undoes it. So the factors of
+  // values 16 l .. 16 l + 7 and of the eight behind them belong to the halves of lane l.
+  alignas(64) static constexpr int16_t COLUMN_OF[2][32] = {
+      {0, 0, 0, 0, 1, 1, 1, 1, 4, 4, 4, 4, 5, 5, 5, 5, 8, 8, 8, 8, 9, 9, 9, 9, 12, 12, 12, 12, 13, 13, 13, 13},
+      {2, 2, 2, 2, 3, 3, 3, 3, 6, 6, 6, 6, 7, 7, 7, 7, 10, 10, 10, 10, 11, 11, 11, 11, 14, 14, 14, 14, 15, 15, 15, 15}};
+  __m512i factor[BLOCKS][2];
+  for (int b = 0; b < BLOCKS; ++b) {
+    const __m512i columns =
+        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors + 64 / GROUP * b)));
+    for (int half = 0; half < 2; ++half) {
+      factor[b][half] = _mm512_permutexvar_epi16(_mm512_load_si512(COLUMN_OF[half]), columns);
+    }
+  }
+  alignas(16) uint8_t bytes[2][16];
+  for (int i = 0; i < 16; ++i) {
+    bytes[0][i] = static_cast<uint8_t>(levels[i]);
+    bytes[1][i] = static_cast<uint8_t>(levels[i] >> 8);
+  }
+  const __m512i low = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+  const __m512i high = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int64_t i = 0; i < count; i += 64 * BLOCKS) {
+    FEDMS_UNROLL for (int b = 0; b < BLOCKS; ++b, nibbles += 32, to += 64) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles));
+      const __m512i pairs = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+      const __m512i codes = _mm512_and_si512(pairs, nibble);
+      const __m512i l = _mm512_shuffle_epi8(low, codes), h = _mm512_shuffle_epi8(high, codes);
+      const __m512i first = _mm512_mulhrs_epi16(_mm512_unpacklo_epi8(l, h), factor[b][0]);
+      const __m512i last = _mm512_mulhrs_epi16(_mm512_unpackhi_epi8(l, h), factor[b][1]);
+      _mm512_storeu_si512(to, _mm512_packs_epi16(first, last));
+    }
+  }
+}
 
-inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
+inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
 // The levels of COUNT rows. Several rows in one loop hide one another's latencies.
 template <int COUNT>
@@ -30,7 +66,7 @@ void find_levels(int64_t k, int32_t steps, const float* x, Int8Levels* levels) {
   }
   if (c < k) {
     FEDMS_UNROLL for (int i = 0; i < COUNT; ++i) {
-      const __m512i v = _mm512_maskz_loadu_epi32(first(k - c), x + i * k + c);
+      const __m512i v = _mm512_maskz_loadu_epi32(lanes(k - c), x + i * k + c);
       high[i] = _mm512_max_epi32(high[i], v);
       low[i] = _mm512_max_epu32(low[i], v);
     }
@@ -60,7 +96,7 @@ void quantize_row(int64_t k, const Int8Levels& levels, const float* x, uint8_t* 
     _mm512_storeu_si512(to + c, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words0, words1)));
   }
   for (; c < k; c += 16) {
-    const __mmask16 mask = first(k - c);
+    const __mmask16 mask = lanes(k - c);
     _mm512_mask_cvtusepi32_storeu_epi8(to + c, mask, quantized(_mm512_maskz_loadu_ps(mask, x + c)));
   }
 }

@@ -48,6 +48,7 @@ inline void sums(const Vec* v, float* to) {
 
 }  // namespace
 
-const LoraKernels lora_avx512 = {dots<float>, dots<Fp16>, dots<Bf16>, expand, reduce, dropout};
+const LoraKernels lora_avx512 = {dots<float>, dots<Fp16>, dots<Bf16>, expand, reduce, expand_few, dots_few, outer_few,
+                                   dropout};
 
 }  // namespace fedms

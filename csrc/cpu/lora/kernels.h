@@ -23,6 +23,15 @@ struct LoraKernels {
   // g[j][c] += sum over i of s[i][j] * x[i][c],   i < m, j < r, c < n
   void (*reduce)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* x, int64_t x_stride,
                  float* g, int64_t g_stride);
+  // The three products of few rows with a matrix b (n, r) as it lies, without its transpose:
+  //   y[i][c] += sum over j of s[i][j] * b[c][j],   u[i][j] = sum over c of y[i][c] * b[c][j],
+  //   g[c][j] = sum over i of y[i][c] * s[i][j],   i < m, j < r, c < n
+  void (*expand_few)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* b, float* y,
+                     int64_t y_stride);
+  void (*dots_few)(int64_t m, int64_t r, int64_t n, const float* y, int64_t y_stride, const float* b, float* u,
+                   int64_t u_stride);
+  void (*outer_few)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* y, int64_t y_stride,
+                    float* g);
   // to[c] = or += kept(first + c) ? from[c] / (1 - p) : 0,   c < n
   void (*dropout)(double p, uint64_t seed, uint64_t first, int64_t n, const float* from, float* to, bool add);
 };

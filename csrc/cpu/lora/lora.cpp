@@ -32,12 +32,40 @@ int threads_for(const Lora& lora, int64_t tasks) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(useful, omp_get_max_threads())));
 }
 
+// s (m, R) = x A^T with dropout.
+void shrink(const Lora& lora, const std::vector<const float*>& a, int64_t first, int64_t count, const float* x, float* s,
+            float* masked) {
+  const int64_t r = lora.total_rank(), k = lora.k;
+  if (lora.dropout_p == 0) {
+    lora_kernels().dots(count, r, k, x + first * k, k, a.data(), s + first * r, r);
+    return;
+  }
+  for (int64_t i = first; i < first + count; i += MASKED_ROWS) {
+    const int64_t rows = std::min(MASKED_ROWS, first + count - i);
+    drop_rows(lora, i, rows, 0, k, x + i * k, k, masked, k, false);
+    lora_kernels().dots(rows, r, k, masked, k, a.data(), s + i * r, r);
+  }
+}
+
+void forward_few(const Lora& lora, const float* x, float* s, float* y) {
+  const int64_t m = lora.m, r = lora.total_rank();
+  const std::unique_ptr<float[]> masked = buffer(lora.dropout_p > 0 ? m * lora.k : 0), weighed = buffer(m * r);
+  shrink(lora, rows_of_a(lora), 0, m, x, s, masked.get());
+  weigh(lora, 0, m, s, weighed.get());
+  const float* part = weighed.get();
+  for (const LoraExpert& expert : lora.experts) {
+    lora_kernels().expand_few(m, expert.rank, lora.n, part, r, expert.b, y, lora.n);
+    part += expert.rank;
+  }
+}
+
 }  // namespace
 
 void lora_forward(const Lora& lora, const float* x, float* s, float* y) {
   const LoraKernels& kernel = lora_kernels();
   const int64_t m = lora.m, n = lora.n, k = lora.k, r = lora.total_rank();
   if (m == 0 || r == 0) return;
+  if (m <= FEW_ROWS) return forward_few(lora, x, s, y);
   const std::vector<const float*> a = rows_of_a(lora);
   const TransposedB b(lora);
   const int64_t chunk = chunk_for(m);
@@ -54,20 +82,172 @@ void lora_forward(const Lora& lora, const float* x, float* s, float* y) {
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = c * chunk, count = std::min(chunk, m - first);
-      if (lora.dropout_p > 0) {
-        for (int64_t i = first; i < first + count; i += MASKED_ROWS) {
-          const int64_t rows = std::min(MASKED_ROWS, first + count - i);
-          drop_rows(lora, i, rows, 0, k, x + i * k, k, masked, k, false);
-          kernel.dots(rows, r, k, masked, k, a.data(), s + i * r, r);
-        }
-      } else {
-        kernel.dots(count, r, k, x + first * k, k, a.data(), s + first * r, r);
-      }
+      shrink(lora, a, first, count, x, s, masked);
       weigh(lora, first, count, s + first * r, weighed);
       kernel.expand(count, r, n, weighed, r, b.rows.data(), y + first * n, n);
     }
   }
 }
+
+namespace {
+
+// One backward pass. What is not needed is null.
+struct Backward {
+  const Lora& lora;
+  const float *dy, *x, *s;
+  const LoraGradients& out;
+  bool needs_da, needs_db;
+  float* ds;                       // (m, R): dy B, then also times scale and gate
+  float* weighed;                  // (m, R): S times scale and gate
+  bool has_u;                      // ds holds dy B already
+  const TransposedB* b = nullptr;  // where dy B is to be made from many rows
+  std::vector<const float*> a;
+
+  bool needs_ds() const { return needs_da || out.dx || out.dgate; }
+  int64_t rank() const { return lora.total_rank(); }
+};
+
+void gate_gradient(const Backward& pass, int64_t first, int64_t count) {
+  const int64_t r = pass.rank(), experts = static_cast<int64_t>(pass.lora.experts.size());
+  const float *s = pass.s + first * r, *u = pass.ds + first * r;
+  for (int64_t i = first; i < first + count; ++i) {
+    for (int64_t e = 0; e < experts; ++e) {
+      float sum = 0;
+      for (int64_t j = 0; j < pass.lora.experts[e].rank; ++j) sum += *s++ * *u++;
+      pass.out.dgate[i * experts + e] = pass.lora.experts[e].scale * sum;
+    }
+  }
+}
+
+// dx += dS A, with dropout on it.
+void input_gradient(const Backward& pass, int64_t first, int64_t count, float* scratch) {
+  const Lora& lora = pass.lora;
+  const int64_t r = pass.rank(), k = lora.k;
+  const float* ds = pass.ds + first * r;
+  if (lora.dropout_p == 0) {
+    lora_kernels().expand(count, r, k, ds, r, pass.a.data(), pass.out.dx + first * k, k);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += MASKED_ROWS) {
+    const int64_t rows = std::min(MASKED_ROWS, count - i);
+    std::fill_n(scratch, rows * k, 0.0f);
+    lora_kernels().expand(rows, r, k, ds + i * r, r, pass.a.data(), scratch, k);
+    drop_rows(lora, first + i, rows, 0, k, scratch, k, pass.out.dx + (first + i) * k, k, true);
+  }
+}
+
+// dS, dgate and dx of some rows, which no other rows have a part in.
+void row_gradients(const Backward& pass, int64_t first, int64_t count, float* scratch) {
+  const Lora& lora = pass.lora;
+  const int64_t r = pass.rank(), n = lora.n;
+  if (pass.needs_db) weigh(lora, first, count, pass.s + first * r, pass.weighed + first * r);
+  if (!pass.needs_ds()) return;
+  float* const ds = pass.ds + first * r;
+  if (!pass.has_u && pass.b) lora_kernels().dots(count, r, n, pass.dy + first * n, n, pass.b->rows.data(), ds, r);
+  if (pass.out.dgate) gate_gradient(pass, first, count);
+  weigh(lora, first, count, ds, ds);
+  if (pass.out.dx) input_gradient(pass, first, count, scratch);
+}
+
+// Columns first .. first + count - 1 of every dA = dS^T x that is needed.
+void a_gradients(const Backward& pass, int64_t first, int64_t count, float* scratch) {
+  const Lora& lora = pass.lora;
+  const int64_t r = pass.rank(), k = lora.k, experts = static_cast<int64_t>(lora.experts.size());
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int64_t j = 0; pass.out.da[e] && j < lora.experts[e].rank; ++j) std::fill_n(pass.out.da[e] + j * k + first, count, 0.0f);
+  }
+  for (int64_t i = 0; i < lora.m; i += SUMMED_ROWS) {
+    const int64_t rows = std::min(SUMMED_ROWS, lora.m - i);
+    const float* from = pass.x + i * k + first;
+    int64_t stride = k;
+    if (lora.dropout_p > 0) {
+      drop_rows(lora, i, rows, first, count, from, k, scratch, COLUMNS, false);
+      from = scratch;
+      stride = COLUMNS;
+    }
+    const float* part = pass.ds + i * r;
+    for (int64_t e = 0; e < experts; part += lora.experts[e].rank, ++e) {
+      if (!pass.out.da[e]) continue;
+      lora_kernels().reduce(rows, lora.experts[e].rank, count, part, r, from, stride, pass.out.da[e] + first, k);
+    }
+  }
+}
+
+// Rows first .. first + count - 1 of every dB = dy^T (S times scale and gate) that is needed.
+void b_gradients(const Backward& pass, int64_t first, int64_t count, float* scratch) {
+  const Lora& lora = pass.lora;
+  const int64_t r = pass.rank(), n = lora.n, experts = static_cast<int64_t>(lora.experts.size());
+  std::fill_n(scratch, r * COLUMNS, 0.0f);
+  for (int64_t i = 0; i < lora.m; i += SUMMED_ROWS) {
+    const int64_t rows = std::min(SUMMED_ROWS, lora.m - i);
+    int64_t j = 0;
+    for (int64_t e = 0; e < experts; j += lora.experts[e].rank, ++e) {
+      if (!pass.out.db[e]) continue;
+      lora_kernels().reduce(rows, lora.experts[e].rank, count, pass.weighed + i * r + j, r, pass.dy + i * n + first, n,
+                            scratch + j * COLUMNS, COLUMNS);
+    }
+  }
+  const float* from = scratch;
+  for (int64_t e = 0; e < experts; from += lora.experts[e].rank * COLUMNS, ++e) {
+    const int64_t rank = lora.experts[e].rank;
+    for (int64_t c = 0; pass.out.db[e] && c < count; ++c)
+      for (int64_t j = 0; j < rank; ++j) pass.out.db[e][(first + c) * rank + j] = from[j * COLUMNS + c];
+  }
+}
+
+// On one thread, with B as it lies.
+void backward_few(const Backward& pass) {
+  const Lora& lora = pass.lora;
+  const int64_t m = lora.m, n = lora.n, k = lora.k, r = pass.rank();
+  if (pass.needs_ds() && !pass.has_u) {
+    float* u = pass.ds;
+    for (const LoraExpert& expert : lora.experts) {
+      lora_kernels().dots_few(m, expert.rank, n, pass.dy, n, expert.b, u, r);
+      u += expert.rank;
+    }
+  }
+  const std::unique_ptr<float[]> scratch = buffer(lora.dropout_p > 0 ? std::max(m * k, SUMMED_ROWS * COLUMNS) : 0);
+  row_gradients(pass, 0, m, scratch.get());
+  for (int64_t first = 0; pass.needs_da && first < k; first += COLUMNS) {
+    a_gradients(pass, first, std::min(COLUMNS, k - first), scratch.get());
+  }
+  const float* part = pass.weighed;
+  for (size_t e = 0; e < lora.experts.size(); part += lora.experts[e].rank, ++e) {
+    if (pass.out.db[e]) lora_kernels().outer_few(m, lora.experts[e].rank, n, part, r, pass.dy, n, pass.out.db[e]);
+  }
+}
+
+void backward_many(const Backward& pass) {
+  const Lora& lora = pass.lora;
+  const int64_t m = lora.m, n = lora.n, k = lora.k;
+  const int64_t chunk = chunk_for(m);
+  const int64_t chunks = (m + chunk - 1) / chunk;
+  const int64_t a_tasks = pass.needs_da ? (k + COLUMNS - 1) / COLUMNS : 0;
+  const int64_t b_tasks = pass.needs_db ? (n + COLUMNS - 1) / COLUMNS : 0;
+  const int threads = threads_for(lora, std::max(chunks, a_tasks + b_tasks));
+  const int64_t masked_size = lora.dropout_p > 0 ? std::max(MASKED_ROWS * k, SUMMED_ROWS * COLUMNS) : 0;
+  const int64_t scratch_size = std::max(pass.rank() * COLUMNS, masked_size);
+  const std::unique_ptr<float[]> scratch_of_all = buffer(threads * scratch_size);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* const scratch = scratch_of_all.get() + omp_get_thread_num() * scratch_size;
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks; ++c) row_gradients(pass, c * chunk, std::min(chunk, m - c * chunk), scratch);
+    // Here is a barrier: dA and dB need every row.
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < a_tasks + b_tasks; ++task) {
+      const int64_t first = (task < a_tasks ? task : task - a_tasks) * COLUMNS;
+      if (task < a_tasks) {
+        a_gradients(pass, first, std::min(COLUMNS, k - first), scratch);
+      } else {
+        b_gradients(pass, first, std::min(COLUMNS, n - first), scratch);
+      }
+    }
+  }
+}
+
+}  // namespace
 
 void lora_backward(const Lora& lora, const float* dy, const float* x, const float* s, const LoraGradients& out) {
   lora_backward_from(lora, dy, x, s, nullptr, out);
@@ -75,111 +255,19 @@ void lora_backward(const Lora& lora, const float* dy, const float* x, const floa
 
 void lora_backward_from(const Lora& lora, const float* dy, const float* x, const float* s, float* u,
                         const LoraGradients& out) {
-  const LoraKernels& kernel = lora_kernels();
-  const int64_t m = lora.m, n = lora.n, k = lora.k, r = lora.total_rank();
-  const int64_t experts = static_cast<int64_t>(lora.experts.size());
   const auto needed = [](const float* gradient) { return gradient != nullptr; };
-  const bool needs_da = std::any_of(out.da.begin(), out.da.end(), needed);
-  const bool needs_db = std::any_of(out.db.begin(), out.db.end(), needed);
-  const bool needs_ds = needs_da || out.dx || out.dgate;
-
-  const std::vector<const float*> a = rows_of_a(lora);
+  Backward pass{lora, dy, x, s, out, std::any_of(out.da.begin(), out.da.end(), needed),
+                std::any_of(out.db.begin(), out.db.end(), needed), u, nullptr, u != nullptr, nullptr, rows_of_a(lora)};
+  const int64_t size = lora.m * pass.rank();
+  const bool makes_u = pass.needs_ds() && !u;
+  const std::unique_ptr<float[]> own_u = buffer(makes_u ? size : 0), weighed = buffer(pass.needs_db ? size : 0);
+  if (makes_u) pass.ds = own_u.get();
+  pass.weighed = weighed.get();
+  if (lora.m <= FEW_ROWS) return backward_few(pass);
   std::unique_ptr<TransposedB> b;
-  std::unique_ptr<float[]> own_u;
-  const bool needs_u = needs_ds && !u;
-  if (needs_u) {
-    b = std::make_unique<TransposedB>(lora);
-    own_u = buffer(m * r);
-    u = own_u.get();
-  }
-  float* const ds = u;  // dy B, then also times scale and gate
-  const std::unique_ptr<float[]> weighed = buffer(needs_db ? m * r : 0);  // S times scale and gate
-
-  const int64_t chunk = chunk_for(m);
-  const int64_t chunks = (m + chunk - 1) / chunk;
-  const int64_t a_tasks = needs_da ? (k + COLUMNS - 1) / COLUMNS : 0;
-  const int64_t b_tasks = needs_db ? (n + COLUMNS - 1) / COLUMNS : 0;
-  const int threads = threads_for(lora, std::max(chunks, a_tasks + b_tasks));
-  const int64_t scratch_size =
-      std::max({r * COLUMNS, lora.dropout_p > 0 ? MASKED_ROWS * k : 0, lora.dropout_p > 0 ? SUMMED_ROWS * COLUMNS : 0});
-  const std::unique_ptr<float[]> scratch_of_all = buffer(threads * scratch_size);
-
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* scratch = scratch_of_all.get() + omp_get_thread_num() * scratch_size;
-
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = c * chunk, count = std::min(chunk, m - first);
-      if (needs_db) weigh(lora, first, count, s + first * r, weighed.get() + first * r);
-      if (!needs_ds) continue;
-      float* u_rows = ds + first * r;
-      if (needs_u) kernel.dots(count, r, n, dy + first * n, n, b->rows.data(), u_rows, r);
-      if (out.dgate) {
-        const float *su = s + first * r, *uu = u_rows;
-        for (int64_t i = first; i < first + count; ++i) {
-          for (int64_t e = 0; e < experts; ++e) {
-            float sum = 0;
-            for (int64_t j = 0; j < lora.experts[e].rank; ++j) sum += *su++ * *uu++;
-            out.dgate[i * experts + e] = lora.experts[e].scale * sum;
-          }
-        }
-      }
-      weigh(lora, first, count, u_rows, u_rows);
-      if (out.dx && lora.dropout_p > 0) {
-        for (int64_t i = 0; i < count; i += MASKED_ROWS) {
-          const int64_t rows = std::min(MASKED_ROWS, count - i);
-          std::fill_n(scratch, rows * k, 0.0f);
-          kernel.expand(rows, r, k, u_rows + i * r, r, a.data(), scratch, k);
-          drop_rows(lora, first + i, rows, 0, k, scratch, k, out.dx + (first + i) * k, k, true);
-        }
-      } else if (out.dx) {
-        kernel.expand(count, r, k, u_rows, r, a.data(), out.dx + first * k, k);
-      }
-    }  // the implicit barrier: dA and dB need every row
-
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < a_tasks + b_tasks; ++task) {
-      if (task < a_tasks) {
-        const int64_t first = task * COLUMNS, count = std::min(COLUMNS, k - first);
-        for (int64_t e = 0; e < experts; ++e) {
-          for (int64_t j = 0; out.da[e] && j < lora.experts[e].rank; ++j) std::fill_n(out.da[e] + j * k + first, count, 0.0f);
-        }
-        for (int64_t i = 0; i < m; i += SUMMED_ROWS) {
-          const int64_t rows = std::min(SUMMED_ROWS, m - i);
-          const float* from = x + i * k + first;
-          int64_t stride = k;
-          if (lora.dropout_p > 0) {
-            drop_rows(lora, i, rows, first, count, from, k, scratch, COLUMNS, false);
-            from = scratch;
-            stride = COLUMNS;
-          }
-          const float* part = ds + i * r;
-          for (int64_t e = 0; e < experts; part += lora.experts[e].rank, ++e) {
-            if (out.da[e]) kernel.reduce(rows, lora.experts[e].rank, count, part, r, from, stride, out.da[e] + first, k);
-          }
-        }
-      } else {
-        const int64_t first = (task - a_tasks) * COLUMNS, count = std::min(COLUMNS, n - first);
-        std::fill_n(scratch, r * COLUMNS, 0.0f);
-        for (int64_t i = 0; i < m; i += SUMMED_ROWS) {
-          const int64_t rows = std::min(SUMMED_ROWS, m - i);
-          int64_t j = 0;
-          for (int64_t e = 0; e < experts; j += lora.experts[e].rank, ++e) {
-            if (!out.db[e]) continue;
-            kernel.reduce(rows, lora.experts[e].rank, count, weighed.get() + i * r + j, r, dy + i * n + first, n,
-                          scratch + j * COLUMNS, COLUMNS);
-          }
-        }
-        const float* from = scratch;
-        for (int64_t e = 0; e < experts; from += lora.experts[e].rank * COLUMNS, ++e) {
-          const int64_t rank = lora.experts[e].rank;
-          for (int64_t c = 0; out.db[e] && c < count; ++c)
-            for (int64_t j = 0; j < rank; ++j) out.db[e][(first + c) * rank + j] = from[j * COLUMNS + c];
-        }
-      }
-    }
-  }
+  if (makes_u) b = std::make_unique<TransposedB>(lora);
+  pass.b = b.get();
+  backward_many(pass);
 }
 
 }  // namespace fedms

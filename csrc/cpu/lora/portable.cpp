@@ -54,6 +54,7 @@ inline void sums(const Vec* v, float* to) {
 
 }  // namespace
 
-const LoraKernels lora_portable = {dots<float>, dots<Fp16>, dots<Bf16>, expand, reduce, dropout};
+const LoraKernels lora_portable = {dots<float>, dots<Fp16>, dots<Bf16>, expand, reduce, expand_few, dots_few, outer_few,
+                                   dropout};
 
 }  // namespace fedms

@@ -30,12 +30,28 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-struct ExchangeApi {
+struct Version {
   uint32_t major, minor;
+};
+
+// A tensor with its owner; whoever holds it calls `deleter`, unless it is given to managed_to_py_object.
+struct ManagedTensor {
+  Version version;
+  void* owner;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  Tensor tensor;
+};
+
+struct ExchangeApi {
+  Version version;
   ExchangeApi* previous;
-  void* allocate;
+  // Makes an uninitialized tensor of the prototype's device, dtype and shape. 0, or -1 after a call of set_error.
+  int (*allocate)(Tensor* prototype, ManagedTensor** out, void* context,
+                  void (*set_error)(void* context, const char* kind, const char* message));
   void* managed_from_py_object;
-  void* managed_to_py_object;
+  // Gives the tensor to a new Python object. 0, or -1 with a Python exception set.
+  int (*managed_to_py_object)(ManagedTensor* tensor, void** out_py_object);
   // Describes a tensor without taking part in its ownership. 0, or -1 with a Python exception set. May be null.
   int (*tensor_from_py_object)(void* py_object, Tensor* out);
   void* current_work_stream;

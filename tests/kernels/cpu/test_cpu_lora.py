@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import _C, philox_mask, reference
@@ -228,7 +228,7 @@ def test_no_rows():
 
 @pytest.mark.parametrize("use_exchange", [True, False])
 def test_refused_operands(use_exchange):
-    if _C.set_tensor_type(Tensor, use_exchange) != use_exchange:
+    if _C.set_tensor_types(Tensor, nn.Parameter, use_exchange) != use_exchange:
         pytest.skip("this torch has no DLPack exchange API")
     try:
         case = Case(m=4, n=5, k=6, ranks=[2], gate="both")
@@ -262,7 +262,7 @@ def test_refused_operands(use_exchange):
         with pytest.raises(ValueError, match="dropout_p"):
             call(p=1.0)
     finally:
-        _C.set_tensor_type(Tensor)
+        _C.set_tensor_types(Tensor, nn.Parameter)
 
 
 def test_unknown_isa():

@@ -1,0 +1,258 @@
+// Times every CPU kernel on one thread beside what the machine allows: the rates of its instructions from registers alone, and
+// the bandwidth of the cache that a kernel's operands fit into. roofline.py builds and runs it, and makes a table of it.
+//
+// A line of the output, separated by tabs: what, instruction set, kernel, shape, unit of arithmetic, multiply-adds, bytes,
+// bytes of the working set, median seconds, 20th and 80th percentile. `what` is "peak" (multiply-adds a second follow),
+// "bandwidth" (a working set, and bytes a second) or "kernel".
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <omp.h>
+
+#include "cpu/int8/kernels.h"
+#include "cpu/lora/operands.h"
+#include "fedms/half.h"
+#include "fedms/int8.h"
+#include "fedms/isa.h"
+#include "fedms/lora.h"
+
+namespace {
+
+using namespace fedms;
+
+double now() {  // CPU time of this thread: other processes do not count
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+struct Timing {
+  double median, p20, p80;
+};
+
+template <class Call>
+Timing time_of(const Call& call, double turn = 1e-3, int turns = 31) {
+  call();
+  double start = now();
+  call();
+  const int repeats = std::max(1, static_cast<int>(turn / std::max(now() - start, 1e-9)));
+  std::vector<double> taken;
+  for (int i = 0; i < turns; ++i) {
+    start = now();
+    for (int j = 0; j < repeats; ++j) call();
+    taken.push_back((now() - start) / repeats);
+  }
+  std::sort(taken.begin(), taken.end());
+  return {taken[turns / 2], taken[turns / 5], taken[turns * 4 / 5]};
+}
+
+// Twelve independent sums hide the latency of every instruction below.
+#define TWELVE(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
+#define FMA_ZMM(i) "vfmadd231ps %%zmm15, %%zmm14, %%zmm" #i "\n"
+#define DOT_ZMM(i) "vpdpbusd %%zmm15, %%zmm14, %%zmm" #i "\n"
+#define FMA_YMM(i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n"
+#define DOT_YMM(i) "{vex} vpdpbusd %%ymm15, %%ymm14, %%ymm" #i "\n"
+#define WORDS(i) "vpmaddwd %%ymm15, %%ymm14, %%ymm13\n vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
+#define BYTES(i)                                                                                     \
+  "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n vpmaddwd %%ymm12, %%ymm13, %%ymm13\n vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
+
+constexpr long PEAK_TURNS = 10000;
+#define PEAK(NAME, STEP)                                                                                              \
+  void NAME() {                                                                                                       \
+    long turns = PEAK_TURNS;                                                                                          \
+    asm volatile("1:\n" TWELVE(STEP) "sub $1, %0\n jnz 1b\n vzeroupper"                                               \
+                 : "+r"(turns)::"cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",  \
+                   "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                                             \
+  }
+
+#ifdef FEDMS_X86
+PEAK(fma_zmm, FMA_ZMM)
+PEAK(dot_zmm, DOT_ZMM)
+PEAK(fma_ymm, FMA_YMM)
+PEAK(dot_ymm, DOT_YMM)
+PEAK(words, WORDS)
+PEAK(bytes, BYTES)
+#endif
+
+void print_peak(const char* isa, const char* unit, void (*loop)(), int products) {
+  const Timing t = time_of(loop);
+  std::printf("peak\t%s\t%s\t%.6g\n", isa, unit, 12.0 * PEAK_TURNS * products / t.p20);
+}
+
+void print_peaks() {
+#ifdef FEDMS_X86
+  if (available(Isa::avx512)) print_peak("avx512", "fp32", fma_zmm, 16);
+  if (avx512_has_vnni()) print_peak("avx512", "int8", dot_zmm, 64), print_peak("avx512", "4-bit", dot_zmm, 64);
+  if (available(Isa::avxvnni)) print_peak("avxvnni", "int8", dot_ymm, 32), print_peak("avxvnni", "4-bit", dot_ymm, 32);
+  if (available(Isa::avxvnni)) print_peak("avxvnni", "fp32", fma_ymm, 8);
+  if (available(Isa::avx2)) {
+    print_peak("avx2", "fp32", fma_ymm, 8);
+    print_peak("avx2", "int8", words, 16);
+    print_peak("avx2", "4-bit", bytes, 32);
+  }
+#endif
+}
+
+void print_bandwidths() {
+  for (int64_t kib : {16, 512, 4096, 65536}) {  // within L1, L2, L3 of most machines, and memory
+    std::vector<float> data(kib * 256, 1.0f);
+    // The kernel that reads most, fp32 rows times one row: 16 rows, so that the other operand is small.
+    const int64_t k = static_cast<int64_t>(data.size()) / 8;
+    std::vector<const float*> rows;
+    for (int j = 0; j < 8; ++j) rows.push_back(&data[j * k]);
+    std::vector<float> sums(8);
+    const int64_t step = std::min<int64_t>(k, 512);
+    const auto read = [&] {
+      std::vector<const float*> part = rows;
+      for (int64_t c = 0; c < k; c += step) {
+        lora_kernels().dots(1, 8, step, data.data(), step, part.data(), sums.data(), 8);
+        for (const float*& row : part) row += step;
+      }
+    };
+    std::printf("bandwidth\t%lld\t%.6g\n", static_cast<long long>(kib * 1024), static_cast<double>(kib * 1024) / time_of(read).p20);
+  }
+}
+
+void report(const char* kernel, const std::string& shape, const char* unit, double macs, double bytes, double working_set,
+            const std::function<void()>& call) {
+  const Timing t = time_of(call);
+  std::printf("kernel\t%s\t%s\t%s\t%s\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\n", name(isa()), kernel, shape.c_str(), unit, macs, bytes,
+              working_set, t.median, t.p20, t.p80);
+  std::fflush(stdout);
+}
+
+std::vector<float> values(int64_t count) {
+  std::vector<float> out(count);
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>((i * 37 + 11) % 101) / 50.0f - 1.0f;
+  return out;
+}
+
+std::vector<const float*> rows_of(const std::vector<float>& matrix, int64_t rows) {
+  std::vector<const float*> out;
+  for (int64_t i = 0; i < rows; ++i) out.push_back(&matrix[i * static_cast<int64_t>(matrix.size()) / rows]);
+  return out;
+}
+
+std::string shape_of(int64_t m, int64_t k, int64_t n, int64_t r = 0) {
+  return std::to_string(m) + "; " + std::to_string(k) + " -> " + std::to_string(n) + (r ? ", r = " + std::to_string(r) : "");
+}
+
+// The three products of the LoRA branch, its dropout, and the fp32 and 16-bit products of few rows.
+void lora_kernel_rows() {
+  const LoraKernels& kernel = lora_kernels();
+  const int64_t m = 48;
+  for (const auto& [width, r] : {std::pair<int64_t, int64_t>{384, 8}, {768, 8}, {768, 32}, {3072, 8}}) {
+    const std::vector<float> x = values(m * width), a = values(r * width);
+    std::vector<float> s(m * r), y(m * width), g(r * width);
+    const std::vector<const float*> rows = rows_of(a, r);
+    const double macs = static_cast<double>(m * r * width), read = 4.0 * static_cast<double>((m + r) * width + m * r);
+    report("lora dots (S = x A^T)", shape_of(m, width, r), "fp32", macs, read, read,
+           [&] { kernel.dots(m, r, width, x.data(), width, rows.data(), s.data(), r); });
+    report("lora expand (y += S B^T)", shape_of(m, r, width), "fp32", macs, read + 4.0 * static_cast<double>(m * width), read,
+           [&] { kernel.expand(m, r, width, s.data(), r, rows.data(), y.data(), width); });
+    report("lora reduce (dA += S^T x)", shape_of(m, r, width), "fp32", macs, read + 4.0 * static_cast<double>(r * width), read,
+           [&] { kernel.reduce(m, r, width, s.data(), r, x.data(), width, g.data(), width); });
+  }
+  const std::vector<float> x = values(3072);
+  std::vector<float> y(3072);
+  report("dropout", "3072 values", "none", 0, 8.0 * 3072, 8.0 * 3072,
+         [&] { kernel.dropout(0.1, 7, 5, 3072, x.data(), y.data(), false); });
+}
+
+void few_rows_rows() {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{1, 768, 768}, {4, 768, 768}, {1, 576, 1536}}) {
+    const std::vector<float> x = values(m * k), w = values(n * k), dy = values(m * n);
+    const std::vector<uint16_t> half(n * k, 0x3800);
+    std::vector<float> y(m * n), dx(m * k);
+    const double macs = static_cast<double>(m * n * k), weight = static_cast<double>(n * k);
+    report("few rows, fp32 weight, forward", shape_of(m, k, n), "fp32", macs, 4 * weight, 4 * weight,
+           [&] { few_rows_forward(m, n, k, x.data(), w.data(), nullptr, y.data()); });
+    report("few rows, fp32 weight, backward", shape_of(m, k, n), "fp32", macs, 4 * weight, 4 * weight,
+           [&] { few_rows_backward(m, n, k, dy.data(), w.data(), dx.data()); });
+    report("few rows, fp16 weight", shape_of(m, k, n), "fp32", macs, 2 * weight, 2 * weight,
+           [&] { half_forward(m, n, k, x.data(), reinterpret_cast<const Fp16*>(half.data()), nullptr, y.data()); });
+    report("few rows, bf16 weight", shape_of(m, k, n), "fp32", macs, 2 * weight, 2 * weight,
+           [&] { half_forward(m, n, k, x.data(), reinterpret_cast<const Bf16*>(half.data()), nullptr, y.data()); });
+  }
+}
+
+// Whole layers with one expert of rank r, and without an expert (r = 0): int8 and 4 bits, forward and backward.
+void layer_rows(int64_t m, int64_t k, int64_t n, int64_t r) {
+  const std::vector<float> x = values(m * k), dy = values(m * n), a = values(r * k), b = values(n * r), scale(std::max(n, k), 0.01f);
+  std::vector<float> s(m * r), y(m * n), dx(m * k), da(r * k), db(n * r);
+  std::vector<int8_t> q(n * k);
+  for (int64_t i = 0; i < n * k; ++i) q[i] = static_cast<int8_t>(i * 37 % 255 - 127);
+  std::vector<uint8_t> packed(int8_packed_size(n, k)), transposed(int8_packed_size(k, n)), packed_4bit(nibbles_packed_size(n, k, 64));
+  int8_pack(n, k, q.data(), packed.data());
+  int8_pack(k, n, q.data(), transposed.data());
+  float levels[16];
+  for (int i = 0; i < 16; ++i) levels[i] = static_cast<float>(i - 8) / 8.0f;
+  const std::vector<uint8_t> codes(n * ((k + 1) / 2), 0x5a);
+  const std::vector<float> groups(n * ((k + 63) / 64), 0.01f);
+  nibbles_pack(n, k, 64, levels, codes.data(), groups.data(), packed_4bit.data());
+
+  Lora lora;
+  lora.m = m;
+  lora.n = n;
+  lora.k = k;
+  if (r > 0) lora.experts.push_back({r, 2.0f, a.data(), b.data()});
+  const Int8Weight weight{packed.data(), static_cast<int64_t>(packed.size()), scale.data(), nullptr};
+  const Int8Weight weight_t{transposed.data(), static_cast<int64_t>(transposed.size()), scale.data(), nullptr};
+  const Int8Weight weight_4bit{packed_4bit.data(), static_cast<int64_t>(packed_4bit.size()), nullptr, nullptr};
+  LoraGradients gradients;
+  gradients.dx = dx.data();
+  if (r > 0) gradients.da.push_back(da.data()), gradients.db.push_back(db.data());
+
+  // What LoRA multiplies counts as if in int8: its products in fp32 are apart in the rows above.
+  const double rows = static_cast<double>(4 * m * (k + n)), frozen = static_cast<double>(m) * static_cast<double>(n * k);
+  const double pairs = 4.0 * static_cast<double>(r * (n + k)), bytes = static_cast<double>(n * k) + rows + pairs;
+  report("int8 layer, forward", shape_of(m, k, n, r), "int8", frozen, bytes, bytes,
+         [&] { int8_forward(weight, lora, x.data(), s.data(), y.data()); });
+  report("int8 layer, backward", shape_of(m, k, n, r), "int8", frozen, bytes + rows + pairs, bytes,
+         [&] { int8_backward(weight_t, lora, dy.data(), x.data(), s.data(), gradients); });
+  report("4-bit layer, forward", shape_of(m, k, n, r), "4-bit", frozen, bytes - 0.5 * static_cast<double>(n * k), bytes,
+         [&] { int8_forward(weight_4bit, lora, x.data(), s.data(), y.data()); });
+}
+
+void quantize_rows() {
+  std::vector<uint8_t> packed(int8_packed_size(64, 64));
+  for (int64_t k : {384, 768, 3072}) {
+    const int64_t m = PREPARED_ROWS;
+    const std::vector<float> x = values(m * k);
+    std::vector<int16_t> q(m * (k + 64));
+    std::vector<float> q_scale(m);
+    std::vector<int32_t> q_zero(m);
+    const Int8Kernels& kernels = int8_kernels();
+    const double bytes = static_cast<double>(m * k * (4 + kernels.q_size));
+    report("quantize x", std::to_string(m) + " rows of " + std::to_string(k), "none", 0, bytes, bytes, [&] {
+      kernels.quantize(m, k, kernels.most_steps, x.data(), q.data(), k + 64, q_scale.data(), q_zero.data());
+    });
+  }
+}
+
+}  // namespace
+
+int main() {
+  omp_set_num_threads(1);
+  print_peaks();
+  print_bandwidths();
+  for (Isa set : ALL_ISAS) {
+    if (!available(set) || set == Isa::portable) continue;
+    set_isa(name(set));
+    lora_kernel_rows();
+    few_rows_rows();
+    quantize_rows();
+    for (int64_t r : {0, 8}) {
+      for (const auto& [m, k, n] :
+           {std::array<int64_t, 3>{1, 768, 768}, {1, 576, 1536}, {16, 768, 768}, {64, 768, 768}, {2048, 384, 384}, {1576, 768, 3072}}) {
+        layer_rows(m, k, n, r);
+      }
+    }
+    layer_rows(2048, 384, 384, 32);
+  }
+}

@@ -1,0 +1,116 @@
+"""The plain case of `expert_linear` on a CPU: one C++ call a pass.
+
+At one row the kernels take a few microseconds, and the general way to them, which checks and converts every operand and goes
+through the choice of a backend, takes several times as long. Here a call goes straight to `_C.linear_forward`, which declines
+(None) whatever is not plain: a tensor that is not float32, not dense, of a subclass or elsewhere, and shapes that do not fit.
+A view whose values are to be negated when they are read is the one thing that it does not see. The caller then takes the general way, which computes the same, or names what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _C, backends
+from .operators import expert_linear, frozen as frozen_ops
+
+if TYPE_CHECKING:
+    from .nn.quantized_weight import QuantizedWeight
+
+
+def plain_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    gate: Tensor | None,
+) -> Tensor | None:
+    """y = x W^T + bias + the experts' branch, or None where the call is not plain.
+
+    Args:
+        x: (..., K).
+        weight: (N, K), a tensor or a quantized weight.
+        bias: (N,) or None.
+        lora_a: (r_e, K) of every applied expert.
+        lora_b: (N, r_e) of every applied expert.
+        scale: a number for every applied expert.
+        gate: (rows, experts), or None; only with an x of two dimensions.
+    """
+    if expert_linear.is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+        return None
+    is_full = isinstance(weight, Tensor)
+    data, data_scale = (weight, None) if is_full else weight.operands
+    for tensor in (x, bias, gate, *lora_a, *lora_b, data):
+        if tensor is not None and tensor.is_neg():
+            return None
+    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate)
+    if found is None:
+        return None
+    if torch.is_grad_enabled():
+        inputs = (x, gate, *lora_a, *lora_b)
+        needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
+        if True in needs:
+            if not is_full:
+                data, data_scale = weight.for_dx() if needs[0] else (None, None)
+            return _Plain.apply((*found, data, data_scale, None if is_full else weight, scale, needs), *inputs)
+    return found[0]
+
+
+class _Plain(torch.autograd.Function):
+    """Joins what `_C.linear_forward` has computed to autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
+        y, s, weight, weight_scale, ctx.frozen, ctx.scale, needs = call
+        experts = len(pairs) // 2
+        keep_x = True in needs[2 : 2 + experts]
+        keep_s = needs[1] or True in needs[2 + experts :]
+        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, weight, weight_scale, *pairs)
+        ctx.needs = needs
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        # Under `create_graph=True` the gradients must raise an error where they are differentiated again.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the call (None), x, the gate, every A and every B."""
+    x, s, gate, weight, weight_scale, *pairs = ctx.saved_tensors
+    experts = len(pairs) // 2
+    a, b = pairs[:experts], pairs[experts:]
+    if not expert_linear.is_observed() and not dy.is_neg():
+        found = _C.linear_backward(dy, x, weight, weight_scale, a, b, ctx.scale, gate, s, ctx.needs)
+        if found is not None:
+            return None, *found
+    return None, *_general_gradients(ctx, dy, x, s, gate, weight, weight_scale, a, b)
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+
+
+def _general_gradients(
+    ctx: Any, dy: Tensor, x: Tensor | None, s: Tensor | None, gate: Tensor | None, weight: Tensor | None,
+    weight_scale: Tensor | None, a: list[Tensor], b: list[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """Those of the operator, whose backward pass takes everything: a dy that is expanded from fewer values, say."""
+    needs, frozen = ctx.needs, ctx.frozen
+    rest = (
+        a, b, expert_linear.settled(ctx.scale), gate, None, s, 0.0, 0, needs[0], needs[1], needs[2 : 2 + len(a)],
+        needs[2 + len(a) :],
+    )  # fmt: skip
+    if frozen is None:
+        found = expert_linear.call(torch.ops.fedms_ext.expert_linear_backward, expert_linear._backward, dy, x, weight, *rest)
+    else:
+        found = expert_linear.call(
+            torch.ops.fedms_ext.frozen_linear_backward, frozen_ops._backward, dy, x, frozen.shape[1], weight, weight_scale,
+            frozen.kind, frozen.group, *rest,
+        )  # fmt: skip
+    gradients = iter(found)
+    return [next(gradients) if needed else None for needed in needs]

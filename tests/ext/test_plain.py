@@ -1,0 +1,175 @@
+"""The plain case of an expert layer on a CPU: one C++ call a pass, the same numbers as the general way, and what is declined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fedms_ext
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, _C, reference, use_backend
+from fedms_ext.plain import plain_linear
+
+EXCHANGE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+needs_exchange = pytest.mark.skipif(not EXCHANGE, reason="this torch has no DLPack exchange API")
+
+
+def layer_of(k, n, ranks=(3, 1), kind=None, bias=True):
+    layer = ExpertLinear(k, n, bias, experts={f"e{i}": LoRA(rank, 2 * rank + i) for i, rank in enumerate(ranks)})
+    for name, b in layer.lora_b.items():
+        nn.init.normal_(b)
+        layer.set_state(name, "trained")
+    if kind:
+        layer.freeze(QuantizedWeight(layer.weight, kind))
+    return layer
+
+
+def passes(layer, x, dy):
+    """y and the gradients of x and of every pair that is trained."""
+    pairs = [p for p in layer.parameters() if p.requires_grad]
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *pairs] if x.requires_grad else pairs, dy)]
+
+
+def generally(monkeypatch, layer, x, dy):
+    with monkeypatch.context() as patch:
+        patch.setattr("fedms_ext.nn.expert_linear.plain_linear", lambda *_: None)
+        return passes(layer, x, dy)
+
+
+def close(got, want, tolerance=2e-6):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a - b).norm() <= tolerance * max(b.norm().item(), 1e-30)
+
+
+@needs_exchange
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("rows", [(1,), (3,), (8,), (9,), (2, 5), (64,)])
+@pytest.mark.parametrize("k, n", [(1, 1), (13, 9), (70, 130), (128, 64)])
+def test_the_same_as_the_general_way(monkeypatch, kind, rows, k, n):
+    layer = layer_of(k, n, kind=kind)
+    x, dy = torch.randn(*rows, k, requires_grad=True), torch.randn(*rows, n)
+    close(passes(layer, x, dy), generally(monkeypatch, layer, x, dy))
+
+
+@needs_exchange
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+@pytest.mark.parametrize("k, n", [(1, 1), (17, 5), (100, 431), (768, 96)])
+@pytest.mark.parametrize("isa", fedms_ext.build_info()["isa_available"])
+def test_few_rows_in_float64(rows, k, n, isa):
+    """The fp32 product of few rows, forward and backward, against the definition; nothing is read from the outputs."""
+    before = fedms_ext.build_info()["isa_used"]
+    layer = layer_of(k, n, ranks=(2,))
+    x, dy = torch.randn(rows, k), torch.randn(rows, n)
+    a, b = layer.lora_a["e0"], layer.lora_b["e0"]
+    try:
+        _C.set_isa(isa)
+        found = _C.linear_forward(x, layer.weight, None, layer.bias, [a], [b], [2.5], None)
+        if isa == "portable":
+            assert found is None  # PyTorch's product is faster there
+            return
+        y, s = found
+        grads = _C.linear_backward(dy, x, layer.weight, None, [a], [b], [2.5], None, s, [True, False, True, True])
+    finally:
+        _C.set_isa(before)
+    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    want = reference.expert_linear(wide[0], layer.weight.double(), layer.bias.double(), [wide[1]], [wide[2]], [2.5])
+    close([y.double()], [want])
+    close([grads[i].double() for i in (0, 2, 3)], torch.autograd.grad(want, wide, dy.double()))
+    assert grads[1] is None
+
+
+@needs_exchange
+def test_bits_repeat_and_do_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    try:
+        for kind in (None, "int8"):
+            layer = layer_of(1024, 1100, kind=kind)
+            x, dy = torch.randn(4, 1024, requires_grad=True), torch.randn(4, 1100)
+            found = []
+            for count in (1, 2, 3, 1):
+                torch.set_num_threads(count)
+                found.append(passes(layer, x, dy))
+            for other in found[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_exchange
+def test_a_plain_call_is_one_cpp_call_a_pass(monkeypatch):
+    calls = []
+    for name in dir(_C):
+        if callable(getattr(_C, name)) and not name.startswith("__"):
+            function = getattr(_C, name)
+            monkeypatch.setattr(_C, name, lambda *a, _f=function, _n=name: calls.append(_n) or _f(*a))
+    layer = layer_of(16, 16, kind="int8")
+    layer.frozen.for_dx()
+    calls.clear()
+    passes(layer, torch.randn(1, 16, requires_grad=True), torch.randn(1, 16))
+    assert calls == ["linear_forward", "linear_backward"]
+
+
+@needs_exchange
+def test_what_is_not_plain_is_declined():
+    layer, x = layer_of(16, 8, kind="int8"), torch.randn(2, 16)
+
+    def call(x, frozen=layer.frozen, weight=None, bias=layer.bias, a=layer.lora_a["e0"], b=layer.lora_b["e0"]):
+        with torch.no_grad():
+            return plain_linear(x, frozen if weight is None else weight, bias, [a], [b], [1.0], None)
+
+    assert call(x) is not None
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    for odd in (
+        x.double(), x.bfloat16(), torch.randn(2, 32)[:, ::2], torch.randn(16, 2).T, torch.randn(2, 15), torch.randn(0, 16),
+        torch.tensor(1.0), x.as_subclass(Wrapped), x.to_sparse(), torch.empty(2, 16, device="meta"),
+        torch._neg_view(x),
+    ):  # fmt: skip
+        assert call(odd) is None
+    assert call(x, a=layer.lora_a["e0"].double()) is None and call(x, b=layer.lora_b["e0"][:7]) is None
+    assert call(x, bias=torch.randn(9)) is None
+    assert call(x, frozen=QuantizedWeight(torch.randn(8, 16), "fp16")) is None
+    assert call(torch.randn(9, 16), weight=torch.randn(8, 16)) is None  # more rows than the fp32 product is for
+    with use_backend("eager"):
+        assert call(x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(x) is None
+    with torch.profiler.profile():
+        assert call(x) is None
+    seen = []
+    torch.func.vmap(lambda rows: seen.append(call(rows)) or rows)(x.unsqueeze(0))
+    assert seen == [None]
+
+
+@needs_exchange
+def test_gradients_that_are_not_plain_and_second_ones(monkeypatch):
+    for kind in (None, "int8", "nf4"):
+        layer = layer_of(12, 10, kind=kind)
+        x = torch.randn(3, 12, requires_grad=True)
+        close(passes(layer, x, torch.ones(()).expand(3, 10)), generally(monkeypatch, layer, x, torch.ones(3, 10)))
+        dy = torch.ones(3, 10, requires_grad=True)
+        (dx,) = torch.autograd.grad(layer(x), x, dy, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+@needs_exchange
+def test_a_weight_that_has_changed_since_the_forward_pass_is_an_error():
+    layer, x = layer_of(12, 10), torch.randn(2, 12, requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_no_pair_applied_is_the_linear_layer():
+    layer, x = layer_of(12, 10), torch.randn(1, 12)
+    for name in layer.experts:
+        layer.set_state(name, "off")
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
