@@ -32,6 +32,7 @@ EXCEPTIONS = {
     ("fedms_ext.quantization.quantize", "nn"): "exchanges the layers of a model, which nn defines",
     ("fedms_ext.quantization.quantize", "sparse"): "finds the layers of a model as sparse does",
     ("fedms_ext.operators.frozen", "nn"): "the type QuantizedWeight, for the type checker alone",
+    ("fedms_ext.operators.plain", "nn"): "the type QuantizedWeight, for the type checker alone",
 }
 
 # What a room must not import although it is installed.

@@ -5,6 +5,7 @@
 // bytes of the working set, median seconds, 20th and 80th percentile. `what` is "peak" (multiply-adds a second follow),
 // "bandwidth" (a working set, and bytes a second) or "kernel".
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstring>
 #include <ctime>
@@ -14,7 +15,7 @@
 
 #include <omp.h>
 
-#include "cpu/int8/kernels.h"
+#include "cpu/int8/layout.h"
 #include "cpu/lora/operands.h"
 #include "fedms/half.h"
 #include "fedms/int8.h"
@@ -56,7 +57,7 @@ Timing time_of(const Call& call, double turn = 1e-3, int turns = 31) {
 #define FMA_ZMM(i) "vfmadd231ps %%zmm15, %%zmm14, %%zmm" #i "\n"
 #define DOT_ZMM(i) "vpdpbusd %%zmm15, %%zmm14, %%zmm" #i "\n"
 #define FMA_YMM(i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n"
-#define DOT_YMM(i) "{vex} vpdpbusd %%ymm15, %%ymm14, %%ymm" #i "\n"
+#define DOT_YMM(i) "%{vex%} vpdpbusd %%ymm15, %%ymm14, %%ymm" #i "\n"
 #define WORDS(i) "vpmaddwd %%ymm15, %%ymm14, %%ymm13\n vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
 #define BYTES(i)                                                                                     \
   "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n vpmaddwd %%ymm12, %%ymm13, %%ymm13\n vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n"

@@ -19,7 +19,7 @@ from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.operators.expert_linear import expert_linear
 from fedms_ext.operators.frozen import frozen_linear
-from fedms_ext.plain import plain_linear
+from fedms_ext.operators.plain import plain_linear
 
 
 class PairState(str, enum.Enum):

@@ -312,10 +312,6 @@ def transforms() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def scale_tensor(values: Sequence[float]) -> Tensor:
-    return (_scale_tensor if torch.compiler.is_compiling() else _kept_scale_tensor)(tuple(values))
-
-
 def _under_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     # As torch's linear: everything but float64 is converted, and the gradients come back in the dtypes given.
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -9,7 +9,7 @@ from torch import nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, _C, reference, use_backend
-from fedms_ext.plain import plain_linear
+from fedms_ext.operators.plain import plain_linear
 
 EXCHANGE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 needs_exchange = pytest.mark.skipif(not EXCHANGE, reason="this torch has no DLPack exchange API")

@@ -52,7 +52,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(packages):
 
 def test_the_source_distribution_holds_what_builds_and_tests(packages):
     names = {name.partition("/")[2] for name in tarfile.open(packages[".gz"]).getnames()}
-    assert {"setup.py", "CMakeLists.txt", "csrc/python/module.cpp", "csrc/cpu/lora/lora.cpp", "csrc/cuda/gemm.cu",
+    assert {"setup.py", "CMakeLists.txt", "csrc/python/module.cpp", "csrc/cpu/lora/forward.cpp", "csrc/cuda/gemm.cu",
             "tests/conftest.py", "docs/index.md", "examples/README.md", "LICENSE"} <= names
     assert not any(name.endswith((".so", ".pyc")) or ".venv" in name or "/trials/" in name for name in names)
 

@@ -3,7 +3,8 @@
 At one row the kernels take a few microseconds, and the general way to them, which checks and converts every operand and goes
 through the choice of a backend, takes several times as long. Here a call goes straight to `_C.linear_forward`, which declines
 (None) whatever is not plain: a tensor that is not float32, not dense, of a subclass or elsewhere, and shapes that do not fit.
-A view whose values are to be negated when they are read is the one thing that it does not see. The caller then takes the general way, which computes the same, or names what is wrong.
+Views whose values are to be negated when they are read are declined here. The caller then takes the general way, which computes
+the same, or names what is wrong.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, backends
-from .operators import expert_linear, frozen as frozen_ops
+from .. import _C, backends
+from . import expert_linear as general
+from . import frozen
 
 if TYPE_CHECKING:
-    from .nn.quantized_weight import QuantizedWeight
+    from ..nn.quantized_weight import QuantizedWeight
 
 
 def plain_linear(
@@ -41,7 +43,7 @@ def plain_linear(
         scale: a number for every applied expert.
         gate: (rows, experts), or None; only with an x of two dimensions.
     """
-    if expert_linear.is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+    if type(x) is not Tensor or general.is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
         return None
     is_full = isinstance(weight, Tensor)
     data, data_scale = (weight, None) if is_full else weight.operands
@@ -66,7 +68,7 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
-        y, s, weight, weight_scale, ctx.frozen, ctx.scale, needs = call
+        y, s, weight, weight_scale, ctx.quantized, ctx.scale, needs = call
         experts = len(pairs) // 2
         keep_x = True in needs[2 : 2 + experts]
         keep_s = needs[1] or True in needs[2 + experts :]
@@ -85,7 +87,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, s, gate, weight, weight_scale, *pairs = ctx.saved_tensors
     experts = len(pairs) // 2
     a, b = pairs[:experts], pairs[experts:]
-    if not expert_linear.is_observed() and not dy.is_neg():
+    if not general.is_observed() and not dy.is_neg():
         found = _C.linear_backward(dy, x, weight, weight_scale, a, b, ctx.scale, gate, s, ctx.needs)
         if found is not None:
             return None, *found
@@ -100,17 +102,17 @@ def _general_gradients(
     weight_scale: Tensor | None, a: list[Tensor], b: list[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
     """Those of the operator, whose backward pass takes everything: a dy that is expanded from fewer values, say."""
-    needs, frozen = ctx.needs, ctx.frozen
+    needs, quantized = ctx.needs, ctx.quantized
     rest = (
-        a, b, expert_linear.settled(ctx.scale), gate, None, s, 0.0, 0, needs[0], needs[1], needs[2 : 2 + len(a)],
+        a, b, general.settled(ctx.scale), gate, None, s, 0.0, 0, needs[0], needs[1], needs[2 : 2 + len(a)],
         needs[2 + len(a) :],
     )  # fmt: skip
-    if frozen is None:
-        found = expert_linear.call(torch.ops.fedms_ext.expert_linear_backward, expert_linear._backward, dy, x, weight, *rest)
+    if quantized is None:
+        found = general.call(torch.ops.fedms_ext.expert_linear_backward, general._backward, dy, x, weight, *rest)
     else:
-        found = expert_linear.call(
-            torch.ops.fedms_ext.frozen_linear_backward, frozen_ops._backward, dy, x, frozen.shape[1], weight, weight_scale,
-            frozen.kind, frozen.group, *rest,
+        found = general.call(
+            torch.ops.fedms_ext.frozen_linear_backward, frozen._backward, dy, x, quantized.shape[1], weight, weight_scale,
+            quantized.kind, quantized.group, *rest,
         )  # fmt: skip
     gradients = iter(found)
     return [next(gradients) if needed else None for needed in needs]

@@ -1,0 +1,239 @@
+// The int8 linear layer: how the product is blocked and shared among threads. The kernels are one file an instruction set.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "../lora/operands.h"
+#include "fedms/int8.h"
+#include "layout.h"
+
+namespace fedms {
+namespace {
+
+// A buffer that a thread keeps, so that large ones are not mapped anew at every call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, rounded_up(bytes, 4096));
+      if (!data_) throw std::bad_alloc();
+      size_ = rounded_up(bytes, 4096);
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch_of_thread, scratch_of_team, scratch_of_panel;
+
+// Rows of x after quantization, and their S times scale and gate.
+struct Strip {
+  uint8_t* q;
+  float* q_scale;
+  int32_t* q_zero;
+  float* weighed;
+
+  static int64_t size(int64_t rows, int64_t row_size, int64_t rank) {
+    return rounded_up(rows * row_size, 64) + rows * (2 + rank) * static_cast<int64_t>(sizeof(float));
+  }
+  static Strip in(void* memory, int64_t rows, int64_t row_size) {
+    uint8_t* q = static_cast<uint8_t*>(memory);
+    float* q_scale = reinterpret_cast<float*>(q + rounded_up(rows * row_size, 64));
+    return {q, q_scale, reinterpret_cast<int32_t*>(q_scale + rows), q_scale + 2 * rows};
+  }
+};
+
+// y = dequantized(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
+struct Product {
+  const Int8Weight& weight;
+  const Packed& layout;
+  const Lora& lora;                        // ranks, scales, gates
+  int64_t m, n, k;                         // of this product
+  std::vector<const float*> shrink;        // R rows of k
+  std::vector<const float*> expand;        // R rows of n
+  const float* x;
+  float *s, *y;
+  bool masked = false;                     // dropout on the x that makes S
+};
+
+// From one row of the quantized x to the next, in bytes: odd multiples of a cache line, because rows of a tile that lie a
+// multiple of a power of two apart push each other out of the L1 cache.
+int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
+
+void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* dropped) {
+  const int64_t rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t row_size = row_size_of(p.layout);
+  for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
+    const int64_t rows = std::min(PREPARED_ROWS, count - i);
+    const float* x = p.x + (first + i) * p.k;
+    p.layout.kernels->quantize(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size,
+                               to.q_scale + i, to.q_zero + i);
+    if (rank == 0) continue;
+    if (p.masked) {
+      drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);
+      x = dropped;
+    }
+    lora_kernels().dots(rows, rank, p.k, x, p.k, p.shrink.data(), p.s + (first + i) * rank, rank);
+  }
+  if (rank > 0) weigh(p.lora, first, count, p.s + first * rank, to.weighed);
+}
+
+// One panel of the weight as int8, and its columns' scales.
+const int8_t* wide_panel(const Product& p, int64_t panel) {
+  const Packed& layout = p.layout;
+  const uint8_t* from = p.weight.packed + layout.panels_at + panel * layout.panel_size();
+  if (!layout.nibble_group) return reinterpret_cast<const int8_t*>(from);
+  const Header* header = reinterpret_cast<const Header*>(p.weight.packed);
+  const int64_t width = layout.kernels->panel, count = layout.nibble_group * width;
+  const int16_t* factors = reinterpret_cast<const int16_t*>(p.weight.packed + layout.factors_at);
+  int8_t* const wide = static_cast<int8_t*>(scratch_of_panel.reserve(layout.wide_panel_size()));
+  for (int64_t g = 0; g < layout.groups(); ++g) {
+    layout.kernels->expand(count, from + g * count / 2, header->levels, factors + layout.factor(panel * width, g),
+                           wide + g * count);
+  }
+  return wide;
+}
+
+// Rows first .. first + count - 1 of y, one panel of columns.
+void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, const Strip& from) {
+  const Packed& layout = p.layout;
+  const int64_t width = layout.kernels->panel, rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t column = panel * width, columns = std::min(width, p.n - column);
+  const uint8_t* packed = p.weight.packed;
+  const float* scales =
+      layout.nibble_group ? reinterpret_cast<const float*>(packed + layout.scales_at) : p.weight.scale;
+  Int8Strip strip{};
+  strip.rows = count;
+  strip.k = layout.padded_k;
+  strip.q = from.q;
+  strip.q_stride = row_size_of(layout) / layout.kernels->q_size;
+  strip.q_scale = from.q_scale;
+  strip.panel = wide_panel(p, panel);
+  strip.q_zero = from.q_zero;
+  strip.minus_sums = reinterpret_cast<const int32_t*>(packed + layout.sums_at) + column;
+  strip.rank = rank;
+  strip.s = from.weighed;
+  if (columns == width) {
+    strip.scale = scales + column;
+    strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
+    strip.expand = p.expand.data();
+    strip.expand_column = column;
+    strip.y = p.y + first * p.n + column;
+    strip.y_stride = p.n;
+    layout.kernels->multiply(strip);
+    return;
+  }
+  // The last panel: the kernel works on whole ones, so its operands are padded, and its y is copied.
+  std::vector<float> padded((2 + rank + count) * width, 0.0f);
+  std::vector<const float*> expand;
+  float* to = padded.data();
+  const auto pad = [&](const float* values) {
+    std::copy_n(values, columns, to);
+    to += width;
+    return to - width;
+  };
+  strip.scale = pad(scales + column);
+  strip.bias = p.weight.bias ? pad(p.weight.bias + column) : nullptr;
+  for (const float* row : p.expand) expand.push_back(pad(row + column));
+  strip.expand = expand.data();
+  strip.y = to;
+  strip.y_stride = width;
+  layout.kernels->multiply(strip);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(to + i * width, columns, p.y + (first + i) * p.n + column);
+}
+
+void run(const Product& p) {
+  if (p.m == 0) return;
+  const int64_t panels = p.layout.panels, rank = static_cast<int64_t>(p.shrink.size());
+  const int64_t row_size = row_size_of(p.layout);
+  const int64_t dropped_size = p.masked ? PREPARED_ROWS * p.k : 0;
+  // Waking a thread costs about as much as this many multiply-adds.
+  constexpr int64_t work_per_thread = 1 << 19;
+  const int64_t useful = p.m * p.n * p.k / work_per_thread;
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(useful, omp_get_max_threads()));
+
+  if (p.m >= 24 * threads) {
+    // A thread takes rows, and meets no barrier: equally many chunks a thread, of rows that are a multiple of the tile
+    // heights, and no more of them than leave the L2 cache to q and to the panels (fewer than 100 or more than 400 are
+    // up to 20 % slower at k = 3072, and make no difference at 384).
+    const int64_t fitting = std::max<int64_t>(24, std::min<int64_t>(264, (768 << 10) / row_size / 12 * 12));
+    const int64_t each = (p.m + threads * fitting - 1) / (threads * fitting);
+    const int64_t chunk = std::max<int64_t>(24, rounded_up((p.m + threads * each - 1) / (threads * each), 12));
+    const int64_t chunks = (p.m + chunk - 1) / chunk;
+    const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, rank), 64);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = c * chunk, count = std::min(chunk, p.m - first);
+      char* memory = static_cast<char*>(
+          scratch_of_thread.reserve(strip_size + dropped_size * static_cast<int64_t>(sizeof(float))));
+      const Strip strip = Strip::in(memory, chunk, row_size);
+      prepare(p, first, count, strip, reinterpret_cast<float*>(memory + strip_size));
+      for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, first, count, strip);
+    }
+    return;
+  }
+
+  // Few rows: they are shared, and a thread takes panels.
+  const Strip strip = Strip::in(scratch_of_team.reserve(Strip::size(p.m, row_size, rank)), p.m, row_size);
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+  {
+    float* dropped = static_cast<float*>(scratch_of_thread.reserve(dropped_size * static_cast<int64_t>(sizeof(float))));
+    const int64_t part = (p.m + threads - 1) / threads;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < p.m; first += part) {
+      const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.q_zero + first,
+                       strip.weighed + first * rank};
+      prepare(p, first, std::min(part, p.m - first), rows, dropped);
+    }
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, 0, p.m, strip);
+  }
+}
+
+}  // namespace
+
+void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
+  const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
+  if (!weight.scale && !layout.nibble_group) throw std::invalid_argument("an int8 weight needs its scale");
+  if (lora.m <= FEW_ROWS || lora.experts.empty()) {
+    run({weight, layout, lora, lora.m, lora.n, lora.k, {}, {}, x, nullptr, y});
+    lora_forward(lora, x, s, y);
+    return;
+  }
+  const TransposedB b(lora);
+  run({weight, layout, lora, lora.m, lora.n, lora.k, rows_of_a(lora), b.rows, x, s, y, lora.dropout_p > 0});
+}
+
+void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
+                   const LoraGradients& out) {
+  const int64_t m = lora.m, n = lora.n, k = lora.k;
+  if (!out.dx) {
+    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+    return;
+  }
+  const Packed layout = layout_of(k, n, transposed.packed, transposed.packed_size);
+  if (lora.experts.empty() || lora.dropout_p > 0 || m <= FEW_ROWS) {
+    // The mask is on the LoRA part of dx alone, which therefore cannot be added in the product.
+    run({transposed, layout, lora, m, k, n, {}, {}, dy, nullptr, out.dx});
+    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
+    return;
+  }
+  const TransposedB b(lora);
+  const std::unique_ptr<float[]> u = buffer(m * lora.total_rank());
+  run({transposed, layout, lora, m, k, n, b.rows, rows_of_a(lora), dy, u.get(), out.dx});
+  LoraGradients rest = out;
+  rest.dx = nullptr;
+  lora_backward_from(lora, dy, x, s, u.get(), rest);
+}
+
+}  // namespace fedms

@@ -1,0 +1,154 @@
+// The plain case of an expert layer, in one call: every tensor is a float32 torch.Tensor or Parameter itself (no subclass), on
+// the CPU and dense, and the shapes fit. Whatever else comes in is declined (None), and the caller goes the general way, which
+// converts what can be converted and names what is wrong. Only with the exchange API: by attributes it would be slower.
+#include "tensor_view.h"
+
+#include "fedms/half.h"
+#include "fedms/int8.h"
+#include "fedms/lora.h"
+
+namespace fedms::python {
+namespace {
+
+// The experts and, if x has two dimensions, a gate (m, E).
+bool plain_experts(const View& x, int64_t n, int64_t k, const py::sequence& a, const py::sequence& b,
+                   const py::sequence& scale, py::handle gate, Lora& lora) {
+  lora.m = x.rows();
+  lora.n = n;
+  lora.k = k;
+  const size_t experts = a.size();
+  for (size_t e = 0; e < experts; ++e) {
+    View view;
+    if (!look<float>(a[e], view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
+    const int64_t rank = view.rows();
+    float* b_data;
+    if (rank == 0 || !dense_matrix(b[e], n, rank, b_data)) return false;
+    lora.experts.push_back({rank, scale[e].cast<float>(), view.data<float>(), b_data});
+  }
+  if (gate.is_none()) return true;
+  View view;
+  if (!look<float>(gate, view) || view.dimensions() != 2 || x.dimensions() != 2) return false;
+  if (view.size(0) != lora.m || view.size(1) != static_cast<int64_t>(experts)) return false;
+  lora.gate = view.data<float>();
+  lora.gate_row_stride = view.stride(0);
+  lora.gate_expert_stride = view.stride(1);
+  return true;
+}
+
+// A frozen weight (n, k): float32, or packed with its scale, which is (n,) for int8 and (n, groups) for 4 bits.
+struct PlainWeight {
+  const float* full = nullptr;
+  Int8Weight packed{};
+  int64_t n = 0;
+
+  bool read(py::handle weight, py::handle scale, int64_t k) {
+    View view;
+    if (scale.is_none()) {
+      if (!look<float>(weight, view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
+      full = view.data<float>();
+      n = view.rows();
+      return true;
+    }
+    View scales;
+    if (!look<uint8_t>(weight, view) || !view.dense() || view.dimensions() != 1) return false;
+    if (!look<float>(scale, scales) || !scales.dense() || scales.dimensions() > 2) return false;
+    n = scales.size(0);
+    packed = {view.data<uint8_t>(), view.columns(), scales.dimensions() == 1 ? scales.data<float>() : nullptr, nullptr};
+    return true;
+  }
+};
+
+py::object linear_forward(py::handle x, py::handle weight, py::handle weight_scale, py::handle bias, const py::sequence& a,
+                          const py::sequence& b, const py::sequence& scale, py::handle gate) {
+  View x_view;
+  PlainWeight w;
+  Lora lora;
+  float* bias_data;
+  if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() == 0) return py::none();
+  const int64_t k = x_view.columns();
+  if (!w.read(weight, weight_scale, k) || !dense_or_none(bias, 1, w.n, bias_data)) return py::none();
+  if (!plain_experts(x_view, w.n, k, a, b, scale, gate, lora)) return py::none();
+  if (w.full && lora.m > few_rows()) return py::none();
+  const NewTensor y = new_like(x_view, w.n), s = new_matrix(lora.m, lora.total_rank());
+  const float* const from = x_view.data<float>();
+  {
+    const py::gil_scoped_release unlocked;
+    if (w.full) {
+      fedms::few_rows_forward(lora.m, w.n, k, from, w.full, bias_data, y.data);
+      fedms::lora_forward(lora, from, s.data, y.data);
+    } else {
+      w.packed.bias = bias_data;
+      fedms::int8_forward(w.packed, lora, from, s.data, y.data);
+    }
+  }
+  return py::make_tuple(y.object, s.object);
+}
+
+// `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
+// every db. The result has the same order, None for what is not needed.
+py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::handle weight_scale, const py::sequence& a,
+                           const py::sequence& b, const py::sequence& scale, py::handle gate, py::handle s,
+                           const py::sequence& needs) {
+  View dy_view, a_view;
+  Lora lora;
+  if (!exchange || !look<float>(dy, dy_view) || !dy_view.dense() || dy_view.rows() == 0) return py::none();
+  const int64_t n = dy_view.columns(), m = dy_view.rows(), experts = static_cast<int64_t>(a.size());
+  if (experts == 0 || !look<float>(a[0], a_view)) return py::none();
+  const int64_t k = a_view.columns();
+  if (!plain_experts(dy_view, n, k, a, b, scale, gate, lora)) return py::none();
+  float *x_data, *s_data;
+  if (!dense_or_none(x, m, k, x_data) || !dense_or_none(s, m, lora.total_rank(), s_data)) return py::none();
+
+  PlainWeight w;
+  const bool needs_dx = needs[0].cast<bool>();
+  if (needs_dx) {
+    if (!w.read(weight, weight_scale, weight_scale.is_none() ? k : n)) return py::none();
+    if (w.n != (w.full ? n : k) || (w.full && m > few_rows()) || (!w.full && !w.packed.scale)) return py::none();
+  }
+  py::tuple result(2 + 2 * experts);
+  LoraGradients out;
+  const auto make = [&](int64_t place, const auto& allocate) -> float* {
+    if (!needs[place].cast<bool>()) {
+      result[place] = py::none();
+      return nullptr;
+    }
+    NewTensor made = allocate();
+    result[place] = std::move(made.object);
+    return made.data;
+  };
+  out.dx = make(0, [&] { return new_like(dy_view, k); });
+  out.dgate = make(1, [&] { return new_matrix(m, experts); });
+  for (int64_t e = 0; e < experts; ++e) {
+    out.da.push_back(make(2 + e, [&] { return new_matrix(lora.experts[e].rank, k); }));
+    if (out.da.back() && !x_data) return py::none();
+  }
+  for (int64_t e = 0; e < experts; ++e) {
+    out.db.push_back(make(2 + experts + e, [&] { return new_matrix(n, lora.experts[e].rank); }));
+    if (out.db.back() && !s_data) return py::none();
+  }
+  if (out.dgate && !s_data) return py::none();
+  const float* const from = dy_view.data<float>();
+  {
+    const py::gil_scoped_release unlocked;
+    if (w.full) {
+      few_rows_backward(m, n, k, from, w.full, out.dx);
+      fedms::lora_backward(lora, from, x_data, s_data, out);
+    } else {
+      fedms::int8_backward(w.packed, lora, from, x_data, s_data, out);
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+void define_plain(py::module_& m) {
+  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"),
+        "(y, s) of a plain call on a weight that is float32 (weight_scale None) or packed, or None if it is not plain.");
+  m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("s"), py::arg("needs"),
+        "The gradients of linear_forward: (dx, dgate, *da, *db), None for what is not needed; None if it is not plain.");
+}
+
+}  // namespace fedms::python
