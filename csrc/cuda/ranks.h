@@ -1,0 +1,49 @@
+// What the kernels with the ranks on one side share: shrink.cu, lora_grad.cu and reduce.cu.
+//
+// All kernels with the ranks on one side and the rows, or a side of W, on the other are bound by one pass over x or dy. Sums
+// over the rows, or over the columns of dy, are split into partial sums in a workspace, which another kernel adds up in order:
+// no atomics, so the bits repeat.
+#pragma once
+
+#include <climits>
+
+#include "mma.h"
+#include "philox.h"
+#include "segments.h"
+
+namespace fedms::cuda {
+
+constexpr int RANKS = 32;        // of one block; more ranks are more blocks
+constexpr int MOST_RANKS = 256;  // of all experts together
+
+template <class T>
+FEDMS_DEVICE float widened(T value) {
+  return Number<T>::widen(value);
+}
+FEDMS_DEVICE float widened(float value) { return value; }
+
+// Sets the dropped numbers of a tile in shared memory to zero. (row, column): of its first one in x.
+template <int ROWS, int CHUNKS, int THREADS>
+FEDMS_DEVICE void drop_tile(const Mask& mask, uint32_t tile, int row, int column, int columns) {
+  static_assert(ROWS * CHUNKS % THREADS == 0);
+  for (int first = 0; first < ROWS * CHUNKS; first += THREADS) {
+    const int i = first + ptx::thread();
+    const uint32_t place = tile + chunk_offset<CHUNKS>(i / CHUNKS, i % CHUNKS);
+    Words eight = ptx::load_shared_128(place);
+    drop_eight(mask, uint64_t(row + i / CHUNKS) * columns + column + i % CHUNKS * 8, eight);
+    ptx::store_shared_128(place, eight);
+  }
+}
+
+// Calls start with a null pointer of the element's type.
+template <class Start>
+void for_element(Element element, Start start) {
+  element == Element::bf16 ? start(static_cast<Bf16*>(nullptr)) : start(static_cast<Fp16*>(nullptr));
+}
+
+inline void check_sizes(const Launch& what, int64_t m, int64_t columns, int64_t r) {
+  if (m < 1 || columns < 1 || m > INT_MAX - 1024 || columns > INT_MAX - 1024) fail(what, "a size is out of range");
+  if (r < 1 || r > MOST_RANKS) fail(what, "the total rank must be from 1 to " + std::to_string(MOST_RANKS));
+}
+
+}  // namespace fedms::cuda
