@@ -1,4 +1,117 @@
-# The compiled module. Its functions are described where they are bound, in csrc/.
+"""The compiled kernels. They know no torch: tensors are looked at in place, for the length of a call.
+
+Unless said otherwise tensors are float32, on the CPU and dense (row-major without gaps), their last dimension is the columns and
+all others together are the rows; a tensor that is not raises ValueError, what is no tensor TypeError. Outputs are tensors that
+the caller made. M rows, a layer (N, K), E experts of rank r_e, R the sum of the ranks. What is computed is described in
+csrc/include/fedms/, and in float64 in `fedms_ext.reference`.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
-def __getattr__(name: str) -> Any: ...
+from torch import Tensor
+
+def set_tensor_types(tensor: type, parameter: type, use_exchange: bool = True) -> bool:
+    """Tells torch.Tensor and nn.Parameter. Returns whether tensors come in through DLPack's exchange API."""
+
+def build_info() -> dict[str, Any]:
+    """version, cuda (targets or None), isa_detected, isa_used, isa_available and openmp (its date) of this build."""
+
+def set_isa(name: str) -> None:
+    """Sets the instruction set of the CPU kernels. ValueError where it is unknown or not available here."""
+
+# --- one call a pass, see fedms_ext/operators/plain.py
+
+def linear_forward(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
+    scale: Sequence[float], gate: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """y (..., N) and s (M, R), new tensors, or None where an operand is not plain.
+
+    `weight` is (N, K) float32 with `weight_scale` None, or packed, (bytes,) uint8, with its scale: (N,) for int8, (N, groups)
+    for 4 bits. `gate` is (M, E), of any strides, or None; with an x of two dimensions alone.
+    """
+
+def linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, weight_scale: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
+    scale: Sequence[float], gate: Tensor | None, s: Tensor | None, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """dx, dgate (M, E), every dA and every dB, None where `needs`, in the same order, is False; or None as above.
+
+    `weight` and its scale are what dx comes from: of int8 the transposed weight, quantized apart. 4 bits are declined.
+    """
+
+# --- the LoRA branch beside a frozen product of others, csrc/include/fedms/lora.h
+
+def lora_forward(
+    x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None, dropout_p: float,
+    seed: int, s: Tensor, y: Tensor, first_row: int = 0,
+) -> None:  # fmt: skip
+    """Writes s (M, R) and adds the branch to y (M, N). `first_row`: where these rows lie in the layer's dropout mask."""
+
+def lora_backward(
+    dy: Tensor, x: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None,
+    s: Tensor | None, dropout_p: float, seed: int, dx: Tensor | None, dgate: Tensor | None, da: Sequence[Tensor | None],
+    db: Sequence[Tensor | None], first_row: int = 0,
+) -> None:  # fmt: skip
+    """Adds to dx, which holds dy W, and writes dgate (M, E), every dA and dB; None for what is not needed."""
+
+# --- layers with a weight of 8 or 4 bits, csrc/include/fedms/int8.h
+
+def int8_packed_size(n: int, k: int) -> int:
+    """Bytes of a packed int8 weight (n, k)."""
+
+def int8_pack(weight: Tensor, packed: Tensor) -> None:
+    """Packs weight (N, K) int8 into packed (bytes,) uint8, for the instruction set used now."""
+
+def int8_unpack(packed: Tensor, weight: Tensor) -> None:
+    """The inverse of `int8_pack`. ValueError where `packed` is no packed (N, K) weight."""
+
+def int8_steps(packed: Tensor) -> int:
+    """In how many steps x is quantized for this packed weight of 8 or 4 bits."""
+
+def int8_forward(
+    x: Tensor, packed: Tensor, weight_scale: Tensor | None, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
+    scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int, s: Tensor, y: Tensor,
+) -> None:  # fmt: skip
+    """Writes s (M, R) and y (M, N). `weight_scale` is (N,) for int8 and None for 4 bits, which have theirs inside."""
+
+def int8_backward(
+    dy: Tensor, x: Tensor | None, k: int, packed_t: Tensor | None, weight_t_scale: Tensor | None, a: Sequence[Tensor],
+    b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None, s: Tensor | None, dropout_p: float, seed: int,
+    dx: Tensor | None, dgate: Tensor | None, da: Sequence[Tensor | None], db: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Writes dx (M, K), dgate, every dA and dB; None for what is not needed. `packed_t`: W^T (K, N), quantized apart."""
+
+def nibbles_packed_size(n: int, k: int, group: int) -> int:
+    """Bytes of a packed 4-bit weight (n, k) with one scale for every `group` (32 or 64) values of a row."""
+
+def nibbles_pack(k: int, group: int, levels: Sequence[float], q: Tensor, scale: Tensor, packed: Tensor) -> None:
+    """Packs codes q (N, ceil(k / 2)) uint8, two a byte, of 16 levels, and scale (N, ceil(k / group))."""
+
+def nibbles_unpack(k: int, packed: Tensor, q: Tensor) -> None:
+    """The codes of a packed weight; its scale does not come back."""
+
+def nibbles_dequantize(group: int, packed: Tensor, scale: Tensor, weight: Tensor) -> None:
+    """Writes the weight (N, K)."""
+
+# --- few rows of a 16-bit weight, csrc/include/fedms/half.h
+
+def fp16_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Writes y (M, N) from weight (N, K) float16."""
+
+def bf16_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """The same from bfloat16."""
+
+# --- csrc/include/fedms/token_loss.h
+
+def token_log_prob(
+    hidden: Tensor, weight: Tensor | None, packed: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None,
+    labels: Tensor, scale: float, cap: float, chunk: int, work: Tensor, log_p: Tensor, confidence: Tensor, best: Tensor,
+    gradient: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes log_p (n,), confidence (n, 2), best (n,) int64 and, unless it is None, gradient (n, d) of n hidden states (n, d)
+    and their labels (n,) int64. `work` is (chunk, V)."""
+
+# The launchers of csrc/include/fedms/cuda.h, where the build has CUDA kernels.
+cuda: Any

@@ -6,7 +6,9 @@
 // "bandwidth" (a working set, and bytes a second) or "kernel".
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <functional>
@@ -31,6 +33,21 @@ double now() {  // CPU time of this thread: other processes do not count
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
+
+// Memory as torch allocates it: at multiples of a cache line. Elsewhere most loads would cross two of them.
+template <class T>
+struct CacheAligned {
+  using value_type = T;
+  CacheAligned() = default;
+  template <class U>
+  CacheAligned(const CacheAligned<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)); }
+  void deallocate(T* data, size_t) { std::free(data); }
+  bool operator==(const CacheAligned&) const { return true; }
+  bool operator!=(const CacheAligned&) const { return false; }
+};
+template <class T>
+using Buffer = std::vector<T, CacheAligned<T>>;
 
 struct Timing {
   double median, p20, p80;
@@ -101,21 +118,16 @@ void print_peaks() {
 
 void print_bandwidths() {
   for (int64_t kib : {16, 512, 4096, 65536}) {  // within L1, L2, L3 of most machines, and memory
-    std::vector<float> data(kib * 256, 1.0f);
-    // The kernel that reads most, fp32 rows times one row: 16 rows, so that the other operand is small.
-    const int64_t k = static_cast<int64_t>(data.size()) / 8;
-    std::vector<const float*> rows;
-    for (int j = 0; j < 8; ++j) rows.push_back(&data[j * k]);
-    std::vector<float> sums(8);
-    const int64_t step = std::min<int64_t>(k, 512);
+    const Buffer<uint64_t> data(kib * 128, 1);
+    volatile uint64_t result;
     const auto read = [&] {
-      std::vector<const float*> part = rows;
-      for (int64_t c = 0; c < k; c += step) {
-        lora_kernels().dots(1, 8, step, data.data(), step, part.data(), sums.data(), 8);
-        for (const float*& row : part) row += step;
-      }
+      uint64_t sums[8] = {};
+      for (size_t i = 0; i < data.size(); i += 8)
+        for (int j = 0; j < 8; ++j) sums[j] |= data[i + j];
+      result = sums[0] | sums[1] | sums[2] | sums[3] | sums[4] | sums[5] | sums[6] | sums[7];
     };
-    std::printf("bandwidth\t%lld\t%.6g\n", static_cast<long long>(kib * 1024), static_cast<double>(kib * 1024) / time_of(read).p20);
+    const double bytes = static_cast<double>(kib * 1024);
+    std::printf("bandwidth\t%.0f\t%.6g\n", bytes, bytes / time_of(read).p20);
   }
 }
 
@@ -127,13 +139,13 @@ void report(const char* kernel, const std::string& shape, const char* unit, doub
   std::fflush(stdout);
 }
 
-std::vector<float> values(int64_t count) {
-  std::vector<float> out(count);
+Buffer<float> values(int64_t count) {
+  Buffer<float> out(count);
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>((i * 37 + 11) % 101) / 50.0f - 1.0f;
   return out;
 }
 
-std::vector<const float*> rows_of(const std::vector<float>& matrix, int64_t rows) {
+std::vector<const float*> rows_of(const Buffer<float>& matrix, int64_t rows) {
   std::vector<const float*> out;
   for (int64_t i = 0; i < rows; ++i) out.push_back(&matrix[i * static_cast<int64_t>(matrix.size()) / rows]);
   return out;
@@ -148,8 +160,8 @@ void lora_kernel_rows() {
   const LoraKernels& kernel = lora_kernels();
   const int64_t m = 48;
   for (const auto& [width, r] : {std::pair<int64_t, int64_t>{384, 8}, {768, 8}, {768, 32}, {3072, 8}}) {
-    const std::vector<float> x = values(m * width), a = values(r * width);
-    std::vector<float> s(m * r), y(m * width), g(r * width);
+    const Buffer<float> x = values(m * width), a = values(r * width);
+    Buffer<float> s(m * r), y(m * width), g(r * width);
     const std::vector<const float*> rows = rows_of(a, r);
     const double macs = static_cast<double>(m * r * width), read = 4.0 * static_cast<double>((m + r) * width + m * r);
     report("lora dots (S = x A^T)", shape_of(m, width, r), "fp32", macs, read, read,
@@ -159,17 +171,17 @@ void lora_kernel_rows() {
     report("lora reduce (dA += S^T x)", shape_of(m, r, width), "fp32", macs, read + 4.0 * static_cast<double>(r * width), read,
            [&] { kernel.reduce(m, r, width, s.data(), r, x.data(), width, g.data(), width); });
   }
-  const std::vector<float> x = values(3072);
-  std::vector<float> y(3072);
+  const Buffer<float> x = values(3072);
+  Buffer<float> y(3072);
   report("dropout", "3072 values", "none", 0, 8.0 * 3072, 8.0 * 3072,
          [&] { kernel.dropout(0.1, 7, 5, 3072, x.data(), y.data(), false); });
 }
 
 void few_rows_rows() {
   for (const auto& [m, k, n] : {std::array<int64_t, 3>{1, 768, 768}, {4, 768, 768}, {1, 576, 1536}}) {
-    const std::vector<float> x = values(m * k), w = values(n * k), dy = values(m * n);
-    const std::vector<uint16_t> half(n * k, 0x3800);
-    std::vector<float> y(m * n), dx(m * k);
+    const Buffer<float> x = values(m * k), w = values(n * k), dy = values(m * n);
+    const Buffer<uint16_t> half(n * k, 0x3800);
+    Buffer<float> y(m * n), dx(m * k);
     const double macs = static_cast<double>(m * n * k), weight = static_cast<double>(n * k);
     report("few rows, fp32 weight, forward", shape_of(m, k, n), "fp32", macs, 4 * weight, 4 * weight,
            [&] { few_rows_forward(m, n, k, x.data(), w.data(), nullptr, y.data()); });
@@ -184,17 +196,17 @@ void few_rows_rows() {
 
 // Whole layers with one expert of rank r, and without an expert (r = 0): int8 and 4 bits, forward and backward.
 void layer_rows(int64_t m, int64_t k, int64_t n, int64_t r) {
-  const std::vector<float> x = values(m * k), dy = values(m * n), a = values(r * k), b = values(n * r), scale(std::max(n, k), 0.01f);
-  std::vector<float> s(m * r), y(m * n), dx(m * k), da(r * k), db(n * r);
-  std::vector<int8_t> q(n * k);
+  const Buffer<float> x = values(m * k), dy = values(m * n), a = values(r * k), b = values(n * r), scale(std::max(n, k), 0.01f);
+  Buffer<float> s(m * r), y(m * n), dx(m * k), da(r * k), db(n * r);
+  Buffer<int8_t> q(n * k);
   for (int64_t i = 0; i < n * k; ++i) q[i] = static_cast<int8_t>(i * 37 % 255 - 127);
-  std::vector<uint8_t> packed(int8_packed_size(n, k)), transposed(int8_packed_size(k, n)), packed_4bit(nibbles_packed_size(n, k, 64));
+  Buffer<uint8_t> packed(int8_packed_size(n, k)), transposed(int8_packed_size(k, n)), packed_4bit(nibbles_packed_size(n, k, 64));
   int8_pack(n, k, q.data(), packed.data());
   int8_pack(k, n, q.data(), transposed.data());
   float levels[16];
   for (int i = 0; i < 16; ++i) levels[i] = static_cast<float>(i - 8) / 8.0f;
-  const std::vector<uint8_t> codes(n * ((k + 1) / 2), 0x5a);
-  const std::vector<float> groups(n * ((k + 63) / 64), 0.01f);
+  const Buffer<uint8_t> codes(n * ((k + 1) / 2), 0x5a);
+  const Buffer<float> groups(n * ((k + 63) / 64), 0.01f);
   nibbles_pack(n, k, 64, levels, codes.data(), groups.data(), packed_4bit.data());
 
   Lora lora;
@@ -221,13 +233,13 @@ void layer_rows(int64_t m, int64_t k, int64_t n, int64_t r) {
 }
 
 void quantize_rows() {
-  std::vector<uint8_t> packed(int8_packed_size(64, 64));
+  Buffer<uint8_t> packed(int8_packed_size(64, 64));
   for (int64_t k : {384, 768, 3072}) {
     const int64_t m = PREPARED_ROWS;
-    const std::vector<float> x = values(m * k);
-    std::vector<int16_t> q(m * (k + 64));
-    std::vector<float> q_scale(m);
-    std::vector<int32_t> q_zero(m);
+    const Buffer<float> x = values(m * k);
+    Buffer<int16_t> q(m * (k + 64));
+    Buffer<float> q_scale(m);
+    Buffer<int32_t> q_zero(m);
     const Int8Kernels& kernels = int8_kernels();
     const double bytes = static_cast<double>(m * k * (4 + kernels.q_size));
     report("quantize x", std::to_string(m) + " rows of " + std::to_string(k), "none", 0, bytes, bytes, [&] {
