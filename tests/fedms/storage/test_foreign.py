@@ -17,13 +17,15 @@ from fedms.data import make_dataset, read_shard
 from fedms.data.inputs import DataError, TextInputs
 from fedms.data.partitioning import ClientSplit, Partition
 from fedms.data.shard import Shard, _checksum, write_shard
+from fedms.errors import CheckpointError, RunFolderError
 from fedms.exports.manifest import MANIFEST, read_manifest
+from fedms.federated.server_state import unpack_server
 from fedms.foreign import parse_json, parse_toml, printable, read_tensors
 from fedms.report import render
 from fedms.report.watch import RunState, view
-from fedms.storage.checkpoint import CheckpointError, CheckpointFolder, Snapshot, _digest, unpack_server
+from fedms.storage.checkpoint import CheckpointFolder, Snapshot, _digest
 from fedms.storage.durable import SHARD, shard_about
-from fedms.errors import RunFolderError
+from fedms.storage.final import SharedTensors, read_final, write_final
 from fedms.storage.records import RunRecords
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -122,7 +124,7 @@ def test_run_files_that_are_none(tmp_path, line):
     assert max(map(len, caught.value.problems)) < 1000
 
 
-@tries(200, 40_000)
+@tries(40, 40_000)
 @given(st.data())
 def test_any_run_file(tmp_path, data):
     good = b'[run]\nmethod = "fedms"\nseed = 3\n[stage1]\nlr = 0.01\n[sal]\ncache_bytes = "2GiB"\norder = [1, 2]\n'
@@ -133,7 +135,7 @@ def test_any_run_file(tmp_path, data):
         str(error).encode()
 
 
-@tries(300, 60_000)
+@tries(80, 60_000)
 @given(st.data())
 def test_any_tensors(data):
     good = save({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"x": "y"})
@@ -168,7 +170,7 @@ def run_folder(good_run, tmp_path_factory):
     return folder
 
 
-@tries(60, 4_000)
+@tries(20, 4_000)
 @given(st.data())
 def test_any_run_folder(good_run, run_folder, data):
     """It is refused, or every reader of records can show it."""
@@ -244,13 +246,39 @@ GOOD_SERVER = {"stage": "stage1", "round": 1, "applied_depth": 1, "final_depth":
                              "residual_weights": {}}}
 
 
-@tries(500, 50_000)
+@tries(100, 50_000)
 @given(mutated(GOOD_SERVER))
 def test_any_state_of_a_server(plain):
     try:
         unpack_server(plain, {})
     except CheckpointError:
         pass
+
+
+# What a run ended with
+
+HEAD = {"stage": "done", "round": 3, "depth": 1, "applied_depth": 2}
+
+
+def test_what_a_run_ended_with_comes_back(tmp_path):
+    tensors = {"expert/a.lora_a": torch.randn(2, 3)}
+    write_final(tmp_path, SharedTensors(**HEAD, tensors=tensors, constants={"c": torch.ones(2)}, statistics={}))
+    found = read_final(tmp_path)
+    assert {name: getattr(found, name) for name in HEAD} == HEAD and found.statistics == {}
+    assert found.tensors.keys() == tensors.keys() and torch.equal(found.tensors["expert/a.lora_a"], tensors["expert/a.lora_a"])
+    assert torch.equal(found.constants["c"], torch.ones(2))
+
+
+@tries(40, 20_000)
+@given(st.data())
+def test_anything_that_a_run_may_have_ended_with(tmp_path, data):
+    good = save({"tensors/a": torch.ones(2)}, {"final": json.dumps(data.draw(mutated(HEAD)))})
+    (tmp_path / "final").mkdir(exist_ok=True)
+    (tmp_path / "final/shared.safetensors").write_bytes(data.draw(st.just(good) | damaged(good)))
+    try:
+        assert {type(getattr(read_final(tmp_path), name)) for name in HEAD} == {str, int}
+    except RunFolderError as error:
+        str(error).encode("utf-8", "backslashreplace")
 
 
 # Exports
@@ -262,7 +290,7 @@ GOOD_MANIFEST = {
     "files": {"x": {"bytes": 1, "sha256": "0" * 64}}}
 
 
-@tries(200, 40_000)
+@tries(40, 40_000)
 @given(mutated(GOOD_MANIFEST))
 def test_any_manifest(tmp_path, content):
     (tmp_path / MANIFEST).write_text(json.dumps(content))
@@ -317,7 +345,7 @@ def test_each_flipped_bit_of_a_shard_is_noticed(tmp_path, shard):
         assert at < size and same.dataset.fingerprint == texts().dataset.fingerprint
 
 
-@tries(200, 20_000)
+@tries(40, 20_000)
 @given(st.data())
 def test_any_shard(tmp_path, shard, data):
     """Also one whose maker has computed its checksum."""
