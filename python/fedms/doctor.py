@@ -27,7 +27,13 @@ PACKAGES = ("torch", "numpy", "transformers", "safetensors", "scikit-learn", "fl
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis; a ``problem`` stops runs, a ``note`` does not."""
+    """One line of the diagnosis.
+
+    Attributes:
+        name: What was checked.
+        state: "ok"; "note" for something worth knowing; "problem" for something that stops runs.
+        text: What was found, and what to do about it.
+    """
 
     name: str
     state: Literal["ok", "note", "problem"]
@@ -35,7 +41,11 @@ class Check:
 
 
 def diagnose(run_file: Path | None = None) -> Iterator[Check]:
-    """All checks, in the order in which one builds on another; of a deployment's run file those of its folder, too."""
+    """Yield all checks, in the order in which one builds on another.
+
+    Args:
+        run_file: A deployment's run file, whose folder is checked too.
+    """
     for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _minilm, _sentiment, _digits,
                   _fashion, _pretrained, partial(_certificates, run_file)):
         try:
@@ -46,11 +56,16 @@ def diagnose(run_file: Path | None = None) -> Iterator[Check]:
 
 
 def served(config: RunConfig, progress: Progress) -> Served:
-    """What computes the products of one training step of a run, and of what its visit needs before and after it: the prefix
-    of those samples, and the validation of one.
+    """Count which backend computes which products of one training step of a run.
+
+    Counted too is what a visit needs before and after it: the prefix of those samples, and the validation of one.
+
+    Args:
+        config: The run file.
+        progress: Told of what is being done.
 
     Raises:
-        ConfigError, ModelError, DataError: as where the run is begun.
+        FedMSError: If the run could not begin.
     """
     from fedms.data import ClientSplit
     from fedms.federated.client import Client, Private
@@ -185,7 +200,7 @@ def _pretrained() -> Iterator[Check]:
 
 
 def _certificates(run_file: Path | None) -> Iterator[Check]:
-    """Of the deployment whose run file this is, if it is one's."""
+    """Check the certificates of the deployment that a run file belongs to, if it belongs to one."""
     if run_file is None or not (run_file.parent / "certificates/server.pem").is_file():
         return
     from fedms.engines.flower import certificates
@@ -210,7 +225,7 @@ def cpu_name() -> str:
 
 
 def _first_line(path: str, key: str) -> str | None:
-    """Value of the first ``key : value`` line of a file in /proc, None where there is none."""
+    """Return the value of the first `key : value` line of a file in /proc, or None where there is none."""
     try:
         for line in Path(path).read_text().splitlines():
             if line.startswith(key):

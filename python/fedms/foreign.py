@@ -32,10 +32,10 @@ LONGEST, LONGEST_NOTE = 300, 2000       # characters of a name and of a note tha
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON document in UTF-8.
+    """Parse a JSON document in UTF-8.
 
     Raises:
-        ValueError: if it is none, is nested too deeply for Python, or holds a number that is not finite or a text that is
+        ValueError: If it is none, is nested too deeply for Python, or holds a number that is not finite or a text that is
             not Unicode (half of a surrogate pair).
     """
     try:
@@ -51,10 +51,10 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def parse_toml(data: bytes | str) -> dict[str, Any]:
-    """The tables of a TOML document in UTF-8.
+    """Parse a TOML document in UTF-8.
 
     Raises:
-        ValueError: if it is none, is nested too deeply for Python, or holds a number that is too long.
+        ValueError: If it is none, is nested too deeply for Python, or holds a number that is too long.
     """
     try:
         value = tomllib.loads(data if isinstance(data, str) else data.decode("utf-8"))
@@ -65,10 +65,10 @@ def parse_toml(data: bytes | str) -> dict[str, Any]:
 
 
 def conform(schema: TypeAdapter[T], value: Any) -> T:
-    """A value of the form that the schema describes; types are not converted.
+    """Return a value as the schema describes it. Types are not converted.
 
     Raises:
-        ValueError: naming the first place where it has another form.
+        ValueError: If it has another form; the message names the first place.
     """
     try:
         return schema.validate_python(value, strict=True)
@@ -81,10 +81,13 @@ def conform(schema: TypeAdapter[T], value: Any) -> T:
 
 
 def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name and the metadata of a document in the format safetensors.
+    """Parse a safetensors document.
+
+    Returns:
+        Its tensors by name, and its metadata.
 
     Raises:
-        ValueError: if it is none, or has a tensor of a kind that PyTorch does not have.
+        ValueError: If it is none, or has a tensor of a kind that PyTorch does not have.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -97,10 +100,10 @@ def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:
-    """The metadata in the header of a document in the format safetensors; of the tensors, nothing is read.
+    """Return the metadata in the header of a safetensors document. Its tensors are not read.
 
     Raises:
-        ValueError: if the document is cut off within its header, or the header is none.
+        ValueError: If the document is cut off within its header, or the header is none.
     """
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
@@ -113,11 +116,15 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 
 def read_regular(path: Path, most: int | None = None) -> bytes:
-    """The content of a file, or its first `most` bytes; of a device or a pipe, which may never end, nothing.
+    """Return the content of a file. A device or a pipe, which may never end, is refused.
+
+    Args:
+        path: The file.
+        most: Number of bytes to read at most; None for all.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is no regular file.
+        OSError: If it cannot be read.
+        ValueError: If it is no regular file.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError("it is no regular file")
@@ -149,7 +156,7 @@ def _printable(character: str, keep: str) -> str:
 
 
 def few(names: Iterable[object], most: int = 5) -> str:
-    """The first of many names, each :func:`printable`, and how many more there are."""
+    """Return the first of many names, each :func:`printable`, and how many more there are."""
     listed = [printable(str(name), 80) for name in names]
     if len(listed) <= most + 1:
         return ", ".join(listed)
@@ -157,7 +164,7 @@ def few(names: Iterable[object], most: int = 5) -> str:
 
 
 def all_printable(value: Any) -> Any:
-    """Plain data with each of its texts :func:`printable`, keys included; lines stay lines."""
+    """Return plain data with all its texts and keys made :func:`printable`. Line breaks and tabs in texts stay."""
     if isinstance(value, str):
         return printable(value, LONGEST_NOTE, keep="\t\n")
     if isinstance(value, Mapping):

@@ -21,21 +21,24 @@ codecs.register_error("fedms.nearest", _nearest)
 
 
 def accept_any_text() -> None:
-    """From now on the terminal takes every text: what its encoding does not have is written as the nearest ASCII, or
-    escaped, so that no run ends because of a sign in its results or in the name of a file."""
+    """Make stdout and stderr accept every text from now on.
+
+    What their encoding does not have is written as the nearest ASCII, or escaped, so that no run ends because of a sign in its
+    results or in the name of a file.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="fedms.nearest")
 
 
 class Progress:
-    """Listener that does nothing; the base of every display.
+    """The events of a run. This listener ignores them all; others derive from it.
 
-    Metrics are plain numbers by name (``loss``, ``validation_accuracy``, ``depth``, ...) and may be None.
+    Metrics are plain numbers by name (`loss`, `validation_accuracy`, `depth`, ...) and may be None.
     """
 
     def start(self, total_visits: int, title: str) -> None:
-        """A run begins that visits clients ``total_visits`` times."""
+        """A run begins that visits clients `total_visits` times."""
 
     def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
         """A client was visited; rounds count from 1 within a stage."""
@@ -44,20 +47,20 @@ class Progress:
         """A round ended."""
 
     def note(self, text: str) -> None:
-        """Something worth a line of its own."""
+        """Something was found that is worth a line of its own."""
 
     def done(self, text: str) -> None:
         """One of several runs that are carried out side by side has ended."""
 
     def phase(self, text: str) -> None:
-        """What is being done now, e.g. ``"loading MiniLM"``."""
+        """Something else is done now, such as "loading MiniLM"."""
 
     def close(self) -> None:
         """The run ended, well or badly."""
 
 
 class Listeners(Progress):
-    """Several listeners as one."""
+    """Passes every event on to several listeners."""
 
     def __init__(self, *listeners: Progress) -> None:
         self._listeners = listeners
@@ -92,10 +95,12 @@ class Listeners(Progress):
 
 
 class TerminalProgress(Progress):
-    """A heading for each run, a line for each round, and below them a bar over the client visits still to come.
+    """Shows a heading for each run, a line for each round, and below them a bar over the client visits still to come.
 
-    ``console`` is a ``rich.console.Console``; where it is no terminal only the lines are written. The lines fit 80
-    columns but for events.
+    Lines fit 80 columns but for events.
+
+    Args:
+        console: A `rich.console.Console`. Where it is no terminal, only the lines are written.
     """
 
     def __init__(self, console: Any):

@@ -20,7 +20,13 @@ _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean over seeds, the sample standard deviation, None for a single seed, and the number of seeds."""
+    """A number over seeds.
+
+    Attributes:
+        mean: Its mean.
+        std: Its sample standard deviation, or None for a single seed.
+        n: The number of seeds.
+    """
 
     mean: float
     std: Optional[float]
@@ -35,16 +41,20 @@ class Stat:
 
     @property
     def may_be_zero(self) -> bool:
-        """Whether 0 lies in the 95 % confidence interval of the mean (Student's t); False for a single seed."""
+        """Whether 0 lies in the 95 % confidence interval of the mean (Student's t). False for a single seed."""
         if self.std is None:
             return False
         return abs(self.mean) <= _T95[min(self.n, len(_T95) + 1) - 2] * self.std / math.sqrt(self.n)
 
 
 def read_runs(path: str | Path) -> tuple[list[RunRecords], list[str]]:
-    """All runs at ``path``, ordered by method and seed, and a note for every one that is damaged.
+    """Read all runs in a folder, sorted by method and seed.
 
-    Raises :class:`fedms.storage.records.RunFolderError` if not one can be read.
+    Returns:
+        The runs, and a note for each one that is damaged.
+
+    Raises:
+        RunFolderError: If not a single one can be read.
     """
     runs, notes = [], []
     for folder in find_runs(path):
@@ -65,10 +75,10 @@ def by_method(runs: Iterable[RunRecords]) -> dict[str, list[RunRecords]]:
 
 
 def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
-    """One row a method, zero-shot first: :class:`Stat` over seeds of what the summaries hold, None where unknown.
+    """Return one row for each method, zero-shot first, with a :class:`Stat` over seeds of each figure in the summaries.
 
-    ``below_local`` is the share of clients whose personalized accuracy is under that of the ``local`` run of the
-    same seed.
+    A figure that is unknown is None. `below_local` is the share of clients whose personalized accuracy is below that of the
+    `local` run of the same seed.
     """
     rows = []
     zero_shot = {r.seed: r for r in runs if client_values(r, "zero_shot")}
@@ -95,12 +105,12 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
 
 
 def worst_tenth(values: Sequence[float]) -> float:
-    """Mean of the worst 10 % of clients, at least one."""
+    """Return the mean of the worst 10 % of values, of at least one."""
     return statistics.fmean(sorted(values)[:max(1, math.ceil(len(values) / 10))])
 
 
 def focus_method(methods: Iterable[str]) -> str:
-    """The method a report speaks of first: fedms where present, else the last one."""
+    """Return the method that a report speaks of first: fedms if it is present, else the last one."""
     methods = list(methods)
     return "fedms" if "fedms" in methods else methods[-1]
 
@@ -129,15 +139,17 @@ def client_mean(run: RunRecords, name: str) -> Optional[float]:
 
 
 def client_gap(run: RunRecords, name: str, other: str) -> Optional[float]:
-    """Mean over the clients that have both accuracies of the first minus the second."""
+    """Return the mean over clients of one of their accuracies minus another; None if no client has both."""
     gaps = [a - b for c in participants(run) if (a := field_of(c, "accuracy", name)) is not None
             and (b := field_of(c, "accuracy", other)) is not None]
     return statistics.fmean(gaps) if gaps else None
 
 
 def learned_gate(run: RunRecords) -> bool:
-    """Whether the weights of the experts come from a gate that was trained: neither a fixed weight, nor one weight a client
-    (apfl), nor similarities (feddpa)."""
+    """Tell whether a run trained a gate.
+
+    A fixed weight, one weight for each client (apfl) and similarities (feddpa) are none.
+    """
     return run.method in ("fedms", "fedms_plus") and run.config["gate"].get("weight") is None
 
 
@@ -146,8 +158,11 @@ SAME_LOSS = 1e-6        # the loss of a mixture moves a little with the gate, th
 
 
 def idle_visits(run: RunRecords) -> Optional[tuple[int, int]]:
-    """How many visits of stage 2 ended with the validation loss of the same client's visit before, and of how many; None
-    where those are few, or the last expert is kept whatever it is worth."""
+    """Return how many visits of stage 2 changed nothing, and of how many.
+
+    Such a visit ends with the validation loss of the same client's visit before it. None where these are few, or the last expert
+    is kept whatever it is worth.
+    """
     if run.config["stage2"].get("keep") != "best":
         return None
     last: dict[int, float] = {}
@@ -162,7 +177,7 @@ def idle_visits(run: RunRecords) -> Optional[tuple[int, int]]:
 
 
 def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
-    """Accuracy of the ``local`` method by client in the run of the same seed; empty if there is none."""
+    """Return the accuracy of the `local` method by client in the run of the same seed; empty if there is none."""
     for other in runs:
         if other.method == "local" and other.seed == run.seed and other.clients:
             return {c["id"]: c["accuracy"]["personalized"] for c in participants(other)

@@ -28,9 +28,13 @@ DARK = {INK: "#e6e9ef", MUTED: "#98a2b3", GRID: "#2b3442", SURFACE: "#161b24", "
 
 
 def write_report(path: str | Path) -> Path:
-    """Write ``report.html`` into a run folder or a folder of runs; returns its path.
+    """Write `report.html` into a run folder or a folder of runs.
 
-    Raises :class:`fedms.storage.records.RunFolderError` if there is no run or the file cannot be written.
+    Returns:
+        Its path.
+
+    Raises:
+        RunFolderError: If there is no run, or the file cannot be written.
     """
     path = Path(path)
     runs, notes = read_runs(path)
@@ -40,7 +44,7 @@ def write_report(path: str | Path) -> Path:
 
 
 def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
-    """The page as text."""
+    """Return the page about some runs as HTML."""
     import jinja2
     from markupsafe import Markup
 
@@ -102,7 +106,7 @@ def _cards(runs: Sequence[RunRecords]) -> list[dict[str, str]]:
 
 
 def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
-    """Personalized accuracy of each client under each method, mean over seeds."""
+    """Return the personalized accuracy of each client by method, as a mean over seeds."""
     methods = {m: group for m, group in by_method(runs).items() if any(r.clients for r in group)}
     if len(methods) < 2:
         return None
@@ -140,7 +144,7 @@ def _css_colors() -> list[tuple[str, str, str]]:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Inline SVG with text kept as text and every color a CSS variable, so that it follows the page's theme."""
+    """Return a figure as inline SVG with every color a CSS variable, so that it follows the page's theme."""
     svg = as_svg(figure, name)
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Results:
-    """The records of one or several runs; every frame has the columns ``run`` (the folder's name), ``method`` and
-    ``seed``, and then the fields that :mod:`fedms.storage.records` lists, in the units given there.
+    """The records of one or several runs as pandas frames.
 
-    ``accuracy`` of a client and nested values of a summary are columns of their own, as in ``accuracy.global``.
+    Every frame has the columns `run` (the folder's name), `method` and `seed`, and then the fields of
+    :mod:`fedms.storage.records`, in the units given there. The accuracies of a client and the nested values of a summary are
+    columns of their own, such as `accuracy.global`.
+
+    Attributes:
+        runs: One row for each run that has ended.
+        rounds: One row for each round.
+        visits: One row for each visit.
+        clients: One row for each client of a run that has ended.
     """
 
     runs: pd.DataFrame
@@ -28,9 +35,10 @@ class Results:
 
 
 def results(path: str | Path) -> Results:
-    """Read a run folder, or a folder of run folders. A run that has not ended has no row in ``runs`` and ``clients``.
+    """Read a run folder, or a folder of run folders, into pandas frames.
 
-    Raises :class:`fedms.storage.records.RunFolderError`.
+    Raises:
+        RunFolderError: If there is no run, or one is damaged.
     """
     records = [RunRecords.read(folder) for folder in find_runs(path)]
     return Results(

@@ -11,8 +11,17 @@ from fedms.storage.records import RunRecords
 
 @dataclass(frozen=True)
 class Difference:
-    """The focus method minus another: mean gap of the personalized accuracy over clients that both have, how many are
-    better and worse off, the p-value of Wilcoxon's signed-rank test, and the one corrected for all comparisons."""
+    """The method in focus minus another.
+
+    Attributes:
+        against: The other method.
+        pairs: Number of pairs of a client and a seed that both have.
+        gap: Mean difference of the personalized accuracy.
+        better: Number of pairs that are better off.
+        worse: Number of pairs that are worse off.
+        p: p-value of Wilcoxon's signed-rank test.
+        corrected: The same, corrected for all comparisons by Holm's method.
+    """
 
     against: str
     gap: float
@@ -24,10 +33,13 @@ class Difference:
 
 
 def differences(runs: Sequence[RunRecords]) -> list[Difference]:
-    """The focus method against every other, in the order of the methods; empty where there is nothing to pair.
+    """Compare the method in focus with every other, in the order of the methods.
 
     A pair is one client of one seed. Seeds draw clients anew from the same data, so pairs of different seeds are not
     quite independent, and p-values a little too small.
+
+    Returns:
+        The comparisons; none where there is nothing to pair.
     """
     from scipy.stats import wilcoxon
 
@@ -49,8 +61,11 @@ def differences(runs: Sequence[RunRecords]) -> list[Difference]:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the i-th smallest times the number of those not smaller, never
-    below the one before. SciPy has no such correction, and statsmodels would be needed for these lines alone."""
+    """Return p-values corrected for their number by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+
+    The i-th smallest is multiplied by the number of those that are not smaller, and is never below the one before it. SciPy has
+    no such correction.
+    """
     corrected, highest = [0.0] * len(values), 0.0
     for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         highest = max(highest, min(1.0, (len(values) - rank) * values[i]))

@@ -17,7 +17,14 @@ from fedms.storage.durable import write_durably
 
 
 def write_comparison(path: str | Path) -> tuple[Path, Path]:
-    """Write ``compare.csv`` (one line a run) and ``compare.md`` (one line a method) into a folder of runs."""
+    """Write `compare.csv` (a line for each run) and `compare.md` (a line for each method) into a folder of runs.
+
+    Returns:
+        The paths of both.
+
+    Raises:
+        RunFolderError: If there is no run, or a file cannot be written.
+    """
     path = Path(path)
     runs, _ = read_runs(path)
     text = io.StringIO()
@@ -50,7 +57,15 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the comparison: ``short`` is its title where room is scarce, ``keep`` says for how long it stays."""
+    """A column of the comparison.
+
+    Attributes:
+        title: Its title.
+        short: Its title where room is scarce.
+        key: Its key in a row of the comparison.
+        show: Writes a value.
+        keep: Rank by which columns are left out where room is scarce, the lowest first.
+    """
 
     title: str
     short: str
@@ -74,10 +89,12 @@ _COLUMNS = (
 
 
 def table(rows: Sequence[dict[str, Any]], width: Optional[int] = None) -> tuple[list[str], list[list[str]]]:
-    """A comparison as text: header and cells, for the terminal, Markdown and the page alike.
+    """Return a comparison as text: header and cells, for the terminal, Markdown and the page alike.
 
-    With ``width``, in characters, titles are short and of two lines, and the least important columns are left out
-    until the table fits, with two spaces between columns.
+    Args:
+        rows: What :func:`fedms.report.numbers.comparison` returned.
+        width: Number of characters that the table may take. Titles are then short and of two lines, and the least important
+            columns are left out until it fits, with two blanks between columns. None for no limit.
     """
     columns = [c for c in _COLUMNS if any(row.get(c.key) for row in rows)]
     names = [row["method"] + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else "") for row in rows]

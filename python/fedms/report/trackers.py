@@ -32,7 +32,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Writes event files to ``RUN/tensorboard``: ``tensorboard --logdir OUT`` shows them."""
+    """Writes event files to `RUN/tensorboard`, which `tensorboard --logdir OUT` shows."""
 
     def __init__(self, run: RunRecords) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +52,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run in the Weights & Biases project ``fedms`` (WANDB_PROJECT names another, WANDB_MODE=offline stays here)."""
+    """Sends a run to the Weights & Biases project `fedms`, or $WANDB_PROJECT; WANDB_MODE=offline keeps it here."""
 
     def __init__(self, run: RunRecords) -> None:
         import wandb
@@ -69,7 +69,7 @@ class WandB:
 
 
 class MLflow:
-    """A run in the MLflow experiment ``fedms`` at MLFLOW_TRACKING_URI (MLFLOW_EXPERIMENT_NAME names another one)."""
+    """Sends a run to the MLflow experiment `fedms`, or $MLFLOW_EXPERIMENT_NAME, at $MLFLOW_TRACKING_URI."""
 
     def __init__(self, run: RunRecords) -> None:
         from mlflow.tracking import MlflowClient
@@ -98,15 +98,15 @@ TRACKERS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "
 
 
 class Tracking(Progress):
-    """Listener that sends the records of the runs in a folder to trackers, after every round and at the end.
+    """Sends the records of the runs in a folder to trackers, after every round and at the end.
 
     Args:
-        out: a run folder, or a folder of run folders. Runs in it that have ended already are left alone.
-        names: of :data:`TRACKERS`.
-        note: told of a tracker that failed. The run goes on without it, as its records are on disk.
+        out: A run folder, or a folder of run folders. Runs in it that have ended already are left alone.
+        names: Names of trackers, see :data:`TRACKERS`.
+        note: Told of a tracker that failed. The run goes on without it, as its records are on disk.
 
     Raises:
-        ConfigError: for an unknown name, or if the tracker's package is not installed.
+        ConfigError: If a name is unknown, or the tracker's package is not installed.
     """
 
     def __init__(self, out: str | Path, names: Iterable[str], note: Callable[[str], None]) -> None:
@@ -144,7 +144,7 @@ class Tracking(Progress):
                 self._ended[folder] = end
 
     def _call(self, sinks: list[Any], action: Callable[[Any], Any]) -> list[Any]:
-        """What the action gives for each; one that fails is reported and taken out of the list."""
+        """Return what an action gives for each sink. One that fails is reported and taken out of the list."""
         given = []
         for sink in list(sinks):
             try:
@@ -170,7 +170,7 @@ def _tracker(name: str) -> type[Sink]:
 
 
 def _ended(folder: Path) -> int | None:
-    """When the summary was written, in ns; None for a run that has not ended."""
+    """Return when the summary was written, in ns; None for a run that has not ended."""
     try:
         return (folder / SUMMARY).stat().st_mtime_ns
     except OSError:
@@ -182,7 +182,7 @@ def _name(run: RunRecords) -> str:
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    """The numbers in a record, with dotted names where they lie deeper."""
+    """Yield the numbers in a record, with dotted names for nested ones."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}.")

@@ -21,7 +21,12 @@ STAGES = ("stage1", "stage2")
 
 @dataclass(frozen=True)
 class RunState:
-    """Where one run stands: ``ended``, ``running``, or ``stopped`` (no process works on it)."""
+    """Where one run stands.
+
+    Attributes:
+        records: Its records, without visits and clients.
+        state: "ended", "running", or "stopped" if no process works on it.
+    """
 
     records: RunRecords
     state: str
@@ -34,12 +39,12 @@ class RunState:
 
     @property
     def rounds(self) -> int:
-        """Rounds of both stages that the run shall have."""
+        """Number of rounds of both stages that the run is to have."""
         return sum(self.records.config[stage]["rounds"] for stage in STAGES)
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last round, at the mean pace of this stage's rounds so far."""
+        """Seconds until the last round, at the mean pace of this stage so far; None if that is unknown."""
         done = self.records.rounds
         if self.state != "running" or not done:
             return None
@@ -48,17 +53,17 @@ class RunState:
 
 
 def read_states(path: str | Path) -> list[RunState]:
-    """The states of the runs at ``path``. Raises :class:`fedms.storage.records.RunFolderError` if there is none."""
+    """Return the states of the runs in a folder. RunFolderError if there is none."""
     return [RunState.read(folder) for folder in find_runs(path)]
 
 
 def over(states: Sequence[RunState]) -> bool:
-    """Whether nothing runs any more."""
+    """Tell whether no run is running any more."""
     return all(state.state != "running" for state in states)
 
 
 def view(states: Sequence[RunState]) -> RenderableType:
-    """A table with a line a run, and what happened last in each run that is under way."""
+    """Return a table with a line for each run, and below it what happened last in each."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     for title in ("run", "", "stage", "round", "depth", "loss", "validation", "", "gate", "up", "left"):
         table.add_column(title, justify="left" if title in ("run", "", "stage") else "right", no_wrap=True)
@@ -80,7 +85,7 @@ def view(states: Sequence[RunState]) -> RenderableType:
 
 
 def sparkline(values: Sequence[float | None], width: int = 16) -> str:
-    """The last values as bars between their least and their greatest."""
+    """Return the last values as bars between their least and their greatest."""
     known = [value for value in values if value is not None][-width:]
     if not known:
         return ""

@@ -17,8 +17,11 @@ GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a
 
 
 def headline(runs: Sequence[RunRecords]) -> str:
-    """The outcome in two or three sentences: the place of the method in focus, the best one, from whom it is apart by how
-    many points, and what that is worth."""
+    """Return the outcome in two or three sentences.
+
+    They say the accuracy and the place of the method in focus, which method is best, how many points the others are apart, and
+    whether that may be chance.
+    """
     methods = by_method([r for r in runs if r.summary])
     scores = {m: Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
               for m, group in methods.items()}
@@ -58,7 +61,15 @@ def headline(runs: Sequence[RunRecords]) -> str:
 
 
 def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict[str, str]]:
-    """What a reader must not miss, as ``{"kind": "good" | "bad" | "plain", "text"}``."""
+    """Return what a reader must not miss.
+
+    Args:
+        runs: The runs.
+        notes: Notes on runs that could not be read.
+
+    Returns:
+        Findings as `{"kind": "good" | "bad" | "plain", "text": ...}`.
+    """
     found: list[dict[str, str]] = []
 
     def say(text: str, kind: str = "plain") -> None:
@@ -154,7 +165,7 @@ def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
 
 
 def _depth_findings(ended: Sequence[RunRecords]) -> Iterable[str]:
-    """Where activation ended, and the trained share that belongs to it; runs that agree share a sentence."""
+    """Say where activation ended, and which share of the parameters that is. Runs that agree share a sentence."""
     seeds: dict[str, list[str]] = defaultdict(list)
     for run in ended:
         depths = [(_stage(stage), depth) for stage in ("stage1", "stage2")
@@ -176,7 +187,7 @@ def _how_far(run: RunRecords) -> str:
 
 
 def percent(value: Stat | float | None, digits: int = 1) -> str:
-    """A fraction as percent without the sign, with the spread over seeds where there is one."""
+    """Return a fraction as percent without the sign, with the spread over seeds where there is one."""
     if value is None:
         return "–"
     if not isinstance(value, Stat):
@@ -186,7 +197,7 @@ def percent(value: Stat | float | None, digits: int = 1) -> str:
 
 
 def size(value: Optional[float]) -> str:
-    """Bytes in decimal units."""
+    """Return a number of bytes in decimal units."""
     if value is None:
         return "–"
     for unit in ("B", "kB", "MB", "GB"):
@@ -214,17 +225,17 @@ def signed(gap: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p-value to two significant digits."""
+    """Return a p-value with two significant digits."""
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def _is_zero(gap: float) -> bool:
-    """Whether a gap shows as 0.0 points."""
+    """Tell whether a gap shows as 0.0 points."""
     return abs(gap) < 0.0005
 
 
 def _first(items: Sequence[str], count: int) -> list[str]:
-    """The first items, and how many more there are; all, where only one would be left out."""
+    """Return the first items, and how many more there are; all of them where only one would be left out."""
     return list(items) if len(items) <= count + 1 else [*items[:count], f"{len(items) - count} more"]
 
 

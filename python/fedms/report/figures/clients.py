@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def clients_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Personalized test accuracy of every client, one row a method, with mean and worst 10 %."""
+    """Draw the personalized test accuracy of every client: one row for each method, with mean and worst 10 %."""
     rows = []
     if zero := [v for r in {r.seed: r for r in runs}.values() if (v := client_values(r, "zero_shot"))]:
         rows.append(("zero-shot", MUTED, zero))
@@ -45,9 +45,10 @@ def clients_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Mixture against local-only accuracy of each client; above the diagonal the federation helps.
+    """Draw the accuracy of the method in focus against training alone, one dot for each client and seed.
 
-    Local-only is the ``local`` run of the same seed where there is one, else the run's own local expert.
+    Above the diagonal the federation helps. Training alone is the `local` run of the same seed where there is one, else the
+    run's own local expert.
     """
     focus = by_method(runs)[focus_method(by_method(runs))]
     points, compared = [], any(local_only(r, runs) for r in focus)

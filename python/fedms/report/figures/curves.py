@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Validation accuracy per round over both stages, one line a method, the range over seeds shaded."""
+    """Draw validation accuracy by round over both stages: one line for each method, the range over seeds shaded."""
     curves = _curves(runs, lambda run: [r.get("validation_accuracy") for r in run.rounds])
     if not curves:
         return None
@@ -39,7 +39,7 @@ def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def clock_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Validation accuracy over the simulated clock of the clients' devices, one line a method; None without clocks."""
+    """Draw validation accuracy over the simulated time of the clients' devices; None where their speed is not given."""
     def unit(longest: float) -> tuple[str, float]:
         return ("h", 3600) if longest >= 2 * 3600 else ("min", 60) if longest >= 120 else ("s", 1)
 
@@ -48,13 +48,13 @@ def clock_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def accuracy_over_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Validation accuracy over the bytes that all clients have sent and received so far, one line a method."""
+    """Draw validation accuracy over the bytes that all clients have sent and received so far."""
     return _accuracy_over(runs, lambda run: [_sum_known(r.get("bytes_up"), r.get("bytes_down")) for r in run.rounds],
                           "sent and received by clients so far", _decimal("B"))
 
 
 def accuracy_over_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Validation accuracy over the operations that all clients have done so far, one line a method."""
+    """Draw validation accuracy over the operations that all clients have done so far."""
     def flops(run: RunRecords) -> list[Optional[float]]:
         sums: dict[tuple[str, int], float] = defaultdict(float)
         for visit in run.visits:
@@ -65,7 +65,7 @@ def accuracy_over_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Active blocks per round."""
+    """Draw the number of trained blocks by round."""
     curves = _curves(runs, lambda run: [r.get("depth") for r in run.rounds])
     if not curves:
         return None
@@ -83,7 +83,7 @@ def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Bytes sent by all clients, summed over rounds."""
+    """Draw the bytes that all clients have sent so far, by round."""
     def total(run: RunRecords) -> list[Optional[float]]:
         sums, so_far = [], 0.0
         for record in run.rounds:
@@ -112,7 +112,12 @@ def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def _curves(runs: Sequence[RunRecords], value: Callable[[RunRecords], list[Optional[float]]]) -> list[Curve]:
-    """One curve a method; ``value`` gives a number for each recorded round. Methods that coincide share a curve."""
+    """Return one curve for each method. Methods whose values coincide share a curve.
+
+    Args:
+        runs: The runs.
+        value: Returns a number for each recorded round of a run, or None where it is unknown.
+    """
     offset = first_stage_rounds(runs)
     curves: list[Curve] = []
     for method, group in by_method(runs).items():
@@ -137,8 +142,17 @@ def _curves(runs: Sequence[RunRecords], value: Callable[[RunRecords], list[Optio
 
 def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], list[Optional[float]]], label: str,
                    unit: Callable[[float], tuple[str, float]]) -> Optional[Figure]:
-    """Validation accuracy over the sum so far of an amount that each round has; None where no run knows it, or it is
-    always 0. Over seeds both coordinates of a round are averaged. `unit`: name and size for the longest sum."""
+    """Draw validation accuracy over the sum so far of an amount. Both are averaged over seeds, round by round.
+
+    Args:
+        runs: The runs.
+        amounts: Returns the amount of each recorded round of a run, or None where it is unknown.
+        label: What the amount is.
+        unit: Returns the name and the size of the unit in which the longest sum is written.
+
+    Returns:
+        The figure, or None where no run knows the amount, or it is always 0.
+    """
     curves = []
     first = first_stage_rounds(runs)
     for method, group in by_method(runs).items():
@@ -186,7 +200,7 @@ def _sum_known(*values: Optional[float]) -> Optional[float]:
 
 
 def _decimal(unit: str) -> Callable[[float], tuple[str, float]]:
-    """The unit with a prefix in which the longest value is below 1000."""
+    """Return a function that chooses the decimal prefix with which the longest value is below 1000."""
     def fitting(longest: float) -> tuple[str, float]:
         power = min(5, max(0, int(math.log10(longest) // 3))) if longest > 0 else 0
         return " kMGTP"[power].strip() + unit, 1000.0 ** power

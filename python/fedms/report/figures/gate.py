@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def gate_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Weight on the local expert by client: mean, and standard deviation over its test samples."""
+    """Draw the gate's weight on the local expert by client: mean and standard deviation over its test samples."""
     gated = [r for r in by_method(runs)[focus_method(by_method(runs))]
              if any(c.get("gate_mean") is not None for c in r.clients)]
     if not gated:
@@ -51,7 +51,7 @@ def gate_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 
 def gate_size_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Mean weight on the local expert against the number of training samples, one dot a client and seed."""
+    """Draw the gate's mean weight on the local expert against the number of training samples."""
     focus = by_method(runs)[focus_method(by_method(runs))]
     points = [(client["n_train"], client["gate_mean"], str(client.get("group") or "")) for run in focus
               for client in participants(run) if client.get("gate_mean") is not None and client.get("n_train")]

@@ -27,7 +27,14 @@ WIDE, HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to it
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a picture: its methods, color, and values over seeds by position on the axis."""
+    """One line of a picture.
+
+    Attributes:
+        methods: The methods that it stands for.
+        color: Its color.
+        xs: Positions on the axis.
+        ys: Values of all seeds at each position.
+    """
 
     methods: tuple[str, ...]
     color: str
@@ -36,7 +43,7 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """Names, one a line. Of more than three that coincide two are named, the one that reports speak of first."""
+        """Names of its methods, one a line. Of more than three, two are named, and first the one that reports speak of first."""
         names = sorted(self.methods, key=lambda name: name != "fedms")
         return ",\n".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
 
@@ -46,7 +53,7 @@ class Curve:
 
 
 def method_color(method: str) -> str:
-    """The color of a method, the same in every picture and page."""
+    """Return the color of a method, the same in every picture and page."""
     return METHOD_COLORS.get(method) or _OTHER_METHODS[sum(method.encode()) % len(_OTHER_METHODS)]
 
 
@@ -57,7 +64,7 @@ def group_color(groups: Sequence[str], group: Any) -> str:
 
 @contextlib.contextmanager
 def plain_style() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the user's settings; and a dollar sign in a name starts no formula."""
+    """Use matplotlib's own defaults, whatever the user's settings; and let a dollar sign in a name start no formula."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -67,7 +74,7 @@ def plain_style() -> Iterator[None]:
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG file, the same for an equal figure of this name; text stays text."""
+    """Return a figure as an SVG file with selectable text. Equal figures of the same name give equal files."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -95,7 +102,7 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def height_of(curves: Sequence[Curve], least: float) -> float:
-    """Inches in which the names at the lines' ends have room."""
+    """Return the inches in which the names at the ends of the curves have room, and at least `least`."""
     return max(least, 0.95 + 0.165 * sum(1 + curve.label.count("\n") for curve in curves))
 
 
@@ -107,7 +114,7 @@ def percent_axis(axis: Any) -> None:
 
 
 def round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
-    """Rounds counted within their stage, a line between the stages."""
+    """Count rounds within their stage on the x axis, and draw a line between the stages."""
     first = first_stage_rounds(runs)
     second = max((r["round"] for run in runs for r in run.rounds if r["stage"] == "stage2"), default=0)
     stride = max(1, math.ceil((first + second) / 16))
@@ -125,7 +132,7 @@ def round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
 
 
 def end_labels(axes: Any, curves: Sequence[Curve]) -> None:
-    """Names at the right of the lines' ends, moved apart where they would overlap."""
+    """Write names at the right ends of curves, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     line = 11.5 * (high - low) / (axes.figure.get_figheight() * 72 * 0.75)
