@@ -38,8 +38,16 @@ holds 0 are marked by ~.
 
 
 def write_page(page: Path, planned: Sequence[StudyRun], records: Path) -> None:
-    """Makes the page from the records of the planned runs, and its pictures in a folder of the page's name. RunFolderError
-    if they cannot be written."""
+    """Write the page, and its pictures into a folder of the page's name.
+
+    Args:
+        page: The file to write.
+        planned: The runs of the study.
+        records: The file with their records.
+
+    Raises:
+        RunFolderError: If the records are damaged, or a file cannot be written.
+    """
     lines, folder = read_records(records), page.with_suffix("")
     text = render(planned, lines, str(records), folder.name)
     try:
@@ -52,7 +60,7 @@ def write_page(page: Path, planned: Sequence[StudyRun], records: Path) -> None:
 
 
 def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By its file's name a picture of each setting with records: every client's accuracy, by method."""
+    """Return a picture of each setting with records, by the name of its file: every client's accuracy, by method."""
     done, _ = _one_model(planned, {key_of(line): line for line in lines})
     found = {}
     with report.plain_style():
@@ -64,8 +72,14 @@ def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -
 
 
 def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
-    """The page as Markdown; equal records give an equal page. pictures: the folder with a picture of each setting, as the
-    page names it."""
+    """Return the page as Markdown. Equal records give an equal page.
+
+    Args:
+        planned: The runs of the study.
+        lines: Their records.
+        source: The file of the records, as the page names it.
+        pictures: The folder with a picture of each setting, as the page names it.
+    """
     of_run = {key_of(line): line for line in lines}
     done, mixed = _one_model(planned, of_run)
     parts = ["# The study", f"{len(done)} of {len(planned)} runs are done. Made by `python -m bench.study --page-only` from `{source}`, "
@@ -98,8 +112,13 @@ StudyRecord = tuple[StudyRun, Mapping[str, Any]]
 
 
 def _one_model(planned: Sequence[StudyRun], of_run: Mapping[Any, Mapping[str, Any]]) -> tuple[list[StudyRecord], int]:
-    """The planned runs with a record, where their setting was run with one set of model weights, the most frequent one; and
-    how many have others: pretraining elsewhere may give other bits."""
+    """Return the runs with a record that were made with the same weights of the pretrained model.
+
+    Pretraining on another machine may give other bits. In each setting the most frequent weights count.
+
+    Returns:
+        These runs with their records, and the number of runs that have other weights.
+    """
     done = [(run, of_run[run.key]) for run in planned if run.key in of_run]
     found: dict[str, dict[str, int]] = {}
     for run, line in done:
@@ -148,7 +167,7 @@ def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[t
 
 
 def _gate(label: str, gates: Sequence[Mapping[str, float]]) -> str:
-    """What a method's gate does, in the mean over seeds, and what it could have gained."""
+    """Say what a method's gate does in the mean over seeds, and what it could have gained."""
     weight, entropy, half, oracle = (statistics.fmean(gate[key] for gate in gates) for key in (
         "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
     return (f"- The gate of `{label}` gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
@@ -200,13 +219,17 @@ def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_
 
 
 def _as_run(line: Mapping[str, Any]) -> RunRecords:
-    """A line in the form that reports are made of. Without its seconds: runs side by side slow each other down."""
+    """Return a record as reports read it, without its seconds: runs side by side slow each other down."""
     return RunRecords(Path(line["id"]), {"run": {"method": line["id"], "seed": line["seed"]}}, [], [],
                       list(line["clients"]), {**line, "seconds": None})
 
 
 def _gap(runs: Sequence[RunRecords], ours: str, theirs: str) -> tuple[float, float] | None:
-    """Mean over clients and seeds of the difference of their accuracies, and half the width of its 95 % interval."""
+    """Return the mean difference of two methods' accuracies over clients and seeds.
+
+    Returns:
+        The mean, and half the width of its 95 % confidence interval; None for fewer than two pairs.
+    """
     def scores(method: str) -> dict[tuple[int, int], float]:
         return {(run.seed, client["id"]): client["accuracy"]["personalized"] for run in runs if run.method == method
                 for client in run.clients if not client["unseen"] and "personalized" in client["accuracy"]}

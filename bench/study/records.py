@@ -34,17 +34,21 @@ EARLIER_IDS = {ablation.label: ablation.id for ablation in ABLATIONS.values()}
 
 def carry_out(planned: Sequence[StudyRun], records: Path, work: Path, *, jobs: int = 1,
               say: Callable[[str], None] = print, stop: Callable[[], bool] = lambda: False) -> int:
-    """Runs what has no record yet, `jobs` runs at a time, and adds their records to the file one by one.
+    """Carry out the runs that have no record yet, and add their records to the file one by one.
 
     Args:
-        work: where run folders are kept; a run that was killed goes on from its last round.
-        stop: asked between clients whether to stop; runs under way go on at the next call.
+        planned: The runs of the study.
+        records: The file of the records.
+        work: Where run folders are kept. A run that was killed goes on from its last round.
+        jobs: Number of runs at a time.
+        say: Called with a line about each run.
+        stop: Asked between clients whether to stop. Runs under way go on at the next call.
 
     Returns:
         The number of runs still to do: 0 when the study is whole.
 
     Raises:
-        RunFolderError: if another process works on these records, or they cannot be read or written.
+        RunFolderError: If another process works on these records, or they cannot be read or written.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -113,7 +117,7 @@ class Recorder:
 
 
 def machine() -> dict[str, str]:
-    """What a figure was made with: commit, PyTorch, CPU."""
+    """Return what a figure was made with: commit, version of PyTorch, and CPU."""
     import torch
 
     from fedms.doctor import cpu_name
@@ -129,7 +133,7 @@ def machine() -> dict[str, str]:
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
-    """`StudyRun.key` of the run that a record is of; None if its configuration is one of the past."""
+    """Return `StudyRun.key` of the run that a record is of; None if it has keys that the run file no longer has."""
     try:
         return line["id"], dump_toml(config_from_dict(of_method(line["config"])))
     except ConfigError:
@@ -137,7 +141,7 @@ def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Fractions to four digits: a hundredth of a percent."""
+    """Return plain data with fractions rounded to four digits, a hundredth of a percent, and without nulls."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, Mapping):
@@ -146,7 +150,11 @@ def _rounded(value: Any) -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of records; none if there is no file. RunFolderError names a damaged line."""
+    """Read a file of records; there are none if there is no file.
+
+    Raises:
+        RunFolderError: If a line is damaged.
+    """
     if not path.exists():
         return []
     lines = []

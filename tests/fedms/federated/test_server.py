@@ -13,7 +13,7 @@ from fedms.federated.devices import Device
 from fedms.federated.schedule import SalState
 from fedms.federated.server import AllClientsFailed, RejectedReply, Server
 from fedms.methods import create
-from fedms.storage.checkpoint import pack_server, unpack_server
+from fedms.federated.server_state import pack_server, unpack_server
 
 ORDER = [3, 2, 1]
 TENSORS = {f"expert/block.{i}.lora_{x}": torch.randn(2, 2) for i in range(3) for x in "ab"} | {

@@ -11,10 +11,10 @@ from fedms import methods
 from fedms.config import ConfigError, load_config
 from fedms.federated.client import Group
 from fedms.methods.fedavg_prior import log_prior
-from fedms.methods.fedms_plus import confidences
 from fedms.runs import run
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords, comparable
+from fedms.tasks.classification import Classification
 from fedms_ext import GateAdapter
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
@@ -81,7 +81,7 @@ def test_smoothing_bounds_a_class_that_was_never_seen():
 
 
 def test_confidences_are_the_best_log_probability_and_its_lead():
-    found = confidences(torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+    found = Classification.confidences(None, torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
     best = torch.tensor([2.0, 0.0, 1.0]).log_softmax(0)[0]
     assert torch.allclose(found, torch.tensor([[float(best), 1.0], [-float(torch.tensor(3.0).log()), 0.0]]))
 
