@@ -198,7 +198,7 @@ def test_all_mistakes_are_reported_at_once():
     (("data.split=[0.5, 0.5, 0.5]",), "data.split:", ["sums to 1.5", "sum to 1"]),
     (("data.split=[1.2, -0.2, 0.0]",), "data.split:", ["above 0"]),
     (("sal.queue=3",), "sal.queue:", ["got 3", "even"]),
-    (("sal.depth=3", "sal.depth=1", "sal.max_depth=2"), "sal.depth:", ["got 3", "sal.max_depth = 2"]),
+    (("sal.depth=3", "sal.max_depth=2"), "sal.depth:", ["got 3", "sal.max_depth = 2"]),
     (("sal.order=[1, 2, 1]",), "sal.order:", ["[1, 2, 1]", "twice"]),
     (("stage1.rounds=0", "stage2.rounds=0"), "stage1.rounds:", ["nothing to train"]),
     (("gate.mixing=layers",), "gate.features:", ['"final"', '"prefix"']),
