@@ -20,6 +20,7 @@ from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
 from fedms.tasks import Score
 from fedms.tensors import Tensors
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
@@ -80,3 +81,13 @@ class APFL(FedAvg):
             return Prediction(model.task.blend(alpha, own, ours), ours, own, weights)
         model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
         return Prediction(model.mixed_opinions(part, weights), ours, own, weights)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        speaker = super().speaker(model, private, final)
+        if not private.has_expert:
+            return speaker
+        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
+                   applied_depth=final.applied_depth)
+        weight = self._alpha(private).to(model.device).sigmoid()
+        weights = torch.stack([1 - weight, weight])[None]
+        return Speaker(("global", "local"), lambda features, shared, own: weights)

@@ -11,6 +11,7 @@ from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import Prediction, proximal, shared_expert, train_private, train_shared
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
@@ -35,3 +36,10 @@ class Ditto(FedAvg):
                    applied_depth=final.applied_depth)
         own = model.opinions("local", part)
         return replace(prediction, personalized=own, local=own)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        if not private.has_expert:
+            return super().speaker(model, private, final)
+        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=0,
+                   applied_depth=final.applied_depth)
+        return Speaker(("local",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
@@ -22,3 +23,7 @@ class FedAvg(Method):
                    applied_depth=final.applied_depth)
         opinion = model.opinions("global", part)
         return Prediction(opinion, global_=opinion)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
+        return Speaker(("global",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, shared_expert, train_private, train_shared
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
@@ -28,3 +29,8 @@ class FedAvgFT(Method):
         model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
         ours, own = model.both_opinions(part)
         return Prediction(own, global_=ours, local=own)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        shared = shared_expert(model, final, self.config)
+        model.load("local", {**shared, **private.tensors}, depth=0, applied_depth=final.applied_depth)
+        return Speaker(("local",))

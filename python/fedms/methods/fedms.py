@@ -26,6 +26,7 @@ from fedms.methods.steps import (Method, Prediction, keep_better, lr_of, make_re
                                  train_shared)
 from fedms.tasks import Score
 from fedms.tensors import Tensors
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
@@ -90,6 +91,18 @@ class FedMS(Method):
         if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
             mixed = model.mixed_opinions(part, weights)
         return Prediction(mixed, *both, weights)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        if not private.has_expert:
+            model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
+            return Speaker(("global",))
+        self._load(model, private, final, final.depth)
+
+        @torch.no_grad()
+        def weigh(features: Tensor, shared: Tensor | None, own: Tensor | None) -> Tensor:
+            return self._weights(model, features, shared, own)
+        return Speaker(("global", "local"), weigh, self.config.gate.features if self.learns_gate else None,
+                       self.config.gate.mixing == "layers")
 
     # The mixture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.methods.steps import Method, Prediction, train_private
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
@@ -23,3 +24,8 @@ class Local(Method):
         model.load("local", {**start, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
         opinion = model.opinions("local", part)
         return Prediction(opinion, local=opinion)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        start = model.initial(self.config.run.seed)
+        model.load("local", {**start, **private.tensors}, depth=0, applied_depth=final.applied_depth)
+        return Speaker(("local",))

@@ -18,6 +18,7 @@ from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
 from fedms.tensors import Tensors, freeze_none, is_a
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
@@ -72,6 +73,11 @@ class Method(ABC):
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         """What the client with this private state predicts once training is over. A client that was never visited
         has an empty private state."""
+
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        """Loads what the client with this private state answers with, for tasks whose answers are generated."""
+        raise NotImplementedError(f"{self.name} generates no answers")
 
 
 # Steps that several methods share.

@@ -69,6 +69,7 @@ class Decoder:
 
     def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1) -> None:
         self.model, self.layers, self.shared, self.experts = model, layers, shared, experts
+        self.before: Callable[[Tensor], None] | None = None     # called with the tokens of every step, before it
         self.cache = import_transformers().DynamicCache()
         accepted = inspect.signature(model.module.forward).parameters
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
@@ -76,6 +77,9 @@ class Decoder:
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Takes the next tokens (T,) int64; returns the hidden states (experts, D) after the last of them."""
+        ids = ids.to(next(self.model.module.parameters()).device)
+        if self.before is not None:
+            self.before(ids)
         arguments: dict[str, Any] = {"input_ids": ids.unsqueeze(0), self.cache_name: self.cache, "use_cache": True}
         with self._side_by_side():
             return self.model.module(**arguments).last_hidden_state[:, -1]
@@ -107,7 +111,7 @@ def generate(decoder: Decoder, prompt: Sequence[int], mixture: Mixture, stop_tok
     generator = torch.Generator().manual_seed(sampling.seed)
     ids = torch.tensor(prompt)
     for _ in range(min(sampling.max_new_tokens, longest - len(prompt))):
-        log_p = mixture(decoder.step(ids))
+        log_p = mixture(decoder.step(ids)).cpu()
         ids = choose(log_p, sampling, generator).view(1)
         yield Token(int(ids), float(log_p[ids]))
         if int(ids) in stop_tokens:

@@ -41,6 +41,11 @@ class CausalLM(Task):
         found = token_log_prob(features, self.head, targets, self.chunk)
         return torch.cat([found.log_p[:, None], found.confidence, (found.best == targets).to(found.log_p.dtype)[:, None]], 1)
 
+    def opinion_of(self, log_p: Tensor) -> Tensor:
+        """(U, K) opinion from all tokens' log-probabilities (U, V), of tokens that are not known yet."""
+        unknown = torch.full_like(log_p[:, :1], float("nan"))
+        return torch.cat([unknown, -(log_p.exp() * log_p).sum(-1, keepdim=True), log_p.amax(-1, keepdim=True), unknown], 1)
+
     def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
         """On "probabilities" alone: the logarithm of the mixed probability of the token; NaN for what only all tokens'
         probabilities say."""

@@ -347,7 +347,7 @@ class ExpertModel:
     def both_opinions(self, part: Subset) -> tuple[Tensor, Tensor]:
         """`opinions` of the global and of the local expert. Where both start from the same prefix, the two streams run
         as one batch above it: through one frozen product a layer, each half of the rows with its own expert."""
-        if not self._share_prefix():
+        if not self.share_prefix():
             return self.opinions("global", part), self.opinions("local", part)
 
         def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
@@ -367,7 +367,8 @@ class ExpertModel:
                                            self.targets(part, rows))
         return self._side_by_side(part, say, self.task.columns)
 
-    def _share_prefix(self) -> bool:
+    def share_prefix(self) -> bool:
+        """Whether both experts are the same up to the end of the local one's constant prefix."""
         keys = []
         for expert in EXPERTS:
             with self.stream(expert) as stream:
@@ -376,7 +377,7 @@ class ExpertModel:
 
     def _side_by_side(self, part: Subset, say: Callable[[Tensor, Sequence[Tensor]], Tensor], width: int) -> Tensor:
         """(U, width) of what is said of both experts' features of the same rows, for a whole part."""
-        if not self._share_prefix():
+        if not self.share_prefix():
             def one_by_one(rows: Tensor) -> Tensor:
                 halves = []
                 for expert in EXPERTS:

@@ -49,7 +49,7 @@ def loaded(folder, *sets) -> ExpertModel:
 def plain_log_p(model: ExpertModel, expert: str, part: Subset) -> torch.Tensor:
     """Log-probabilities (U, V) of each answer's tokens, one sample at a time, from all logits: LoRA by hand in float64."""
     found = []
-    state = {name: t.double() for name, t in model.foundation.module.state_dict().items() if "lora_" not in name}
+    state = {name: t.double() for name, t in model.foundation.module.state_dict().items() if "lora_" not in name and "pairs" not in name}
     for name, layer in model.layers.items():
         state[f"{name}.weight"] = layer.weight.double() + layer.experts[expert].scale * (
             layer.lora_b[expert].double() @ layer.lora_a[expert].double())

@@ -1,0 +1,108 @@
+"""Answers of a language model token by token, from what a method loads for a client."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedms.models.generation import Decoder, Sampling, Token, generate
+from fedms.training.expert_model import EXPERTS, ExpertModel
+from fedms_ext import gated
+
+# The weights (U, 2) of the global and the local expert for tokens whose features are (U, D), by both experts' opinions (U, K)
+# about them, where these are known before.
+Weights = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who answers for a client: what a method has loaded into the model.
+
+    experts: the expert that answers alone, or both.
+    weigh:   the weights of both.
+    sees:    the gate's features, "final" or "prefix"; None: it sees none.
+    layers:  whether the experts are mixed inside the layers.
+    """
+
+    experts: Sequence[str]
+    weigh: Weights | None = None
+    sees: str | None = None
+    layers: bool = False
+
+
+class Answerer:
+    """Generates with the experts that a model holds. It is made anew when others are loaded.
+
+    weights: of the local expert for each token that was generated; empty where one expert answers alone.
+    """
+
+    def __init__(self, model: ExpertModel, speaker: Speaker) -> None:
+        self.model, self.speaker = model, speaker
+        self.weights: list[float] = []
+        self._features: Tensor | None = None        # (1, D) of the position that the next token follows
+
+    def tokens(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        """The answer to a prompt; see `generation.generate`."""
+        model, speaker = self.model, self.speaker
+        both = len(speaker.experts) > 1 and not speaker.layers
+        name = "streams" if both else "mixture" if speaker.layers else speaker.experts[0]
+        with ExitStack() as stack:
+            stream = stack.enter_context(model.stream(name))
+            if both:
+                with model.stream("local") as local:
+                    boundary = local.prefix_depth
+                shared = boundary if model.share_prefix() else 0
+                decoder = Decoder(model.foundation, list(model.layers.values()), shared, experts=len(EXPERTS))
+            else:
+                boundary = stream.prefix_depth
+                decoder = Decoder(model.foundation, [], model.blocks)
+            if speaker.sees == "prefix":
+                self._watch(stack, boundary)
+            if speaker.sees == "final":
+                decoder.before = self._final_features(Decoder(model.foundation, [], model.blocks))
+            yield from generate(decoder, prompt, self._mixture, model.foundation.stop_tokens, sampling)
+
+    def _final_features(self, plain: Decoder) -> Callable[[Tensor], None]:
+        """Takes the gate's features from the foundation model alone, which reads the same tokens."""
+        def read(ids: Tensor) -> None:
+            with self.model.stream(None):
+                self._features = plain.step(ids)
+        return read
+
+    def _watch(self, stack: ExitStack, boundary: int) -> None:
+        """Takes the gate's features where the constant prefix ends, and weighs the layers above it by them."""
+        model = self.model
+        blocks = model.foundation.module.get_submodule(model.foundation.blocks)
+        mixed = [layer for layer in model.layers.values() if layer.block > boundary]
+        inside = ExitStack()
+        stack.callback(inside.close)
+
+        def watch(_: Any, args: tuple) -> None:
+            self._features = args[0][-1:, -1]       # of the last position; the last row, where there is one an expert
+            if self.speaker.layers:
+                inside.close()
+                weights = self._weigh(None, None)
+                inside.enter_context(gated(mixed, weights.expand(args[0].shape[1], 2).unsqueeze(0)))
+        stack.callback(blocks[boundary].register_forward_pre_hook(watch).remove)
+
+    def _weigh(self, shared: Tensor | None, own: Tensor | None) -> Tensor:
+        features = self._features
+        if features is None:
+            features = torch.empty(1, 0, device=self.model.device)
+        weights = self.speaker.weigh(features, shared, own)
+        self.weights.append(float(weights[0, 1]))
+        return weights
+
+    @torch.no_grad()
+    def _mixture(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities (V,) of the next token from each expert's hidden state (E, D)."""
+        log_p = self.model.task.head(hidden).log_softmax(-1)
+        if len(log_p) == 1:
+            return log_p[0]
+        opinions = [self.model.task.opinion_of(each[None]) for each in log_p]
+        weights = self._weigh(*opinions)
+        return torch.logsumexp(log_p + weights[0].clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None], 0)
