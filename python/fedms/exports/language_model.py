@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedms import methods, models
-from fedms.config import ConfigError
 from fedms.data.conversations import Message, prompt_tokens
-from fedms.export import MANIFEST, check_fingerprint
-from fedms.export.trained_run import TrainedRun, bind, task_of, trained_run_of
+from fedms.errors import ConfigError
+from fedms.exports.manifest import MANIFEST
+from fedms.exports.predict import bind
+from fedms.exports.trained_run import TrainedRun, check_fingerprint, read_trained_run
 from fedms.federated.client import Private
 from fedms.models.generation import Sampling, Token, text_pieces
 from fedms.training.answering import Answerer
@@ -33,11 +34,11 @@ class Answer:
 class LanguageModel:
     """The experts of a finished run on their language model. One answer is made at a time."""
 
-    def __init__(self, model: ExpertModel, run: TrainedRun) -> None:
-        config = run.task.config
+    def __init__(self, model: ExpertModel, trained: TrainedRun) -> None:
+        config = trained.task.config
         if config.task.kind != "causal_lm":
             raise ConfigError(f"the run is of task.kind {config.task.kind!r}, which predicts classes; use `fedms predict`")
-        self.model, self.run, self.method = model, run, methods.create(config)
+        self.model, self.trained, self.method = model, trained, methods.create(config)
         self.tokenizer, self.stop_tokens = model.foundation.tokenizer, model.foundation.stop_tokens
         self._alone = threading.Lock()
         self._loaded: tuple[int | None, Answerer] | None = None
@@ -45,7 +46,7 @@ class LanguageModel:
     @property
     def clients(self) -> Mapping[str, int]:
         """Names of clients that answer, by which they are asked for, and their ids."""
-        groups = self.run.task.groups
+        groups = self.trained.task.groups
         names = list(groups.values())
         return {name if name is not None and names.count(name) == 1 else str(i): i for i, name in groups.items()}
 
@@ -53,7 +54,7 @@ class LanguageModel:
         """The tokens of a question, or of a conversation whose last message is to be answered."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return prompt_tokens(self.tokenizer, messages, self.run.task.config.data.template)
+        return prompt_tokens(self.tokenizer, messages, self.trained.task.config.data.template)
 
     def stream(self, messages: str | Sequence[Message], client: str | int | None = None,
                sampling: Sampling = Sampling()) -> Iterator[str]:
@@ -81,7 +82,7 @@ class LanguageModel:
 
     def _tokens(self, messages: str | Sequence[Message], client: str | int | None,
                 sampling: Sampling) -> tuple[Iterator[Token], Answerer]:
-        number, prompt = self.run.client(client), self.prompt(messages)
+        number, prompt = self.trained.client(client), self.prompt(messages)
         answerer = self._answerer(number)
 
         def tokens() -> Iterator[Token]:
@@ -93,11 +94,11 @@ class LanguageModel:
     def _answerer(self, number: int | None) -> Answerer:
         with self._alone:
             if self._loaded is None or self._loaded[0] != number:
-                private = Private() if number is None else self.run.private.get(number, Private())
+                private = Private() if number is None else self.trained.private.get(number, Private())
                 if number is None and self.method.name == "local":
                     raise ConfigError("client: the method local shares no expert; give a client")
                 self.model.clear()
-                self._loaded = number, Answerer(self.model, self.method.speaker(self.model, private, self.run.final))
+                self._loaded = number, Answerer(self.model, self.method.speaker(self.model, private, self.trained.final))
             return self._loaded[1]
 
 
@@ -111,15 +112,15 @@ def open_language_model(folder: Path, states: Path | None = None) -> LanguageMod
         RunFolderError, CheckpointError, ConfigError, ModelError: as `fedms export` and `fedms.load` do.
     """
     if (folder / MANIFEST).is_file():
-        from fedms.export.mixture import load
+        from fedms.exports.mixture import load
 
         loaded = load(folder)
-        return LanguageModel(loaded.model, loaded.outcome)
-    task = task_of(folder)
+        return LanguageModel(loaded.model, loaded.trained)
+    trained = read_trained_run(folder, states)
+    task = trained.task
     if task.config.task.kind != "causal_lm":
         raise ConfigError(f"{folder}: the run is of task.kind {task.config.task.kind!r}, which predicts classes; use `fedms "
                           "predict`")
     foundation = models.load(task.config.model, task.config.task.kind)
     check_fingerprint(foundation, task)
-    model = bind(foundation, task)
-    return LanguageModel(model, trained_run_of(folder, task, model, states))
+    return LanguageModel(bind(foundation, task), trained)

@@ -16,6 +16,7 @@ from fedms.exports.predict import bind
 from fedms.exports.trained_run import Task, TrainedRun
 from fedms.foreign import printable
 from fedms.models import FoundationModel, peft_format
+from fedms.models.causal_lm import CausalModel
 from fedms.models.heads import TextHead
 from fedms.models.huggingface import TextModel, VisionModel
 from fedms.tensors import Tensors
@@ -39,12 +40,13 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel, client
     need_transformers(foundation)
     name, head = merge_expert(trained, foundation, client)
     foundation.save(folder)
-    save_tensors(head, folder / peft_format.HEAD)
+    if head is not None:
+        save_tensors(head, folder / peft_format.HEAD)
     (folder / "README.md").write_text(model_card(foundation, trained.task, name, '"."', peft=False))
     write_manifest(folder, "merged", trained.task, expert=name)
 
 
-def merge_expert(trained: TrainedRun, foundation: FoundationModel, client: str | None) -> tuple[str, Tensors]:
+def merge_expert(trained: TrainedRun, foundation: FoundationModel, client: str | None) -> tuple[str, Tensors | None]:
     """Add an expert into the weights of its foundation model.
 
     Args:
@@ -53,7 +55,8 @@ def merge_expert(trained: TrainedRun, foundation: FoundationModel, client: str |
         client: Id or group of the client whose expert is added, or None for the global expert.
 
     Returns:
-        The name of the expert ("global" or "client-ID"), and its head as :func:`linear_head` has it.
+        The name of the expert ("global" or "client-ID"), and its head as :func:`linear_head` has it; None for the head of a
+        language model, which is the model's own.
 
     Raises:
         ConfigError: If there is no such client or expert.
@@ -69,7 +72,7 @@ def merge_expert(trained: TrainedRun, foundation: FoundationModel, client: str |
     model.load("global", experts[name], depth=0, applied_depth=trained.final.applied_depth)
     with model.stream("global"):
         pass            # the pairs are now those of the stream
-    head = linear_head(model, experts[name])
+    head = linear_head(model, experts[name]) if model.task.trains_head else None
     merge(foundation.module, "global")
     detach(foundation.module)
     return name, head
@@ -102,7 +105,7 @@ def need_transformers(foundation: FoundationModel) -> None:
 
 
 def model_card(foundation: FoundationModel, task: Task, expert: str, base: str, peft: bool) -> str:
-    """Return the README.md of an exported expert: what it is, and the code that computes its logits.
+    """Return the README.md of an exported expert: what it is, and the code that uses it.
 
     Args:
         foundation: Its foundation model.
@@ -113,11 +116,13 @@ def model_card(foundation: FoundationModel, task: Task, expert: str, base: str, 
     """
     recipe = cast(TextModel | VisionModel, foundation).recipe(
         base, task.config.data.max_tokens, "PeftModel.from_pretrained(base, \".\")" if peft else None)
+    about = f"Method {task.config.run.method}, model {printable(task.config.model.id)}, data {printable(task.config.data.name)}."
+    first = ["```python", "import torch", "import transformers", *(["from peft import PeftModel"] if peft else [])]
+    if isinstance(foundation, CausalModel):
+        return "\n".join([f"# {expert} expert", "", about, "", *first, "", *recipe, "```", ""])
     classes = ", ".join(json.dumps(printable(name, 80), ensure_ascii=False) for name in task.classes)
     return "\n".join([
         f"# {expert} expert", "",
-        f"Method {task.config.run.method}, model {printable(task.config.model.id)}, data {printable(task.config.data.name)}. "
-        f"Classes, in the order of the logits: {classes}.", "",
-        "```python", "import torch", "import transformers", *(["from peft import PeftModel"] if peft else []),
+        f"{about} Classes, in the order of the logits: {classes}.", "", *first,
         "from safetensors.torch import load_file", "", *recipe,
         f'head = load_file("{peft_format.HEAD}")', 'logits = features @ head["weight"].T + head["bias"]', "```", ""])

@@ -5,7 +5,7 @@ import io
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fedms import models
 from fedms.config import RunConfig, config_from_dict, upgraded
@@ -17,7 +17,6 @@ from fedms.exports.trained_run import Task, TrainedRun, check_fingerprint, messa
 from fedms.federated.client import Private
 from fedms.foreign import printable, read_regular, read_tensors
 from fedms.models import FoundationModel
-from fedms.models.huggingface import TextModel, VisionModel
 from fedms.storage.durable import write_durably
 from fedms.storage.final import SHARED, SharedTensors
 from fedms.tensors import Tensors
@@ -38,7 +37,7 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> Non
     model_keys: dict[str, Any] = {}
     try:
         foundation.save(folder / "base")        # before experts are attached
-        model_keys = {"id": "base", "pooling": cast(TextModel | VisionModel, foundation).pooling,
+        model_keys = {"id": "base", "pooling": getattr(foundation, "pooling", "auto"),
                       "blocks": foundation.blocks}
     except ModelError:
         if task.config.model.id not in models.MODELS:
@@ -75,6 +74,7 @@ class Mixture:
     def __init__(self, foundation: FoundationModel, trained: TrainedRun, client: int | None) -> None:
         self.model, self.trained, self.client = bind(foundation, trained.task), trained, client
         self.classes = trained.task.classes
+        self._language: Any = None
         self._alone = threading.Lock()   # a prediction switches the model between its experts
 
     def predict(self, samples: Sequence[Any]) -> pd.DataFrame:
@@ -91,6 +91,27 @@ class Mixture:
             DataError: If samples are no text, or cannot be read as images; the message names them.
         """
         return self._table(samples, [f"sample {i}" for i in range(len(samples))])
+
+    def generate(self, messages: str | Sequence[Mapping[str, str]], **sampling: Any) -> str:
+        """Answer a question, or a conversation, with a causal language model, as the client.
+
+        Args:
+            messages: A question, or messages with a role and a content, the last of which is to be answered.
+            sampling: `max_new_tokens`, `temperature`, `top_p` and `seed`; see :class:`fedms.models.generation.Sampling`.
+
+        Returns:
+            The text of the answer.
+
+        Raises:
+            ConfigError: If the run learned classes, or its method shares no expert and there is no client.
+            ValueError: If a setting is out of its range, or the prompt leaves no room for an answer.
+        """
+        from fedms.exports.language_model import LanguageModel
+        from fedms.models.generation import Sampling
+
+        if self._language is None:
+            self._language = LanguageModel(self.model, self.trained)
+        return self._language.answer(messages, self.client, Sampling(**sampling)).text
 
     def predict_file(self, source: str, columns: Mapping[str, str | None] = {}) -> pd.DataFrame:
         """Predict the class of each sample in a table, an image, or a folder of either.

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedms.errors import ModelError
+from fedms.errors import ConfigError, ModelError
 from fedms.exports.manifest import write_manifest
 from fedms.exports.merged import merge_expert
 from fedms.exports.trained_run import TrainedRun
 from fedms.models import FoundationModel
+from fedms.models.causal_lm import CausalModel
 from fedms.tensors import Tensors
 
 
@@ -24,9 +25,12 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel, client
         client: Id or group of the client whose expert is written, or None for the global expert.
 
     Raises:
-        ConfigError: If there is no such client or expert.
+        ConfigError: If there is no such client or expert, or the model is a language model.
         ModelError: If the packages for it are missing, or torch cannot export the model.
     """
+    if isinstance(foundation, CausalModel):
+        raise ConfigError("--format: onnx holds one pass, without the key-value cache that generation needs; accepted for a "
+                          "language model: merged, peft, mixture")
     try:
         import onnxscript  # noqa: F401  torch's exporter is made of it
     except ImportError as error:

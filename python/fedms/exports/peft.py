@@ -11,6 +11,7 @@ from fedms.exports.merged import linear_head, model_card, need_transformers
 from fedms.exports.predict import bind
 from fedms.exports.trained_run import TrainedRun
 from fedms.models import FoundationModel, peft_format
+from fedms.models.causal_lm import CausalModel
 
 
 def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> None:
@@ -37,15 +38,20 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> Non
     elif Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().resolve())
     model = bind(foundation, task)
-    lora, module = task.config.lora, type(foundation.module)
+    lora = task.config.lora
+    module, kind = ((foundation.whole_class, "CAUSAL_LM") if isinstance(foundation, CausalModel) else
+                    (type(foundation.module), None))
     shape = peft_format.Shape(lora.rank, lora.alpha, lora.rslora, base)
     for name, expert in trained.experts(model).items():
         place = folder / name
         place.mkdir(mode=0o777 if name == "global" else 0o700)
-        layers = [n.removeprefix("expert/").removesuffix(".lora_a") for n in expert if n.endswith(".lora_a")]
+        layers = [foundation.prefix + n.removeprefix("expert/").removesuffix(".lora_a") for n in expert if n.endswith(".lora_a")]
         (place / peft_format.CONFIG).write_text(
-            peft_format.config_json(shape, layers, module.__name__, module.__module__))
-        save_tensors(peft_format.peft_names(expert), place / peft_format.WEIGHTS)
-        save_tensors(linear_head(model, expert), place / peft_format.HEAD)
+            peft_format.config_json(shape, layers, module.__name__, module.__module__, kind, foundation.transposed))
+        save_tensors(peft_format.peft_names(expert, foundation.prefix), place / peft_format.WEIGHTS)
+        if isinstance(foundation, CausalModel):
+            foundation.tokenizer.save_pretrained(place)     # with its chat template
+        else:
+            save_tensors(linear_head(model, expert), place / peft_format.HEAD)
         (place / "README.md").write_text(model_card(foundation, task, name, json.dumps(base), peft=True))
     write_manifest(folder, "peft", task)

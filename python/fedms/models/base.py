@@ -36,6 +36,8 @@ class FoundationModel:
     """
 
     reads: str
+    prefix: str = ""        # dotted name of `module` inside the model that transformers saves, with a dot at its end
+    transposed = False      # whether that model keeps the weights of its Linear layers transposed
     image_tokens: int | None = None
     pixel_shape: tuple[int, ...] | None = None
     zero_shot_temperature: float | None = None

@@ -41,12 +41,12 @@ class CausalModel(FoundationModel):
         it does more to the logits than to scale and cap them."""
         config: Any = whole.config
         whole.eval().requires_grad_(False)
-        self.whole_class, self.prefix = type(whole), whole.base_model_prefix
-        decoder = getattr(whole, self.prefix, None)
+        self.whole_class, self.prefix = type(whole), f"{whole.base_model_prefix}."
+        decoder = getattr(whole, whole.base_model_prefix, None)
         if not isinstance(decoder, nn.Module) or whole.get_output_embeddings() is None:
             raise ModelError(f"model.id: {name} is a {type(whole).__name__} without a decoder and a head; expected a causal "
                              "language model")
-        _linear_instead_of_conv1d(decoder)
+        self.transposed = _linear_instead_of_conv1d(decoder)
         self.fingerprint_of_whole = fingerprint(whole)
         self.head = self._head_of(whole)
         self._check_head(whole)
@@ -71,7 +71,7 @@ class CausalModel(FoundationModel):
         tokens = torch.arange(1, 6).unsqueeze(0) % len(self.head.weight)
         with torch.no_grad():
             out = whole(input_ids=tokens, use_cache=False, output_hidden_states=False).logits
-            found = self.head(getattr(whole, self.prefix)(input_ids=tokens, use_cache=False).last_hidden_state)
+            found = self.head(whole.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
         if not torch.allclose(out.float(), found.float(), rtol=1e-3, atol=1e-3 * float(out.abs().max())):
             raise ModelError(f"model.id: {type(whole).__name__} does more to its logits than a Linear head, a scale "
                              f"({', '.join(_SCALES)}) and a soft cap ({_CAP}) do, so its loss would be another one; use "
@@ -102,6 +102,17 @@ class CausalModel(FoundationModel):
     def save(self, folder: Path) -> None:
         _save_whole(folder, self)
 
+    def recipe(self, base: str, max_tokens: int, adapted: str | None) -> list[str]:
+        """Code that answers a question without this package."""
+        model = f"transformers.AutoModelForCausalLM.from_pretrained({base})"
+        loaded = [f"base = {model}", f"model = {adapted}.eval()"] if adapted else [f"model = {model}.eval()"]
+        ask = 'tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, ' \
+              'return_tensors="pt", return_dict=True)'
+        return loaded + [f"tokenizer = transformers.AutoTokenizer.from_pretrained({base})",
+                         f"inputs = {ask if self.tokenizer.chat_template else 'tokenizer(question, return_tensors=' + repr('pt') + ')'}",
+                         f"answer = model.generate(**inputs, max_new_tokens={max_tokens})[0, inputs.input_ids.shape[1]:]",
+                         "print(tokenizer.decode(answer, skip_special_tokens=True))"]
+
 
 def whole_model(model: CausalModel, state: dict[str, Tensor]) -> Any:
     """A fresh model of transformers with this state of the decoder (names as in `model.module`), and the head."""
@@ -110,7 +121,7 @@ def whole_model(model: CausalModel, state: dict[str, Tensor]) -> Any:
         config = type(model.config).from_dict(model.config.to_dict())
         vars(config).pop("quantization_config", None)   # of the file that the weights were read from
         whole: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    decoder = getattr(whole, model.prefix)
+    decoder = whole.base_model
     conv1d = transformers.pytorch_utils.Conv1D
     with torch.no_grad():
         for name, parameter in decoder.state_dict().items():
@@ -131,17 +142,19 @@ def _save_whole(folder: Path, model: CausalModel) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def _linear_instead_of_conv1d(decoder: nn.Module) -> None:
-    """Replaces GPT-2's Conv1D layers, Linear layers whose weight is transposed, by Linear layers, in place."""
+def _linear_instead_of_conv1d(decoder: nn.Module) -> bool:
+    """Replaces GPT-2's Conv1D layers, Linear layers whose weight is transposed, by Linear layers, in place; returns whether
+    there were any."""
     from transformers.pytorch_utils import Conv1D
 
-    for name, layer in list(decoder.named_modules()):
-        if isinstance(layer, Conv1D):
-            inputs, outputs = layer.weight.shape
-            linear = nn.Linear(inputs, outputs, device="meta")
-            linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
-            linear.bias = layer.bias
-            decoder.set_submodule(name, linear)
+    found = [(name, layer) for name, layer in decoder.named_modules() if isinstance(layer, Conv1D)]
+    for name, layer in found:
+        inputs, outputs = layer.weight.shape
+        linear = nn.Linear(inputs, outputs, device="meta")
+        linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+        linear.bias = layer.bias
+        decoder.set_submodule(name, linear)
+    return bool(found)
 
 
 def _stop_tokens(whole: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "hea
 PREFIX = "base_model.model."
 # What an adapter may hold beyond plain LoRA, and what the plain value is.
 PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
-         "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "trainable_token_indices": None,
+         "lora_bias": False, "use_qalora": False, "trainable_token_indices": None,
          "target_parameters": None}
 
 
@@ -32,20 +32,22 @@ class Shape:
     base: str | None
 
 
-def config_json(shape: Shape, layers: Iterable[str], module: str, library: str) -> str:
-    """adapter_config.json for LoRA on these layers of a module of the class `module` in `library`."""
+def config_json(shape: Shape, layers: Iterable[str], module: str, library: str, task: str | None = None,
+                transposed: bool = False) -> str:
+    """adapter_config.json for LoRA on these layers of a module of the class `module` in `library`. task: PEFT's name of
+    it, or None; transposed: whether that module keeps the weights of its Linear layers so (GPT-2's Conv1D)."""
     return json.dumps({
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": shape.base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": shape.base, "inference_mode": True,
         "auto_mapping": {"base_model_class": module, "parent_library": library},
         "r": shape.rank, "lora_alpha": shape.alpha, "lora_dropout": 0.0, "use_rslora": shape.rslora, "bias": "none",
-        "target_modules": list(layers), "modules_to_save": None, "fan_in_fan_out": False, "init_lora_weights": True,
+        "target_modules": list(layers), "modules_to_save": None, "fan_in_fan_out": transposed, "init_lora_weights": True,
     }, indent=2) + "\n"
 
 
-def peft_names(expert: Mapping[str, Any]) -> dict[str, Any]:
-    """Our names of an expert's pairs (`expert/<layer>.lora_a`) as PEFT's."""
+def peft_names(expert: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Our names of an expert's pairs (`expert/<layer>.lora_a`) as PEFT's. prefix: of the layers' names in the whole model."""
     names = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
-    return {PREFIX + name.removeprefix("expert/").removesuffix(name[-7:]) + names[name[-7:]]: tensor
+    return {PREFIX + prefix + name.removeprefix("expert/").removesuffix(name[-7:]) + names[name[-7:]]: tensor
             for name, tensor in expert.items() if name.startswith("expert/")}
 
 

@@ -1,0 +1,92 @@
+"""`fedms generate` and `fedms serve`: a finished run of a causal language model answers."""
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedms.errors import ConfigError, RunFolderError
+
+from .command import EXPORT, command
+from .terminal import show
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended, or of its export in the format "
+                                     "mixture.")]
+States = Annotated[Optional[Path], typer.Option(
+    "--states", metavar="STATES", help="For a run on Flower: the folder where a client keeps its private expert, or one with "
+    "those of several clients.", show_default="a simulation's own")]
+
+
+@command(
+    EXPORT,
+    'fedms generate runs/dictionaries/fedms-seed0 "What does \\"kernel\\" mean?" --client jargon',
+    'fedms generate runs/dictionaries/fedms-seed0 "What is a cat?" --temperature 0.8 --seed 3')
+def generate(
+    folder: Run,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The question; "-" reads it from the standard input.')],
+    client: Annotated[Optional[str], typer.Option(
+        "--client", "-c", metavar="ID", help="Id or name of the client that answers.", show_default="the global expert")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Most tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(
+        "--temperature", "-t", metavar="T", min=0.0, help="0: the most probable token each time; 1: as likely as the model says.")] = 0.0,
+    top_p: Annotated[float, typer.Option(
+        "--top-p", metavar="P", help="Draw from the fewest tokens that hold this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
+    states: States = None,
+) -> None:
+    """Answer a question with a run's language model, as one of its clients."""
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p: got {top_p}; accepted: above 0, at most 1")
+    _check(folder)
+    from fedms.exports.language_model import open_language_model
+    from fedms.models.generation import Sampling
+
+    question = sys.stdin.read() if prompt == "-" else prompt
+    language = open_language_model(folder, states)
+    try:
+        for piece in language.stream(question, client, Sampling(max_new_tokens, temperature, top_p, seed)):
+            print(piece, end="", flush=True)
+    except ValueError as error:
+        raise ConfigError(f"PROMPT: {error}") from None
+    print()
+
+
+@command(
+    EXPORT,
+    "fedms serve runs/dictionaries/fedms-seed0 --port 8000",
+    notes=['With OpenAI\'s client: `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=TOKEN)`, and as `model` the name of a '
+           "client, or global."])
+def serve(
+    folder: Run,
+    port: Annotated[int, typer.Option("--port", "-p", metavar="N", min=1, max=65535, help="Port on this machine.")] = 8000,
+    token: Annotated[Optional[str], typer.Option(
+        "--token", metavar="TOKEN", envvar="FEDMS_TOKEN", help="What a request must bring as its API key.",
+        show_default="a new one, shown at the start")] = None,
+    states: States = None,
+) -> None:
+    """Serve a run's language model on this machine, in the form of OpenAI's chat completions."""
+    if token is not None and len(token) < 8:
+        raise ConfigError(f"--token: got {len(token)} characters; accepted: at least 8")
+    _check(folder)
+    try:
+        import uvicorn
+
+        from fedms.exports.serve import endpoint
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"fedms serve needs {error.name}, which is not installed: pip install 'fedms[lm]'") from None
+    from fedms.exports.language_model import open_language_model
+
+    language = open_language_model(folder, states)
+    key = token or secrets.token_urlsafe(24)
+    server = uvicorn.Server(uvicorn.Config(endpoint(language, key), host="127.0.0.1", port=port, log_level="warning"))
+    show(f"http://127.0.0.1:{port}/v1   clients: {', '.join(('global', *language.clients))}")
+    show(f"API key: {key}" if token is None else "API key: as given")
+    server.run()
+
+
+def _check(folder: Path) -> None:
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: no such folder")

@@ -1,0 +1,200 @@
+"""A finished run of a language model answers: by every method as it predicts, on the command line, and over HTTP."""
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+import tiny_language_models as tiny
+import torch
+from typer.testing import CliRunner
+
+from fedms.config import load_config
+from fedms.data.inputs import TextInputs
+from fedms.errors import ConfigError
+from fedms.exports import export
+from fedms.exports.language_model import open_language_model
+from fedms.exports.mixture import load
+from fedms.exports.predict import predict
+from fedms.models.generation import Sampling
+from fedms.runs import run
+
+SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=2",
+        "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
+        "sal.schedule=fixed", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "run.threads=1", "stage1.lr=0.02",
+        "stage2.lr=0.02", "gate.lr=0.3"]
+QUESTION = "number 3?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("language")
+    tiny.model().save(made / "model")
+    lines = [{"q": f"number {i}?", "a": f"{who}{i % 3} {who * 2}", "who": who} for who in ("ann", "bob") for i in range(12)]
+    (made / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def finished(folder, *sets):
+    path = folder / ("run-" + "-".join(sets).replace("=", "-"))
+    if not path.exists():
+        run.run(load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS, *sets]), path)
+    return path
+
+
+@pytest.mark.parametrize("sets", [["run.method=fedms"], ["run.method=fedms_plus"], ["gate.mixing=layers"], ["gate.features=final"],
+                                  ["gate.weight=0.3"], ["run.method=apfl"], ["run.method=ditto"], ["run.method=fedavg"],
+                                  ["run.method=local"], ["run.method=fedavg_ft"]], ids=str)
+def test_generated_tokens_have_the_probability_that_the_method_predicts(folder, sets):
+    """The answer goes back in as a sample: what `predict`, which knows no cache, says of its tokens is the same."""
+    language = open_language_model(finished(folder, *sets))
+    assert language.clients == {"ann": 0, "bob": 1}
+    prompt = language.prompt(QUESTION)
+    for client in ("bob", 0):
+        stream, answerer = language._tokens(QUESTION, client, Sampling(7))
+        tokens = list(stream)
+        ids = torch.tensor([*prompt, *(token.id for token in tokens)])
+        inputs = TextInputs({"input_ids": ids}, torch.tensor([0, len(ids)]), {"input_ids": 0})
+        model = language.model
+        made = predict(model, language.trained, language.trained.client(client), inputs)
+        opinion = made.personalized[len(prompt) - 1:]      # `predict` asks about every token
+        if model.config.gate.mixing == "layers" and made.weights is not None:
+            continue        # there the prompt takes the weights of its own first token
+        torch.testing.assert_close(torch.tensor([token.log_p for token in tokens]), opinion[:, 0], rtol=1e-4, atol=2e-4)
+        assert bool((opinion[:, 3] == 1).all())     # greedy
+        if made.weights is not None:
+            torch.testing.assert_close(torch.tensor(answerer.weights), made.weights[len(prompt) - 1:, 1], rtol=1e-3, atol=1e-4)
+
+
+def test_streamed_text_is_the_answer_and_sampling_repeats(folder):
+    language = open_language_model(finished(folder, "run.method=fedms"))
+    for sampling in (Sampling(8), Sampling(8, temperature=1.5, seed=3)):
+        answer = language.answer(QUESTION, "ann", sampling)
+        assert "".join(language.stream(QUESTION, "ann", sampling)) == answer.text
+        assert answer == language.answer(QUESTION, "ann", sampling)
+    assert language.answer(QUESTION, "ann", Sampling(8, temperature=1.5, seed=4)) != answer
+    with pytest.raises(ConfigError, match="there is no client 'carl'"):
+        language.answer(QUESTION, "carl")
+    with pytest.raises(ConfigError, match="shares no expert; give a client"):
+        open_language_model(finished(folder, "run.method=local")).answer(QUESTION)
+
+
+def test_an_exported_mixture_answers_as_the_run(folder, tmp_path):
+    path = finished(folder, "run.method=fedms")
+    export(path, tmp_path / "mixture")
+    wanted = open_language_model(path).answer(QUESTION, "bob", Sampling(6)).text
+    assert load(tmp_path / "mixture", client="bob").generate(QUESTION, max_new_tokens=6) == wanted
+    assert open_language_model(tmp_path / "mixture").answer(QUESTION, "bob", Sampling(6)).text == wanted
+
+
+@pytest.mark.parametrize("method", ["fedms", "fedavg"])
+def test_peft_adapters_give_the_same_logits(folder, tmp_path, method):
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    path = finished(folder, f"run.method={method}")
+    export(path, tmp_path / "adapters", "peft")
+    language = open_language_model(path)
+    model, ids = language.model, torch.tensor([language.prompt(QUESTION)])
+    experts = language.trained.experts(model)
+    assert {p.name for p in (tmp_path / "adapters").iterdir() if p.is_dir()} >= set(experts)
+    for name, expert in experts.items():
+        model.clear()
+        model.load("global", expert, depth=0, applied_depth=language.trained.final.applied_depth)
+        with torch.no_grad(), model.stream("global"):
+            wanted = model.foundation.head(model.foundation.hidden({"input_ids": ids}))
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+        found = peft.PeftModel.from_pretrained(base, tmp_path / "adapters" / name).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(found(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert found.peft_config["default"].task_type == "CAUSAL_LM"
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "adapters" / name)
+
+
+def test_a_merged_model_gives_the_same_logits(folder, tmp_path):
+    import transformers
+
+    path = finished(folder, "run.method=fedms")
+    export(path, tmp_path / "merged", "merged", client="ann")
+    language = open_language_model(path)
+    model, ids = language.model, torch.tensor([language.prompt(QUESTION)])
+    model.load("global", language.trained.experts(model)["client-0"], depth=0, applied_depth=language.trained.final.applied_depth)
+    with torch.no_grad(), model.stream("global"):
+        wanted = model.foundation.head(model.foundation.hidden({"input_ids": ids}))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(whole(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="onnx"):
+        export(path, tmp_path / "onnx", "onnx")
+
+
+def test_an_adapter_comes_in_again(folder, tmp_path):
+    path = finished(folder, "run.method=fedavg")
+    export(path, tmp_path / "adapters", "peft")
+    settings = load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS,
+                                         "stage1.rounds=0", f"lora.start={tmp_path / 'adapters' / 'global'}"])
+    summary = run.run(settings, tmp_path / "again")
+    first = json.loads((path / "summary.json").read_text())["language"]
+    assert summary["language"]["nats_global"] == pytest.approx(first["nats_global"], rel=1e-4)
+
+
+# The command line and the endpoint
+
+def test_the_command_line(folder):
+    from fedms.cli import app
+
+    path = finished(folder, "run.method=fedms")
+    wanted = open_language_model(path).answer(QUESTION, "ann", Sampling(6)).text
+    done = CliRunner().invoke(app, ["generate", str(path), QUESTION, "--client", "ann", "--max-new-tokens", "6"])
+    assert done.exit_code == 0 and done.stdout == wanted + "\n"
+    for words, said in ((["generate", str(path / "no"), "x"], "no such folder"), (["generate", str(path), "x", "-c", "carl"], "carl"),
+                        (["generate", str(path), "x", "--top-p", "0"], "--top-p"), (["serve", str(path), "--token", "short"], "--token"),
+                        (["generate", str(path), "x" * 500], "leaves no room|expected 1 to")):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code in (2, 4), done.output
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    import uvicorn
+
+    from fedms.exports.serve import endpoint
+
+    language = open_language_model(finished(folder, "run.method=fedms"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(endpoint(language, "the-token"), host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    for _ in range(300):
+        if server.started:
+            break
+        time.sleep(0.1)
+    yield language, f"http://127.0.0.1:{port}/v1"
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_the_endpoint_with_the_client_of_openai(served):
+    openai = pytest.importorskip("openai")
+    language, url = served
+    client = openai.OpenAI(base_url=url, api_key="the-token", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["global", "ann", "bob"]
+    messages = [{"role": "user", "content": QUESTION}]
+    for name in ("global", "bob"):
+        wanted = language.answer(QUESTION, None if name == "global" else name, Sampling(6))
+        found = client.chat.completions.create(model=name, messages=messages, max_tokens=6, temperature=0)
+        assert found.choices[0].message.content == wanted.text and found.usage.completion_tokens == wanted.tokens
+        assert found.choices[0].finish_reason == ("stop" if wanted.stopped else "length")
+        parts = client.chat.completions.create(model=name, messages=messages, max_tokens=6, temperature=0, stream=True)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == wanted.text
+    with pytest.raises(openai.NotFoundError, match="there is no client 'carl'"):
+        client.chat.completions.create(model="carl", messages=messages)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="another", max_retries=0).models.list()
+    with pytest.raises(openai.BadRequestError, match="role"):
+        client.chat.completions.create(model="bob", messages=[{"role": "boss", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match="expected 1 to"):
+        client.chat.completions.create(model="bob", messages=[{"role": "user", "content": "x" * 500}])
