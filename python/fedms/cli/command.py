@@ -33,7 +33,8 @@ class _ByPanel(TyperGroup):
     """Lists commands in the order of their panels; typer alone lists groups of commands before all others."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(self.commands[name].rich_help_panel))
+        return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(
+            getattr(self.commands[name], "rich_help_panel")))
 
 
 app = typer.Typer(

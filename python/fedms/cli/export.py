@@ -15,9 +15,9 @@ from .terminal import run_progress, show
 
 @command(
     EXPORT,
-    "fedms export runs/sentiment/fedms-seed0 --out sentiment-model                    # everything, for `fedms predict` and `fedms.load`",
-    "fedms export runs/sentiment/fedms-seed0 --out adapters --format peft             # an adapter for PEFT for each expert",
-    "fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7  # client 7's expert in the weights",
+    "fedms export runs/sentiment/fedms-seed0 --out model                   # everything, for predict",
+    "fedms export runs/sentiment/fedms-seed0 --out adapters --format peft  # an adapter for each expert",
+    "fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7",
     notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
            "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",
            "A model that runs code of its repository is exported only with --trust-remote-code, which runs that code."])

@@ -179,7 +179,8 @@ def check_free(folder: Path, force: bool, resume: bool) -> None:
         RunFolderError: If the folder holds something, and neither is given.
     """
     if force and resume:
-        raise ConfigError("--force starts again and --resume goes on: give one of them")
+        raise ConfigError("--force and --resume exclude each other: --force starts the run again, --resume goes on with it; "
+                          "give one of them")
     if not (force or resume) and folder.is_dir() and any(folder.iterdir()):
         raise RunFolderError(f"{folder}: exists and is not empty; go on with the run by --resume, replace it by "
                              "--force, or choose another --out")

@@ -90,8 +90,8 @@ def _show_reasons(found: Plan) -> None:
     console.print()
     if found.chosen is None:
         least = min(found.options, key=lambda o: o.peak)
-        say(f"nothing fits in {found.limit / 2**20:.0f} MiB: the least, at depth {least.depth}, is "
-            f"{least.peak / 2**20:.0f} MiB and a twentieth to spare")
+        say(f"nothing fits in {found.limit / 2**20:.0f} MiB: the smallest option, depth {least.depth}, needs "
+            f"{least.peak / 2**20:.0f} MiB, and 5 % of the limit are kept free")
 
 
 def _show_settings(found: Plan) -> None:

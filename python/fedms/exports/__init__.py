@@ -74,6 +74,6 @@ def export(run: str | Path, out: str | Path, form: str = "mixture", *, client: s
         else:
             onnx.write(folder, trained, foundation, client)
     if trained.elsewhere and client is None:
-        progress.note(f"what {len(trained.elsewhere)} clients keep to themselves is not in it, as it is in folders of their "
-                      "own; --states DIR names one")
+        progress.note(f"the private experts of {len(trained.elsewhere)} clients are not in the export, as these keep them in "
+                      "folders of their own; name such a folder by --states DIR")
     return out

@@ -45,7 +45,8 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise RunFolderError(f"{out}: exists and is not empty; choose another --out, or replace it by --force")
     if not (out / MANIFEST).is_file():
-        raise RunFolderError(f"{out}: not replaced, as it is no earlier export; choose another --out")
+        raise RunFolderError(f"{out}: holds no {MANIFEST}, so it is no earlier export and is not replaced; choose another "
+                             "--out")
 
 
 @contextmanager

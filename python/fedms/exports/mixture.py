@@ -44,16 +44,17 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> Non
             model_keys = {"id": foundation.name}    # given as an object then, and to be given again
     model = bind(foundation, task)
     start = {name: tensor for name, tensor in model.imported.items() if name not in final.tensors}
-    depths = {"stage": final.stage, "round": final.round, "depth": final.depth, "applied_depth": final.applied_depth}
-    shared = SharedTensors(**depths, tensors=final.tensors, constants={**start, **final.constants},
-                           statistics=final.statistics)
+    shared = SharedTensors(final.stage, final.round, final.depth, final.applied_depth, final.tensors,
+                           {**start, **final.constants}, final.statistics)
     save_tensors(shared.groups(), folder / SHARED)
     for number, private in trained.private.items():
         if private.tensors:
             (folder / CLIENTS).mkdir(mode=0o700, exist_ok=True)
             kept = {name: tensor for name, tensor in private.tensors.items() if not name.startswith("optimizer/")}
             save_tensors(kept, folder / CLIENTS / f"{number}.safetensors", private=True)
-    write_manifest(folder, "mixture", task, model=model_keys, elsewhere=sorted(trained.elsewhere), final=depths)
+    write_manifest(folder, "mixture", task, model=model_keys, elsewhere=sorted(trained.elsewhere),
+                   final={"stage": final.stage, "round": final.round, "depth": final.depth,
+                          "applied_depth": final.applied_depth})
 
 
 class Mixture:

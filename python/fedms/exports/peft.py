@@ -29,8 +29,8 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> Non
     need_transformers(foundation)
     task = trained.task
     if task.config.aggregation == "exact":
-        raise ConfigError("--format: exact aggregation adds to the frozen weights, which an adapter cannot hold; accepted: "
-                          "merged, onnx, mixture")
+        raise ConfigError('--format: got peft, but with aggregate.rule = "exact" the run changed the frozen weights too, '
+                          "which an adapter cannot hold; accepted: merged, onnx, mixture")
     base = task.config.model.id
     if base in models.MODELS:                   # no path of its own
         foundation.save(folder / "base")

@@ -75,8 +75,8 @@ class TrainedRun:
             return None
         found = _ids(name, self.task.groups)
         if len(found) == 1 and found[0] in self.elsewhere:
-            raise ConfigError(f"client: what client {found[0]} keeps to itself is in a folder of its own, and was not at "
-                              "hand; `fedms export RUN --states DIR` reads it there")
+            raise ConfigError(f"client: the private expert of client {found[0]} is not in this export, as the client keeps "
+                              "it in a folder of its own; export the run again and name that folder by --states DIR")
         if len(found) == 1:
             return found[0]
         if found:
@@ -132,7 +132,7 @@ def read_trained_run(run: Path, states: Path | None = None) -> TrainedRun:
     task, final = read_task(run), read_final(run)
     snapshot, _ = CheckpointFolder(run / "checkpoint").load()
     if snapshot is None:
-        raise RunFolderError(f"{run}: holds no checkpoint, so what its clients keep to themselves is gone; run it again")
+        raise RunFolderError(f"{run}: holds no checkpoint, so its clients' private experts are lost; run it again")
     try:
         nodes = conform(_NODES, snapshot.state)
     except ValueError as error:
@@ -199,7 +199,8 @@ def _private_of_nodes(nodes: _Nodes, root: Path) -> dict[int, Private]:
     for client in nodes.private_at:
         digest = nodes.kept.get(str(client))
         if nodes.run is None or digest is None:
-            raise RunFolderError(f"client {client} is said to keep something, but not which run and what; run it again")
+            raise RunFolderError(f"the run's checkpoint says that client {client} keeps private tensors, but not under "
+                                 "which hash; run it again")
         try:
             tensors = find_private(root, nodes.run, client, digest)
         except FolderError as error:

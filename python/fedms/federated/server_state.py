@@ -25,10 +25,10 @@ def pack_server(state: ServerState, collected: Collected) -> tuple[dict[str, Any
     return plain, tensors
 
 
+_Sal = TypedDict("_Sal", {"depth": _Count, "rounds": _Count, "queue": list[float]})
 _ServerState = TypedDict("_ServerState", {
     "stage": Literal["stage1", "stage2", "done"], "round": _Count, "applied_depth": _Count,
-    "final_depth": dict[str, _Count], "counted": NotRequired[list[_Count]], "collected": dict[str, Any],
-    "sal": TypedDict("_Sal", {"depth": _Count, "rounds": _Count, "queue": list[float]})})
+    "final_depth": dict[str, _Count], "counted": NotRequired[list[_Count]], "collected": dict[str, Any], "sal": _Sal})
 _SERVER_STATE = TypeAdapter(_ServerState)
 
 

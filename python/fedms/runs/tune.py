@@ -174,7 +174,8 @@ def chosen(folder: Path, config: RunConfig) -> dict[str, RunConfig]:
         if (path := Path(folder) / f"{name}.toml").is_file():
             found[name] = replaced(config, _choice(path))
     if not found:
-        raise RunFolderError(f"{folder}: holds no METHOD.toml; fedms tune writes them")
+        raise RunFolderError(f"{folder}: holds no file METHOD.toml of any method; `fedms tune SOURCE --out {folder}` "
+                             "writes them")
     return found
 
 

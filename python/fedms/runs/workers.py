@@ -53,8 +53,8 @@ def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item],
         except BrokenProcessPool:
             if stop():      # the signal reached the workers too
                 return
-            raise WorkerDied(f"one of {jobs} processes died; if memory ran out, fewer --jobs help. What had ended is "
-                             "kept: the same command goes on") from None
+            raise WorkerDied(f"one of {jobs} worker processes was killed; if memory ran out, use fewer --jobs. Runs that "
+                             "have ended are kept, and the same command goes on with the others") from None
         finally:
             stopping.set()
             for future in waiting:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors.torch import save
-from typing_extensions import TypedDict     # pydantic asks for it below Python 3.12
 
 from fedms.errors import RunFolderError
 from fedms.foreign import conform, parse_json, read_regular, read_tensors
@@ -61,8 +60,10 @@ class SharedTensors:
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _Head(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="forbid")    # type: ignore[misc]
+class _Head(BaseModel):
+    """The metadata of the file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     stage: str
     round: _Count
@@ -84,7 +85,7 @@ def write_final(run: Path, shared: SharedTensors) -> None:
     Raises:
         RunFolderError: If they cannot be written.
     """
-    head = {name: getattr(shared, name) for name in _Head.__annotations__}
+    head = {name: getattr(shared, name) for name in _Head.model_fields}
     data = save({name: tensor.detach().contiguous() for name, tensor in shared.groups().items()}, {"final": json.dumps(head)})
     try:
         (run / FINAL).mkdir(exist_ok=True)
@@ -108,4 +109,4 @@ def read_final(run: Path) -> SharedTensors:
                              f"{run}/config.toml --out {run} --resume` adds it without training") from None
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}; run it again") from None
-    return SharedTensors.of(groups, **head)
+    return SharedTensors.of(groups, head.stage, head.round, head.depth, head.applied_depth)

@@ -136,7 +136,8 @@ class RunRecords:
             RunFolderError: If it is no run folder, or damaged in another way; the message names file and line.
         """
         path = Path(path)
-        config, notes = _read_config(path), []
+        config = _read_config(path)
+        notes: list[str] = []
         files = (ROUNDS, VISITS, CLIENTS) if whole else (ROUNDS,)
         lines = {name: _read_lines(path / name, notes) for name in files}
         return cls(path, config, lines[ROUNDS], lines.get(VISITS, []), lines.get(CLIENTS, []), _read_one(path / SUMMARY),

@@ -152,8 +152,8 @@ class RunFolder:
             try:
                 with open(self.path / name, "r+b") as file:
                     if file.seek(0, os.SEEK_END) < size:
-                        raise RunFolderError(f"{self.path / name}: lines that belong to the checkpoint are missing; "
-                                             "replace the run by --force")
+                        raise RunFolderError(f"{self.path / name}: is shorter than when the checkpoint was written, so records "
+                                             "are missing; start the run again by --force")
                     file.truncate(size)
             except OSError as error:
                 raise _unwritable(self.path / name, error) from error

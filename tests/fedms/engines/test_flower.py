@@ -660,8 +660,8 @@ def test_private_experts_are_exported_from_the_clients_own_folders(tmp_path, sha
             assert files.keys() == everyone.keys()
             assert all(torch.equal(files[i][n], t) for i in files for n, t in everyone[i].items())
         elif states is None:
-            assert not files and "what 4 clients keep to themselves is not in it" in said.notes[-1]
-            with pytest.raises(ConfigError, match="what client 2 keeps to itself is in a folder of its own"):
+            assert not files and "the private experts of 4 clients are not in the export" in said.notes[-1]
+            with pytest.raises(ConfigError, match="the private expert of client 2 is not in this export"):
                 mixture.load(tmp_path / "out", 2)
             mixture.load(tmp_path / "out")
         elif states.name == "2":
@@ -669,7 +669,7 @@ def test_private_experts_are_exported_from_the_clients_own_folders(tmp_path, sha
         else:
             everyone = files
             assert everyone.keys() == {"0", "1", "2", "3"}
-    with pytest.raises(ConfigError, match="what client 1 keeps to itself"):
+    with pytest.raises(ConfigError, match="the private expert of client 1"):
         export(tmp_path / "flower", tmp_path / "merged", "merged", client="1")
     with pytest.raises(RunFolderError, match="holds no private state of a client of"):
         export(tmp_path / "flower", tmp_path / "more", states=tmp_path)

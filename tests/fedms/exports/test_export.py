@@ -161,7 +161,7 @@ def test_aggregation_that_leaves_a_as_it_was_drawn(ended, tmp_path):
 def test_exact_aggregation_is_merged_and_is_no_adapter(ended, tmp_path):
     outcome, model = run_of(ended, tmp_path / "run", aggregate={"rule": "exact"})
     assert any(name.startswith("correction/") for name in outcome.final.constants)
-    with pytest.raises(ConfigError, match="exact aggregation adds to the frozen weights.*accepted: merged, onnx, mixture"):
+    with pytest.raises(ConfigError, match="the run changed the frozen weights too.*accepted: merged, onnx, mixture"):
         export(tmp_path / "run", tmp_path / "peft", "peft")
     export(tmp_path / "run", tmp_path / "out", "merged")
     inputs = inputs_for(model.foundation)
@@ -320,7 +320,7 @@ def test_exports_that_cannot_be_made(ended, tmp_path):
         export(tmp_path / "run", tmp_path / "out", "peft", client="0")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("")
-    with pytest.raises(RunFolderError, match="not replaced, as it is no earlier export"):
+    with pytest.raises(RunFolderError, match="holds no fedms.json, so it is no earlier export and is not replaced"):
         export(tmp_path / "run", tmp_path / "mine", overwrite=True)
     task = read_task(tmp_path / "run")
     other = saved_models.save("roberta", tmp_path / "other")

@@ -98,7 +98,7 @@ def test_trials_lie_in_their_ranges_and_repeat():
 def test_a_dead_process_is_named():
     heard = Heard()
     assert sorted(in_processes(doubling.start, [1, 2, 3], 2, heard, lambda: False)) == [(1, 2), (2, 4), (3, 6)]
-    with pytest.raises(WorkerDied, match="one of 2 processes died; if memory ran out, fewer --jobs help"):
+    with pytest.raises(WorkerDied, match="one of 2 worker processes was killed; if memory ran out, use fewer --jobs"):
         list(in_processes(doubling.start, ["die"], 2, heard, lambda: False))
 
 

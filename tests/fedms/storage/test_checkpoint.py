@@ -281,7 +281,7 @@ def test_lost_records_are_noticed(tmp_path):
     with pytest.raises(Interrupted):
         run.run(CONFIG, tmp_path / "run", stop=Calls(6))
     (tmp_path / "run/visits.jsonl").write_text("")
-    with pytest.raises(RunFolderError, match="visits.jsonl: lines that belong to the checkpoint are missing"):
+    with pytest.raises(RunFolderError, match="visits.jsonl: is shorter than when the checkpoint was written"):
         run.run(CONFIG, tmp_path / "run", resume=True)
 
 
