@@ -420,3 +420,49 @@ def test_vector_that_is_too_long_does_not_count(change, words, tmp_path, configu
     found, _, _ = deployed(configure(*MODES["central"], *sets, engine="flower"), tmp_path / "a", shards("central", *sets),
                            {("train", "stage1 1", 1): fault})
     assert found[0]["visits"][1]["status"] == "failed" and words in found[0]["visits"][1]["reason"]
+
+
+# The table of fields against the messages
+
+def leaves(head, prefix):
+    for name, value in head.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}.{name}")
+        elif value is not None:
+            yield f"{prefix}.{name}"
+
+
+@pytest.mark.parametrize("mode", ["off", *MODES])
+def test_clients_send_what_the_table_of_fates_says(mode, tmp_path, configure, shards):
+    """Every answer of every client in a whole run, with its buffers."""
+    from fedms.federated.fates import BOTH, DROPPED, FATES, NOISED, SUMMED_UP
+
+    seen = set()
+
+    def spy(kind):
+        def fault(message, answer):
+            came = answer(message)
+            head, parts = transport.read(came.content)
+            name = "problem" if "problem" in head else kind or ("joined" if "share" in head else "trained")
+            seen.update(leaves(head, name))
+            seen.update(f"buffer {part}" for part in parts)
+            return came
+        return fault
+
+    faults = {(kind, None, client): spy(name) for client in range(COUNT) for kind, name in (
+        ("query", "hello"), ("train", None), ("evaluate", "evaluated"), ("query.sum", "summed"))}
+    sets = ["stage1.rounds=1", "stage2.rounds=0"]
+    of = MODES.get(mode, [])
+    if mode == "off":
+        folder = tmp_path / "shards"
+        write_shards(configure(*sets), folder, Progress())
+        data = folder, {i: shard_about(folder / f"client-{i}")["clients"][0]["n_train"] for i in range(COUNT)}
+    else:
+        data = shards(mode, *sets)
+    deployed(configure(*of, *sets, engine="flower"), tmp_path / "flower", data, faults)
+    in_the_sum = (NOISED, SUMMED_UP, BOTH)
+    allowed = {name for name, fate in FATES.items() if fate[mode] not in (DROPPED, *in_the_sum)}
+    told = {"hello.n_train", "hello.n_validation"} if mode == "central" else set()     # of nodes without a run file of their own
+    assert seen <= allowed | told, sorted(seen - allowed - told)
+    kinds = {"off": {"trained", "evaluated"}, "central": {"joined"}}.get(mode, {"joined", "summed"})
+    assert {name.partition(".")[0] for name in seen if "." in name} == {"hello", *kinds}

@@ -49,7 +49,8 @@ Open = Callable[["RunConfig", "Path | None"], "tuple[LoadedTask, Experiment]"]
 
 def hello(message: Mail, identity: Identity) -> Mail:
     """Says which client this is and how many samples it has, which holds from then on."""
-    if identity.data is not None and (identity.data / IDENTITIES).exists():
+    private = identity.own is not None and identity.own.privacy.mode != "off"
+    if private or (identity.data is not None and (identity.data / IDENTITIES).exists()):
         return _answer(message, {"client": identity.client, "n_train": None, "n_validation": None})
     return _answer(message, {"client": identity.client, "n_train": identity.n_train,
                              "n_validation": _validation_samples(identity)})
