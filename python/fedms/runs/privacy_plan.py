@@ -103,7 +103,7 @@ def plan_privacy(config: RunConfig, epsilon: float, progress: Progress | None = 
         for depth in depths if getattr(config, stage).rounds else ():
             here = replace(state, stage=stage, sal=SalState(depth), applied_depth=max(depth, state.applied_depth))
             size = server.sums_of(server.message(here)).layout.size
-            if size:
+            if size and not (stages and stages[-1].stage == stage and stages[-1].plan.parameters == size):
                 stages.append(PlannedStage(stage, depth, _plan(server, size)))
     half, twice = (_with_rounds(task, config, factor).noise.update or 0.0 for factor in (0.5, 2.0))
     return PlannedRun(tuple(stages), settings, half, twice)
