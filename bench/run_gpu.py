@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import fedms_ext
-from fedms_ext.backends import cuda
+from fedms_ext.backends import device
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "kernels" / "triton"
@@ -128,7 +128,7 @@ def test(steps: Steps, quick: bool, dest: Path) -> None:
     if fedms_ext.explain("cuda") is None:
         step = steps.run("tests of the CUDA kernels", [*PYTEST, str(CUDA_TESTS)], 90 if quick else 900, SHARDS)
         if step["status"] == 0:
-            print(f"the CUDA kernels are candidates from now on: {cuda.record_pass()}")
+            print(f"the CUDA kernels are candidates from now on: {device.record_pass()}")
     fewer = ["-k", QUICK] if quick and SHARDS < 8 else []  # the whole list takes a minute on 16 cores
     steps.run("tests on the GPU", [*PYTEST, str(TESTS / "on_gpu.py"), *fewer], 150 if quick else 1500, SHARDS)
     if quick:
@@ -156,8 +156,8 @@ def measure(steps: Steps, options: argparse.Namespace, dest: Path) -> None:
     choices = dest / "choices"
     shutil.rmtree(choices, ignore_errors=True)
     choices.mkdir()
-    if fedms_ext.explain("cuda") is None and cuda.passed(cuda.capability(None)):
-        shutil.copy(cuda.record(cuda.capability(None)), choices)
+    if fedms_ext.explain("cuda") is None and device.has_passed(device.properties(device.current()).capability):
+        shutil.copy(device.record_of(device.properties(device.current()).capability), choices)
     if not options.rehearse:
         compiler = [sys.executable, "-m", "bench.kernels.compile", *["--quick"] * options.quick]
         steps.run("compilation", compiler, 90 if options.quick else 900)

@@ -8,7 +8,7 @@ from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import available, explain, use_backend
 from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight
-from .operators.expert_linear import expert_linear
+from .operators import expert_linear
 from .quantization.quantize import dequantize, quantize
 from .reference import philox_mask
 from .sparse.activation import (

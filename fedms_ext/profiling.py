@@ -1,23 +1,61 @@
-"""Which backend computes which products of a model: `with Served() as served: model(x).sum().backward()`.
+"""Operations of this package's operator, and which backend computes which products of a model.
 
-No part of `import fedms_ext`, as `flops`."""
+    with Served() as served:
+        model(x).sum().backward()
+    served.backends()
+
+Importing this module registers the formulas for `torch.utils.flop_counter.FlopCounterMode`. It is no part of `import fedms_ext`,
+which would then take as long as loading torch's counter does. One multiply-add counts as two operations, as in torch's own
+formulas; int8 products count like any others.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from . import (
-    backends,
-    flops,  # noqa: F401  registers the formulas
-)
-from .backends.base import Lora
+from . import backends
+from .backends.base import Call
+from .operators.expert_linear import backward_call, forward_call
 
-PYTORCH = "pytorch"  # who computes what is no operator of this package: layers without an expert, attention, ...
+PYTORCH = "pytorch"  # the label of what PyTorch computes itself: layers without an expert, attention, ...
+
+Shape = Sequence[int]
+
+
+def _rows_of_experts(rows: int, lora_a: Sequence[Shape], segments: Sequence[int] | None) -> Sequence[int]:
+    """Return the number of rows that each expert processes."""
+    return [rows] * len(lora_a) if segments is None else segments
+
+
+@register_flop_formula(torch.ops.fedms_ext.expert_linear)
+def _forward_flops(x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, *_, **__) -> int:
+    """Operations of a forward pass from shapes: x (..., K), a floating weight or the scale of a quantized one (N, ...), every
+    A (r, K)."""
+    rows, k, n = math.prod(x[:-1]), x[-1], (weight if weight_scale is None else weight_scale)[0]
+    pairs = sum(count * a[0] for count, a in zip(_rows_of_experts(rows, lora_a, segments), lora_a))
+    return 2 * (rows * k * n + pairs * (k + n))
+
+
+@register_flop_formula(torch.ops.fedms_ext.expert_linear_backward)
+def _backward_flops(
+    dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, dropout_p, seed, seed_tensor, s,
+    needs_dx, needs_dgate, needs_da, needs_db, **_,
+) -> int:  # fmt: skip
+    """Operations of a backward pass, as far as it is asked for, from shapes: dy (..., N), every A (r, K)."""
+    rows, n = math.prod(dy[:-1]), dy[-1]
+    products = rows * k * n if needs_dx else 0
+    for count, a, da, db in zip(_rows_of_experts(rows, lora_a, segments), lora_a, needs_da, needs_db):
+        # dy B, of it dx and dA; and dB.
+        products += count * a[0] * (n * (needs_dx or needs_dgate or da) + k * needs_dx + k * da + n * db)
+    return 2 * products
+
 
 # PyTorch's counter has no formula for its attention on a CPU.
 _ATTENTION = {
@@ -31,8 +69,13 @@ _ATTENTION = {
 
 
 class Product(NamedTuple):
-    """What a call computes: `name` of the operator, rows M, K and N of the layer and the mean rank of its experts; 0 where
-    an operator of PyTorch has none."""
+    """What a call computes.
+
+    Attributes:
+        name: of the operator.
+        rows, k, n: M, K and N of the layer; 0 where an operator of PyTorch has none.
+        rank: the mean rank of the layer's experts; 0 without.
+    """
 
     name: str
     rows: int = 0
@@ -46,10 +89,13 @@ class Product(NamedTuple):
 
 
 class Served(TorchDispatchMode):
-    """While it is active, `calls` and `flops` (a multiply-add counts as two) count by (backend, `Product`).
+    """A context that counts which backend computes what.
 
-    A call that the CPU backend leaves to the eager one counts as the latter's. One of the CPU backend's own on a weight of
-    16 or 32 bits may have its frozen product from PyTorch, as a part of it.
+    A call on a weight of 16 or 32 bits that the CPU backend computes may have its frozen product from PyTorch, as a part of it.
+
+    Attributes:
+        calls: calls by (backend, `Product`).
+        flops: operations by (backend, `Product`).
     """
 
     def __init__(self) -> None:
@@ -67,7 +113,7 @@ class Served(TorchDispatchMode):
         return out
 
     def backends(self) -> dict[str, tuple[int, int]]:
-        """(calls, flops) of each backend, most flops first."""
+        """Return (calls, operations) of each backend, the one with the most operations first."""
         totals: dict[str, tuple[int, int]] = {}
         for (name, product), flops in self.flops.items():
             calls, before = totals.get(name, (0, 0))
@@ -76,25 +122,18 @@ class Served(TorchDispatchMode):
 
 
 def _served(packet: Any, args: tuple[Any, ...]) -> tuple[str, Product]:
-    ours = torch.ops.fedms_ext
+    """Return who computes a call of an operator, and what."""
     name = packet.__name__
-    if packet is ours.expert_linear:
-        x, weight, _, *lora = args
-        (n, k), kind, backward = weight.shape, None, False
-    elif packet is ours.frozen_linear:
-        x, _, scale, kind, _, _, *lora = args
-        n, k, backward = scale.shape[0], x.shape[-1], False
-    elif packet is ours.expert_linear_backward:
-        x, _, weight, a, b, scale, gate, segments, _, dropout_p, seed, *_ = args
-        lora, (n, k), kind, backward = [a, b, scale, gate, segments, dropout_p, seed], weight.shape, None, True
-    elif packet is ours.frozen_linear_backward:
-        x, _, k, _, _, kind, _, a, b, scale, gate, segments, _, dropout_p, seed, *_ = args
-        lora, n, backward = [a, b, scale, gate, segments, dropout_p, seed], x.shape[-1], True
-    elif packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
+    if packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
         (rows, k), n = args[-2].shape, args[-1].shape[1]
         return PYTORCH, Product(name, rows, k, n)
+    call: Call
+    if packet is torch.ops.fedms_ext.expert_linear:
+        call = forward_call(*args)
+    elif packet is torch.ops.fedms_ext.expert_linear_backward:
+        call = backward_call(*args)
     else:
         return PYTORCH, Product(name)
-    branch = Lora(*lora)
-    mean_rank = sum(branch.ranks) / max(1, len(branch.a))
-    return backends.serving(x, branch, kind, backward), Product(name, x.shape[:-1].numel(), k, n, mean_rank)
+    lora, weight = call.lora, call.weight
+    mean_rank = sum(lora.ranks) / max(1, len(lora.a))
+    return backends.choose(call).name, Product(name, call.input.shape[:-1].numel(), weight.k, weight.n, mean_rank)

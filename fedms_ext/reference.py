@@ -13,7 +13,7 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 
 
-def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
     `counter`: four int64 tensors of one shape that hold 32-bit words; `key`: two 32-bit words.
@@ -29,14 +29,14 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[in
     return c0, c1, c2, c3
 
 
-def philox_mask(seed: int, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
+def philox_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
     """The dropout mask of a layer: (rows, cols) bool, True where the value is kept.
 
     Element (row, col) has the index i = row * cols + col. Its random word is word i % 4 of Philox4x32-10 with the
     counter (i // 4 mod 2**32, i // 4 div 2**32, 0, 0) and the key (seed mod 2**32, seed div 2**32), and it is
     kept if that word >= floor(p * 2**32). Kernels must match these bits.
 
-    `seed`: 0 <= seed < 2**63. `p`: 0 <= p < 1, the probability that a value is dropped.
+    `seed`: 0 <= seed < 2**63, a number or an int64 tensor with one element. `p`: 0 <= p < 1, the probability that a value is dropped.
     """
     count = rows * cols
     block = torch.arange((count + 3) // 4, device=device, dtype=torch.int64)
@@ -45,7 +45,7 @@ def philox_mask(seed: int, rows: int, cols: int, p: float, device: torch.device 
     return (torch.stack(words, dim=1).reshape(-1)[:count] >= int(p * 2.0**32)).reshape(rows, cols)
 
 
-def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
     """x (M, K) with the values that `philox_mask` drops set to zero and the others divided by 1 - p."""
     if p == 0:
         return x
@@ -76,7 +76,7 @@ def expert_linear(
     gate: Tensor | None = None,
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
 ) -> Tensor:
     """y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
@@ -98,7 +98,7 @@ def expert_linear(
 
 def lora_branch(
     x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float] | Tensor, gate: Tensor | None,
-    dropout_p: float, seed: int | None, segments: Sequence[int] | None,
+    dropout_p: float, seed: int | Tensor | None, segments: Sequence[int] | None,
 ) -> Tensor:  # fmt: skip
     """What the experts add to the frozen product: (..., N) in x's dtype, computed in that of the experts."""
     dtype = lora_a[0].dtype
@@ -119,7 +119,7 @@ def expert_linear_backward(
     gate: Tensor | None = None,
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """The gradients of `expert_linear` written out by hand: dx, dgate, [dA_e], [dB_e].
@@ -197,7 +197,7 @@ def frozen_linear(
     gate: Tensor | None = None,
     active: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
     steps: int = 255,
 ) -> Tensor:

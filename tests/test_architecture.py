@@ -18,7 +18,7 @@ ROOMS = {
     "fedms": ("__init__", "__main__", "cli", "doctor", "exports", "report", "runs", "engines", "methods", "federated",
               "privacy", "training", "models", "data", "tasks", "storage", "config", "foreign", "tensors", "seeds", "progress",
               "errors"),
-    "fedms_ext": ("__init__", "accelerate", "profiling", "flops", "budget", "sparse", "token_loss", "nn", "operators", "backends",
+    "fedms_ext": ("__init__", "accelerate", "profiling", "budget", "sparse", "token_loss", "nn", "operators", "backends",
                   "quantization", "reference", "_C"),
 }
 WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}
@@ -27,13 +27,10 @@ WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}
 EXCEPTIONS = {
     ("fedms.federated.visit_costs", "methods"): "the type Method is not yet in federated",
     ("fedms.federated.evaluation", "methods"): "the types Method and Prediction are not yet in federated",
-    ("fedms.federated.private_client", "methods"): "the type Method is not yet in federated",
     ("fedms.engines.local", "methods"): "the type Method is not yet in federated",
     ("fedms.engines.flower.client", "runs"): "the types Experiment and LoadedTask, for the type checker alone",
     ("fedms_ext.quantization.quantize", "nn"): "exchanges the layers of a model, which nn defines",
     ("fedms_ext.quantization.quantize", "sparse"): "finds the layers of a model as sparse does",
-    ("fedms_ext.operators.frozen", "nn"): "the type QuantizedWeight, for the type checker alone",
-    ("fedms_ext.operators.plain", "nn"): "the type QuantizedWeight, for the type checker alone",
 }
 
 # What a room must not import although it is installed.

@@ -55,8 +55,8 @@ def peak_bytes(step: Step) -> int:
 
 # What PyTorch's profiler calls the operators, ours and its own, by what they are for.
 KINDS = {
-    "Linear layers, forward": ("aten::linear", "fedms_ext::expert_linear", "fedms_ext::frozen_linear"),
-    "Linear layers, backward": ("fedms_ext::expert_linear_backward", "fedms_ext::frozen_linear_backward"),
+    "Linear layers, forward": ("aten::linear", "fedms_ext::expert_linear"),
+    "Linear layers, backward": ("fedms_ext::expert_linear_backward",),
     "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",
                   "aten::_scaled_dot_product_flash_attention_for_cpu_backward"),
     "GELU": ("aten::gelu", "aten::gelu_backward"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from bench.harness.timing import interleaved
 from torch import Tensor
 
 import fedms_ext
-from fedms_ext.backends import cpu, cpu_thresholds, eager
-from fedms_ext.backends.base import Lora, Needs
+from fedms_ext.backends import Backend, cpu, cpu_thresholds, eager
+from fedms_ext.backends.base import FLOATING, BackwardCall, ForwardCall, Lora, Needs, Weight
 
 LAYERS = ((384, 384), (768, 3072), (3072, 768))
 ROWS = (1, 16, 64, 256, 1576)
@@ -41,17 +40,20 @@ def kernels_over_eager(rows: int, k: int, n: int, rank: int) -> tuple[float, flo
     s = x @ lora.a[0].t()
     needs = Needs(True, False, [True], [True])
 
-    def forward(backend: object) -> Callable[[], object]:
-        return lambda: backend.forward(x, weight, None, lora)
+    frozen = Weight(weight, None, FLOATING, 0, n, k)
+    forward_call, backward_call = ForwardCall(x, frozen, None, lora), BackwardCall(dy, x, frozen, lora, s, needs)
 
-    def backward(backend: object) -> Callable[[], object]:
-        return lambda: backend.backward(dy, x, weight, lora, s, needs)
+    def forward(backend: Backend) -> Callable[[], object]:
+        return lambda: backend.forward(forward_call)
 
-    def ratio(call: Callable[[object], Callable[[], object]]) -> float:
+    def backward(backend: Backend) -> Callable[[], object]:
+        return lambda: backend.backward(backward_call)
+
+    def ratio(call: Callable[[Backend], Callable[[], object]]) -> float:
         seconds = interleaved({"kernels": call(cpu), "eager": call(eager)}, seconds=0.3)
         return float(np.median(seconds["kernels"] / seconds["eager"]))
 
-    with patch.object(cpu, "in_kernels", return_value=True), torch.no_grad():
+    with torch.no_grad():
         return ratio(forward), ratio(backward)
 
 

@@ -1,4 +1,6 @@
 // Sums of partial sums in order, and what they make: T, dS, dgate, dA and dB.
+#include <type_traits>
+
 #include "ranks.h"
 
 namespace fedms::cuda {
@@ -71,7 +73,11 @@ __global__ void __launch_bounds__(256)
   float sum = 0;
 #pragma unroll 8
   for (int part = 0; part < parts; ++part) sum += g[(int64_t(part) * c + row) * r + first + column];
-  out[row * row_stride + column * column_stride] = {Number<T>::narrow(sum)};
+  if constexpr (std::is_same_v<T, float>) {
+    out[row * row_stride + column * column_stride] = sum;
+  } else {
+    out[row * row_stride + column * column_stride] = {Number<T>::narrow(sum)};
+  }
 }
 
 // Blocks of 256 threads that have whole rows of so many columns, 256 at most.
@@ -111,16 +117,17 @@ void finalize_row_grads(Element element, int64_t m, int64_t r, int64_t experts, 
   });
 }
 
-void reduce_partials(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
-               void* out, int64_t row_stride, int64_t column_stride, const Stream& stream) {
+void reduce_partials(Element element, bool fp32, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count,
+                     const float* g, void* out, int64_t row_stride, int64_t column_stride, const Stream& stream) {
   const Launch what{"reduce_partials", c, 0, 0, r, stream};
   check_sizes(what, c, r, r);
   if (first < 0 || count < 1 || first + count > r) fail(what, "the columns are out of range");
-  for_element(element, [&](auto* null) {
+  const auto start = [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     launch(what, reduce_partials_kernel<T>, blocks_of_rows(c, count), 256, 0, int(c), int(r), int(parts), int(first),
            int(count), g, static_cast<T*>(out), row_stride, column_stride);
-  });
+  };
+  fp32 ? start(static_cast<float*>(nullptr)) : for_element(element, start);
 }
 
 }  // namespace fedms::cuda

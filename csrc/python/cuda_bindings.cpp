@@ -146,10 +146,10 @@ void define_ranks(py::module_& m) {
   }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("experts"), py::arg("parts"), py::arg("u"), py::arg("s"),
         py::arg("ds"), py::arg("ds_stride"), py::arg("dgate"), py::arg("factors"), py::arg("segments"),
         py::arg("stream"));
-  m.def("reduce_partials", [](bool bf16, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, Address g,
+  m.def("reduce_partials", [](bool bf16, bool fp32, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, Address g,
                          Address out, int64_t row_stride, int64_t column_stride, const cuda::Stream& stream) {
-    cuda::reduce_partials(element(bf16), c, r, parts, first, count, floats(g), at(out), row_stride, column_stride, stream);
-  }, py::arg("bf16"), py::arg("c"), py::arg("r"), py::arg("parts"), py::arg("first"), py::arg("count"), py::arg("g"),
+    cuda::reduce_partials(element(bf16), fp32, c, r, parts, first, count, floats(g), at(out), row_stride, column_stride, stream);
+  }, py::arg("bf16"), py::arg("fp32"), py::arg("c"), py::arg("r"), py::arg("parts"), py::arg("first"), py::arg("count"), py::arg("g"),
         py::arg("out"), py::arg("row_stride"), py::arg("column_stride"), py::arg("stream"));
 }
 

@@ -1,79 +1,92 @@
-"""Which way of running something is the fastest on a GPU: measured once for each shape, kept on disk.
+"""Which way to run something is the fastest on a GPU: measured once for each shape and kept on disk.
 
-The files are in $FEDMS_CACHE (~/.cache/fedms by default), JSON from a shape's key to the name of the choice. Deleting one
-measures anew. With FEDMS_TUNE=0, under Triton's interpreter, and while a CUDA graph is captured, nothing is measured: the
-first name is taken, and not kept.
+The files are in $FEDMS_CACHE (~/.cache/fedms by default): JSON from the text of a shape to the name of the choice. Delete one to
+measure anew. With FEDMS_TUNE=0, on a stand-in for a GPU, and while a CUDA graph is captured, nothing is measured.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import torch
 
+from . import device as devices
+from . import files
 
-def folder() -> Path:
-    return Path(os.environ.get("FEDMS_CACHE") or Path.home() / ".cache" / "fedms")
+Way = TypeVar("Way")
 
-
-def read(path: Path) -> dict[str, str]:
-    """A file of `write`; what is not there, or broken, is empty."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        warnings.warn(f"{path} is not valid JSON ({error}); it is ignored and written anew", stacklevel=3)
-        return {}
+# GPU cycles, about a millisecond. The GPU sleeps so long while the CPU queues the calls that are timed.
+_HEAD_START = 2_000_000
 
 
-def write(path: Path, values: dict[str, str]) -> None:
-    """Replaces the file as a whole, for other processes that read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(values, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
+class Choices(Generic[Way]):
+    """The choices of one file. It is read when the first shape is asked for.
 
-
-class Choices:
-    """The choices in the file of that name. `choose` reads it when it is first called."""
+    Args:
+        name: of the file, in which everything stands that choices depend on besides the shape.
+    """
 
     def __init__(self, name: str) -> None:
-        self.path = folder() / name
-        self.measures = os.environ.get("FEDMS_TUNE") != "0" and os.environ.get("TRITON_INTERPRET") != "1"
-        self._known: dict[str, str] | None = None
+        self.path = files.folder() / name
+        self.measures = os.environ.get("FEDMS_TUNE") != "0"
+        self._on_disk: dict[str, str] | None = None
+        self._cache: dict[tuple[object, ...], Way] = {}
 
-    def choose(self, key: str, names: Sequence[str], run: Callable[[str], object]) -> str:
-        """The name whose `run(name)` takes the least time, or the first one where nothing can be measured."""
-        if not self.measures or len(names) == 1:
-            return names[0]
-        if self._known is None:
-            self._known = read(self.path)
-        if self._known.get(key) in names:
-            return self._known[key]
-        if torch.cuda.is_current_stream_capturing():
-            return names[0]
-        best = min(names, key=lambda name: milliseconds(lambda: run(name)))
+    def choose(
+        self, device: torch.device, shape: tuple[object, ...], ways: Callable[[], Mapping[str, Way]],
+        run: Callable[[Way], object],
+    ) -> Way:  # fmt: skip
+        """Return the fastest way for a shape.
+
+        Args:
+            device: where `run` computes.
+            shape: all that decides how fast a way is.
+            ways: returns the legal ways by name, the one to take where nothing can be measured first.
+            run: computes the whole of what is chosen for, in one way.
+        """
+        key = (device, *shape)
+        if key in self._cache:
+            return self._cache[key]
+        legal = ways()
+        name = self._measured(device, " ".join(map(str, shape)).replace("torch.", ""), legal, run)
+        way = legal[next(iter(legal)) if name is None else name]
+        if name is not None or not devices.is_capturing(device):  # a shape first met in a capture is measured after it
+            self._cache[key] = way
+        return way
+
+    def _measured(
+        self, device: torch.device, text: str, legal: Mapping[str, Way], run: Callable[[Way], object]
+    ) -> str | None:
+        """Return the name of the fastest way, or None where nothing can be measured."""
+        if not self.measures or len(legal) == 1 or not devices.is_real(device):
+            return None
+        if self._on_disk is None:
+            self._on_disk = files.read(self.path)
+        if self._on_disk.get(text) in legal:
+            return self._on_disk[text]
+        if devices.is_capturing(device):
+            return None
+        with devices.guard(device):
+            best = min(legal, key=lambda name: milliseconds(lambda: run(legal[name])))
         # Another process may have added to the file in the meantime.
-        self._known = read(self.path) | self._known | {key: best}
-        write(self.path, self._known)
+        self._on_disk = files.read(self.path) | self._on_disk | {text: best}
+        files.write(self.path, self._on_disk)
         return best
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """The least of five times on the current CUDA stream, each over four calls, after one that is not timed."""
+    """Return the least of five times on the current CUDA stream, each of four calls, after one that is not timed.
+
+    The GPU is kept asleep until the calls are queued. Otherwise a layer that takes the GPU less time than Python takes to
+    launch it would be timed by its Python.
+    """
     run()
     times = []
     for _ in range(5):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_HEAD_START)
         start.record()
         for _ in range(4):
             run()

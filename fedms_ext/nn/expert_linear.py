@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import compress
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.pairs import Pairs
-from fedms_ext.operators.expert_linear import expert_linear
-from fedms_ext.operators.frozen import frozen_linear
+from fedms_ext.operators import expert_linear
 from fedms_ext.operators.plain import plain_linear
 
 
@@ -252,8 +251,7 @@ class ExpertLinear(FrozenLinear):
             if y is not None:
                 return y
             active = [True] * len(a)
-        operator: Callable[..., Tensor] = expert_linear if frozen is None else frozen_linear
-        return operator(
+        return expert_linear(
             x, weight, bias, a, b, scale,
             gate=None if route.gate is None else self._gate_of_rows(x, route),
             active=active,

@@ -9,7 +9,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from fedms_ext.nn.linear import class_name, passed_by, replaced_forward, unplain
-from fedms_ext.operators.expert_linear import expert_linear
+from fedms_ext.operators import expert_linear
 
 
 def _hooks_everywhere() -> bool:

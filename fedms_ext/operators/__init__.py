@@ -1,1 +1,5 @@
-"""The PyTorch operators: schemas, fake kernels and autograd of the linear layer with experts."""
+"""The PyTorch operator `expert_linear`: schema, fake kernels, autograd, checks of its arguments, and the way past the dispatcher."""
+
+from .expert_linear import expert_linear
+
+__all__ = ["expert_linear"]

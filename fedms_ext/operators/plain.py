@@ -10,29 +10,28 @@ the same, or names what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C, backends
-from . import expert_linear as general
-from . import frozen
-
-if TYPE_CHECKING:
-    from ..nn.quantized_weight import QuantizedWeight
+from ..backends.base import FLOATING
+from .arguments import Quantized, settled_scale
+from .dispatch import call, is_observed
+from .expert_linear import run_backward
 
 
 def plain_linear(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scale: Sequence[float],
     gate: Tensor | None,
 ) -> Tensor | None:
-    """y = x W^T + bias + the experts' branch, or None where the call is not plain.
+    """Return y = x W^T + bias + the experts' branch, or None where the call is not plain.
 
     Args:
         x: (..., K).
@@ -43,10 +42,10 @@ def plain_linear(
         scale: a number for every applied expert.
         gate: (rows, experts), or None; only with an x of two dimensions.
     """
-    if type(x) is not Tensor or general.is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+    if type(x) is not Tensor or is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
         return None
-    is_full = isinstance(weight, Tensor)
-    data, data_scale = (weight, None) if is_full else weight.operands
+    quantized: Any = None if isinstance(weight, Tensor) else weight
+    data, data_scale = (weight, None) if isinstance(weight, Tensor) else quantized.operands
     for tensor in (x, bias, gate, *lora_a, *lora_b, data):
         if tensor is not None and tensor.is_neg():
             return None
@@ -57,9 +56,9 @@ def plain_linear(
         inputs = (x, gate, *lora_a, *lora_b)
         needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
         if True in needs:
-            if not is_full:
-                data, data_scale = weight.for_dx() if needs[0] else (None, None)
-            return _Plain.apply((*found, data, data_scale, None if is_full else weight, scale, needs), *inputs)
+            if quantized is not None:
+                data, data_scale = quantized.for_dx() if needs[0] else (None, None)
+            return _Plain.apply((*found, data, data_scale, quantized, scale, needs), *inputs)
     return found[0]
 
 
@@ -83,11 +82,11 @@ class _Plain(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the call (None), x, the gate, every A and every B."""
+    """Return the gradients of the call (None), x, the gate, every A and every B."""
     x, s, gate, weight, weight_scale, *pairs = ctx.saved_tensors
     experts = len(pairs) // 2
     a, b = pairs[:experts], pairs[experts:]
-    if not general.is_observed() and not dy.is_neg():
+    if not is_observed() and not dy.is_neg():
         found = _C.linear_backward(dy, x, weight, weight_scale, a, b, ctx.scale, gate, s, ctx.needs)
         if found is not None:
             return None, *found
@@ -101,18 +100,12 @@ def _general_gradients(
     ctx: Any, dy: Tensor, x: Tensor | None, s: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     weight_scale: Tensor | None, a: list[Tensor], b: list[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Those of the operator, whose backward pass takes everything: a dy that is expanded from fewer values, say."""
-    needs, quantized = ctx.needs, ctx.quantized
-    rest = (
-        a, b, general.settled(ctx.scale), gate, None, s, 0.0, 0, needs[0], needs[1], needs[2 : 2 + len(a)],
-        needs[2 + len(a) :],
+    """Return the gradients by the operator, which takes everything: a dy that is expanded from fewer values, say."""
+    needs, quantized, k = ctx.needs, ctx.quantized, a[0].shape[1]
+    kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
+    found = call(
+        torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, k, weight, weight_scale, kind, group, a, b,
+        settled_scale(ctx.scale), gate, None, 0.0, 0, None, s, needs[0], needs[1], needs[2 : 2 + len(a)], needs[2 + len(a) :],
     )  # fmt: skip
-    if quantized is None:
-        found = general.call(torch.ops.fedms_ext.expert_linear_backward, general._backward, dy, x, weight, *rest)
-    else:
-        found = general.call(
-            torch.ops.fedms_ext.frozen_linear_backward, frozen._backward, dy, x, quantized.shape[1], weight, weight_scale,
-            quantized.kind, quantized.group, *rest,
-        )  # fmt: skip
     gradients = iter(found)
     return [next(gradients) if needed else None for needed in needs]

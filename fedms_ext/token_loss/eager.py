@@ -5,20 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedms_ext.backends.base import Frozen, Lora
-from fedms_ext.backends.eager import frozen_forward
+from fedms_ext.backends.base import Weight
 
 from .call import HeadCall, Result, empty_result
 
-_NO_EXPERTS = Lora((), (), torch.empty(0), None, None, 0.0, 0)
-
-
 def raw_logits(head: HeadCall, hidden: Tensor) -> Tensor:
     """(n, V) logits before scale and cap."""
-    if head.quantized is None:
-        return F.linear(hidden, head.weight, head.bias)
-    data, scale, kind, group = head.quantized
-    return frozen_forward(hidden, Frozen(data, scale, kind, group, *head.weight.shape), head.bias, _NO_EXPERTS)[0]
+    weight = head.weight
+    if head.quantized is not None:
+        weight = Weight(*head.quantized, *weight.shape).expanded(hidden.dtype)
+    return F.linear(hidden, weight, head.bias)
 
 
 def scaled(head: HeadCall, logits: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedms_ext.backends.triton import unavailable
+from fedms_ext.backends import device as devices
 
 from . import eager
 from .call import HeadCall, Result, empty_result
 
-if unavailable() is None:
+if devices.no_triton() is None:
     import triton
-    from triton.runtime.interpreter import InterpretedFunction
 
     from fedms_ext.backends.triton.token_rows import token_rows
 
@@ -20,9 +19,9 @@ _LARGEST_BLOCK = 4096  # logits that a program holds at a time
 
 def supports(hidden: Tensor, head: HeadCall) -> bool:
     """Tensors of 32 or 16 bits on a GPU; under Triton's interpreter those on the CPU, for the tests."""
-    if unavailable() is not None or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if devices.no_triton() is not None or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return hidden.is_cuda or isinstance(token_rows, InterpretedFunction)
+    return devices.runs_triton(hidden.device)
 
 
 def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gradient: bool) -> Result:

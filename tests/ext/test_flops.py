@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import fedms_ext.flops  # noqa: F401  registers the formulas
+import fedms_ext.profiling  # noqa: F401  registers the formulas
 from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, reference
 
 

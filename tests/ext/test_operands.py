@@ -11,7 +11,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, expert_linear, reference
 from fedms_ext.backends.base import made_once
-from fedms_ext.operators.frozen import frozen_linear
 
 M, K, N, R = 3, 16, 8, 4
 OPERANDS = ("x", "weight", "bias", "a", "b", "gate", "scale")
@@ -31,7 +30,7 @@ FROZEN = QuantizedWeight(operands()["weight"], "fp16")
 
 
 def frozen(o: dict[str, Tensor]) -> Tensor:
-    return frozen_linear(o["x"], FROZEN, o["bias"], [o["a"]], [o["b"]], o["scale"], o["gate"])
+    return expert_linear(o["x"], FROZEN, o["bias"], [o["a"]], [o["b"]], o["scale"], o["gate"])
 
 
 @pytest.mark.parametrize("name", OPERANDS)
@@ -121,9 +120,9 @@ def test_a_scale_that_is_changed_in_place():
 def test_the_transposed_weight_follows_a_change_in_place():
     weight = QuantizedWeight(torch.randn(N, K))
     x = torch.randn(M, K, requires_grad=True)
-    (before,) = torch.autograd.grad(frozen_linear(x, weight, None).sum(), x)
+    (before,) = torch.autograd.grad(expert_linear(x, weight, None).sum(), x)
     weight.scale.mul_(2)
-    (after,) = torch.autograd.grad(frozen_linear(x, weight, None).sum(), x)
+    (after,) = torch.autograd.grad(expert_linear(x, weight, None).sum(), x)
     assert torch.allclose(after, 2 * before, atol=1e-3)
 
 

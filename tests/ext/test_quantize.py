@@ -349,14 +349,14 @@ def test_opcheck(needs_dx):
     scale, gate, x, dy = torch.tensor([1.0, 2.0]), torch.rand(4, 2), torch.randn(4, 8), torch.randn(4, 6)
     ops = torch.ops.fedms_ext
     form = weight.kind, weight.group
-    s = ops.frozen_linear(x, weight.data, weight.scale, *form, None, a, b, scale, gate, None, 0.0, 0)[1]
+    arguments = (x, weight.data, weight.scale, *form, None, a, b, scale, gate, None, 0.0, 0, None)
+    s = ops.expert_linear(*arguments)[1]
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.frozen_linear.default, 
-                          (x, weight.data, weight.scale, *form, None, a, b, scale, gate, None, 0.0, 0), test_utils=utils)
+    torch.library.opcheck(ops.expert_linear.default, arguments, test_utils=utils)
     torch.library.opcheck(
-        ops.frozen_linear_backward.default,
-        (dy, x, 8, *(weight.for_dx() if needs_dx else (None, None)), *form, a, b, scale, gate, None, s, 0.0, 0, needs_dx, True,
-         [True, False], [False, True]), test_utils=utils)
+        ops.expert_linear_backward.default,
+        (dy, x, 8, *(weight.for_dx() if needs_dx else (None, None)), *form, a, b, scale, gate, None, 0.0, 0, None, s,
+         needs_dx, True, [True, False], [False, True]), test_utils=utils)
 
 
 def test_refusals():
@@ -373,5 +373,5 @@ def test_refusals():
         layer(torch.randn(2, 7))
     with pytest.raises(TypeError, match="x is torch.int64"):
         layer(torch.zeros(2, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="the weight is on cpu, but x is on meta"):
+    with pytest.raises(ValueError, match="weight is on cpu, but x is on meta"):
         layer(torch.zeros(2, 8, device="meta"))

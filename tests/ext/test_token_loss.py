@@ -122,7 +122,7 @@ def test_an_int8_head_has_its_gradient_from_the_float_weight():
     head = FrozenHead(weight, dtype="int8")
     ours, = torch.autograd.grad(-token_log_prob(hidden, head, labels).log_p.sum(), hidden)
     both_ways, = torch.autograd.grad(F.cross_entropy(
-        fedms_ext.token_loss.head.frozen_linear(hidden, head.quantized, None), labels, reduction="sum"), hidden)
+        fedms_ext.expert_linear(hidden, head.quantized, None), labels, reduction="sum"), hidden)
     assert relative(ours, exact) < 0.02
     assert relative(both_ways, exact) > 5 * relative(ours, exact)
 

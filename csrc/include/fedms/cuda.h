@@ -127,9 +127,9 @@ void finalize_row_grads(Element element, int64_t m, int64_t r, int64_t experts, 
                  const Stream& stream);
 
 // out (c, count) = the sum over the parts, in order, of the columns first .. first + count - 1 of g (parts, c, r);
-// out[i * row_stride + j * column_stride].
-void reduce_partials(Element element, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, const float* g,
-               void* out, int64_t row_stride, int64_t column_stride, const Stream& stream);
+// out[i * row_stride + j * column_stride], of the element's type or, with `fp32`, float.
+void reduce_partials(Element element, bool fp32, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count,
+                     const float* g, void* out, int64_t row_stride, int64_t column_stride, const Stream& stream);
 
 // Throws if this device cannot run the kernels of this build.
 void check_device(int device);

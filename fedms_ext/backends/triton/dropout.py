@@ -5,6 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
+def seed_of(seed, seed_ptr, SEED_IN_MEMORY: tl.constexpr):
+    """The seed of the mask: the number that the launch gave, or what lies in memory when the kernel runs. In a CUDA graph only
+    the latter differs from replay to replay."""
+    if SEED_IN_MEMORY:
+        seed = tl.load(seed_ptr)
+    return seed
+
+
+@triton.jit
 def keep_tile(seed, threshold, first_row, first_column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               QUADS: tl.constexpr):
     """(ROWS, COLUMNS) int8, 1 where the value at (first_row + i, first_column + j) of a (., columns) matrix is kept.

@@ -11,7 +11,7 @@ see `row_block` in lora.py.
 import triton
 import triton.language as tl
 
-from .dropout import keep_tile
+from .dropout import keep_tile, seed_of
 from .lora import factor_of, row_block
 
 
@@ -66,13 +66,14 @@ def _load_nibbles(w_ptr, scale_ptr, levels, rows, column, ROWS, COLUMNS, w_strid
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "blocks_m"])
-def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, blocks_ptr, y_ptr,
+def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, blocks_ptr, seed_ptr, y_ptr,
                  M, N, K, R, blocks_m, pitch,
                  x_stride, w_stride_k, w_stride_n, w_scale_stride, t_stride, f_stride_r, f_stride_n,
                  seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                  EVEN_K: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PER_SCALE: tl.constexpr,
-                 TRANSPOSED: tl.constexpr, SEGMENTS: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr):
+                 TRANSPOSED: tl.constexpr, SEGMENTS: tl.constexpr, DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
+                 QUADS: tl.constexpr):
     """One output tile a program. y is dense.
 
     INT8: W is int8 with one scale a column of the output. PER_SCALE > 0: W has 4 bits and a scale for so many values,
@@ -86,6 +87,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
     columns = block_n * BN + tl.arange(0, BN)
     steps = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
+    seed = seed_of(seed, seed_ptr, SEED_IN_MEMORY)
     if DROP and not INT8:
         # The mask covers the ranks alone, so they come first while nothing else is in the accumulator.
         acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
@@ -187,11 +189,11 @@ def gemm_inline(x_ptr, w_ptr, bias_ptr, a_ptr, f_ptr, scale_ptr, expert_ptr, gat
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "blocks_m"])
-def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, y_desc, M, N, K, blocks_m, pitch,
+def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, seed_ptr, y_desc, M, N, K, blocks_m, pitch,
                     seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                     RANKS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
-                    DROP: tl.constexpr, QUADS: tl.constexpr, HALVES: tl.constexpr):
+                    DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, QUADS: tl.constexpr, HALVES: tl.constexpr):
     """A persistent grid of as many programs as multiprocessors; tiles travel through tensor descriptors (TMA).
 
     TRANSPOSED: W and F hold the output's columns along their contiguous side (dx); otherwise the reduction (forward).
@@ -199,6 +201,7 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, y_desc
     rows it computes once more, to the same bits. HALVES: the tile is written in two halves, which saves shared memory.
     """
     tiles = blocks_m * tl.cdiv(N, BN)
+    seed = seed_of(seed, seed_ptr, SEED_IN_MEMORY)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         block_m, block_n = _place(tile, blocks_m, N, BN, BAND)
         row, _, owner, _ = row_block(blocks_ptr, block_m, M, RANKS, BM, SEGMENTS)

@@ -15,7 +15,7 @@ knows nothing of.
 import triton
 import triton.language as tl
 
-from .dropout import keep_tile
+from .dropout import keep_tile, seed_of
 
 
 @triton.jit
@@ -48,11 +48,12 @@ def factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, row
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_ptr, M, K, R, pitch,
+def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, seed_ptr, s_ptr, t_ptr, M, K, R, pitch,
            x_stride, a_stride_k, a_stride_r, t_stride, gate_stride_m, gate_stride_e,
            seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
            BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
-           DROP: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr, SEGMENTS: tl.constexpr):
+           DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr,
+           SEGMENTS: tl.constexpr):
     """s = drop(x) A^T (M, R), dense, and t = s with scale and gate, for the GEMM. Also dS from dy, with B for A^T."""
     row, end, owner, rank = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
     a_ptr += owner * tl.cast(pitch, tl.int64) * a_stride_r
@@ -63,6 +64,7 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_p
     a_tile = a_ptr + steps.to(tl.int64)[:, None] * a_stride_k + ranks[None, :] * a_stride_r
     x_mask, a_mask = rows[:, None] < end, ranks[None, :] < R
     s = tl.zeros((BM, BR), tl.float32)
+    seed = seed_of(seed, seed_ptr, SEED_IN_MEMORY)
     for first in tl.range(0, K, BK):
         if EVEN_K:
             x = tl.load(x_tile, mask=x_mask, other=0.0)
@@ -89,11 +91,13 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, s_ptr, t_p
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, u_ptr, g_ptr, M, C, R, pitch, rows_a_split,
+def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, seed_ptr, u_ptr, g_ptr,
+                       M, C, R, pitch, rows_a_split,
           z_stride, t_stride, b_stride, gate_stride_m, gate_stride_e,
           seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
           BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PROJECT: tl.constexpr, OUTER: tl.constexpr,
-          FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, QUADS: tl.constexpr, SEGMENTS: tl.constexpr):
+          FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
+          QUADS: tl.constexpr, SEGMENTS: tl.constexpr):
     """One pass over z (M, C), which is dy or x; a program holds BC of its columns and walks down its split of rows.
 
     OUTER: partial sums g (splits, C, R) of z^T t, where t (M, R) is as given, or with FACTOR times scale and, with
@@ -112,6 +116,7 @@ def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blo
     if FACTOR:
         expert = tl.load(expert_ptr + owner * pitch + ranks, mask=ranks < R, other=0)
     g = tl.zeros((BC, BR), tl.float32)
+    seed = seed_of(seed, seed_ptr, SEED_IN_MEMORY)
     for row in tl.range(start, end, BM):
         rows = row + tl.arange(0, BM)
         mask = (rows[:, None] < end) & (ranks[None, :] < R)

@@ -10,13 +10,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-
-class DeviceProperties(NamedTuple):
-    """What the kernels must know of a GPU. `shared_memory`: bytes a program may have."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory: int
+from ..device import DeviceProperties
 
 
 class Gemm(NamedTuple):
@@ -99,11 +93,20 @@ _DESCRIPTOR = [
 ]
 
 
+def band(tile: Tile, chip: DeviceProperties) -> int:
+    """Return how many row blocks a band has, in which tiles run at the same time so that they share W in the L2 cache.
+
+    Of 8 and 16 it is the one with which the tiles in flight, one a multiprocessor, read the fewest rows of x and W (the rule of
+    DeepGEMM's get_num_1d_blocks_per_group, github.com/deepseek-ai/DeepGEMM).
+    """
+    return min((8, 16), key=lambda blocks: blocks * tile.bm + math.ceil(chip.multiprocessors / blocks) * tile.bn)
+
+
 def cost(tile: Tile, gemm: Gemm, chip: DeviceProperties) -> float:
     """Relative time: waves of tiles, times the work of one, over how well a tile of that shape feeds the cores.
 
     A tile of bm x bn loads bm + bn values for bm * bn products a step: 128 x 256 counts as enough. This is a guess
-    that orders the tiles where nothing can be measured; `backends/choices.py` measures.
+    that orders the tiles where nothing can be measured; `autotune.py` measures.
     """
     tiles = math.ceil(gemm.m / tile.bm) * math.ceil(gemm.n / tile.bn)
     waves = math.ceil(tiles / (chip.multiprocessors * tile.resident(chip, gemm.rank)))

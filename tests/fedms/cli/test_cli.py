@@ -272,7 +272,7 @@ def test_doctor_shows_who_serves_a_run(monkeypatch):
     from fedms_ext.profiling import Product, Served
 
     counted = Served()
-    for server, product, calls, flops in (("cpu", Product("frozen_linear", 64, 8, 24, 2.0), 3, 3e9),
+    for server, product, calls, flops in (("cpu", Product("expert_linear", 64, 8, 24, 2.0), 3, 3e9),
                                           ("pytorch", Product("bmm"), 2, 1e9)):
         counted.calls[server, product], counted.flops[server, product] = calls, int(flops)
     monkeypatch.setattr("fedms.doctor.diagnose", lambda *_: [Check("python", "ok", "3")])
@@ -281,7 +281,7 @@ def test_doctor_shows_who_serves_a_run(monkeypatch):
     assert result.exit_code == errors.DONE
     lines = [line.split() for line in result.stdout.splitlines()]
     assert "cpu all 3 3 75.0 %".split() in lines and "pytorch all 2 1 25.0 %".split() in lines
-    assert "frozen_linear 64; 8 -> 24, r = 2 3 3 75.0 %".split() in lines
+    assert "expert_linear 64; 8 -> 24, r = 2 3 3 75.0 %".split() in lines
     result = fedms("doctor", "--set", "model.frozen=int8")
     assert result.exit_code == errors.USAGE and "--set: nothing to override" in result.stderr
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import fedms_ext
-from fedms_ext import _C, QuantizedWeight, backends
-from fedms_ext.operators.frozen import frozen_linear
+from fedms_ext import _C, QuantizedWeight, expert_linear
+from fedms_ext.quantization import formats
 
 KINDS = {torch.float16: _C.fp16_forward, torch.bfloat16: _C.bf16_forward}
 
@@ -81,12 +81,12 @@ def test_wrong_operands():
 def test_few_rows_are_multiplied_without_a_weight_in_float32(monkeypatch, kind, rows, few):
     weight, bias, x = torch.randn(48, 40), torch.randn(48), torch.randn(rows, 40)
     expanded = []
-    written_out = backends.eager.dequantize
-    monkeypatch.setattr(backends.eager, "dequantize", lambda *args: expanded.append(1) or written_out(*args))
+    written_out = formats.dequantize
+    monkeypatch.setattr(formats, "dequantize", lambda *args: expanded.append(1) or written_out(*args))
     a, b = torch.randn(4, 40), torch.randn(48, 4)
     frozen = QuantizedWeight(weight, kind)
     want = x.double() @ frozen.q.double().T + bias.double()
     with torch.no_grad():
-        assert error(frozen_linear(x, frozen, bias), want) < 1e-6
-        assert error(frozen_linear(x, frozen, bias, [a], [b], [0.5]), want + 0.5 * (x @ a.T @ b.T).double()) < 1e-5
+        assert error(expert_linear(x, frozen, bias), want) < 1e-6
+        assert error(expert_linear(x, frozen, bias, [a], [b], [0.5]), want + 0.5 * (x @ a.T @ b.T).double()) < 1e-5
     assert bool(expanded) != few

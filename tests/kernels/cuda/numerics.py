@@ -17,7 +17,7 @@ import torch
 import fedms_ext
 from fedms_ext import expert_linear
 from fedms_ext.backends import cuda as backend
-from fedms_ext.backends import eager
+from fedms_ext.backends import cuda_layout, device
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
 import layers  # noqa: E402
@@ -32,7 +32,7 @@ from layers import (  # noqa: E402
 if reason := fedms_ext.explain("cuda"):
     pytest.skip(reason, allow_module_level=True)
 
-DEVICE = "cpu" if backend._EMULATED else "cuda"
+DEVICE = device.current().type
 CHIP = backend._chip(torch.empty(0, device=DEVICE).device)
 
 
@@ -47,10 +47,7 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """The kernels themselves must take every call."""
-    monkeypatch.setattr(backend, "other", lambda x: pytest.fail("the kernels did not take the call"))
     monkeypatch.setenv("FEDMS_TUNE", "0")
-    monkeypatch.setattr(backend, "_kept", {})
     backend._choices.cache_clear()
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
@@ -61,10 +58,10 @@ def alone(monkeypatch):
 def use_tile(monkeypatch, tile, inside=False):
     """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
 
-    def ways(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_shrink):
-        return [backend._GemmConfig(tile, inside and may_shrink and backend._kernels.shrinks_inside(tile, rank))]
+    def configs(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_fuse):
+        return [cuda_layout.GemmConfig(tile, inside and may_fuse and backend._kernels.shrinks_inside(tile, rank))]
 
-    monkeypatch.setattr(backend, "_gemm_configs", ways)
+    monkeypatch.setattr(backend, "gemm_configs", configs)
 
 
 inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])
@@ -190,9 +187,22 @@ def test_only_asked_gradients_of_segments_are_made(monkeypatch):
         assert len(check(layer, needs=needs)) == 1 + len(needs)
 
 
-def test_more_segments_than_the_kernels_take_go_elsewhere(monkeypatch):
-    monkeypatch.setattr(backend, "other", lambda x: eager)
-    check(Layer(72, 40, 48, [2] * 9, "row", segments=(8,) * 9))
+@pytest.mark.parametrize("layer, reason", [
+    (lambda: Layer(72, 40, 48, [2] * 9, "row", segments=(8,) * 9), "at most 8 segments"),
+    (lambda: Layer(72, 40, 47, [2]), "multiples of 8"),
+    (lambda: Layer(72, 40, 48, [257]), "total rank from 1 to 256"),
+    (lambda: Layer(72, 40, 48, [2], dtype=torch.float32), "takes bf16 and fp16"),
+])  # fmt: skip
+def test_a_call_that_the_kernels_cannot_compute_is_refused_by_name(layer, reason):
+    with fedms_ext.use_backend("cuda"), pytest.raises(RuntimeError, match=reason):
+        layer().run(expert_linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [[8], [3, 17]], ids=str)
+def test_experts_in_float32(monkeypatch, dtype, ranks):
+    use_tile(monkeypatch, SMALL)
+    layers.check_wide_experts(Layer(70, 72, 136, ranks, "row", dtype, dropout_p=0.2), "cuda")
 
 
 def test_bits_repeat(monkeypatch):

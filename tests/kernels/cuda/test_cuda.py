@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fedms_ext
-from fedms_ext.backends import cuda
+from fedms_ext.backends import cuda, device
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -77,11 +78,8 @@ def test_a_build_or_a_machine_without_cuda_says_so():
 
 
 def test_nothing_chooses_it_before_a_gpu_has_passed():
-    from fedms_ext import backends
-
-    assert list(backends._BACKENDS)[-2:] == ["eager", "cuda"]  # eager takes whatever comes so far
-    if not torch.cuda.is_available():
-        assert fedms_ext.explain("measured") == fedms_ext.explain("cuda") and "measured" not in fedms_ext.available()
+    call = SimpleNamespace(input=torch.empty(1))
+    assert not cuda.prefers(call) or device.has_passed(device.properties(call.input.device).capability)
 
 
 @pytest.mark.skipif(cuda._kernels is None, reason="this build has no CUDA kernels")

@@ -18,8 +18,9 @@ import torch
 from ahead_of_time import compiled_for, facts
 
 from fedms_ext.backends.triton import launch
-from fedms_ext.backends.triton.launch import Dropout, Experts, Weight
-from fedms_ext.backends.triton.tiles import DeviceProperties, Gemm, legal_tiles
+from fedms_ext.backends.device import DeviceProperties
+from fedms_ext.backends.triton.operands import Dropout, Experts, FrozenMatrix
+from fedms_ext.backends.triton.tiles import Gemm, legal_tiles
 
 CHIPS = {
     80: DeviceProperties((8, 0), 108, 166912),
@@ -55,14 +56,14 @@ def gemms(chip, ranks):
     rank, experts = sum(ranks), experts_of(ranks)
     x, dy, bias, t = empty(M, K), empty(M, N), empty(N), empty(M, rank)
     f, dropout, gemm = experts.b.t(), Dropout(0.1, 3), Gemm(M, N, K, rank)
-    dense, transposed = Weight(empty(N, K).t(), False), Weight(empty(N, K), True)
+    dense, transposed = FrozenMatrix(empty(N, K).t(), False), FrozenMatrix(empty(N, K), True)
     tiles = legal_tiles(gemm, chip, aligned=True, inline=False, drop=False)
     for tile in tiles:
         yield f"forward {tile}", lambda: launch.gemm(x, dense, bias, t, f, experts, tile, chip)
         yield f"dx {tile}", lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip)
     for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=True):
         yield f"dx, dropout {tile}", lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip, dropout)
-    int8 = Weight(empty(N, K, dtype=torch.int8).t(), False, empty(N, dtype=torch.float32), "int8")
+    int8 = FrozenMatrix(empty(N, K, dtype=torch.int8).t(), False, empty(N, dtype=torch.float32), "int8")
     for tile in tiles:
         if tile.kind == "pointer":
             yield f"int8 {tile}", lambda: launch.gemm(x, int8, bias, t, f, experts, tile, chip)
@@ -71,7 +72,7 @@ def gemms(chip, ranks):
     q = empty(N, K // 2, dtype=torch.uint8)
     # nf4 and int4 differ in the values of a table; groups of 64 and of 32 in how many scales a tile loads.
     for group in (32, 64):
-        nf4 = [Weight(q, transposed, empty(N, K // group, dtype=torch.float32), "nf4", group) for transposed in (False, True)]
+        nf4 = [FrozenMatrix(q, transposed, empty(N, K // group, dtype=torch.float32), "nf4", group) for transposed in (False, True)]
         for tile in legal_tiles(gemm, chip, aligned=False, inline=False, drop=False, is_4bit=True):
             name = f"nf4, group {group} {tile}"
             yield f"forward, {name}", lambda: launch.gemm(x, nf4[0], bias, t, f, experts, tile, chip)
@@ -82,14 +83,14 @@ def gemms(chip, ranks):
     narrow = Gemm(12608, 768, 768, rank)
     for tile in legal_tiles(narrow, chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":
-            yield str(tile), lambda: inline(tile, ranks)
+            yield str(tile), lambda: inline(tile, ranks, chip)
 
 
-def inline(tile, ranks, segments=None):
+def inline(tile, ranks, chip, segments=None):
     few = experts_of(ranks, 768, segments)
     few = Experts(empty(*few.a.shape[:1], 768), few.b, few.scale, few.expert, ranks, segments)
     gate = empty(12608, 2 if segments is None else 1, dtype=torch.float32)
-    return launch.gemm_inline(empty(12608, 768), empty(768, 768), empty(768), few, gate, tile)
+    return launch.gemm_inline(empty(12608, 768), empty(768, 768), empty(768), few, gate, tile, chip)
 
 
 def narrow_parts(chip, ranks, segments=None):
@@ -99,6 +100,8 @@ def narrow_parts(chip, ranks, segments=None):
     gate = empty(M, 2 if segments is None else 1, dtype=torch.float32)
     yield "shrink", lambda: launch.shrink(x, experts.a.t(), experts, gate, None)
     yield "shrink, dropout", lambda: launch.shrink(x, experts.a.t(), experts, gate, dropout)
+    seeded = Dropout(0.1, empty(1, dtype=torch.int64))
+    yield "shrink, seed in memory", lambda: launch.shrink(x, experts.a.t(), experts, gate, seeded)
     yield "shrink dy", lambda: launch.shrink(dy, experts.b, experts, None, None, keep_s=False)
     yield "lora_grad_partials dy: U, dB", lambda: launch.lora_grad_partials_dy(dy, t, experts, gate, True, True, chip)
     yield "lora_grad_partials narrow dy: U, dB", lambda: launch.lora_grad_partials_dy(empty(M, 768), t, narrow, gate, True, True, chip)
@@ -117,7 +120,7 @@ def segmented(chip):
     ranks, segments = (32, 32), (M // 2, M // 2)
     experts = experts_of(ranks, segments=segments)
     x, dy, t, f = empty(M, K), empty(M, N), empty(M, 32), experts.b.t()
-    dense, transposed, dropout = Weight(empty(N, K).t(), False), Weight(empty(N, K), True), Dropout(0.1, 3)
+    dense, transposed, dropout = FrozenMatrix(empty(N, K).t(), False), FrozenMatrix(empty(N, K), True), Dropout(0.1, 3)
     gemm = Gemm(M, N, K, 32)
     for tile in legal_tiles(gemm, chip, aligned=True, inline=False, drop=False):
         yield f"segments, forward {tile}", lambda: launch.gemm(x, dense, empty(N), t, f, experts, tile, chip)
@@ -127,7 +130,7 @@ def segmented(chip):
                lambda: launch.gemm(dy, transposed, None, t, experts.a, experts, tile, chip, dropout))
     for tile in legal_tiles(Gemm(12608, 768, 768, 32), chip, aligned=True, inline=True, drop=False):
         if tile.kind == "inline":
-            yield f"segments, {tile}", lambda: inline(tile, ranks, (6304, 6304))
+            yield f"segments, {tile}", lambda: inline(tile, ranks, chip, (6304, 6304))
     for name, launch_it in narrow_parts(chip, ranks, segments):
         yield f"segments, {name}", launch_it
 

@@ -11,11 +11,12 @@ import itertools
 
 import pytest
 import torch
-from layers import GATES, Layer, check, check_not_applied, check_quantized
+from layers import GATES, Layer, check, check_not_applied, check_quantized, check_wide_experts
 
 import fedms_ext
 from fedms_ext import expert_linear
 from fedms_ext.backends import triton as backend
+from fedms_ext.backends.base import ForwardCall, Lora, Scales, Weight
 from fedms_ext.backends.triton import launch
 from fedms_ext.backends.triton.tiles import Tile
 
@@ -122,20 +123,45 @@ def test_large_tiles(monkeypatch, tile):
     check(Layer(197, 264, 328, [17, 8], "row and expert"))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 15, 17, 63, 64])
+@pytest.mark.parametrize("rows", [1, 2, 15, 17, 63, 64])
 def test_few_rows(rows):
-    layer = Layer(rows, 40, 48, [2, 3], "row")
-    if rows:
-        check(layer)
-    else:
-        with fedms_ext.use_backend("triton"):
-            assert layer.run(expert_linear)[0].shape == (0, 48)
+    check(Layer(rows, 40, 48, [2, 3], "row"))
 
 
-def test_other_dtypes_go_to_eager():
-    layer = Layer(70, 40, 48, [2, 3], "row")
-    layer.a, layer.b = [a.float() for a in layer.a], [b.float() for b in layer.b]
-    check(layer)
+def test_few_rows_are_left_to_cublas():
+    for rows, chosen in ((64, "eager"), (65, "triton")):
+        layer = Layer(rows, 40, 48, [2])
+        weight = Weight(layer.weight, None, "float", 0, 48, 40)
+        call = ForwardCall(layer.x, weight, None, Lora(layer.a, layer.b, Scales([1.0]), None, None, 0.0, 0))
+        assert fedms_ext.backends.choose(call).name == chosen
+
+
+@pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "pointer"), ("cublas", "cublas")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [[8], [3, 17]])
+def test_experts_in_float32(forced, kinds, dtype, ranks):
+    forced(*kinds)
+    check_wide_experts(Layer(70, 72, 136, ranks, "row", dtype))
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(dtype=torch.float32), "takes bf16 and fp16"), (dict(ranks=[257]), "total rank from 1 to 256"),
+])
+def test_a_call_that_the_kernels_cannot_compute_is_refused_by_name(change, reason):
+    layer = Layer(70, 40, 48, **{"ranks": [2], **change})
+    with fedms_ext.use_backend("triton"), pytest.raises(RuntimeError, match=reason):
+        layer.run(expert_linear)
+
+
+@pytest.mark.parametrize("kind", ["pointer", "descriptor"])
+def test_a_seed_in_memory_is_that_seed(forced, kind):
+    forced("pointer", kind)
+    layer = Layer(70, 72, 136, [3, 8], "row", dropout_p=0.3, seed=2**40 + 3)
+    with fedms_ext.use_backend("triton"):
+        want = layer.run(expert_linear)
+        layer.options["seed"] = torch.tensor([2**40 + 3])
+        got = layer.run(expert_linear)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "expanded rows", "four dimensions"])
@@ -223,12 +249,12 @@ def test_opcheck():
     with fedms_ext.use_backend("triton"):
         torch.library.opcheck(
             torch.ops.fedms_ext.expert_linear.default,
-            (layer.x, layer.weight, layer.bias, layer.a, layer.b, scale, layer.gate, None, 0.1, 3),
+            (layer.x, layer.weight, None, "float", 0, layer.bias, layer.a, layer.b, scale, layer.gate, None, 0.1, 3, None),
         )
         s = torch.randn(70, 5).bfloat16()
         torch.library.opcheck(
             torch.ops.fedms_ext.expert_linear_backward.default,
-            (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, None, s, 0.1, 3, True, True,
+            (layer.dy, layer.x, 24, layer.weight, None, "float", 0, layer.a, layer.b, scale, layer.gate, None, 0.1, 3, None, s, True, True,
              [True, False], [True, True]),
         )  # fmt: skip
 
@@ -292,4 +318,4 @@ def test_only_asked_gradients_of_segments_are_made(monkeypatch):
         swept.clear()
         assert len(check(layer, needs=needs)) == 1 + len(needs)
         wanted = [1 in needs or 5 + e in needs for e in range(3)]  # dgate of all rows, dB of an expert's own
-        assert swept == ([wanted] if any(wanted) else [])
+        assert swept == ([tuple(wanted)] if any(wanted) else [])

@@ -7,7 +7,7 @@ import torch
 
 import fedms_ext
 from fedms_ext import QuantizedWeight, expert_linear, reference
-from fedms_ext.backends.eager import expand_for_dx
+from fedms_ext.backends.base import Weight
 from fedms_ext.quantization.formats import unpacked
 
 GATES = ["none", "scalar", "expert", "row", "row and expert", "zeros and ones", "strided"]
@@ -71,6 +71,27 @@ def check(layer, active=None, needs=None, backend="triton"):
     return got
 
 
+def check_wide_experts(layer, backend="triton"):
+    """Experts in float32 beside x in half precision: their gradients are float32, and the results as near to float64 as those
+    of a layer whose experts were rounded to x's dtype before, or 1.5 times as far away."""
+    dtype = layer.x.dtype
+    layer.a, layer.b = [torch.randn_like(a.float()) / a.shape[1]**0.5 for a in layer.a], [torch.randn_like(b.float()) for b in layer.b]
+    wide = layer.a, layer.b
+    want = layer.run(reference.expert_linear, double=True)
+    layer.a, layer.b = [a.to(dtype) for a in layer.a], [b.to(dtype) for b in layer.b]
+    with fedms_ext.use_backend("eager"):
+        rounded = layer.run(expert_linear)
+    layer.a, layer.b = wide
+    with fedms_ext.use_backend(backend):
+        got = layer.run(expert_linear)
+    experts = 2 * len(layer.a)
+    assert [g.dtype for g in got[-experts:]] == [torch.float32] * experts and got[0].dtype == dtype
+    for i, (g, r, w) in enumerate(zip(got, rounded, want, strict=True)):
+        check_error(i, g, r, w, dtype)
+    # The gradients are not rounded to x's dtype at the end: few of their values are values of it.
+    assert all((g == g.to(dtype)).float().mean() < 0.1 for g in got[-experts:] if g.numel() > 100)
+
+
 def check_error(i, got, eager, want, dtype):
     # On a handful of values either may be lucky with its roundings, which are to the layer's dtype: S's in fp32 dgate too.
     slack = torch.finfo(dtype).eps if want.numel() < 64 else 1e-7
@@ -131,17 +152,17 @@ def check_quantized(layer, kind, group, backend="triton"):
     q, (q_dx, scale_dx) = frozen.q, frozen.for_dx()
     q_dx = unpacked(q_dx, kind, *((k, n) if kind == "int8" else (n, k)))
     lora = (layer.a, layer.b, torch.tensor(layer.scale, dtype=torch.float64), layer.gate, layer.options["segments"])
-    options, e = (layer.options["dropout_p"], layer.options["seed"]), len(layer.a)
+    options, e = (layer.options["dropout_p"], layer.options["seed"], None), len(layer.a)
     needs = (True, layer.gate is not None, [True] * e, [True] * e)
     found = {}
     for name in ("eager", backend):
         with fedms_ext.use_backend(name):
-            y, s = torch.ops.fedms_ext.frozen_linear(layer.x, q, frozen.scale, kind, group, layer.bias, *lora, *options)
-            found[name] = [y, *torch.ops.fedms_ext.frozen_linear_backward(
-                layer.dy, layer.x, k, q_dx, scale_dx, kind, group, *lora, s, *options, *needs)]  # fmt: skip
+            y, s = torch.ops.fedms_ext.expert_linear(layer.x, q, frozen.scale, kind, group, layer.bias, *lora, *options)
+            found[name] = [y, *torch.ops.fedms_ext.expert_linear_backward(
+                layer.dy, layer.x, k, q_dx, scale_dx, kind, group, *lora, *options, s, *needs)]  # fmt: skip
     layer.weight = frozen.dequantize().double()
     y, *_ = layer.run(reference.expert_linear, double=True)
-    layer.weight = expand_for_dx(q_dx, scale_dx, kind, group, n, k).double()
+    layer.weight = Weight(q_dx, scale_dx, kind, group, n, k).expanded_for_dx(torch.float64)
     _, *gradients = layer.run(reference.expert_linear, double=True)
     for i, (got, eager, want) in enumerate(zip(found[backend], found["eager"], [y, *gradients], strict=True)):
         check_error(i, got, eager, want, layer.x.dtype)

@@ -20,7 +20,8 @@ from layers import (
 )
 
 import fedms_ext
-from fedms_ext import backends, expert_linear
+from fedms_ext import expert_linear
+from fedms_ext.backends import device, registry
 from fedms_ext.backends import triton as backend
 
 if reason := fedms_ext.explain("triton"):
@@ -29,7 +30,7 @@ if reason := fedms_ext.explain("triton"):
 from fedms_ext.backends.triton import launch  # noqa: E402
 from fedms_ext.backends.triton.tiles import Gemm, legal_tiles  # noqa: E402
 
-CHIP = backend._chip(torch.device("cuda", torch.cuda.current_device()))
+CHIP = device.properties(device.current())
 WIDE = Gemm(4096, 768, 768, 32)
 FORWARD = legal_tiles(WIDE, CHIP, aligned=True, inline=True, drop=False)
 DX = legal_tiles(WIDE, CHIP, aligned=True, inline=False, drop=True)
@@ -40,7 +41,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setenv("FEDMS_TUNE", "0")
     backend._choices.cache_clear()
     # This one by itself, also where the CUDA kernels have passed their tests and are candidates.
-    monkeypatch.setattr(backends, "_usable", [b for b in backends._usable if b is not backends.measured])
+    monkeypatch.setattr(registry, "_usable", [b for b in registry._usable if b.name != "cuda"])
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     yield
@@ -140,12 +141,12 @@ def test_opcheck():
     scale = torch.tensor(layer.scale)
     torch.library.opcheck(
         torch.ops.fedms_ext.expert_linear.default,
-        (layer.x, layer.weight, layer.bias, layer.a, layer.b, scale, layer.gate, None, 0.1, 3),
+        (layer.x, layer.weight, None, "float", 0, layer.bias, layer.a, layer.b, scale, layer.gate, None, 0.1, 3, None),
     )
     s = torch.randn(130, 11, dtype=torch.bfloat16)
     torch.library.opcheck(
         torch.ops.fedms_ext.expert_linear_backward.default,
-        (layer.dy, layer.x, layer.weight, layer.a, layer.b, scale, layer.gate, None, s, 0.1, 3, True, True,
+        (layer.dy, layer.x, 72, layer.weight, None, "float", 0, layer.a, layer.b, scale, layer.gate, None, 0.1, 3, None, s, True, True,
          [True, False], [True, True]),
     )  # fmt: skip
 
@@ -177,13 +178,11 @@ def test_compiled_whole_graph_and_no_recompilation():
 def test_measured_choices_are_kept_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDMS_CACHE", str(tmp_path))
     monkeypatch.delenv("FEDMS_TUNE")
-    monkeypatch.setattr(backend, "_kept", {})
     backend._choices.cache_clear()
     layer = Layer(512, 256, 256, [8])
     first = layer.run(expert_linear)
     (file,) = tmp_path.iterdir()
     written = file.read_text()
-    backend._kept.clear()
     backend._choices.cache_clear()
     again = layer.run(expert_linear)
     assert file.read_text() == written and all(torch.equal(f, a) for f, a in zip(first, again))

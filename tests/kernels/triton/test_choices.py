@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from fedms_ext.backends import autotune as module  # noqa: E402
 from fedms_ext.backends import triton as backend  # noqa: E402
 from fedms_ext.backends.autotune import Choices  # noqa: E402
-from fedms_ext.backends.triton.tiles import DeviceProperties, Gemm, legal_tiles  # noqa: E402
+from fedms_ext.backends.device import DeviceProperties  # noqa: E402
+from fedms_ext.backends.triton.tiles import Gemm, Tile, band, legal_tiles  # noqa: E402
 
 H100 = DeviceProperties((9, 0), 132, 232448)
 
 
+GPU = torch.device("cuda", 0)
+
+
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """The names that were measured; a longer name takes longer."""
+    """The names that were measured on a pretended GPU; a longer name takes longer."""
     names: list[str] = []
 
     def milliseconds(run):
@@ -28,18 +34,24 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDMS_CACHE", str(tmp_path))
     monkeypatch.delenv("FEDMS_TUNE", raising=False)
     monkeypatch.setattr(module, "milliseconds", milliseconds)
-    monkeypatch.setattr(module.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(module.devices, "is_capturing", lambda device: False)
+    monkeypatch.setattr(module.devices, "guard", lambda device: nullcontext())
     return names
 
 
+def choose(choices, shape, names, device=GPU):
+    return choices.choose(device, (shape,), lambda: {name: name for name in names}, lambda name: name)
+
+
 def test_measured_once_and_kept(measured):
-    assert Choices("gemm.json").choose("shape", ["long name", "short"], lambda name: name) == "short"
+    choices = Choices("gemm.json")
+    assert choose(choices, "shape", ["long name", "short"]) == "short" == choose(choices, "shape", ["long name", "short"])
     assert measured == ["long name", "short"]
-    assert Choices("gemm.json").choose("shape", ["long name", "short"], lambda name: name) == "short"
+    assert choose(Choices("gemm.json"), "shape", ["long name", "short"]) == "short"
     assert len(measured) == 2
     # A choice that no longer exists is measured anew, and other shapes stay.
-    Choices("gemm.json").choose("other", ["a", "bb"], lambda name: name)
-    assert Choices("gemm.json").choose("shape", ["long name", "medium"], lambda name: name) == "medium"
+    choose(Choices("gemm.json"), "other", ["a", "bb"])
+    assert choose(Choices("gemm.json"), "shape", ["long name", "medium"]) == "medium"
     assert json.loads(Choices("gemm.json").path.read_text()) == {"shape": "medium", "other": "a"}
 
 
@@ -47,21 +59,76 @@ def test_a_broken_file_is_written_anew(measured):
     path = Choices("gemm.json").path
     path.write_text("{")
     with pytest.warns(UserWarning, match="not valid JSON"):
-        assert Choices("gemm.json").choose("shape", ["bb", "a"], lambda name: name) == "a"
+        assert choose(Choices("gemm.json"), "shape", ["bb", "a"]) == "a"
     assert json.loads(path.read_text()) == {"shape": "a"}
 
 
+def test_nothing_is_kept_of_a_capture(measured, monkeypatch):
+    choices = Choices("gemm.json")
+    with monkeypatch.context() as capture:
+        capture.setattr(module.devices, "is_capturing", lambda device: True)
+        assert choose(choices, "shape", ["bb", "a"]) == "bb" and measured == []
+    assert choose(choices, "shape", ["bb", "a"]) == "a" and measured == ["bb", "a"]
+    with monkeypatch.context() as capture:
+        capture.setattr(module.devices, "is_capturing", lambda device: True)
+        assert choose(choices, "shape", ["bb", "a"]) == "a"  # measured before
+
+
 def test_nothing_is_measured_where_it_cannot_be(measured, monkeypatch):
-    monkeypatch.setattr(module.torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert Choices("gemm.json").choose("shape", ["bb", "a"], lambda name: name) == "bb"
+    assert choose(Choices("gemm.json"), "shape", ["bb", "a"], torch.device("cpu")) == "bb"
     monkeypatch.setenv("FEDMS_TUNE", "0")
-    assert Choices("gemm.json").choose("shape", ["bb", "a"], lambda name: name) == "bb"
+    assert choose(Choices("gemm.json"), "shape", ["bb", "a"]) == "bb"
     assert measured == [] and not Choices("gemm.json").path.exists()
 
 
+def test_ways_are_timed_on_the_gpus_own_clock_and_device(monkeypatch, tmp_path):
+    """The GPU sleeps until all calls are queued, so that no time of Python lies between the events."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("record")
+
+        def synchronize(self):
+            said.append("wait")
+
+        def elapsed_time(self, end):
+            return 4.0
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            said.append(f"on {self.device}")
+
+        def __exit__(self, *_):
+            said.append("left")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("sleep"), raising=False)
+    assert module.milliseconds(lambda: said.append("run")) == 1.0
+    assert said == ["run", *["sleep", "record", *["run"] * 4, "record", "wait"] * 5]
+    said.clear()
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path))
+    monkeypatch.delenv("FEDMS_TUNE", raising=False)
+    monkeypatch.setattr(module.devices, "is_capturing", lambda device: False)
+    monkeypatch.setattr(module.devices, "guard", Guard)
+    choose(Choices("gemm.json"), "shape", ["a", "b"], torch.device("cuda", 1))
+    assert said[0] == "on cuda:1" and said[-1] == "left" and said.count("sleep") == 10
+
+
 def test_files_differ_by_capability(measured):
-    paths = [backend._choices.__wrapped__(chip).path for chip in (H100, DeviceProperties((8, 9), 128, 101376))]
+    paths = [backend._choices.__wrapped__(capability).path for capability in ((9, 0), (8, 9))]
     assert [path.name.partition("-triton")[0] for path in paths] == ["gemm-sm90", "gemm-sm89"]
+
+
+def test_bands_are_wide_for_wide_tiles():
+    bands = {(128, 256): 16, (128, 128): 8, (64, 128): 16}
+    assert {(bm, bn): band(Tile("pointer", bm, bn, 64, 8, 3), H100) for bm, bn in bands} == bands
 
 
 @pytest.mark.parametrize("chip", [H100, DeviceProperties((8, 0), 108, 166912), DeviceProperties((8, 6), 84, 101376), DeviceProperties((12, 0), 170, 101376),

@@ -23,9 +23,9 @@ def operands(rows, dtype=torch.bfloat16):
 
 
 def step(x, weight, bias, a, b, scale, gate, dy):
-    y, s = torch.ops.fedms_ext.expert_linear(x, weight, bias, a, b, scale, gate, None, 0.1, 3)
+    y, s = torch.ops.fedms_ext.expert_linear(x, weight, None, "float", 0, bias, a, b, scale, gate, None, 0.1, 3, None)
     return y, s, *torch.ops.fedms_ext.expert_linear_backward(
-        dy, x, weight, a, b, scale, gate, None, s, 0.1, 3, True, True, [True, True], [False, True]
+        dy, x, K, weight, None, "float", 0, a, b, scale, gate, None, 0.1, 3, None, s, True, True, [True, True], [False, True]
     )
 
 

@@ -1,0 +1,126 @@
+"""The backends in the order of preference, and the choice between them: who is chosen computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import cpu, cuda, eager, triton
+from .base import Backend, Call
+
+_backends: dict[str, Backend] = {backend.name: backend for backend in (cuda, triton, cpu, eager)}
+_usable: list[Backend] = []
+_forced: list[tuple[Backend]] = []
+
+
+def register_backend(backend: Backend, *, before: str = "eager") -> None:
+    """Add a backend of your own to the list, from which the first one is taken that supports and prefers a call.
+
+    Args:
+        backend: a module or an object with the functions of `fedms_ext.Backend`. Its name must be new.
+        before: the name of the backend that it is placed before.
+
+    Raises:
+        ValueError: if the name is taken or `before` is not known.
+        TypeError: if one of the functions is missing.
+    """
+    missing = [name for name in ("name", "unavailable", "supports", "prefers", "forward", "backward")
+               if getattr(backend, name, None) is None]
+    if missing:
+        raise TypeError(f"{backend!r} is no backend: it has no {', '.join(missing)}; see fedms_ext.Backend")
+    if backend.name in _backends:
+        raise ValueError(f"there is a backend {backend.name!r} already; choose another name")
+    _check_known(before)
+    ordered: dict[str, Backend] = {}
+    for name, other in _backends.items():
+        if name == before:
+            ordered[backend.name] = backend
+        ordered[name] = other
+    _backends.clear()
+    _backends.update(ordered)
+    _find_usable()
+
+
+def known() -> tuple[str, ...]:
+    """Return the names of all backends, in the order of preference."""
+    return tuple(_backends)
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of the backends that can run here, in the order of preference."""
+    return tuple(name for name in known() if explain(name) is None)
+
+
+def explain(name: str) -> str | None:
+    """Return why a backend cannot run here and what to do about it, or None if it can.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _check_known(name)
+    return _backends[name].unavailable()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context every call runs on the backend of that name, in all threads.
+
+    Of several, the one entered last counts. A call that the backend does not support is then a RuntimeError.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for a backend that cannot run here.
+    """
+    choice = (_named(name),)  # a tuple of its own: threads may leave in another order than they entered
+    _forced.append(choice)
+    try:
+        yield
+    finally:
+        _forced[:] = [other for other in _forced if other is not choice]
+
+
+def choose(call: Call) -> Backend:
+    """Return the backend that computes a call.
+
+    Raises:
+        RuntimeError: if a backend was asked for by name that does not support the call.
+    """
+    if _forced:
+        (forced,) = _forced[-1]
+        if reason := forced.supports(call):
+            raise RuntimeError(f"backend {forced.name!r} was asked for by name, but it cannot compute this call: {reason}; use "
+                               "another one, or none, so that one is chosen for each call")
+        return forced
+    for backend in _usable:
+        if backend.supports(call) is None and backend.prefers(call):
+            return backend
+    raise AssertionError("the eager backend supports and prefers every call")
+
+
+def cpu_is_chosen() -> bool:
+    """Return whether a float32 call on the CPU that the CPU backend supports and prefers is its own: no other backend was asked
+    for by name, and none that was registered stands before it."""
+    if _forced:
+        return _forced[-1][0] is cpu
+    return all(backend in (cuda, triton) for backend in _usable[: _usable.index(cpu)])
+
+
+def _check_known(name: str) -> None:
+    if name not in _backends:
+        raise ValueError(f"unknown backend {name!r}; known are: {', '.join(known())}")
+
+
+def _named(name: str) -> Backend:
+    if reason := explain(name):
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return _backends[name]
+
+
+def _find_usable() -> None:
+    _usable[:] = [_backends[name] for name in available()]
+
+
+_find_usable()
+if os.environ.get("FEDMS_BACKEND"):
+    _forced.append((_named(os.environ["FEDMS_BACKEND"]),))
