@@ -27,6 +27,7 @@ WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}
 EXCEPTIONS = {
     ("fedms.federated.visit_costs", "methods"): "the type Method is not yet in federated",
     ("fedms.federated.evaluation", "methods"): "the types Method and Prediction are not yet in federated",
+    ("fedms.federated.private_client", "methods"): "the type Method is not yet in federated",
     ("fedms.engines.local", "methods"): "the type Method is not yet in federated",
     ("fedms.engines.flower.client", "runs"): "the types Experiment and LoadedTask, for the type checker alone",
     ("fedms_ext.quantization.quantize", "nn"): "exchanges the layers of a model, which nn defines",

@@ -40,8 +40,8 @@ class Progress:
     def start(self, total_visits: int, title: str) -> None:
         """A run begins that visits clients `total_visits` times."""
 
-    def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
-        """A client was visited; rounds count from 1 within a stage."""
+    def visit(self, stage: str, round: int, client: int | None, **metrics: Any) -> None:
+        """A client was visited (None: which one is secret); rounds count from 1 within a stage."""
 
     def round(self, stage: str, round: int, **metrics: Any) -> None:
         """A round ended."""
@@ -69,7 +69,7 @@ class Listeners(Progress):
         for each in self._listeners:
             each.start(total_visits, title)
 
-    def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
+    def visit(self, stage: str, round: int, client: int | None, **metrics: Any) -> None:
         for each in self._listeners:
             each.visit(stage, round, client, **metrics)
 
@@ -124,7 +124,7 @@ class TerminalProgress(Progress):
         if self._console.is_terminal:
             self._bar.start()
 
-    def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
+    def visit(self, stage: str, round: int, client: int | None, **metrics: Any) -> None:
         if self._task is not None:
             metrics.pop("gate_mean", None)
             self._bar.update(self._task, advance=1, state=f"{_stage(stage)} round {round}{_metrics(metrics)}")
@@ -165,5 +165,5 @@ def _stage(stage: str) -> str:
 
 def _metrics(metrics: dict[str, Any]) -> str:
     words = {"depth": "depth {:d}", "loss": "loss {:.3f}", "validation_accuracy": "validation {:>6.1%}",
-             "gate_mean": "gate {:.2f}"}
+             "gate_mean": "gate {:.2f}", "epsilon": "epsilon {:.3g}"}
     return "".join("  " + text.format(metrics[name]) for name, text in words.items() if metrics.get(name) is not None)

@@ -62,5 +62,7 @@ class FakeGrid:
     def _act(message: Message, identity: side.Identity) -> Message:
         if message.metadata.message_type == "query":
             return side.hello(message, identity)
+        if message.metadata.message_type == "query.sum":
+            return side.add_up(message, identity)
         act = side.train if message.metadata.message_type == "train" else side.evaluate
         return act(message, identity, open_experiment)

@@ -1,24 +1,27 @@
 """`fedms plan`: what each depth costs on a client's device."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fedms.errors import FAILED
+from fedms.errors import FAILED, ConfigError
 
 from .command import START, command
 from .options import Sets, Source, amount, check_suffix, read_source
 from .terminal import console, paragraph, plain_table, run_progress, say, show
 
 if TYPE_CHECKING:
+    from fedms.config import RunConfig
     from fedms.runs.plan import Plan
 
 
 @command(
     START,
     "fedms plan sentiment --memory 512MiB",
+    "fedms plan sentiment --epsilon 8          # the noise of a run with differential privacy, and what is left under it",
     "fedms plan my-run.toml --memory 1GiB --flops 5G --bandwidth 1MB --out plan.png",
     notes=["Nothing is trained: memory is traced on two samples, operations and bytes are counted."])
 def plan(
@@ -32,6 +35,9 @@ def plan(
     bandwidth: Annotated[Optional[str], typer.Option(
         "--bandwidth", metavar="RATE", help="Bytes a second of its link, up and down, such as 1MB.",
         show_default="transfers take no time")] = None,
+    epsilon: Annotated[Optional[float], typer.Option(
+        "--epsilon", metavar="E", min=1e-3, help="Instead: the noise of a run with this budget of differential privacy, and what "
+        "utility to expect.")] = None,
     set_: Sets = None,
     out: Annotated[Optional[Path], typer.Option(
         "--out", "-o", metavar="FILE", help="Draw the plan into this file: .png, .svg or .pdf.")] = None,
@@ -41,6 +47,9 @@ def plan(
               {"memory": memory, "flops": flops, "bandwidth": bandwidth}.items() if text is not None}
     check_suffix("--out", out, ".png", ".svg", ".pdf")
     config = read_source(source, set_ or [])
+    if epsilon is not None:
+        _plan_privacy(config, epsilon)
+        return
 
     from fedms.runs import plan as planning
 
@@ -57,6 +66,31 @@ def plan(
         show(f"picture: {out}")
     if found.chosen is None:
         raise typer.Exit(FAILED)
+
+
+def _plan_privacy(config: RunConfig, epsilon: float) -> None:
+    """Print the noise of a run within a budget."""
+    try:
+        from fedms.runs.privacy_plan import plan_privacy
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--epsilon: needs {error.name}, which is not installed: pip install 'fedms[privacy]'") from None
+
+    with run_progress(Path()) as progress:
+        found = plan_privacy(config, epsilon, progress)
+    table = plain_table("stage", "depth", "releases", "clients\na round", "values\nsent", "noise\nmultiplier", "noise of the mean\n/ clip",
+                        "clients for\nnoise = clip", left=("stage",))
+    for each in found.stages:
+        plan = each.plan
+        table.add_row(each.stage.replace("stage", "stage "), str(each.depth), str(plan.rounds), f"{plan.clients:g}",
+                      f"{plan.parameters:,}", f"{plan.multiplier:.4g}", f"{plan.noise_to_clip:.3g}", f"{plan.clients_needed:,}")
+    console.print(table)
+    console.print()
+    for each in found.stages:
+        paragraph("- ", f"{each.stage.replace('stage', 'Stage ')} at depth {each.depth}: {each.plan.verdict}.")
+    paragraph("- ", f"With half as many rounds the noise multiplier is {found.half:.4g}, with twice as many {found.twice:.4g}.")
+    paragraph("- ", "Under noise, aggregate.rule = \"freeze_a\" loses less than the mean of A and B: noise in both multiplies.")
+    console.print()
+    _show_lines("put into the run file:", found.settings)
 
 
 def _show_options(found: Plan) -> None:
@@ -96,9 +130,14 @@ def _show_reasons(found: Plan) -> None:
 
 def _show_settings(found: Plan) -> None:
     """Print the chosen settings as lines of a run file."""
-    show("put into the run file:" if found.limit is not None else "settings:")
+    _show_lines("put into the run file:" if found.limit is not None else "settings:", found.settings)
+
+
+def _show_lines(title: str, settings: Mapping[str, Any]) -> None:
+    """Print settings, by dotted key, as lines of a run file."""
+    show(title)
     tables: dict[str, list[str]] = {}
-    for key, value in found.settings.items():
+    for key, value in settings.items():
         name, _, entry = key.partition(".")
         tables.setdefault(name, []).append(f'{entry} = "{value}"' if isinstance(value, str) else f"{entry} = {value}")
     for name, lines in tables.items():

@@ -380,6 +380,47 @@ class WireTable(Table):
         "fp32", description="encoding of what travels; fp32 is exact, int8 has one scale a row")
 
 
+class PrivacyTable(Table):
+    """Differential privacy and secure aggregation; the unit that is protected is a client."""
+
+    mode: Literal["off", "central", "secure", "distributed"] = Field(
+        "off", description="central: the server adds noise to what it sums up, so readers of the models cannot tell whether "
+        "a client took part; secure: the server sees the clients' sum alone, without noise; distributed: both, each client "
+        "adding its share of the noise")
+    clip: float = Field(1.0, gt=0, description="C, the largest L2 norm of a client's whole update; longer ones are scaled "
+                        "down to it")
+    epsilon: Optional[float] = Field(
+        None, gt=0, description="budget of the whole run, which stops before it is exceeded; the noise follows from it")
+    noise: Optional[float] = Field(
+        None, gt=0, description="noise multiplier, in the place of epsilon: standard deviation of the noise in a round's sum "
+        "of updates, divided by clip")
+    delta: float = Field(1e-5, gt=0, lt=1, description="delta of (epsilon, delta) differential privacy; well below one "
+                         "divided by the number of clients")
+    accountant: Literal["pld", "rdp"] = Field(
+        "pld", description="how epsilon is computed: pld (privacy loss distributions) is tight, rdp (Renyi) is an older bound")
+    sampling: Literal["fixed", "poisson"] = Field(
+        "fixed", description="fixed: a round's clients follow from run.seed, which all know, and taking part is not hidden; "
+        "poisson: each client is drawn with probability clients.fraction from the secret key, which hides it and lowers "
+        "epsilon; mode central alone")
+    key: str = Field("privacy.key", min_length=1, description="file of 32 secret bytes, readable by its owner alone, from "
+                     "which the noise is drawn; never from run.seed")
+    bits: int = Field(16, ge=8, le=20, description="an update's values are rounded to multiples of clip / 2^bits")
+    score_noise: Union[Literal["off"], Annotated[float, annotated_types.Gt(0)]] = Field(
+        "off", description="noise multiplier of the clients' validation scores and test accuracies, each in [0, 1]")
+    count_noise: Union[Literal["off"], Annotated[float, annotated_types.Gt(0)]] = Field(
+        "off", description="noise multiplier of the clients' class counts, each client's scaled to norm 1")
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the run is differentially private."""
+        return self.mode in ("central", "distributed")
+
+    @property
+    def masks(self) -> bool:
+        """Whether clients' updates are summed up securely."""
+        return self.mode in ("secure", "distributed")
+
+
 class RunTable(Table):
     """How the run itself is carried out."""
 
@@ -412,6 +453,7 @@ class RunConfig(Table):
     feddpa: FedDPATable = FedDPATable()
     plus: PlusTable = PlusTable()
     wire: WireTable = WireTable()
+    privacy: PrivacyTable = PrivacyTable()
     run: RunTable = RunTable()
 
     @property
@@ -484,6 +526,7 @@ def _cross_problems(c: RunConfig) -> Iterable[str]:
             yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
     yield from _task_problems(c)
     yield from _method_problems(c)
+    yield from _privacy_problems(c)
     if c.run.method == "fedms_plus" and c.gate.mixing == "layers" and c.plus.confidences:
         yield ('plus.confidences: mixing = "layers" decides before there are outputs to be confident of; '
                'set plus.confidences to false')
@@ -541,6 +584,59 @@ def _method_problems(c: RunConfig) -> Iterable[str]:
     if rule == "krum" and c.clients.count is not None and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
         yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
                f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")
+
+
+SEND_COUNTS = ("fedavg_prior", "fedms_plus")       # methods in which clients send class counts
+FEWEST_TO_MASK = 3      # with two clients, each learns the other's update from the sum
+
+
+def _privacy_problems(c: RunConfig) -> Iterable[str]:
+    p = c.privacy
+    if p.mode == "off":
+        return
+    mode = f"privacy.mode = {_show(p.mode)}"
+    yield from _noise_problems(c, mode)
+    if c.aggregation not in ("mean", "freeze_a"):
+        why = ("adds products of single updates, whose size the clip does not bound" if c.aggregation == "exact" else
+               "compares single updates, and there are none to compare")
+        yield f'aggregate.rule: {_show(c.aggregation)} {why} with {mode}; set it to "freeze_a" (recommended) or "mean"'
+    if c.aggregate.weights != "uniform":
+        yield (f"aggregate.weights: got {_show(c.aggregate.weights)}; with {mode} the number of a client's samples is not sent, "
+               'and its weight would be its influence; set it to "uniform"')
+    if c.clients.max_change != type(c.clients).model_fields["max_change"].default:
+        yield (f"clients.max_change: looks at single updates; with {mode} privacy.clip bounds each one already; leave it unset")
+    if any(tier.memory is not None for tier in c.clients.budgets):
+        yield (f"clients.budgets: memory is turned into a depth by the data of the largest client, which {mode} must not show; "
+               "give max_depth instead")
+    if p.masks and c.clients.count is not None and c.clients.sampled < FEWEST_TO_MASK:
+        yield (f"clients.fraction: {c.clients.sampled} clients are sampled each round; with {mode} a sum needs at least "
+               f"{FEWEST_TO_MASK}, or clients could compute each other's updates; raise it or clients.count")
+    if p.masks and c.clients.count is not None and c.clients.sampled * 2**p.bits >= 2**30:
+        yield (f"privacy.bits: got {p.bits}; with {c.clients.sampled} clients a round the sum would not fit into 32 bits; accepted "
+               f"here: up to {29 - c.clients.sampled.bit_length() + 1}")
+
+
+def _noise_problems(c: RunConfig, mode: str) -> Iterable[str]:
+    p = c.privacy
+    if p.adds_noise and (p.epsilon is None) == (p.noise is None):
+        yield (f"privacy.epsilon: {'unset, and so is privacy.noise' if p.epsilon is None else 'set, and so is privacy.noise'}; "
+               f"{mode} needs exactly one of the two: a budget, or the noise itself")
+    if p.mode == "secure":
+        for key in ("epsilon", "noise", "score_noise", "count_noise"):
+            if getattr(p, key) not in (None, "off"):
+                yield (f"privacy.{key}: {mode} adds no noise; leave it unset, or set privacy.mode to \"distributed\" for secure "
+                       "aggregation with noise")
+    if p.adds_noise and c.sal.schedule == "capability_queue" and p.score_noise == "off":
+        yield (f'sal.schedule: "capability_queue" decides by the clients\' validation scores, which need noise of their own with '
+               f'{mode}; set privacy.score_noise (for example 10), or sal.schedule to "every", "fixed" or "all"')
+    if p.adds_noise and c.run.method in SEND_COUNTS and p.count_noise == "off":
+        yield (f"privacy.count_noise: {c.run.method} sums up the clients' class counts, which need noise of their own with {mode}; "
+               "set it (for example 10), or choose another method")
+    if p.sampling == "poisson" and p.mode != "central":
+        yield (f'privacy.sampling: "poisson" hides who takes part; with {mode} the clients of a round and the server must know each '
+               'other; set it to "fixed", or privacy.mode to "central"')
+    if p.sampling == "poisson" and c.clients.min != 1:
+        yield 'clients.min: with privacy.sampling = "poisson" each client is drawn by itself, so there is no least number; leave it unset'
 
 
 def builtin_names() -> tuple[str, ...]:

@@ -6,10 +6,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedms.errors import CheckpointError, Interrupted
-from fedms.federated.client import Message, Participant, Visit
+from fedms.federated.client import Message, Participant, Share, Visit
 from fedms.federated.packing import Packed, pack_message, unpack_message
 from fedms.federated.schema import REASON
 from fedms.foreign import printable
@@ -20,6 +20,11 @@ from fedms.storage.checkpoint import CheckpointFolder, Snapshot
 from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
 
+if TYPE_CHECKING:
+    from fedms.engines.private import PrivateRounds
+    from fedms.federated.private_server import PrivateServer
+    from fedms.privacy.secure_round import Question
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -27,6 +32,7 @@ class Arrival:
 
     visit:   as the client tells it; None if it said nothing that can be used, `reason` then says what happened.
     after:   the engine's own: how the client's private state is found, if the visit counts.
+    share:   in a run with privacy, what the client sent, in the place of a visit.
     """
 
     client: int
@@ -35,6 +41,7 @@ class Arrival:
     bytes_down: int
     reason: str | None = None
     after: Any = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,17 @@ class Engine(ABC):
         self.slowest: float | None = None                # simulated seconds of its slowest client
         self.started = time.perf_counter()
         self.seconds_before = 0.0                        # spent on the run by processes before this one
+        self.private_rounds: PrivateRounds | None = None
+        if server.config.privacy.mode != "off":
+            from fedms.engines.private import PrivateRounds
+
+            self.private_rounds = PrivateRounds(self, cast("PrivateServer", server))
+
+    @property
+    def private_server(self) -> PrivateServer:
+        """The server of a run with privacy."""
+        assert self.private_rounds is not None
+        return self.private_rounds.server
 
     # What engines differ in
 
@@ -78,6 +96,15 @@ class Engine(ABC):
     def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
         """Has these clients (ids, ascending) do what the message, as it arrives or packed, says; yields what came of
         each, in that order.
+
+        Raises:
+            Interrupted: if asked to stop.
+        """
+
+    @abstractmethod
+    def exchange(self, message: Message, attempt: int,
+                 questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
+        """Asks clients (by id, ascending) the questions of one phase of a secure sum; returns the answers that came in time.
 
         Raises:
             Interrupted: if asked to stop.
@@ -120,15 +147,17 @@ class Engine(ABC):
             CheckpointError, RunFolderError: if the folder cannot be written, or its checkpoints cannot be read.
         """
         state, collected = self._restore() or self._begin(tensors)
+        visit_clients = self.private_rounds.visit_clients if self.private_rounds else self._visit_clients
         while state.stage != "done":
             started = time.perf_counter()
             try:
-                self._visit_clients(state, collected)
+                visit_clients(state, collected)
             except Interrupted:
                 self._save(state, collected)
                 raise
             state, record = self.server.step(state, collected)
-            record.update(self.sent, simulated_seconds=self.slowest, seconds=time.perf_counter() - started)
+            hidden = self.private_rounds is not None and self.private_rounds.hides_traffic
+            record.update(dict.fromkeys(self.sent) if hidden else self.sent, simulated_seconds=self.slowest, seconds=time.perf_counter() - started)
             self.folder.append_round(record)
             self.visited, self.sent, self.slowest = 0, dict.fromkeys(self.sent, 0), None
             collected = self.server.collect(state)
@@ -240,8 +269,9 @@ class Engine(ABC):
             self.seconds_before = saved["seconds"]
             self.restore_own(saved, snapshot.private)
             self.folder.rewind(saved["records"])
-            state, collected = unpack_server(saved["server"], snapshot.tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            state, tensors = unpack_server(saved["server"], snapshot.tensors)
+            collected = self.server.restore(state, saved["server"]["collected"], tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{self.folder.path}: its checkpoint is not what a run writes ({type(error).__name__}: "
                                   f"{error}); start the run again") from None
         where = "all rounds are done" if state.stage == "done" else f"{state.stage}, round {state.round}"

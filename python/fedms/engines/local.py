@@ -3,19 +3,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedms.data.subset import Subset
 from fedms.engines.base import Arrival, Engine, Evaluation
-from fedms.federated.client import Client, Message, Participant, Private, visit
+from fedms.federated.client import Client, Message, Participant, Private, Share, visit
 from fedms.federated.evaluation import evaluate_client, own_accuracy
-from fedms.federated.packing import Packed, pack_reply, unpack_reply
+from fedms.federated.packing import Packed, pack_reply, pack_share, unpack_reply, unpack_share
 from fedms.federated.server import Server
 from fedms.methods import Method
 from fedms.progress import Progress
 from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
+
+if TYPE_CHECKING:
+    from fedms.privacy.secure_round import Held, Question
+    from fedms.privacy.secure_sum import Member
 
 
 class LocalEngine(Engine):
@@ -32,11 +36,15 @@ class LocalEngine(Engine):
         super().__init__(server, model.fm_params, folder, progress, stop)
         self.method, self.model, self.clients, self.common_test = method, model, clients, common_test
         self.states: dict[int, Private] = {}        # of clients with a visit that counted
+        self.held: dict[int, Held] = {}             # by client, while a secure sum is under way
 
     def prepare(self, message: Message) -> Mapping[int, Participant]:
         return {client: self.clients[client] for client in message.clients}
 
     def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
+        if self.private_rounds is not None:
+            yield from self._shares(message, packed, clients)
+            return
         for client in clients:
             bytes_down = self.due_to(client, packed).size
             self.note_received(client, packed)
@@ -46,6 +54,39 @@ class LocalEngine(Engine):
                 answer = pack_reply(came.reply, self.encoding)
                 came, bytes_up = replace(came, reply=unpack_reply(answer)), answer.size
             yield Arrival(client, came, bytes_up, bytes_down, after=after)
+
+    def _shares(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
+        """What clients of a run with privacy send, and what they hold until the sum is over."""
+        from fedms.federated.private_client import contribute, join
+
+        for client in clients:
+            bytes_down = self.due_to(client, packed).size
+            self.note_received(client, packed)
+            # Why a client has nothing to add is its own: no record and no log of the server says so.
+            vector, after, _ = contribute(self.private_server, self.method, self.model, self.clients[client],
+                                          self._state(client), message)
+            if self.private_server.settings.masks:
+                share, self.held[client] = join(self.private_server, self._member(client), message, vector)
+            else:
+                share = Share(client, vector)
+            answer = pack_share(share)
+            share = unpack_share(answer, len(vector), self.private_server.settings.masks)
+            yield Arrival(client, None, answer.size, bytes_down, after=after, share=share)
+
+    def exchange(self, message: Message, attempt: int,
+                 questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
+        from fedms.federated.private_client import answer
+
+        answers = {}
+        for client, question in questions.items():
+            self.check_stop(message)
+            answers[client] = answer(question, self.private_server.terms(message, attempt), self._member(client), self.held[client])
+        return answers
+
+    def _member(self, client: int) -> Member:
+        from fedms.federated.private_client import member_of_run
+
+        return member_of_run(self.private_server.key, client, self.private_server.config.clients.count)
 
     def keep(self, arrival: Arrival) -> None:
         self.states[arrival.client] = arrival.after

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,21 @@ class Reply:
     score: float | None
     metrics: dict[str, float | None]
     statistics: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a client sends in a round with privacy.
+
+    Args:
+        client: its id.
+        steps: (size,) int32, its vector, where the server adds the noise.
+        key: its public key for the round (32 bytes), under which it will add a masked vector.
+    """
+
+    client: int
+    steps: np.ndarray | None = None
+    key: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
     model.clear()
     reply, after, reason = None, private, None
     try:
-        with _memory_errors():
+        with memory_errors():
             reply, after = step(model, client, private, message)
     except ClientFailure as failure:
         reason = printable(str(failure), REASON)
@@ -165,7 +181,7 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """A client that runs out of memory fails; the run goes on without it."""
     try:
         yield

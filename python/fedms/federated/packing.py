@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from fedms.federated import encoding as wire, schema
-from fedms.federated.client import Message, Reply
+from fedms.federated.client import Message, Reply, Share
 from fedms.federated.schema import SchemaError
 from fedms.tensors import Tensors
 
@@ -74,6 +76,24 @@ def unpack_reply(packed: Packed) -> Reply:
     _check_parts(packed, {"tensors", "sums"})
     return Reply(head["client"], packed.tensors("tensors"), head["n_train"], head["n_validation"], head["score"],
                  head["metrics"], packed.tensors("sums"))
+
+
+def pack_share(share: Share) -> Packed:
+    parts = {"key": share.key} if share.key is not None else {"steps": np.ascontiguousarray(share.steps, "<i4").tobytes()}
+    return Packed({"client": share.client}, parts)
+
+
+def unpack_share(packed: Packed, size: int, masks: bool) -> Share:
+    """The share as it arrives: a vector of `size` values, or a public key where clients mask theirs.
+
+    Raises:
+        SchemaError: if it is none.
+    """
+    head, name, length = schema.VECTOR.read(packed.head), *(("key", schema.PUBLIC_KEY_BYTES) if masks else ("steps", 4 * size))
+    if set(packed.parts) != {name} or len(packed.parts[name]) != length:
+        raise SchemaError(f"its buffers are not {length} bytes called {name}")
+    data = packed.parts[name]
+    return Share(head["client"], key=data) if masks else Share(head["client"], np.frombuffer(data, "<i4"))
 
 
 def _check_parts(packed: Packed, known: set[str]) -> None:

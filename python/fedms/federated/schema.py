@@ -24,6 +24,7 @@ NAME = 200                  # most characters of a name
 SAMPLES = 2**31 - 1         # most samples of a client
 EXACT = 2**53               # whole numbers up to here are exact as floats, in JSON readers too
 SECONDS = 1e9
+PUBLIC_KEY_BYTES = 32
 LOSS = 1e12                 # a mean of such losses over any number of samples is still finite
 
 
@@ -137,6 +138,19 @@ class Config:
         if not isinstance(value, dict):
             raise SchemaError(f"{shown(value)}, expected {self.words}")
         return value
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Ids of clients, ascending."""
+
+    words = "a list of clients in ascending order"
+
+    def read(self, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, list) or not all(type(client) is int and 0 <= client <= SAMPLES for client in value) or \
+                any(a >= b for a, b in zip(value, value[1:])):
+            raise SchemaError(f"{shown(value)}, expected {self.words}")
+        return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -272,6 +286,15 @@ def _trained_rule(answer: dict[str, Any]) -> None:
         raise SchemaError("it holds neither a reply nor a reason, or both")
 
 
+# In runs with privacy: a client's share, and the phases of a secure sum. Buffers: see fedms.privacy.secure_round.
+
+VECTOR = Table({"client": _client(CLIENT)})
+JOINED = Table({**_ECHO, "share": _client(VECTOR), "kept": _client(DIGEST)})
+SUM = Table({"format": _server(Whole(FORMAT, FORMAT)), "run": _server(RUN), "nonce": _server(NONCE),
+             "phase": _server(Word("join|share|mask|reveal", "join, share, mask or reveal")),
+             "attempt": _server(Whole(0, 1000)), "clients": _server(Clients())})
+SUMMED = Table(_ECHO)
+
 TRAINED = Table({**_ECHO, "visit": _client(VISIT), "kept": _client(DIGEST), "private": _client(Flag()),
                  "reply": _client(REPLY, optional=True)}, _trained_rule)
 EVALUATED = Table({**_ECHO, "record": _client(RECORD), "on_common_test": _client(SHARE, null=True)})
@@ -280,10 +303,10 @@ PROBLEM = Table({"client": _client(CLIENT), "run": _client(RUN, optional=True), 
 
 KINDS: Mapping[str, Table] = {
     "greeting": GREETING, "train": TRAIN, "evaluate": EVALUATE, "hello": HELLO, "trained": TRAINED,
-    "evaluated": EVALUATED, "problem": PROBLEM}
+    "evaluated": EVALUATED, "problem": PROBLEM, "joined": JOINED, "sum": SUM, "summed": SUMMED}
 """Every kind of message, by name."""
 
-TASKS: Mapping[str, Table] = {"query": GREETING, "train": TRAIN, "evaluate": EVALUATE}
+TASKS: Mapping[str, Table] = {"query": GREETING, "train": TRAIN, "evaluate": EVALUATE, "query.sum": SUM}
 """What a server may ask, by Flower's type of message."""
 
 

@@ -157,6 +157,9 @@ class Server:
         self.schedule = schedule.from_config(config.sal, len(order))
         self.admission = Admission(config, order, block_of, statistics)
 
+    def check(self) -> None:
+        """See that the run can begin, before anything is written. Raises ConfigError if it cannot."""
+
     def broadcast_policy(self, stage: str, name: str) -> str | None:
         """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
         return None if self.config.aggregation == "freeze_a" and is_a(name) else self._broadcast_policy(stage, name)
@@ -216,15 +219,19 @@ class Server:
                         statistics={**state.statistics, **{n: state.statistics.get(n, 0) + t for n, t in collected.statistics.items()}},
                         counted=frozenset(collected.counted),
                         sal=state.sal if last else self.schedule.advance(state.sal, collected.score(not self._streams)))
-        activated = [str(block) for block in self.order[state.sal.depth:after.sal.depth]]
         record = {
             "stage": state.stage, "round": state.round, "depth": state.sal.depth, "clients": len(collected.numbers),
             **{name: collected.average(name, by="n_train") for name in ("loss", "gate_mean", "gate_entropy")},
             **{name: collected.average(name) for name in ("validation_accuracy", "validation_loss")},
             "residual_norm": collected.residual.norm(),
-            "event": f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None,
+            "event": self._event(state, after),
         }
         return self._next_round(after), record
+
+    def _event(self, before: ServerState, after: ServerState) -> str | None:
+        """What a round's record says of blocks that were activated after it."""
+        activated = [str(block) for block in self.order[before.sal.depth:after.sal.depth]]
+        return f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None
 
     def _least_of_rule(self, sampled: int) -> int:
         """Replies that a robust rule needs to be one: krum's bound, or the first value that a trimmed mean cuts, if it
@@ -239,6 +246,10 @@ class Server:
     def collect(self, state: ServerState | None = None) -> Collected:
         """An empty round, the next after this state."""
         return Collected(self.config.aggregate.weights, self._streams, state.counted if state else ())
+
+    def restore(self, state: ServerState, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
+        """A round that was under way, from a checkpoint."""
+        return Collected.restore(plain, tensors)
 
     @property
     def _streams(self) -> bool:

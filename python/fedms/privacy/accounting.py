@@ -55,13 +55,14 @@ def epsilon_of(multipliers: Iterable[float], delta: float, accountant: str = "pl
 
 
 def multiplier_for(epsilon: float, others: Sequence[Sequence[float | None]], delta: float, accountant: str = "pld",
-                   rate: float | None = None) -> float:
+                   rate: float | None = None, beside: Sequence[float] = ()) -> float:
     """The least noise multiplier of the updates with which a planned run stays within an epsilon.
 
     Args:
         epsilon: the budget, above 0.
-        others: for each planned release, the given noise multipliers of what is released beside the update.
+        others: for each planned release of an update, at least one, the given noise multipliers of what is released with it.
         delta, accountant, rate: see `epsilon_of`.
+        beside: the given noise multipliers of planned releases without an update.
 
     Returns:
         The multiplier, to six digits, such that the budget holds.
@@ -70,7 +71,7 @@ def multiplier_for(epsilon: float, others: Sequence[Sequence[float | None]], del
         ValueError: if what is released beside the updates uses up the budget alone.
     """
     def cost(z: float) -> float:
-        return epsilon_of((combined(z, *other) for other in others), delta, accountant, rate)
+        return epsilon_of([*beside, *(combined(z, *other) for other in others)], delta, accountant, rate)
 
     alone = cost(math.inf)
     if alone >= epsilon:

@@ -19,6 +19,10 @@ import numpy as np
 MARGIN = 2.0**-40
 
 
+class NotFinite(ValueError):
+    """An update that holds NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each tensor stands in the vector.
@@ -81,11 +85,11 @@ def quantize(vector: np.ndarray, clip: float, bits: int) -> np.ndarray:
         (d,) int32, the multiples; their squares sum to at most `4**bits`, exactly.
 
     Raises:
-        ValueError: if a value is NaN or infinite.
+        NotFinite: if a value is NaN or infinite.
     """
     norm = float(np.sqrt(np.add.reduce(np.square(vector, dtype=np.float64))))
     if not math.isfinite(norm):
-        raise ValueError("the update holds NaN or infinity, so it has no norm to clip")
+        raise NotFinite("the update holds NaN or infinity, so it has no norm to clip")
     shrink = 1.0 if norm <= clip else clip / norm
     steps = vector * (shrink * (1 - MARGIN)) * (2.0**bits / clip)
     return np.trunc(steps).astype(np.int32)

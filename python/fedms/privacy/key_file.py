@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-from fedms.errors import FedMSError
+from fedms.errors import USAGE, FedMSError
 
 KEY_BYTES = 32
 
 
 class KeyFileError(FedMSError):
     """The secret key cannot be read, or is not secret; the message says what to do."""
+
+    exit_code = USAGE
+    title = "secret key"
 
 
 def read_key(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedms.errors import FedMSError
+from fedms.errors import FOLDER, FedMSError
 from fedms.privacy.accounting import combined, epsilon_of
 
 NAME = "privacy.jsonl"
@@ -21,9 +21,14 @@ NAME = "privacy.jsonl"
 class LedgerError(FedMSError):
     """The ledger cannot be read or written; the message names the file and the line."""
 
+    exit_code = FOLDER
+    title = "run folder"
+
 
 class BudgetSpent(FedMSError):
     """The next release would cost more than the budget; nothing of it was released."""
+
+    title = "the privacy budget is spent"
 
 
 @dataclass(frozen=True)

@@ -49,17 +49,16 @@ class PrivacyPlan:
 
 
 def plan(epsilon: float, delta: float, accountant: str, others: Sequence[Sequence[float | None]], clients: float,
-         parameters: int, rate: float | None = None) -> PrivacyPlan:
+         parameters: int, rate: float | None = None, beside: Sequence[float] = ()) -> PrivacyPlan:
     """The noise with which a run stays within an epsilon.
 
     Args:
-        epsilon, delta, accountant, rate: see `fedms.privacy.accounting.multiplier_for`.
-        others: for each release, the noise multipliers of what it holds beside the update.
+        epsilon, delta, accountant, others, rate, beside: see `fedms.privacy.accounting.multiplier_for`.
         clients: expected number of clients a round.
         parameters: number of values in a client's update.
 
     Raises:
         ValueError: if no noise suffices.
     """
-    multiplier = multiplier_for(epsilon, others, delta, accountant, rate)
+    multiplier = multiplier_for(epsilon, others, delta, accountant, rate, beside)
     return PrivacyPlan(epsilon, delta, len(others), clients, parameters, multiplier)

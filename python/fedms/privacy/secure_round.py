@@ -33,10 +33,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Summed:
-    """The result of a secure sum. survivors: the clients whose vectors are in the total (size,) int64."""
+    """The result of a secure sum. survivors: the clients whose vectors are in the total (size,) int64. tag: a hash of all
+    that the total depends on."""
 
     total: np.ndarray
     survivors: tuple[int, ...]
+    tag: str
 
 
 # By client, its answer; clients that do not answer in time are left out.
@@ -74,7 +76,7 @@ def collect(terms: Terms, keys: Mapping[int, bytes], ask: Ask) -> Summed:
     answers = ask({client: Question("reveal", survivors) for client in survivors})
     revealed = {client: dict(zip(present, cut)) for client, cut in _cut(answers, "shares", ss.SHARE_BYTES, len(present))}
     _enough(tuple(revealed), terms, "revealed their shares")
-    return Summed(ss.unmask(terms, roster, present, masked, revealed), survivors)
+    return Summed(ss.unmask(terms, roster, present, masked, revealed), survivors, ss.tag_of(terms, roster, survivors))
 
 
 def _enough(clients: Sequence[int], terms: Terms, what: str) -> None:
@@ -113,6 +115,10 @@ class Held:
     keys: dict[int, bytes] = field(default_factory=dict)
     inbox: dict[int, bytes] = field(default_factory=dict)
 
+    def begin(self, terms: Terms) -> None:
+        """Begin another attempt with the same vector."""
+        self.terms, self.keys, self.inbox = terms, {}, {}
+
 
 def answer(question: Question, member: Member, held: Held) -> dict[str, bytes]:
     """A client's answer; `held` is brought up to date and must be kept before the answer leaves.
@@ -148,17 +154,18 @@ def _exactly(parts: Mapping[str, bytes], name: str, length: int, count: int) -> 
 
 
 def write_held(held: Held) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What is held as plain data and arrays, to be kept on disk."""
+    """What is held as plain data and arrays, to be kept on disk, without the promises, which outlast the sum."""
     terms = held.terms
     plain = {"terms": [terms.run, terms.stage, terms.round, terms.attempt, terms.threshold, [list(s) for s in terms.sections]],
-             "promises": held.promises.kept, "keys": {str(i): key.hex() for i, key in held.keys.items()},
+             "keys": {str(i): key.hex() for i, key in held.keys.items()},
              "inbox": {str(i): box.hex() for i, box in held.inbox.items()}}
     return plain, {"vector": np.asarray(held.vector, np.int64)}
 
 
-def read_held(plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Held:
+def read_held(plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promises: Promises) -> Held:
     """The inverse of `write_held`."""
-    *names, sections = plain["terms"]
-    return Held(Terms(*names, tuple((length, sigma) for length, sigma in sections)), arrays["vector"], Promises(dict(plain["promises"])),
+    run, stage, round, attempt, threshold, sections = plain["terms"]
+    terms = Terms(run, stage, round, attempt, threshold, tuple((length, sigma) for length, sigma in sections))
+    return Held(terms, arrays["vector"], promises,
                 {int(i): bytes.fromhex(key) for i, key in plain["keys"].items()},
                 {int(i): bytes.fromhex(box) for i, box in plain["inbox"].items()})

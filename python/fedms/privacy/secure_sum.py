@@ -105,17 +105,18 @@ class Member:
 
 @dataclass
 class Promises:
-    """What a client has agreed to in one attempt at a sum, by phase; to be kept on disk with the client's state."""
+    """What a client has agreed to, by the digest of an attempt's terms and phase; to be kept on disk for as long as the
+    client's secret key is used."""
 
     kept: dict[str, str] = field(default_factory=dict)
 
-    def keep(self, phase: str, digest: str) -> None:
+    def keep(self, terms: Terms, phase: str, digest: str) -> None:
         """Agree to what a phase is about.
 
         Raises:
             ProtocolError: if the client has agreed to something else in this phase.
         """
-        if self.kept.setdefault(phase, digest) != digest:
+        if self.kept.setdefault(f"{terms.digest} {phase}", digest) != digest:
             raise ProtocolError(f"phase {phase}: this client has answered another question in this attempt; a client that "
                                 "answers two could be told apart from the others, so start a new attempt")
 
@@ -147,7 +148,7 @@ def share(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int,
         ProtocolError: if the roster cannot be one, or another one was agreed to before.
     """
     known = _check_roster(member, terms, vector, roster)
-    promises.keep("share", known)
+    promises.keep(terms, "share", known)
     shares = _own_shares(member, terms, vector, known, sorted(roster))
     return {other: _seal(member, other, known, b"".join(shares[other])) for other in sorted(roster) if other != member.client}
 
@@ -165,8 +166,8 @@ def mask(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, 
     """
     known = _check_roster(member, terms, vector, roster)
     others = _open_inbox(member, terms, roster, known, inbox)
-    promises.keep("share", known)
-    promises.keep("mask", _members_digest(known, {member.client, *others}))
+    promises.keep(terms, "share", known)
+    promises.keep(terms, "mask", _members_digest(known, {member.client, *others}))
     total = np.asarray(vector, np.int64) + draw(derive(member.secret, "noise", known), terms.sections)
     masked = (total % MODULUS).astype(np.uint32)
     masked += _expand(derive(member.secret, "own mask", known), terms.size)
@@ -194,8 +195,8 @@ def reveal(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int
     if len(alive) < terms.threshold or not alive <= present or member.client not in alive:
         raise ProtocolError(f"the server names {len(alive)} clients whose vectors arrived; expected at least {terms.threshold} "
                             f"of the {len(present)} that shared their secrets, this client among them")
-    promises.keep("mask", _members_digest(known, present))
-    promises.keep("reveal", _hash("survivors", known, sorted(alive)))
+    promises.keep(terms, "mask", _members_digest(known, present))
+    promises.keep(terms, "reveal", _hash("survivors", known, sorted(alive)))
     held = {**others, member.client: _own_shares(member, terms, vector, known, [member.client])[member.client]}
     return {client: own_mask if client in alive else round_secret
             for client, (round_secret, own_mask) in sorted(held.items())}
@@ -236,6 +237,11 @@ def unmask(terms: Terms, roster: Mapping[int, bytes], present: Sequence[int], ma
         for other in masked:        # with the sign of the client that is gone, which removes the other's
             _add_pair_mask(total, client, other, secret, roster[other], known)
     return total.view(np.int32).astype(np.int64)
+
+
+def tag_of(terms: Terms, roster: Mapping[int, bytes], survivors: Sequence[int]) -> str:
+    """A name for a sum, 64 hexadecimal digits: it is another one if any vector, client or term is."""
+    return _members_digest(_roster_digest(terms, roster), set(survivors))
 
 
 # What both sides compute

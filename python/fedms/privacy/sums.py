@@ -23,7 +23,7 @@ SCALARS = ("score", "accuracy")
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """One part of the vector.
 
     Args:
@@ -49,7 +49,7 @@ class Sums:
         bits: logarithm of the number of steps between 0 and a part's bound.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Section, ...]
     layout: Layout
     bits: int
 

@@ -14,7 +14,7 @@ from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, f
                                   read_runs)
 from fedms.report.significance import differences
 from fedms.report.tables import table, write_text
-from fedms.report.wording import duration, findings, headline, p_value, percent, signed, size
+from fedms.report.wording import duration, findings, headline, p_value, percent, signed, size, statements
 from fedms.storage.records import CONFIG, RunRecords
 
 TEMPLATES = Path(__file__).parent
@@ -64,7 +64,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
     outcome, _, more = headline(runs).partition(". ")
     return environment.get_template("report.html.j2").render(
         title=f"{config['model']['id']} on {config['data']['name']}",
-        setting=_setting(runs), headline=outcome.rstrip(".") + ".", lead=more, findings=findings(runs, notes),
+        setting=_setting(runs), headline=outcome.rstrip(".") + ".", lead=more, privacy=statements(runs), findings=findings(runs, notes),
         tests=differences(runs), cards=_cards(focus_runs),
         focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colors=_css_colors(),
         method_class=_css_name,

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from fedms import data, methods, models
-from fedms.config import CLIENTS, DATA, RunConfig, config_from_dict
+from fedms.config import CLIENTS, DATA, ConfigError, RunConfig, config_from_dict
 from fedms.data import Dataset, Partition, Shard, describe
 from fedms.federated.client import Client
 from fedms.federated.server import Server
@@ -21,6 +22,9 @@ from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import hand_back_large_blocks
+
+if TYPE_CHECKING:
+    from fedms.federated.private_server import PrivateServer
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,12 @@ class LoadedTask:
         torch.set_num_threads(config.run.threads)       # another run of this process may have set it meanwhile
         config = with_clients(config, self.dataset)
         method = methods.create(config)
-        server = Server(config, self.model.order, self.model.block_of, method.broadcast_policy,
-                        method.statistics(len(self.dataset.classes)))
+        statistics = method.statistics(len(self.dataset.classes))
+        if config.privacy.mode == "off":
+            server = Server(config, self.model.order, self.model.block_of, method.broadcast_policy, statistics)
+        else:
+            server = _private_server(config)(config, self.model.order, self.model.block_of, method.broadcast_policy, statistics,
+                                             lambda: method.initial(self.model).keys())
         if self.shard is None:
             partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
             fitting = fitting_depths(self.model, method, config, partition)
@@ -128,6 +136,15 @@ def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
         count = max(1, len(dataset.group_names) - config.clients.unseen)
     tables = config.model_dump()
     return config_from_dict({**tables, "clients": {**tables["clients"], "count": count}})
+
+
+def _private_server(config: RunConfig) -> type[PrivateServer]:
+    try:
+        from fedms.federated.private_server import PrivateServer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"privacy.mode: {config.privacy.mode!r} needs {error.name}, which is not installed: "
+                          "pip install 'fedms[privacy]'") from None
+    return PrivateServer
 
 
 def basis(config: RunConfig) -> tuple[object, ...]:
@@ -171,4 +188,10 @@ def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConf
              for split in experiment.partition.clients}
     for name, part in {"server": replace(experiment.partition, clients=()), **parts}.items():
         data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting))
+    if config.privacy.masks:
+        from fedms.federated.private_client import write_member
+
+        server = cast("PrivateServer", experiment.server)
+        for split in experiment.partition.clients:
+            write_member(folder / f"client-{split.id}", server.key, split.id, config)
     return config

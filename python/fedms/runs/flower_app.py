@@ -85,6 +85,10 @@ def client_app(identify: Any) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         return side.train(message, identify(context), open_experiment)
 
+    @app.query("sum")
+    def add_up(message: Message, context: Context) -> Message:
+        return side.add_up(message, identify(context))
+
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return side.evaluate(message, identify(context), open_experiment)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         FedMSError: See :func:`run`.
     """
     experiment = task.experiment(config)
+    experiment.server.check()
     folder = open_folder(experiment.config)
     try:
         folder.keep_data(task.dataset.name, task.dataset.fingerprint)
@@ -111,7 +112,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
             keep_final(folder, final)
             if summary is not None:     # of a version that did not keep the final tensors
                 return summary
-            outcome = evaluate(engine, final, folder, task, experiment, progress)
+            outcome = evaluate(engine, state, final, folder, task, experiment, progress)
             folder.write_outcome({**outcome, "final_depth": {stage: state.final_depth.get(stage) for stage in STAGES},
                                   "seconds": engine.seconds_before + time.perf_counter() - started})
         return folder.write_summary(summarize(folder.path))
@@ -147,11 +148,16 @@ def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, pro
                            config.clients.round_timeout, folder, progress, stop)
         return
     progress.phase("starting Flower's simulation")
-    clients = simulation_app(folder.path.absolute() / "clients", config)
+    clients = simulation_app(folder.path.absolute() / "clients", _with_absolute_key(config))
     samples = {client.id: (client.n_train, client.n_validation) for client in experiment.clients}
     with simulated_grid(clients, config.clients.count, config.run.threads) as simulated:
         yield FlowerEngine(experiment.server, model.fm_params, model.foundation.fingerprint, simulated, experiment.fitting,
                            samples, None, folder, progress, stop)
+
+
+def _with_absolute_key(config: RunConfig) -> RunConfig:
+    """The run file as processes with another working folder read it."""
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"key": str(Path(config.privacy.key).absolute())})})
 
 
 def train(engine: Engine, task: LoadedTask, experiment: Experiment, progress: Progress) -> ServerState:
@@ -164,9 +170,9 @@ def train(engine: Engine, task: LoadedTask, experiment: Experiment, progress: Pr
         FedMSError: See :meth:`fedms.engines.base.Engine.run`.
     """
     config, method = experiment.config, experiment.method
-    for note in (*experiment.partition.notes, *augmentation_note(config)):
+    for note in (*_partition_notes(experiment), *augmentation_note(config)):
         progress.note(note)
-    visits = len(experiment.server.sample("stage1", 1)) * sum(getattr(config, stage).rounds for stage in STAGES)
+    visits = config.clients.sampled * sum(getattr(config, stage).rounds for stage in STAGES)
     progress.start(visits, f"{method.name}, seed {config.run.seed}")
     task.model.start()
     return engine.run(method.initial(task.model))
@@ -178,11 +184,17 @@ def keep_final(folder: RunFolder, final: Message) -> None:
         final.stage, final.round, final.depth, final.applied_depth, final.tensors, final.constants, final.statistics))
 
 
-def evaluate(engine: Engine, final: Message, folder: RunFolder, task: LoadedTask, experiment: Experiment,
+def _partition_notes(experiment: Experiment) -> Sequence[str]:
+    """What the partition says of the clients' data; with privacy, nothing."""
+    return experiment.partition.notes if experiment.config.privacy.mode == "off" else ()
+
+
+def evaluate(engine: Engine, state: ServerState, final: Message, folder: RunFolder, task: LoadedTask, experiment: Experiment,
              progress: Progress) -> dict[str, Any]:
     """Evaluate all clients on their test data, and write their lines of `clients.jsonl`.
 
     Args:
+        state: The server's state after the last round.
         final: What every client has in the end.
 
     Returns:
@@ -197,6 +209,10 @@ def evaluate(engine: Engine, final: Message, folder: RunFolder, task: LoadedTask
     config, method, model = experiment.config, experiment.method, task.model
     common_test = Subset(experiment.partition.global_test)
     shared = shared_accuracy(method, model, common_test, final)
+    about = {"fingerprint": model.foundation.fingerprint, "classes": model.dataset.classes, "prompts": model.dataset.prompts,
+             "learns_gate": method.learns_gate, "personal_stages": method.personal, "notes": _partition_notes(experiment)}
+    if engine.private_rounds is not None:       # nothing of a single client is recorded
+        return {**about, "global_test_accuracy": shared, "privacy": engine.private_rounds.outcome(state)}
     evaluations = list(engine.evaluate(final, on_common_test=shared is None and len(common_test) > 0))
     if not evaluations:
         raise AllClientsFailed("all rounds are done, and no client could be evaluated; --resume asks them again")
@@ -205,9 +221,7 @@ def evaluate(engine: Engine, final: Message, folder: RunFolder, task: LoadedTask
         folder.append_client(record)
     trained = [after for _, after in unseen if after is not None]
     return {
-        "fingerprint": model.foundation.fingerprint, "classes": model.dataset.classes, "prompts": model.dataset.prompts,
-        "learns_gate": method.learns_gate, "personal_stages": method.personal,
+        **about,
         "global_test_accuracy": mean([each.on_common_test for each in evaluations]) if shared is None else shared,
         "unseen_after_training": accuracies(trained)["mean"] if trained else None,
-        "notes": experiment.partition.notes,
     }

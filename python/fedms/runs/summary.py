@@ -55,6 +55,8 @@ class Summary:
         notes: What a reader of the figures should know.
         language: For language models: nats a token (`nats*`, means over clients), the perplexities that these stand for,
             the number of `tokens` and `bits_per_byte`; None for other tasks.
+        privacy: For runs with privacy: what they guarantee, `statement` in a sentence. What would be added up of numbers of
+            single clients is then None.
     """
 
     method: str
@@ -72,16 +74,17 @@ class Summary:
     global_test_accuracy: float | None
     unseen_accuracy: dict[str, float | None] | None
     final_depth: dict[str, int | None]
-    trainable_params: int
-    trainable_percent: float
-    bytes_up: int
-    bytes_down: int
-    flops: int
+    trainable_params: int | None
+    trainable_percent: float | None
+    bytes_up: int | None
+    bytes_down: int | None
+    flops: int | None
     seconds: float
     simulated_seconds: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     notes: list[str]
     language: dict[str, Any] | None = None
+    privacy: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, records: RunRecords) -> Summary:
@@ -97,6 +100,8 @@ class Summary:
         seen = [client for client in records.clients if not client["unseen"]]
         unseen = [client for client in records.clients if client["unseen"]]
         tested = [client for client in seen if client["n_test"]]
+        if (privacy := outcome.get("privacy")) is not None:
+            return cls._private(config, outcome, privacy, records)
         simulated = [line["simulated_seconds"] for line in records.rounds if line["simulated_seconds"] is not None]
         return cls(
             config.run.method, config.model.id, outcome["fingerprint"], config.data.name, outcome["classes"],
@@ -110,6 +115,20 @@ class Summary:
             notes=[*outcome["notes"], *augmentation_note(config), *_not_evaluated(config, seen),
                    *never_trained(config, outcome["personal_stages"], records.visits), *failures(records.visits)],
             language=language_summary(tested))
+
+    @classmethod
+    def _private(cls, config: RunConfig, outcome: Record, privacy: Record, records: RunRecords) -> Summary:
+        """The summary of a run that recorded no number of a single client."""
+        told = {name: value for name, value in privacy.items() if name != "mean_accuracy"}
+        hides = privacy.get("sampling_rate") is not None
+        traffic = {name: None if hides else sum(visit[name] for visit in records.visits) for name in ("bytes_up", "bytes_down")}
+        return cls(
+            config.run.method, config.model.id, outcome["fingerprint"], config.data.name, outcome["classes"],
+            outcome["prompts"], config.run.seed, {stage: getattr(config, stage).rounds for stage in STAGES},
+            {"mean": privacy["mean_accuracy"], "std": None, "worst10": None}, None, None, None,
+            outcome["global_test_accuracy"], None, outcome["final_depth"], None, None, **traffic, flops=None,
+            seconds=outcome["seconds"], simulated_seconds=None, peak_memory_bytes=None,
+            notes=[*augmentation_note(config), *([] if hides else failures(records.visits))], privacy=told)
 
 
 def summarize(folder: str | Path) -> dict[str, Any]:

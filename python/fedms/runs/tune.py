@@ -129,8 +129,12 @@ def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, 
         All trials.
 
     Raises:
+        ConfigError: If the run file has privacy on.
         FedMSError: What :func:`fedms.runs.batch.carry_out` raises.
     """
+    if config.privacy.mode != "off":
+        raise ConfigError(f"privacy.mode: got {config.privacy.mode!r}; trials are judged by the clients' validation, each would be a "
+                          "release, and no budget counts them together; tune on other data with privacy.mode off")
     planned = [Trial(name, number, values, Path(out) / "trials" / f"{name}-{number}")
                for name in names for number, values in enumerate(trials(config, name, count))]
     carry_out([BatchRun(trial_config(config, trial), trial.folder, tested=False) for trial in planned],

@@ -88,7 +88,7 @@ class _Sender(Progress):
     def __init__(self, events: Any) -> None:
         self.events = events
 
-    def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
+    def visit(self, stage: str, round: int, client: int | None, **metrics: Any) -> None:
         self.events.put(("visit", (stage, round, client)))
 
     def note(self, text: str) -> None:

@@ -3,6 +3,8 @@
     ROOT/RUN/owner.json          which run and client it belongs to, and the hash of the run file
     ROOT/RUN/state/              checkpoints (`fedms.storage.checkpoint`), one a visit, the last few
     ROOT/RUN/HASH.constants      the stage's constants, as they arrived
+    ROOT/RUN/sum.safetensors     what the client holds while a secure sum is under way
+    ROOT/promises.json           what it has agreed to in secure sums, of all runs
 
 The server says which visit was the last to count, by the hash of what was saved then. So a visit whose reply was lost,
 late or refused leaves no trace, and a server that goes on from an older checkpoint finds clients as they were then.
@@ -17,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_arrays
+
 from fedms.errors import CheckpointError, FedMSError
 from fedms.foreign import parse_json, read_regular
 from fedms.storage.checkpoint import CheckpointFolder, Snapshot
@@ -25,6 +31,7 @@ from fedms.tensors import Tensors
 
 KEPT = 3
 OWNER = "owner.json"
+HELD, PROMISES = "sum.safetensors", "promises.json"
 
 
 class FolderError(FedMSError):
@@ -38,10 +45,12 @@ class State:
     Attributes:
         tensors: Its own tensors, by name.
         paid_constants: Constants whose computation has been counted among its operations already, see `FlopMeter.paid`.
+        salt: Makes the state's hash, which the server is told, say nothing about the state; empty where it may.
     """
 
     tensors: Tensors
     paid_constants: frozenset[str]
+    salt: str = ""
 
 
 class ClientFolder:
@@ -119,6 +128,41 @@ class ClientFolder:
             return self.states.save(Snapshot(plain, {}, {self.client: state.tensors}))
         except CheckpointError as error:
             raise FolderError(str(error)) from None
+
+    # A secure sum under way. What the client has promised holds for all runs with its key.
+
+    def hold(self, plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promises: Mapping[str, str]) -> None:
+        """Keeps what the client holds in a secure sum (`fedms.privacy.secure_round.write_held`), and what it has promised.
+        Nothing that it says may leave before.
+
+        Raises:
+            FolderError: if it cannot be written.
+        """
+        try:
+            write_durably(self.path.parent / PROMISES, json.dumps(promises).encode(), private=True)
+            write_durably(self.path / HELD, save_arrays(dict(arrays), {"held": json.dumps(plain)}), private=True)
+        except OSError as error:
+            raise FolderError(f"{self.path / HELD}: cannot be written: {error.strerror}") from None
+
+    def held(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `hold` was given, without the promises.
+
+        Raises:
+            FolderError: if there is nothing whole.
+        """
+        try:
+            with safe_open(self.path / HELD, "numpy") as file:
+                return json.loads(file.metadata()["held"]), {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise FolderError(f"{self.path / HELD}: {error}") from None
+
+    def promises(self) -> dict[str, str]:
+        """Raises FolderError if they are damaged: without them the client could promise the contrary."""
+        path = self.path.parent / PROMISES
+        try:
+            return json.loads(path.read_bytes()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{path}: {error}") from None
 
     def keep_constants(self, data: bytes) -> None:
         """Keep the constants of a stage as they arrived, in the place of those of the stage before."""

@@ -34,7 +34,7 @@ EXEMPT = frozenset({"seconds", "peak_memory_bytes"})
 
 ROUND_FIELDS = (
     "stage", "round", "depth", "clients", "loss", "validation_accuracy", "validation_loss", "bytes_up", "bytes_down",
-    "gate_mean", "gate_entropy", "residual_norm", "seconds", "simulated_seconds", "event",
+    "gate_mean", "gate_entropy", "residual_norm", "seconds", "simulated_seconds", "event", "epsilon",
 )
 VISIT_FIELDS = (
     "stage", "round", "client", "depth", "status", "reason", "n_train", "loss", "validation_accuracy",
@@ -48,16 +48,16 @@ CLIENT_FIELDS = (
 ACCURACY_FIELDS = ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
 OUTCOME_FIELDS = (
     "fingerprint", "classes", "prompts", "learns_gate", "personal_stages", "global_test_accuracy", "unseen_after_training",
-    "final_depth", "seconds", "notes",
+    "final_depth", "seconds", "notes", "privacy",
 )
 SUMMARY_FIELDS = (
     "method", "model", "fingerprint", "dataset", "classes", "prompts", "seed", "rounds", "personalized_accuracy",
     "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth",
     "trainable_params", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
-    "peak_memory_bytes", "notes", "language",
+    "peak_memory_bytes", "notes", "language", "privacy",
 )
-OPTIONAL = frozenset({"language"})
-"""Fields that are written only where a task has them."""
+OPTIONAL = frozenset({"language", "privacy", "epsilon"})
+"""Fields that are written only where a task or a run with privacy has them."""
 
 CONFIG, ROUNDS, VISITS, CLIENTS, OUTCOME, SUMMARY, DATA = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "outcome.json", "summary.json", "data.json")
@@ -89,12 +89,13 @@ _SCHEMAS = {
                      language=_Numbers | None),
     OUTCOME: _schema(
         "Outcome", OUTCOME_FIELDS, fingerprint=str, classes=list[str], prompts=list[list[str]] | None, learns_gate=bool,
-        personal_stages=list[str], final_depth=_Numbers, notes=list[str]),
+        personal_stages=list[str], final_depth=_Numbers, notes=list[str],
+        privacy=dict[str, Any] | None),
     SUMMARY: _schema(
         "Summary", SUMMARY_FIELDS, method=_Text, model=_Text, fingerprint=_Text, dataset=_Text, classes=_Texts,
         prompts=list[list[str]] | None, rounds=_Numbers | None, personalized_accuracy=_Numbers | None,
         unseen_accuracy=_Numbers | None, gate=dict[str, _Number | bool] | None, final_depth=_Numbers | None,
-        notes=_Texts, language=_Numbers | None)}
+        notes=_Texts, language=_Numbers | None, privacy=dict[str, Any] | None)}
 
 
 @dataclass(frozen=True)

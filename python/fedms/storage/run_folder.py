@@ -23,7 +23,7 @@ from fedms.storage.records import (ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONF
 
 _LINES = (ROUNDS, VISITS, CLIENTS)      # files that grow line by line
 _OWN_NAMES = frozenset({CONFIG, DATA, *_LINES, OUTCOME, SUMMARY, FINAL, "report.html", "checkpoint", "clients",
-                        "tensorboard", "wandb", LOCK})
+                        "privacy.jsonl", "tensorboard", "wandb", LOCK})
 _FRESH = ".new-"
 
 

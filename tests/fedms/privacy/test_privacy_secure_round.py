@@ -38,7 +38,7 @@ class Clients:
                     answers[client] = instead
                 continue
             plain, arrays = write_held(self.held[client])      # as if the client was restarted before every phase
-            self.held[client] = read_held(json.loads(json.dumps(plain)), arrays)
+            self.held[client] = read_held(json.loads(json.dumps(plain)), arrays, self.held[client].promises)
             answers[client] = answer(question, self.members[client], self.held[client])
         return answers
 

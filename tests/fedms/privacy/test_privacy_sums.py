@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 
 from fedms.privacy.clipping import Layout
-from fedms.privacy.sums import Part, Sums
+from fedms.privacy.sums import Section, Sums
 
 LAYOUT = Layout((("a", (2, 3)), ("b", (4,))))
 
 
 def sums(*extra, bits=16, clip=1.0, noise=None):
-    return Sums((Part("update", LAYOUT.size, clip, noise), *extra), LAYOUT, bits)
+    return Sums((Section("update", LAYOUT.size, clip, noise), *extra), LAYOUT, bits)
 
 
 def test_mean_of_updates_that_are_not_clipped():
@@ -38,7 +38,7 @@ def test_whole_update_is_clipped_at_once():
 
 
 def test_scores_counts_and_accuracies():
-    one = sums(Part("score", 1, 1.0), Part("counts", 3, 1.0), Part("accuracy", 1, 1.0))
+    one = sums(Section("score", 1, 1.0), Section("counts", 3, 1.0), Section("accuracy", 1, 1.0))
     vectors = [one.encode({}, score, counts, accuracy) for score, counts, accuracy in (
         (0.5, [3, 0, 4], 0.25), (7.0, [0, 5, 0], None), (None, None, 1.0), (-2.0, [0, 0, 0], 0.75))]
     means = one.decode(sum(v.astype(np.int64) for v in vectors), {"a": 4, "b": 4}, 4)
@@ -48,14 +48,14 @@ def test_scores_counts_and_accuracies():
 
 
 def test_noise_cannot_leave_the_ranges():
-    one = Sums((Part("score", 1, 1.0), Part("counts", 3, 1.0)), Layout(()), 16)
+    one = Sums((Section("score", 1, 1.0), Section("counts", 3, 1.0)), Layout(()), 16)
     low = one.decode(np.array([-9, -5, -1, -2]), {}, 1)
     assert low.score == 0 and low.classes == pytest.approx(np.full(3, 1 / 3)) and low.changes == {}
     assert one.decode(np.array([2**30, -5, 10, 30]), {}, 1).score == 1
 
 
 def test_noise_in_steps():
-    one = sums(Part("score", 1, 1.0), noise=2.0, bits=4)
+    one = sums(Section("score", 1, 1.0), noise=2.0, bits=4)
     assert one.sections() == ((10, 32), (1, 0))
     assert one.sections(4) == ((10, 16), (1, 0)) and one.sections(3)[0] == (10, 19)
 

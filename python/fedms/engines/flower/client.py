@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import re
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from flwr.app import Message as Mail
 
 from fedms.engines.flower import transport
 from fedms.errors import FedMSError
-from fedms.federated.schema import EVALUATE, FORMAT, REASON, TRAIN, Table, shown
+from fedms.federated.schema import EVALUATE, FORMAT, REASON, SUM, TRAIN, SchemaError, Table, shown
 from fedms.foreign import printable
 from fedms.storage.durable import SHARD
 
 if TYPE_CHECKING:       # torch is imported when there is something to train
     from fedms.config import RunConfig
     from fedms.federated.client import Message
+    from fedms.federated.private_server import PrivateServer
+    from fedms.privacy.secure_sum import Member
     from fedms.runs.experiment import Experiment, LoadedTask
     from fedms.storage.private_state import ClientFolder
+
+IDENTITIES = "identities.json"      # in a node's data folder, if it was set up for secure sums
 
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 
@@ -45,6 +49,9 @@ Open = Callable[["RunConfig", "Path | None"], "tuple[LoadedTask, Experiment]"]
 
 def hello(message: Mail, identity: Identity) -> Mail:
     """Says which client this is and how many samples it has, which holds from then on."""
+    private = identity.own is not None and identity.own.privacy.mode != "off"
+    if private or (identity.data is not None and (identity.data / IDENTITIES).exists()):
+        return _answer(message, {"client": identity.client, "n_train": None, "n_validation": None})
     return _answer(message, {"client": identity.client, "n_train": identity.n_train,
                              "n_validation": _validation_samples(identity)})
 
@@ -63,6 +70,11 @@ def train(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
     return _guarded(message, identity, TRAIN, lambda head, parts: _visit(head, parts, identity, open_experiment))
 
 
+def add_up(message: Mail, identity: Identity) -> Mail:
+    """A phase of a secure sum."""
+    return _guarded(message, identity, SUM, lambda head, parts: _add_up(head, parts, identity))
+
+
 def evaluate(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
     """The client's line of `clients.jsonl`, with what it has in the end."""
     return _guarded(message, identity, EVALUATE, lambda head, parts: _evaluate(head, parts, identity, open_experiment))
@@ -71,6 +83,7 @@ def evaluate(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
 def _guarded(message: Mail, identity: Identity, kind: Table,
              act: Callable[[dict[str, Any], dict[str, bytes]], tuple[dict[str, Any], dict[str, bytes]]]) -> Mail:
     echo: dict[str, Any] = {"client": identity.client}
+    head: dict[str, Any] = {}
     try:
         head, parts = transport.read(message.content)
         if head.get("format") != FORMAT:
@@ -81,12 +94,23 @@ def _guarded(message: Mail, identity: Identity, kind: Table,
         answer, out = act(head, parts)
     except Exception as error:
         traceback.print_exc()       # into the node's own log; the server is told in a line
-        return _answer(message, {**echo, "problem": printable(f"{type(error).__name__}: {error}", REASON)})
+        return _answer(message, {**echo, "problem": _told(error, head)})
     return _answer(message, {**echo, **answer}, out)
+
+
+def _told(error: Exception, head: Mapping[str, Any]) -> str:
+    """What the server is told of an error. With privacy, only of those that do not depend on this client's data."""
+    settings = head.get("config", {}).get("privacy", {})
+    if isinstance(settings, dict) and settings.get("mode", "off") != "off" and not isinstance(error, _DATA_FREE):
+        return "it failed; the log of its node says why"
+    return printable(f"{type(error).__name__}: {error}", REASON)
 
 
 class Disagreement(FedMSError):
     """A server asks for what this node has not agreed to."""
+
+
+_DATA_FREE = (Disagreement, transport.MailError, SchemaError)
 
 
 def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
@@ -107,9 +131,29 @@ def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
     if id not in MODELS and not of_hub and (identity.own is None or id != own.model.id):
         raise Disagreement(f"model.id: the server says {shown(id)}, which is neither built in nor a hub id such as org/name; "
                            "a folder must be the one that this node's own run file names (--node-config run=\"FILE\")")
+    _agreed_privacy(config, identity)
     if identity.data is None and config.data.name != own.data.name:
         raise Disagreement(f"data.name: the server says {shown(config.data.name)}, but {_whose(identity)} {shown(own.data.name)}")
     return config
+
+
+def _agreed_privacy(config: RunConfig, identity: Identity) -> None:
+    """A node that was set up for a run with privacy takes part in no other one: with another run file its updates could be
+    asked for one by one."""
+    if identity.own is not None:
+        told, agreed = (c.privacy.model_dump(exclude={"key"}) for c in (config, identity.own))
+        if told != agreed:
+            name = next(name for name in agreed if told[name] != agreed[name])
+            raise Disagreement(f"privacy.{name}: the server says {shown(told[name])}, but {_whose(identity)} {shown(agreed[name])}")
+    if identity.data is not None and (identity.data / IDENTITIES).exists():
+        from fedms.federated.private_client import digest_of, read_policy
+
+        if read_policy(identity.data)["config"] != digest_of(config):
+            raise Disagreement("privacy: the server's run file is not the one that this node was set up for; set the node up again "
+                               "by `fedms flower init`, or undo what was changed since")
+    elif config.privacy.masks and identity.data is not None:
+        raise Disagreement(f"privacy.mode: the server says {shown(config.privacy.mode)}, for which this node has no key; set it up "
+                           "by `fedms flower init`")
 
 
 def _whose(identity: Identity) -> str:
@@ -125,6 +169,8 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     config = _agreed(head["config"], identity)
     session, experiment = _opened(head, config, identity, open_experiment)
     client = experiment.client(identity.client)
+    if config.privacy.mode != "off":
+        return _share(head, parts, identity, session, experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         state, message = folder.load(head["kept"]), _message(head, parts, folder)
         session.model.meter.paid = set(state.paid_constants)
@@ -138,6 +184,65 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
         raise Disagreement(f"{foreign[0]} is this client's own: the server did not send it, so it is not sent to the server")
     packed = pack_reply(came.reply, config.wire.dtype)
     return {**answer, "reply": packed.head}, packed.parts
+
+
+def _share(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, session: LoadedTask,
+           experiment: Experiment) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A visit of a run with privacy: the client's share of the round's sum."""
+    from fedms.federated.client import Private, Share
+    from fedms.federated.packing import pack_share
+    from fedms.privacy.key_file import derive
+    from fedms.privacy.secure_round import write_held
+    from fedms.privacy.secure_sum import Promises
+    from fedms.federated.private_client import contribute, join
+    from fedms.storage.private_state import ClientFolder, State
+
+    server = cast("PrivateServer", experiment.server)
+    member = _member(identity, experiment.config) if experiment.config.privacy.masks else None
+    with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
+        state, message = folder.load(head["kept"]), _message(head, parts, folder)
+        session.model.meter.paid = set(state.paid_constants)
+        vector, after, reason = contribute(server, experiment.method, session.model, experiment.client(identity.client),
+                                           Private(state.tensors), message)
+        if reason is not None:
+            print(f"{message.stage}, round {message.round}: this client adds nothing: {reason}")      # into the node's own log
+        share, salt = Share(identity.client, vector), ""
+        if member is not None:
+            salt = derive(member.secret, "state", message.stage, message.round).hex()
+            share, held = join(server, member, message, vector)
+            held.promises = Promises(folder.promises())
+            folder.hold(*write_held(held), held.promises.kept)
+        digest = folder.save(State(after.tensors, frozenset(session.model.meter.paid), salt), message.stage, message.round)
+    packed = pack_share(share)
+    return {"share": packed.head, "kept": digest}, packed.parts
+
+
+def _add_up(head: dict[str, Any], parts: dict[str, bytes], identity: Identity) -> tuple[dict[str, Any], dict[str, bytes]]:
+    from fedms.privacy.secure_round import Question, read_held, write_held
+    from fedms.privacy.secure_sum import Promises
+    from fedms.federated.private_client import answer
+    from fedms.storage.private_state import ClientFolder
+
+    with ClientFolder(identity.state, head["run"], identity.client) as folder:
+        held = read_held(*folder.held(), Promises(folder.promises()))
+        said = answer(Question(head["phase"], head["clients"], parts), replace(held.terms, attempt=head["attempt"]),
+                      _member(identity, identity.own), held)
+        folder.hold(*write_held(held), held.promises.kept)
+    return {}, said
+
+
+def _member(identity: Identity, config: RunConfig | None) -> Member:
+    """Who this client is in secure sums.
+
+    Raises:
+        KeyFileError: if its key is not there.
+    """
+    from fedms.privacy.key_file import read_key
+    from fedms.federated.private_client import member_of_run, read_member
+
+    if identity.data is not None:
+        return read_member(identity.data, identity.client)
+    return member_of_run(read_key(Path(identity.own.privacy.key)), identity.client, config.clients.count)
 
 
 def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,

@@ -6,9 +6,9 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import Message as Mail
+from flwr.app import Array, Message as Mail
 from flwr.serverapp import Grid
 
 from fedms.config import RunConfig
@@ -18,13 +18,16 @@ from fedms.federated.admission import plausible_validation
 from fedms.federated.client import Message, Participant, Visit
 from fedms.federated.devices import Device, device_of
 from fedms.federated.encoding import WireError
-from fedms.federated.packing import Packed, pack_message, unpack_reply
-from fedms.federated.schema import EVALUATED, FORMAT, HELLO, NAME, PROBLEM, TRAINED, SchemaError, Table, shown
+from fedms.federated.packing import Packed, pack_message, unpack_reply, unpack_share
+from fedms.federated.schema import EVALUATED, FORMAT, HELLO, JOINED, NAME, PROBLEM, SUMMED, TRAINED, SchemaError, Table, shown
 from fedms.foreign import printable
 from fedms.federated.server import Server
 from fedms.progress import Progress
 from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
+
+if TYPE_CHECKING:
+    from fedms.privacy.secure_round import Question
 
 SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests
 GRACE = 10.0                # seconds in which a node that was silent may say that it is there, and miss no further round
@@ -91,6 +94,24 @@ class FlowerEngine(Engine):
         for answer in self._answers(asked, lost, message):
             yield self._arrival(answer, message, packed)
 
+    def exchange(self, message: Message, attempt: int,
+                 questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
+        heads = {client: {"format": FORMAT, "run": self.run_id, "attempt": attempt, "phase": question.phase,
+                          "clients": list(question.clients)} for client, question in questions.items()}
+        asked, lost = self._push("query.sum", f"{message.stage} {message.round}", heads,
+                                 {client: transport.buffers(question.parts) for client, question in questions.items()})
+        answers = {}
+        for answer in self._answers(asked, lost, message):
+            try:
+                # No answer is longer than the vector, or than what shares of all clients take.
+                _, answers[answer.client] = self._open(answer, SUMMED, limit=self._longest(message, len(questions)))
+            except _Unusable as problem:
+                self._tell_once(f"client {answer.client} drops out of the sum of {message.stage}, round {message.round}: {problem}")
+        return answers
+
+    def _longest(self, message: Message, clients: int) -> int:
+        return 4 * self.private_server.sums_of(message).size + SLACK + 128 * clients
+
     def keep(self, arrival: Arrival) -> None:
         self.kept[arrival.client], private = arrival.after
         (self.private_at.add if private else self.private_at.discard)(arrival.client)
@@ -140,7 +161,7 @@ class FlowerEngine(Engine):
     # Who is there
 
     def _participant(self, client: int) -> Participant:
-        return Registered(client, *self.samples[client], device_of(self.config, client, self.fitting))
+        return Registered(client, *self.samples.get(client, (0, 0)), device_of(self.config, client, self.fitting))
 
     def _wait_for_nodes(self, clients: Collection[int], message: Message) -> None:
         """Until the nodes of these clients are there, or the deadline has passed. A client that was waited for once is only
@@ -205,7 +226,9 @@ class FlowerEngine(Engine):
         if client in self.node_of:
             raise _Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
         known = self.samples.get(client)
-        if (n_train, told["n_validation"]) == (None, None):
+        if self.private_rounds is not None:
+            pass        # how many samples a client has is its own
+        elif (n_train, told["n_validation"]) == (None, None):
             if known is None:
                 raise _Unusable(f"client {client} does not say how many samples it has")
         elif None in (n_train, told["n_validation"]):
@@ -245,13 +268,18 @@ class FlowerEngine(Engine):
         head = {"format": FORMAT, "run": self.run_id, "model": self.fingerprint, "message": packed.head, **extra,
                 "config": self.config.model_dump(mode="json", exclude_none=True)}
         arrays = transport.buffers(packed.parts)
+        heads = {client: {**head, "kept": self.kept.get(client)} for client in clients}
+        return self._push(kind, group, heads, {client: {name: arrays[name] for name in self.due_to(client, packed).parts}
+                                               for client in clients})
+
+    def _push(self, kind: str, group: str, heads: Mapping[int, Mapping[str, Any]],
+              parts: Mapping[int, Mapping[str, Array]]) -> tuple[dict[str, Asked], list[int]]:
+        """Sends each client its head, with a nonce, and its buffers; returns what `_send` does."""
         mails, asked = [], []
-        for client in clients:
-            due, nonce = self.due_to(client, packed), secrets.token_hex(8)
-            content = transport.write({**head, "nonce": nonce, "kept": self.kept.get(client)},
-                                 {name: arrays[name] for name in due.parts})
-            mails.append(Mail(content, self.node_of[client], kind, group_id=group))
-            asked.append(Asked(client, nonce, due.size))
+        for client, head in heads.items():
+            nonce = secrets.token_hex(8)
+            mails.append(Mail(transport.write({**head, "nonce": nonce}, parts[client]), self.node_of[client], kind, group_id=group))
+            asked.append(Asked(client, nonce, sum(len(array.data) for array in parts[client].values())))
         taken = list(self.grid.push_messages(mails)) if mails else []
         under_way = {each.metadata.message_id: what for each, what in zip(mails, asked)
                      if each.metadata.message_id in taken}
@@ -304,6 +332,8 @@ class FlowerEngine(Engine):
 
     def _arrival(self, answer: _Answer, message: Message, packed: Packed) -> Arrival:
         sent = answer.asked.size if answer.asked else 0
+        if self.private_rounds is not None:
+            return self._share(answer, message, packed, sent)
         try:
             head, parts = self._open(answer, TRAINED, limit=2 * packed.size + SLACK)
             visit, size = _visit_of(head, parts)
@@ -311,6 +341,19 @@ class FlowerEngine(Engine):
             return Arrival(answer.client, None, 0, sent, str(problem))
         self.note_received(answer.client, packed)
         return Arrival(answer.client, visit, size, sent, after=(head["kept"], head["private"]))
+
+    def _share(self, answer: _Answer, message: Message, packed: Packed, sent: int) -> Arrival:
+        """What a client of a run with privacy has sent."""
+        sums, masks = self.private_server.sums_of(message), self.private_server.settings.masks
+        try:
+            head, parts = self._open(answer, JOINED, limit=4 * sums.size + SLACK)
+            share = Packed(head["share"], parts)
+            arrival = Arrival(answer.client, None, share.size, sent, after=(head["kept"], True),
+                              share=unpack_share(share, sums.size, masks))
+        except (_Unusable, SchemaError) as problem:
+            return Arrival(answer.client, None, 0, sent, str(problem))
+        self.note_received(answer.client, packed)
+        return arrival
 
     def _open(self, answer: _Answer, kind: Table, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The head of an answer as its kind of message has it, and its buffers, if it answers what was asked.

@@ -16,7 +16,7 @@ from fedms.federated import schema
 
 HEAD_BYTES = 2**20
 _FORM = "fedms.wire"
-_PARTS = ("tensors", "constants", "sums")
+_PARTS = ("tensors", "constants", "sums", "steps", "key", "keys", "boxes", "masked", "shares")
 
 
 class MailError(FedMSError):
