@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml requirements.lock setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench study study-quick docs
+.PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench roofline study study-quick docs
 .PHONY: lock wheel types clean missing-packages check-system
 
 help: ## this list
@@ -70,6 +70,9 @@ test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench
+
+roofline: $(INSTALLED) ## every CPU kernel beside its floor, on this machine: docs/evidence/cpu_roofline.md
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python bench/kernels/roofline.py --write docs/evidence/cpu_roofline.md
 
 study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most eight hours a call: docs/evidence/study.md
 	$(BIN)/python -m bench.study --jobs 2 --hours 7.9

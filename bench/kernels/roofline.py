@@ -1,11 +1,12 @@
 """One table of every CPU kernel: bytes, multiply-adds, floor, time, share of the floor, and the instructions of its inner loop.
 
-    make roofline        or        python bench/kernels/roofline.py [--build build/roofline] [--write docs/roofline.md]
+    make roofline        or        python bench/kernels/roofline.py [--build build/roofline] [--write FILE]
 
 Times are of one thread, in CPU time: the median of 31 turns with the 20th and the 80th percentile. The floor is the longer of
 two times: of the multiply-adds at the rate that the instruction set reaches from registers alone, and of the bytes at the
 bandwidth of the cache that the operands fit into, both measured in the same run. The rows that are farthest from their floor
-come first. For Arm, of which there is no machine here, `arm_cycles.py` estimates the inner loops.
+come first; a kernel without arithmetic that it counts (dropout's random numbers, 4-bit expansion at few rows) is far from the time
+that its bytes take. The inner loops of the kernels for Arm are estimated by `arm_cycles.py`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,14 @@ void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const
 
 }  // namespace
 
-int64_t few_rows() { return &lora_kernels() == &lora_portable ? 0 : 8; }
+int64_t few_rows() {
+#ifdef FEDMS_X86
+  // Measured beside PyTorch's product on a Zen 4: forward and backward, at four rows 1.1 times as fast, at eight 0.95.
+  if (&lora_kernels() == &lora_avx512) return 4;
+  if (&lora_kernels() == &lora_avx2) return 1;
+#endif
+  return 0;
+}
 
 void few_rows_forward(int64_t m, int64_t n, int64_t k, const float* x, const float* w, const float* bias, float* y) {
   run(lora_kernels().dots, m, n, k, x, w, bias, y);

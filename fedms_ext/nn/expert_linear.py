@@ -95,7 +95,7 @@ class ExpertLinear(FrozenLinear):
     A drop-in for `nn.Linear`: `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never get
     a gradient. Expert `e` adds `lora_a[e]` (r_e, K), initialized as PEFT does (Kaiming uniform, a = sqrt 5), and
     `lora_b[e]` (N, r_e), which starts at zero, so that a new expert changes nothing (on a CPU with AVX2 or AVX-512 and
-    up to 8 rows in fp32, where the frozen product runs in a kernel of its own, nothing but the rounding). Both are float32, and stay so
+    up to 4 rows in fp32, where the frozen product runs in a kernel of its own, nothing but the rounding). Both are float32, and stay so
     whatever the weight is or becomes (`half()`, a state dict of bf16, quantization): in half precision an optimizer's
     steps round to nothing or overflow. On a float64 weight they are float64.
 

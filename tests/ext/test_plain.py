@@ -46,7 +46,7 @@ def close(got, want, tolerance=2e-6):
 
 @needs_exchange
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
-@pytest.mark.parametrize("rows", [(1,), (3,), (8,), (9,), (2, 5), (64,)])
+@pytest.mark.parametrize("rows", [(1,), (2,), (4,), (5,), (2, 3), (64,)])
 @pytest.mark.parametrize("k, n", [(1, 1), (13, 9), (70, 130), (128, 64)])
 def test_the_same_as_the_general_way(monkeypatch, kind, rows, k, n):
     layer = layer_of(k, n, kind=kind)
@@ -55,7 +55,7 @@ def test_the_same_as_the_general_way(monkeypatch, kind, rows, k, n):
 
 
 @needs_exchange
-@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("k, n", [(1, 1), (17, 5), (100, 431), (768, 96)])
 @pytest.mark.parametrize("isa", fedms_ext.build_info()["isa_available"])
 def test_few_rows_in_float64(rows, k, n, isa):
@@ -67,7 +67,7 @@ def test_few_rows_in_float64(rows, k, n, isa):
     try:
         _C.set_isa(isa)
         found = _C.linear_forward(x, layer.weight, None, layer.bias, [a], [b], [2.5], None)
-        if isa == "portable":
+        if rows > {"avx512": 4, "avx2": 1, "avxvnni": 1}.get(isa, 0):
             assert found is None  # PyTorch's product is faster there
             return
         y, s = found
@@ -134,7 +134,7 @@ def test_what_is_not_plain_is_declined():
     assert call(x, a=layer.lora_a["e0"].double()) is None and call(x, b=layer.lora_b["e0"][:7]) is None
     assert call(x, bias=torch.randn(9)) is None
     assert call(x, frozen=QuantizedWeight(torch.randn(8, 16), "fp16")) is None
-    assert call(torch.randn(9, 16), weight=torch.randn(8, 16)) is None  # more rows than the fp32 product is for
+    assert call(torch.randn(5, 16), weight=torch.randn(8, 16)) is None  # more rows than the fp32 product is for
     with use_backend("eager"):
         assert call(x) is None
     with torch.autocast("cpu", torch.bfloat16):
