@@ -32,6 +32,7 @@ void multiply(const Int8Strip& strip) { multiply_rows<ROWS>(strip, 0, strip.pane
 
 }  // namespace
 
-const Int8Kernels int8_avx2_narrow = {"avx2 narrow", 4, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand};
+const Int8Kernels int8_avx2_narrow = {"avx2 narrow", 4, PANEL, GROUP, sizeof(Q), 255,
+    quantize, multiply, expand, decode_by_table};
 
 }  // namespace fedms

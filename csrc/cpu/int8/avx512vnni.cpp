@@ -49,6 +49,16 @@ void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const 
   }
 }
 
+void decode(const uint8_t* nibbles, const float* levels, float* to) {
+  const __m512 table = _mm512_loadu_ps(levels);
+  for (int half = 0; half < 2; ++half) {
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles + 16 * half));
+    const __m512i codes = _mm512_cvtepu8_epi32(both);  // the permutation looks at the low four bits alone
+    _mm512_storeu_ps(to + 16 * half, _mm512_permutexvar_ps(codes, table));
+    _mm512_storeu_ps(to + 32 + 16 * half, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table));
+  }
+}
+
 inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
 // The levels of COUNT rows. Several rows in one loop hide one another's latencies.
@@ -190,6 +200,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, expand};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, expand, decode};
 
 }  // namespace fedms

@@ -11,9 +11,17 @@ namespace {
 typedef int8_t Q;
 constexpr int OFFSET = -128;
 constexpr int PANEL = 16, GROUP = 4;
-constexpr int ROWS = 6;  // of a tile: 24 sums, 4 vectors of the weight and one of x fill 29 of 32 registers
+constexpr int ROWS = 6;  // of a tile: 24 sums, 6 vectors of x and one or two of the weight fill the 32 registers
 
 #include "neon.inc"
+
+template <int M, int LANE>
+inline void dot_lane(int32x4_t (&sum)[M][VECTORS], const int8x16_t (&a)[M], const int8_t* w) {
+  FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) {
+    const int8x16_t b = vld1q_s8(w + 16 * v);
+    FEDMS_UNROLL for (int i = 0; i < M; ++i) sum[i][v] = vdotq_laneq_s32(sum[i][v], b, a[i], LANE);
+  }
+}
 
 template <int M>
 void tile(const Int8Strip& strip, int64_t row) {
@@ -22,15 +30,25 @@ void tile(const Int8Strip& strip, int64_t row) {
   int32x4_t sum[M][VECTORS];
   FEDMS_UNROLL for (int i = 0; i < M; ++i)
     FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = vdupq_n_s32(0);
-  for (int64_t c = 0; c < strip.k; c += GROUP, w += GROUP * PANEL) {
-    int8x16_t b[VECTORS];
-    FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = vld1q_s8(w + 16 * v);
+  // Four groups of x lie in one register and are multiplied by lane: with a broadcast for each, an instruction in five was one
+  // (see bench/kernels/arm_cycles.py).
+  int64_t c = 0;
+  for (; c + 4 * GROUP <= strip.k; c += 4 * GROUP, w += 4 * GROUP * PANEL) {
+    int8x16_t a[M];
+    FEDMS_UNROLL for (int i = 0; i < M; ++i) a[i] = vld1q_s8(q + i * strip.q_stride + c);
+    dot_lane<M, 0>(sum, a, w);
+    dot_lane<M, 1>(sum, a, w + GROUP * PANEL);
+    dot_lane<M, 2>(sum, a, w + 2 * GROUP * PANEL);
+    dot_lane<M, 3>(sum, a, w + 3 * GROUP * PANEL);
+  }
+  for (; c < strip.k; c += GROUP, w += GROUP * PANEL) {
+    int8x16_t a[M];
     FEDMS_UNROLL for (int i = 0; i < M; ++i) {
       int32_t four;
       std::memcpy(&four, q + i * strip.q_stride + c, sizeof four);
-      const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(four));
-      FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = vdotq_s32(sum[i][v], b[v], a);
+      a[i] = vreinterpretq_s8_s32(vdupq_n_s32(four));
     }
+    dot_lane<M, 0>(sum, a, w);
   }
   finish<M>(strip, row, sum);
 }
@@ -43,6 +61,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_dotprod = {"dotprod", 5, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand};
+const Int8Kernels int8_dotprod = {"dotprod", 5, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand, decode_by_table};
 
 }  // namespace fedms

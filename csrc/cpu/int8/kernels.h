@@ -45,7 +45,17 @@ struct Int8Kernels {
   // Makes 4-bit codes wide: to[i] = (levels[code i] * factors[i / group % panel] + 2^14) >> 15, i < count, a multiple
   // of 64. Of every 64 codes the first 32 are the low nibbles of 32 bytes, the others the high ones.
   void (*expand)(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to);
+  // The levels of 64 codes, in their order.
+  void (*decode)(const uint8_t* nibbles, const float* levels, float* to);
 };
+
+// `decode` for instruction sets without a permutation of 16 floats.
+inline void decode_by_table(const uint8_t* nibbles, const float* levels, float* to) {
+  for (int i = 0; i < 32; ++i) {
+    to[i] = levels[nibbles[i] & 15];
+    to[32 + i] = levels[nibbles[i] >> 4];
+  }
+}
 
 // How a row is quantized, from the bits of its floats: `largest` as signed integers, at least 0, which is its largest
 // positive value, and as unsigned ones, which is its lowest negative value if there is one. (Without the sign, floats

@@ -65,6 +65,7 @@ void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const 
 
 }  // namespace
 
-const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), 4095, quantize, multiply, expand};
+const Int8Kernels int8_portable = {"portable", 0, PANEL, 1, sizeof(int16_t), 4095,
+    quantize, multiply, expand, decode_by_table};
 
 }  // namespace fedms
