@@ -205,11 +205,6 @@ void run(const Product& p) {
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
   const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
   if (!weight.scale && !layout.nibble_group) throw std::invalid_argument("an int8 weight needs its scale");
-  if (lora.m <= FEW_ROWS || lora.experts.empty()) {
-    run({weight, layout, lora, lora.m, lora.n, lora.k, {}, {}, x, nullptr, y});
-    lora_forward(lora, x, s, y);
-    return;
-  }
   const TransposedB b(lora);
   run({weight, layout, lora, lora.m, lora.n, lora.k, rows_of_a(lora), b.rows, x, s, y, lora.dropout_p > 0});
 }
@@ -222,7 +217,7 @@ void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* 
     return;
   }
   const Packed layout = layout_of(k, n, transposed.packed, transposed.packed_size);
-  if (lora.experts.empty() || lora.dropout_p > 0 || m <= FEW_ROWS) {
+  if (lora.experts.empty() || lora.dropout_p > 0) {
     // The mask is on the LoRA part of dx alone, which therefore cannot be added in the product.
     run({transposed, layout, lora, m, k, n, {}, {}, dy, nullptr, out.dx});
     if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
