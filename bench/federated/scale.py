@@ -136,8 +136,10 @@ def simulated(folder: Path, clients: int, most: int | None) -> dict:
 
 def rounds_to_visit_all(data: Path, clients: int) -> int:
     from fedms.federated.server import Server
+    from fedms.methods import create
 
-    server = Server(configuration(data, clients), [1], {}, lambda stage, name: None)
+    config = configuration(data, clients)
+    server = Server(config, [1], {}, create(config))
     visited: set[int] = set()
     for number in range(1, 10**5):
         visited |= set(server.sample("stage2", number))

@@ -13,7 +13,7 @@ from bench.study.records import carry_out
 from fedms.cli.command import epilog
 from fedms.cli.stopping import polite_stop, reported_errors
 from fedms.cli.terminal import say, show, step_bar
-from fedms.config import PRETRAINED
+from fedms.config import registry
 from fedms.models import pretrain as pretraining
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -47,7 +47,7 @@ def study(
         chosen = within(planned, settings)
         if not page_only:
             needed = {run.config.model.id for run in chosen}
-            for model in (name for name in PRETRAINED if name in needed):
+            for model in (name for name in registry.pretrained_models() if name in needed):
                 with step_bar(f"pretraining {model}") as advance:
                     pretraining.ensure(model, report=advance)
             end = None if hours is None else time.monotonic() + 3600 * hours

@@ -11,7 +11,7 @@ from typing import Any
 from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, PERSONALIZED, TUNED_ON, Setting, StudyRun, tuning
 from bench.study.records import key_of, read_records
 from fedms import report
-from fedms.config import METHODS
+from fedms.config import registry
 from fedms.errors import RunFolderError
 from fedms.storage.durable import write_durably
 from fedms.storage.records import RunRecords
@@ -66,7 +66,7 @@ def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -
     with report.plain_style():
         for setting in dict.fromkeys(run.setting for run in planned):
             if figure := report.clients_figure([_as_run(line) for run, line in done
-                                                if run.setting == setting and run.id in METHODS]):
+                                                if run.setting == setting and run.id in registry.methods()]):
                 found[f"{setting.name}.svg"] = report.as_svg(figure, setting.name)
     return found
 
@@ -93,8 +93,8 @@ def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], sour
                      f"{'are' if mixed > 1 else 'is'} left out.")
     margins: list[tuple[float, str]] = []
     for setting in dict.fromkeys(run.setting for run in planned):
-        here = [(run, line) for run, line in done if run.setting == setting and run.id in METHODS]
-        missing = _missing([run for run in planned if run.setting == setting and run.id in METHODS], of_run)
+        here = [(run, line) for run, line in done if run.setting == setting and run.id in registry.methods()]
+        missing = _missing([run for run in planned if run.setting == setting and run.id in registry.methods()], of_run)
         parts.append(f"## {setting.title}")
         parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
         if here:
@@ -196,7 +196,7 @@ def _constants(runs: Sequence[StudyRun]) -> str:
 
 
 def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_run: Mapping[Any, Any]) -> list[str]:
-    wanted = [run for run in planned if run.id not in METHODS]
+    wanted = [run for run in planned if run.id not in registry.methods()]
     if not wanted:
         return []
     parts = [f"## What the pieces are worth: {ABLATED.title}"]

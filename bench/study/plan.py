@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedms.config import METHODS, RunConfig, config_from_dict, dump_toml, load_config, of_method, read_tables
+from fedms.config import RunConfig, config_from_dict, dump_toml, load_config, of_method, read_tables, registry
 from fedms.errors import ConfigError
 
 SEEDS = (0, 1, 2)
 FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
 PERSONALIZED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
-REST = tuple(method for method in METHODS if method not in FIRST)
+REST = tuple(method for method in registry.methods() if method not in FIRST)
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 # The bound of a reply's change is the one that the committed records were made with.

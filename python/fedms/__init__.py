@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedms.config import RunConfig, load_config
+    from fedms.config import Constant, RunConfig, Table, load_config, register_data, register_method, register_model
     from fedms.data import make_dataset
     from fedms.errors import (AllClientsFailed, CheckpointError, ConfigError, DataError, FedMSError, Interrupted, ModelError,
                               RunFolderError, WorkerDied)
     from fedms.exports import export
     from fedms.exports.mixture import Mixture, load
-    from fedms.methods import Method, Prediction
+    from fedms.federated.method import BroadcastPolicy, Method, Prediction
     from fedms.models import ModuleModel
     from fedms.progress import Progress
     from fedms.report.results import Results, results
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from fedms.runs.run import run
 
 _ROOMS = {
-    "config": ("RunConfig", "load_config"),
+    "config": ("Constant", "RunConfig", "Table", "load_config", "register_data", "register_method", "register_model"),
     "data": ("make_dataset",),
     "errors": ("AllClientsFailed", "CheckpointError", "ConfigError", "DataError", "FedMSError", "Interrupted", "ModelError",
                "RunFolderError", "WorkerDied"),
     "exports": ("export",),
     "exports.mixture": ("Mixture", "load"),
-    "methods": ("Method", "Prediction"),
+    "federated.method": ("BroadcastPolicy", "Method", "Prediction"),
     "models": ("ModuleModel",),
     "progress": ("Progress",),
     "report.results": ("Results", "results"),
@@ -39,9 +39,10 @@ _ROOMS = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "AllClientsFailed", "CheckpointError", "ConfigError", "DataError", "FedMSError", "Interrupted", "Method", "Mixture",
-    "ModelError", "ModuleModel", "Prediction", "Progress", "Results", "RunConfig", "RunFolderError", "WorkerDied", "compare",
-    "export", "load", "load_config", "make_dataset", "results", "run",
+    "AllClientsFailed", "BroadcastPolicy", "CheckpointError", "ConfigError", "Constant", "DataError", "FedMSError",
+    "Interrupted", "Method", "Mixture", "ModelError", "ModuleModel", "Prediction", "Progress", "Results", "RunConfig",
+    "RunFolderError", "Table", "WorkerDied", "compare", "export", "load", "load_config", "make_dataset", "register_data",
+    "register_method", "register_model", "results", "run",
 ]
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fedms.config import RunConfig
@@ -46,8 +43,7 @@ def diagnose(run_file: Path | None = None) -> Iterator[Check]:
     Args:
         run_file: A deployment's run file, whose folder is checked too.
     """
-    for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _minilm, _sentiment, _digits,
-                  _fashion, _pretrained, partial(_certificates, run_file)):
+    for check in (_python, _packages, _machine, _kernels, _backends, _gpu, _cache, _rows, partial(_certificates, run_file)):
         try:
             yield from check()
         except Exception as error:  # a check that breaks is a finding, and must not hide the others
@@ -156,47 +152,21 @@ def _cache() -> Iterator[Check]:
         yield Check("cache", "ok", f"{folder}{'' if existing == folder else ', made when needed'}")
 
 
-def _minilm() -> Iterator[Check]:
-    yield from _attempt("model minilm", lambda: importlib.import_module("fedms.models.minilm").model_folder())
+def _rows() -> Iterator[Check]:
+    """Every model and data set of the catalogue, as it says of itself."""
+    from fedms.config import registry
+
+    for kind, rows in (("model", registry.models()), ("data", registry.data_sets())):
+        for row in rows.values():
+            if row.status is not None:
+                yield _status(f"{kind} {row.name}", registry.load_object(row.status))
 
 
-def _sentiment() -> Iterator[Check]:
-    from fedms.data import cache_dir, sentiment
-
-    folder = cache_dir() / sentiment.INNER_FOLDER
-    if folder.exists():
-        yield from _attempt("data sentiment", lambda: f"{len(sentiment._cached_files())} files whole in {folder}")
-    elif (cache_dir() / sentiment.ARCHIVE).exists() or importlib.util.find_spec("pip"):
-        yield Check("data sentiment", "note", "not unpacked yet; the first run that needs it does that, after fetching "
-                                              "it with pip where it is not in the cache")
-    else:
-        yield Check("data sentiment", "problem", f"not fetched yet, and there is no pip to fetch it with: install pip, "
-                                                 f"or put {sentiment.ARCHIVE} into {cache_dir()}")
-
-
-def _digits() -> Iterator[Check]:
-    yield from _attempt("data digits", lambda: "in " + importlib.import_module("sklearn.datasets").__package__)
-
-
-def _fashion() -> Iterator[Check]:
-    from fedms.data import cache_dir, fashion
-
-    if fashion.INSTALLED.exists() or (cache_dir() / "fashion-mnist").exists():
-        yield from _attempt("data fashion-mnist", lambda: f"whole in {fashion.default_folder()}")
-    elif shutil.which("apt-get") and shutil.which("dpkg"):
-        yield Check("data fashion-mnist", "note", "not fetched yet; the first run that needs it does that with apt-get")
-    else:
-        yield Check("data fashion-mnist", "note", "not fetched yet, and there is no apt-get to fetch it with: put its four "
-                                                  "files into a folder and name it by data.path")
-
-
-def _pretrained() -> Iterator[Check]:
-    from fedms.models.vit import RECIPES
-
-    for name, recipe in RECIPES.items():
-        file = recipe.weights(name)
-        yield Check(f"model {name}", "ok" if file.exists() else "note",
-                    str(file) if file.exists() else f"not pretrained yet: fedms pretrain {name}")
+def _status(name: str, look: Callable[[], tuple[Any, str]]) -> Check:
+    try:
+        return Check(name, *look())
+    except Exception as error:      # what is missing shows itself in many types
+        return Check(name, "problem", str(error))
 
 
 def _certificates(run_file: Path | None) -> Iterator[Check]:
@@ -211,13 +181,6 @@ def _certificates(run_file: Path | None) -> Iterator[Check]:
         yield Check("certificates", "problem" if "has expired" in line else "note", line)
     if not lines:
         yield Check("certificates", "ok", ", ".join(f"{name} valid until {end:%Y-%m-%d}" for name, end in ends.items()))
-
-
-def _attempt(name: str, look: Callable[[], object]) -> Iterator[Check]:
-    try:
-        yield Check(name, "ok", str(look()))
-    except Exception as error:
-        yield Check(name, "problem", str(error))
 
 
 def cpu_name() -> str:

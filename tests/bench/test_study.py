@@ -10,7 +10,7 @@ import pytest
 from bench.study import page as pages
 from bench.study import plan as plans
 from bench.study import records as studies
-from fedms.config import METHODS, load_config
+from fedms.config import load_config, registry
 from fedms.errors import ConfigError, RunFolderError
 
 TINY = ("data.max_samples=200", "clients.count=3", "stage1.rounds=1", "stage2.rounds=1", "run.threads=1")
@@ -41,9 +41,9 @@ def test_the_plan_covers_every_method_and_seed_once():
     runs = plans.plan()
     assert len({run.key for run in runs}) == len(runs)
     for setting in plans.SETTINGS:
-        found = {(run.id, run.config.run.seed) for run in runs if run.setting == setting and run.id in METHODS}
-        assert found == {(method, seed) for method in METHODS for seed in plans.SEEDS}
-    assert {run.id for run in runs} == {*METHODS, *plans.ABLATIONS}
+        found = {(run.id, run.config.run.seed) for run in runs if run.setting == setting and run.id in registry.method_names()}
+        assert found == {(method, seed) for method in registry.method_names() for seed in plans.SEEDS}
+    assert {run.id for run in runs} == {*registry.method_names(), *plans.ABLATIONS}
     assert [run.id for run in runs[:6]] == list(plans.FIRST)
 
 
@@ -51,7 +51,7 @@ def test_settings_are_chosen_by_name():
     runs = plans.plan()
     found = plans.within(runs, "fashion-0.5,sentiment-0.3")
     assert {run.setting.name for run in found} == {"fashion-0.5", "sentiment-0.3"}
-    assert {run.id for run in found} == {*METHODS, *plans.ABLATIONS} and plans.within(runs, "all") == runs
+    assert {run.id for run in found} == {*registry.method_names(), *plans.ABLATIONS} and plans.within(runs, "all") == runs
     with pytest.raises(ConfigError, match="--settings: got 'fashion'; accepted: fashion-0.1, sentiment-natural"):
         plans.within(runs, "fashion")
 

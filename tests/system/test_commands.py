@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fedms import cli
-from fedms.config import METHODS
+from fedms.config import registry
 from fedms.storage.records import CLIENT_FIELDS, OPTIONAL, ROUND_FIELDS, SUMMARY_FIELDS, VISIT_FIELDS, RunRecords, comparable
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
@@ -115,11 +115,11 @@ def test_a_comparison_runs_every_method_on_the_same_clients(tmp_path):
     assert process.returncode == 0, process.stderr
     study = tmp_path / "study"
     runs = {path.parent.name: RunRecords.read(path.parent) for path in study.glob("*/summary.json")}
-    assert set(runs) == {f"{m}-seed0" for m in METHODS}
+    assert set(runs) == {f"{m}-seed0" for m in registry.method_names()}
     about = {tuple((c["id"], c["n_train"], c["n_test"]) for c in run.clients) for run in runs.values()}
     assert len(about) == 1
     assert runs["local-seed0"].summary["bytes_up"] == 0 < runs["fedms-seed0"].summary["bytes_up"]
-    assert (study / "report.html").is_file() and len((study / "compare.csv").read_text().splitlines()) == 1 + len(METHODS)
+    assert (study / "report.html").is_file() and len((study / "compare.csv").read_text().splitlines()) == 1 + len(registry.method_names())
     for name, run in runs.items():
         row = next(line for line in process.stdout.splitlines() if line.startswith(name.split("-")[0] + "  "))
         assert row.split()[1] == f"{100 * run.summary['personalized_accuracy']['mean']:.1f}"

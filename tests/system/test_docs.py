@@ -11,6 +11,7 @@ import pytest
 from pages import ELSEWHERE, PAGES, ROOT, blocks, run_page
 
 from fedms.config import config_from_dict, reference
+from fedms.config.reference import methods_table
 from fedms.foreign import parse_toml
 
 full = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
@@ -20,6 +21,10 @@ QUICK = [page for page in RUNNING if not any(block.runs_here and block.language 
 
 def test_the_configuration_page_is_current():
     assert (ROOT / "docs/reference/configuration.md").read_text() == reference(), "run: make docs"
+
+
+def test_the_table_of_methods_is_that_of_the_catalogue():
+    assert methods_table() in (ROOT / "docs/guide/compare.md").read_text()
 
 
 def test_every_block_has_a_language_that_is_known():

@@ -21,6 +21,7 @@ import torch
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
+from fedms import methods
 from fedms.config import load_config
 from fedms.engines import local
 from fedms.engines.flower import certificates, deployment
@@ -125,7 +126,7 @@ def test_chaos_among_real_processes(tmp_path, monkeypatch):
     fedms(tmp_path, "flower", "init", "deployment", "digits", "--port", str(port),
           *(word for value in sets for word in ("--set", value)))
     config = load_config(str(folder / "run.toml"))
-    server = Server(config, [1], {}, lambda stage, name: None)
+    server = Server(config, [1], {}, methods.create(config))
     assert [server.sample(stage, number + 1) for stage, count in ROUNDS.items() for number in range(count)] == SAMPLED
     commands = deployment.Commands(folder, deployment.HOST, port)
     out, words = tmp_path / "runs/run", ["run", "deployment/run.toml", "--engine", "flower", "--out", "runs/run"]

@@ -12,6 +12,7 @@ from typing import Annotated
 try:
     import typer
 
+    from fedms.errors import ConfigError
     from fedms.progress import accept_any_text
 
     # Imported in the order in which `fedms --help` lists the commands: each module adds its own to the application.
@@ -20,6 +21,8 @@ try:
     from .terminal import show
 except ModuleNotFoundError as missing:
     sys.exit(f"fedms needs {missing.name}, which is not installed: pip install 'fedms[train]'")
+except ConfigError as broken:       # a plugin that registers methods, data or models
+    sys.exit(f"fedms: {broken}")
 
 
 def _show_version(asked: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from fedms.config import MODELS, ConfigError, RunConfig, load_config
+from fedms.config import ConfigError, RunConfig, load_config, registry
 from fedms.errors import DataError, RunFolderError
 from fedms.storage.durable import write_durably
 
@@ -72,7 +72,7 @@ def init(
         "--client", metavar="NAME", help="Column that says whose a sample is; none: clients are simulated.",
         show_default="asked")] = None,
     model: Annotated[Optional[str], typer.Option(
-        "--model", metavar="NAME|ID", help=f"Foundation model: {', '.join(MODELS)}, a folder, or an id of the Hugging "
+        "--model", metavar="NAME|ID", help=f"Foundation model: {', '.join(registry.models())}, a folder, or an id of the Hugging "
         "Face hub.", show_default="asked")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the guess for each open question.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
@@ -98,7 +98,7 @@ def init(
                           images=images or (content or "").lower() in IMAGES)
     usual = IMAGE_MODEL if answers.images else TEXT_MODEL
     model = model or (_ask("5. Which foundation model? A built-in name, a folder, or a hub id", usual) if asks else usual)
-    answers = _looked_at(replace(answers, model=model, images=answers.images or MODELS.get(model) == "images"))
+    answers = _looked_at(replace(answers, model=model, images=answers.images or _reads_images(model)))
     text = run_file(answers)
     _check(text, file)
     try:
@@ -160,6 +160,11 @@ def _columns(data: str) -> tuple[list[str], bool]:
     if not tables:
         raise DataError(f"--data: {path} is neither a table (.csv, .tsv, .parquet, .jsonl) nor a folder of tables or images")
     return list(read_table(tables[0], load_config("sentiment").data, {}).names), False
+
+
+def _reads_images(model: str) -> bool:
+    row = registry.models().get(model)
+    return row is not None and row.reads == "images"
 
 
 def _looked_at(answers: Answers) -> Answers:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedms.config import DATA, METHODS, MODELS, ConfigError, RunConfig, builtin_names, load_config, parse_size, with_run
+from fedms.config import ConfigError, RunConfig, builtin_names, load_config, parse_size, registry, with_run
 from fedms.errors import DataError, ModelError, RunFolderError
 
 from .terminal import say
@@ -42,11 +42,11 @@ Sets = Annotated[Optional[list[str]], typer.Option(
 RunOut = Annotated[Optional[Path], typer.Option(
     "--out", "-o", metavar="DIR", help="Run folder.", show_default="runs/SOURCE/METHOD-seedN")]
 Methods = Annotated[str, typer.Option(
-    "--methods", "-m", metavar="A,B|all", autocompletion=_complete_list([*METHODS, "all"]),
-    help=f"Methods, with commas between them: {', '.join(METHODS)}.")]
+    "--methods", "-m", metavar="A,B|all", autocompletion=_complete_list([*registry.method_names(), "all"]),
+    help=f"Methods, with commas between them: {', '.join(registry.method_names())}.")]
 Method = Annotated[Optional[str], typer.Option(
-    "--method", "-m", metavar="NAME", autocompletion=_complete(METHODS),
-    help=f"Same as --set run.method=NAME: {', '.join(METHODS)}.")]
+    "--method", "-m", metavar="NAME", autocompletion=_complete(registry.method_names()),
+    help=f"Same as --set run.method=NAME: {', '.join(registry.method_names())}.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
 Track = Annotated[Optional[list[str]], typer.Option(
     "--track", metavar="NAME", autocompletion=_complete(("tensorboard", "wandb", "mlflow")),
@@ -74,8 +74,8 @@ def read_source(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     config = load_config(source, overrides)
     if config.run.engine != "flower":       # a deployment's nodes have their own data
-        _refuse_misspelled("data.name", config.data.name, DATA, DataError)
-        _refuse_misspelled("model.id", config.model.id, MODELS, ModelError)
+        _refuse_misspelled("data.name", config.data.name, registry.data_sets(), DataError)
+        _refuse_misspelled("model.id", config.model.id, registry.models(), ModelError)
     return config
 
 
@@ -105,7 +105,7 @@ def fitting_methods(config: RunConfig, text: str) -> list[str]:
     if text.strip() != "all":
         return _method_list(text)
     fitting = []
-    for name in METHODS:
+    for name in registry.method_names():
         try:
             with_run(config, method=name)
             fitting.append(name)
@@ -116,12 +116,12 @@ def fitting_methods(config: RunConfig, text: str) -> list[str]:
 
 def _method_list(text: str) -> list[str]:
     chosen = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if unknown := [name for name in chosen if name not in METHODS]:
-        close = difflib.get_close_matches(unknown[0], METHODS, 1)
+    if unknown := [name for name in chosen if name not in registry.method_names()]:
+        close = difflib.get_close_matches(unknown[0], registry.method_names(), 1)
         hint = f"; did you mean {close[0]}?" if close else ";"
-        raise ConfigError(f"--methods: unknown method {unknown[0]!r}{hint} accepted: all, or a list of {', '.join(METHODS)}")
+        raise ConfigError(f"--methods: unknown method {unknown[0]!r}{hint} accepted: all, or a list of {', '.join(registry.method_names())}")
     if not chosen:
-        raise ConfigError(f"--methods: names no method; accepted: all, or a list of {', '.join(METHODS)}")
+        raise ConfigError(f"--methods: names no method; accepted: all, or a list of {', '.join(registry.method_names())}")
     return chosen
 
 

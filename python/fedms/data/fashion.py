@@ -11,6 +11,7 @@ same four files, or with others of their format.
 from __future__ import annotations
 
 import gzip
+import shutil
 import subprocess
 import tempfile
 import zlib
@@ -48,6 +49,16 @@ def load(config, model, seed: int) -> Dataset:
     inputs = ImageInputs(pixels(images), model.image_tokens, str(folder))
     check_shape("fashion-mnist", inputs.pixels, model)
     return make_dataset("fashion-mnist", inputs, torch.from_numpy(labels), CLASSES)
+
+
+def status() -> tuple[str, str]:
+    """What `fedms doctor` says: whether the images are here, or can be fetched."""
+    if INSTALLED.exists() or (cache_dir() / "fashion-mnist").exists():
+        return "ok", f"whole in {default_folder()}"
+    if shutil.which("apt-get") and shutil.which("dpkg"):
+        return "note", "not fetched yet; the first run that needs it does that with apt-get"
+    return "note", ("not fetched yet, and there is no apt-get to fetch it with: put its four files into a folder and name it by "
+                    "data.path")
 
 
 def public_half(path: str | None = None) -> torch.Tensor:

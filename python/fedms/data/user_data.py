@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedms.config import DATA
+from fedms.config import registry
 from fedms.errors import DataError
 
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
@@ -58,7 +58,7 @@ def load(config, model, seed: int) -> Dataset:
 def stamp(config) -> tuple[object, ...]:
     """Changes when a file of `config.name` does (size and time of each), so that what was read of it is not used again."""
     path = Path(config.name).expanduser()
-    if config.name in DATA or not path.exists():
+    if config.name in registry.data_sets() or not path.exists():
         return ()
     tree = scan(path) if path.is_dir() else Tree(path, (), (), (path,), ())
     files = (*tree.tables, *tree.images)

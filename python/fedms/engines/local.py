@@ -11,7 +11,7 @@ from fedms.federated.client import Client, Message, Participant, Private, Share,
 from fedms.federated.evaluation import evaluate_client, own_accuracy
 from fedms.federated.packing import Packed, pack_reply, pack_share, unpack_reply, unpack_share
 from fedms.federated.server import Server
-from fedms.methods import Method
+from fedms.federated.method import Method
 from fedms.progress import Progress
 from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedms import models
-from fedms.config import RunConfig, config_from_dict, upgraded
+from fedms.config import RunConfig, config_from_dict, registry, upgraded
 from fedms.data import user_data
 from fedms.errors import ConfigError, ModelError, RunFolderError
 from fedms.exports.manifest import CLIENTS, Manifest, clients_in, read_manifest, save_tensors, write_manifest
@@ -40,7 +40,7 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> Non
         model_keys = {"id": "base", "pooling": getattr(foundation, "pooling", "auto"),
                       "blocks": foundation.blocks}
     except ModelError:
-        if task.config.model.id not in models.MODELS:
+        if task.config.model.id not in registry.models():
             model_keys = {"id": foundation.name}    # given as an object then, and to be given again
     model = bind(foundation, task)
     start = {name: tensor for name, tensor in model.imported.items() if name not in final.tensors}
@@ -209,9 +209,9 @@ def _config(folder: Path, content: Manifest, given: bool, trust_remote_code: boo
     elif content.model.id is not None and not given:
         raise ConfigError(f"{folder}: its model {printable(content.model.id)!r} was given as an object; give it again as "
                           "foundation=")
-    elif content.model.id is None and config.model.id not in models.MODELS:
+    elif content.model.id is None and config.model.id not in registry.models():
         raise RunFolderError(f"{folder}: names the model {printable(config.model.id)!r}, which neither lies in it nor is "
-                             f"built in ({', '.join(models.MODELS)}); export it again")
+                             f"built in ({', '.join(registry.models())}); export it again")
     return config.model_copy(update={"model": config.model.model_copy(update=table),
                                      "lora": config.lora.model_copy(update={"start": None})})
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from fedms import models
+from fedms.config import registry
 from fedms.errors import ConfigError
 from fedms.exports.manifest import save_tensors, write_manifest
 from fedms.exports.merged import linear_head, model_card, need_transformers
@@ -32,7 +33,7 @@ def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> Non
         raise ConfigError('--format: got peft, but with aggregate.rule = "exact" the run changed the frozen weights too, '
                           "which an adapter cannot hold; accepted: merged, onnx, mixture")
     base = task.config.model.id
-    if base in models.MODELS:                   # no path of its own
+    if base in registry.models():                   # no path of its own
         foundation.save(folder / "base")
         base = "../base"
     elif Path(base).expanduser().is_dir():

@@ -11,7 +11,7 @@ from fedms.data.subset import Subset
 from fedms.errors import ConfigError
 from fedms.exports.trained_run import Task, TrainedRun
 from fedms.federated.client import Private
-from fedms.methods import Prediction
+from fedms.federated.method import Prediction
 from fedms.models import FoundationModel
 from fedms.training.expert_model import ExpertModel
 

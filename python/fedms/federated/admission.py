@@ -13,6 +13,7 @@ from torch import Tensor
 from fedms.config import RunConfig
 from fedms.errors import FedMSError
 from fedms.federated.client import Message, Participant, Reply
+from fedms.federated.method import Method
 from fedms.federated.schema import shown
 from fedms.tensors import Tensors
 
@@ -30,12 +31,13 @@ class Admission:
         config: the run file.
         order: block numbers in the order of their activation.
         block_of: block number of each tensor under `expert/`.
+        method: says how far a visit can change a tensor.
         statistics: statistics that a client may send once a run, as zeros; each counts samples by class.
     """
 
-    def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
+    def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int], method: Method,
                  statistics: Mapping[str, Tensor]) -> None:
-        self.config, self.order, self.block_of, self.statistics = config, order, block_of, statistics
+        self.config, self.order, self.block_of, self.method, self.statistics = config, order, block_of, method, statistics
 
     def check(self, reply: Reply, message: Message, participant: Participant, counted: Collection[int]) -> None:
         """Raises RejectedReply unless this client can have given this reply to this message.
@@ -74,7 +76,7 @@ class Admission:
         for name, change, norm in zip(names, changes, _norms(sent)):
             if not math.isfinite(change):
                 raise RejectedReply(f"{name}: holds NaN or infinity")
-            most = self.config.clients.max_change * farthest(self.config, participant, name, tensors[name].numel(), norm)
+            most = self.config.clients.max_change * farthest(self.method, participant, name, tensors[name].numel(), norm)
             if change > most:
                 raise RejectedReply(f"{name}: its change has norm {change:g}; accepted: up to {most:g}, by clients.max_change")
 
@@ -91,7 +93,7 @@ class Admission:
                 raise RejectedReply(f"{name}: adds up to {float(tensor.sum()):g}, but the client has {reply.n_train} training samples")
 
 
-def farthest(config: RunConfig, participant: Participant, name: str, elements: int, norm: float) -> float:
+def farthest(method: Method, participant: Participant, name: str, elements: int, norm: float) -> float:
     """About the largest norm of a tensor's change that a visit's training can reach.
 
     AdamW moves an element by about its learning rate at most, whatever the gradients are, besides the decay of weights;
@@ -101,15 +103,10 @@ def farthest(config: RunConfig, participant: Participant, name: str, elements: i
     Args:
         norm: of the tensor as it was sent.
     """
-    stages = (config.stage1, config.stage2)
-    if name.startswith("gate/"):
-        lr = max(config.gate.lr, config.plus.confidence_lr if name.startswith("gate/side.") else 0.0)
-        epochs = max(config.stage2.epochs, config.plus.gate_epochs)
-    else:
-        lr = max(stage.lr for stage in stages)
-        epochs = max(stage.epochs for stage in stages) + (config.fedrep.head_epochs if config.run.method == "fedrep" else 0)
+    stages = (method.config.stage1, method.config.stage2)
+    lr, epochs = method.most_training(name)
     samples, batch = max(participant.n_train, participant.n_validation), min(stage.batch for stage in stages)
-    way = lr * epochs * math.ceil(samples / batch)
+    way = lr * max(epochs * math.ceil(samples / batch), *(stage.steps or 0 for stage in stages))
     return way * math.sqrt(elements) + (way * max(stage.weight_decay for stage in stages) + ROUNDING) * norm
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, ClientFailure, Message, Private
-from fedms.methods import Method, Prediction
+from fedms.federated.method import Method, Prediction
 from fedms.tasks import Task
 from fedms.training.expert_model import ExpertModel
 

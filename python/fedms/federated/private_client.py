@@ -13,7 +13,7 @@ import numpy as np
 from fedms.config import RunConfig
 from fedms.federated.client import Client, ClientFailure, Message, Private, Share, memory_errors
 from fedms.federated.evaluation import evaluate_client
-from fedms.methods import Method
+from fedms.federated.method import Method
 from fedms.privacy import secure_round
 from fedms.privacy.clipping import NotFinite
 from fedms.privacy.key_file import KeyFileError, create_key, derive, read_key

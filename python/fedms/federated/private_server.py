@@ -19,6 +19,7 @@ from fedms.config import RunConfig
 from fedms.errors import AllClientsFailed, ConfigError
 from fedms.federated.client import Message, Share
 from fedms.federated.devices import device_of
+from fedms.federated.method import BroadcastPolicy, Method
 from fedms.federated.server import STAGES, RejectedReply, Server, ServerState
 from fedms.privacy.accounting import multiplier_for
 from fedms.privacy.clipping import Layout, within_bound
@@ -94,14 +95,14 @@ class PrivateServer(Server):
     """The server of a run with `[privacy] mode`.
 
     Args:
-        config, order, block_of, broadcast_policy, statistics: see `Server`.
+        config, order, block_of, method, statistics: see `Server`.
         names: gives the names of all tensors that the server starts with.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
-                 broadcast_policy: Callable[[str, str], str | None], sums: Mapping[str, torch.Tensor],
+                 method: Method, sums: Mapping[str, torch.Tensor],
                  names: Callable[[], Collection[str]]) -> None:
-        super().__init__(config, order, block_of, broadcast_policy, sums)
+        super().__init__(config, order, block_of, method, sums)
         self._names = names
         self.settings = config.privacy
 
@@ -153,7 +154,7 @@ class PrivateServer(Server):
         with_update: list[tuple[float | None, ...]] = []
         beside: list[float] = []
         for stage in STAGES:
-            updates = any(self.broadcast_policy(stage, name) == "round" for name in names)
+            updates = any(self.broadcast_policy(stage, name) is BroadcastPolicy.EVERY_ROUND for name in names)
             for round in range(1, getattr(self.config, stage).rounds + 1):
                 others = (self._score_noise if self._asks_for_scores else None,
                           self._count_noise if (stage, round) == (self.first, 1) and self.statistics else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from fedms.federated import schedule
 from fedms.federated.admission import Admission, RejectedReply
 from fedms.federated.aggregation import Residual, WeightedMean, krum, median, trimmed_mean
 from fedms.federated.client import Message, Participant, Reply
+from fedms.federated.method import BroadcastPolicy, Method
 from fedms.seeds import generator
 from fedms.tensors import Tensors, is_a
 from fedms_ext import LoRA
@@ -146,23 +147,24 @@ class Server:
         config: the run file.
         order: block numbers in the order of their activation.
         block_of: block number of each tensor under `expert/`.
-        broadcast_policy: `broadcast_policy(stage, name)` says how a tensor goes to clients in a stage: "round" (with every message),
-            "once" (a client keeps it), or None. The method decides.
-        statistics: statistics that clients may send to be added up, as zeros. The method decides.
+        method: says how tensors go to clients, and how far a visit can change them.
+        statistics: the method's statistics, which clients may send to be added up, as zeros.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
-                 broadcast_policy: Callable[[str, str], str | None], statistics: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        self.config, self.order, self.block_of, self._broadcast_policy, self.statistics = config, order, block_of, broadcast_policy, statistics
+                 method: Method, statistics: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.config, self.order, self.block_of, self.method, self.statistics = config, order, block_of, method, statistics
         self.schedule = schedule.from_config(config.sal, len(order))
-        self.admission = Admission(config, order, block_of, statistics)
+        self.admission = Admission(config, order, block_of, method, statistics)
 
     def check(self) -> None:
         """See that the run can begin, before anything is written. Raises ConfigError if it cannot."""
 
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
-        return None if self.config.aggregation == "freeze_a" and is_a(name) else self._broadcast_policy(stage, name)
+        if self.config.aggregation == "freeze_a" and is_a(name):
+            return BroadcastPolicy.NEVER
+        return self.method.broadcast_policy(stage, name)
 
     def start(self, tensors: Tensors) -> ServerState:
         """State before the first round of the first stage that has rounds."""
@@ -177,14 +179,13 @@ class Server:
         """What goes out for the round that comes next. After the last round: the final tensors, to nobody in
         particular, for evaluation."""
         applied = set(self.order[:state.applied_depth])
-        sent: dict[str, Tensors] = {"round": {}, "once": {}}
+        sent: dict[BroadcastPolicy, Tensors] = {policy: {} for policy in BroadcastPolicy}
         for name, tensor in state.tensors.items():
-            how = self.broadcast_policy(state.stage, name)
-            if how and (name not in self.block_of or self.block_of[name] in applied):
-                sent[how][name] = tensor
+            if name not in self.block_of or self.block_of[name] in applied:
+                sent[self.broadcast_policy(state.stage, name)][name] = tensor
         clients = self.sample(state.stage, state.round) if state.stage in STAGES else ()
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
-                       sent["round"], sent["once"], state.statistics)
+                       sent[BroadcastPolicy.EVERY_ROUND], sent[BroadcastPolicy.ONCE], state.statistics)
 
     def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected) -> None:
         """Adds a reply to the round, if it is one that this client can have given to this message.

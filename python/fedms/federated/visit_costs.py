@@ -16,7 +16,7 @@ from fedms.federated import encoding
 from fedms.federated.client import Client, Private
 from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES, Server
-from fedms.methods import Method
+from fedms.federated.method import BroadcastPolicy, Method
 from fedms.seeds import generator
 from fedms.tensors import Tensors, freeze_none, is_a
 from fedms.training.expert_model import ExpertModel
@@ -71,7 +71,7 @@ class CostModel:
     def __init__(self, model: ExpertModel, method: Method, config: RunConfig, partition: Partition) -> None:
         self.model, self.method, self.partition = model, method, partition
         self.config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ()})})
-        self.server = Server(config, model.order, model.block_of, method.broadcast_policy)
+        self.server = Server(config, model.order, model.block_of, method)
         self.max_depth = config.sal.max_depth or len(model.order)
         lengths = model.dataset.inputs.lengths
         self.longest = lengths.argmax()
@@ -186,7 +186,7 @@ class CostModel:
         return self.model.read_applied("global")
 
     def _message(self, tensors: Tensors) -> int:
-        sent = {name: tensor for name, tensor in tensors.items() if self.server.broadcast_policy("stage1", name)}
+        sent = {name: tensor for name, tensor in tensors.items() if self.server.broadcast_policy("stage1", name) is not BroadcastPolicy.NEVER}
         return len(encoding.pack(sent, self.config.wire.dtype)) if sent else 0
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train
+from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import Prediction, keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
+from fedms.methods.steps import keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
@@ -27,7 +28,6 @@ ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 
 
 class APFL(FedAvg):
-    name = "apfl"
     personal = ("stage1", "stage2")
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
@@ -59,13 +59,13 @@ class APFL(FedAvg):
         received, before = judge(), {**model.read_applied("local"), ALPHA: alpha.detach().to("cpu", copy=True)}
         mean, moments = train(model, client, message, private, [
             Group({f"local/{name}": p for name, p in params.items()}, lr_of(client, message)),
-            Group({ALPHA: alpha}, self.config.apfl.lr)], loss_on)
+            Group({ALPHA: alpha}, self.settings.lr)], loss_on)
         kept, reached = keep_better(model, client, message, before, received, judge)
         reply = make_reply(client, {}, None, reached, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
         return reply, Private({**private.tensors, ALPHA: alpha.detach().cpu(), **kept, **moments})
 
     def _alpha(self, private: Private) -> Tensor:
-        return private.tensors.get(ALPHA, torch.tensor(self.config.apfl.alpha).logit()).clone()
+        return private.tensors.get(ALPHA, torch.tensor(self.settings.alpha).logit()).clone()
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         prediction = super().predict(model, part, private, final)

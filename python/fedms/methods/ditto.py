@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import Prediction, proximal, shared_expert, train_private, train_shared
+from fedms.methods.steps import proximal, shared_expert, train_private, train_shared
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
 class Ditto(FedAvg):
-    name = "ditto"
     personal = ("stage1", "stage2")
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
@@ -24,7 +24,7 @@ class Ditto(FedAvg):
         shared = shared_expert(model, message, self.config)
         reply, private = train_shared(model, client, private, message)
         own, private = train_private(model, client, private, message, start=shared,
-                                     penalty=proximal(self.config.ditto.pull, shared))
+                                     penalty=proximal(self.settings.pull, shared))
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 

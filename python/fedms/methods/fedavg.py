@@ -3,16 +3,16 @@ from __future__ import annotations
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
-from fedms.methods.steps import Method, Prediction, shared_expert, train_shared
+from fedms.federated.method import BroadcastPolicy, Method, Prediction
+from fedms.methods.steps import shared_expert, train_shared
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
 class FedAvg(Method):
-    name = "fedavg"
 
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
-        return None if name.startswith("gate/") else "round"
+    def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
+        return BroadcastPolicy.NEVER if name.startswith("gate/") else BroadcastPolicy.EVERY_ROUND
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

@@ -3,19 +3,19 @@ from __future__ import annotations
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
-from fedms.methods.steps import Method, Prediction, shared_expert, train_private, train_shared
+from fedms.federated.method import BroadcastPolicy, Method, Prediction
+from fedms.methods.steps import shared_expert, train_private, train_shared
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgFT(Method):
-    name = "fedavg_ft"
     personal = ("stage2",)
 
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
+    def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         if name.startswith("gate/"):
-            return None
-        return "round" if stage == "stage1" else "once"
+            return BroadcastPolicy.NEVER
+        return BroadcastPolicy.EVERY_ROUND if stage == "stage1" else BroadcastPolicy.ONCE
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

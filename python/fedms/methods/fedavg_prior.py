@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import Prediction, class_counts
+from fedms.methods.steps import class_counts
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgPrior(FedAvg):
-    name = "fedavg_prior"
 
     def statistics(self, classes: int) -> Tensors:
         return {"class_counts": torch.zeros(classes, dtype=torch.float64)}

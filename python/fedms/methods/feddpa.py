@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.method import Prediction
 from fedms.methods.fedavg_ft import FedAvgFT
-from fedms.methods.steps import Prediction, shared_expert
+from fedms.methods.steps import shared_expert
 from fedms.seeds import generator
 from fedms.training.expert_model import ExpertModel
 
@@ -25,14 +26,13 @@ REFERENCES = "feddpa/references"        # (S, D) features of training samples
 
 
 class FedDPA(FedAvgFT):
-    name = "feddpa"
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         reply, after = super().client_step(model, client, private, message)
         if message.stage == "stage2" and REFERENCES not in after.tensors:
             drawn = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "feddpa", client.id))
-            features = model.features(client.train).cpu()[drawn[:self.config.feddpa.samples]]
+            features = model.features(client.train).cpu()[drawn[:self.settings.samples]]
             after = replace(after, tensors={**after.tensors, REFERENCES: features.clone()})
         return reply, after
 
@@ -47,4 +47,4 @@ class FedDPA(FedAvgFT):
     def _weight(self, features: Tensor, references: Tensor) -> Tensor:
         """Weights (n,) of the local expert for features (n, D)."""
         similar = F.normalize(features, dim=1) @ F.normalize(references, dim=1).T
-        return (self.config.feddpa.scale * similar.mean(1)).clamp(0, 1)
+        return (self.settings.scale * similar.mean(1)).clamp(0, 1)

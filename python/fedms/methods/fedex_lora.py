@@ -9,4 +9,4 @@ from fedms.methods.fedavg import FedAvg
 
 
 class FedExLoRA(FedAvg):
-    name = "fedex_lora"
+    """Federated averaging; its row in the catalogue names the rule."""

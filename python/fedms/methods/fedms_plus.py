@@ -21,65 +21,103 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
+from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
+from fedms.federated.method import BroadcastPolicy, Method, Prediction
 from fedms.methods.fedavg_prior import log_prior
-from fedms.methods.fedms import FedMS
-from fedms.methods.steps import Prediction, class_counts, keep_better, train_shared
+from fedms.methods.mixing import Fitted, Mixture, train_mixture, train_together
+from fedms.methods.steps import class_counts, keep_better, train_shared
 from fedms.seeds import generator
 from fedms.tensors import Tensors
+from fedms.training.answering import Speaker
 from fedms.training.expert_model import EXPERTS, ExpertModel
 
 COUNTS = "class_counts"
 
 
-class FedMSPlus(FedMS):
-    name = "fedms_plus"
+class FedMSPlus(Method):
+    personal = ("stage2",)
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.mixture = Mixture(config, sees_confidences=self.settings.confidences)
+
+    @property
+    def trains_gate(self) -> bool:
+        return self.mixture.trains_gate
 
     @property
     def _uses_prior(self) -> bool:
         return self.config.task.kind == "classification"
 
     def statistics(self, classes: int) -> Tensors:
-        return {} if not self._uses_prior else {COUNTS: torch.zeros(classes, dtype=torch.float64)}
+        return {COUNTS: torch.zeros(classes, dtype=torch.float64)} if self._uses_prior else {}
 
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
-        if self.config.plus.global_in_stage2 and not name.startswith("gate/"):
-            return "round"
-        return super().broadcast_policy(stage, name)
+    def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
+        if name.startswith("gate/"):
+            shared = stage != "stage1" and self.mixture.shares_gate
+            return BroadcastPolicy.EVERY_ROUND if shared else BroadcastPolicy.NEVER
+        goes_on = stage == "stage1" or self.settings.global_in_stage2
+        return BroadcastPolicy.EVERY_ROUND if goes_on else BroadcastPolicy.ONCE
+
+    def most_training(self, name: str) -> tuple[float, int]:
+        lr, epochs = super().most_training(name)
+        if name.startswith("gate/side."):
+            lr = max(lr, self.settings.confidence_lr)
+        return lr, max(epochs, self.settings.gate_epochs) if name.startswith("gate/") else epochs
 
     def initial(self, model: ExpertModel) -> Tensors:
-        side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.config.plus.confidences else {}
+        side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.settings.confidences else {}
         return {**super().initial(model), **side}
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         counts = class_counts(model, client.train)
         known = {COUNTS: counts} if self._uses_prior else {}
-        statistics = {} if COUNTS in private.tensors else known
-        first, kept = None, Private()
-        if message.stage == "stage2" and self.config.plus.global_in_stage2:
+        reply, after = self._visit(model, client, private, message, counts)
+        return (replace(reply, statistics={} if COUNTS in private.tensors else known),
+                Private({**after.tensors, **known}))
+
+    def _visit(self, model: ExpertModel, client: Client, private: Private, message: Message,
+               counts: Tensor) -> tuple[Reply, Private]:
+        """In stage 1 that of federated averaging. In stage 2 the same for the global expert, if it goes on, and then one for
+        the mixture."""
+        shared, after_shared = None, Private()
+        if message.stage == "stage1" or self.settings.global_in_stage2:
             self._shift(model, "stage1", counts, message.statistics)
-            as_before = replace(message, stage="stage1", round=self.config.stage1.rounds + message.round)
-            first, kept = train_shared(model, client, private, as_before)
-        self._shift(model, message.stage, counts, message.statistics)
-        reply, after = super().client_step(model, client, private, message)
-        if first is not None:
-            size = first.metrics["trained_params"] + reply.metrics["trained_params"]
-            reply = replace(reply, tensors={**first.tensors, **reply.tensors},
+            as_stage1 = message if message.stage == "stage1" else replace(
+                message, stage="stage1", round=self.config.stage1.rounds + message.round)
+            shared, after_shared = train_shared(model, client, private, as_stage1)
+        if message.stage == "stage1":
+            return shared, after_shared
+        self._shift(model, "stage2", counts, message.statistics)
+        self.mixture.load(model, private, message, client.trained_depth(message), self._new_gate(model))
+        reply, after = train_mixture(self.mixture, model, client, private, message,
+                                     train_together if self.settings.gate_on == "training" else self._train_gate_after)
+        if shared is not None:
+            size = shared.metrics["trained_params"] + reply.metrics["trained_params"]
+            reply = replace(reply, tensors={**shared.tensors, **reply.tensors},
                             metrics={**reply.metrics, "trained_params": size})
-        return replace(reply, statistics=statistics), Private({**kept.tensors, **after.tensors, **known})
+        return reply, Private({**after_shared.tensors, **after.tensors})
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         if COUNTS in private.tensors:                    # a client that was never visited has no counts
             self._shift(model, "stage2", private.tensors[COUNTS], final.statistics)
-        return super().predict(model, part, private, final)
+        return self.mixture.predict(model, part, private, final, self._new_gate(model))
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
+        return self.mixture.speaker(model, private, final, self._new_gate(model))
+
+    def _new_gate(self, model: ExpertModel) -> Tensors:
+        """What a gate begins as that a client keeps to itself."""
+        return self.initial(model) if self.mixture.keeps_gate else {}
 
     def _shift(self, model: ExpertModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
         """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
         if not self._uses_prior:
             return
-        plus = self.config.plus
+        plus = self.settings
         everyone = statistics.get(COUNTS, torch.zeros_like(counts))
         shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float().to(model.device)
         none = torch.zeros_like(shift)
@@ -87,45 +125,30 @@ class FedMSPlus(FedMS):
         on_local = stage != "stage1" and plus.prior == "both"
         model.shifts = {"global": shift if on_global else none, "local": shift if on_local else none}
 
-    def _weights(self, model: ExpertModel, features: Tensor, shared: Tensor | None = None,
-                 own: Tensor | None = None) -> Tensor:
-        if self.config.gate.weight is not None or not self.config.plus.confidences:
-            return super()._weights(model, features, shared, own)
-        sure = model.task.confidences
-        return model.gate(features, torch.cat([sure(shared), sure(own.detach())], 1))
-
-    def _fit(self, model: ExpertModel, client: Client, private: Private, message: Message, expert: Group,
-             gate: Group) -> tuple[float, Tensors, Tensors]:
-        if self.config.plus.gate_on == "training":
-            return super()._fit(model, client, private, message, expert, gate)
+    def _train_gate_after(self, mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message,
+                          expert: Group, gate: Group) -> Fitted:
+        """Trains the local expert, keeps the better one, and then trains the gate on samples that the expert has not seen."""
         rows, part, gate_rows = self._split(client)
-        own_before, before = validate(model, client, "local"), model.read_applied("local")
-        loss, moments = train(model, client, message, private, [expert], self._loss(model), rows=rows)
-        kept, _ = keep_better(model, client, message, before, own_before)
+        received, before = validate(model, client, "local"), model.read_applied("local")
+        loss, moments = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows)
+        kept, _ = keep_better(model, client, message, before, received)
         if gate.params and len(gate_rows):
-            _, gate_moments = train(model, client, message, private, self._gate_groups(gate), self._gate_loss(model), part,
-                                    gate_rows, self.config.plus.gate_epochs)
+            _, gate_moments = train(model, client, message, private, self._gate_groups(gate), mixture.gate_loss(model), part,
+                                    gate_rows, self.settings.gate_epochs)
             moments = {**moments, **gate_moments}
-        return loss, kept, moments
+        return Fitted(loss, kept, moments)
 
     def _gate_groups(self, gate: Group) -> list[Group]:
         """Hundreds of features need small steps, a handful of confidences larger ones."""
         side = {name: p for name, p in gate.params.items() if name.startswith("gate/side.")}
         rest = {name: p for name, p in gate.params.items() if name not in side}
-        return [Group(rest, gate.lr), *([Group(side, self.config.plus.confidence_lr)] if side else [])]
+        return [Group(rest, gate.lr), *([Group(side, self.settings.confidence_lr)] if side else [])]
 
     def _split(self, client: Client) -> tuple[Tensor, Subset, Tensor]:
-        """Rows of the training part for the local expert; the part that the gate is trained on, and its rows there. The
-        same at every visit."""
+        """Rows of the training part for the local expert; the part that the gate is trained on, and its rows there. The same
+        at every visit."""
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
-        if self.config.plus.gate_on == "validation":
+        if self.settings.gate_on == "validation":
             return rows, client.validation, torch.arange(len(client.validation))
-        held_out = int(self.config.plus.held_out * len(rows))
+        held_out = int(self.settings.held_out * len(rows))
         return rows[held_out:], client.train, rows[:held_out]
-
-    def _gate_loss(self, model: ExpertModel) -> LossOn:
-        """Mean over a batch of the mixture's loss, with both experts constant."""
-        def on(part: Subset) -> Loss:
-            mixture, own = self._mixture_of(model, part), model.opinions("local", part)
-            return lambda rows: model.task.loss(mixture(rows, own[model.units(part, rows)]), model.targets(part, rows))
-        return on

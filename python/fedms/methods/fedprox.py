@@ -11,9 +11,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedProx(FedAvg):
-    name = "fedprox"
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message,
-                            penalty=proximal(self.config.fedprox.mu, message.tensors))
+                            penalty=proximal(self.settings.mu, message.tensors))

@@ -10,8 +10,11 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedRep(FedPer):
-    name = "fedrep"
     personal = ("stage1", "stage2")
+
+    def most_training(self, name: str) -> tuple[float, int]:
+        lr, epochs = super().most_training(name)
+        return lr, epochs + self.settings.head_epochs
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
@@ -20,7 +23,7 @@ class FedRep(FedPer):
         received = validate(model, client, "global")
         head = model.trainable("global")
         _, head_moments = train(model, client, message, private, [Group(head, lr_of(client, message))],
-                                own_loss_of(model, "global"), epochs=self.config.fedrep.head_epochs)
+                                own_loss_of(model, "global"), epochs=self.settings.head_epochs)
         own = model.read_trained("global")
 
         model.load("global", {**body, **own}, depth=client.trained_depth(message),

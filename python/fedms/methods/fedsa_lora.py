@@ -2,13 +2,13 @@
 common, B what they do not. The linear head, which the paper does not train, stays with B (our choice)."""
 from __future__ import annotations
 
+from fedms.federated.method import BroadcastPolicy
 from fedms.methods.fedper import FedPer
 from fedms.tensors import is_a
 
 
 class FedSALoRA(FedPer):
-    name = "fedsa_lora"
     personal = ("stage1", "stage2")
 
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
-        return "round" if is_a(name) else None
+    def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
+        return BroadcastPolicy.EVERY_ROUND if is_a(name) else BroadcastPolicy.NEVER

@@ -9,4 +9,4 @@ from fedms.methods.fedavg import FedAvg
 
 
 class FFALoRA(FedAvg):
-    name = "ffa_lora"
+    """Federated averaging; its row in the catalogue names the rule."""

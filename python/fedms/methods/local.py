@@ -3,17 +3,17 @@ from __future__ import annotations
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
-from fedms.methods.steps import Method, Prediction, train_private
+from fedms.federated.method import BroadcastPolicy, Method, Prediction
+from fedms.methods.steps import train_private
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
 
 class Local(Method):
-    name = "local"
     personal = ("stage1", "stage2")
 
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
-        return None
+    def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
+        return BroadcastPolicy.NEVER
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

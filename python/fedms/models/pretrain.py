@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedms.data import PUBLIC_HALVES
+from fedms.config import registry
 from fedms.data import made_cache_dir
 from fedms.models.vit import RECIPES, Recipe, build
 from fedms.storage.durable import write_durably
@@ -42,7 +42,8 @@ def ensure(name: str, path: str | None = None, *, force: bool = False, report: R
     file = recipe.weights(name)
     if file.exists() and not force:
         return file, False
-    weights = pretrain(recipe, PUBLIC_HALVES[recipe.data](path), report)
+    public_half = registry.load_object(registry.data_sets()[recipe.data].public_half)
+    weights = pretrain(recipe, public_half(path), report)
     from safetensors.torch import save
 
     made_cache_dir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from fedms.config import ModelTable
 from fedms.data.cache import cache_dir, new_folder, verify
 from fedms.errors import DataError, ModelError
 
@@ -32,6 +33,11 @@ class SmolLM2(CausalModel):
             raise ModelError(f"{folder}: the model cannot be loaded ({type(error).__name__}: {error}); delete the folder and "
                              "run again") from error
         super().__init__("smollm2", whole, tokenizer, dequantized=True)
+
+
+def load(table: ModelTable) -> SmolLM2:
+    """The model, as its row in the catalogue calls it."""
+    return SmolLM2()
 
 
 def converted() -> Path:

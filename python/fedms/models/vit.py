@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fedms.config import ModelTable
 from fedms.data.cache import cache_dir
 from fedms.errors import ModelError
 
@@ -111,6 +112,25 @@ class PretrainedViT(VisionModel):
     def save(self, folder: Path) -> None:
         raise ModelError(f"{self.name} pools its patches as no model of transformers does; export it in the format mixture, "
                          "which names it, or onnx")
+
+
+def load(table: ModelTable) -> PretrainedViT:
+    """The model that a run file names."""
+    return PretrainedViT(table.id)
+
+
+def status_of_digits() -> tuple[str, str]:
+    return _status("vit-digits-pretrained")
+
+
+def status_of_fashion() -> tuple[str, str]:
+    return _status("vit-fashion")
+
+
+def _status(name: str) -> tuple[str, str]:
+    """What `fedms doctor` says of a model's weights."""
+    file = RECIPES[name].weights(name)
+    return ("ok", str(file)) if file.exists() else ("note", f"not pretrained yet: fedms pretrain {name}")
 
 
 def _load(module, path: Path, name: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from fedms.config import ModelTable
+
 from .base import import_transformers, quiet_transformers
 from .huggingface import VisionModel
 
@@ -31,3 +33,8 @@ class ViTDigits(VisionModel):
         with quiet_transformers():
             processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
         super().__init__("vit-digits", module, processor, pooling="mean")
+
+
+def load(table: ModelTable) -> ViTDigits:
+    """The model, as its row in the catalogue calls it."""
+    return ViTDigits()

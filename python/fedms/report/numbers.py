@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from fedms.config import METHODS, TABLE_OF_METHOD
+from fedms.config import registry
 from fedms.errors import RunFolderError
 from fedms.storage.records import RunRecords, find_runs
 
@@ -116,7 +116,8 @@ def focus_method(methods: Iterable[str]) -> str:
 
 
 def _rank(method: str) -> tuple[int, str]:
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+    known = list(registry.methods())
+    return (known.index(method) if method in known else len(known), method)
 
 
 def field_of(values: Any, *keys: str) -> Any:
@@ -150,7 +151,8 @@ def learned_gate(run: RunRecords) -> bool:
 
     A fixed weight, one weight for each client (apfl) and similarities (feddpa) are none.
     """
-    return run.method in ("fedms", "fedms_plus") and run.config["gate"].get("weight") is None
+    row = registry.methods().get(run.method)
+    return row is not None and row.trains_gate and run.config["gate"].get("weight") is None
 
 
 IDLE_SHARE = 0.1        # of the visits of stage 2, from which on undone ones are worth a word
@@ -207,7 +209,7 @@ def differing_keys(runs: Sequence[RunRecords]) -> list[str]:
     keys = sorted({k for _, c in configs for k in c} - {"run.method", "run.seed"})
     # The table of a method is compared among its own runs.
     return [k for k in keys if len({repr(c.get(k)) for method, c in configs
-                                    if TABLE_OF_METHOD.get(k.partition(".")[0], method) == method}) > 1]
+                                    if registry.method_of_table(k.partition(".")[0]) in (None, method)}) > 1]
 
 
 def first_stage_rounds(runs: Iterable[RunRecords]) -> int:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from fedms import data, methods, models
-from fedms.config import CLIENTS, DATA, ConfigError, RunConfig, config_from_dict
+from fedms.config import CLIENTS, ConfigError, RunConfig, config_from_dict, registry
 from fedms.data import Dataset, Partition, Shard, describe
 from fedms.federated.client import Client
 from fedms.federated.server import Server
 from fedms.federated.visit_costs import fitting_depths
-from fedms.methods import Method
+from fedms.federated.method import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.training.expert_model import ExpertModel
@@ -109,9 +109,9 @@ class LoadedTask:
         method = methods.create(config)
         statistics = method.statistics(len(self.dataset.classes))
         if config.privacy.mode == "off":
-            server = Server(config, self.model.order, self.model.block_of, method.broadcast_policy, statistics)
+            server = Server(config, self.model.order, self.model.block_of, method, statistics)
         else:
-            server = _private_server(config)(config, self.model.order, self.model.block_of, method.broadcast_policy, statistics,
+            server = _private_server(config)(config, self.model.order, self.model.block_of, method, statistics,
                                              lambda: method.initial(self.model).keys())
         if self.shard is None:
             partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
@@ -132,7 +132,7 @@ def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.clients.count is not None:
         return config
     count = CLIENTS
-    if dataset.groups is not None and dataset.name not in DATA and config.data.partition == "natural":
+    if dataset.groups is not None and dataset.name not in registry.data_sets() and config.data.partition == "natural":
         count = max(1, len(dataset.group_names) - config.clients.unseen)
     tables = config.model_dump()
     return config_from_dict({**tables, "clients": {**tables["clients"], "count": count}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from fedms.config import SEND_COUNTS, RunConfig, config_from_dict
+from fedms.config import RunConfig, config_from_dict
 from fedms.federated.private_server import PrivateServer
 from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES
@@ -57,7 +57,7 @@ def private_settings(config: RunConfig, epsilon: float) -> dict[str, Any]:
         settings["aggregate.rule"] = "freeze_a"
     if config.sal.schedule == "capability_queue" and config.privacy.score_noise == "off":
         settings["privacy.score_noise"] = USUAL_NOISE
-    if config.run.method in SEND_COUNTS and config.privacy.count_noise == "off":
+    if config.method_row.sends_counts and config.privacy.count_noise == "off":
         settings["privacy.count_noise"] = USUAL_NOISE
     return settings
 

@@ -210,7 +210,7 @@ def evaluate(engine: Engine, state: ServerState, final: Message, folder: RunFold
     common_test = Subset(experiment.partition.global_test)
     shared = shared_accuracy(method, model, common_test, final)
     about = {"fingerprint": model.foundation.fingerprint, "classes": model.dataset.classes, "prompts": model.dataset.prompts,
-             "learns_gate": method.learns_gate, "personal_stages": method.personal, "notes": _partition_notes(experiment)}
+             "learns_gate": method.trains_gate, "personal_stages": method.personal, "notes": _partition_notes(experiment)}
     if engine.private_rounds is not None:       # nothing of a single client is recorded
         return {**about, "global_test_accuracy": shared, "privacy": engine.private_rounds.outcome(state)}
     evaluations = list(engine.evaluate(final, on_common_test=shared is None and len(common_test) > 0))

@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 from scipy.stats import qmc
 
-from fedms.config import METHODS, RunConfig, config_from_dict, read_tables, with_run
+from fedms.config import Constant, RunConfig, config_from_dict, read_tables, registry, with_run
 from fedms.errors import ConfigError, RunFolderError
 from fedms.progress import Progress
 from fedms.runs.batch import BatchRun, carry_out
@@ -23,53 +23,14 @@ from fedms.storage.durable import write_durably
 from fedms.storage.records import RunRecords
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A key of the run file that is tuned, and its range.
-
-    Attributes:
-        key: Dotted key.
-        low: Least value.
-        high: Largest value.
-        log: Whether values are spread evenly in the logarithm.
-        whole: Whether they are integers.
-    """
-
-    key: str
-    low: float
-    high: float
-    log: bool = True
-    whole: bool = False
-
-    def at(self, share: float) -> float | int:
-        """Return the value at a share in [0, 1) of the range, to three significant digits."""
-        if self.whole:
-            return int(self.low + share * (self.high - self.low + 1))
-        if self.log:
-            value = math.exp(math.log(self.low) + share * math.log(self.high / self.low))
-        else:
-            value = self.low + share * (self.high - self.low)
-        return float(f"{value:.3g}")
-
-
 # Both rates: every method trains in both stages.
 RATES = (Constant("stage1.lr", 1e-3, 2e-2), Constant("stage2.lr", 1e-4, 1e-2))
-GATE = (Constant("gate.lr", 1e-4, 1e-2), Constant("stage2.own_loss", 0.0, 2.0, log=False))
-OWN: dict[str, tuple[Constant, ...]] = {
-    "fedprox": (Constant("fedprox.mu", 1e-3, 1.0),),
-    "fedrep": (Constant("fedrep.head_epochs", 1, 3, whole=True),),
-    "ditto": (Constant("ditto.pull", 1e-2, 10.0),),
-    "apfl": (Constant("apfl.alpha", 0.1, 0.9, log=False),),
-    "feddpa": (Constant("feddpa.scale", 0.25, 4.0),),
-    "fedms": GATE,
-    "fedms_plus": GATE,
-}
 SHARE_OF_ROUNDS = 0.25
 
 
 def constants(method: str) -> tuple[Constant, ...]:
     """Return the constants of a method that are tuned."""
-    return (*RATES, *OWN.get(method, ()))
+    return (*RATES, *registry.methods()[method].tuned)
 
 
 def trials(config: RunConfig, method: str, count: int) -> list[dict[str, Any]]:
@@ -174,7 +135,7 @@ def chosen(folder: Path, config: RunConfig) -> dict[str, RunConfig]:
         RunFolderError: If the folder holds no such file.
     """
     found = {}
-    for name in METHODS:
+    for name in registry.methods():
         if (path := Path(folder) / f"{name}.toml").is_file():
             found[name] = replaced(config, _choice(path))
     if not found:

@@ -13,7 +13,7 @@ import pytest
 from fedms import cli, errors
 from fedms.cli import stopping
 from fedms.cli.command import PANELS
-from fedms.config import METHODS, load_config, with_run
+from fedms.config import load_config, with_run, registry
 from fedms.doctor import Check
 from fedms.progress import Progress, TerminalProgress
 from fedms.runs import batch, run
@@ -82,7 +82,7 @@ def test_commands_are_in_panels():
 
 def test_help_names_what_can_be_chosen():
     text = said(fedms("run", "--help")) + said(fedms("compare", "--help"))
-    for word in (*METHODS, "digits", "sentiment", "--set", "--out", "--force", "--dry-run", "--seeds"):
+    for word in (*registry.method_names(), "digits", "sentiment", "--set", "--out", "--force", "--dry-run", "--seeds"):
         assert word in text
 
 
@@ -162,7 +162,7 @@ def test_a_comparison_of_one_has_its_table_too(fake_runs, tmp_path):
 
 def test_a_number_of_seeds_counts_from_zero(fake_runs):
     assert fedms("compare", "digits", "--methods", "all", "--seeds", 2).exit_code == 0
-    assert [(m, s) for m, s, *_ in fake_runs] == [(m, s) for s in (0, 1) for m in METHODS]
+    assert [(m, s) for m, s, *_ in fake_runs] == [(m, s) for s in (0, 1) for m in registry.method_names()]
 
 
 def test_existing_runs_are_kept_unless_forced(fake_runs, tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from fedms.config import (
-    FORMAT, METHODS, ConfigError, PlusTable, RunConfig, builtin_names, config_from_dict, dump, dump_toml, load_config,
-    parse_size, reference, source_name, upgraded,
+    FORMAT, ConfigError, builtin_names, config_from_dict, dump, dump_toml, load_config,
+    parse_size, reference, registry, source_name, upgraded,
 )
+from fedms.config.catalogue import PlusTable
+from fedms.config.run_config import config_class
 from fedms.foreign import parse_toml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +56,7 @@ def test_a_dumped_configuration_loads_as_itself(name, overrides, tmp_path):
 def test_an_empty_run_file_means_the_defaults(tmp_path):
     path = tmp_path / "empty.toml"
     path.write_text("")
-    assert load_config(path) == RunConfig()
+    assert load_config(path) == config_from_dict({})
 
 
 def test_a_configuration_is_immutable_and_hashable():
@@ -66,7 +68,7 @@ def test_a_configuration_is_immutable_and_hashable():
 
 def test_the_reference_names_every_key_with_default_and_meaning():
     text = reference()
-    for table, field in RunConfig.model_fields.items():
+    for table, field in config_class().model_fields.items():
         for key, about in field.annotation.model_fields.items():
             row = next(line for line in text.splitlines() if line.startswith(f"| `{table}.{key}` |"))
             assert row.endswith(f"| {about.description} |") and about.description
@@ -75,7 +77,7 @@ def test_the_reference_names_every_key_with_default_and_meaning():
 def test_the_methods_are_those_that_exist():
     from fedms import methods
 
-    for name in METHODS:
+    for name in registry.methods():
         assert methods.create(load_config("digits", [f"run.method={name}"])).name == name
 
 
@@ -172,7 +174,7 @@ def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
     ("lora.zzz=4", "lora.zzz: unknown key; keys of [lora]: rank, alpha, dropout, rslora, start"),
     ("stgae1.lr=4", "stgae1: unknown key; did you mean [stage1]?"),
     ("zzz.lr=4", "zzz: unknown key; tables: task, model, head, data, lora, sal, stage1, stage2, gate, clients, aggregate, "
-                 "fedprox, fedrep, ditto, apfl, feddpa, plus, wire, privacy, run"),
+                 "wire, privacy, run, fedprox, fedrep, ditto, apfl, feddpa, plus"),
 ])
 def test_an_unknown_key_names_the_nearest(override, expected):
     assert problem(override) == expected
@@ -259,8 +261,8 @@ def test_what_is_no_size(text):
 words = st.sampled_from(["", "x", "é", "a.b", "fedms", "1", "none", 'quo"te', "two\nlines"])
 scalars = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.sampled_from([0.5, math.nan, -math.inf]), words)
 values = st.one_of(scalars, st.lists(scalars, max_size=3), st.dictionaries(words, scalars, max_size=2))
-tables = st.sampled_from([*RunConfig.model_fields, "budgets", "x"])
-keys = st.sampled_from(sorted({k for f in RunConfig.model_fields.values() for k in f.annotation.model_fields} | {"y"}))
+tables = st.sampled_from([*config_class().model_fields, "budgets", "x"])
+keys = st.sampled_from(sorted({k for f in config_class().model_fields.values() for k in f.annotation.model_fields} | {"y"}))
 
 
 @settings(deadline=None)

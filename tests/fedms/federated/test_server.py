@@ -25,7 +25,7 @@ def server(method="fedms", *sets):
     config = load_config("digits", ["clients.count=4", "clients.unseen=0", "stage1.rounds=3", "stage2.rounds=2",
                                     "sal.max_depth=3", "sal.queue=2", "sal.tau=1.0", f"run.method={method}", *sets])
     method = create(config)
-    return Server(config, ORDER, BLOCK_OF, method.broadcast_policy, method.statistics(3))
+    return Server(config, ORDER, BLOCK_OF, method, method.statistics(3))
 
 
 def step(s, state, replies):

@@ -52,7 +52,7 @@ def test_the_shift_is_the_clients_prior_over_everybodys():
     for sets, stage, shifted in [
             ((), "stage1", ()), ((), "stage2", ("global", "local")), (("plus.prior=global",), "stage2", ("global",)),
             (("plus.prior=off",), "stage2", ()), (("plus.prior_in_stage1=true",), "stage1", ("global",))]:
-        model = SimpleNamespace(shifts={"global": torch.ones(3), "local": torch.ones(3)})       # of what came before
+        model = SimpleNamespace(device="cpu", shifts={"global": torch.ones(3), "local": torch.ones(3)})       # of what came before
         method = methods.create(config("run.method=fedms_plus", *sets))
         method._shift(model, stage, counts, {"class_counts": everyone})
         for expert, shift in model.shifts.items():

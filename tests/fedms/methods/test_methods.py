@@ -57,7 +57,7 @@ class World:
         self.model.config = config
         self.model.start()
         made = methods.create(config)
-        server = Server(config, self.model.order, self.model.block_of, made.broadcast_policy,
+        server = Server(config, self.model.order, self.model.block_of, made,
                         made.statistics(len(self.model.dataset.classes)))
         state = server.start(shared or self.shared)
         if stage == "stage2":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fedms import models
-from fedms.config import PRETRAINED
+from fedms.config import registry
 from fedms.models import pretrain
 from fedms.models import ModelError
 from fedms.models.vit import RECIPES
@@ -68,4 +68,4 @@ def test_features_keep_where_things_are(tmp_path, monkeypatch):
 
 
 def test_the_command_line_names_the_models_that_there_are():
-    assert set(PRETRAINED) == set(RECIPES)
+    assert set(registry.pretrained_models()) == set(RECIPES)

@@ -9,7 +9,7 @@ import doubling
 from synthetic import write_run
 
 from fedms import report
-from fedms.config import METHODS, ConfigError, load_config, read_tables
+from fedms.config import ConfigError, load_config, read_tables, registry
 from fedms.progress import Progress
 from fedms.report.significance import differences, holm
 from fedms.runs import batch, experiment, tune
@@ -85,7 +85,7 @@ def test_tuning_tries_all_methods_alike_reads_no_test_label_and_goes_on(tmp_path
 
 
 def test_trials_lie_in_their_ranges_and_repeat():
-    for method in METHODS:
+    for method in registry.method_names():
         found = tune.trials(config(), method, 8)
         assert len(found) == 8 and found == tune.trials(config(), method, 8)
         assert len({tuple(values.items()) for values in found}) == 8

@@ -69,7 +69,7 @@ def test_methods_engine_and_records_need_to_know_nothing_of_it(method, tmp_path)
     model = ExpertModel(foundation, dataset, config, task=MultiLabel(foundation.feature_dim, 3))
     partition = data.partition(dataset, config.data, config.clients, 0)
     made = methods.create(config)
-    server = Server(config, model.order, model.block_of, made.broadcast_policy, made.statistics(len(dataset.classes)))
+    server = Server(config, model.order, model.block_of, made, made.statistics(len(dataset.classes)))
     folder = RunFolder.create(tmp_path / "run", config)
     engine = LocalEngine(made, server, model, [Client(split, config) for split in partition.clients],
                          Subset(partition.global_test), folder, Progress())

@@ -44,7 +44,7 @@ class Session:
         self.partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
         self.clients = [Client(split, config) for split in self.partition.clients]
         self.method = methods.create(config)
-        self.server = Server(config, self.model.order, self.model.block_of, self.method.broadcast_policy,
+        self.server = Server(config, self.model.order, self.model.block_of, self.method,
                              self.method.statistics(len(self.dataset.classes)))
         self.folder = RunFolder.create(tmp_path / "session", config, overwrite=True)
         self.engine = LocalEngine(self.method, self.server, self.model, self.clients, Subset(self.partition.global_test),
@@ -100,7 +100,7 @@ def _without(value, key):
 
 
 @pytest.mark.parametrize("sets", [
-    *[[f"run.method={m}"] for m in methods.METHODS],
+    *[[f"run.method={m}"] for m in registry.method_names()],
     ["gate.mixing=layers", "gate.features=prefix"],
     ["gate.on=probabilities", "gate.features=prefix", "gate.temperature=2.0"],
     ["run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix", "plus.confidences=false"], ["stage2.keep=last", "stage2.own_loss=0"],
@@ -335,7 +335,7 @@ def test_a_mixture_of_two_equal_experts_is_that_expert(tmp_path):
         method = methods.create(config(*sets))
         model.config = method.config
         model.clear()
-        final = session.server.__class__(method.config, model.order, model.block_of, method.broadcast_policy).message(state)
+        final = session.server.__class__(method.config, model.order, model.block_of, method).message(state)
         # "done" is no stage: its message carries what stage 2 would.
         prediction = method.predict(model, part, own, final)
         shared, mixed = prediction.global_, prediction.personalized

@@ -119,16 +119,16 @@ def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
     Raises:
         Disagreement, ConfigError: if it does.
     """
-    from fedms.config import MODELS, RunConfig, config_from_dict
+    from fedms.config import config_from_dict, registry
 
-    config, own = config_from_dict(tables), identity.own or RunConfig()
+    config, own = config_from_dict(tables), identity.own or config_from_dict({})
     for table, key in (("model", "trust_remote_code"), ("lora", "start"), ("data", "path")):
         told, agreed = getattr(getattr(config, table), key), getattr(getattr(own, table), key)
         if told != agreed:
             raise Disagreement(f"{table}.{key}: the server says {shown(told)}, but {_whose(identity)} {shown(agreed)}")
     id = config.model.id
     of_hub = re.fullmatch(HUB_ID, id, re.ASCII) and not Path(id).exists()
-    if id not in MODELS and not of_hub and (identity.own is None or id != own.model.id):
+    if id not in registry.models() and not of_hub and (identity.own is None or id != own.model.id):
         raise Disagreement(f"model.id: the server says {shown(id)}, which is neither built in nor a hub id such as org/name; "
                            "a folder must be the one that this node's own run file names (--node-config run=\"FILE\")")
     _agreed_privacy(config, identity)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedms.config import registry
 from fedms.report.numbers import first_stage_rounds
 from fedms.storage.records import RunRecords
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, SURFACE = "#1c2430", "#667084", "#e4e7ec", "#ffffff"
-METHOD_COLORS = {"fedms": "#c2410c", "fedavg_ft": "#1d4ed8", "fedavg_prior": "#0f766e", "fedavg": "#7c3aed",
-                  "local": "#5b6b80", "fedprox": "#be185d", "fedper": "#4d7c0f", "fedrep": "#a16207", "ditto": "#0369a1",
-                  "apfl": "#b45309", "ffa_lora": "#86198f", "fedsa_lora": "#15803d", "fedex_lora": "#be123c",
-                  "feddpa": "#0e7490", "fedms_plus": "#7f1d1d"}
 _OTHER_METHODS = ("#be185d", "#4d7c0f", "#0369a1", "#a16207")
 GROUP_COLORS = ("#0e7490", "#b45309", "#6d28d9", "#15803d", "#be123c", "#475569", "#86198f", "#1e6091")
 WIDE, HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to its column, and to half of it
@@ -54,7 +51,8 @@ class Curve:
 
 def method_color(method: str) -> str:
     """Return the color of a method, the same in every picture and page."""
-    return METHOD_COLORS.get(method) or _OTHER_METHODS[sum(method.encode()) % len(_OTHER_METHODS)]
+    row = registry.methods().get(method)
+    return row.color if row is not None and row.color else _OTHER_METHODS[sum(method.encode()) % len(_OTHER_METHODS)]
 
 
 def group_color(groups: Sequence[str], group: Any) -> str:

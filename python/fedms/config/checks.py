@@ -1,0 +1,171 @@
+"""What one table of a run file asks of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedms.config import registry
+from fedms.config.problems import did_you_mean, in_words, show
+from fedms.config.run_config import RunConfig
+
+
+def problems_of(c: RunConfig) -> Iterable[str]:
+    """Problems that no single key shows, one line each, starting with the key to change."""
+    model, data_set = registry.models().get(c.model.id), registry.data_sets().get(c.data.name)
+    reads, holds = model and model.reads, data_set and data_set.holds
+    if model is None and (hint := did_you_mean(c.model.id, registry.models(), cutoff=0.8)):
+        yield f"model.id: got {show(c.model.id)}, which is no built-in model{hint}"
+    if data_set is None and (hint := did_you_mean(c.data.name, registry.data_sets(), cutoff=0.8)):
+        yield f"data.name: got {show(c.data.name)}, which is no built-in data set{hint}"
+    if reads and holds and reads != holds:
+        yield (f"data.name: {show(c.data.name)} holds {holds}, but model.id {show(c.model.id)} reads {reads}; accepted "
+               f"with it: {in_words(row.name for row in registry.data_sets().values() if row.holds == reads)}, or data of your own")
+    if c.model.head == "text" and model is not None and not model.text_head:
+        yield (f'model.head: "text" needs a model that embeds class prompts; with model.id {show(c.model.id)} use '
+               '"linear"')
+    for table, names in (("model", ("pooling", "blocks", "trust_remote_code")),
+                         ("data", ("text", "image", "label", "client", "classes", "prompt", "delimiter", "encoding", "quoting",
+                                                      "subset", "part"))):
+        values, builtin = getattr(c, table), reads if table == "model" else holds
+        for name in names:
+            if builtin and getattr(values, name) != type(values).model_fields[name].default:
+                yield f"{table}.{name}: {table}.{'id' if table == 'model' else 'name'} is built in, so this is given"
+    if holds is None and c.data.path is not None:
+        yield "data.path: is for the built-in data sets; name your own file or folder in data.name"
+    if c.data.classes is not None and len(set(c.data.classes)) < len(c.data.classes):
+        yield f"data.classes: got {show(c.data.classes)}; a class is named twice"
+    if c.data.delimiter is not None and (len(c.data.delimiter) != 1 or c.data.delimiter in '"\r\n\0'):
+        yield f'data.delimiter: got {show(c.data.delimiter)}; accepted: one character, such as ";" or "\\t"'
+    if not _is_encoding(c.data.encoding):
+        yield f'data.encoding: got {show(c.data.encoding)}; accepted: a text encoding, such as "utf-8", "cp1252" or "utf-16"'
+    if c.data.prompt is not None and c.data.prompt.count("{}") != 1:
+        yield f"data.prompt: got {show(c.data.prompt)}; accepted: a text with one {{}}, where the class name goes"
+    if c.model.learn_temperature and c.model.head != "text":
+        yield 'model.learn_temperature: only the text head has a temperature; set model.head to "text"'
+    if c.data.partition in ("natural", "domains") and data_set is not None and not data_set.has_groups:
+        yield (f'data.partition: {show(c.data.partition)} needs a data set with domains and {show(c.data.name)} has '
+               'none; accepted: "dirichlet", "classes", "quantity", "iid"')
+    if min(c.data.split) <= 0 or abs(sum(c.data.split) - 1) > 1e-9:
+        yield (f"data.split: got {show(c.data.split)}, which sums to {sum(c.data.split):g}; "
+               "accepted: three numbers above 0 that sum to 1")
+    if c.sal.queue % 2:
+        yield f"sal.queue: got {c.sal.queue}; accepted: an even number, as its two halves are compared"
+    if c.sal.max_depth is not None and c.sal.depth > c.sal.max_depth:
+        yield f"sal.depth: got {c.sal.depth}, above sal.max_depth = {c.sal.max_depth}"
+    if not isinstance(c.sal.order, str) and len(set(c.sal.order)) < len(c.sal.order):
+        yield f"sal.order: got {show(c.sal.order)}; a block is named twice"
+    if c.stage1.rounds + c.stage2.rounds == 0:
+        yield "stage1.rounds: 0 in both stages leaves nothing to train"
+    if c.gate.mixing == "layers" and c.gate.features != "prefix":
+        yield ('gate.features: mixing = "layers" decides before the first mixed layer, so it cannot see '
+               f'{show(c.gate.features)} features; set gate.features to "prefix"')
+    if c.clients.count is not None and c.clients.min > c.clients.count:
+        yield f"clients.min: got {c.clients.min}, above clients.count = {c.clients.count}"
+    for name in ("stage1", "stage2"):
+        stage = getattr(c, name)
+        if stage.micro_batch is not None and stage.micro_batch > stage.batch:
+            yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
+    yield from _task_problems(c)
+    yield from _method_problems(c)
+    yield from _privacy_problems(c)
+    if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
+        yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
+    if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
+        yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
+               "accepted: shares that sum to 1")
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+        return True
+    except (LookupError, ValueError):
+        return False
+
+
+def _task_problems(c: RunConfig) -> Iterable[str]:
+    model, data_set = registry.models().get(c.model.id), registry.data_sets().get(c.data.name)
+    reads, holds = model and model.reads, data_set and data_set.holds
+    if c.task.kind == "classification":
+        if reads == "conversations":
+            yield f'task.kind: model.id {show(c.model.id)} is a causal language model; set task.kind to "causal_lm"'
+        return
+    if reads not in (None, "conversations"):
+        readers = in_words(row.name for row in registry.models().values() if row.reads == "conversations")
+        yield (f'model.id: task.kind "causal_lm" needs a causal language model, and {show(c.model.id)} reads {reads}; accepted: '
+               f'{readers}, a folder, a hub id or a .gguf file')
+    if holds not in (None, "conversations"):
+        yield f"data.name: {show(c.data.name)} holds {holds} with labels, which task.kind \"causal_lm\" does not learn"
+    if (reason := c.method_row.not_for_tokens) is not None:
+        yield f"run.method: {c.run.method} is not for task.kind \"causal_lm\": {reason}"
+    if c.gate.mixing == "outputs" and c.gate.on == "logits":
+        yield 'gate.on: task.kind "causal_lm" mixes probabilities, which take one number a token to keep; set it to "probabilities"'
+    if c.model.head == "text":
+        yield 'model.head: "text" are class prompts, which task.kind "causal_lm" has none of; leave it out'
+
+
+def _method_problems(c: RunConfig) -> Iterable[str]:
+    row, rule = c.method_row, c.aggregation
+    if row.needs_linear_head and c.model.head != "linear":
+        yield f'model.head: {row.name} gives each client a head of its own; got {show(c.model.head)}, accepted: "linear"'
+    if row.aggregation not in (None, rule):
+        yield f'aggregate.rule: got {show(rule)}, but {row.name} is the method of the rule "{row.aggregation}"; leave it unset'
+    yield from row.check(c)
+    if rule == "exact" and c.model.frozen != "fp32":
+        yield (f'aggregate.rule: "exact" adds to the frozen weights, which model.frozen = {show(c.model.frozen)} '
+               'quantizes; set model.frozen to "fp32"')
+    if rule == "krum" and c.clients.count is not None and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
+        yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
+               f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")
+
+
+FEWEST_TO_MASK = 3      # with two clients, each learns the other's update from the sum
+
+
+def _privacy_problems(c: RunConfig) -> Iterable[str]:
+    p = c.privacy
+    if p.mode == "off":
+        return
+    mode = f"privacy.mode = {show(p.mode)}"
+    yield from _noise_problems(c, mode)
+    if c.aggregation not in ("mean", "freeze_a"):
+        why = ("adds products of single updates, whose size the clip does not bound" if c.aggregation == "exact" else
+               "compares single updates, and there are none to compare")
+        yield f'aggregate.rule: {show(c.aggregation)} {why} with {mode}; set it to "freeze_a" (recommended) or "mean"'
+    if c.aggregate.weights != "uniform":
+        yield (f"aggregate.weights: got {show(c.aggregate.weights)}; with {mode} the number of a client's samples is not sent, "
+               'and its weight would be its influence; set it to "uniform"')
+    if c.clients.max_change != type(c.clients).model_fields["max_change"].default:
+        yield (f"clients.max_change: looks at single updates; with {mode} privacy.clip bounds each one already; leave it unset")
+    if any(tier.memory is not None for tier in c.clients.budgets):
+        yield (f"clients.budgets: memory is turned into a depth by the data of the largest client, which {mode} must not show; "
+               "give max_depth instead")
+    if p.masks and c.clients.count is not None and c.clients.sampled < FEWEST_TO_MASK:
+        yield (f"clients.fraction: {c.clients.sampled} clients are sampled each round; with {mode} a sum needs at least "
+               f"{FEWEST_TO_MASK}, or clients could compute each other's updates; raise it or clients.count")
+    if p.masks and c.clients.count is not None and c.clients.sampled * 2**p.bits >= 2**30:
+        yield (f"privacy.bits: got {p.bits}; with {c.clients.sampled} clients a round the sum would not fit into 32 bits; accepted "
+               f"here: up to {29 - c.clients.sampled.bit_length() + 1}")
+
+
+def _noise_problems(c: RunConfig, mode: str) -> Iterable[str]:
+    p = c.privacy
+    if p.adds_noise and (p.epsilon is None) == (p.noise is None):
+        yield (f"privacy.epsilon: {'unset, and so is privacy.noise' if p.epsilon is None else 'set, and so is privacy.noise'}; "
+               f"{mode} needs exactly one of the two: a budget, or the noise itself")
+    if p.mode == "secure":
+        for key in ("epsilon", "noise", "score_noise", "count_noise"):
+            if getattr(p, key) not in (None, "off"):
+                yield (f"privacy.{key}: {mode} adds no noise; leave it unset, or set privacy.mode to \"distributed\" for secure "
+                       "aggregation with noise")
+    if p.adds_noise and c.sal.schedule == "capability_queue" and p.score_noise == "off":
+        yield (f'sal.schedule: "capability_queue" decides by the clients\' validation scores, which need noise of their own with '
+               f'{mode}; set privacy.score_noise (for example 10), or sal.schedule to "every", "fixed" or "all"')
+    if p.adds_noise and c.method_row.sends_counts and p.count_noise == "off":
+        yield (f"privacy.count_noise: {c.run.method} sums up the clients' class counts, which need noise of their own with {mode}; "
+               "set it (for example 10), or choose another method")
+    if p.sampling == "poisson" and p.mode != "central":
+        yield (f'privacy.sampling: "poisson" hides who takes part; with {mode} the clients of a round and the server must know each '
+               'other; set it to "fixed", or privacy.mode to "central"')
+    if p.sampling == "poisson" and c.clients.min != 1:
+        yield 'clients.min: with privacy.sampling = "poisson" each client is drawn by itself, so there is no least number; leave it unset'

@@ -1,0 +1,36 @@
+"""The documentation of run files and methods, written from the tables and the catalogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedms.config import registry
+from fedms.config.explain import accepted, keys
+from fedms.config.problems import show
+from fedms.config.run_config import config_class
+
+
+def reference() -> str:
+    """docs/reference/configuration.md: a table of every key with its default, accepted values and meaning."""
+    lines = ["# The run file", "", "Every key of a run file. `--set table.key=value` overrides one; "
+             "`fedms run NAME --dry-run` prints all as they are then.", "",
+             "| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+    for table, fields in keys().items():
+        for key, field in fields.items():
+            default = "unset" if field.default is None else show(field.default)
+            lines.append(f"| `{table}.{key}` | `{default}` | {accepted(field)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a run file, by which an editor completes and checks it as it is written."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **config_class().model_json_schema()}
+
+
+def methods_table() -> str:
+    """A table in Markdown: each method with what it trains, sends and has constants for."""
+    lines = ["| method | trained | sent | own constants |", "| --- | --- | --- | --- |"]
+    for row in registry.methods().values():
+        own = ", ".join(f"`{row.table}.{key}`" for key in row.settings.model_fields) if row.settings else ""
+        lines.append(f"| `{row.name}` | {row.trained} | {row.sent} | {own} |")
+    return "\n".join(lines) + "\n"

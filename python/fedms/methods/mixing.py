@@ -1,0 +1,212 @@
+"""The mixture of the global and a local expert, which `fedms` and `fedms_plus` both call.
+
+    z(x) = G_0(x) z_global(x) + G_1(x) z_local(x),      G = softmax(gate(features(x)) / temperature)
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedms.config import RunConfig
+from fedms.data.subset import Subset
+from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
+from fedms.federated.method import Prediction
+from fedms.methods.steps import keep_better, lr_of, make_reply, shared_expert
+from fedms.tasks import Score
+from fedms.tensors import Tensors
+from fedms.training.answering import Speaker
+from fedms.training.expert_model import ExpertModel
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How two experts are mixed, by the tables [gate] and [stage2].
+
+    sees_confidences: whether the gate sees, beside the features, how sure both experts are.
+    """
+
+    config: RunConfig
+    sees_confidences: bool = False
+
+    @property
+    def trains_gate(self) -> bool:
+        """Whether a gate decides, in the place of a fixed weight."""
+        return self.config.gate.weight is None
+
+    @property
+    def shares_gate(self) -> bool:
+        """Whether the clients' gates are averaged."""
+        return self.trains_gate and self.config.gate.training == "aggregated"
+
+    @property
+    def keeps_gate(self) -> bool:
+        """Whether each client keeps a gate of its own."""
+        return self.config.gate.training == "private"
+
+    def load(self, model: ExpertModel, private: Private, message: Message, depth: int, gate: Tensors) -> None:
+        """Loads the message's global expert, the client's local one, to be trained at a depth, and the gate.
+
+        Args:
+            gate: what a gate begins as that a client keeps to itself.
+        """
+        shared = shared_expert(model, message, self.config)
+        model.load("global", shared, depth=0, applied_depth=message.applied_depth)
+        model.load("local", {**shared, **private.tensors}, depth=depth, applied_depth=message.applied_depth)
+        if self.trains_gate:
+            model.load_gate({**gate, **private.tensors, **message.tensors})
+
+    def gate_group(self, model: ExpertModel) -> Group:
+        """The gate's parameters with their learning rate; none where the weight is fixed."""
+        params = {f"gate/{n}": p for n, p in model.gate.named_parameters()} if self.trains_gate else {}
+        return Group(params, self.config.gate.lr)
+
+    def weights(self, model: ExpertModel, features: Tensor, shared: Tensor | None = None,
+                own: Tensor | None = None) -> Tensor:
+        """Weights (U, 2) of both experts for units of which the gate sees features (U, D).
+
+        Args:
+            shared, own: (U, K) the experts' opinions there, where they are known before the gate decides.
+        """
+        fixed = self.config.gate.weight
+        if fixed is not None:
+            return torch.tensor([1 - fixed, fixed], device=model.device).expand(len(features), 2)
+        if not self.sees_confidences:
+            return model.gate(features)
+        sure = model.task.confidences
+        return model.gate(features, torch.cat([sure(shared), sure(own.detach())], 1))
+
+    def opinion_on(self, model: ExpertModel, part: Subset) -> Callable[[Tensor, Tensor], Tensor]:
+        """Returns a function from rows (B,) of a part and the local expert's opinion (U, K) there to the mixture's opinion. The
+        global expert's opinion and the gate's features are constants of a sample."""
+        features = self._features(model, part)
+        if self.config.gate.mixing == "layers":
+            return lambda rows, _: model.layer_mixture(part, rows, self.weights(model, features[model.units(part, rows)]))
+        shared = model.frozen_opinions("global", part)
+
+        def mixture(rows: Tensor, own: Tensor) -> Tensor:
+            units = model.units(part, rows)
+            weights = self.weights(model, features[units], shared[units], own)
+            return model.task.mix(weights, shared[units], own, self.config.gate.on)
+        return mixture
+
+    def joint_loss(self, model: ExpertModel) -> LossOn:
+        """Mean over a batch of loss(mixture) + own_loss * loss(local), by which the local expert and the gate are trained."""
+        own_loss, loss_of = self.config.stage2.own_loss, model.task.loss
+
+        def on(part: Subset) -> Loss:
+            mixture = self.opinion_on(model, part)
+
+            def loss(rows: Tensor) -> Tensor:
+                targets, own = model.targets(part, rows), model.opinion("local", part, rows)
+                return loss_of(mixture(rows, own), targets) + own_loss * loss_of(own, targets)
+            return loss
+        return on
+
+    def gate_loss(self, model: ExpertModel) -> LossOn:
+        """Mean over a batch of the mixture's loss with both experts constant, by which the gate alone is trained."""
+        def on(part: Subset) -> Loss:
+            mixture, own = self.opinion_on(model, part), model.opinions("local", part)
+            return lambda rows: model.task.loss(mixture(rows, own[model.units(part, rows)]), model.targets(part, rows))
+        return on
+
+    @torch.no_grad()
+    def on_all(self, model: ExpertModel, part: Subset,
+               streams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Opinion (U, K) of the mixture and the weights (U, 2) for a whole part.
+
+        Args:
+            streams: the opinions (U, K) of the global and the local expert, where they are known already.
+        """
+        features = self._features(model, part)
+        if self.config.gate.mixing == "layers":
+            weights = self.weights(model, features)
+            return model.all_layer_mixture(part, weights), weights
+        shared, own = streams or (model.frozen_opinions("global", part), model.opinions("local", part))
+        weights = self.weights(model, features, shared, own)
+        return model.task.mix(weights, shared, own, self.config.gate.on), weights
+
+    def validate(self, model: ExpertModel, client: Client) -> tuple[Score, Tensor]:
+        """The mixture's score on the client's validation samples, and the weights (U, 2) there."""
+        opinion, weights = self.on_all(model, client.validation)
+        return model.task.score(opinion, model.targets(client.validation)), weights
+
+    def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message, gate: Tensors) -> Prediction:
+        """What a client answers; one without a local expert answers with the global one alone. gate: as of `load`."""
+        if not private.has_expert:
+            model.load("global", shared_expert(model, final, self.config), depth=final.depth,
+                       applied_depth=final.applied_depth)
+            opinion = model.opinions("global", part)
+            return Prediction(opinion, global_=opinion)
+        self.load(model, private, final, final.depth, gate)
+        both = model.both_opinions(part)
+        mixed, weights = self.on_all(model, part, both)
+        if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
+            mixed = model.mixed_opinions(part, weights)
+        return Prediction(mixed, *both, weights)
+
+    def speaker(self, model: ExpertModel, private: Private, final: Message, gate: Tensors) -> Speaker:
+        """Loads what a client answers with, where answers are generated. gate: as of `load`."""
+        if not private.has_expert:
+            model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
+            return Speaker(("global",))
+        self.load(model, private, final, final.depth, gate)
+
+        @torch.no_grad()
+        def weigh(features: Tensor, shared: Tensor | None, own: Tensor | None) -> Tensor:
+            return self.weights(model, features, shared, own)
+        return Speaker(("global", "local"), weigh, self.config.gate.features if self.trains_gate else None,
+                       self.config.gate.mixing == "layers")
+
+    def _features(self, model: ExpertModel, part: Subset) -> Tensor:
+        if self.trains_gate:
+            return model.gate_features(part)
+        return torch.empty(model.count_units(part, torch.arange(len(part))), 0, device=model.device)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training a mixture gives: the mean training loss, the local expert's tensors that the client keeps, and the
+    optimizer's state."""
+
+    loss: float
+    kept: Tensors
+    moments: Tensors
+
+
+# Trains the local expert (the first group) and the gate (the second one) as they lie in the model.
+Fit = Callable[[Mixture, ExpertModel, Client, Private, Message, Group, Group], Fitted]
+
+
+def train_mixture(mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message,
+                  fit: Fit) -> tuple[Reply, Private]:
+    """A visit of stage 2, once both experts and the gate are loaded: trains what is the client's own and sends the gate."""
+    received, _ = mixture.validate(model, client)
+    expert, gate = Group(model.trainable("local"), lr_of(client, message)), mixture.gate_group(model)
+    fitted = fit(mixture, model, client, private, message, expert, gate)
+    reached, weights = mixture.validate(model, client)
+    shared = {name: t for name, t in model.read_gate().items() if name in message.tensors} if mixture.shares_gate else {}
+    size = sum(p.numel() for p in (*expert.params.values(), *gate.params.values()))
+    reply = make_reply(client, shared, received.accuracy, reached, loss=fitted.loss, **gate_numbers(weights), trained_params=size)
+    own_gate = model.read_gate() if mixture.keeps_gate else {}
+    return reply, Private({**fitted.kept, **own_gate, **fitted.moments})
+
+
+def train_together(mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message, expert: Group,
+                   gate: Group) -> Fitted:
+    """Trains the local expert and the gate on the same samples at once."""
+    received, before = validate(model, client, "local"), model.read_applied("local")
+    loss, moments = train(model, client, message, private, [expert, gate], mixture.joint_loss(model))
+    kept, _ = keep_better(model, client, message, before, received)
+    return Fitted(loss, kept, moments)
+
+
+def gate_numbers(weights: Tensor) -> dict[str, float | None]:
+    """Mean weight of the local expert and mean entropy (nats; at most log 2) of weights (U, 2)."""
+    if len(weights) == 0:
+        return {"gate_mean": None, "gate_entropy": None}
+    entropy = torch.special.entr(weights).sum(1).mean()
+    return {"gate_mean": float(weights[:, 1].mean()), "gate_entropy": min(float(entropy), math.log(2))}
