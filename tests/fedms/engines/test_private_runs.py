@@ -17,7 +17,7 @@ pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 from fake_grid import FakeGrid
 from flwr.app import Message
 
-from fedms.config import METHODS, load_config
+from fedms.config import load_config, registry
 from fedms.data import read_shard
 from fedms.engines.flower import transport
 from fedms.errors import AllClientsFailed, ConfigError, Interrupted
@@ -324,7 +324,7 @@ def test_epsilon_is_told_as_it_is_spent(tmp_path, configure):
 
 # Every method under each mode
 
-METHODS_BY_MODE = [(method, mode) for method in METHODS for mode in (MODES if "FEDMS_FULL" in os.environ else ["central"])]
+METHODS_BY_MODE = [(method, mode) for method in registry.methods() for mode in (MODES if "FEDMS_FULL" in os.environ else ["central"])]
 
 
 @pytest.mark.parametrize("method, mode", METHODS_BY_MODE)
