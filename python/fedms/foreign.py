@@ -31,8 +31,13 @@ MOST_DIGITS = 300       # of a number in JSON or TOML: what a float can hold
 LONGEST, LONGEST_NOTE = 300, 2000       # characters of a name and of a note that are shown
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, surrogates: bool = False) -> Any:
     """Parse a JSON document in UTF-8.
+
+    Args:
+        data: The document.
+        surrogates: Whether its texts may hold halves of surrogate pairs, which are no Unicode. :func:`printable` escapes
+            them.
 
     Raises:
         ValueError: If it is none, is nested too deeply for Python, or holds a number that is not finite or a text that is
@@ -41,7 +46,7 @@ def parse_json(data: bytes | str) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(text, parse_constant=_refused, parse_float=_finite, parse_int=_whole)
-        if "\\ud" in text or "\\uD" in text:
+        if not surrogates and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except RecursionError:

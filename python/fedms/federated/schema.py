@@ -317,7 +317,7 @@ def read_json(text: str) -> dict[str, Any]:
         SchemaError: if the text is none: NaN and infinities, texts nested too deep and endless digits included.
     """
     try:
-        head = parse_json(text)
+        head = parse_json(text, surrogates=True)        # a name of a file may have some; texts are made printable
     except ValueError as error:
         raise SchemaError(f"the head is no JSON: {printable(str(error), NAME)}") from None
     if not isinstance(head, dict):
