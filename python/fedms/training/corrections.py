@@ -19,9 +19,17 @@ class Corrections:
         self.originals: Tensors = {}    # the weights of those layers without it
 
     def replace(self, tensors: Tensors) -> None:
-        """Takes other corrections in the place of those that were; they are not shown yet."""
+        """Takes other corrections in the place of those that were; they are not shown yet.
+
+        Raises:
+            ValueError: if the weight of a layer is quantized: exact aggregation needs one that it can be added to.
+        """
         if tensors.keys() == self.tensors.keys() and all(t is self.tensors[n] for n, t in tensors.items()):
             return
+        for name in tensors:
+            if self._layer(name).frozen is not None:
+                raise ValueError(f"{name} cannot be added to a quantized weight, whose values are made anew at every read; use "
+                                 "model.frozen = fp32, or another aggregate.rule than exact")
         self.show(False)
         self.tensors = tensors
         self.originals = {name: self._weight(name).detach().clone() for name in tensors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fedms_ext
 from fedms import data, models
 from fedms.config import load_config
 from fedms.data.subset import Subset
@@ -11,7 +12,8 @@ from fedms.training.expert_model import ExpertModel
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1"]
-COSINE = {"int8": 0.995, "bf16": 0.9999, "fp16": 0.999999, "nf4": 0.96, "int4": 0.96}    # with the features of fp32
+# With the features of fp32. Exact arithmetic on the 4-bit weights gives 0.957 (nf4) and 0.984 (int4) for the worst of 300 samples.
+COSINE = {"int8": 0.995, "bf16": 0.9999, "fp16": 0.999999, "nf4": 0.95, "int4": 0.98}
 
 
 def resident(frozen: str) -> ExpertModel:
@@ -42,3 +44,22 @@ def test_features_stay_close_to_those_of_fp32(frozen):
     want = exact.features(model.dataset.inputs.batch(part.indices))
     got = model.features(part)
     assert torch.nn.functional.cosine_similarity(got, want).min() > COSINE[frozen]
+
+
+@pytest.mark.parametrize("frozen", COSINE)
+def test_the_kernels_add_little_to_the_error_of_the_format(frozen):
+    model, part = resident(frozen), Subset(torch.arange(40))
+    got = model.features(part)
+    model = resident(frozen)
+    with fedms_ext.use_backend("eager"):  # the weights written out as float32, and x as it is
+        exact = model.features(part)
+    assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.999
+
+
+def test_corrections_are_refused_by_a_quantized_layer():
+    model = resident("int8")
+    model.initial(0)
+    name, layer = next(iter(model.layers.items()))
+    with pytest.raises(ValueError, match="cannot be added to a quantized weight"):
+        model.corrections.replace({f"correction/{name}": torch.zeros(layer.out_features, layer.in_features)})
+    assert model.corrections.tensors == {}
