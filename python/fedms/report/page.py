@@ -93,6 +93,8 @@ def _cards(runs: Sequence[RunRecords]) -> list[dict[str, str]]:
         return Stat.of(field_of(r.summary, *keys) for r in ended)
 
     cards = [
+        ("perplexity", stat("language", "perplexity"), lambda s: f"{s.mean:.2f}"),
+        ("perplexity of zero-shot", stat("language", "perplexity_zero_shot"), lambda s: f"{s.mean:.2f}"),
         ("personalized accuracy", stat("personalized_accuracy", "mean"), lambda s: f"{percent(s)} %"),
         ("worst 10 % of clients", stat("personalized_accuracy", "worst10"), lambda s: f"{percent(s)} %"),
         ("global test", stat("global_test_accuracy"), lambda s: f"{percent(s)} %"),

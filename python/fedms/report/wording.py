@@ -35,6 +35,10 @@ def headline(runs: Sequence[RunRecords]) -> str:
     focus = focus_method(scores)
     own = scores[focus]
     text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
+    if perplexity := Stat.of(field_of(r.summary, "language", "perplexity") for r in methods[focus]):
+        before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in methods[focus])
+        text = (f"{focus} reaches a perplexity of {perplexity.mean:.1f}" + (f", zero-shot has {before.mean:.1f}" if before else "") +
+                f"; {percent(own)} % of the tokens are the most probable ones")
     rivals = [m for m in scores if m != focus]
     if not rivals:
         gaps = {label: Stat.of(client_gap(r, "personalized", name) for r in methods[focus])
