@@ -25,7 +25,6 @@ WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}
 
 # Imports that point upwards, as (module, room), and why they are still there.
 EXCEPTIONS = {
-    ("fedms.engines.flower.client", "runs"): "the types Experiment and LoadedTask, for the type checker alone",
     ("fedms_ext.quantization.quantize", "nn"): "exchanges the layers of a model, which nn defines",
     ("fedms_ext.quantization.quantize", "sparse"): "finds the layers of a model as sparse does",
 }

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flwr.app import Message as Mail
 
@@ -20,11 +20,15 @@ from fedms.storage.durable import SHARD
 
 if TYPE_CHECKING:       # torch is imported when there is something to train
     from fedms.config import RunConfig
-    from fedms.federated.client import Message
+    from fedms.data import Partition
+    from fedms.federated.client import Client, Message
+    from fedms.federated.method import Method
     from fedms.federated.private_server import PrivateServer
+    from fedms.federated.server import Server
+    from fedms.models import FoundationModel
     from fedms.privacy.secure_sum import Member
-    from fedms.runs.experiment import Experiment, LoadedTask
     from fedms.storage.private_state import ClientFolder
+    from fedms.training.expert_model import ExpertModel
 
 IDENTITIES = "identities.json"      # in a node's data folder, if it was set up for secure sums
 
@@ -42,6 +46,31 @@ class Identity:
     state: Path
     data: Path | None
     own: RunConfig | None = None
+
+
+class LoadedTask(Protocol):
+    """The model of a run: what this room needs of `runs.experiment.LoadedTask`, which lies above it."""
+
+    model: ExpertModel
+    foundation: FoundationModel
+
+
+class Experiment(Protocol):
+    """One run on it: what this room needs of `runs.experiment.Experiment`."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def partition(self) -> Partition: ...
+
+    @property
+    def method(self) -> Method: ...
+
+    @property
+    def server(self) -> Server: ...
+
+    def client(self, id: int) -> Client: ...
 
 
 Open = Callable[["RunConfig", "Path | None"], "tuple[LoadedTask, Experiment]"]
