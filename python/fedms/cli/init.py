@@ -54,10 +54,11 @@ class Answers:
 
 @command(
     START,
-    "fedms init                                                            # asks, then writes my-run.toml",
-    "fedms init mail.toml --data mail.csv --label folder --client office   # asks for what is left open",
-    "fedms init mail.toml --data mail.csv --label folder --yes             # asks nothing: guesses, and says what",
-    notes=["The data are read once to see that the answers fit them; nothing is trained. Edit the file as you like: "
+    "fedms init                          # asks, then writes my-run.toml",
+    "fedms init mail.toml --data mail.csv --label folder",
+    "fedms init mail.toml --data mail.csv --label folder --client office --yes",
+    notes=["What options leave open is asked; with --yes, or without a terminal, it is guessed and said.",
+           "The data are read once to see that the answers fit them; nothing is trained. Edit the file as you like: "
            "`fedms run FILE --dry-run` checks it and prints every key."])
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The run file to write.")] = Path("my-run.toml"),
