@@ -14,12 +14,14 @@ from functools import cached_property
 
 import numpy as np
 
+from fedms.errors import FedMSError
+
 # The rounding errors of the norm and of the product stay far below this relative margin (float64 has 2^-53), so that the
 # clipped vector cannot exceed the bound by rounding.
 MARGIN = 2.0**-40
 
 
-class NotFinite(ValueError):
+class NotFinite(FedMSError):
     """An update that holds NaN or infinity."""
 
 
