@@ -22,6 +22,7 @@ from fedms.methods.steps import keep_better, load_private, lr_of, make_reply, sh
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
+from fedms.training.both import mixed_opinions
 from fedms.training.expert_model import ExpertModel
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
@@ -80,7 +81,7 @@ class APFL(FedAvg):
         if model.task.mixes_opinions:
             return Prediction(model.task.blend(alpha, own, ours), ours, own, weights)
         model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
-        return Prediction(model.mixed_opinions(part, weights), ours, own, weights)
+        return Prediction(mixed_opinions(model, part, weights), ours, own, weights)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
         speaker = super().speaker(model, private, final)

@@ -6,6 +6,7 @@ from fedms.federated.client import Client, Message, Private, Reply
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
 from fedms.methods.steps import shared_expert, train_private, train_shared
 from fedms.training.answering import Speaker
+from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 
 
@@ -27,7 +28,7 @@ class FedAvgFT(Method):
         shared = shared_expert(model, final, self.config)
         model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
         model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
-        ours, own = model.both_opinions(part)
+        ours, own = both_opinions(model, part)
         return Prediction(own, global_=ours, local=own)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:

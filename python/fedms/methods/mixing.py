@@ -19,6 +19,7 @@ from fedms.methods.steps import keep_better, lr_of, make_reply, shared_expert
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
+from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
 
 
@@ -142,10 +143,10 @@ class Mixture:
             opinion = model.opinions("global", part)
             return Prediction(opinion, global_=opinion)
         self.load(model, private, final, final.depth, gate)
-        both = model.both_opinions(part)
+        both = both_opinions(model, part)
         mixed, weights = self.on_all(model, part, both)
         if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
-            mixed = model.mixed_opinions(part, weights)
+            mixed = mixed_opinions(model, part, weights)
         return Prediction(mixed, *both, weights)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message, gate: Tensors) -> Speaker:

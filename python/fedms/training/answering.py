@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedms.models.generation import Decoder, Sampling, Token, generate
+from fedms.training.both import share_prefix
 from fedms.training.expert_model import EXPERTS, ExpertModel
 from fedms_ext import gated
 
@@ -55,7 +56,7 @@ class Answerer:
             if both:
                 with model.stream("local") as local:
                     boundary = local.prefix_depth
-                shared = boundary if model.share_prefix() else 0
+                shared = boundary if share_prefix(model) else 0
                 decoder = Decoder(model.foundation, list(model.layers.values()), shared, experts=len(EXPERTS))
             else:
                 boundary = stream.prefix_depth

@@ -22,17 +22,16 @@ from fedms.data.inputs import ImageInputs
 from fedms.data.subset import Subset
 from fedms.errors import ConfigError
 from fedms.models import FoundationModel
-from fedms.models.peft_format import read_pairs, read_shape
 from fedms.seeds import generator
 from fedms.tasks import Task
-from fedms.tasks.base import shifted
 from fedms.tensors import Tensors, digest_of, freeze_none
 from fedms.training.corrections import Corrections
 from fedms.training.flop_meter import Constant, FlopMeter, Key
+from fedms.training.imported import imported_tensors
 from fedms.training.streams import Stream
 from fedms.training.tasks import task_of
 from fedms_ext import (ConstantCache, DiskCache, GateAdapter, LoRA, activate, activation_order, attach, budget, build_info,
-                       deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize, reset_expert, segmented)
+                       deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize, reset_expert)
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -78,7 +77,7 @@ class ExpertModel:
         foundation.to(self.device)
         self.heads = nn.ModuleDict({name: self.task.new_head() for name in EXPERTS}).to(self.device)
         self.gate = self._new_gate()
-        self.imported = {} if config.lora.start is None else self._import(Path(config.lora.start))
+        self.imported = {} if config.lora.start is None else imported_tensors(self, Path(config.lora.start))
         self.cache = self._new_cache()
         self.meter = FlopMeter()
         self.corrections = Corrections(self.layers)
@@ -127,28 +126,6 @@ class ExpertModel:
             self.gate = self._new_gate()
         self._open = None
         return {**self.read("global"), **self.read_gate(), **self.imported}
-
-    def _import(self, folder: Path) -> Tensors:
-        """The pairs of an adapter, and its head if it has one that fits. ConfigError for one of another shape."""
-        lora, shape = self.config.lora, read_shape(folder)
-        if (shape.rank, shape.alpha, shape.rslora) != (lora.rank, lora.alpha, lora.rslora):
-            raise ConfigError(f"lora.rank: the adapter in {folder} has rank {shape.rank}, alpha {shape.alpha:g}, rslora "
-                              f"{str(shape.rslora).lower()}; `fedms import-peft` sets [lora] to that")
-        found, own = read_pairs(folder, self.layers), self.read("global")
-        if "head/weight" in found and "head/bias" not in found:
-            found["head/bias"] = torch.zeros(len(found["head/weight"]))
-        head: Tensors = {name: found.pop(name) for name in ("head/weight", "head/bias") if name in found}
-        if all(name in own and own[name].shape == tensor.shape for name, tensor in head.items()):
-            found |= head
-        for name, tensor in found.items():
-            if tensor.shape != own[name].shape:
-                raise ConfigError(f"lora.start: {folder}: {name} is {tuple(tensor.shape)}, the model's is "
-                                  f"{tuple(own[name].shape)}; is it an adapter of this model?")
-            if not torch.isfinite(tensor).all():
-                raise ConfigError(f"lora.start: {folder}: {name} holds NaN or infinity")
-            if name in self.block_of and name.endswith("lora_b") and tensor.any() and self.block_of[name] not in self.order:
-                raise ConfigError(f"sal.order: leaves out block {self.block_of[name]}, where the adapter in {folder} has a pair")
-        return found
 
     def start(self) -> None:
         """The start of a run: nothing is counted yet."""
@@ -339,70 +316,14 @@ class ExpertModel:
         the same samples several times: they are computed once."""
         key = (expert, part.key, self._digest(expert))
         if key not in self.opinions_cache:
-            self.opinions_cache[key] = self._in_chunks(part, lambda rows: self.opinion(expert, part, rows),
+            self.opinions_cache[key] = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows),
                                                        self.task.columns)
         return self.opinions_cache[key]
 
     @torch.no_grad()
-    def both_opinions(self, part: Subset) -> tuple[Tensor, Tensor]:
-        """`opinions` of the global and of the local expert. Where both start from the same prefix, the two streams run
-        as one batch above it: through one frozen product a layer, each half of the rows with its own expert."""
-        if not self.share_prefix():
-            return self.opinions("global", part), self.opinions("local", part)
-
-        def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
-            targets = self.targets(part, rows)
-            return torch.cat([shifted(self.task.opinion(self.heads[e], own, targets), self.shifts[e])
-                              for e, own in zip(EXPERTS, halves)], dim=1)
-
-        shared, own = self._side_by_side(part, say, len(EXPERTS) * self.task.columns).chunk(len(EXPERTS), dim=1)
-        return shared, own
-
-    @torch.no_grad()
-    def mixed_opinions(self, part: Subset, weights: Tensor) -> Tensor:
-        """(U, K) opinion of the mixture by weights (U, 2) about a whole part: all of it, for tasks where `Task.mix` of both
-        experts' opinions leaves something out."""
-        def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
-            return self.task.mixed_opinion(self.heads["global"], *halves, weights[self.units(part, rows)],
-                                           self.targets(part, rows))
-        return self._side_by_side(part, say, self.task.columns)
-
-    def share_prefix(self) -> bool:
-        """Whether both experts are the same up to the end of the local one's constant prefix."""
-        keys = []
-        for expert in EXPERTS:
-            with self.stream(expert) as stream:
-                keys.append((stream.prefix_depth, stream.prefix_hash))
-        return keys[0] == keys[1]
-
-    def _side_by_side(self, part: Subset, say: Callable[[Tensor, Sequence[Tensor]], Tensor], width: int) -> Tensor:
-        """(U, width) of what is said of both experts' features of the same rows, for a whole part."""
-        if not self.share_prefix():
-            def one_by_one(rows: Tensor) -> Tensor:
-                halves = []
-                for expert in EXPERTS:
-                    with self.stream(expert) as stream:
-                        halves.append(stream.features(part, rows))
-                return say(rows, halves)
-            return self._in_chunks(part, one_by_one, width)
-        with self.stream("local") as stream:
-            prefix = stream.prefix(part) if stream.replays and len(part) else None
-            kept = stream.prefix_depth, stream.prefix_hash
-        with self.stream("streams") as stream:
-            with segmented(self.layers, (1, 1)):    # half of the rows with each expert
-                costs = budget.block_costs(self.foundation.module)
-            both = replace(stream, costs=costs, prefix_depth=kept[0], prefix_hash=kept[1])
-
-            def compute(rows: Tensor) -> Tensor:
-                with segmented(self.layers, (len(rows), len(rows))):
-                    features = both.features(part, rows.repeat(len(EXPERTS)), prefix)
-                return say(rows, features.chunk(len(EXPERTS)))
-            return self._in_chunks(part, compute, width)
-
-    @torch.no_grad()
     def all_layer_mixture(self, part: Subset, weights: Tensor) -> Tensor:
         """(U, K) opinion of `layer_mixture` about a whole part, by weights (U, 2)."""
-        return self._in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[self.units(part, rows)]),
+        return self.in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[self.units(part, rows)]),
                                self.task.columns)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
@@ -422,7 +343,7 @@ class ExpertModel:
         """(U, D) features of the foundation model alone, all experts off: constant for ever."""
         def compute() -> Tensor:
             with torch.no_grad(), self.stream(None) as stream:
-                return self._in_chunks(part, lambda rows: stream.features(part, rows), self.foundation.feature_dim)
+                return self.in_chunks(part, lambda rows: stream.features(part, rows), self.foundation.feature_dim)
 
         def flops() -> int:
             with self.stream(None) as stream:
@@ -447,7 +368,8 @@ class ExpertModel:
         value = self.meter.constant(self.cache, key, compute, flops)
         return value.to(self.device) if isinstance(value, Tensor) else value
 
-    def _in_chunks(self, part: Subset, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
+    def in_chunks(self, part: Subset, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
+        """(U, width) of what `compute` says about the rows of each chunk of a part."""
         out = torch.empty(self.count_units(part, torch.arange(len(part))), width, device=self.device)
         for rows in self.chunks(part):
             out[self.units(part, rows)] = compute(rows)

@@ -14,6 +14,7 @@ from fedms.config import ConfigError, load_config
 from fedms.data.subset import Subset
 from fedms.runs import run
 from fedms.storage.records import RunRecords, comparable
+from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
 
 SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=3",
@@ -101,7 +102,7 @@ def test_the_units_of_a_part_follow_its_rows(folder):
 def test_the_mixture_of_probabilities(folder, weight):
     model, part = loaded(folder), Subset(torch.arange(9))
     model.load("local", {**model.read("global"), **model.read_trained("local")}, depth=2, applied_depth=3)   # one prefix
-    shared, own = model.both_opinions(part)
+    shared, own = both_opinions(model, part)
     for expert, together in (("global", shared), ("local", own)):
         model.opinions_cache.clear()
         torch.testing.assert_close(together, model.opinions(expert, part), rtol=1e-4, atol=1e-4)
@@ -111,7 +112,7 @@ def test_the_mixture_of_probabilities(folder, weight):
     targets = model.targets(part)
     expected = p.gather(1, targets[:, None]).squeeze(1).log()
     torch.testing.assert_close(model.task.mix(weights, shared, own, "probabilities")[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
-    whole = model.mixed_opinions(part, weights)
+    whole = mixed_opinions(model, part, weights)
     torch.testing.assert_close(whole[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(whole[:, 3].bool(), p.argmax(-1) == targets)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedms import data, methods, models
-from fedms.config import ConfigError, load_config
+from fedms.config import ConfigError, load_config, registry
 from fedms.data import TextInputs
 from fedms.data.subset import Subset
 from fedms.engines.local import LocalEngine
@@ -22,6 +22,7 @@ from fedms.progress import Progress
 from fedms.runs import batch, run
 from fedms.storage.records import OPTIONAL, SUMMARY_FIELDS, RunRecords, comparable
 from fedms.storage.run_folder import RunFolder
+from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 from fedms.training.streams import Stream
 
@@ -208,7 +209,7 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
     monkeypatch.setattr(Stream, "features", lambda stream, part, rows, *rest: batches.append(len(rows)) or features(
         stream, part, rows, *rest))
     model.opinions_cache.clear()        # answers are kept during a visit, and these were just given one by one
-    together = model.both_opinions(part)
+    together = both_opinions(model, part)
     assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model.chunks(part))
     for a, b in zip(apart, together):
         assert torch.allclose(a, b, atol=1e-5)
@@ -216,7 +217,7 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
     assert all(layer.segments is None for layer in model.layers.values())
     model.opinions_cache.clear()
     model.meter.flops = 0
-    model.both_opinions(part)
+    both_opinions(model, part)
     two, model.meter.flops = model.meter.flops, 0
     model.opinions_cache.clear()
     for expert in ("global", "local"):

@@ -1,0 +1,73 @@
+"""The global and the local expert's streams side by side: as one batch above the prefix that they share."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedms.data.subset import Subset
+from fedms.tasks.base import shifted
+from fedms.training.expert_model import EXPERTS, ExpertModel
+from fedms_ext import budget, segmented
+
+
+@torch.no_grad()
+def both_opinions(model: ExpertModel, part: Subset) -> tuple[Tensor, Tensor]:
+    """`opinions` of the global and of the local expert. Where both start from the same prefix, the two streams run
+    as one batch above it: through one frozen product a layer, each half of the rows with its own expert."""
+    if not share_prefix(model):
+        return model.opinions("global", part), model.opinions("local", part)
+
+    def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
+        targets = model.targets(part, rows)
+        return torch.cat([shifted(model.task.opinion(model.heads[e], own, targets), model.shifts[e])
+                          for e, own in zip(EXPERTS, halves)], dim=1)
+
+    shared, own = _side_by_side(model, part, say, len(EXPERTS) * model.task.columns).chunk(len(EXPERTS), dim=1)
+    return shared, own
+
+
+@torch.no_grad()
+def mixed_opinions(model: ExpertModel, part: Subset, weights: Tensor) -> Tensor:
+    """(U, K) opinion of the mixture by weights (U, 2) about a whole part: all of it, for tasks where `Task.mix` of both
+    experts' opinions leaves something out."""
+    def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
+        return model.task.mixed_opinion(model.heads["global"], *halves, weights[model.units(part, rows)],
+                                       model.targets(part, rows))
+    return _side_by_side(model, part, say, model.task.columns)
+
+
+def share_prefix(model: ExpertModel) -> bool:
+    """Whether both experts are the same up to the end of the local one's constant prefix."""
+    keys = []
+    for expert in EXPERTS:
+        with model.stream(expert) as stream:
+            keys.append((stream.prefix_depth, stream.prefix_hash))
+    return keys[0] == keys[1]
+
+
+def _side_by_side(model: ExpertModel, part: Subset, say: Callable[[Tensor, Sequence[Tensor]], Tensor], width: int) -> Tensor:
+    """(U, width) of what is said of both experts' features of the same rows, for a whole part."""
+    if not share_prefix(model):
+        def one_by_one(rows: Tensor) -> Tensor:
+            halves = []
+            for expert in EXPERTS:
+                with model.stream(expert) as stream:
+                    halves.append(stream.features(part, rows))
+            return say(rows, halves)
+        return model.in_chunks(part, one_by_one, width)
+    with model.stream("local") as stream:
+        prefix = stream.prefix(part) if stream.replays and len(part) else None
+        kept = stream.prefix_depth, stream.prefix_hash
+    with model.stream("streams") as stream:
+        with segmented(model.layers, (1, 1)):    # half of the rows with each expert
+            costs = budget.block_costs(model.foundation.module)
+        both = replace(stream, costs=costs, prefix_depth=kept[0], prefix_hash=kept[1])
+
+        def compute(rows: Tensor) -> Tensor:
+            with segmented(model.layers, (len(rows), len(rows))):
+                features = both.features(part, rows.repeat(len(EXPERTS)), prefix)
+            return say(rows, features.chunk(len(EXPERTS)))
+        return model.in_chunks(part, compute, width)
