@@ -24,6 +24,8 @@ from fedms.tensors import Tensors
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedms.exports.language_model import LanguageModel
+
 
 def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> None:
     """Write everything that a run trained, and its foundation model, into an empty folder.
@@ -75,18 +77,19 @@ class Mixture:
     def __init__(self, foundation: FoundationModel, trained: TrainedRun, client: int | None) -> None:
         self.model, self.trained, self.client = bind(foundation, trained.task), trained, client
         self.classes = trained.task.classes
-        self._language: Any = None
+        self._language: LanguageModel | None = None
         self._alone = threading.Lock()   # a prediction switches the model between its experts
 
     def predict(self, samples: Sequence[Any]) -> pd.DataFrame:
-        """Predict the class of each sample.
+        """Predict the class of each sample, or answer it with a causal language model.
 
         Args:
             samples: Texts; or images as PIL images, paths, or the bytes of their files.
 
         Returns:
             A row for each sample: `label`, its `probability` in [0, 1], and `gate_weight`, the gate's weight of the local
-            expert in [0, 1] (missing where there is no mixture).
+            expert in [0, 1] (missing where there is no mixture). Of a language model: the `answer`, made of the most probable
+            tokens; `log_p`, the sum of their log-probabilities in nats; and the mean `gate_weight`.
 
         Raises:
             DataError: If samples are no text, or cannot be read as images; the message names them.
@@ -107,12 +110,16 @@ class Mixture:
             ConfigError: If the run learned classes, or its method shares no expert and there is no client.
             ValueError: If a setting is out of its range, or the prompt leaves no room for an answer.
         """
-        from fedms.exports.language_model import LanguageModel
         from fedms.models.generation import Sampling
+
+        return self._language_model().answer(messages, self.client, Sampling(**sampling)).text
+
+    def _language_model(self) -> LanguageModel:
+        from fedms.exports.language_model import LanguageModel
 
         if self._language is None:
             self._language = LanguageModel(self.model, self.trained)
-        return self._language.answer(messages, self.client, Sampling(**sampling)).text
+        return self._language
 
     def predict_file(self, source: str, columns: Mapping[str, str | None] = {}) -> pd.DataFrame:
         """Predict the class of each sample in a table, an image, or a folder of either.
@@ -129,6 +136,9 @@ class Mixture:
         """
         data, reads = self.trained.task.config.data, self.model.foundation.reads
         data = data.model_copy(update={"name": source, **{k: v for k, v in columns.items() if v is not None}})
+        if reads == "conversations":        # what is asked is a text
+            data = data.model_copy(update={"text": columns.get("text") or data.question or data.text})
+            reads = "text"
         samples = user_data.read(data, reads, labeled=False)
         table = self._table(samples.content, samples.places)
         named = samples.content if reads == "text" else [
@@ -139,6 +149,10 @@ class Mixture:
     def _table(self, samples: Sequence[Any], places: Sequence[str]) -> pd.DataFrame:
         import pandas as pd
 
+        if self.model.task.per_token:
+            answers = [self._language_model().answer(question, self.client) for question in samples]
+            return pd.DataFrame({"answer": [a.text for a in answers], "log_p": [a.log_p for a in answers],
+                                 "gate_weight": [a.gate_weight for a in answers]})
         if not len(samples):
             return pd.DataFrame({"label": [], "probability": [], "gate_weight": []})
         max_tokens = self.trained.task.config.data.max_tokens
