@@ -73,8 +73,8 @@ def init(
         "--client", metavar="NAME", help="Column that says whose a sample is; none: clients are simulated.",
         show_default="asked")] = None,
     model: Annotated[Optional[str], typer.Option(
-        "--model", metavar="NAME|ID", help=f"Foundation model: {', '.join(registry.models())}, a folder, or an id of the Hugging "
-        "Face hub.", show_default="asked")] = None,
+        "--model", metavar="NAME|ID", help=f"Foundation model: {', '.join(registry.models())}, a folder, or an id of "
+        "the Hugging Face hub.", show_default="asked")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the guess for each open question.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
 ) -> None:

@@ -116,12 +116,14 @@ def fitting_methods(config: RunConfig, text: str) -> list[str]:
 
 def _method_list(text: str) -> list[str]:
     chosen = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if unknown := [name for name in chosen if name not in registry.method_names()]:
-        close = difflib.get_close_matches(unknown[0], registry.method_names(), 1)
-        hint = f"; did you mean {close[0]}?" if close else ";"
-        raise ConfigError(f"--methods: unknown method {unknown[0]!r}{hint} accepted: all, or a list of {', '.join(registry.method_names())}")
+    known = registry.method_names()
+    accepted = f"accepted: all, or a list of {', '.join(known)}"
+    if unknown := [name for name in chosen if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        raise ConfigError(f"--methods: unknown method {unknown[0]!r}"
+                          + (f"; did you mean {close[0]}? " if close else "; ") + accepted)
     if not chosen:
-        raise ConfigError(f"--methods: names no method; accepted: all, or a list of {', '.join(registry.method_names())}")
+        raise ConfigError(f"--methods: names no method; {accepted}")
     return chosen
 
 

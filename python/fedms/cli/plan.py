@@ -77,7 +77,8 @@ def _plan_privacy(config: RunConfig, epsilon: float) -> None:
 
     with run_progress(Path()) as progress:
         found = plan_privacy(config, epsilon, progress)
-    table = plain_table("stage", "depth", "releases", "clients\na round", "values\nsent", "noise\nmultiplier", "noise of the mean\n/ clip",
+    table = plain_table("stage", "depth", "releases", "clients\na round", "values\nsent", "noise\nmultiplier",
+                        "noise of the mean\n/ clip",
                         "clients for\nnoise = clip", left=("stage",))
     for each in found.stages:
         plan = each.plan

@@ -98,7 +98,7 @@ def plan_privacy(config: RunConfig, epsilon: float, progress: Progress | None = 
     server = cast(PrivateServer, experiment.server)
     state = server.start(experiment.method.initial(task.model))
     depths = sorted({config.sal.depth, config.sal.max_depth or len(server.order)})
-    stages = []
+    stages: list[PlannedStage] = []
     for stage in STAGES:
         for depth in depths if getattr(config, stage).rounds else ():
             here = replace(state, stage=stage, sal=SalState(depth), applied_depth=max(depth, state.applied_depth))
