@@ -1,8 +1,5 @@
 """Seconds a round of the same run on each engine, and that they end in the same bits: `python -m bench.federated.engines --help`.
 
-A deployment is a SuperLink and a SuperNode for each client, here all on one machine: 260 MB and a fresh process a message
-for each client, so give it few of them.
-
 The model is the small ViT on digits, so that what is compared is the carrying of messages, not training. The embedded
 engine's overhead is what a round takes beyond its clients' own visits (packing, checks, averaging, records, checkpoint).
 Flower's FedAvg is its own strategy over its own simulation, with the same model, data, sampling and local training.
@@ -13,8 +10,6 @@ import argparse
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -31,10 +26,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedms.config import load_config
+from fedms.engines.flower.client import Identity
 from fedms.federated.client import Message as Round
 from fedms.federated.client import Private, visit
 from fedms.runs import run
-from fedms.runs.flower_app import open_experiment
+from fedms.runs.nodes import open_experiment
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords
 from bench.harness.environment import save
@@ -62,7 +58,7 @@ def flower_fedavg(clients: int, rounds: int) -> dict:
     from flwr.simulation.run_simulation import run_simulation
 
     config = configuration(clients, rounds)
-    session, experiment = open_experiment(config, None)
+    session, experiment = open_experiment(config, Identity(0, None, Path("unused"), None))
     start = experiment.server.message(experiment.server.start(session.model.initial(config.run.seed))).tensors
     times: list[float] = []
     app = ServerApp()
@@ -97,7 +93,7 @@ def client_app(config) -> ClientApp:
 
 
 def train(message: Message, context: Context, config) -> Message:
-    session, experiment = open_experiment(config, None)
+    session, experiment = open_experiment(config, Identity(0, None, Path("unused"), None))
     client = experiment.clients[int(context.node_config["partition-id"])]
     tensors = dict(message.content["arrays"].to_torch_state_dict())
     number = int(message.content["config"]["server-round"])
@@ -107,28 +103,13 @@ def train(message: Message, context: Context, config) -> Message:
                                "metrics": MetricRecord({"num-examples": client.n_train})}), reply_to=message)
 
 
-def deployed(folder: Path, clients: int, rounds: int, port: int) -> None:
-    fedms = [sys.executable, "-m", "fedms"]
-    sets = [word for value in settings(clients, rounds) for word in ("--set", value)]
-    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True}
-    subprocess.run([*fedms, "flower", "init", "deployment", "digits", "--port", str(port), *sets], **quietly)
-    try:
-        subprocess.run([*fedms, "flower", "up", "deployment"], **quietly)
-        subprocess.run([*fedms, "run", "deployment/run.toml", "--engine", "flower", "--out", "flower"], **quietly)
-    finally:
-        subprocess.run([*fedms, "flower", "down", "deployment"], **quietly)
-
-
-def compare(folder: Path, clients: int, rounds: int, engines: list[str], port: int) -> dict:
+def compare(folder: Path, clients: int, rounds: int, engines: list[str]) -> dict:
     found: dict[str, dict] = {}
     for engine in engines:
         if engine == "fedavg":
             found[engine] = flower_fedavg(clients, rounds)
         else:
-            if engine == "flower":
-                deployed(folder, clients, rounds, port)
-            else:
-                run.run(configuration(clients, rounds, engine), folder / engine)
+            run.run(configuration(clients, rounds, engine), folder / engine)
             found[engine] = measure(folder, engine)
         its = found[engine]
         print(f"{engine:10}  {clients:3} clients  first round {its['first']:7.2f} s, then median "
@@ -153,14 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", default="4,16,100")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--engines", default="local,flower-sim,fedavg", help="flower: a deployment")
-    parser.add_argument("--port", type=int, default=19391)
+    parser.add_argument("--engines", default="local,flower-sim,fedavg")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args()
     found = {}
     for clients in map(int, options.clients.split(",")):
         with tempfile.TemporaryDirectory() as name:
-            found[clients] = compare(Path(name), clients, options.rounds, options.engines.split(","), options.port)
+            found[clients] = compare(Path(name), clients, options.rounds, options.engines.split(","))
         if options.json:
             save(options.json, {"rounds": options.rounds, "clients": found})
 

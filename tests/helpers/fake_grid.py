@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedms.engines.flower import client as side
-from fedms.runs.flower_app import open_experiment
+from fedms.runs.nodes import open_experiment
 
 Fault = Callable[[Message, Callable[[Message], Message]], "Message | list[Message] | None"]
 
@@ -60,9 +60,4 @@ class FakeGrid:
 
     @staticmethod
     def _act(message: Message, identity: side.Identity) -> Message:
-        if message.metadata.message_type == "query":
-            return side.hello(message, identity)
-        if message.metadata.message_type == "query.sum":
-            return side.add_up(message, identity)
-        act = side.train if message.metadata.message_type == "train" else side.evaluate
-        return act(message, identity, open_experiment)
+        return side.answer(message, identity, open_experiment)

@@ -1,5 +1,6 @@
-"""docs/guide/deploy.md for several machines, word for word: each machine is a network of its own (ip netns), with a folder that
-has nothing but what the page says to carry there. Minutes, and root: `make test-full` alone."""
+"""docs/guide/deploy.md word for word, by four strangers: each machine is a network of its own (ip netns) with a folder of its
+own, and data in a form of its own. In the middle the server is killed. Minutes, and root: `make test-full` alone; the same in
+one process is in tests/fedms/deployment."""
 from __future__ import annotations
 
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -16,12 +18,27 @@ import torch
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
+from federation import NAMES, run_file, write_data
+
+from fedms.config import dump_toml
+from fedms.runs.run import run
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords
 
 PAGE = Path(__file__).parents[2] / "docs/guide/deploy.md"
-SERVER, *CLIENTS = (f"fedms-{os.getpid()}-{name}" for name in ("server", "client-0", "client-1"))
+HOSTS = {name: f"fedms-{os.getpid()}-{name}" for name in ("server", *NAMES)}
+FORMS = {"anna": "own.csv", "bert": "own.parquet", "cleo": "own", "dora": "own.jsonl"}
 pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
+
+# Writes every packet that crosses the server's bridge to a file.
+SNIFF = """
+import socket, sys
+tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
+tap.bind(("bridge", 0))
+with open(sys.argv[1], "wb", buffering=0) as file:
+    while True:
+        file.write(tap.recv(65535))
+"""
 
 
 def ip(*words):
@@ -30,83 +47,119 @@ def ip(*words):
 
 @pytest.fixture
 def machines():
-    """A server at 10.77.0.1 and two clients, which reach it and each other by nothing else."""
+    """A server at 10.77.0.1 and four clients, which reach it and each other by nothing else."""
     if shutil.which("ip") is None or os.geteuid():
         pytest.skip("networks of their own need root and iproute2")
     try:
-        ip("netns", "add", SERVER)
+        ip("netns", "add", HOSTS["server"])
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr}")
     try:
-        ip("-n", SERVER, "link", "set", "lo", "up")
-        ip("-n", SERVER, "link", "add", "bridge", "type", "bridge")
-        ip("-n", SERVER, "address", "add", "10.77.0.1/24", "dev", "bridge")
-        ip("-n", SERVER, "link", "set", "bridge", "up")
-        for number, name in enumerate(CLIENTS):
-            ip("netns", "add", name)
-            ip("-n", SERVER, "link", "add", f"to-{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("-n", SERVER, "link", "set", f"to-{number}", "master", "bridge", "up")
-            ip("-n", name, "address", "add", f"10.77.0.{number + 2}/24", "dev", "eth0")
+        inside = ("-n", HOSTS["server"])
+        ip(*inside, "link", "set", "lo", "up")
+        ip(*inside, "link", "add", "bridge", "type", "bridge")
+        ip(*inside, "address", "add", "10.77.0.1/24", "dev", "bridge")
+        ip(*inside, "link", "set", "bridge", "up")
+        for number, name in enumerate(NAMES):
+            host = HOSTS[name]
+            ip("netns", "add", host)
+            ip(*inside, "link", "add", f"to-{number}", "type", "veth", "peer", "name", "eth0", "netns", host)
+            ip(*inside, "link", "set", f"to-{number}", "master", "bridge", "up")
+            ip("-n", host, "address", "add", f"10.77.0.{number + 2}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
-                ip("-n", name, "link", "set", link, "up")
+                ip("-n", host, "link", "set", link, "up")
         yield
     finally:
-        for name in (SERVER, *CLIENTS):
-            listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+        for host in HOSTS.values():
+            listed = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
             for pid in map(int, listed.stdout.split()):
                 os.kill(pid, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            subprocess.run(["ip", "netns", "delete", host], capture_output=True)
 
 
-def start(machine, folder, block, log):
-    """Types a block of the page into a machine's shell, in this folder."""
+def start(host, folder, words, log, stdin=subprocess.DEVNULL):
+    """Types a command into a machine's shell, in its folder."""
     environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-                   "OMP_NUM_THREADS": "1", "FEDMS_CACHE": str(folder / "cache"), "FLWR_TELEMETRY_ENABLED": "0",
-                   "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    command = ["ip", "netns", "exec", machine, "bash", "-e", "-c", block.replace("fl.example.org", "10.77.0.1")]
-    with open(log, "w") as file:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-                                stderr=subprocess.STDOUT)
+                   "OMP_NUM_THREADS": "1", "FEDMS_CACHE": str(folder / "cache"), "HOME": str(folder)}
+    command = words.replace("fl.example.org", "10.77.0.1").replace("fedms ", f"{sys.executable} -m fedms ", 1)
+    with open(log, "a") as file:
+        return subprocess.Popen(["ip", "netns", "exec", HOSTS[host], "bash", "-e", "-c", command], cwd=folder, env=environment,
+                                stdin=stdin, stdout=file, stderr=subprocess.STDOUT)
 
 
-def type_in(machine, folder, block):
-    log = folder / "terminal.log"
-    assert start(machine, folder, block, log).wait(timeout=600) == 0, log.read_text()
+def type_in(host, folder, words, answer=b""):
+    log = folder.parent / f"{host}.log"
+    log.write_text("")
+    process = start(host, folder, words, log, subprocess.PIPE)
+    process.communicate(answer, timeout=600)
+    assert process.returncode == 0, words + "\n" + log.read_text()
+    return log.read_text()
 
 
-def until(words, log, process):
-    deadline = time.monotonic() + 180
-    while words not in log.read_text():
+def until(found, process, log):
+    deadline = time.monotonic() + 400
+    while not found():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
-def test_the_page_for_several_machines(tmp_path, machines):
-    section = PAGE.read_text().split("## Deployed on several machines")[1].split("\n## ")[0]
-    init, superlink, register, supernode, run = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+def test_four_strangers(tmp_path, machines):
+    section = PAGE.read_text().split("## From two empty machines")[1].split("\n## ")[0]
+    init, join, begin, accept, serve = (block.strip() for block in re.findall(
+        r"^<!-- run by tests/system/test_deploy_page.py -->\n\n```sh\n(.*?)^```", section, re.M | re.S))
     server = tmp_path / "server"
     server.mkdir()
-    type_in(SERVER, server, init)
-    until("Uvicorn running", tmp_path / "superlink.log", start(SERVER, server, superlink, tmp_path / "superlink.log"))
-    type_in(SERVER, server, register)
-    for number, machine in enumerate(CLIENTS):
-        folder = tmp_path / machine
-        folder.mkdir()
-        shutil.copy(server / "deployment/certificates/ca.crt", folder)
-        shutil.copy(server / f"deployment/certificates/client-{number}", folder / "key")
-        shutil.copytree(server / f"deployment/data/client-{number}", folder / "data")
-        log = tmp_path / f"{machine}.log"
-        until("SuperNode ID", log, start(machine, folder, supernode.replace("client=0", f"client={number}"), log))
-    type_in(SERVER, server, run)
-    assert all((tmp_path / machine / "state").is_dir() for machine in CLIENTS)
-    deployed = server / "deployment/runs/run"
-    assert all(visit["status"] == "ok" for visit in RunRecords.read(deployed).visits)
+    config = run_file(tmp_path, "stage1.rounds=3", "clients.round_timeout=300")
+    (server / "my-run.toml").write_text(dump_toml(config))
+    type_in("server", server, init)
+    tap = subprocess.Popen(["ip", "netns", "exec", HOSTS["server"], sys.executable, "-c", SNIFF, str(tmp_path / "traffic")])
+    lines = {}
+    for name in NAMES:
+        folder = tmp_path / name
+        write_data(folder, name)
+        shutil.copytree(tmp_path / "model", folder / "model")
+        shutil.copy(server / "federation/invite.toml", folder)
+        words = join.replace("cases.csv", FORMS[name]).replace("clinic-7", name) + " --model model"
+        (lines[name],) = [line for line in type_in(name, folder, words, b"y\n").splitlines() if line.startswith("ecdsa-")]
+    for name, line in lines.items():
+        type_in("server", server, accept.replace("ecdsa-sha2-nistp384 AAAA... clinic-7", line))
+    for name in NAMES:
+        start(name, tmp_path / name, begin, tmp_path / f"{name}.log")
 
-    type_in(SERVER, server, "fedms run deployment/run.toml --engine local --out local")
-    found, embedded = (CheckpointFolder(path / "checkpoint").load()[0].tensors for path in (deployed, server / "local"))
-    assert found.keys() == embedded.keys() and all(torch.equal(found[name], embedded[name]) for name in found)
-    type_in(SERVER, server, "fedms export deployment/runs/run --out model")
-    shutil.copytree(deployed, tmp_path / CLIENTS[1] / "run")
-    type_in(CLIENTS[1], tmp_path / CLIENTS[1], "fedms export run --out model --states state")
-    assert [path.name for path in (tmp_path / CLIENTS[1] / "model/clients").iterdir()] == ["1.safetensors"]
-    assert not (server / "model/clients").exists()
+    log, rounds = tmp_path / "server.log", server / "federation/run/rounds.jsonl"
+    killed = start("server", server, serve, log)
+    until(lambda: rounds.exists() and rounds.read_text().count("\n") >= 1, killed, log)
+    for pid in map(int, subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True).stdout.split()):
+        os.kill(pid, signal.SIGKILL)
+    killed.kill()
+    killed.wait()
+    again = start("server", server, serve, log)
+    until(lambda: (server / "federation/run/summary.json").exists(), again, log)
+    assert again.wait(60) == 0, log.read_text()
+    tap.kill()
+    records = RunRecords.read(server / "federation/run")
+    assert [v["status"] for v in records.visits] == ["ok"] * 16, records.visits
+    assert [c["group"] for c in records.clients] == list(NAMES)
+
+    (tmp_path / "clients.toml").write_text("[clients]\n" + "".join(f'{name} = "{name}/{FORMS[name]}"\n' for name in NAMES))
+    run(run_file(tmp_path, "stage1.rounds=3", f"data.name={tmp_path}/clients.toml"), tmp_path / "embedded")
+    deployed, embedded = (CheckpointFolder(path / "checkpoint").load()[0].tensors
+                          for path in (server / "federation/run", tmp_path / "embedded"))
+    same = [name for name in deployed if name.startswith("tensors/")]
+    assert same and all(torch.equal(deployed[name], embedded[name]) for name in same)
+    assert records.clients == RunRecords.read(tmp_path / "embedded").clients
+    check_markers(tmp_path)
+
+
+def check_markers(folder):
+    """A client's key, its data and its private expert are on no other machine, nor in what went over the network."""
+    traffic = (folder / "traffic").read_bytes()
+    assert len(traffic) > 50_000
+    for name in NAMES:
+        state = folder / name / "fedms-client"
+        data = max((p for p in (folder / name).rglob("*") if p.suffix in (".png", ".parquet")), key=lambda p: p.stat().st_size)
+        expert = max((state / "private").rglob("*.safetensors"), key=lambda p: p.stat().st_size)
+        markers = [(state / "key").read_bytes()[100:160], data.read_bytes()[60:120], expert.read_bytes()[-100:]]
+        others = [p for host in ("server", *NAMES) if host != name for p in (folder / host).rglob("*") if p.is_file()]
+        for content in (traffic, *(path.read_bytes() for path in others)):
+            assert not any(marker in content for marker in markers)

@@ -16,7 +16,7 @@ try:
     from fedms.progress import accept_any_text
 
     # Imported in the order in which `fedms --help` lists the commands: each module adds its own to the application.
-    from . import run, init, compare, plan, flower, inspect, export, language, pretrain  # noqa: F401, I001
+    from . import run, init, compare, plan, server, client, inspect, export, language, pretrain  # noqa: F401, I001
     from .command import app
     from .terminal import show
 except ModuleNotFoundError as missing:

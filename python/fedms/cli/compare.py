@@ -45,7 +45,7 @@ def compare(
     """Run several methods on the same clients and seeds, and show them in one table with tests of significance."""
     config = read_source(source, set_ or [])
     if config.run.engine == "flower":
-        raise ConfigError("run.engine: a deployment carries out one run at a time; use fedms run, or another engine")
+        raise ConfigError("run.engine: a server carries out one run (fedms server start); choose another engine")
     numbers = seed_list(seeds, config)
     out = out or Path("runs") / source_name(source)
     if track and jobs > 1:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedms.config import RunConfig, dump_toml, source_name
+from fedms.config import ConfigError, RunConfig, dump_toml, source_name
 
 from .command import EXPORT, START, command
 from .options import Force, Method, Resume, RunOut, Sets, Source, Track, check_free, read_source
@@ -31,7 +31,7 @@ def run(
     seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Same as --set run.seed=N.")] = None,
     engine: Annotated[Optional[str], typer.Option(
         "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process), "
-        "flower-sim (Flower's simulation), flower (the deployment whose run.toml SOURCE is).")] = None,
+        "flower-sim (Flower's simulation).")] = None,
     force: Force = False,
     resume: Resume = False,
     track: Track = None,
@@ -49,7 +49,7 @@ def run(
     if dry_run:
         console.print(dump_toml(config), end="", markup=False, soft_wrap=True)
         return
-    carry_out(config, source, out, force, resume, track, overrides)
+    carry_out(config, source, out, force, resume, track)
 
 
 @command(
@@ -74,17 +74,16 @@ def import_peft(
     overrides = [
         *(set_ or []), f"lora.start={json.dumps(str(adapter))}", f"lora.rank={shape.rank}", f"lora.alpha={shape.alpha}",
         f"lora.rslora={str(shape.rslora).lower()}", "stage1.rounds=0"]
-    carry_out(read_source(source, overrides), source, out, force, resume, track, overrides)
+    carry_out(read_source(source, overrides), source, out, force, resume, track)
 
 
 def carry_out(config: RunConfig, source: str, out: Optional[Path], force: bool, resume: bool,
-              track: Optional[list[str]], overrides: list[str]) -> None:
+              track: Optional[list[str]]) -> None:
     """Carry out one run on its engine, and show its results.
 
     Args:
-        source: The run file as it was named; a deployment's folder is the one that holds it.
+        source: The run file as it was named.
         out: Run folder, or None for the usual one.
-        overrides: The texts `table.key=value` that `config` was made with.
 
     Raises:
         FedMSError: Whatever the run raises.
@@ -92,12 +91,10 @@ def carry_out(config: RunConfig, source: str, out: Optional[Path], force: bool, 
     out = out or Path("runs") / source_name(source) / f"{config.run.method}-seed{config.run.seed}"
     check_free(out, force, resume)
     if config.run.engine == "flower":
-        from .flower import run_deployed
+        raise ConfigError("run.engine: clients on machines of their own are served by `fedms server start DIR`, whose folder "
+                          "`fedms server init` makes")
+    from fedms.runs import run as runs
 
-        run_deployed(source, overrides, out, force, resume)
-    else:
-        from fedms.runs import run as runs
-
-        with resume_hint(out), run_progress(out, track) as progress, polite_stop() as stop:
-            runs.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
+    with resume_hint(out), run_progress(out, track) as progress, polite_stop() as stop:
+        runs.run(config, out, overwrite=force, resume=resume, progress=progress, stop=stop)
     show_results(out)

@@ -42,9 +42,14 @@ def problems_of(c: RunConfig) -> Iterable[str]:
         yield f"data.prompt: got {show(c.data.prompt)}; accepted: a text with one {{}}, where the class name goes"
     if c.model.learn_temperature and c.model.head != "text":
         yield 'model.learn_temperature: only the text head has a temperature; set model.head to "text"'
-    if c.data.partition in ("natural", "domains") and data_set is not None and not data_set.has_groups:
+    if c.data.partition in ("natural", "own", "domains") and data_set is not None and not data_set.has_groups:
         yield (f'data.partition: {show(c.data.partition)} needs a data set with domains and {show(c.data.name)} has '
                'none; accepted: "dirichlet", "classes", "quantity", "iid"')
+    if c.data.partition == "own":
+        for name, off in (("global_test", 0), ("max_samples", None)):
+            if getattr(c.data, name) != off:
+                yield (f"data.{name}: got {getattr(c.data, name)}; with partition \"own\" nobody but a client itself divides its "
+                       f"data; set it to {'none' if off is None else off}")
     if min(c.data.split) <= 0 or abs(sum(c.data.split) - 1) > 1e-9:
         yield (f"data.split: got {show(c.data.split)}, which sums to {sum(c.data.split):g}; "
                "accepted: three numbers above 0 that sum to 1")

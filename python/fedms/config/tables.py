@@ -84,8 +84,9 @@ class DataTable(Table):
         None, ge=1, description="seeded, stratified subsample of this size; unset: everything")
     max_tokens: int = Field(64, ge=4, le=32768, description="texts are cut to this many tokens; of a prompt with an answer the "
                             "prompt's beginning is cut")
-    partition: Literal["natural", "dirichlet", "domains", "classes", "quantity", "iid"] = Field(
-        "natural", description="natural: client i draws from domain i mod domains; dirichlet: skewed classes; domains: "
+    partition: Literal["natural", "own", "dirichlet", "domains", "classes", "quantity", "iid"] = Field(
+        "natural", description="natural: client i draws from domain i mod domains; own: client i has all of group i, divided by the group's name, as where each client brings its own "
+        "data; dirichlet: skewed classes; domains: "
         "skewed domains; classes: a few classes a client; quantity: skewed sizes; iid: evenly at random")
     alpha: float = Field(0.3, gt=0, description="concentration of the partitions dirichlet, domains and quantity; small "
                          "is skewed")
@@ -235,7 +236,10 @@ class ClientsTable(Table):
     @property
     def sampled(self) -> int:
         """Clients sampled each round, of `CLIENTS` where the number is not known yet."""
-        count = self.count or CLIENTS
+        return self.sampled_of(self.count or CLIENTS)
+
+    def sampled_of(self, count: int) -> int:
+        """Clients sampled each round where `count` take part."""
         return min(count, max(self.min, int(self.fraction * count + 0.5)))
 
 

@@ -11,7 +11,8 @@ from .cache import cache_dir, made_cache_dir
 from .dataset import Dataset, describe, make_dataset
 from .inputs import ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition, partition
-from .samples import normal
+from .probe import preprocessing_fingerprint, without_samples
+from .samples import counted, normal
 from .shard import Shard, ShardError, read_shard, shard_of, write_shard
 from .user_data import stamp
 
@@ -25,15 +26,18 @@ __all__ = [
     "ShardError",
     "TextInputs",
     "cache_dir",
+    "counted",
     "describe",
     "made_cache_dir",
     "load",
     "make_dataset",
     "normal",
     "partition",
+    "preprocessing_fingerprint",
     "read_shard",
     "shard_of",
     "stamp",
+    "without_samples",
     "write_shard",
 ]
 

@@ -6,6 +6,7 @@ changed.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -22,8 +23,8 @@ from fedms.foreign import few
 
 from .dataset import Dataset, evenly_spaced, strata_of, stratified_sample
 
-SCHEMES = ("natural", "dirichlet", "domains", "classes", "quantity", "iid")
-BY_GROUP = ("natural", "domains")
+SCHEMES = ("natural", "own", "dirichlet", "domains", "classes", "quantity", "iid")
+BY_GROUP = ("natural", "own", "domains")
 
 # What the Dirichlet draw tries to give every client before it gives up (flwr-datasets' default).
 MIN_DIRICHLET_SAMPLES = 10
@@ -55,7 +56,9 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     """Divide `dataset` among `clients.count + clients.unseen` clients.
 
     data:    the run file's [data] table. `partition` is the scheme: "natural" (client i belongs to group i mod
-             #groups, a group is divided evenly at random among its clients), "dirichlet" (each class is
+             #groups, a group is divided evenly at random among its clients), "own" (client i has all of group i, and the group's name
+             and the seed alone say how it is split: a client that has nothing but its own data splits them alike),
+             "dirichlet" (each class is
              divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets), "domains" (each
              group is, likewise), "classes" (`classes_per_client` of them a client, as in arXiv 1602.05629, by
              flwr-datasets), "quantity" (at random, in sizes drawn from Dirichlet(alpha)) or "iid" (evenly at
@@ -91,6 +94,11 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
             notes.append(
                 f"{total} clients: no client holds the groups {few(dataset.group_names[total:])}"
             )
+    elif data.partition == "own":
+        if total != len(dataset.group_names):
+            raise DataError(f"clients.count: {total} clients, but data of {len(dataset.group_names)}, and each has its own "
+                            "(data.partition)")
+        shares, names = [np.flatnonzero(groups == i) for i in range(total)], list(dataset.group_names)
     elif data.partition in ("dirichlet", "domains"):
         codes = labels if data.partition == "dirichlet" else groups
         shares = _dirichlet(every, codes, data.alpha, total, seed, notes)
@@ -107,7 +115,8 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     if not any(map(len, shares)):
         raise DataError(f"{dataset.name}: {len(dataset)} samples leave none for the clients")
     by_class = _by_class(shares, labels)
-    parts = [part for i, of in enumerate(by_class) for part in _split(i, of, data.split, seed)]
+    keys = [_key(names[i]) if data.partition == "own" else i for i in range(total)]
+    parts = [part for key, of in zip(keys, by_class) for part in _split(key, of, data.split, seed)]
     indices = _indices(chain.from_iterable(parts)).split(list(map(len, parts)))
     splits = tuple(ClientSplit(i, names[i], *indices[3 * i:3 * i + 3]) for i in range(total))
     notes += _oddities(splits, shares, by_class, dataset.classes)
@@ -214,7 +223,7 @@ def _split(
 ) -> tuple[list[int], list[int], list[int]]:
     """Training, validation and test part of a client's samples, each sorted. The sizes follow `fractions`; each part takes
     evenly spaced samples of the classes in random order, so that it has its share of each, rounded up or down at random.
-    The split depends on the client's id and the seed only, not on how many clients there are."""
+    The split depends on `client`, a number of this client alone, and the seed only, not on how many clients there are."""
     if not classes:
         return [], [], []
     rng = np.random.default_rng([seed, 1, client])
@@ -227,6 +236,10 @@ def _split(
         samples = np.delete(samples, taken)
     test, validation = parts
     return sorted(samples.tolist()), validation, test
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 @lru_cache(maxsize=4096)

@@ -48,6 +48,13 @@ class Shard:
     partition: Partition
     fitting: tuple[int | None, ...]
 
+    def of(self, client: int) -> Shard:
+        """The same samples as those of the client of this number, where they are one client's: it has learned its number
+        only after they were written."""
+        if len(self.partition.clients) != 1:
+            return self
+        return replace(self, partition=replace(self.partition, clients=(replace(self.partition.clients[0], id=client),)))
+
 
 def shard_of(dataset: Dataset, partition: Partition, fitting: Sequence[int | None]) -> Shard:
     """The samples that this partition names, alone."""
@@ -102,16 +109,16 @@ def read_shard(folder: Path) -> Shard:
         tensors, metadata = read_tensors(read_regular(path))
         about = parse_about(metadata)
         if about.format != FORMAT:
-            raise ShardError(f"{path}: of format {about.format}, this version reads {FORMAT}; write it again by `fedms "
-                             "flower init`")
+            raise ShardError(f"{path}: of format {about.format}, this version reads {FORMAT}; join "
+                             "again")
         if metadata.get("sha256") != _checksum(metadata["shard"], tensors):
-            raise ShardError(f"{path}: damaged (wrong checksum); copy it again from where `fedms flower init` wrote it")
+            raise ShardError(f"{path}: damaged (wrong checksum); join again")
         return _unpacked(path, about, tensors)
     except (OSError, ValueError, KeyError, DataError) as error:
         if isinstance(error, ShardError):
             raise
         problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ShardError(f"{path}: no shard of a data set: {problem}; `fedms flower init` writes them") from None
+        raise ShardError(f"{path}: no shard of a data set: {problem}; `fedms client join` writes them") from None
 
 
 def _unpacked(path: Path, about: ShardAbout, tensors: Mapping[str, Tensor]) -> Shard:

@@ -13,13 +13,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from fedms.config import registry
 from fedms.errors import DataError
+from fedms.foreign import conform, parse_toml, read_regular
 
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
 from .hub import from_hub, load_hub
@@ -91,6 +93,8 @@ def read(config, reads: str, *, labeled: bool = True) -> Samples:
     if path.is_file():
         if table_kind(path):
             return _tables([path], config, reads, labeled)
+        if path.suffix == ".toml":
+            return _by_client(path, config, reads, labeled)
         if is_image(path):
             _check_images(path, reads)
             return image_samples(Tree(path.parent, (), (path,), (), ()), labeled)
@@ -101,6 +105,35 @@ def read(config, reads: str, *, labeled: bool = True) -> Samples:
     if config.name.startswith((".", "/", "~")) or path.suffix or config.name.count("/") > 1:
         raise DataError(f"data.name: {path}: no such file or folder (seen from {Path.cwd()})")
     return load_hub(config, reads)
+
+
+_CLIENTS = TypeAdapter(dict[Literal["clients"], dict[str, str]])
+
+
+def _by_client(path: Path, config, reads: str, labeled: bool) -> Samples:
+    """Samples of clients whose data lie in different places: a file with a table `[clients]` of NAME = "PATH", paths relative
+    to it. Each client's data are read as if they were all there is."""
+    try:
+        places = conform(_CLIENTS, parse_toml(read_regular(path))).get("clients", {})
+    except (OSError, ValueError) as error:
+        raise DataError(f'data.name: {path} names no clients: {error}; expected [clients] with lines of NAME = "PATH"') from None
+    if not places or (labeled and config.classes is None):
+        raise DataError(f"data.name: {path} names " + ("no client" if not places else "clients with data of their own, so the "
+                        "run file must say what the classes are (data.classes)"))
+    parts = []
+    for name, place in places.items():
+        found = read(_renamed(config, str(path.parent / Path(place).expanduser())), reads, labeled=labeled)
+        if labeled:
+            codes, classes = _classes(config, found)
+            found = replace(found, labels=[classes[code] for code in codes], classes=None)
+        parts.append(replace(found, clients=[name] * len(found.content), notes=tuple(f"{name}: {n}" for n in found.notes)))
+    return Samples([c for part in parts for c in part.content], [p for part in parts for p in part.places],
+                   [label for part in parts for label in part.labels] if labeled else None,
+                   [client for part in parts for client in part.clients], notes=tuple(n for part in parts for n in part.notes))
+
+
+def _renamed(config, name: str):
+    return config.model_copy(update={"name": name})
 
 
 def _remedy(path: Path) -> str:

@@ -131,6 +131,10 @@ class Engine(ABC):
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
         """The counterpart of `own_state` and `private`."""
 
+    def members(self) -> Sequence[int]:
+        """Ids of the clients that take part, of whom those of a round are drawn; they may change between rounds."""
+        return range(self.server.config.clients.count)
+
     def private(self) -> Mapping[int, Tensors]:
         """The clients' private tensors, where this process is the one that keeps them."""
         return {}
@@ -188,6 +192,8 @@ class Engine(ABC):
             self.received.add((digest, client))
 
     def _visit_clients(self, state: ServerState, collected: Collected) -> None:
+        if not self.visited:
+            self.server.members = self.members()
         message = self.server.message(state)
         packed = pack_message(message, self.encoding)
         arrives = unpack_message(packed)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fedms.errors import FedMSError
 from fedms.foreign import parse_json, printable
 
-FORMAT = 2                  # of all messages; both sides must have the same
+FORMAT = 3                  # of all messages; both sides must have the same
 REASON = 1000               # most characters of a reason in the records: it may quote what a client sent
 NAME = 200                  # most characters of a name
 SAMPLES = 2**31 - 1         # most samples of a client
@@ -219,7 +219,8 @@ TENSOR = Name(300)
 
 # The server's messages. Buffers beside the head: `tensors`, `constants`, `statistics` (fedms.federated.encoding).
 
-GREETING = Table({"format": _server(Whole(FORMAT, FORMAT))})
+GREETING = Table({"format": _server(Whole(FORMAT, FORMAT)), "release": _server(Name(40)),
+                  "client": _server(CLIENT, null=True)})      # the number of whom the server knows by its key
 
 MESSAGE = Table({
     "stage": _server(STAGE), "round": _server(ROUND), "depth": _server(DEPTH), "applied_depth": _server(DEPTH),
@@ -235,8 +236,8 @@ EVALUATE = Table({**_TASK, "on_common_test": _server(Flag())})
 
 # The clients' answers.
 
-HELLO = Table({"client": _client(CLIENT), "n_train": _client(Whole(0, SAMPLES), null=True),
-               "n_validation": _client(Whole(0, SAMPLES), null=True)})
+HELLO = Table({"client": _client(CLIENT), "release": _client(Name(40)),
+               "n_train": _client(Whole(0, SAMPLES), null=True), "n_validation": _client(Whole(0, SAMPLES), null=True)})
 
 METRICS = Table({
     "trained_params": _client(Whole(0, EXACT)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -154,6 +154,7 @@ class Server:
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
                  method: Method, statistics: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self.config, self.order, self.block_of, self.method, self.statistics = config, order, block_of, method, statistics
+        self.members: Sequence[int] = range(config.clients.count)     # ids of whom a round's clients are drawn
         self.schedule = schedule.from_config(config.sal, len(order))
         self.admission = Admission(config, order, block_of, method, statistics)
 
@@ -285,8 +286,7 @@ class Server:
 
     def sample(self, stage: str, round: int) -> tuple[int, ...]:
         """Ids of the clients of a round, ascending."""
-        clients = self.config.clients
-        drawn = torch.randperm(clients.count, generator=generator(
-            self.config.run.seed, "sample-clients", stage, round))[:clients.sampled]
-        return tuple(sorted(drawn.tolist()))
+        drawn = torch.randperm(len(self.members), generator=generator(
+            self.config.run.seed, "sample-clients", stage, round))[:self.config.clients.sampled_of(len(self.members))]
+        return tuple(sorted(self.members[i] for i in drawn.tolist()))
 

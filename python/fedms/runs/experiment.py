@@ -5,9 +5,8 @@ A process that plays a part in a run, as server, as client or as all of them, ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -132,7 +131,7 @@ def with_clients(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.clients.count is not None:
         return config
     count = CLIENTS
-    if dataset.groups is not None and dataset.name not in registry.data_sets() and config.data.partition == "natural":
+    if dataset.groups is not None and dataset.name not in registry.data_sets() and config.data.partition in ("natural", "own"):
         count = max(1, len(dataset.group_names) - config.clients.unseen)
     tables = config.model_dump()
     return config_from_dict({**tables, "clients": {**tables["clients"], "count": count}})
@@ -167,31 +166,3 @@ class LoadedTasks:
             self.last = None        # freed before the next one is loaded
             self.last = LoadedTask(config, progress)
         return self.last
-
-
-def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConfig:
-    """Divide a run's data among folders that are carried to the machines of a deployment.
-
-    `folder/client-N` gets what client N has, `folder/server` what no client has, and all get the common test set.
-
-    Returns:
-        The configuration with the number of clients set.
-
-    Raises:
-        FedMSError: If the run could not begin; `ShardError` if a folder cannot be written.
-    """
-    task = LoadedTask(config, progress)
-    experiment = task.experiment(config)
-    config = experiment.config
-    progress.phase(f"dividing the data among {config.clients.count} clients")
-    parts = {f"client-{split.id}": replace(experiment.partition, clients=(split,), unseen=(), notes=())
-             for split in experiment.partition.clients}
-    for name, part in {"server": replace(experiment.partition, clients=()), **parts}.items():
-        data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting))
-    if config.privacy.masks:
-        from fedms.federated.private_client import write_member
-
-        server = cast("PrivateServer", experiment.server)
-        for split in experiment.partition.clients:
-            write_member(folder / f"client-{split.id}", server.key, split.id, config)
-    return config

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import fedms.engines.local  # noqa: F401  what a run loads is part of the process that is measured here
 from fedms import data, methods, models
 from fedms.config import RunConfig
-from fedms.data import ClientSplit
+from fedms.data import ClientSplit, Dataset
 from fedms.federated.client import Client, Private
 from fedms.federated.visit_costs import CostModel, VisitMemory, VisitWork
+from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.runs.experiment import with_clients
 from fedms.training.expert_model import ExpertModel
@@ -95,7 +96,7 @@ class Plan:
 
 
 def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = None, bandwidth: float | None = None,
-         progress: Progress | None = None) -> Plan:
+         progress: Progress | None = None, foundation: FoundationModel | None = None, dataset: Dataset | None = None) -> Plan:
     """Find out what a round costs at each depth, and which settings fit a client's device.
 
     At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
@@ -108,11 +109,13 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
         flops: Operations a second of the device; None to measure this machine on one visit.
         bandwidth: Bytes a second, up and down; None where transfers take no time.
         progress: Told of what is being done.
+        foundation: The foundation model, where it is loaded already, in full precision. Experts are attached to it.
+        dataset: The data set, where it is loaded already.
 
     Raises:
         FedMSError: If a run could not begin with this run file.
     """
-    planner = _Planner(config, progress or Progress())
+    planner = _Planner(config, progress or Progress(), foundation, dataset)
     speeds: dict[str, float] = {}
     tried: dict[int, list[Option]] = {}
     for frozen in (config.model.frozen, *SMALLER.get(config.model.frozen, ("int8", "nf4"))):
@@ -140,19 +143,22 @@ class _Planner:
     Args:
         config: The run file.
         progress: Told of what is being done.
+        foundation: The foundation model; None to load it.
+        dataset: The data set; None to load it.
     """
 
     originals: dict[str, Tensor]    # by name, once they are quantized
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, progress: Progress, foundation: FoundationModel | None,
+                 dataset: Dataset | None) -> None:
         hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
         progress.phase(f"loading model {config.model.id}")
         # Loaded as every run does, in full precision; `freeze` quantizes it.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"frozen": "fp32"})})
-        foundation = models.load(plain.model, plain.task.kind)
+        foundation = foundation or models.load(plain.model, plain.task.kind)
         progress.phase(f"loading data {config.data.name}")
-        dataset = data.load(plain.data, foundation)
+        dataset = dataset or data.load(plain.data, foundation)
         config = with_clients(config, dataset)
         self.config, self.progress = config, progress
         self.model = ExpertModel(foundation, dataset, plain)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedms.config import RunConfig
 from fedms.data import Dataset, Shard
@@ -23,16 +23,14 @@ from fedms.runs.summary import accuracies, augmentation_note, mean, summarize
 from fedms.storage.final import SharedTensors, has_final, write_final
 from fedms.storage.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from flwr.serverapp import Grid
-
 OpenFolder = Callable[[RunConfig], RunFolder]
+Members = Callable[[], Sequence[int]]
 
 
 def run(config: RunConfig, out: str | Path, *, overwrite: bool = False, resume: bool = False,
         progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
         foundation: FoundationModel | None = None, dataset: Dataset | None = None,
-        grid: Grid | None = None, shard: Shard | None = None) -> dict[str, Any]:
+        grid: Any = None, shard: Shard | None = None, members: Members | None = None) -> dict[str, Any]:
     """Train with one method and one seed, and write everything about it into a run folder.
 
     Args:
@@ -46,8 +44,10 @@ def run(config: RunConfig, out: str | Path, *, overwrite: bool = False, resume: 
             `fedms.ModuleModel`. Experts are attached to it, so it serves one run.
         dataset: The data set as an object, in the place of the one that `data.name` names; see
             `fedms.data.make_dataset`.
-        grid: For engine "flower", Flower's access to the nodes of the clients.
+        grid: For engine "flower", access to the nodes of the clients (`fedms.engines.flower.link`).
         shard: For engine "flower", the data of the server itself.
+        members: For engine "flower", asked before each round for the ids of the clients that take part; None for all of
+            `clients.count`.
 
     Returns:
         The summary, as `summary.json` holds it: fields of :data:`fedms.storage.records.SUMMARY_FIELDS`.
@@ -64,7 +64,7 @@ def run(config: RunConfig, out: str | Path, *, overwrite: bool = False, resume: 
     progress = progress or Progress()
     try:
         task = LoadedTask(config, progress, foundation, dataset, shard)
-        return run_on(task, config, opener(Path(out), overwrite, resume), progress, stop, grid)
+        return run_on(task, config, opener(Path(out), overwrite, resume), progress, stop, grid, members)
     finally:
         progress.close()
 
@@ -77,7 +77,7 @@ def opener(out: Path, overwrite: bool, resume: bool) -> OpenFolder:
 
 
 def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progress: Progress, stop: Callable[[], bool],
-           grid: Grid | None = None, tested: bool = True) -> dict[str, Any] | None:
+           grid: Any = None, members: Members | None = None, tested: bool = True) -> dict[str, Any] | None:
     """Carry out a run on a model and data that are loaded already: all steps of :func:`run` but the first.
 
     Args:
@@ -86,7 +86,8 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         open_folder: Opens the run folder, see :func:`opener`.
         progress: Told of each visit, round and phase.
         stop: Asked between clients whether to stop.
-        grid: For engine "flower", Flower's access to the nodes.
+        grid: For engine "flower", access to the nodes.
+        members: For engine "flower", who takes part, see :func:`run`.
         tested: Whether to evaluate on test data at the end.
 
     Returns:
@@ -104,7 +105,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         if summary is not None and has_final(folder.path):
             return summary
         started = time.perf_counter()
-        with open_engine(folder, task, experiment, progress, stop, grid) as engine:
+        with open_engine(folder, task, experiment, progress, stop, grid, members) as engine:
             state = train(engine, task, experiment, progress)
             if not tested:
                 return None
@@ -122,7 +123,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
 
 @contextmanager
 def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, progress: Progress,
-                stop: Callable[[], bool], grid: Grid | None) -> Iterator[Engine]:
+                stop: Callable[[], bool], grid: Any, members: Members | None) -> Iterator[Engine]:
     """Open the engine that `run.engine` names, and close it at the end.
 
     Raises:
@@ -139,13 +140,13 @@ def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, pro
     try:
         from fedms.engines.flower.server import FlowerEngine
         from fedms.engines.flower.simulation import simulated_grid
-        from fedms.runs.flower_app import simulation_app
+        from fedms.runs.nodes import simulation_app
     except ModuleNotFoundError as error:
         raise ConfigError(f"run.engine: {config.run.engine!r} needs {error.name}, which is not installed: "
                           "pip install 'fedms[flower]'") from None
     if config.run.engine == "flower":
         yield FlowerEngine(experiment.server, model.fm_params, model.foundation.fingerprint, grid, experiment.fitting, {},
-                           config.clients.round_timeout, folder, progress, stop)
+                           config.clients.round_timeout, folder, progress, stop, members)
         return
     progress.phase("starting Flower's simulation")
     clients = simulation_app(folder.path.absolute() / "clients", _with_absolute_key(config))

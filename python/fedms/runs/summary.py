@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,9 @@ class Summary:
         tested = [client for client in seen if client["n_test"]]
         if (privacy := outcome.get("privacy")) is not None:
             return cls._private(config, outcome, privacy, records)
+        # A server's clients come and go: those that it met are in the records, clients.count is how many it would take.
+        members = ({visit["client"] for visit in records.visits} | {client["id"] for client in seen}
+                   if config.run.engine == "flower" else range(config.clients.count))
         simulated = [line["simulated_seconds"] for line in records.rounds if line["simulated_seconds"] is not None]
         return cls(
             config.run.method, config.model.id, outcome["fingerprint"], config.data.name, outcome["classes"],
@@ -112,8 +115,8 @@ class Summary:
             {"as_it_arrives": accuracies(unseen)["mean"], "after_training": outcome["unseen_after_training"]}
             if unseen else None, outcome["final_depth"],
             **_costs(records.visits), seconds=outcome["seconds"], simulated_seconds=sum(simulated) if simulated else None,
-            notes=[*outcome["notes"], *augmentation_note(config), *_not_evaluated(config, seen),
-                   *never_trained(config, outcome["personal_stages"], records.visits), *failures(records.visits)],
+            notes=[*outcome["notes"], *augmentation_note(config), *_not_evaluated(members, seen),
+                   *never_trained(config, outcome["personal_stages"], records.visits, members), *failures(records.visits)],
             language=language_summary(tested))
 
     @classmethod
@@ -213,9 +216,9 @@ def augmentation_note(config: RunConfig) -> list[str]:
     return [f"training images are augmented ({how}), so nothing that is computed of them is cached"] if how else []
 
 
-def _not_evaluated(config: RunConfig, clients: Sequence[Record]) -> list[str]:
-    missing = config.clients.count - len(clients)
-    return [f"{missing} of {config.clients.count} clients could not be evaluated; the summary is of the others"
+def _not_evaluated(members: Collection[int], clients: Sequence[Record]) -> list[str]:
+    missing = len(set(members) - {client["id"] for client in clients})
+    return [f"{missing} of {len(members)} clients could not be evaluated; the summary is of the others"
             ] if missing > 0 else []
 
 
@@ -234,19 +237,21 @@ def failures(visits: Sequence[Record]) -> list[str]:
         *lines[:MOST_REASONS], f"visits failed for {len(lines) - MOST_REASONS:,} more reasons, which visits.jsonl names"]
 
 
-def never_trained(config: RunConfig, personal_stages: Iterable[str], visits: Sequence[Record]) -> list[str]:
+def never_trained(config: RunConfig, personal_stages: Iterable[str], visits: Sequence[Record],
+                  members: Collection[int]) -> list[str]:
     """Say how many clients were never sampled in the stages that train what is their own.
 
     Args:
         config: The run file.
         personal_stages: Stages in which the method trains private tensors.
         visits: Lines of `visits.jsonl`.
+        members: Ids of the clients that took part.
     """
     stages = [stage for stage in personal_stages if getattr(config, stage).rounds]
     if not stages:
         return []
     trained = {visit["client"] for visit in visits if visit["stage"] in stages and visit["status"] == "ok"}
-    missing = config.clients.count - len(trained)
+    missing = len(set(members) - trained)
     where = " and ".join(stage.replace("stage", "stage ") for stage in stages)
-    return [f"{missing} of {config.clients.count} clients were never trained in {where}, so they have learned nothing of their "
+    return [f"{missing} of {len(members)} clients were never trained in {where}, so they have learned nothing of their "
             "own and answer with what all begin with; a larger clients.fraction or more rounds reach them"] if missing else []

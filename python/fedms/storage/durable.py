@@ -164,7 +164,7 @@ def shard_about(folder: Path) -> dict[str, Any]:
         head = read_regular(path, 8)
         return parse_about(safetensors_metadata(read_regular(path, 8 + int.from_bytes(head, "little")))).model_dump()
     except (OSError, ValueError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path}: no shard of a data set: {error}; `fedms flower init` writes them") from None
+        raise ValueError(f"{path}: no shard of a data set: {error}; `fedms client join` writes them") from None
 
 
 def parse_about(metadata: dict[str, str]) -> ShardAbout:

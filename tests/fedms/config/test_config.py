@@ -139,7 +139,7 @@ def test_a_key_without_its_table_is_completed():
     ("run.method=fedavgft", 'run.method: got "fedavgft"; accepted: "local", "fedavg", "fedavg_prior", "fedavg_ft", '
                             '"fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora", "fedsa_lora", "fedex_lora", '
                             '"feddpa", "fedms", "fedms_plus"; did you mean fedavg_ft?'),
-    ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "dirichlet", "domains", "classes", '
+    ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "own", "dirichlet", "domains", "classes", '
                                 '"quantity", "iid"; did you mean '
                                 "dirichlet?"),
     ("sal.order=topdown", 'sal.order: got "topdown"; accepted: "top_down", "bottom_up", "interleaved"; or a list of '

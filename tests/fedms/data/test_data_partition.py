@@ -285,7 +285,7 @@ def test_domains_and_sizes_are_skewed_by_alpha():
             dataset(),
             settings_of("naturl"),
             clients_of(),
-            "unknown scheme 'naturl'; known: natural, dirichlet, domains, classes, quantity, iid",
+            "unknown scheme 'naturl'; known: natural, own, dirichlet, domains, classes, quantity, iid",
         ),
         (
             dataset(groups=0),

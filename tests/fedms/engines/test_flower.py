@@ -1,13 +1,9 @@
 """The distributed engine against the embedded one, and against nodes that fail, dawdle and lie."""
 from __future__ import annotations
 
-import datetime
-import io
 import json
 import math
 import time
-import types
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,15 +11,15 @@ import torch
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
-from cryptography import x509
 from fake_grid import FakeGrid
 from flwr.app import Error, Message
 from safetensors.torch import load_file
+from shards import write_shards
 
 from fedms.config import ConfigError, load_config
 from fedms.data import read_shard
 from fedms.engines.base import Interrupted
-from fedms.engines.flower import certificates, deployment, transport
+from fedms.engines.flower import transport
 from fedms.engines.flower import client as side
 from fedms.exports import mixture
 from fedms.exports import export
@@ -32,7 +28,7 @@ from fedms.federated.client import ClientFailure, Private
 from fedms.federated.server import AllClientsFailed
 from fedms.progress import Progress
 from fedms.runs import run
-from fedms.runs.experiment import LoadedTask, write_shards
+from fedms.runs.experiment import LoadedTask
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.durable import shard_about
 from fedms.storage.private_state import ClientFolder, FolderError, State
@@ -430,30 +426,6 @@ def test_a_node_s_own_run_file_names_its_model(tmp_path):
         side._agreed({**tables, "model": {**tables["model"], "id": "/srv/other"}}, identity)
 
 
-def test_certificates_are_renewed_with_the_same_keys(tmp_path, monkeypatch):
-    class Past(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.datetime.now(tz) - datetime.timedelta(days=certificates.DAYS - 10)
-
-    now = types.SimpleNamespace(datetime=Past, timezone=datetime.timezone, timedelta=datetime.timedelta)
-    with monkeypatch.context() as patch:
-        patch.setattr(certificates, "datetime", now)
-        assert certificates.make(tmp_path, ["127.0.0.1"], 1) == []
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    (line,) = certificates.warnings(tmp_path)
-    assert "server.pem: the SuperLink's certificate expires on" in line and "--host 127.0.0.1" in line
-    assert certificates.make(tmp_path, ["127.0.0.1"], 1) == ["server.pem"] and not certificates.warnings(tmp_path)
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {name for name in before if before[name] != after[name]} == {"server.pem"}
-    certificate, authority = (x509.load_pem_x509_certificate(after[name]) for name in ("server.pem", "ca.crt"))
-    certificate.verify_directly_issued_by(authority)
-    (tmp_path / "server.pem").write_bytes(before["server.pem"])
-    (tmp_path / "ca.key").unlink()
-    with pytest.raises(FileNotFoundError, match="ca.key: is not here, and a certificate must be renewed with it"):
-        certificates.make(tmp_path, ["127.0.0.1"], 1)
-
-
 def test_a_quorum(tmp_path, shards):
     silent = {("train", "stage1 2", client): lambda message, answer: None for client in (1, 2, 3)}
     with pytest.raises(AllClientsFailed, match="1 of 4 clients could train, fewer than clients.quorum = 0.5"):
@@ -631,20 +603,6 @@ def shards_of_twelve(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twelve")
     write_shards(config("clients.count=12", "clients.unseen=0", "data.max_samples=480"), folder, Progress())
     return folder, {i: shard_about(folder / f"client-{i}")["clients"][0]["n_train"] for i in range(12)}
-
-
-def test_the_example_is_what_init_writes(tmp_path):
-    (tmp_path / "data/client-0").mkdir(parents=True)
-    deployment.write_app(tmp_path, "", "127.0.0.1", None)
-    example = Path(__file__).parents[3] / "examples/flower"
-    for name in ("pyproject.toml", "fedms_app/__init__.py"):
-        assert (tmp_path / name).read_text().replace(str(tmp_path), "/srv/deployment") == (example / name).read_text()
-    build_fab_from_disk = pytest.importorskip("flwr.cli.build").build_fab_from_disk
-    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))) as app:        # what Flower sends to every node
-        assert {name for name in app.namelist() if not name.startswith(".info")} == {"pyproject.toml", "fedms_app/__init__.py"}
-    assert oct((tmp_path / "certificates/client-0").stat().st_mode)[-3:] == "600"
-    with pytest.raises(FileExistsError, match="its certificate is for 127.0.0.1, not for example.org, 127.0.0.1"):
-        certificates.make(tmp_path / "certificates", ["example.org"], 1)
 
 
 def test_private_experts_are_exported_from_the_clients_own_folders(tmp_path, shards):

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from fake_grid import FakeGrid
+from shards import write_shards
 from flwr.app import Message
 
 from fedms.config import load_config, registry
@@ -26,7 +27,7 @@ from fedms.privacy.key_file import create_key
 from fedms.privacy.ledger import BudgetSpent, read_ledger
 from fedms.progress import Progress
 from fedms.runs import run
-from fedms.runs.experiment import LoadedTask, write_shards
+from fedms.runs.experiment import LoadedTask
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.durable import shard_about
 from fedms.storage.records import RunRecords, comparable

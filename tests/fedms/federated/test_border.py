@@ -31,8 +31,10 @@ MESSAGE = {"stage": "stage1", "round": 1, "depth": 1, "applied_depth": 1}
 TASK = {"format": schema.FORMAT, "run": HEX[:32], "nonce": HEX[:16], "model": "0" * 64, "message": MESSAGE, "config": {},
         "kept": None}
 GOOD = {
-    "greeting": {"format": schema.FORMAT}, "train": TASK, "evaluate": {**TASK, "on_common_test": True},
-    "hello": {"client": 2, "n_train": 10, "n_validation": 5}, "evaluated": {**ECHO, "record": RECORD, "on_common_test": None},
+    "greeting": {"format": schema.FORMAT, "release": "0.1.0", "client": 2},
+    "train": TASK, "evaluate": {**TASK, "on_common_test": True},
+    "hello": {"client": 2, "release": "0.1.0", "n_train": 10, "n_validation": 5},
+    "evaluated": {**ECHO, "record": RECORD, "on_common_test": None},
     "trained": {**ECHO, "visit": {"reason": None, "flops": 1, "seconds": 0.1, "peak_memory_bytes": 1}, "kept": HEX,
                 "private": True, "reply": REPLY},
     "problem": {**ECHO, "problem": "no memory"},

@@ -1,16 +1,12 @@
-"""Certificates for a deployment: `python -m fedms.engines.flower.certificates DIR --host NAME --clients N`.
+"""Certificates for a server: an authority of its own (ca.crt, ca.key), and the server's (server.pem, server.key).
 
-Writes an authority of your own (ca.crt, ca.key), the SuperLink's certificate (server.pem, server.key), and a key pair
-for each client's SuperNode (client-0, client-0.pub, ...). A client gets ca.crt and its own key; ca.key stays where it
-was made. Elliptic-curve P-384 throughout, which is what Flower's SuperNode authentication takes.
-
-The SuperLink's certificate is valid for a year, the authority's for ten. The same command, given again, renews what has
-expired or will within a month, with the same keys: `ca.key` signs, and the clients' keys stay. Only where the authority's
-own certificate was renewed do the clients need the new `ca.crt`.
+A client gets ca.crt, in its invitation; its own key is made on its own machine. Elliptic-curve P-384 throughout, which is
+what Flower's authentication of nodes takes. The server's certificate is valid for a year, the authority's for ten. `fedms
+server renew` renews what has expired or will within a month, with the same keys: `ca.key` signs. Only where the authority's
+own certificate was renewed do the clients need a new invitation.
 """
 from __future__ import annotations
 
-import argparse
 import datetime
 import ipaddress
 import os
@@ -25,16 +21,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedms.storage.durable import write_durably
 
-DAYS, AUTHORITY_DAYS = 365, 3650     # for which the SuperLink's certificate and the authority's are valid
+DAYS, AUTHORITY_DAYS = 365, 3650     # for which the server's certificate and the authority's are valid
 SOON = datetime.timedelta(days=30)   # before the end, when it is told and renewed
-NAMES = {"ca.crt": "the authority's certificate", "server.pem": "the SuperLink's certificate"}
+NAMES = {"ca.crt": "the authority's certificate", "server.pem": "the server's certificate"}
 _ISSUER = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedMS deployment")])
-LOOPBACK = "127.0.0.1"      # by which a SuperLink's own processes reach it
+LOOPBACK = "127.0.0.1"      # every certificate is for it too: a first try on one machine
 
 
-def make(folder: Path, hosts: Sequence[str], clients: int) -> list[str]:
+def make(folder: Path, hosts: Sequence[str]) -> list[str]:
     """Writes what is missing and renews what expires within a month; never replaces a key. Returns the names of the
-    certificates that were renewed. `hosts`: the SuperLink's names and addresses for others.
+    certificates that were renewed. `hosts`: the server's names and addresses for others.
 
     Raises:
         FileExistsError: if there are certificates for other hosts already.
@@ -42,23 +38,14 @@ def make(folder: Path, hosts: Sequence[str], clients: int) -> list[str]:
         ValueError: if a certificate or key cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    renewed: list[str] = []
     hosts = list(dict.fromkeys([*hosts, LOOPBACK]))
     if not (folder / "server.pem").exists():
         _authority_and_server(folder, hosts)
-    elif set(found := _hosts(folder)) != set(hosts):
+        return []
+    if set(found := hosts_of(folder)) != set(hosts):
         raise FileExistsError(f"{folder}: its certificate is for {', '.join(found)}, not for {', '.join(hosts)}; "
                               "make them in another folder, or remove this one")
-    else:
-        renewed = _renew(folder, hosts)
-    for client in range(clients):
-        path = folder / f"client-{client}"
-        if not path.exists():
-            key = ec.generate_private_key(ec.SECP384R1())
-            _write_key(path, key, serialization.PrivateFormat.OpenSSH)
-            path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(
-                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n")
-    return renewed
+    return _renew(folder, hosts)
 
 
 def ends(folder: Path) -> dict[str, datetime.datetime]:
@@ -74,9 +61,7 @@ def warnings(folder: Path) -> list[str]:
     """A line for each certificate that has expired or will within a month; see `ends` for what it raises."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return [f"{folder / name}: {NAMES[name]} {'has expired' if end <= now else 'expires'} on {end:%Y-%m-%d}; renew it by "
-            f"python -m fedms.engines.flower.certificates {folder} "
-            + " ".join(f"--host {host}" for host in _hosts(folder) if host != LOOPBACK or len(_hosts(folder)) == 1)
-            for name, end in ends(folder).items() if end <= now + SOON]
+            f"fedms server renew {folder.parent}" for name, end in ends(folder).items() if end <= now + SOON]
 
 
 def _authority_and_server(folder: Path, hosts: Sequence[str]) -> None:
@@ -163,28 +148,7 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _hosts(folder: Path) -> list[str]:
+def hosts_of(folder: Path) -> list[str]:
+    """Names and addresses that the server's certificate is for. Raises OSError or ValueError if it cannot be read."""
     names = _read(folder / "server.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedms.engines.flower.certificates", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--host", action="append", required=True, help="name or address of the SuperLink; may be repeated")
-    parser.add_argument("--clients", type=int, default=0, metavar="N", help="key pairs for clients 0 to N - 1")
-    arguments = parser.parse_args()
-    try:
-        renewed = make(arguments.folder, arguments.host, arguments.clients)
-        end = ends(arguments.folder)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"certificates: {error}") from None
-    for name in renewed:
-        print(f"{name}: renewed, with the same key" + ("; give it to the clients" if name == "ca.crt" else ""))
-    print(f"{arguments.folder}: ca.crt (valid until {end['ca.crt']:%Y-%m-%d}), server.pem (until {end['server.pem']:%Y-%m-%d}), "
-          f"server.key, and keys of {arguments.clients} clients")
-
-
-if __name__ == "__main__":
-    main()

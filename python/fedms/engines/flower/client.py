@@ -3,20 +3,23 @@ server."""
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flwr.app import Message as Mail
 
 from fedms.engines.flower import transport
+from fedms.engines.flower.transport import release, release_of
 from fedms.errors import FedMSError
-from fedms.federated.schema import EVALUATE, FORMAT, REASON, SUM, TRAIN, SchemaError, Table, shown
+from fedms.federated.schema import FORMAT, GREETING, REASON, TASKS, SchemaError, shown
 from fedms.foreign import printable
-from fedms.storage.durable import SHARD
+from fedms.storage.durable import SHARD, shard_about
 
 if TYPE_CHECKING:       # torch is imported when there is something to train
     from fedms.config import RunConfig
@@ -37,15 +40,17 @@ HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 
 @dataclass(frozen=True)
 class Identity:
-    """client: its id. n_train: its number of training samples; None where the server knows. state: its own folder.
-    data: its samples; None where the run file says where they are. own: the node's own run file, which alone may name code
-    to be run, and paths; None: no run may name any."""
+    """client: its id. n_train: its number of training samples; None where the server knows, or the data in `data` say.
+    state: its own folder. data: folder with its samples (`fedms.data.shard`); None where the run file says where they are.
+    own: the node's own run file, which alone may name code to be run, and paths; None: no run may name any.
+    model: folder with the model on this machine, in the place of `model.id`."""
 
     client: int
     n_train: int | None
     state: Path
     data: Path | None
     own: RunConfig | None = None
+    model: str | None = None
 
 
 class LoadedTask(Protocol):
@@ -73,66 +78,100 @@ class Experiment(Protocol):
     def client(self, id: int) -> Client: ...
 
 
-Open = Callable[["RunConfig", "Path | None"], "tuple[LoadedTask, Experiment]"]
+Open = Callable[["RunConfig", Identity], "tuple[LoadedTask, Experiment]"]
+Answer = tuple[dict[str, Any], dict[str, bytes]]        # the head and the buffers of a reply
 
 
-def hello(message: Mail, identity: Identity) -> Mail:
-    """Says which client this is and how many samples it has, which holds from then on."""
+def answer(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
+    """The reply of a node whose client is known and whose owner has agreed to everything, as in a simulation."""
+    if message.metadata.message_type == "query":
+        return greet(message, lambda told: identity)
+    return guarded(message, identity.client, lambda kind, head, parts: obey(kind, head, parts, identity, open_experiment))
+
+
+def greet(message: Mail, identify: Callable[[int | None], Identity]) -> Mail:
+    """Says which client this is and how many samples it has, which holds from then on.
+
+    Args:
+        identify: who it is, by the number that the server tells; None where it tells none.
+    """
+    told: int | None = None
+    try:
+        head, _ = transport.read(message.content)
+        told = head.get("client") if type(head.get("client")) is int else None
+        if head.get("format") != FORMAT or release_of(str(head.get("release"))) != release_of(release()):
+            raise transport.MailError(f"the server runs fedms {shown(head.get('release'))} with messages of format "
+                                      f"{shown(head.get('format'))}, this client fedms {release()} with format {FORMAT}; install the "
+                                      "same release on both")
+        told = GREETING.read(head)["client"]
+        identity = identify(told)
+        n_train, n_validation = _samples(identity)
+    except Exception as error:
+        return _answer(message, {"client": told or 0, "problem": reason_of(error)})
+    return _answer(message, {"client": identity.client, "release": release(), "n_train": n_train, "n_validation": n_validation})
+
+
+def _samples(identity: Identity) -> tuple[int | None, int | None]:
+    """Numbers of training and validation samples, without importing torch."""
     private = identity.own is not None and identity.own.privacy.mode != "off"
     if private or (identity.data is not None and (identity.data / IDENTITIES).exists()):
-        return _answer(message, {"client": identity.client, "n_train": None, "n_validation": None})
-    return _answer(message, {"client": identity.client, "n_train": identity.n_train,
-                             "n_validation": _validation_samples(identity)})
-
-
-def _validation_samples(identity: Identity) -> int | None:
+        return None, None
     if identity.data is None:
-        return None
+        return identity.n_train, None
     from safetensors import safe_open
 
-    with safe_open(identity.data / SHARD, "numpy") as file:     # numpy: torch is not imported for a number
-        return file.get_slice(f"client/{identity.client}/validation").get_shape()[0]
+    (held,) = shard_about(identity.data)["clients"]
+    with safe_open(identity.data / SHARD, "numpy") as file:
+        return held["n_train"], file.get_slice(f"client/{held['id']}/validation").get_shape()[0]
 
 
-def train(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
-    """A visit. Whatever goes wrong is told as a reason; the private state is then as it was."""
-    return _guarded(message, identity, TRAIN, lambda head, parts: _visit(head, parts, identity, open_experiment))
+def guarded(message: Mail, client: int | None, act: Callable[[str, dict[str, Any], dict[str, bytes]], Answer]) -> Mail:
+    """The reply to a message that asks for work. Whatever goes wrong is told as a reason; the private state is then as it
+    was.
 
-
-def add_up(message: Mail, identity: Identity) -> Mail:
-    """A phase of a secure sum."""
-    return _guarded(message, identity, SUM, lambda head, parts: _add_up(head, parts, identity))
-
-
-def evaluate(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
-    """The client's line of `clients.jsonl`, with what it has in the end."""
-    return _guarded(message, identity, EVALUATE, lambda head, parts: _evaluate(head, parts, identity, open_experiment))
-
-
-def _guarded(message: Mail, identity: Identity, kind: Table,
-             act: Callable[[dict[str, Any], dict[str, bytes]], tuple[dict[str, Any], dict[str, bytes]]]) -> Mail:
-    echo: dict[str, Any] = {"client": identity.client}
+    Args:
+        client: its id; None if no greeting told it yet.
+        act: does what a message of a kind (train, evaluate, query.sum) with this head and these buffers says.
+    """
+    echo: dict[str, Any] = {"client": client or 0}
     head: dict[str, Any] = {}
     try:
+        kind = message.metadata.message_type
+        if kind not in TASKS:
+            raise Disagreement(f"a message of type {shown(kind)}; this client is asked {', '.join(TASKS)} alone")
         head, parts = transport.read(message.content)
         if head.get("format") != FORMAT:
             raise transport.MailError(f"messages of format {shown(head.get('format'))}, this client's are of format {FORMAT}; "
-                                 "update fedms on both sides")
-        head = kind.read(head)
+                                      "update fedms on both sides")
+        head = TASKS[kind].read(head)
         echo.update({name: head[name] for name in ("run", "nonce")})
-        answer, out = act(head, parts)
+        came, out = act(kind, head, parts)
     except Exception as error:
-        traceback.print_exc()       # into the node's own log; the server is told in a line
-        return _answer(message, {**echo, "problem": _told(error, head)})
-    return _answer(message, {**echo, **answer}, out)
+        return _answer(message, {**echo, "problem": reason_of(error, head)})
+    return _answer(message, {**echo, **came}, out)
 
 
-def _told(error: Exception, head: Mapping[str, Any]) -> str:
-    """What the server is told of an error. With privacy, only of those that do not depend on this client's data."""
+def reason_of(error: Exception, head: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """What the server is told of an error. With privacy, only of those that do not depend on this client's data.
+
+    Args:
+        head: of the message that asked; empty if it was none.
+    """
     settings = head.get("config", {}).get("privacy", {})
-    if isinstance(settings, dict) and settings.get("mode", "off") != "off" and not isinstance(error, _DATA_FREE):
+    private = isinstance(settings, dict) and settings.get("mode", "off") != "off"
+    if private or os.environ.get("FEDMS_DEBUG") == "1":
+        traceback.print_exception(error)        # into the node's own log
+    if private and not isinstance(error, _DATA_FREE):
         return "it failed; the log of its node says why"
     return printable(f"{type(error).__name__}: {error}", REASON)
+
+
+def obey(kind: str, head: dict[str, Any], parts: dict[str, bytes], identity: Identity, open_experiment: Open) -> Answer:
+    """Trains (a visit), evaluates (the client's line of `clients.jsonl`), or takes a phase of a secure sum. Raises what goes
+    wrong."""
+    if kind == "query.sum":
+        return _add_up(head, parts, identity)
+    return (_visit if kind == "train" else _evaluate)(head, parts, identity, open_experiment)
 
 
 class Disagreement(FedMSError):
@@ -159,7 +198,7 @@ def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
     of_hub = re.fullmatch(HUB_ID, id, re.ASCII) and not Path(id).exists()
     if id not in registry.models() and not of_hub and (identity.own is None or id != own.model.id):
         raise Disagreement(f"model.id: the server says {shown(id)}, which is neither built in nor a hub id such as org/name; "
-                           "a folder must be the one that this node's own run file names (--node-config run=\"FILE\")")
+                           "a folder must be the one that this node's own run file names")
     _agreed_privacy(config, identity)
     if identity.data is None and config.data.name != own.data.name:
         raise Disagreement(f"data.name: the server says {shown(config.data.name)}, but {_whose(identity)} {shown(own.data.name)}")
@@ -189,8 +228,7 @@ def _whose(identity: Identity) -> str:
     return "this node's own run file says" if identity.own else "without a run file of its own this node takes only"
 
 
-def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
-           open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, open_experiment: Open) -> Answer:
     from fedms.federated.client import Private, visit
     from fedms.federated.packing import pack_reply
     from fedms.storage.private_state import ClientFolder, State
@@ -216,7 +254,7 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
 
 
 def _share(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, session: LoadedTask,
-           experiment: Experiment) -> tuple[dict[str, Any], dict[str, bytes]]:
+           experiment: Experiment) -> Answer:
     """A visit of a run with privacy: the client's share of the round's sum."""
     from fedms.federated.client import Private, Share
     from fedms.federated.packing import pack_share
@@ -246,7 +284,7 @@ def _share(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, se
     return {"share": packed.head, "kept": digest}, packed.parts
 
 
-def _add_up(head: dict[str, Any], parts: dict[str, bytes], identity: Identity) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _add_up(head: dict[str, Any], parts: dict[str, bytes], identity: Identity) -> Answer:
     from fedms.privacy.secure_round import Question, read_held, write_held
     from fedms.privacy.secure_sum import Promises
     from fedms.federated.private_client import answer
@@ -274,8 +312,7 @@ def _member(identity: Identity, config: RunConfig | None) -> Member:
     return member_of_run(read_key(Path(identity.own.privacy.key)), identity.client, config.clients.count)
 
 
-def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
-              open_experiment: Open) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, open_experiment: Open) -> Answer:
     from fedms.data.subset import Subset
     from fedms.federated.client import Private
     from fedms.federated.evaluation import evaluate_client, own_accuracy
@@ -307,7 +344,7 @@ def _message(head: dict[str, Any], parts: dict[str, bytes], folder: ClientFolder
 
 
 def _opened(head: dict[str, Any], config: RunConfig, identity: Identity, open_experiment: Open) -> tuple[LoadedTask, Experiment]:
-    session, experiment = open_experiment(config, identity.data)
+    session, experiment = open_experiment(config, identity)
     if session.foundation.fingerprint != head["model"]:
         raise Disagreement(f"model.id {config.model.id}: the weights here are others than the server's")
     return session, experiment

@@ -1,6 +1,7 @@
 """The server's side: rounds over a Flower grid, whose nodes may be slow, gone, wrong or hostile."""
 from __future__ import annotations
 
+import re
 import secrets
 import time
 import uuid
@@ -60,14 +61,16 @@ class FlowerEngine(Engine):
         fitting: see `fedms.federated.devices.device_of`.
         samples: numbers of training and validation samples by client, where this process knows them; else clients tell, once.
         timeout: seconds in which a client must answer; None: however long it takes.
+        members: ids of the clients that take part now, asked before each round; None: all of `clients.count`.
     """
 
     def __init__(self, server: Server, fm_params: int, fingerprint: str, grid: Grid, fitting: Sequence[int | None],
                  samples: Mapping[int, tuple[int, int]], timeout: float | None, folder: RunFolder, progress: Progress,
-                 stop: Callable[[], bool] = lambda: False) -> None:
+                 stop: Callable[[], bool] = lambda: False, members: Callable[[], Sequence[int]] | None = None) -> None:
         super().__init__(server, fm_params, folder, progress, stop)
         self.fingerprint, self.grid, self.fitting, self.timeout = fingerprint, grid, fitting, timeout
         self.config: RunConfig = server.config
+        self._members = members
         self.join_timeout = None if timeout is None else self.config.clients.join_timeout or timeout
         self.samples = dict(samples)
         self.run_id = uuid.uuid4().hex
@@ -83,6 +86,9 @@ class FlowerEngine(Engine):
         self.overdue: dict[str, str] = {}           # visits that were given up, by message
 
     # What the engine is asked for
+
+    def members(self) -> Sequence[int]:
+        return super().members() if self._members is None else self._members()
 
     def prepare(self, message: Message) -> Mapping[int, Participant]:
         clients = message.clients[self.visited:]
@@ -117,7 +123,7 @@ class FlowerEngine(Engine):
         (self.private_at.add if private else self.private_at.discard)(arrival.client)
 
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
-        clients = range(self.config.clients.count)
+        clients = self.members()
         self._wait_for_nodes(clients, final)
         packed = pack_message(final, self.encoding)
         # As many at a time as in a round, whose deadline is theirs too.
@@ -147,12 +153,13 @@ class FlowerEngine(Engine):
         return record
 
     def own_state(self) -> dict[str, Any]:
-        return {"run": self.run_id, "kept": {str(client): digest for client, digest in self.kept.items()},
+        return {"run": self.run_id, "members": list(self.server.members), "kept": {str(client): digest for client, digest in self.kept.items()},
                 "private_at": sorted(self.private_at),
                 "samples": {str(client): list(counts) for client, counts in self.samples.items()}}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
         self.run_id = state["run"]
+        self.server.members = state.get("members", self.server.members)
         self.kept = {int(client): digest for client, digest in state["kept"].items()}
         self.private_at = set(state.get("private_at", ()))
         # Checkpoints of older versions lack them: the nodes tell again.
@@ -198,7 +205,8 @@ class FlowerEngine(Engine):
         known = set(self.node_of.values())
         new = [node for node in nodes if node not in known
                and time.monotonic() - self.greeted.get(node, float("-inf")) > again]
-        letters = [Mail(transport.write({"format": FORMAT}, {}), node, "query", group_id="hello") for node in new]
+        letters = [Mail(transport.write({"format": FORMAT, "release": transport.release(), "client": _number(nodes[node])}, {}),
+                        node, "query", group_id="hello") for node in new]
         if letters:
             self.grid.push_messages(letters)
             self.greeted |= dict.fromkeys(new, time.monotonic())
@@ -214,9 +222,14 @@ class FlowerEngine(Engine):
     def _register(self, node: int, name: str, reply: Mail) -> None:
         head, _ = _read(reply, limit=0)
         try:
+            if "problem" in head:
+                raise _Unusable(f"it says: {PROBLEM.read(head)['problem']}")
             told = HELLO.read(head)
         except SchemaError as error:
             raise _Unusable(f"its answer is refused: {error}") from None
+        if transport.release_of(told["release"]) != transport.release_of(transport.release()):
+            raise _Unusable(f"it runs fedms {told['release']}, this server fedms {transport.release()}; install the same release on "
+                            "both")
         client, n_train = told["client"], told["n_train"]
         if client >= self.config.clients.count:
             raise _Unusable(f"it says it is client {client}; there are clients 0 to {self.config.clients.count - 1}")
@@ -420,6 +433,11 @@ def _visit_of(head: Mapping[str, Any], parts: dict[str, bytes]) -> tuple[Visit, 
         return Visit(unpack_reply(packed), **told), packed.size
     except (SchemaError, WireError) as error:
         raise _Unusable(f"its reply is refused: {error}") from None
+
+
+def _number(name: str) -> int | None:
+    """The client whose key is registered under this name."""
+    return int(name.removeprefix("client-")) if re.fullmatch("client-[0-9]{1,9}", name, re.ASCII) else None
 
 
 def _listed(clients: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -64,3 +65,13 @@ def read(content: RecordDict, limit: int | None = None) -> tuple[dict[str, Any],
     except schema.SchemaError as error:
         raise MailError(str(error)) from None
     return head, {name: array.data for name, array in arrays.items()}
+
+
+def release() -> str:
+    """This installation's version, as both sides tell it."""
+    return metadata.version("fedms")
+
+
+def release_of(version: str) -> str:
+    """Major and minor number of a version: what must be the same on both sides."""
+    return ".".join(version.split(".")[:2])

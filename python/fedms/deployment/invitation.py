@@ -1,0 +1,130 @@
+"""The invitation: the one file that a server's operator sends to those who may take part. It holds nothing secret.
+
+    invite.toml
+      format, fedms        of the messages, and the release that wrote it
+      address              of the server, "host:port"
+      authority            certificate of the authority that signed the server's, PEM
+      run_sha256           of the run file's tables, as every message repeats them
+      model_sha256         of the foundation model's weights
+      preprocessing_sha256 of what the model's tokenizer or image transform makes of fixed inputs
+      [run_file. ...]      the run file: model, method, labels, columns, limits, privacy
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from fedms.config import ConfigError, RunConfig, config_from_dict
+from fedms.deployment import DeploymentError, check_versions
+from fedms.engines.flower.transport import release
+from fedms.federated.schema import FORMAT
+from fedms.foreign import conform, parse_toml, read_regular
+from fedms.storage.durable import write_durably
+
+FORMAT_OF_FILE = 1
+MOST_BYTES = 2**20
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    fedms: Annotated[str, Field(max_length=40)]
+    messages: int
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]_-]{1,260}:[0-9]{1,5}$")]
+    authority: Annotated[str, Field(max_length=20_000)]
+    run_sha256: _Digest
+    model_sha256: _Digest
+    preprocessing_sha256: _Digest
+    run_file: dict[str, Any]
+
+
+_FILE = TypeAdapter(_File)
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What a server asks clients to take part in; see the module for the fields."""
+
+    address: str
+    authority: str
+    config: RunConfig
+    model_sha256: str
+    preprocessing_sha256: str
+
+    @property
+    def run_sha256(self) -> str:
+        return run_digest(tables_of(self.config))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        assert self.config.data.classes is not None     # `read_invitation` and `server.init` see to it
+        return self.config.data.classes
+
+    def dump(self) -> str:
+        tables = {"format": FORMAT_OF_FILE, "fedms": release(), "messages": FORMAT, "address": self.address,
+                  "authority": self.authority, "run_sha256": self.run_sha256, "model_sha256": self.model_sha256,
+                  "preprocessing_sha256": self.preprocessing_sha256, "run_file": tables_of(self.config)}
+        return ("# An invitation to a federation. Take part by:  fedms client join THIS_FILE --data PATH --name NAME\n"
+                + tomli_w.dumps(tables))
+
+    def write(self, path: Path, *, private: bool = False) -> None:
+        write_durably(path, self.dump().encode(), private=private)
+
+
+def tables_of(config: RunConfig) -> dict[str, Any]:
+    """A run file's tables as messages carry them."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def run_digest(tables: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a run file's tables."""
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
+
+
+def read_invitation(path: Path) -> Invitation:
+    """Raises DeploymentError if it is none, was changed, or is of another release."""
+    try:
+        tables = parse_toml(read_regular(path, MOST_BYTES))
+        if isinstance(tables.get("fedms"), str) and isinstance(tables.get("messages"), int):
+            check_versions(tables["fedms"], tables["messages"], "the server that wrote this invitation")
+        file = conform(_FILE, tables)
+        config = config_from_dict(file.run_file)
+    except DeploymentError as error:
+        raise DeploymentError(f"{path}: {error}") from None
+    except OSError as error:
+        raise DeploymentError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, ConfigError) as error:
+        raise DeploymentError(f"{path}: no invitation: {error}") from None
+    if file.format != FORMAT_OF_FILE:
+        raise DeploymentError(f"{path}: an invitation of format {file.format}; this release reads {FORMAT_OF_FILE}")
+    found = Invitation(file.address, file.authority, config, file.model_sha256, file.preprocessing_sha256)
+    if found.run_sha256 != file.run_sha256:
+        raise DeploymentError(f"{path}: its run file is not the one that run_sha256 names: it was changed on the way, or is of "
+                              "another release; ask for it again")
+    if config.data.classes is None:
+        raise DeploymentError(f"{path}: it names no classes (run_file.data.classes)")
+    return found
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """A line for each key of a run file's tables that differs: "stage1.epochs: 1 -> 5"."""
+    flat_before, flat_after = dict(_flat(before)), dict(_flat(after))
+    return [f"{key}: {flat_before.get(key, 'unset')} -> {flat_after.get(key, 'unset')}"
+            for key in sorted(flat_before.keys() | flat_after.keys()) if flat_before.get(key) != flat_after.get(key)]
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)

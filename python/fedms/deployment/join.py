@@ -1,0 +1,141 @@
+"""Joining a federation, on the client's own machine: read its data as the invitation says, look at what a round costs, and
+make the folder that keeps its key, its samples and its expert. Nothing is sent to anybody."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fedms import data, models
+from fedms.config import RunConfig
+from fedms.data import Dataset, Partition, Shard
+from fedms.deployment import DeploymentError, check_name
+from fedms.deployment.invitation import Invitation, read_invitation
+from fedms.deployment.policy import default_policy, write_policy
+from fedms.deployment.state import POLICY, ClientState, make_state
+from fedms.errors import DataError
+from fedms.models import FoundationModel
+from fedms.progress import Progress
+from fedms.runs.plan import Plan, plan
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What joining would mean, before anything is written."""
+
+    invitation: Invitation
+    name: str
+    model: str | None
+    dataset: Dataset
+    partition: Partition
+    costs: Plan
+
+    @property
+    def samples(self) -> dict[str, int]:
+        split = self.partition.clients[0]
+        return {part: len(getattr(split, part)) for part in PARTS}
+
+
+def prepare(invitation: Invitation, source: str, name: str, progress: Progress, model: str | None = None) -> Joining:
+    """Reads the client's data and measures a round.
+
+    Args:
+        source: a table, a folder of images or a data set of the hub; what `data.name` of a run file may be.
+        model: folder with the model on this machine; None: where the invitation's `model.id` says.
+
+    Raises:
+        DeploymentError: if model or preprocessing here are not the server's, or the name is none.
+        DataError, ModelError: if data or model cannot be read; the message names the sample, column or file.
+    """
+    config = with_data(invitation.config, source, check_name(name), model)
+    if config.model.trust_remote_code:
+        raise DeploymentError("the invitation's model brings code of its own (model.trust_remote_code): it is not loaded")
+    if Path(config.model.id).is_absolute() and not Path(config.model.id).exists():
+        raise DeploymentError(f"model.id: {config.model.id} is a folder, which is not on this machine; name your own copy of the "
+                              "model by --model FOLDER")
+    progress.phase(f"loading model {config.model.id}")
+    foundation = models.load(config.model.model_copy(update={"frozen": "fp32"}), config.task.kind)
+    check_model(invitation, foundation)
+    progress.phase(f"reading {source}")
+    dataset = own_dataset(data.load(config.data, foundation), name)
+    partition = alone(dataset, config)
+    empty = [part for part in PARTS if not len(getattr(partition.clients[0], part))]
+    if empty:
+        raise DataError(f"{source}: its {data.counted(len(dataset), 'sample')} leave no {' and no '.join(empty)} sample at "
+                        f"data.split = {list(config.data.split)}; bring more samples")
+    costs = plan(config, foundation=foundation, dataset=dataset, progress=progress)
+    return Joining(invitation, name, config.model.id if model else None, dataset, partition, costs)
+
+
+def write(joining: Joining, folder: Path) -> ClientState:
+    """The client's folder; it appears whole, or not at all."""
+    state = make_state(folder, joining.name, joining.model, joining.invitation)
+    try:
+        data.write_shard(folder, Shard(joining.dataset, joining.partition, ()))
+        write_policy(folder / POLICY, default_policy(joining.invitation.config))
+    except BaseException:
+        state.forget()
+        raise
+    return state
+
+
+def with_data(config: RunConfig, source: str, name: str, model: str | None) -> RunConfig:
+    """The invitation's run file for this client's data alone."""
+    path = Path(source).expanduser()
+    at = str(Path(model).expanduser().absolute()) if model else config.model.id
+    return config.model_copy(update={
+        "model": config.model.model_copy(update={"id": at}),
+        "data": config.data.model_copy(update={"name": str(path.absolute()) if path.exists() else source}),
+        "clients": config.clients.model_copy(update={"count": 1})})
+
+
+def check_model(invitation: Invitation, foundation: FoundationModel) -> None:
+    """Raises DeploymentError unless the model and what it makes of inputs are those of the invitation."""
+    config = invitation.config
+    if foundation.fingerprint != invitation.model_sha256:
+        raise DeploymentError(f"model.id {config.model.id}: the weights here ({foundation.fingerprint[:12]}) are not the "
+                              f"server's ({invitation.model_sha256[:12]}); remove the cached model, and load it again")
+    if data.preprocessing_fingerprint(config.data, foundation) != invitation.preprocessing_sha256:
+        raise DeploymentError(f"model.id {config.model.id}: its tokenizer or image transform works otherwise here than at the "
+                              "server; install the same releases of transformers and pillow")
+
+
+def own_dataset(dataset: Dataset, name: str) -> Dataset:
+    """All of it belongs to this client, however many files or groups it came in."""
+    return replace(dataset, groups=torch.zeros(len(dataset), dtype=torch.int64), group_names=(name,))
+
+
+def alone(dataset: Dataset, config: RunConfig) -> Partition:
+    """Training, validation and test samples; the same as where all clients' data are in one process."""
+    return data.partition(dataset, config.data, SimpleNamespace(count=1, unseen=0), config.run.seed)
+
+
+def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float], str]) -> Sequence[str]:
+    """What is trained, sent and kept, and what a round costs, in lines."""
+    config, samples = joining.invitation.config, joining.samples
+    first, last = joining.costs.options[0], joining.costs.options[-1]
+    rounds = config.stage1.rounds + config.stage2.rounds
+    return [
+        f"data      {samples['train']:,} samples train, {samples['validation']:,} choose, {samples['test']:,} test; classes: "
+        f"{', '.join(joining.invitation.classes[:8])}{' ...' if len(joining.invitation.classes) > 8 else ''}",
+        f"trained   {config.run.method}: LoRA pairs of rank {config.lora.rank} beside {config.model.id}, whose weights stay as "
+        f"they are; {config.stage1.rounds} + {config.stage2.rounds} rounds, {config.stage1.epochs} and {config.stage2.epochs} "
+        "epochs a visit",
+        f"sent      to {joining.invitation.address}: the trained tensors of each round, numbers of samples, losses, accuracies, "
+        "seconds, bytes of memory" + _privacy(config) + "; never samples, labels or what stays private",
+        "kept      here alone: your key, the samples as the model reads them, your private expert",
+        f"a round   up to {size(last.peak)} of memory beside {size(joining.costs.process)} for the process; "
+        f"{duration(first.seconds)} to {duration(last.seconds)}; {size(last.work.bytes_up)} sent, "
+        f"{size(last.work.bytes_down)} received; {rounds} rounds at most",
+    ]
+
+
+def _privacy(config: RunConfig) -> str:
+    privacy = getattr(config, "privacy", None)
+    on = [key for key, value in (privacy.model_dump() if privacy is not None else {}).items() if value]
+    return f" (privacy: {', '.join(on)})" if on else ""

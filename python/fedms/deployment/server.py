@@ -1,0 +1,371 @@
+"""A federation's server: its folder, whom it has accepted, and the run.
+
+    DIR/                     only its owner can enter it
+      run.toml               the run file, everything filled in
+      invite.toml            what is sent to those who may take part
+      certificates/          of the server and of its own authority (`fedms.engines.flower.certificates`)
+      clients.json           who was accepted: number, name, public key
+      run/                   the run folder, with records and checkpoints
+      status.json            where a server that runs stands
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, load_config
+from fedms.deployment import NAME, DeploymentError
+from fedms.deployment.invitation import Invitation, read_invitation, tables_of
+from fedms.foreign import conform, parse_json, read_regular
+from fedms.progress import Progress
+from fedms.storage.durable import FolderLock, private_folder, write_durably
+
+RUN_FILE, INVITATION, CLIENTS, RUN, STATUS, CERTIFICATES = (
+    "run.toml", "invite.toml", "clients.json", "run", "status.json", "certificates")
+PORT = 9091
+SEATS = 100             # clients.count where a run file leaves it open: the most that may be accepted
+NOTES = 20              # last lines of what happened that a status keeps
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that was accepted. number: its own for ever. key: public, in OpenSSH's form. removed: takes part no longer."""
+
+    number: Annotated[int, Field(ge=0)]
+    name: str
+    key: str
+    removed: bool = False
+
+
+_MEMBERS = TypeAdapter(list[Member])
+
+
+# Beginning
+
+def init(folder: Path, config: RunConfig, host: str, port: int, progress: Progress) -> Invitation:
+    """Writes a server's folder.
+
+    Args:
+        host: name or address by which clients reach the server.
+
+    Raises:
+        ConfigError, ModelError: if the run file cannot be a federation's, or its model cannot be loaded.
+        DeploymentError: if the folder is not empty.
+    """
+    from fedms import data, models
+    from fedms.engines.flower import certificates
+
+    if folder.exists() and any(folder.iterdir()):
+        raise DeploymentError(f"{folder}: exists and is not empty; choose another folder")
+    config = federated(config)
+    progress.phase(f"loading model {config.model.id}")
+    foundation = models.load(config.model, config.task.kind)
+    fingerprint = data.preprocessing_fingerprint(config.data, foundation)
+    private_folder(folder)
+    certificates.make(folder / CERTIFICATES, [host])
+    authority = (folder / CERTIFICATES / "ca.crt").read_text()
+    invitation = Invitation(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", authority, config,
+                            foundation.fingerprint, fingerprint)
+    write_durably(folder / RUN_FILE, dump_toml(config).encode())
+    _write_members(folder, [])
+    invitation.write(folder / INVITATION)       # last: its presence says that the rest is there
+    return invitation
+
+
+def federated(config: RunConfig) -> RunConfig:
+    """A run file for clients that bring their own data.
+
+    Raises:
+        ConfigError: naming what it must have, or must not.
+    """
+    problems = []
+    if config.data.classes is None:
+        problems.append('data.classes: an invitation names the classes, in order; set for example data.classes=["cat", "dog"]')
+    for key, value in (("clients.budgets", config.clients.budgets), ("clients.unseen", config.clients.unseen),
+                       ("data.client", config.data.client), ("data.max_samples", config.data.max_samples),
+                       ("lora.start", config.lora.start), ("model.trust_remote_code", config.model.trust_remote_code)):
+        if value:
+            problems.append(f"{key}: {value!r} has no meaning where each client brings its own data and machine; remove it")
+    if config.privacy.mode != "off":
+        problems.append(f"privacy.mode: {config.privacy.mode!r} is not served yet where each client has a key of its own; use engine "
+                        '"local" or "flower-sim"')
+    if problems:
+        raise ConfigError(problems)
+    tables = tables_of(config)
+    tables["data"] |= {"name": "clients", "partition": "own", "global_test": 0.0}
+    tables["run"]["engine"] = "flower"
+    tables["clients"]["count"] = config.clients.count or SEATS
+    return config_from_dict(tables)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Raises DeploymentError if the folder is no server's."""
+    if not (folder / INVITATION).is_file():
+        raise DeploymentError(f"{folder}: no server's folder; `fedms server init {folder} RUNFILE --host NAME` makes one")
+    return load_config(str(folder / RUN_FILE))
+
+
+# Who takes part
+
+def members(folder: Path) -> list[Member]:
+    """Who was accepted, by number. Raises DeploymentError if the list cannot be read."""
+    path = folder / CLIENTS
+    try:
+        listed = parse_json(read_regular(path))
+        found = conform(_MEMBERS, [Member(**each) for each in listed])
+        if [member.number for member in found] != list(range(len(found))):
+            raise ValueError("the clients are not numbered from 0")
+        return found
+    except (OSError, ValueError, TypeError) as error:
+        raise DeploymentError(f"{path}: cannot be read: {error}") from None
+
+
+def accept(folder: Path, line: str) -> Member:
+    """Takes in the client whose owner sent this line. Whoever is in the list already stays, under the same number.
+
+    Raises:
+        DeploymentError: if it is no such line, the name or key is another's, or there is no seat left.
+    """
+    from fedms.engines.flower.link import pem_of
+
+    seats = read_config(folder).clients.count
+    words = line.split()
+    if len(words) != 3 or re.fullmatch(NAME, words[2], re.ASCII) is None:
+        raise DeploymentError(f"{line[:60]!r}: expected the line that `fedms client join` printed: ecdsa-sha2-nistp384 KEY NAME")
+    key, name = " ".join(words[:2]), words[2]
+    try:
+        pem_of(key)
+    except ValueError as error:
+        raise DeploymentError(f"{name}: {error}") from None
+    with _changing(folder) as listed:
+        for member in listed:
+            if (member.name, member.key) == (name, key) and not member.removed:
+                return member
+            if member.key == key:
+                raise DeploymentError(f"{name}: this key is client {member.name}'s{', who was removed' * member.removed}; join "
+                                      "anew with another key")
+            if member.name == name and not member.removed:
+                raise DeploymentError(f"{name}: another client has this name; ask its owner for another --name")
+        if len(listed) >= seats:
+            raise DeploymentError(f"{name}: all {seats} seats are taken (clients.count of {folder / RUN_FILE})")
+        member = Member(len(listed), name, key)
+        listed.append(member)
+    return member
+
+
+def remove(folder: Path, name: str) -> Member:
+    """Lets a client take part no longer, from the next round on. Raises DeploymentError if there is none of this name."""
+    with _changing(folder) as listed:
+        for member in listed:
+            if member.name == name and not member.removed:
+                listed[member.number] = replace(member, removed=True)
+                return listed[member.number]
+    raise DeploymentError(f"{name}: no client of this name; there are "
+                          + (", ".join(m.name for m in listed if not m.removed) or "none"))
+
+
+@contextmanager
+def _changing(folder: Path) -> Iterator[list[Member]]:
+    """The list, to be changed by one process at a time, and written whole."""
+    lock = _lock(private_folder(folder / ".changing"), "its list of clients is being changed by process")
+    try:
+        listed = members(folder)
+        yield listed
+        _write_members(folder, listed)
+    finally:
+        lock.release()
+
+
+def _write_members(folder: Path, listed: Sequence[Member]) -> None:
+    write_durably(folder / CLIENTS, json.dumps([asdict(member) for member in listed], indent=1).encode(), private=True)
+
+
+def _lock(folder: Path, words: str) -> FolderLock:
+    try:
+        return FolderLock(folder)
+    except BlockingIOError as error:
+        raise DeploymentError(f"{folder}: {words}: {error}") from None
+
+
+# Running
+
+class Door:
+    """Keeps the nodes that a SuperLink lets in equal to the list of members, also while a run is under way."""
+
+    def __init__(self, folder: Path, link: Any) -> None:
+        self.folder, self.link = folder, link
+        self._inside: dict[int, Member] = {}
+        self._seen: tuple[int, int] | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> Door:
+        self.members()
+        threading.Thread(target=self._watch, name="door", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def members(self) -> list[int]:
+        """Numbers of the clients that take part now. Raises DeploymentError if the list cannot be read."""
+        at = os.stat(self.folder / CLIENTS)
+        with self._lock:
+            if (at.st_mtime_ns, at.st_ino) != self._seen:
+                for member in members(self.folder):
+                    if member.removed and self._inside.pop(member.number, None):
+                        self.link.unregister(f"client-{member.number}")
+                    elif not member.removed and member.number not in self._inside:
+                        self.link.register(member.key, f"client-{member.number}")
+                        self._inside[member.number] = member
+                self._seen = (at.st_mtime_ns, at.st_ino)
+            return sorted(self._inside)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(1):
+            with suppress(OSError, DeploymentError):        # the engine's next round says it
+                self.members()
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {number: member.name for number, member in sorted(self._inside.items())}
+
+    def connected(self) -> set[int]:
+        return {int(node.name.removeprefix("client-")) for node in self.link.get_nodes()}
+
+
+def start(folder: Path, bind: str, progress: Progress, stop: Callable[[], bool], *, port: int | None = None,
+          wait_for: int | None = None) -> dict[str, Any]:
+    """Serves clients and carries out the run, or goes on with it where it stopped; returns its summary.
+
+    Args:
+        bind: address on which to listen.
+        port: None: the invitation's.
+        wait_for: clients that must be connected before the first round; None: all that are accepted, at least one.
+
+    Raises:
+        DeploymentError: if the folder is no server's, is in use, or a certificate has expired.
+        What `fedms.runs.run.run` raises.
+    """
+    from fedms import data, models
+    from fedms.engines.flower.link import SuperLink
+    from fedms.progress import Listeners
+    from fedms.runs.run import run
+
+    config = read_config(folder)
+    lock = _lock(folder, "is served already")
+    try:
+        for line in check_certificates(folder):
+            progress.note(line)
+        link, address = SuperLink(), _address(folder)
+        with Door(folder, link) as door, link.serve(bind, address[1] if port is None else port, folder / CERTIFICATES) as port:
+            status = Status(folder, door, f"{bind}:{port}")
+            told = Listeners(progress, status)
+            told.note(f"listening on {bind}:{port}; clients call {address[0]}:{address[1]}")
+            _wait(door, wait_for, told, stop)
+            shard = data.without_samples(config.data, models.load(config.model, config.task.kind))
+            return run(config, folder / RUN, resume=True, progress=told, stop=stop, grid=link, shard=shard,
+                       members=door.members)
+    finally:
+        lock.release()
+
+
+def _wait(door: Door, wait_for: int | None, progress: Progress, stop: Callable[[], bool]) -> None:
+    from fedms.engines.base import Interrupted
+
+    said = None
+    while True:
+        accepted, there = door.members(), door.connected()
+        needed = max(1, len(accepted)) if wait_for is None else wait_for
+        if len(there & set(accepted)) >= needed:
+            return
+        missing = ", ".join(name for number, name in door.names.items() if number not in there)
+        if (line := f"{len(there)} of {needed} clients are connected" + (f"; not there: {missing}" if missing else "")) != said:
+            progress.note(line)
+            said = line
+        if stop():
+            raise Interrupted("no round has begun")
+        time.sleep(0.2)
+
+
+def _address(folder: Path) -> tuple[str, int]:
+    host, _, port = read_invitation(folder / INVITATION).address.rpartition(":")
+    return host, int(port)
+
+
+def renew(folder: Path) -> list[str]:
+    """Renews certificates that expire within a month, with the same keys, and the invitation if the authority's is among them;
+    returns their names. Raises DeploymentError if that cannot be done."""
+    from fedms.engines.flower import certificates
+
+    keys = folder / CERTIFICATES
+    try:
+        renewed = certificates.make(keys, certificates.hosts_of(keys))
+        if "ca.crt" in renewed:
+            replace(read_invitation(folder / INVITATION), authority=(keys / "ca.crt").read_text()).write(folder / INVITATION)
+    except (OSError, ValueError) as error:
+        raise DeploymentError(f"{keys}: {error}") from None
+    return renewed
+
+
+def check_certificates(folder: Path) -> list[str]:
+    """Lines of certificates that expire within a month. Raises DeploymentError if one has, or cannot be read."""
+    from datetime import datetime, timezone
+
+    from fedms.engines.flower import certificates
+
+    keys = folder / CERTIFICATES
+    try:
+        lines, first = certificates.warnings(keys), min(certificates.ends(keys).values())
+    except (OSError, ValueError) as error:
+        raise DeploymentError(f"{keys}: {error}") from None
+    if lines and first <= datetime.now(timezone.utc):
+        raise DeploymentError("\n".join(lines))
+    return lines
+
+
+class Status(Progress):
+    """Writes where a server stands into its folder, for `fedms server status` and the page."""
+
+    def __init__(self, folder: Path, door: Door, address: str) -> None:
+        self.folder, self.door = folder, door
+        self.told: dict[str, Any] = {"process": os.getpid(), "address": address, "phase": "", "stage": None, "round": None}
+        self.visits: dict[int, dict[str, Any]] = {}
+        self.notes: list[str] = []
+
+    def visit(self, stage: str, round: int, client: int, **metrics: Any) -> None:
+        self.told |= {"stage": stage, "round": round}
+        self.visits[client] = {"stage": stage, "round": round, **{name: metrics.get(name) for name in (
+            "status", "reason", "seconds", "bytes_up", "bytes_down", "validation_accuracy")}}
+        self._write()
+
+    def round(self, stage: str, round: int, **metrics: Any) -> None:
+        self._write()
+
+    def note(self, text: str) -> None:
+        self.notes = [*self.notes, f"{time.strftime('%H:%M:%S')} {text}"][-NOTES:]
+        self._write()
+
+    def phase(self, text: str) -> None:
+        self.told["phase"] = text
+        self._write()
+
+    def close(self) -> None:
+        self.told["phase"] = "ended"
+        self._write()
+
+    def _write(self) -> None:
+        connected = self.door.connected()
+        clients = [{"number": number, "name": name, "connected": number in connected, "last": self.visits.get(number)}
+                   for number, name in self.door.names.items()]
+        write_durably(self.folder / STATUS, json.dumps({**self.told, "at": time.time(), "clients": clients,
+                                                        "notes": self.notes}).encode(), private=True, sync_name=False)

@@ -1,0 +1,72 @@
+"""A client as a service of its user: a systemd unit that is started again when it ends and when the machine starts."""
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from fedms.deployment import DeploymentError
+from fedms.deployment.state import ClientState
+from fedms.storage.durable import write_durably
+
+_UNIT = """\
+[Unit]
+Description=FedMS client {name}
+After=network-online.target
+
+[Service]
+ExecStart="{python}" -m fedms client start "{folder}"
+Restart=always
+RestartSec=10
+UMask=0077
+NoNewPrivileges=yes
+Nice=10
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def unit_path(state: ClientState) -> Path:
+    """Where the unit of this client is, or will be; its name is made of the client's folder."""
+    tag = hashlib.sha256(str(state.folder.absolute()).encode()).hexdigest()[:8]
+    return Path.home() / ".config/systemd/user" / f"fedms-client-{tag}.service"
+
+
+def unit_text(state: ClientState) -> str:
+    """Raises DeploymentError if the folder's path cannot stand in a unit."""
+    folder = str(state.folder.absolute())
+    if any(c in folder for c in '"\\\n%$'):
+        raise DeploymentError(f"{folder}: a service needs a path without quotation marks, backslashes, % and $")
+    return _UNIT.format(name=state.about.name, python=sys.executable, folder=folder)
+
+
+def install(state: ClientState) -> str:
+    """Writes the unit and starts it, where systemd runs; returns what was done."""
+    path, text = unit_path(state), unit_text(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, text.encode())
+    for words in (["daemon-reload"], ["enable", "--now", path.name]):
+        if (problem := _systemctl(*words)) is not None:
+            return (f"wrote {path}, but systemctl --user {' '.join(words)} did not work ({problem}); start it by hand: systemctl "
+                    f"--user enable --now {path.name}")
+    return (f"wrote {path} and started it; see it by journalctl --user -u {path.name}. It starts with the machine once lingering is "
+            "on: loginctl enable-linger")
+
+
+def remove(state: ClientState) -> None:
+    """Ends and removes the unit, if there is one."""
+    path = unit_path(state)
+    if path.exists():
+        _systemctl("disable", "--now", path.name)
+        path.unlink()
+
+
+def _systemctl(*words: str) -> str | None:
+    """None if it worked, else why not."""
+    if shutil.which("systemctl") is None:
+        return "there is no systemctl here"
+    done = subprocess.run(["systemctl", "--user", *words], capture_output=True, text=True, timeout=60)
+    return None if done.returncode == 0 else (done.stderr or done.stdout).strip().split("\n")[0]

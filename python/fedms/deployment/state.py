@@ -1,0 +1,179 @@
+"""A client's folder: its key, what its owner agreed to, its data as the model reads them, and its private expert.
+
+    STATE/                   only its owner can enter it
+      client.json            name, number (once the server has told it), whether it has left
+      invitation.toml        what was agreed to
+      offered.json           a changed run file that the server has asked for, until the owner accepts it
+      policy.toml            the owner's limits (`fedms.deployment.policy`)
+      journal.json           what was done today
+      key                    private key, elliptic curve P-384; it never leaves this folder
+      data.safetensors       the samples, divided into training, validation and test (`fedms.data.shard`)
+      private/RUN/           the private expert (`fedms.storage.private_state`)
+      .lock                  the process that serves this client
+"""
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import Field, TypeAdapter
+
+from fedms.deployment import DeploymentError
+from fedms.config import ConfigError, config_from_dict
+from fedms.deployment.invitation import Invitation, changes, read_invitation, tables_of
+from fedms.deployment.policy import Journal
+from fedms.foreign import conform, parse_json, read_regular
+from fedms.storage.durable import open_new, owner, private_folder, write_durably
+
+CLIENT, INVITATION, OFFERED, POLICY, JOURNAL, KEY, PRIVATE = (
+    "client.json", "invitation.toml", "offered.json", "policy.toml", "journal.json", "key", "private")
+BOUND = ("model", "data", "lora")       # tables of a run file that the data and experts in the folder were made for
+
+
+@dataclass(frozen=True)
+class About:
+    """name: as its owner chose it. model: folder with the model on this machine; None: where `model.id` says. number: the
+    server's for it, None until it was told. left: takes part no longer."""
+
+    name: str
+    model: str | None = None
+    number: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    left: bool = False
+
+
+_ABOUT = TypeAdapter(About)
+
+
+class ClientState:
+    """The folder of a client that has joined.
+
+    Raises:
+        DeploymentError: if it is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / CLIENT
+        try:
+            self.about = conform(_ABOUT, About(**parse_json(read_regular(path))))
+        except FileNotFoundError:
+            raise DeploymentError(f"{folder}: no client's folder; `fedms client join INVITATION --data PATH --name NAME "
+                                  f"--state {folder}` makes one") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise DeploymentError(f"{path}: cannot be read: {error}; `fedms client forget {folder}` removes the folder, then "
+                                  "join again") from None
+
+    @property
+    def invitation(self) -> Invitation:
+        return read_invitation(self.folder / INVITATION)
+
+    def key(self) -> ec.EllipticCurvePrivateKey:
+        path = self.folder / KEY
+        try:
+            key = serialization.load_ssh_private_key(path.read_bytes(), None)
+        except (OSError, ValueError) as error:
+            raise DeploymentError(f"{path}: no private key that can be read: {error}; join again with a new one") from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise DeploymentError(f"{path}: no elliptic-curve key; join again with a new one")
+        return key
+
+    def line(self) -> str:
+        """What the owner sends to the server: the public key and the name."""
+        public = self.key().public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        return f"{public.decode()} {self.about.name}"
+
+    def process(self) -> int | None:
+        """The process that serves this client now."""
+        return owner(self.folder)
+
+    def change(self, **values: Any) -> None:
+        self.about = replace(self.about, **values)
+        write_about(self.folder, self.about)
+
+    # A changed run file
+
+    def offer(self, tables: dict[str, Any]) -> list[str]:
+        """Keeps what a server asks for beyond what was agreed to; returns what would change."""
+        write_durably(self.folder / OFFERED, json.dumps(tables).encode(), private=True)
+        return changes(tables_of(self.invitation.config), tables)
+
+    def offered(self) -> dict[str, Any] | None:
+        path = self.folder / OFFERED
+        try:
+            tables = parse_json(read_regular(path))
+            return tables if isinstance(tables, dict) else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DeploymentError(f"{path}: cannot be read: {error}; remove it") from None
+
+    def offer_as_invitation(self) -> Invitation | None:
+        """What the server has asked for, as an invitation to it. Raises DeploymentError if it is no run file."""
+        if (tables := self.offered()) is None:
+            return None
+        try:
+            return replace(self.invitation, config=config_from_dict(tables))
+        except ConfigError as error:
+            raise DeploymentError(f"{self.folder / OFFERED}: no run file: {error}") from None
+
+    def lines(self) -> list[str]:
+        """Where this client stands, for a terminal."""
+        invitation, process = self.invitation, self.process()
+        journal = Journal.read(self.folder / JOURNAL).today(datetime.datetime.now())
+        number = "not yet known" if self.about.number is None else str(self.about.number)
+        return [f"client    {self.about.name}, number {number}" + (", has left" if self.about.left else ""),
+                f"server    {invitation.address}",
+                f"run       {invitation.config.run.method} on {invitation.config.model.id}, fingerprint {invitation.run_sha256[:16]}",
+                f"served    {'no (fedms client start)' if process is None else f'by process {process}'}",
+                f"today     {journal.rounds} rounds, {journal.bytes / 1e6:.2f} MB sent and received",
+                *(["waiting   the server asks for another run file: fedms client accept"] if self.offered() is not None else [])]
+
+    def accept(self, invitation: Invitation) -> None:
+        """From now on this is what the owner agreed to.
+
+        Raises:
+            DeploymentError: if the data here would have to be read anew for it.
+        """
+        before, after = (tables_of(each.config) for each in (self.invitation, invitation))
+        bound = [line for line in changes(before, after) if line.split(".")[0] in BOUND]
+        if bound or invitation.model_sha256 != self.invitation.model_sha256:
+            raise DeploymentError("the change touches the model or how data are read (" + ("; ".join(bound) or "other weights")
+                                  + "): leave, and join with the new invitation")
+        invitation.write(self.folder / INVITATION, private=True)
+        (self.folder / OFFERED).unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Removes all of it: key, data, private expert. Raises DeploymentError while a process serves the client."""
+        if (process := self.process()) is not None:
+            raise DeploymentError(f"{self.folder}: process {process} serves this client; end it first (fedms client leave)")
+        shutil.rmtree(self.folder)
+
+
+def write_about(folder: Path, about: About) -> None:
+    write_durably(folder / CLIENT, json.dumps(asdict(about)).encode(), private=True)
+
+
+def make_state(folder: Path, name: str, model: str | None, invitation: Invitation) -> ClientState:
+    """A new folder with a new key.
+
+    Raises:
+        DeploymentError: if there is something in the folder already.
+        OSError: if it cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise DeploymentError(f"{folder}: exists and is not empty; choose another folder by --state, or remove this one by "
+                              f"`fedms client forget {folder}`")
+    private_folder(folder)
+    key = ec.generate_private_key(ec.SECP384R1())
+    with open_new(folder / KEY, private=True) as file:
+        file.write(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+                                     serialization.NoEncryption()))
+    invitation.write(folder / INVITATION, private=True)
+    write_about(folder, About(name, model))
+    return ClientState(folder)

@@ -1,0 +1,104 @@
+"""A federation on this machine: four clients with files of their own in four forms, and nodes in threads of this process."""
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from saved_models import save
+
+from fedms.config import load_config
+from fedms.deployment import join, server
+from fedms.deployment.node import Node
+from fedms.progress import Progress
+
+NAMES = ("anna", "bert", "cleo", "dora")        # in the order of their numbers
+CLASSES = ("dark", "light")
+
+
+def images(seed, count=24):
+    """(image, class) pairs, 16x16 in color, each dark or light."""
+    draw = np.random.default_rng(seed)
+    for i in range(count):
+        level = 60 if i % 2 == 0 else 190
+        yield Image.fromarray(draw.integers(level - 50, level + 50, (16, 16, 3)).astype(np.uint8)), CLASSES[i % 2]
+
+
+def png(image):
+    import io
+
+    out = io.BytesIO()
+    image.save(out, "png")
+    return out.getvalue()
+
+
+def write_data(folder: Path, name: str) -> Path:
+    """What a client has: anna a CSV beside images, bert a Parquet file with them, cleo CLASS/IMAGE, dora lines of JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = list(images(NAMES.index(name)))
+    if name == "bert":
+        import pandas
+
+        pandas.DataFrame({"image": [png(i) for i, _ in pairs], "label": [c for _, c in pairs]}).to_parquet(folder / "own.parquet")
+        return folder / "own.parquet"
+    if name == "cleo":
+        for number, (image, label) in enumerate(pairs):
+            (folder / "own" / label).mkdir(parents=True, exist_ok=True)
+            image.save(folder / "own" / label / f"{number:03}.png")
+        return folder / "own"
+    for number, (image, _) in enumerate(pairs):
+        image.save(folder / f"{number:03}.png")
+    rows = [(f"{number:03}.png", label) for number, (_, label) in enumerate(pairs)]
+    if name == "anna":
+        (folder / "own.csv").write_text("image,label\n" + "".join(f"{file},{label}\n" for file, label in rows))
+        return folder / "own.csv"
+    (folder / "own.jsonl").write_text("".join(json.dumps({"image": file, "label": label}) + "\n" for file, label in rows))
+    return folder / "own.jsonl"
+
+
+def model(folder: Path) -> Path:
+    return folder / "model" if (folder / "model").exists() else save("vit", folder / "model")
+
+
+def run_file(folder: Path, *sets: str, count: int = 4):
+    """The settings of a federation of tiny runs."""
+    return load_config("digits", [
+        f"model.id={model(folder)}", "data.name=clients", f"data.classes={json.dumps(CLASSES)}", "data.partition=own",
+        "data.global_test=0", "data.max_samples=none", f"clients.count={count}", "clients.unseen=0", "stage1.rounds=2",
+        "stage2.rounds=1", "run.threads=1", "clients.round_timeout=120", *sets])
+
+
+def federation(folder: Path, names=NAMES, *sets: str, host: str = "127.0.0.1", port: int = 0):
+    """A server's folder and the folders of these clients, all accepted."""
+    server.init(folder / "server", run_file(folder, *sets), host, port, Progress())
+    for name in names:
+        member = server.accept(folder / "server", joined(folder, name).line())
+        assert member.name == name
+    return folder / "server"
+
+
+def joined(folder: Path, name: str):
+    invitation = join.read_invitation(folder / "server/invite.toml")
+    joining = join.prepare(invitation, str(write_data(folder / "data" / name, name)), name, Progress())
+    return join.write(joining, folder / "clients" / name)
+
+
+@contextmanager
+def nodes(states, told):
+    """Serves these clients, each on a thread; `told`: lines of each by name. Ends them in the end."""
+    stop = threading.Event()
+    threads = []
+    for state in states:
+        lines = told.setdefault(state.about.name, [])
+        node = Node(state, lines.append)
+        threads.append(threading.Thread(target=node.run, args=(stop.is_set,), daemon=True))
+        threads[-1].start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
