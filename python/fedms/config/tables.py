@@ -85,7 +85,8 @@ class DataTable(Table):
     max_tokens: int = Field(64, ge=4, le=32768, description="texts are cut to this many tokens; of a prompt with an answer the "
                             "prompt's beginning is cut")
     partition: Literal["natural", "own", "dirichlet", "domains", "classes", "quantity", "iid"] = Field(
-        "natural", description="natural: client i draws from domain i mod domains; own: client i has all of group i, divided by the group's name, as where each client brings its own "
+        "natural", description="natural: client i draws from domain i mod domains; own: client i has all of group i, "
+        "divided by the group's name, as where each client brings its own "
         "data; dirichlet: skewed classes; domains: "
         "skewed domains; classes: a few classes a client; quantity: skewed sizes; iid: evenly at random")
     alpha: float = Field(0.3, gt=0, description="concentration of the partitions dirichlet, domains and quantity; small "

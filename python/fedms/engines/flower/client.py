@@ -139,11 +139,11 @@ def guarded(message: Mail, client: int | None, act: Callable[[str, dict[str, Any
         kind = message.metadata.message_type
         if kind not in TASKS:
             raise Disagreement(f"a message of type {shown(kind)}; this client is asked {', '.join(TASKS)} alone")
-        head, parts = transport.read(message.content)
-        if head.get("format") != FORMAT:
-            raise transport.MailError(f"messages of format {shown(head.get('format'))}, this client's are of format {FORMAT}; "
+        unread, parts = transport.read(message.content)
+        if unread.get("format") != FORMAT:
+            raise transport.MailError(f"messages of format {shown(unread.get('format'))}, this client's are of format {FORMAT}; "
                                       "update fedms on both sides")
-        head = TASKS[kind].read(head)
+        head = TASKS[kind].read(unread)
         echo.update({name: head[name] for name in ("run", "nonce")})
         came, out = act(kind, head, parts)
     except Exception as error:
