@@ -119,4 +119,6 @@ def test_refusals():
         QuantizedWeight(torch.ones(2, 2), "nf5")
     held = QuantizedWeight(torch.ones(2, 4), "nf4")
     with pytest.raises(RuntimeError, match=r"q is torch.int8 \(2, 4\).*expected torch.uint8 \(2, 2\)"):
-        held.load_state_dict({"q": torch.ones(2, 4, dtype=torch.int8), "scale": torch.ones(2)})
+        held.load_state_dict({**held.state_dict(), "q": torch.ones(2, 4, dtype=torch.int8), "scale": torch.ones(2)})
+    with pytest.raises(RuntimeError, match='Missing key.*"identity"'):
+        held.load_state_dict({name: tensor for name, tensor in held.state_dict().items() if name != "identity"})
