@@ -92,3 +92,39 @@ def exit_codes() -> None:
     for code, meaning in EXIT_CODES.items():
         table.add_row(str(code), meaning)
     console.print(table)
+
+
+@command(
+    LOOK,
+    "fedms audit runs/digits/fedms-seed0              # what its clients' updates tell, under each mode of privacy",
+    "fedms audit runs/digits/fedms-seed0 --epsilon 2  # with the noise of another budget",
+    notes=["Told apart: how often the attacker is right about whether a client took part (50 % is a guess), and the least epsilon that "
+           "this shows; it must stay below the claimed one. Found: how often a direction that is read out of the update fits a "
+           "sample of the client best, beside the share of its samples among all."])
+def audit(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    epsilon: Annotated[float, typer.Option("--epsilon", metavar="E", min=1e-3, help="Budget whose noise is attacked, for a run "
+                                           "without noise.")] = 8.0,
+    trials: Annotated[int, typer.Option("--trials", metavar="N", min=100, help="Trials with the client, and as many without.")] = 1000,
+) -> None:
+    """Attack what the clients of a run send: can one tell that a client took part, and find its samples?"""
+    try:
+        from fedms.runs.audit import audit as attack
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"audit: needs {error.name}, which is not installed: pip install 'fedms[privacy]'") from None
+
+    with run_progress(Path()) as progress:
+        found = attack(folder, epsilon=epsilon, count=trials, progress=progress)
+    table = plain_table("stage", "mode", "attacker", "claimed\nepsilon", "shown\nepsilon", "told\napart", "samples\nfound", "by\nchance",
+                        left=("stage", "mode", "attacker"))
+    for each in found:
+        told, inverted = each.told_apart, each.inverted
+        table.add_row(each.stage.replace("stage", "stage "), each.mode, each.attacker,
+                      "none" if each.claimed is None else f"{each.claimed:.3g}",
+                      f"{'>' if told.epsilon >= told.largest_epsilon else ''}{told.epsilon:.3g}", f"{told.accuracy:.0%}",
+                      "" if inverted is None else f"{inverted.found:.0%}", "" if inverted is None else f"{inverted.chance:.0%}")
+    console.print(table)
+    broken = [each for each in found if each.claimed is not None and each.told_apart.epsilon > each.claimed]
+    if broken:
+        say("an attack shows a larger epsilon than is claimed: the noise is not what it should be; please report this")
+        raise typer.Exit(FAILED)

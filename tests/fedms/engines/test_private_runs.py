@@ -26,6 +26,7 @@ from fedms.federated.client import ClientFailure
 from fedms.privacy.key_file import create_key
 from fedms.privacy.ledger import BudgetSpent, read_ledger
 from fedms.progress import Progress
+from fedms.report.page import render
 from fedms.runs import run
 from fedms.runs.experiment import LoadedTask
 from fedms.storage.checkpoint import CheckpointFolder
@@ -321,6 +322,8 @@ def test_epsilon_is_told_as_it_is_spent(tmp_path, configure):
     for words in ("epsilon = 8 and delta = 1e-05", "the unit is a client", "PLD of dp-accounting over 3 releases",
                   "without amplification by sampling"):
         assert words in told
+    page = render([RunRecords.read(tmp_path / "a")])
+    assert page.index("differentially private with epsilon = 8") < page.index("</header>") and "not released" in page
 
 
 # Every method under each mode

@@ -246,3 +246,19 @@ def test_classes_without_memory_cost_no_trace():
     config = load_config("digits", [*SMALL, "clients.budgets=[{share=1, max_depth=1}]"])
     assert fitting_depths(None, None, config, costs.partition) == [None]
     assert fitting_depths(None, None, load_config("digits", SMALL), costs.partition) == []
+
+
+def test_privacy_plan_lists_the_noise_and_what_to_put_into_the_run_file():
+    """The numbers of `fedms plan digits --epsilon 8`, against the accountant."""
+    from fedms.privacy.accounting import combined, epsilon_of
+    from fedms.runs.privacy_plan import plan_privacy, with_settings
+
+    config = load_config("digits", ["data.max_samples=100"])
+    found = plan_privacy(config, 8.0)
+    first = found.stages[0].plan
+    assert found.settings == {"privacy.mode": "central", "privacy.epsilon": 8.0, "aggregate.weights": "uniform",
+                              "privacy.score_noise": 10.0}
+    spent = epsilon_of([*[combined(first.multiplier, 10.0)] * 6, 10.0], 1e-5)
+    assert 7.99 < spent <= 8 and first.rounds == 6 and first.clients == 6
+    assert first.noise_to_clip == pytest.approx(first.multiplier * first.parameters**0.5 / 6)
+    assert found.half < first.multiplier < found.twice and with_settings(config, found.settings).privacy.epsilon == 8

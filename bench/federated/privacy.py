@@ -1,0 +1,115 @@
+"""What privacy costs: `python -m bench.federated.privacy --help`, from the root of the project.
+
+cost    seconds and bytes of a round of secure aggregation beside the same round without it, on the embedded engine: runs with
+        [privacy] off and secure in turn, several times; the medians of their rounds and of the ratios.
+curve   accuracy over epsilon for fedavg, ffa_lora (the rule freeze_a) and fedms on 200 simulated clients of digits, mode central. As
+        the clients are simulated, their accuracies are read directly here; in a run of real ones they are not released.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedms.config import RunConfig, load_config
+from fedms.data.subset import Subset
+from fedms.engines.local import LocalEngine
+from fedms.federated.evaluation import shared_accuracy
+from fedms.privacy.key_file import create_key
+from fedms.progress import Progress
+from fedms.runs.experiment import LoadedTask
+from fedms.storage.run_folder import RunFolder
+
+METHODS = ("fedavg", "ffa_lora", "fedms")
+CURVE = ("data.max_samples=none", "data.partition=dirichlet", "clients.count=200", "clients.unseen=0", "aggregate.weights=uniform",
+         "sal.schedule=fixed", "run.threads=1", "stage1.rounds=4", "stage2.rounds=2", "stage1.epochs=5", "stage2.epochs=5",
+         "model.id=vit-digits-pretrained")
+COST = ("aggregate.weights=uniform", "sal.schedule=fixed", "run.threads=1", "stage2.rounds=0", "clients.unseen=0",
+        "data.global_test=0", "data.partition=iid")
+
+
+class Rounds(Progress):
+    """Keeps what is told of each round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, Any]] = []
+
+    def round(self, stage: str, round: int, **metrics: Any) -> None:
+        self.rounds.append(metrics)
+
+
+def train(config: RunConfig, task: LoadedTask | None = None, evaluated: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run all rounds; return accuracies and the noise multiplier, and what was told of each round."""
+    told = Rounds()
+    task = task or LoadedTask(config, told)
+    experiment = task.experiment(config)
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder.create(Path(place) / "run", config)
+        common = Subset(experiment.partition.global_test)
+        engine = LocalEngine(experiment.method, experiment.server, task.model, experiment.clients, common, folder, told)
+        task.model.start()
+        state = engine.run(experiment.method.initial(task.model))
+        found: dict[str, Any] = {}
+        if evaluated:
+            final = engine.final_message(state)
+            own = [each.record["accuracy"]["personalized"] for each in engine.evaluate(final, False) if each.record["n_test"]]
+            found = {"shared": shared_accuracy(experiment.method, task.model, common, final), "personalized": statistics.fmean(own)}
+        folder.close()
+    private = config.privacy.mode != "off"
+    return {**found, "noise": experiment.server.noise.update if private else None}, told.rounds
+
+
+def cost(key: Path, clients: Sequence[int], model: str, repeats: int, rounds: int) -> None:
+    for count in clients:
+        ratios, seconds, traffic = [], {"off": [], "secure": []}, {}
+        for _ in range(repeats):
+            for mode in ("off", "secure"):
+                config = load_config(model, [*COST, f"clients.count={count}", f"stage1.rounds={rounds}", f"privacy.key={key}",
+                                             f"privacy.mode={mode}"])
+                _, told = train(config, evaluated=False)
+                seconds[mode].append(statistics.median(line["seconds"] for line in told[1:]))      # the first one builds constants
+                traffic[mode] = sum(told[-1][name] for name in ("bytes_up", "bytes_down"))
+            ratios.append(seconds["secure"][-1] / seconds["off"][-1])
+        print(json.dumps({"run file": model, "clients": count, **{f"seconds {m}": statistics.median(s) for m, s in seconds.items()},
+                          "time ratio": statistics.median(ratios), **{f"bytes {m}": b for m, b in traffic.items()},
+                          "bytes ratio": traffic["secure"] / traffic["off"]}), flush=True)
+
+
+def curve(key: Path, epsilons: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
+    for seed in seeds:
+        for epsilon in epsilons:
+            for method in methods:
+                private = [] if epsilon == "off" else ["privacy.mode=central", f"privacy.epsilon={epsilon}", f"privacy.key={key}"]
+                config = load_config("digits", [*CURVE, *private, f"run.method={method}", f"run.seed={seed}"])
+                found, _ = train(config)
+                print(json.dumps({"method": method, "epsilon": epsilon, "seed": seed, **found}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cost", "curve"))
+    parser.add_argument("--clients", default="16,100", help="cost: numbers of clients (16,100)")
+    parser.add_argument("--run-file", default="digits", help="cost: run file (digits)")
+    parser.add_argument("--repeats", type=int, default=3, help="cost: runs of each mode, in turn (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="cost: rounds of a run, of which the first is left out (3)")
+    parser.add_argument("--epsilons", default="off,32,8,2", help="curve: budgets (off,32,8,2)")
+    parser.add_argument("--seeds", default="0,1,2", help="curve: seeds (0,1,2)")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"curve: methods ({','.join(METHODS)})")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        key = Path(place) / "privacy.key"
+        create_key(key, bytes(range(32)))
+        if arguments.what == "cost":
+            cost(key, [int(n) for n in arguments.clients.split(",")], arguments.run_file, arguments.repeats, arguments.rounds)
+        else:
+            curve(key, arguments.epsilons.split(","), [int(n) for n in arguments.seeds.split(",")], arguments.methods.split(","))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
