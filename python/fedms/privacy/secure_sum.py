@@ -331,6 +331,7 @@ def _expand_key(agreed: bytes, *names: str | int) -> bytes:
     return HKDF(hashes.SHA256(), 32, None, repr(names).encode()).derive(agreed)
 
 
+@lru_cache(maxsize=2**10)
 def _public(secret: bytes) -> bytes:
     return _private(secret).public_key().public_bytes_raw()
 
@@ -341,10 +342,19 @@ def _private(secret: bytes) -> X25519PrivateKey:
     return X25519PrivateKey.from_private_bytes(secret)
 
 
-@lru_cache(maxsize=2**15)
+# By both public keys: identities meet again in every round, and where one process plays both clients, an exchange serves both.
+_agreed: dict[frozenset[bytes], bytes] = {}
+_MOST_AGREED = 2**16
+
+
 def _exchange(secret: bytes, public: bytes) -> bytes:
-    """The Diffie-Hellman secret of two keys. Identities meet again in every round."""
-    try:
-        return _private(secret).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:
-        raise ProtocolError(f"a public key that is none: {error}") from None
+    """The Diffie-Hellman secret of two keys."""
+    pair = frozenset((_public(secret), public))
+    if pair not in _agreed:
+        if len(_agreed) >= _MOST_AGREED:
+            _agreed.clear()
+        try:
+            _agreed[pair] = _private(secret).exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError as error:
+            raise ProtocolError(f"a public key that is none: {error}") from None
+    return _agreed[pair]

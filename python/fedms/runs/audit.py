@@ -90,7 +90,7 @@ def audit(folder: str | Path, *, epsilon: float = 8.0, count: int = 1000, progre
             progress.phase(f"attacking {stage}")
             found += _attack(task, experiment, server, server.message(state), count)
     if not found:
-        raise ConfigError(f"run.method: {config.run.method} sends no updates, so there is nothing to attack")
+        raise ConfigError(f"run.method: {config.run.method} sends no updates, or a visit changes nothing, so there is nothing to attack")
     return found
 
 
@@ -115,6 +115,8 @@ def _attack(task: LoadedTask, experiment: Experiment, server: PrivateServer, mes
     vectors = [contribute(server, experiment.method, task.model, client, Private(), message)[0].astype(np.int64)
                for client in clients]
     chosen = int(np.argmax([np.linalg.norm(vector) for vector in vectors]))
+    if not vectors[chosen].any():       # a gate that saw two equal experts has not moved in a single step
+        return
     target, total = vectors[chosen], np.sum(vectors, axis=0)
     count = max(20, min(count, MOST_DRAWS // (4 * len(target))))
     noise, shares = sums.sections(), sums.sections(3)

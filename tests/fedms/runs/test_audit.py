@@ -8,7 +8,7 @@ from fedms.runs import run
 from fedms.runs.audit import audit
 
 SMALL = ["data.max_samples=160", "clients.count=4", "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1",
-         "data.partition=iid", "run.threads=1", "sal.schedule=fixed"]
+         "data.partition=iid", "run.threads=1", "sal.schedule=fixed", "stage2.epochs=3"]
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,14 @@ def folder(tmp_path_factory):
 
 
 def test_attacks_under_each_mode(folder):
-    found = {(f.stage, f.mode, f.attacker): f for f in audit(folder, count=300)}
+    found = {(f.stage, f.mode, f.attacker): f for f in audit(folder, count=200)}
     assert {stage for stage, _, _ in found} == {"stage1", "stage2"} and len(found) == 16
     for (_, mode, attacker), finding in found.items():
         told = finding.told_apart
         if (mode, attacker) in (("off", "server"), ("off", "reader"), ("central", "server"), ("secure", "reader")):
             assert told.accuracy == 1 and finding.claimed is None
         elif (mode, attacker) == ("secure", "server"):
-            assert 0.4 < told.accuracy < 0.6 and told.epsilon < 0.5
+            assert 0.35 < told.accuracy < 0.65 and told.epsilon < 0.5
         else:
             assert told.epsilon <= finding.claimed and told.accuracy < 1
 
