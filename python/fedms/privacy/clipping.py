@@ -21,7 +21,7 @@ from fedms.errors import FedMSError
 MARGIN = 2.0**-40
 
 
-class NotFinite(FedMSError):
+class NotFinite(FedMSError, ValueError):
     """An update that holds NaN or infinity."""
 
 
