@@ -57,6 +57,11 @@ class MatrixOf {
     if (!PyObject_TypeCheck(tensor.ptr(), tensor_type)) {
       throw py::type_error(std::string(name) + " is not a tensor but " + Py_TYPE(tensor.ptr())->tp_name);
     }
+    if (Py_TYPE(tensor.ptr()) != tensor_type && Py_TYPE(tensor.ptr()) != parameter_type) {
+      throw py::type_error(std::string(name) + " is a " + Py_TYPE(tensor.ptr())->tp_name +
+                           ", whose values need not lie in its own memory; pass a torch.Tensor");
+    }
+    if (tensor.attr("is_neg")().cast<bool>()) fail("is negated when it is read; pass .resolve_neg()");
     if (exchange) {
       read_exchange(tensor);
     } else {

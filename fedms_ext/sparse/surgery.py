@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module) -> str:
     if len(longest) != 1:
         what = f"several lists of {found[longest[0]]} blocks: {', '.join(longest)}" if longest else "no list of blocks"
         raise ValueError(f"found {what} in {type(model).__name__}; pass blocks=\"dotted.name\" of the nn.ModuleList "
-                         "or nn.Sequential that holds the transformer blocks")
+                         "or nn.Sequential that holds the transformer blocks; of several towers attach to each one on its own")
     return longest[0]
 
 

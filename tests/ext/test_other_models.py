@@ -152,3 +152,24 @@ def test_settings_that_are_not_known_are_left_to_peft():
     model.base_model.peft_config["default"] = config
     done = fedms_ext.accelerate(model)
     assert done.layers == () and "use_something_new" in str(done)
+
+
+def test_two_towers_train_at_once():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(**sizes, vocab_size=50, max_position_embeddings=16, eos_token_id=1, bos_token_id=0),
+        vision_config=dict(**sizes, image_size=16, patch_size=8), projection_dim=16)).requires_grad_(False)
+    with pytest.raises(ValueError, match="several lists of 2 blocks.*attach to each one on its own"):
+        attach(model, "all-linear", {"g": LoRA(4, 8)})
+    towers = (model.text_model, model.vision_model)
+    for tower in towers:
+        attach(tower, "all-linear", {"g": LoRA(4, 8)})
+    for tower, depth in zip(towers, (1, 2)):
+        assert activate(tower, "g", depth=depth) == [2, 1][:depth][::-1]
+    model(input_ids=IDS, pixel_values=torch.randn(1, 3, 16, 16)).logits_per_image.sum().backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"text_model", "vision_model"} and all("lora" in n for n, p in model.named_parameters() if p.grad is not None)
+    assert [len({layer.block for layer in expert_layers(tower).values() if "trained" in map(str.lower, (
+        state.value for state in layer.states.values()))}) for tower in towers] == [1, 2]
+    quantize(model.vision_model, "fp16")
+    assert len(expert_layers(model)) == 24

@@ -20,6 +20,15 @@ PREFIX = "base_model.model."
 PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
          "lora_bias": False, "use_qalora": False, "trainable_token_indices": None,
          "target_parameters": None}
+# Settings that say how an adapter was made or which layers it has, which its tensors show.
+HARMLESS = frozenset(
+    "alora_invocation_tokens arrow_config auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules "
+    "fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config corda_config lora_alpha "
+    "lora_dropout lora_ga_config megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r revision "
+    "runtime_config target_modules task_type use_rslora".split())
+# Of init_lora_weights: those that leave the base weights as they are. Others (pissa, olora, corda, loftq, lora_ga) subtract from
+# the base what A and B start with, so that the adapter fits that changed base alone.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,14 @@ def read_shape(folder: Path) -> Shape:
         if found.get(key) not in (plain, None):
             raise ConfigError(f"lora.start: {path}: {key} is {printable(repr(found[key]), 60)}, which experts here do not have; accepted: "
                               f"{plain!r}")
+    if found.get("init_lora_weights") not in PLAIN_STARTS:
+        raise ConfigError(f"lora.start: {path}: init_lora_weights is {printable(repr(found['init_lora_weights']), 60)}, which changes "
+                          "the base weights, so the adapter does not fit the original model; save it with PEFT's "
+                          "save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+    unknown = [key for key, value in found.items() if key not in HARMLESS | PLAIN.keys() and value not in (None, False, {}, [])]
+    if unknown:
+        raise ConfigError(f"lora.start: {path}: {printable(repr(unknown[0]), 60)} is not known here, so what it does to the layers is "
+                          "not known either; accepted: plain LoRA")
     rank, alpha = found.get("r"), found.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank <= 2**31 or not 0 < alpha < 1e30:
         raise ConfigError(f"lora.start: {path}: r is {printable(repr(rank), 60)} and lora_alpha {printable(repr(alpha), 60)}; "

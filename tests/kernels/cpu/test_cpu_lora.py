@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fedms_ext
 from fedms_ext import _C, philox_mask, reference
@@ -261,6 +263,31 @@ def test_refused_operands(use_exchange):
             call(gate=torch.zeros(4, 2))
         with pytest.raises(ValueError, match="dropout_p"):
             call(p=1.0)
+    finally:
+        _C.set_tensor_types(Tensor, nn.Parameter)
+
+
+@pytest.mark.parametrize("use_exchange", [True, False])
+def test_what_is_no_plain_tensor_is_refused_before_its_memory_is_read(use_exchange):
+    if _C.set_tensor_types(Tensor, nn.Parameter, use_exchange) != use_exchange:
+        pytest.skip("this torch has no DLPack exchange API")
+    try:
+        weight, y = torch.randn(4, 3).half(), torch.empty(2, 4)
+        with FakeTensorMode():
+            fake = torch.empty(2, 3)
+        x = torch.randn(2, 3)
+        for odd, error, message in (
+            (fake, TypeError, "x is a FakeTensor"),
+            (TwoTensor(x, x), TypeError, "x is a TwoTensor"),
+            (torch._neg_view(x), ValueError, "x is negated when it is read"),
+            (torch.empty(2, 3, device="meta"), ValueError, "x is not on the CPU"),
+            (x.to_sparse(), (RuntimeError, BufferError), ""),
+            ([[1.0] * 3] * 2, TypeError, "x is not a tensor but list"),
+        ):
+            with pytest.raises(error, match=message):
+                _C.fp16_forward(odd, weight, None, y)
+        _C.fp16_forward(nn.Parameter(x), weight, None, y)
+        assert torch.allclose(y, x @ weight.float().T, atol=1e-5)
     finally:
         _C.set_tensor_types(Tensor, nn.Parameter)
 
