@@ -6,7 +6,7 @@ import torch  # noqa: F401  first: the kernels of this package run on the OpenMP
 
 from . import _C, budget
 from .accelerate import Accelerated, accelerate
-from .backends import available, explain, use_backend
+from .backends import Backend, available, explain, register_backend, use_backend
 from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight
 from .operators import expert_linear
 from .quantization.quantize import dequantize, quantize
@@ -26,6 +26,7 @@ from .sparse.surgery import attach, detach, expert_layers, expert_tensors, find_
 
 __all__ = [
     "Accelerated",
+    "Backend",
     "ConstantCache",
     "ConstantPrefix",
     "DiskCache",
@@ -57,6 +58,7 @@ __all__ = [
     "prefix_depth",
     "prefix_hash",
     "quantize",
+    "register_backend",
     "reset_expert",
     "segmented",
     "unmerge",
