@@ -41,7 +41,7 @@ class Ragged:
 
     @classmethod
     def empty(cls, lengths: Tensor, like: Tensor, storage: str = "fp32") -> Ragged:
-        """Room for rows of these lengths (n,), each `like` a row (T, ..., D) in dtype and trailing shape. Filled by
+        """Room for rows of these lengths (n,), each `like` a row (T, ..., D) in dtype, device and trailing shape. Filled by
         `put`, it never holds a row twice."""
         self = cls.__new__(cls)
         self._allocate(lengths, like, storage)
@@ -52,8 +52,8 @@ class Ragged:
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
         shape = (int(lengths.sum()), *like.shape[1:])
         dtype = {"fp32": like.dtype, "bf16": torch.bfloat16, "int8": torch.int8}[storage]
-        self.scales = torch.empty(*shape[:-1], 1, dtype=like.dtype) if storage == "int8" else None
-        self._set(torch.empty(shape, dtype=dtype), lengths)
+        self.scales = torch.empty(*shape[:-1], 1, dtype=like.dtype, device=like.device) if storage == "int8" else None
+        self._set(torch.empty(shape, dtype=dtype, device=like.device), lengths)
 
     def _set(self, values: Tensor, lengths: Tensor) -> None:
         self.values, self.lengths = values, lengths
@@ -186,8 +186,9 @@ class DiskCache:
     def _write(self, path: Path, value: Tensor | Ragged) -> bool:
         from safetensors.torch import save
 
-        tensors = {"tensor": value} if isinstance(value, Tensor) else value.tensors()
-        data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)})
+        parts = {"tensor": value} if isinstance(value, Tensor) else value.tensors()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
+        data = save(tensors, {"sha256": _digest(tensors)})
         if len(data) > self.max_bytes:
             return False
         temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")

@@ -287,7 +287,10 @@ def expert_tensors(model: nn.Module, expert: str) -> Iterator[tuple[str, Tensor]
 
 @torch.no_grad()
 def reset_expert(model: nn.Module, expert: str, generator: torch.Generator) -> None:
-    """Starts an expert afresh: A Kaiming uniform (as PEFT), drawn from `generator`; B zero."""
+    """Starts an expert afresh: A Kaiming uniform (as PEFT), drawn from `generator` on the generator's own device, so that the
+    numbers do not depend on where the model lies; B zero."""
     for layer in layers_of(model, expert).values():
-        nn.init.kaiming_uniform_(layer.lora_a[expert], a=5**0.5, generator=generator)
+        a = layer.lora_a[expert]
+        drawn = torch.empty(a.shape, dtype=a.dtype, device=generator.device)
+        a.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator))
         layer.lora_b[expert].zero_()

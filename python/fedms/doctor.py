@@ -132,9 +132,15 @@ def _backends() -> Iterator[Check]:
 def _gpu() -> Iterator[Check]:
     import torch
 
-    if torch.cuda.is_available():
-        yield Check("gpu", "ok", torch.cuda.get_device_name())
-    else:
+    from fedms.training.device import describe, self_check
+
+    found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    found += [torch.device("mps")] if torch.backends.mps.is_available() else []
+    for device in found:
+        reason = self_check(device)
+        yield Check("gpu", "problem" if reason else "ok", f"{describe(device)}: " + (
+            f"{reason}; runs use another one, or the CPU" if reason else "its kernels compute right"))
+    if not found:
         yield Check("gpu", "note", "none seen by torch; runs use the CPU")
 
 

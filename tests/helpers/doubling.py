@@ -11,4 +11,4 @@ def double(item, progress, stop):
     progress.note(f"at {item}")
     if item == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    return 2 * item
+    return os.environ["GPU_OF_A_TEST"] if item == "gpu" else 2 * item

@@ -10,7 +10,8 @@ import typer
 from fedms.config import ConfigError, source_name
 
 from .command import COMPARE, command
-from .options import Force, Jobs, Methods, Sets, Source, Track, fitting_methods, read_source, seed_list
+from .options import (Device, Force, Jobs, Methods, Sets, Source, Track, fitting_methods, on_device, read_source,
+                      seed_list)
 from .stopping import polite_stop, resume_hint
 from .terminal import console, plain_table, run_progress, show, show_results
 
@@ -36,6 +37,7 @@ def compare(
     set_: Sets = None,
     out: Annotated[Optional[Path], typer.Option(
         "--out", "-o", metavar="DIR", help="Folder of the runs.", show_default="runs/SOURCE")] = None,
+    device: Device = None,
     jobs: Jobs = 1,
     tuned: Annotated[Optional[Path], typer.Option(
         "--tuned", metavar="DIR", help="Folder with the choices of fedms tune, METHOD.toml.")] = None,
@@ -43,7 +45,7 @@ def compare(
     track: Track = None,
 ) -> None:
     """Run several methods on the same clients and seeds, and show them in one table with tests of significance."""
-    config = read_source(source, set_ or [])
+    config = read_source(source, on_device(set_, device))
     if config.run.engine == "flower":
         raise ConfigError("run.engine: a server carries out one run (fedms server start); choose another engine")
     numbers = seed_list(seeds, config)
@@ -75,11 +77,12 @@ def tune(
     out: Annotated[Optional[Path], typer.Option(
         "--out", "-o", metavar="DIR", help="Folder of the choices, METHOD.toml, and of the trials.",
         show_default="runs/SOURCE-tuned")] = None,
+    device: Device = None,
     jobs: Jobs = 1,
     force: Force = False,
 ) -> None:
     """Try constants of each method on validation data: the same number of trials for all, at a quarter of the rounds."""
-    config = read_source(source, set_ or [])
+    config = read_source(source, on_device(set_, device))
     out = out or Path("runs") / f"{source_name(source)}-tuned"
     chosen = fitting_methods(config, methods)
 

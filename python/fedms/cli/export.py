@@ -9,7 +9,7 @@ import typer
 from fedms.errors import RunFolderError
 
 from .command import EXPORT, command
-from .options import Trust, check_suffix
+from .options import Trust, check_suffix, checked_device
 from .terminal import run_progress, show
 
 
@@ -66,13 +66,16 @@ def predict(
                                                 show_default="as in the run")] = None,
     image: Annotated[Optional[str], typer.Option("--image", metavar="NAME", help="Column of images.",
                                                  show_default="as in the run")] = None,
+    device: Annotated[str, typer.Option(
+        "--device", metavar="NAME", help="Where to compute: auto (the first CUDA GPU that works, else the CPU), cpu, cuda, cuda:N, "
+        "mps.")] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Predict with an exported mixture, as one of its clients."""
     check_suffix("--out", out, ".csv", ".parquet")
     from fedms.exports import mixture
 
-    loaded = mixture.load(folder, client, trust_remote_code=trust_remote_code)
+    loaded = mixture.load(folder, client, trust_remote_code=trust_remote_code, device=checked_device(device))
     table = loaded.predict_file(source, {"text": text, "image": image})
     if out is None:
         print(table.to_csv(index=False), end="")

@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedms.config import ConfigError, RunConfig, builtin_names, load_config, parse_size, registry, with_run
+from fedms.config import (ConfigError, RunConfig, builtin_names, config_from_dict, load_config, parse_size, registry,
+                          with_run)
 from fedms.errors import DataError, ModelError, RunFolderError
 
 from .terminal import say
@@ -47,6 +48,9 @@ Methods = Annotated[str, typer.Option(
 Method = Annotated[Optional[str], typer.Option(
     "--method", "-m", metavar="NAME", autocompletion=_complete(registry.method_names()),
     help=f"Same as --set run.method=NAME: {', '.join(registry.method_names())}.")]
+Device = Annotated[Optional[str], typer.Option(
+    "--device", metavar="NAME", autocompletion=_complete(("auto", "cpu", "cuda", "mps")),
+    help="Same as --set run.device=NAME: auto (the first CUDA GPU that works, else the CPU), cpu, cuda, cuda:N, mps.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
 Track = Annotated[Optional[list[str]], typer.Option(
     "--track", metavar="NAME", autocompletion=_complete(("tensorboard", "wandb", "mlflow")),
@@ -58,6 +62,19 @@ Trust = Annotated[bool, typer.Option(
     "wrote it can do here whatever you can.")]
 Resume = Annotated[bool, typer.Option(
     "--resume", help="Go on where an earlier call with the same settings was stopped or killed.")]
+
+
+def checked_device(name: str) -> str:
+    """Return the name of a device. ConfigError if it is none."""
+    try:
+        return config_from_dict({"run": {"device": name}}).run.device
+    except ConfigError as error:
+        raise ConfigError(f"--device: {error.problems[0].removeprefix('run.device: ')}") from None
+
+
+def on_device(overrides: Sequence[str] | None, device: Optional[str]) -> list[str]:
+    """Return the texts of `--set`, and one more for `--device`."""
+    return [*(overrides or ()), *([] if device is None else [f"run.device={device}"])]
 
 
 def read_source(source: str, overrides: Sequence[str] = ()) -> RunConfig:

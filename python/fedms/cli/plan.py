@@ -10,7 +10,7 @@ import typer
 from fedms.errors import FAILED, ConfigError
 
 from .command import START, command
-from .options import Sets, Source, amount, check_suffix, read_source
+from .options import Device, Sets, Source, amount, check_suffix, on_device, read_source
 from .terminal import console, paragraph, plain_table, run_progress, say, show
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def plan(
     epsilon: Annotated[Optional[float], typer.Option(
         "--epsilon", metavar="E", min=1e-3, help="Instead: the noise of a run with this budget of differential privacy, and what "
         "utility to expect.")] = None,
+    device: Device = None,
     set_: Sets = None,
     out: Annotated[Optional[Path], typer.Option(
         "--out", "-o", metavar="FILE", help="Draw the plan into this file: .png, .svg or .pdf.")] = None,
@@ -46,7 +47,7 @@ def plan(
     limits = {name: amount(f"--{name}", text) for name, text in
               {"memory": memory, "flops": flops, "bandwidth": bandwidth}.items() if text is not None}
     check_suffix("--out", out, ".png", ".svg", ".pdf")
-    config = read_source(source, set_ or [])
+    config = read_source(source, on_device(set_, device))
     if epsilon is not None:
         _plan_privacy(config, epsilon)
         return

@@ -10,7 +10,7 @@ import typer
 from fedms.config import ConfigError, RunConfig, dump_toml, source_name
 
 from .command import EXPORT, START, command
-from .options import Force, Method, Resume, RunOut, Sets, Source, Track, check_free, read_source
+from .options import Device, Force, Method, Resume, RunOut, Sets, Source, Track, check_free, read_source
 from .stopping import polite_stop, resume_hint
 from .terminal import console, run_progress, show_results
 
@@ -32,6 +32,7 @@ def run(
     engine: Annotated[Optional[str], typer.Option(
         "--engine", metavar="NAME", help="Same as --set run.engine=NAME: local (all clients in this process), "
         "flower-sim (Flower's simulation).")] = None,
+    device: Device = None,
     force: Force = False,
     resume: Resume = False,
     track: Track = None,
@@ -44,7 +45,7 @@ def run(
     """
     overrides = list(set_ or [])
     overrides += [f"run.{key}={value}" for key, value in
-                  {"method": method, "seed": seed, "engine": engine}.items() if value is not None]
+                  {"method": method, "seed": seed, "engine": engine, "device": device}.items() if value is not None]
     config = read_source(source, overrides)
     if dry_run:
         console.print(dump_toml(config), end="", markup=False, soft_wrap=True)

@@ -116,4 +116,5 @@ def _type_words(annotation: Any, metadata: Iterable[Any] = (), many: bool = Fals
     words = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
     bounds = [text.format(show(getattr(m, name))) for m in metadata for name, text in words.items()
               if getattr(m, name, None) is not None]
-    return ", ".join([noun, *bounds])
+    examples = [f"such as {in_words(m.examples)}" for m in metadata if getattr(m, "examples", None)]
+    return ", ".join([" ".join([noun, *examples]), *bounds])

@@ -306,6 +306,9 @@ class PrivacyTable(Table):
         return self.mode in ("secure", "distributed")
 
 
+NumberedGPU = Annotated[str, Field(pattern=r"^cuda:\d{1,3}$", examples=["cuda:1"])]
+
+
 class RunTable(Table):
     """How the run itself is carried out."""
 
@@ -315,3 +318,8 @@ class RunTable(Table):
     engine: Literal["local", "flower-sim", "flower"] = Field(
         "local", description="local: all clients in this process; flower-sim: Flower's simulation on this machine; "
         "flower: clients on machines of their own")
+    device: Union[Literal["auto", "cpu", "cuda", "mps"], NumberedGPU] = Field(
+        "auto", description="where models compute; auto: the first CUDA GPU whose kernels pass a self-check, else the CPU; cuda: "
+        "the first GPU; cuda:N: the one with this number, from 0. Messages, checkpoints and records do not depend on it")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="activations of the foundation model; experts, optimizer and sums are in fp32 in any case")

@@ -68,14 +68,15 @@ class Mixture:
         foundation: The foundation model; experts are attached to it.
         trained: What the run trained.
         client: Id of the client, or None for the global expert alone.
+        device: Where it computes, as in `[run] device`.
 
     Attributes:
         client: The same.
         classes: Names of the classes.
     """
 
-    def __init__(self, foundation: FoundationModel, trained: TrainedRun, client: int | None) -> None:
-        self.model, self.trained, self.client = bind(foundation, trained.task), trained, client
+    def __init__(self, foundation: FoundationModel, trained: TrainedRun, client: int | None, device: str = "auto") -> None:
+        self.model, self.trained, self.client = bind(foundation, trained.task, device), trained, client
         self.classes = trained.task.classes
         self._language: LanguageModel | None = None
         self._alone = threading.Lock()   # a prediction switches the model between its experts
@@ -159,14 +160,14 @@ class Mixture:
         inputs = user_data.inputs_of(samples, places, self.model.foundation, "samples", max_tokens)
         with self._alone:
             found = predict(self.model, self.trained, self.client, inputs)
-        best = found.personalized.softmax(1).max(1)
+        best = found.personalized.softmax(1).cpu().max(1)
         return pd.DataFrame({"label": [self.classes[i] for i in best.indices.tolist()],
                              "probability": best.values.numpy(),
-                             "gate_weight": None if found.weights is None else found.weights[:, 1].detach().numpy()})
+                             "gate_weight": None if found.weights is None else found.weights[:, 1].detach().cpu().numpy()})
 
 
 def load(folder: str | Path, client: str | int | None = None, *, foundation: FoundationModel | None = None,
-         trust_remote_code: bool = False) -> Mixture:
+         trust_remote_code: bool = False, device: str = "auto") -> Mixture:
     """Load a mixture that `fedms export --format mixture` wrote, ready to predict.
 
     Sizes and hashes of its files are checked, and no code in it is run, whatever it says, unless you say so.
@@ -176,6 +177,7 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
         client: Id or group of the client whose local expert is used; None for the global expert alone.
         foundation: The foundation model, if the run was given it as an object.
         trust_remote_code: Run the Python code that came with the foundation model, where it needs some.
+        device: Where it computes: "auto" for the first CUDA GPU that works, else the CPU; "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
         RunFolderError: If the folder is no mixture, or one of its files is damaged.
@@ -199,7 +201,7 @@ def load(folder: str | Path, client: str | int | None = None, *, foundation: Fou
     foundation = foundation or models.load(config.model, config.task.kind)
     check_fingerprint(foundation, task)
     try:
-        return Mixture(foundation, trained, number)
+        return Mixture(foundation, trained, number, device)
     except (KeyError, RuntimeError) as error:
         raise RunFolderError(f"{folder}: its tensors do not fit its model: {error}; export it again") from None
 

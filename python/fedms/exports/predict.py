@@ -13,18 +13,25 @@ from fedms.exports.trained_run import Task, TrainedRun
 from fedms.federated.client import Private
 from fedms.federated.method import Prediction
 from fedms.models import FoundationModel
+from fedms.training.device import choose
 from fedms.training.expert_model import ExpertModel
 
 
-def bind(foundation: FoundationModel, task: Task) -> ExpertModel:
+def bind(foundation: FoundationModel, task: Task, device: str = "cpu") -> ExpertModel:
     """Attach experts to a foundation model, for a task and without data: :func:`predict` gives it some.
 
+    Args:
+        foundation: The model, which is moved to the device.
+        task: What the experts were trained for.
+        device: Where it computes, as in `[run] device`. What is only written to files has nothing to compute, and stays on
+            the CPU.
+
     Raises:
-        ConfigError: If the run file does not fit the model.
+        ConfigError: If the run file does not fit the model, or the device is not there.
     """
     config = task.config
     uncached = config.model_copy(update={"sal": config.sal.model_copy(update={"cache": "off"})})
-    return ExpertModel(foundation, _unlabeled(task, None, 0), uncached)
+    return ExpertModel(foundation, _unlabeled(task, None, 0), uncached, device=choose(device, config.model.frozen).device)
 
 
 def predict(model: ExpertModel, trained: TrainedRun, client: int | None, inputs: TextInputs | ImageInputs) -> Prediction:

@@ -24,8 +24,8 @@ from fedms.foreign import printable
 from fedms.seeds import derive_seed, generator
 from fedms.tasks import Score
 from fedms.tensors import Tensors
+from fedms.training.device import peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
-from fedms.training.memory import peak_memory, reset_peak_memory
 
 
 class ClientFailure(FedMSError):
@@ -169,7 +169,7 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
           message: Message) -> tuple[Visit, Private]:
     """Carries out a method's step and measures it. A client that fails keeps the private state that it had."""
     flops, started = model.meter.flops, time.perf_counter()
-    reset_peak_memory()
+    reset_peak(model.device)
     model.clear()
     reply, after, reason = None, private, None
     try:
@@ -177,7 +177,8 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
             reply, after = step(model, client, private, message)
     except ClientFailure as failure:
         reason = printable(str(failure), REASON)
-    return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak_memory()), after
+    synchronize(model.device)
+    return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak(model.device)), after
 
 
 @contextmanager
@@ -195,6 +196,10 @@ def validate(model: ExpertModel, client: Client, expert: str) -> Score:
     """Validation score of one expert's stream as it stands in the model."""
     return model.task.score(model.opinions(expert, client.validation), model.targets(client.validation))
 
+
+# Gradients in fp16 are those of the loss times a number, so that small ones do not become zero. It starts here, is halved where
+# one overflows, and a visit fails where that happens more often than this in a row.
+FIRST_SCALE, MOST_SKIPPED = 2.0**12, 12
 
 Loss = Callable[[Tensor], Tensor]               # mean over the units of rows (B,) of a part
 LossOn = Callable[[Subset], Loss]
@@ -243,24 +248,31 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
         _load_moments(optimizer, named, private.tensors, message.stage)
     torch.manual_seed(client.seed(message, "dropout"))
     shuffle = generator(client.seed(message, "shuffle"))
-    total, seen, done = 0.0, 0, 0
+    total, seen, done, skipped = 0.0, 0, 0, 0
     micro_batch = settings.micro_batch or settings.batch
+    scaler = torch.amp.GradScaler(model.device.type, init_scale=FIRST_SCALE, enabled=client.config.run.dtype == "fp16")
     loss_of = None if client.config.data.augment else loss_on(part)
     for batch in _batches(model, part, rows, settings, shuffle, epochs):
         optimizer.zero_grad(set_to_none=True)
         if loss_of is not None:
-            loss = accumulate(loss_of, batch, micro_batch, partial(model.count_units, part))
+            loss = accumulate(loss_of, batch, micro_batch, partial(model.count_units, part), scaler)
         else:
             with model.augmented_batches(part, batch) as images:
-                loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch)
+                loss = accumulate(loss_on(images), torch.arange(len(images)), micro_batch, scaler=scaler)
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip or float("inf"))
-        if not (math.isfinite(loss) and torch.isfinite(norm)):
+        finite = math.isfinite(loss) and bool(torch.isfinite(norm))
+        skipped = 0 if finite else skipped + 1
+        if not finite and (skipped > MOST_SKIPPED or not scaler.is_enabled()):
             raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
                                 f"{done} samples; a lower {message.stage}.lr may help")
-        optimizer.step()
+        scaler.step(optimizer)      # in fp16 left out where a gradient is not finite
+        scaler.update()
+        if not finite:
+            continue
         units = model.count_units(part, batch)
         total, seen, done = total + loss * units, seen + units, done + len(batch)
-    return total / seen, _moments(optimizer, named, message.stage) if keeps else {}
+    return total / max(seen, 1), _moments(optimizer, named, message.stage) if keeps else {}
 
 
 def _batches(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, shuffle: torch.Generator,
@@ -283,19 +295,20 @@ def _batches(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, sh
                 return
 
 
-def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[Tensor], int] = len) -> float:
+def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[Tensor], int] = len,
+               scaler: torch.amp.GradScaler | None = None) -> float:
     """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples, each weighted by its number of
-    `units`; returns that loss."""
+    `units`, and multiplied by what the scaler says; returns that loss."""
     total = 0.0
     for part in batch.split(micro_batch):
         loss = loss_of(part) * (units(part) / units(batch))
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
         total += float(loss.detach())
     return total
 
 
 def _moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:
-    return {f"optimizer/{stage}/{name}/{kind}": value.clone()
+    return {f"optimizer/{stage}/{name}/{kind}": value.to("cpu", copy=True)
             for name, p in named.items() for kind, value in optimizer.state.get(p, {}).items()}
 
 
@@ -303,4 +316,4 @@ def _load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], ke
     for name, p in named.items():
         prefix = f"optimizer/{stage}/{name}"
         if f"{prefix}/step" in kept:      # a pair activated since the last visit has none yet
-            optimizer.state[p] = {kind: kept[f"{prefix}/{kind}"].clone() for kind in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {kind: kept[f"{prefix}/{kind}"].to(p.device, copy=True) for kind in ("step", "exp_avg", "exp_avg_sq")}

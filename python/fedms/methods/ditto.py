@@ -24,7 +24,7 @@ class Ditto(FedAvg):
         shared = shared_expert(model, message, self.config)
         reply, private = train_shared(model, client, private, message)
         own, private = train_private(model, client, private, message, start=shared,
-                                     penalty=proximal(self.settings.pull, shared))
+                                     penalty=proximal(self.settings.pull, shared, model.device))
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 

@@ -15,4 +15,4 @@ class FedProx(FedAvg):
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message,
-                            penalty=proximal(self.settings.mu, message.tensors))
+                            penalty=proximal(self.settings.mu, message.tensors, model.device))

@@ -79,10 +79,11 @@ def penalized(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> 
     return lambda rows: loss_of(rows) + penalty(params)
 
 
-def proximal(strength: float, anchors: Mapping[str, Tensor]) -> Penalty:
-    """strength / 2 * squared distance of what is trained from its anchors."""
+def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.device) -> Penalty:
+    """strength / 2 * squared distance of what is trained, which is on this device, from its anchors."""
+    there = {name: tensor.to(device) for name, tensor in anchors.items()}
     return lambda params: strength / 2 * cast(
-        Tensor, sum((p - anchors[name]).square().sum() for name, p in params.items()))
+        Tensor, sum((p - there[name]).square().sum() for name, p in params.items()))
 
 
 def load_private(model: ExpertModel, client: Client, private: Private, message: Message,

@@ -19,6 +19,7 @@ from fedms.federated.visit_costs import fitting_depths
 from fedms.federated.method import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
+from fedms.training.device import choose
 from fedms.training.expert_model import ExpertModel
 from fedms.training.memory import hand_back_large_blocks
 
@@ -71,9 +72,10 @@ class LoadedTask:
         model: The resident model.
         dataset: The data set.
         given: Whether the model or the data were given as objects.
+        device: Where the model computes, and why not elsewhere.
 
     Raises:
-        ConfigError: If the run file does not fit the model.
+        ConfigError: If the run file does not fit the model, or its device is not there.
         ModelError: If the model cannot be loaded.
         DataError: If the data cannot be loaded.
     """
@@ -85,13 +87,16 @@ class LoadedTask:
         self.given, self.shard = foundation is not None or dataset is not None, shard
         # Taken before the data are read: if they change meanwhile, this is not used for another run.
         self.basis = basis(config)
+        self.device = choose(config.run.device, config.model.frozen)
         progress.phase(f"loading model {config.model.id}")
         self.foundation = foundation or models.load(config.model, config.task.kind)
         progress.phase(f"loading data {config.data.name}")
         self.dataset = shard.dataset if shard else dataset or data.load(config.data, self.foundation)
         if shard is None:
             progress.note(describe(self.dataset))
-        self.model = ExpertModel(self.foundation, self.dataset, config)
+        for note in self.device.notes:
+            progress.note(note)
+        self.model = ExpertModel(self.foundation, self.dataset, config, device=self.device.device)
 
     def experiment(self, config: RunConfig) -> Experiment:
         """Build a run on this model and data.
@@ -148,7 +153,8 @@ def _private_server(config: RunConfig) -> type[PrivateServer]:
 
 def basis(config: RunConfig) -> tuple[object, ...]:
     """Return what a loaded task depends on: runs that agree in it can share one."""
-    return (config.task, config.model, config.head, data.stamp(config.data), config.lora, config.run.threads,
+    return (config.task, config.model, config.head, data.stamp(config.data), config.lora,
+            config.run.model_dump(include={"threads", "device", "dtype"}),
             config.data.model_dump(exclude={"partition", "alpha", "classes_per_client", "split", "global_test"}),
             config.sal.model_dump(include={"order", "depth", "cache", "cache_dtype", "cache_bytes"}),
             config.gate.model_dump(include={"mixing", "features", "temperature", "bottleneck"}))

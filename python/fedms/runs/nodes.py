@@ -45,6 +45,7 @@ def simulation_app(state: Path, config: RunConfig) -> ClientApp:
     @app.evaluate()
     def answer(message: Message, context: Context) -> Message:
         number = int(context.node_config["partition-id"])
-        return side.answer(message, side.Identity(number, None, state / str(number), None, config), open_experiment)
+        identity = side.Identity(number, None, state / str(number), None, config, device=config.run.device)
+        return side.answer(message, identity, open_experiment)
 
     return app

@@ -22,8 +22,9 @@ from fedms.federated.visit_costs import CostModel, VisitMemory, VisitWork
 from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.runs.experiment import with_clients
+from fedms.training.device import choose, peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
-from fedms.training.memory import hand_back_large_blocks, peak_memory, reset_peak_memory, resident_memory
+from fedms.training.memory import hand_back_large_blocks, resident_memory
 from fedms_ext import budget, dequantize
 
 # Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
@@ -161,15 +162,17 @@ class _Planner:
         dataset = dataset or data.load(plain.data, foundation)
         config = with_clients(config, dataset)
         self.config, self.progress = config, progress
-        self.model = ExpertModel(foundation, dataset, plain)
+        self.device = choose(config.run.device, config.model.frozen).device
+        self.model = ExpertModel(foundation, dataset, plain, device=self.device)
         self.frozen = "fp32"
         partition = data.partition(dataset, config.data, config.clients, config.run.seed)
         self.costs = CostModel(self.model, methods.create(config), config, partition)
-        loading = peak_memory()
+        loading = peak(self.device)
         self._visit()       # what stays of a first visit, such as buffers of the kernels, is a part of the process
-        reset_peak_memory()
-        self.process = resident_memory() - budget.weight_bytes(foundation.module)
-        self.loading = loading - self.process
+        reset_peak(self.device)
+        shared = self.device.type != "cuda"     # the process and the model are in the same memory
+        self.process = resident_memory() - (budget.weight_bytes(foundation.module) if shared else 0)
+        self.loading = loading - (self.process if shared else 0)
 
     def freeze(self, frozen: str) -> None:
         if frozen != self.frozen:
@@ -223,6 +226,7 @@ class _Planner:
         self.model.clear()
         before, started = self.model.meter.flops, time.perf_counter()
         costs.method.client_step(self.model, client, Private(), message)
+        synchronize(self.device)
         return (self.model.meter.flops - before) / (time.perf_counter() - started)
 
 

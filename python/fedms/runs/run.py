@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedms.config import RunConfig
 from fedms.data import Dataset, Shard
 from fedms.data.subset import Subset
@@ -100,7 +102,12 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
     experiment.server.check()
     folder = open_folder(experiment.config)
     try:
-        folder.keep_data(task.dataset.name, task.dataset.fingerprint)
+        device = task.device.device.type
+        began_on = folder.keep_data(task.dataset.name, task.dataset.fingerprint, device)
+        notes = list(task.device.notes)
+        if began_on != device:
+            notes.append(f"the run began on {began_on} and went on on {device}: the same within rounding, not bit for bit")
+            progress.note(notes[-1])
         summary = folder.summary
         if summary is not None and has_final(folder.path):
             return summary
@@ -114,7 +121,8 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
             if summary is not None:     # of a version that did not keep the final tensors
                 return summary
             outcome = evaluate(engine, state, final, folder, task, experiment, progress)
-            folder.write_outcome({**outcome, "final_depth": {stage: state.final_depth.get(stage) for stage in STAGES},
+            folder.write_outcome({**outcome, "notes": [*outcome["notes"], *notes],
+                                  "final_depth": {stage: state.final_depth.get(stage) for stage in STAGES},
                                   "seconds": engine.seconds_before + time.perf_counter() - started})
         return folder.write_summary(summarize(folder.path))
     finally:
@@ -151,7 +159,11 @@ def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, pro
     progress.phase("starting Flower's simulation")
     clients = simulation_app(folder.path.absolute() / "clients", _with_absolute_key(config))
     samples = {client.id: (client.n_train, client.n_validation) for client in experiment.clients}
-    with simulated_grid(clients, config.clients.count, config.run.threads) as simulated:
+    gpus = torch.cuda.device_count() if task.device.device.type == "cuda" else 0
+    if gpus and config.run.device not in ("auto", "cuda"):
+        raise ConfigError(f"run.device: got {config.run.device!r}, but the simulation deals out the GPUs itself; use \"cuda\" with "
+                          "the environment variable CUDA_VISIBLE_DEVICES")
+    with simulated_grid(clients, config.clients.count, config.run.threads, gpus) as simulated:
         yield FlowerEngine(experiment.server, model.fm_params, model.foundation.fingerprint, simulated, experiment.fitting,
                            samples, None, folder, progress, stop)
 

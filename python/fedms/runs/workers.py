@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ Work = Callable[[Item, Progress, Callable[[], bool]], Result]
 
 
 def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item], jobs: int, progress: Progress,
-                 stop: Callable[[], bool]) -> Iterator[tuple[Item, Result]]:
+                 stop: Callable[[], bool], environments: Sequence[Mapping[str, str]] = ()) -> Iterator[tuple[Item, Result]]:
     """Do a piece of work for each item, `jobs` at a time, and yield each item with its result as soon as it is done.
 
     Processes are spawned, not forked: a fork would copy the threads of torch in an unknown state.
@@ -31,14 +32,18 @@ def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item],
         jobs: Number of processes.
         progress: Told of visits and notes of all processes.
         stop: Asked several times a second whether to stop. Then fewer items are yielded.
+        environments: Environment variables of the processes, dealt out in turn: which GPU each sees.
 
     Raises:
         WorkerDied: If a process died.
         Exception: Whatever the work raises first. No further item is begun, and those under way are asked to stop.
     """
     context = multiprocessing.get_context("spawn")
-    events, stopping = context.Queue(), context.Event()
-    with ProcessPoolExecutor(min(jobs, len(items)), context, _Worker.begin, (start, events, stopping)) as pool:
+    events, stopping, own = context.Queue(), context.Event(), context.Queue()
+    count = min(jobs, len(items))
+    for number in range(count):
+        own.put(dict(environments[number % len(environments)]) if environments else {})
+    with ProcessPoolExecutor(count, context, _Worker.begin, (start, events, stopping, own)) as pool:
         futures: dict[Future, Item] = {pool.submit(_Worker.do, item): item for item in items}
         waiting = set(futures)
         try:
@@ -70,9 +75,10 @@ class _Worker:
         self.work, self.progress, self.stopping = work, _Sender(events), stopping
 
     @staticmethod
-    def begin(start: Callable[[], Work[Any, Any]], events: Any, stopping: Any) -> None:
+    def begin(start: Callable[[], Work[Any, Any]], events: Any, stopping: Any, own: Any) -> None:
         # Ctrl-C reaches the whole group of processes; the parent alone decides, and tells by `stopping`.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ.update(own.get())    # before torch has looked for GPUs
         _Worker.current = _Worker(start(), events, stopping)
 
     @staticmethod

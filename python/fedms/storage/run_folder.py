@@ -108,19 +108,26 @@ class RunFolder:
         """The summary of a run that has ended, else None."""
         return RunRecords.read(self.path).summary
 
-    def keep_data(self, name: str, fingerprint: str) -> None:
-        """Write down which data the run is of.
+    def keep_data(self, name: str, fingerprint: str, device: str = "cpu") -> str:
+        """Write down which data the run is of, and the kind of device that it begins on.
 
         Args:
             name: Name of the data set, for errors.
             fingerprint: Hash of its samples, labels and groups.
+            device: Kind of the device that computes now: "cpu", "cuda" or "mps".
+
+        Returns:
+            The kind of device that the run began on; "cpu" for folders of older versions, which do not say.
 
         Raises:
             ConfigError: If an earlier part of the run was on other data, see :func:`check_same_data`.
         """
         check_same_data(self.path, name, fingerprint)
         if not (self.path / DATA).exists():
-            self._write(DATA, json.dumps({"name": name, "fingerprint": fingerprint}))
+            self._write(DATA, json.dumps({"name": name, "fingerprint": fingerprint, "device": device}))
+            return device
+        began_on = parse_json(read_regular(self.path / DATA)).get("device", "cpu")
+        return began_on if began_on in ("cpu", "cuda", "mps") else "cpu"
 
     def sync(self) -> dict[str, int]:
         """Make all records so far survive a power cut.
@@ -219,6 +226,7 @@ def check_same_config(path: Path, config: RunConfig) -> None:
         config = config.model_copy(update={
             "clients": config.clients.model_copy(update={"count": earlier.clients.count})})
     there, here = (_flat(of_method(c.model_dump(exclude_none=True))) for c in (earlier, config))
+    here["run.device"] = there["run.device"]    # a run may go on elsewhere
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "
                            "go on with that value, or choose another --out" for key in differing])

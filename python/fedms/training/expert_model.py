@@ -8,7 +8,7 @@ computed once and cached. All of it lives on one device; what is read is on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -26,6 +26,7 @@ from fedms.seeds import generator
 from fedms.tasks import Task
 from fedms.tensors import Tensors, digest_of, freeze_none
 from fedms.training.corrections import Corrections
+from fedms.training.device import ACTIVATIONS, describe
 from fedms.training.flop_meter import Constant, FlopMeter, Key
 from fedms.training.imported import imported_tensors
 from fedms.training.streams import Stream
@@ -95,8 +96,12 @@ class ExpertModel:
         if sal.cache != "disk":
             return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
         # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
-        arithmetic = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen,
-                      sal.cache_dtype)
+        arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen,
+                                          sal.cache_dtype)
+        if self.device.type != "cpu":
+            arithmetic += (describe(self.device),)
+        if run.dtype != "fp32":
+            arithmetic += (run.dtype,)
         return DiskCache(made_cache_dir() / "constants", sal.cache_bytes,
                          repr((self.foundation.fingerprint, self.dataset.fingerprint, self.CHUNK, arithmetic)))
 
@@ -249,6 +254,11 @@ class ExpertModel:
         return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(self.CHUNK)
 
     # Streams
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Within it the foundation model's activations have `[run] dtype`; experts, sums and norms stay in float32."""
+        dtype = self.config.run.dtype
+        return nullcontext() if dtype == "fp32" else torch.autocast(self.device.type, ACTIVATIONS[dtype])
 
     @contextmanager
     def stream(self, name: str | None) -> Iterator[Stream]:

@@ -62,8 +62,8 @@ class Stream:
             prefix = self.prefix(part) if prefix is None else prefix
             start, replayed = self.prefix_depth, ConstantPrefix(module, self.prefix_depth).replay(
                 prefix.pad(rows).to(model.device))
-        with replayed:
-            features = model.foundation.features(inputs)
+        with replayed, model.precision():
+            features = model.foundation.features(inputs).float()
         length = int(model.dataset.inputs.lengths[indices].max())
         model.meter.add(self.forward_flops(len(rows), length, first=start))
         if features.requires_grad:
@@ -83,7 +83,8 @@ class Stream:
             outputs: Ragged | None = None
             for rows in model.chunks(part):
                 inputs = model.inputs(part.indices[rows])
-                hidden = prefix.capture(lambda: model.foundation.features(inputs))
+                with model.precision():
+                    hidden = prefix.capture(lambda: model.foundation.features(inputs)).float()
                 if outputs is None:
                     outputs = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
                 for row, output in zip(rows.tolist(), hidden):

@@ -102,6 +102,13 @@ def test_a_dead_process_is_named():
         list(in_processes(doubling.start, ["die"], 2, heard, lambda: False))
 
 
+def test_processes_are_dealt_their_environments():
+    # As many items as processes, and each takes a while to start: which of them does an item is not known.
+    seen = {gpu for _, gpu in in_processes(doubling.start, ["gpu"] * 8, 2, Heard(), lambda: False,
+                                           [{"GPU_OF_A_TEST": "a"}, {"GPU_OF_A_TEST": "b"}, {"GPU_OF_A_TEST": "never"}])}
+    assert seen and seen <= {"a", "b"}
+
+
 def test_holm():
     # By hand: 0.01 * 4, then 0.02 * 3, then max of that and 0.03 * 2, then 0.5.
     assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])

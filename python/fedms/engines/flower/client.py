@@ -43,7 +43,8 @@ class Identity:
     """client: its id. n_train: its number of training samples; None where the server knows, or the data in `data` say.
     state: its own folder. data: folder with its samples (`fedms.data.shard`); None where the run file says where they are.
     own: the node's own run file, which alone may name code to be run, and paths; None: no run may name any.
-    model: folder with the model on this machine, in the place of `model.id`."""
+    model: folder with the model on this machine, in the place of `model.id`. device: where this node computes, whatever the
+    server says."""
 
     client: int
     n_train: int | None
@@ -51,6 +52,7 @@ class Identity:
     data: Path | None
     own: RunConfig | None = None
     model: str | None = None
+    device: str = "auto"
 
 
 class LoadedTask(Protocol):
@@ -182,12 +184,13 @@ _DATA_FREE = (Disagreement, transport.MailError, SchemaError)
 
 
 def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
-    """The run file that came with a message, once it names no code and no path but those of the node's own run file.
+    """The run file that came with a message, once it names no code and no path but those of the node's own run file, on the
+    node's own device.
 
     Raises:
         Disagreement, ConfigError: if it does.
     """
-    from fedms.config import config_from_dict, registry
+    from fedms.config import config_from_dict, registry, with_run
 
     config, own = config_from_dict(tables), identity.own or config_from_dict({})
     for table, key in (("model", "trust_remote_code"), ("lora", "start"), ("data", "path")):
@@ -202,7 +205,7 @@ def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
     _agreed_privacy(config, identity)
     if identity.data is None and config.data.name != own.data.name:
         raise Disagreement(f"data.name: the server says {shown(config.data.name)}, but {_whose(identity)} {shown(own.data.name)}")
-    return config
+    return with_run(config, device=identity.device)
 
 
 def _agreed_privacy(config: RunConfig, identity: Identity) -> None:

@@ -24,9 +24,15 @@ class SimulationError(FedMSError):
     """The simulation could not be started, or ended before the run did."""
 
 
+def share_of_gpu(at_once: int, gpus: int) -> float:
+    """Ray's `num_gpus` of each of the nodes that work at once: the part of one GPU that it may use, 1 at most."""
+    return 0.0 if gpus == 0 else 1 / max(1, -(-at_once // gpus))
+
+
 @contextmanager
-def simulated_grid(clients: ClientApp, count: int, threads: int) -> Iterator[Grid]:
-    """A grid of `count` nodes, of which as many work at a time as this machine has cores for their `threads`.
+def simulated_grid(clients: ClientApp, count: int, threads: int, gpus: int = 0) -> Iterator[Grid]:
+    """A grid of `count` nodes, of which as many work at a time as this machine has cores for their `threads`. They share its
+    GPUs evenly, each of them on one.
 
     Raises:
         SimulationError: if Ray does not start.
@@ -34,9 +40,10 @@ def simulated_grid(clients: ClientApp, count: int, threads: int) -> Iterator[Gri
     from flwr.simulation.run_simulation import run_simulation
 
     cores = os.cpu_count() or 1
-    backend: dict[str, Any] = {"init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False,
+    at_once = max(1, min(count, cores // min(threads, cores)))
+    backend: dict[str, Any] = {"init_args": {"num_cpus": cores, "num_gpus": gpus, "include_dashboard": False, "log_to_driver": False,
                                              "logging_level": logging.ERROR},
-                               "client_resources": {"num_cpus": min(threads, cores), "num_gpus": 0.0}}
+                               "client_resources": {"num_cpus": min(threads, cores), "num_gpus": share_of_gpu(at_once, gpus)}}
     logging.getLogger("flwr").setLevel(logging.ERROR)
     ready: Queue[Grid | BaseException] = Queue()
     done = threading.Event()
