@@ -63,7 +63,8 @@ def lines(told: dict[str, Any]) -> list[str]:
     rounds = told["rounds"]
     last = rounds[-1] if rounds else None
     where = f"listening on {told['address']}" if told["running"] else "not running (fedms server start)"
-    found = [f"server    {where}", f"run       {told['method']} on {told['model']}: {len(rounds)} of {told['rounds_wanted']} rounds"
+    found = [f"server    {where}",
+             f"run       {told['method']} on {told['model']}: {len(rounds)} of {told['rounds_wanted']} rounds"
              + (f"; last: {last['clients']} clients, validation {_percent(last['validation_accuracy'])}, {last['seconds']:.1f} s"
                 if last else ""),
              f"traffic   {sum(r['bytes_up'] or 0 for r in rounds) / 1e6:.2f} MB received, "

@@ -97,8 +97,8 @@ def federated(config: RunConfig) -> RunConfig:
         if value:
             problems.append(f"{key}: {value!r} has no meaning where each client brings its own data and machine; remove it")
     if config.privacy.mode != "off":
-        problems.append(f"privacy.mode: {config.privacy.mode!r} is not served yet where each client has a key of its own; use engine "
-                        '"local" or "flower-sim"')
+        problems.append(f"privacy.mode: {config.privacy.mode!r} is not served yet where each client has a key of its own; "
+                        'use engine "local" or "flower-sim"')
     if problems:
         raise ConfigError(problems)
     tables = tables_of(config)

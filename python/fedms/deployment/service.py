@@ -52,8 +52,8 @@ def install(state: ClientState) -> str:
         if (problem := _systemctl(*words)) is not None:
             return (f"wrote {path}, but systemctl --user {' '.join(words)} did not work ({problem}); start it by hand: systemctl "
                     f"--user enable --now {path.name}")
-    return (f"wrote {path} and started it; see it by journalctl --user -u {path.name}. It starts with the machine once lingering is "
-            "on: loginctl enable-linger")
+    return (f"wrote {path} and started it; see it by journalctl --user -u {path.name}. It starts with the machine once lingering "
+            "is on: loginctl enable-linger")
 
 
 def remove(state: ClientState) -> None:

@@ -129,7 +129,8 @@ class ClientState:
         number = "not yet known" if self.about.number is None else str(self.about.number)
         return [f"client    {self.about.name}, number {number}" + (", has left" if self.about.left else ""),
                 f"server    {invitation.address}",
-                f"run       {invitation.config.run.method} on {invitation.config.model.id}, fingerprint {invitation.run_sha256[:16]}",
+                f"run       {invitation.config.run.method} on {invitation.config.model.id}, "
+                f"fingerprint {invitation.run_sha256[:16]}",
                 f"served    {'no (fedms client start)' if process is None else f'by process {process}'}",
                 f"today     {journal.rounds} rounds, {journal.bytes / 1e6:.2f} MB sent and received",
                 *(["waiting   the server asks for another run file: fedms client accept"] if self.offered() is not None else [])]

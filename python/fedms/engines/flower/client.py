@@ -103,8 +103,8 @@ def greet(message: Mail, identify: Callable[[int | None], Identity]) -> Mail:
         told = head.get("client") if type(head.get("client")) is int else None
         if head.get("format") != FORMAT or release_of(str(head.get("release"))) != release_of(release()):
             raise transport.MailError(f"the server runs fedms {shown(head.get('release'))} with messages of format "
-                                      f"{shown(head.get('format'))}, this client fedms {release()} with format {FORMAT}; install the "
-                                      "same release on both")
+                                      f"{shown(head.get('format'))}, this client fedms {release()} with format {FORMAT}; "
+                                      "install the same release on both")
         told = GREETING.read(head)["client"]
         identity = identify(told)
         n_train, n_validation = _samples(identity)
