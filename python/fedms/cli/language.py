@@ -87,6 +87,26 @@ def serve(
     server.run()
 
 
+@command(
+    EXPORT,
+    "fedms samples runs/dictionaries/fedms-seed0 --clients 6",
+    notes=["Each client is asked the first question of its test samples. The report shows what is answered before and after the "
+           "training."])
+def samples(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    clients: Annotated[int, typer.Option("--clients", metavar="N", min=1, help="How many clients, those with the lowest ids.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Most tokens.")] = 64,
+) -> None:
+    """Write what some clients of a language model's run answer, and show it in the run's report."""
+    _check(folder)
+    from fedms.exports.samples import write_samples
+    from fedms.models.generation import Sampling
+    from fedms.report import write_report
+
+    write_samples(folder, clients, Sampling(max_new_tokens))
+    show(f"report: {write_report(folder)}")
+
+
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such folder")

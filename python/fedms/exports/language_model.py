@@ -83,7 +83,7 @@ class LanguageModel:
     def _tokens(self, messages: str | Sequence[Message], client: str | int | None,
                 sampling: Sampling) -> tuple[Iterator[Token], Answerer]:
         number, prompt = self.trained.client(client), self.prompt(messages)
-        answerer = self._answerer(number)
+        answerer = self.answerer(number)
 
         def tokens() -> Iterator[Token]:
             with self._alone:
@@ -91,7 +91,8 @@ class LanguageModel:
                 yield from answerer.tokens(prompt, sampling)
         return tokens(), answerer
 
-    def _answerer(self, number: int | None) -> Answerer:
+    def answerer(self, number: int | None) -> Answerer:
+        """What answers for the client of this id, or for none in particular; it is not to be used by two threads at once."""
         with self._alone:
             if self._loaded is None or self._loaded[0] != number:
                 private = Private() if number is None else self.trained.private.get(number, Private())

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from pydantic import BaseModel, TypeAdapter
+
+from fedms.foreign import conform, parse_json, read_regular
 from fedms.report.figures import FIGURES, GRID, INK, MUTED, SURFACE, as_svg, method_color, plain_style
 from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, field_of, focus_method, participants,
                                   read_runs)
 from fedms.report.significance import differences
 from fedms.report.tables import table, write_text
 from fedms.report.wording import duration, findings, headline, p_value, percent, signed, size, statements
-from fedms.storage.records import CONFIG, RunRecords
+from fedms.storage.records import CONFIG, SAMPLES, RunRecords
 
 TEMPLATES = Path(__file__).parent
 
@@ -69,11 +72,34 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         focus=focus, several=len(methods) > 1, header=header, rows=cells, figures=figures, colors=_css_colors(),
         method_class=_css_name,
         grouped=any(c.get("group") for r in runs for c in r.clients), clients_by_method=_clients_by_method(runs),
+        samples=[{"title": f"{r.method}, seed {r.seed}", "rows": found} for r in runs if (found := _samples(r.path))],
         details=[_client_details(r) for r in runs if r.clients],
         rounds=[{"title": f"{r.method}, seed {r.seed}", "rows": r.rounds} for r in runs if r.rounds],
         config=(focus_runs[0].path / CONFIG).read_text(encoding="utf-8"), differing=differing_keys(runs),
         percent=percent, signed=signed, p_value=p_value, size=size, duration=duration,
     )
+
+
+class _Sample(BaseModel):
+    """An entry of `samples.json`: what is asked, and what the data, the model before training, and the client answer."""
+
+    client: int
+    group: str | None
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+_SAMPLES = TypeAdapter(list[_Sample])
+
+
+def _samples(folder: Path) -> list[_Sample]:
+    """Return what `fedms samples` wrote into a run folder; nothing if it did not, or the file is damaged."""
+    try:
+        return conform(_SAMPLES, parse_json(read_regular(folder / SAMPLES)))
+    except (OSError, ValueError):
+        return []
 
 
 def _setting(runs: Sequence[RunRecords]) -> str:

@@ -61,6 +61,7 @@ OPTIONAL = frozenset({"language", "privacy", "epsilon"})
 
 CONFIG, ROUNDS, VISITS, CLIENTS, OUTCOME, SUMMARY, DATA = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "outcome.json", "summary.json", "data.json")
+SAMPLES = "samples.json"        # what a language model answers, from `fedms samples`
 # Keys that reports read of a configuration, without asking whether it has them.
 _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
              ("data", "partition"), ("data", "alpha"), ("lora", "rank"), ("clients", "count"))

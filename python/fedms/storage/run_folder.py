@@ -18,11 +18,11 @@ from fedms.errors import ConfigError, RunFolderError
 from fedms.foreign import parse_json, read_regular
 from fedms.storage.durable import LOCK, TEMPORARY, FolderLock, write_durably
 from fedms.storage.final import FINAL
-from fedms.storage.records import (ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONFIG, DATA, OPTIONAL, OUTCOME,
+from fedms.storage.records import (SAMPLES, ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONFIG, DATA, OPTIONAL, OUTCOME,
                                    OUTCOME_FIELDS, ROUND_FIELDS, ROUNDS, SUMMARY, SUMMARY_FIELDS, VISIT_FIELDS, VISITS, RunRecords)
 
 _LINES = (ROUNDS, VISITS, CLIENTS)      # files that grow line by line
-_OWN_NAMES = frozenset({CONFIG, DATA, *_LINES, OUTCOME, SUMMARY, FINAL, "report.html", "checkpoint", "clients",
+_OWN_NAMES = frozenset({CONFIG, DATA, SAMPLES, *_LINES, OUTCOME, SUMMARY, FINAL, "report.html", "checkpoint", "clients",
                         "privacy.jsonl", "tensorboard", "wandb", LOCK})
 _FRESH = ".new-"
 

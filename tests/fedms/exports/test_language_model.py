@@ -161,6 +161,24 @@ def test_the_command_line(folder):
         assert done.exit_code in (2, 4), done.output
 
 
+def test_samples_before_and_after_in_the_report(folder):
+    from fedms.cli import app
+
+    path = finished(folder, "run.method=fedms")
+    done = CliRunner().invoke(app, ["samples", str(path), "--clients", "2", "--max-new-tokens", "5"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((path / "samples.json").read_text())
+    assert [row["group"] for row in found] == ["ann", "bob"] and (path / "samples.json").stat().st_mode & 0o077 == 0
+    question = found[1]["prompt"].removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
+    assert found[1]["expected"].startswith("bob") and question.startswith("number ")
+    assert found[1]["after"] == open_language_model(path).answer(question, "bob", Sampling(5)).text
+    page = (path / "report.html").read_text()
+    assert "answers</h2>" in page and question in page
+    (path / "samples.json").write_text('[{"client": "<script>"}]')
+    assert CliRunner().invoke(app, ["report", str(path)]).exit_code == 0
+    assert "answers</h2>" not in (path / "report.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def served(folder):
     import uvicorn
