@@ -32,8 +32,8 @@ JOBS ?= 2
 
 # The study's sizes: sentences are cut to 32 tokens, which one in four exceeds, and two fifths of them are for training.
 STUDY := --set data.max_tokens=32 --set 'data.split=[0.4, 0.15, 0.45]' --set stage1.rounds=6 --set stage2.rounds=3
-demo: $(INSTALLED) ## five methods on human-rated sentiment, 12 clients: runs/demo/report.html
-	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms $(STUDY) \
+demo: $(INSTALLED) ## six methods on human-rated sentiment, 12 clients: runs/demo/report.html
+	$(BIN)/fedms compare sentiment --methods local,fedavg,fedavg_prior,fedavg_ft,fedms,fedms_plus $(STUDY) \
 	  --set run.threads=1 --jobs $(JOBS) --out runs/demo --force
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 

@@ -18,8 +18,8 @@ PERSONALIZED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl"
 REST = tuple(method for method in registry.methods() if method not in FIRST)
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
-# The bound of a reply's change is the one that the committed records were made with.
-COMMON = ("run.threads=1", "clients.max_change=1000")
+# The bound of a reply's change, and the samples of the gate of fedms_plus, are those that the committed records were made with.
+COMMON = ("run.threads=1", "clients.max_change=1000", "plus.gate_on=validation")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_the_page_says_what_was_run_and_what_was_not():
     assert "4 of 5 runs are done" in page and "Not run yet: fedms (seed 1)." in page
     assert "The gate of `fedms` gives the local expert 90 % of the weight (entropy 0.25, at most 0.69)." in page
     assert "Half and half would have 70.0 %; the right expert for each sample, which no gate can know, 80.0 %." in page
-    assert "`fedms` is number 1 of 4: +12.0 ± 0.0 against `fedavg`, +2.0 ± 0.0 against `fedavg_ft`" in page
+    assert "`fedms` is number 1 of 4: +12.0 (one seed) against `fedavg`, +2.0 (one seed) against `fedavg_ft`" in page
     assert "commit abc1234" in page and "+44.0 % relative" in page
 
 

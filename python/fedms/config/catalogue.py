@@ -26,10 +26,10 @@ class PlusTable(Table):
     prior_in_stage1: bool = Field(
         False, description="the global expert is trained with that prior added, so that it need not learn it")
     smoothing: float = Field(1.0, gt=0, description="added to each class count before the prior's logarithm")
-    gate_on: Literal["validation", "held_out", "training"] = Field(
-        "validation", description="samples that the gate is trained on, once the visit's expert is: the client's validation "
-        "samples, or a share held_out of its training samples, which the expert then goes without; training: both are "
-        "trained together on all training samples, as in fedms")
+    gate_on: Literal["held_out", "validation", "training"] = Field(
+        "held_out", description="samples that the gate is trained on, once the visit's expert is: a share held_out of the "
+        "client's training samples, which the expert then goes without, or its validation samples, which no other method may "
+        "fit; training: both are trained together on all training samples, as in fedms")
     held_out: float = Field(
         0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out")
     gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
@@ -38,6 +38,12 @@ class PlusTable(Table):
         0.05, gt=0, description="AdamW learning rate of the few weights through which it sees them; the rest has gate.lr")
     global_in_stage2: bool = Field(
         True, description="the global expert goes on being trained and averaged in stage 2, beside the local ones")
+
+
+class FedAvgPriorTable(Table):
+    """Constants of the method fedavg_prior."""
+
+    tau: float = Field(1.0, ge=0, description="method fedavg_prior: strength of the shift by the client's class prior")
 
 
 class FedProxTable(Table):
@@ -94,7 +100,9 @@ for _method in (
               trained="A, B, head", sent="all of it", color="#7c3aed"),
     MethodRow("fedavg_prior", "fedms.methods.fedavg_prior:FedAvgPrior", "federated averaging, then each client's class prior",
               trained="as fedavg, and log p_client(y) - log p_all(y) on the logits", sent="and class counts, once",
-              sends_counts=True, not_for_tokens="it shifts class logits", color="#0f766e"),
+              settings=FedAvgPriorTable, table="fedavg_prior",
+              tuned=(Constant("fedavg_prior.tau", 0.0, 1.5, log=False),), sends_counts=True,
+              not_for_tokens="it shifts class logits", color="#0f766e"),
     MethodRow("fedavg_ft", "fedms.methods.fedavg_ft:FedAvgFT", "federated averaging, then fine-tuning by each client",
               trained="as fedavg; in stage 2 a private copy", sent="stage 1 alone", two_stages=True, color="#1d4ed8"),
     MethodRow("fedprox", "fedms.methods.fedprox:FedProx", "federated averaging that stays near what clients received",
@@ -104,7 +112,7 @@ for _method in (
               trained="A, B, a private head", sent="A, B", needs_linear_head=True, not_for_tokens=_FROZEN_HEAD, color="#4d7c0f"),
     MethodRow("fedrep", "fedms.methods.fedrep:FedRep", "a shared body and a private head, trained one after the other",
               trained="the private head first, then A, B", sent="A, B", settings=FedRepTable, table="fedrep",
-              tuned=(Constant("fedrep.head_epochs", 1, 3, integer=True),), needs_linear_head=True, not_for_tokens=_FROZEN_HEAD,
+              tuned=(Constant("fedrep.head_epochs", 1, 10, integer=True),), needs_linear_head=True, not_for_tokens=_FROZEN_HEAD,
               color="#a16207"),
     MethodRow("ditto", "fedms.methods.ditto:Ditto", "a private expert that is pulled to the shared one",
               trained="as fedavg, and a private expert pulled to the shared one", sent="the shared one",

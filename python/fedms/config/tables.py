@@ -94,6 +94,10 @@ class DataTable(Table):
     classes_per_client: int = Field(2, ge=1, description="classes a client of the partition classes")
     split: Annotated[tuple[float, ...], annotated_types.Len(3, 3)] = Field(
         (0.6, 0.15, 0.25), description="train, validation, test shares of each client; they sum to 1")
+    min_samples: int = Field(0, ge=0, description="least samples of a client; those with fewer are given some of the largest "
+                             "client, at random")
+    stratify: bool = Field(True, description="each client's training, validation and test samples have the same shares of its "
+                           "classes; off: they are drawn at random, so that shares differ by chance")
     global_test: float = Field(0.1, ge=0, lt=1, description="share held out of every client as a common test set")
 
 
@@ -172,7 +176,11 @@ class Stage2Table(Stage):
     rounds: int = Field(4, ge=0, description="communication rounds")
     lr: float = Field(1e-3, gt=0, description="AdamW learning rate of the local expert")
     own_loss: float = Field(1.0, ge=0, description="weight of the local expert's own loss beside the mixture's")
-    keep: Literal["best", "last"] = Field("best", description="local expert kept: best on validation, or the last")
+    keep: Literal["best", "last"] = Field(
+        "best", description="what of a client's own is kept: of what it had and what each epoch left, the best on validation; or "
+        "the last")
+    decay: Literal["off", "linear"] = Field(
+        "off", description="linear: the rate of what is a client's own falls from lr in the first round towards 0 after the last")
 
 
 class GateTable(Table):

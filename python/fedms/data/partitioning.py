@@ -110,18 +110,34 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     else:
         shares = np.array_split(rng.permutation(every), total)
 
+    if data.partition != "own":        # real clients keep what is theirs
+        shares = _at_least(data.min_samples, shares, rng)
     in_test = _common_test(shares[: clients.count], labels, data.global_test, rng)
     shares = [share[~np.isin(share, in_test)] for share in shares]
     if not any(map(len, shares)):
         raise DataError(f"{dataset.name}: {len(dataset)} samples leave none for the clients")
     by_class = _by_class(shares, labels)
     keys = [_key(names[i]) if data.partition == "own" else i for i in range(total)]
-    parts = [part for key, of in zip(keys, by_class) for part in _split(key, of, data.split, seed)]
+    parts = [part for key, of in zip(keys, by_class) for part in _split(key, of, data.split, seed, data.stratify)]
     indices = _indices(chain.from_iterable(parts)).split(list(map(len, parts)))
     splits = tuple(ClientSplit(i, names[i], *indices[3 * i:3 * i + 3]) for i in range(total))
     notes += _oddities(splits, shares, by_class, dataset.classes)
     notes += _duplicates(dataset, splits, in_test)
     return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
+
+
+def _at_least(minimum: int, shares: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """The shares once each client has `minimum` samples: those with fewer are given random ones of the largest client."""
+    shares = list(shares)
+    while (missing := minimum - min(map(len, shares))) > 0:
+        small, large = min(range(len(shares)), key=lambda i: len(shares[i])), max(range(len(shares)), key=lambda i: len(shares[i]))
+        if len(shares[large]) - missing < minimum:
+            raise DataError(f"data.min_samples: got {minimum}, but {sum(map(len, shares))} samples do not give so many to each "
+                            f"of {len(shares)} clients; choose a lower number or fewer clients")
+        given = rng.permutation(len(shares[large]))[:missing]
+        shares[small] = np.concatenate([shares[small], shares[large][given]])
+        shares[large] = np.delete(shares[large], given)
+    return shares
 
 
 def _common_test(shares: list[np.ndarray], labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -219,15 +235,18 @@ def _by_class(shares: list[np.ndarray], labels: np.ndarray) -> list[list[np.ndar
 
 
 def _split(
-    client: int, classes: list[np.ndarray], fractions: tuple[float, float, float], seed: int
+    client: int, classes: list[np.ndarray], fractions: tuple[float, float, float], seed: int, stratify: bool = True
 ) -> tuple[list[int], list[int], list[int]]:
     """Training, validation and test part of a client's samples, each sorted. The sizes follow `fractions`; each part takes
-    evenly spaced samples of the classes in random order, so that it has its share of each, rounded up or down at random.
+    evenly spaced samples of the classes in random order, so that it has its share of each, rounded up or down at random; with
+    `stratify` off it takes them at random, whatever their class.
     The split depends on `client`, a number of this client alone, and the seed only, not on how many clients there are."""
     if not classes:
         return [], [], []
     rng = np.random.default_rng([seed, 1, client])
     samples = np.concatenate([rng.permutation(classes[k]) for k in rng.permutation(len(classes))])
+    if not stratify:
+        samples = rng.permutation(samples)
     _, validation_size, test_size = _sizes(len(samples), tuple(fractions))
     parts = []
     for size in (test_size, validation_size):

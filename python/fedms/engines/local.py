@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedms.data.subset import Subset
 from fedms.engines.base import Arrival, Engine, Evaluation
 from fedms.federated.client import Client, Message, Participant, Private, Share, visit
-from fedms.federated.evaluation import evaluate_client, own_accuracy
+from fedms.federated.evaluation import evaluate_client, own_accuracy, validate_client
 from fedms.federated.packing import Packed, pack_reply, pack_share, unpack_reply, unpack_share
 from fedms.federated.server import Server
 from fedms.federated.method import Method
@@ -97,6 +97,18 @@ class LocalEngine(Engine):
             private = self._state(client.id)
             yield Evaluation(evaluate_client(self.method, self.model, client, private, final), own_accuracy(
                 self.method, self.model, self.common_test, private, final) if on_common_test else None)
+
+    def validate(self, final: Message) -> list[dict[str, Any]]:
+        """What each client answers in the end about its validation samples, see `validate_client`.
+
+        Raises:
+            Interrupted: if asked to stop.
+        """
+        found = []
+        for client in self.clients:
+            self.check_stop(final)
+            found.append(validate_client(self.method, self.model, client, self._state(client.id), final))
+        return found
 
     def _state(self, client: int) -> Private:
         return self.states.get(client, Private())

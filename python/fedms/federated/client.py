@@ -220,7 +220,7 @@ class Group:
 
 def train(model: ExpertModel, client: Client, message: Message, private: Private, groups: list[Group],
           loss_on: LossOn, part: Subset | None = None, rows: Tensor | None = None,
-          epochs: int | None = None) -> tuple[float, Tensors]:
+          epochs: int | None = None, after_epoch: Callable[[], None] | None = None) -> tuple[float, Tensors]:
     """Local epochs of AdamW over a part of the client's samples.
 
     Args:
@@ -229,6 +229,7 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
         part: default the training part.
         rows: (n,) rows of it; default all.
         epochs: default the stage's.
+        after_epoch: called after each epoch; at the end, too, where steps end within one.
 
     Returns:
         Mean training loss over all units seen, and the optimizer's state to keep (empty when it starts afresh).
@@ -253,6 +254,8 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
     scaler = torch.amp.GradScaler(model.device.type, init_scale=FIRST_SCALE, enabled=client.config.run.dtype == "fp16")
     loss_of = None if client.config.data.augment else loss_on(part)
     for batch in _batches(model, part, rows, settings, shuffle, epochs):
+        if done and after_epoch is not None and done % len(rows) == 0:
+            after_epoch()
         optimizer.zero_grad(set_to_none=True)
         if loss_of is not None:
             loss = accumulate(loss_of, batch, micro_batch, partial(model.count_units, part), scaler)
@@ -272,6 +275,8 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
             continue
         units = model.count_units(part, batch)
         total, seen, done = total + loss * units, seen + units, done + len(batch)
+    if after_epoch is not None:
+        after_epoch()
     return total / max(seen, 1), _moments(optimizer, named, message.stage) if keeps else {}
 
 

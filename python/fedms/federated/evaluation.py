@@ -49,6 +49,18 @@ def _mixture_accuracies(task: Task, prediction: Prediction, targets: Tensor) -> 
             "oracle": float(either.float().mean())}
 
 
+def validate_client(method: Method, model: ExpertModel, client: Client, private: Private, final: Message) -> dict[str, Any]:
+    """What a client answers in the end about its validation samples: with the last aggregate, by the method's own prediction.
+    This is what constants are chosen by; no test label is read."""
+    record: dict[str, Any] = {"id": client.id, "n_validation": len(client.validation), "accuracy": None, "loss": None}
+    if len(client.validation):
+        model.clear()
+        prediction = method.predict(model, client.validation, private, final)
+        score = model.task.score(prediction.personalized, model.targets(client.validation))
+        record.update(accuracy=score.accuracy, loss=score.loss)
+    return record
+
+
 def evaluate_unseen(method: Method, model: ExpertModel, client: Client, final: Message,
                     rounds: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """An unseen client, twice: with what arrives, and after `rounds` visits of stage 2 that it makes on its own (it

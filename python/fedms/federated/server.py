@@ -216,7 +216,7 @@ class Server:
             raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
                                    f"than the {least} without which aggregate.rule = {self.config.aggregation!r} protects "
                                    "from nothing; see visits.jsonl")
-        last = state.round == getattr(self.config, state.stage).rounds      # blocks activated now would never train
+        last = self._ends_activation(state)
         after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
                         statistics={**state.statistics, **{n: state.statistics.get(n, 0) + t for n, t in collected.statistics.items()}},
                         counted=frozenset(collected.counted),
@@ -234,6 +234,11 @@ class Server:
         """What a round's record says of blocks that were activated after it."""
         activated = [str(block) for block in self.order[before.sal.depth:after.sal.depth]]
         return f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None
+
+    def _ends_activation(self, state: ServerState) -> bool:
+        """Whether blocks that are activated after this round would never train."""
+        goes_on = state.stage == "stage1" and self.config.stage2.rounds and not self.config.method_row.two_stages
+        return not goes_on and state.round == getattr(self.config, state.stage).rounds
 
     def _least_of_rule(self, sampled: int) -> int:
         """Replies that a robust rule needs to be one: krum's bound, or the first value that a trimmed mean cuts, if it
@@ -280,8 +285,10 @@ class Server:
             return state
         final_depth = {**state.final_depth, state.stage: state.sal.depth}
         if state.stage == "stage1" and self.config.stage2.rounds:
-            # Activation starts again: in stage 2 it says what is trained; what stage 1 activated stays applied.
-            return replace(state, stage="stage2", round=1, sal=self.schedule.start(), final_depth=final_depth)
+            # In stage 2 of a method that has stages activation starts again and says what of the local expert is trained; what
+            # stage 1 activated stays applied. A method without stages goes on as it was.
+            sal = self.schedule.start() if self.config.method_row.two_stages else state.sal
+            return replace(state, stage="stage2", round=1, sal=sal, final_depth=final_depth)
         return replace(state, stage="done", final_depth=final_depth)
 
     def sample(self, stage: str, round: int) -> tuple[int, ...]:

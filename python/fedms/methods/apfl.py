@@ -18,7 +18,7 @@ from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import keep_better, load_private, lr_of, make_reply, shared_expert, train_shared
+from fedms.methods.steps import BestEpoch, load_private, make_reply, private_lr_of, shared_expert, train_shared
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
@@ -57,13 +57,12 @@ class APFL(FedAvg):
             mixed = model.task.blend(alpha.detach(), own, model.frozen_opinions("global", client.validation))
             return model.task.score(mixed, model.targets(client.validation))
 
-        received, before = judge(), {**model.read_applied("local"), ALPHA: alpha.detach().to("cpu", copy=True)}
+        best = BestEpoch(model, client, judge(), judge, lambda: {ALPHA: alpha.detach().to("cpu", copy=True)})
         mean, moments = train(model, client, message, private, [
-            Group({f"local/{name}": p for name, p in params.items()}, lr_of(client, message)),
-            Group({ALPHA: alpha}, self.settings.lr)], loss_on)
-        kept, reached = keep_better(model, client, message, before, received, judge)
-        reply = make_reply(client, {}, None, reached, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
-        return reply, Private({**private.tensors, ALPHA: alpha.detach().cpu(), **kept, **moments})
+            Group({f"local/{name}": p for name, p in params.items()}, private_lr_of(client, message)),
+            Group({ALPHA: alpha}, self.settings.lr)], loss_on, after_epoch=best.after_epoch)
+        reply = make_reply(client, {}, None, best.score, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
+        return reply, Private({**private.tensors, **best.kept, **best.further, **moments})
 
     def _alpha(self, private: Private) -> Tensor:
         return private.tensors.get(ALPHA, torch.tensor(self.settings.alpha).logit()).clone()

@@ -10,7 +10,6 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedAvg(Method):
-
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         return BroadcastPolicy.NEVER if name.startswith("gate/") else BroadcastPolicy.EVERY_ROUND
 

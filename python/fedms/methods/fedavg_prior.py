@@ -22,7 +22,6 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgPrior(FedAvg):
-
     def statistics(self, classes: int) -> Tensors:
         return {"class_counts": torch.zeros(classes, dtype=torch.float64)}
 
@@ -39,7 +38,7 @@ class FedAvgPrior(FedAvg):
         if "class_counts" not in private.tensors:        # never visited: its classes were never counted
             return shared
         shift = log_prior(private.tensors["class_counts"]) - log_prior(final.statistics["class_counts"])
-        return replace(shared, personalized=shared.global_ + shift.float().to(model.device))
+        return replace(shared, personalized=shared.global_ + self.settings.tau * shift.float().to(model.device))
 
 
 def log_prior(counts: Tensor, smoothing: float = 1.0) -> Tensor:

@@ -26,7 +26,6 @@ REFERENCES = "feddpa/references"        # (S, D) features of training samples
 
 
 class FedDPA(FedAvgFT):
-
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         reply, after = super().client_step(model, client, private, message)

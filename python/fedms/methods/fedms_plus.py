@@ -27,7 +27,7 @@ from fedms.federated.client import Client, Group, Message, Private, Reply, train
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.mixing import Fitted, Mixture, train_mixture, train_together
-from fedms.methods.steps import class_counts, keep_better, train_shared
+from fedms.methods.steps import BestEpoch, class_counts, train_shared
 from fedms.seeds import generator
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
@@ -129,14 +129,15 @@ class FedMSPlus(Method):
                           expert: Group, gate: Group) -> Fitted:
         """Trains the local expert, keeps the better one, and then trains the gate on samples that the expert has not seen."""
         rows, part, gate_rows = self._split(client)
-        received, before = validate(model, client, "local"), model.read_applied("local")
-        loss, moments = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows)
-        kept, _ = keep_better(model, client, message, before, received)
+        best = BestEpoch(model, client, validate(model, client, "local"))
+        loss, moments = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows,
+                              after_epoch=best.after_epoch)
+        best.load(message)
         if gate.params and len(gate_rows):
             _, gate_moments = train(model, client, message, private, self._gate_groups(gate), mixture.gate_loss(model), part,
                                     gate_rows, self.settings.gate_epochs)
             moments = {**moments, **gate_moments}
-        return Fitted(loss, kept, moments)
+        return Fitted(loss, best.kept, moments)
 
     def _gate_groups(self, gate: Group) -> list[Group]:
         """Hundreds of features need small steps, a handful of confidences larger ones."""

@@ -11,7 +11,6 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedProx(FedAvg):
-
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message,

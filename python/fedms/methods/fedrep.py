@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fedms.federated.client import Client, Group, Message, Private, Reply, own_loss_of, train, validate
 from fedms.methods.fedper import FedPer
-from fedms.methods.steps import fit, lr_of, make_reply, shared_expert
+from fedms.methods.steps import fit, improves, lr_of, make_reply, shared_expert
 from fedms.training.expert_model import ExpertModel
 
 
@@ -19,15 +19,17 @@ class FedRep(FedPer):
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         start, body = model.initial(self.config.run.seed), shared_expert(model, message, self.config)
-        model.load("global", {**start, **private.tensors, **body}, depth=0, applied_depth=message.applied_depth)
-        received = validate(model, client, "global")
+        # At the depth that is trained afterwards, though the body stays now: the blocks below it are constant in both parts.
+        depth, pairs = client.trained_depth(message), lambda name: name.startswith("expert/")
+        model.load("global", {**start, **private.tensors, **body}, depth=depth, applied_depth=message.applied_depth, keep=pairs)
+        received, before = validate(model, client, "global"), model.read_trained("global")
         head = model.trainable("global")
         _, head_moments = train(model, client, message, private, [Group(head, lr_of(client, message))],
                                 own_loss_of(model, "global"), epochs=self.settings.head_epochs)
-        own = model.read_trained("global")
+        trained = model.read_trained("global")
+        own = trained if improves(client, received, validate(model, client, "global")) else before
 
-        model.load("global", {**body, **own}, depth=client.trained_depth(message),
-                   applied_depth=message.applied_depth, keep=lambda name: name in own)
+        model.load("global", {**body, **own}, depth=depth, applied_depth=message.applied_depth, keep=lambda name: name in own)
         loss, moments, size = fit(model, client, private, message, "global")
         reply = make_reply(client, model.read_trained("global"), received.accuracy, received, loss=loss,
                            trained_params=size + sum(p.numel() for p in head.values()))

@@ -15,7 +15,7 @@ from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
 from fedms.federated.method import Prediction
-from fedms.methods.steps import keep_better, lr_of, make_reply, shared_expert
+from fedms.methods.steps import BestEpoch, make_reply, private_lr_of, shared_expert
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
@@ -186,7 +186,7 @@ def train_mixture(mixture: Mixture, model: ExpertModel, client: Client, private:
                   fit: Fit) -> tuple[Reply, Private]:
     """A visit of stage 2, once both experts and the gate are loaded: trains what is the client's own and sends the gate."""
     received, _ = mixture.validate(model, client)
-    expert, gate = Group(model.trainable("local"), lr_of(client, message)), mixture.gate_group(model)
+    expert, gate = Group(model.trainable("local"), private_lr_of(client, message)), mixture.gate_group(model)
     fitted = fit(mixture, model, client, private, message, expert, gate)
     reached, weights = mixture.validate(model, client)
     shared = {name: t for name, t in model.read_gate().items() if name in message.tensors} if mixture.shares_gate else {}
@@ -198,11 +198,16 @@ def train_mixture(mixture: Mixture, model: ExpertModel, client: Client, private:
 
 def train_together(mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message, expert: Group,
                    gate: Group) -> Fitted:
-    """Trains the local expert and the gate on the same samples at once."""
-    received, before = validate(model, client, "local"), model.read_applied("local")
-    loss, moments = train(model, client, message, private, [expert, gate], mixture.joint_loss(model))
-    kept, _ = keep_better(model, client, message, before, received)
-    return Fitted(loss, kept, moments)
+    """Trains the local expert and the gate on the same samples at once. They belong together: both are kept, or both are as
+    they came, by the validation loss of their mixture."""
+    received, _ = mixture.validate(model, client)
+    best = BestEpoch(model, client, received, lambda: mixture.validate(model, client)[0],
+                     model.read_gate if mixture.trains_gate else dict)
+    loss, moments = train(model, client, message, private, [expert, gate], mixture.joint_loss(model), after_epoch=best.after_epoch)
+    best.load(message)
+    if mixture.trains_gate:
+        model.load_gate(best.further)
+    return Fitted(loss, best.kept, moments)
 
 
 def gate_numbers(weights: Tensor) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
+from fedms.tasks import Score
 from fedms.tensors import Tensors, freeze_none, is_a
 from fedms.training.expert_model import ExpertModel
 
@@ -36,17 +37,20 @@ def train_shared(model: ExpertModel, client: Client, private: Private, message: 
                  penalty: Penalty | None = None) -> tuple[Reply, Private]:
     """Federated averaging's visit: load the shared expert, judge it, train it, send what was trained.
 
-    What the message does not bring is the client's own: it begins as in `start`, is trained with the rest, and stays.
+    What the message does not bring is the client's own: it begins as in `start`, is trained with the rest, and stays. Early
+    stopping (`[stage2] keep = "best"`) takes it back to what it was, if training raised the validation loss.
     """
     frozen_a = client.config.aggregation == "freeze_a"
     model.load("global", {**start, **private.tensors, **shared_expert(model, message, client.config)},
                depth=client.trained_depth(message), applied_depth=message.applied_depth,
                keep=is_a if frozen_a else freeze_none)
-    received = validate(model, client, "global")
+    received, before = validate(model, client, "global"), model.read_trained("global")
     loss, moments, size = fit(model, client, private, message, "global", penalty)
     trained = model.read_trained("global")
     sent = {name: tensor for name, tensor in trained.items() if name in message.tensors}
     own = {name: tensor for name, tensor in trained.items() if name not in message.tensors}
+    if own and not improves(client, received, validate(model, client, "global")):
+        own = {name: before[name] for name in own}
     reply = make_reply(client, sent, received.accuracy, received, loss=loss, trained_params=size)
     return reply, Private({**private.tensors, **own, **moments})
 
@@ -56,22 +60,24 @@ def train_private(model: ExpertModel, client: Client, private: Private, message:
     """A visit that trains a private expert and sends nothing. `start`: what it begins as, at the first visit."""
     load_private(model, client, private, message, start)
     received = validate(model, client, "local")
-    before = model.read_applied("local")
-    loss, moments, size = fit(model, client, private, message, "local", penalty)
-    kept, after = keep_better(model, client, message, before, received)
-    reply = make_reply(client, {}, received.accuracy, after, loss=loss, trained_params=size)
-    return reply, Private({**private.tensors, **kept, **moments})
+    best = BestEpoch(model, client, received)
+    loss, moments, size = fit(model, client, private, message, "local", penalty, best.after_epoch)
+    best.load(message)
+    reply = make_reply(client, {}, received.accuracy, best.score, loss=loss, trained_params=size)
+    return reply, Private({**private.tensors, **best.kept, **moments})
 
 
 def fit(model: ExpertModel, client: Client, private: Private, message: Message, expert: str,
-        penalty: Penalty | None = None) -> tuple[float, Tensors, int]:
+        penalty: Penalty | None = None,
+        after_epoch: Callable[[], None] | None = None) -> tuple[float, Tensors, int]:
     """Trains a loaded expert on its own loss; returns the mean loss, the optimizer's state to keep, and the number of
     parameters trained."""
     params, own = model.trainable(expert), own_loss_of(model, expert)
-    prefix = "local/" if expert == "local" else ""
+    prefix, lr_here = ("local/", private_lr_of) if expert == "local" else ("", lr_of)
     loss, moments = train(model, client, message, private,
-                          [Group({prefix + name: p for name, p in params.items()}, lr_of(client, message))],
-                          own if penalty is None else lambda part: penalized(own(part), penalty, params))
+                          [Group({prefix + name: p for name, p in params.items()}, lr_here(client, message))],
+                          own if penalty is None else lambda part: penalized(own(part), penalty, params),
+                          after_epoch=after_epoch)
     return loss, moments, sum(p.numel() for p in params.values())
 
 
@@ -94,21 +100,55 @@ def load_private(model: ExpertModel, client: Client, private: Private, message: 
                applied_depth=message.applied_depth)
 
 
-def keep_better(model: ExpertModel, client: Client, message: Message, before: Tensors, received: Score,
-                judge: Callable[[], Score] | None = None) -> tuple[Tensors, Score]:
-    """Early stopping (`[stage2] keep = "best"`): the private expert after training, or the one before if that has the
-    lower validation loss; and the validation score of the one that is kept. Loads it into the model. `judge`: scores
-    what is in the model; default the local expert alone."""
-    trained = judge() if judge else validate(model, client, "local")
-    if client.config.stage2.keep == "best" and received.loss is not None and received.loss <= trained.loss:
-        model.load("local", {**before, **model.corrections.tensors}, depth=client.trained_depth(message),
-                   applied_depth=message.applied_depth)
-        return before, received
-    return model.read_applied("local"), trained
+class BestEpoch:
+    """Early stopping (`[stage2] keep = "best"`): of the private expert as it came and as each epoch of training left it, the one
+    with the lowest validation loss is kept.
+
+    Args:
+        received: the score of what is in the model now.
+        judge: scores what is in the model; default the local expert alone.
+        further: reads what belongs to the expert and is kept with it, by name.
+
+    Attributes:
+        kept: the tensors that are kept. score: their score. further: what belongs to them.
+    """
+
+    def __init__(self, model: ExpertModel, client: Client, received: Score, judge: Callable[[], Score] | None = None,
+                 further: Callable[[], Tensors] = dict) -> None:
+        self._model, self._client = model, client
+        self._judge = judge or (lambda: validate(model, client, "local"))
+        self._read = further
+        self.kept, self.score, self.further = model.read_applied("local"), received, further()
+        self._is_last = True
+
+    def after_epoch(self) -> None:
+        """Judges what is in the model now."""
+        trained = self._judge()
+        self._is_last = improves(self._client, self.score, trained)
+        if self._is_last:
+            self.kept, self.score, self.further = self._model.read_applied("local"), trained, self._read()
+
+    def load(self, message: Message) -> None:
+        """Loads the expert that is kept into the model, unless it is there."""
+        if not self._is_last:
+            self._model.load("local", {**self.kept, **self._model.corrections.tensors}, depth=self._client.trained_depth(message),
+                             applied_depth=message.applied_depth)
+
+
+def improves(client: Client, received: Score, trained: Score) -> bool:
+    """Whether what was trained is kept: always, or with `[stage2] keep = "best"` if it lowered the validation loss."""
+    return client.config.stage2.keep == "last" or received.loss is None or trained.loss < received.loss
 
 
 def lr_of(client: Client, message: Message) -> float:
     return getattr(client.config, message.stage).lr
+
+
+def private_lr_of(client: Client, message: Message) -> float:
+    """The learning rate of what is a client's own (`[stage2] decay`)."""
+    stage = client.config.stage2
+    falls = message.stage == "stage2" and stage.decay == "linear"
+    return lr_of(client, message) * (1 - (message.round - 1) / max(stage.rounds, 1) if falls else 1)
 
 
 def make_reply(client: Client, tensors: Tensors, score: float | None, reached: Score, *, statistics: Tensors | None = None,

@@ -17,7 +17,7 @@ from fedms.report.numbers import (Stat, by_method, comparison, differing_keys, f
                                   read_runs)
 from fedms.report.significance import differences
 from fedms.report.tables import table, write_text
-from fedms.report.wording import duration, findings, headline, p_value, percent, signed, size, statements
+from fedms.report.wording import duration, findings, headline, interval, p_value, percent, signed, size, statements
 from fedms.storage.records import CONFIG, SAMPLES, RunRecords
 
 TEMPLATES = Path(__file__).parent
@@ -76,7 +76,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         details=[_client_details(r) for r in runs if r.clients],
         rounds=[{"title": f"{r.method}, seed {r.seed}", "rows": r.rounds} for r in runs if r.rounds],
         config=(focus_runs[0].path / CONFIG).read_text(encoding="utf-8"), differing=differing_keys(runs),
-        percent=percent, signed=signed, p_value=p_value, size=size, duration=duration,
+        percent=percent, signed=signed, interval=interval, p_value=p_value, size=size, duration=duration,
     )
 
 

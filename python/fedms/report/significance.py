@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedms.report.intervals import Interval, by_seed
 from fedms.report.numbers import by_method, field_of, focus_method, participants
 from fedms.storage.records import RunRecords
 
@@ -21,6 +22,7 @@ class Difference:
         worse: Number of pairs that are worse off.
         p: p-value of Wilcoxon's signed-rank test.
         corrected: The same, corrected for all comparisons by Holm's method.
+        interval: The 95 % interval of the mean difference, by seed.
     """
 
     against: str
@@ -30,13 +32,14 @@ class Difference:
     worse: int
     p: float
     corrected: float
+    interval: Interval
 
 
 def differences(runs: Sequence[RunRecords]) -> list[Difference]:
     """Compare the method in focus with every other, in the order of the methods.
 
-    A pair is one client of one seed. Seeds draw clients anew from the same data, so pairs of different seeds are not
-    quite independent, and p-values a little too small.
+    A pair is one client of one seed. Clients of one seed share an expert and a partition, so p-values over pairs are too small;
+    what counts is the interval, which takes seeds as independent and not clients.
 
     Returns:
         The comparisons; none where there is nothing to pair.
@@ -51,13 +54,14 @@ def differences(runs: Sequence[RunRecords]) -> list[Difference]:
     found = []
     for method, group in groups.items():
         theirs = _accuracies(group)
-        gaps = [own[pair] - theirs[pair] for pair in sorted(own.keys() & theirs.keys())]
-        if method != focus and gaps:
+        paired = {pair: own[pair] - theirs[pair] for pair in sorted(own.keys() & theirs.keys())}
+        interval, gaps = by_seed(paired), list(paired.values())
+        if method != focus and interval is not None:
             p = float(wilcoxon(gaps, zero_method="zsplit").pvalue) if any(gaps) else 1.0
-            found.append((method, gaps, p))
-    corrected = holm([p for _, _, p in found])
-    return [Difference(method, sum(gaps) / len(gaps), len(gaps), sum(g > 0 for g in gaps), sum(g < 0 for g in gaps), p, c)
-            for (method, gaps, p), c in zip(found, corrected)]
+            found.append((method, gaps, p, interval))
+    corrected = holm([p for _, _, p, _ in found])
+    return [Difference(method, sum(gaps) / len(gaps), len(gaps), sum(g > 0 for g in gaps), sum(g < 0 for g in gaps), p, c, interval)
+            for (method, gaps, p, interval), c in zip(found, corrected)]
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Optional
 
 from fedms.foreign import few
+from fedms.report.intervals import Interval
 from fedms.report.numbers import (Stat, below_local, by_method, client_gap, client_mean, differing_keys, field_of,
                                   focus_method, idle_visits, learned_gate, paired_gap)
 from fedms.storage.records import RunRecords
@@ -236,6 +238,11 @@ def _points(gap: float) -> str:
 
 def signed(gap: float) -> str:
     return f"{100 * gap:+.1f}".replace("-", "−")
+
+
+def interval(found: Interval) -> str:
+    """Write half the width of an interval in points; a dash for a single seed, which has none."""
+    return "–" if math.isinf(found.half) else f"± {100 * found.half:.1f}"
 
 
 def p_value(p: float) -> str:

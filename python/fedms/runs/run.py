@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from fedms.runs.experiment import Experiment, LoadedTask
 from fedms.runs.summary import accuracies, augmentation_note, mean, summarize
 from fedms.storage.final import SharedTensors, has_final, write_final
 from fedms.storage.run_folder import RunFolder
+from fedms.storage.validation import write_validation
 
 OpenFolder = Callable[[RunConfig], RunFolder]
 Members = Callable[[], Sequence[int]]
@@ -90,7 +91,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         stop: Asked between clients whether to stop.
         grid: For engine "flower", access to the nodes.
         members: For engine "flower", who takes part, see :func:`run`.
-        tested: Whether to evaluate on test data at the end.
+        tested: Whether to evaluate on test data at the end; if not, on validation data, by engine "local" alone.
 
     Returns:
         The summary; None if the run is not tested. A run that has ended already is left as it is.
@@ -114,9 +115,10 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         started = time.perf_counter()
         with open_engine(folder, task, experiment, progress, stop, grid, members) as engine:
             state = train(engine, task, experiment, progress)
-            if not tested:
-                return None
             final = engine.final_message(state)
+            if not tested:
+                write_validation(folder.path, cast(LocalEngine, engine).validate(final))
+                return None
             keep_final(folder, final)
             if summary is not None:     # of a version that did not keep the final tensors
                 return summary

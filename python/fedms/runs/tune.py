@@ -20,17 +20,20 @@ from fedms.errors import ConfigError, RunFolderError
 from fedms.progress import Progress
 from fedms.runs.batch import BatchRun, carry_out
 from fedms.storage.durable import write_durably
-from fedms.storage.records import RunRecords
+from fedms.storage.validation import read_validation
 
-
-# Both rates: every method trains in both stages.
-RATES = (Constant("stage1.lr", 1e-3, 2e-2), Constant("stage2.lr", 1e-4, 1e-2))
+# Every method trains in both stages. In stage 2 of a method that has stages a client trains alone, on few samples; the mean of
+# many clients bears larger steps.
+STAGE1_RATE = Constant("stage1.lr", 1e-3, 2e-2)
+PRIVATE_RATE, SHARED_RATE = Constant("stage2.lr", 3e-4, 3e-3), Constant("stage2.lr", 3e-4, 1e-2)
 SHARE_OF_ROUNDS = 0.25
+LEAST_OF_STAGE2 = 2     # rounds: after a single one, a rate that fits too fast looks best
 
 
 def constants(method: str) -> tuple[Constant, ...]:
     """Return the constants of a method that are tuned."""
-    return (*RATES, *registry.methods()[method].tuned)
+    row = registry.methods()[method]
+    return (STAGE1_RATE, PRIVATE_RATE if row.two_stages else SHARED_RATE, *row.tuned)
 
 
 def trials(config: RunConfig, method: str, count: int) -> list[dict[str, Any]]:
@@ -52,8 +55,9 @@ class Trial:
         number: Number of the trial, from 0 on; 0 is the run file as it stands.
         values: Values of its constants, by dotted key.
         folder: Its run folder.
-        score: Validation accuracy in [0, 1] after the last round; None before it has run, or without validation data.
-        loss: Validation loss there.
+        score: Accuracy in [0, 1] of what the method answers in the end about validation samples; None before it has run, or
+            without validation data.
+        loss: Loss there.
     """
 
     method: str
@@ -108,10 +112,14 @@ def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, 
 
 
 def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
-    """Return the run file of a trial: its values, at a quarter of the rounds."""
-    short = {f"{stage}.rounds": math.ceil(SHARE_OF_ROUNDS * getattr(config, stage).rounds)
-             for stage in ("stage1", "stage2")}
-    return replaced(with_run(config, method=trial.method), {**short, **trial.values})
+    """Return the run file of a trial: its values, at a quarter of the rounds, but two of stage 2 at least.
+
+    A trial runs in this process, whatever the engine: all of them give the same bits.
+    """
+    first, second = config.stage1.rounds, config.stage2.rounds
+    short = {"stage1.rounds": math.ceil(SHARE_OF_ROUNDS * first),
+             "stage2.rounds": min(second, max(LEAST_OF_STAGE2, math.ceil(SHARE_OF_ROUNDS * second)))}
+    return replaced(with_run(config, method=trial.method, engine="local"), {**short, **trial.values})
 
 
 def replaced(config: RunConfig, values: dict[str, Any]) -> RunConfig:
@@ -161,9 +169,7 @@ def _choice(path: Path) -> dict[str, Any]:
 
 
 def _judged(trial: Trial) -> Trial:
-    last = RunRecords.read(trial.folder).rounds[-1]
-    return Trial(trial.method, trial.number, trial.values, trial.folder, last["validation_accuracy"],
-                 last["validation_loss"])
+    return Trial(trial.method, trial.number, trial.values, trial.folder, *read_validation(trial.folder))
 
 
 def _write(path: Path, best: Trial, count: int, config: RunConfig) -> None:

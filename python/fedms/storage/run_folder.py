@@ -20,9 +20,10 @@ from fedms.storage.durable import LOCK, TEMPORARY, FolderLock, write_durably
 from fedms.storage.final import FINAL
 from fedms.storage.records import (SAMPLES, ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONFIG, DATA, OPTIONAL, OUTCOME,
                                    OUTCOME_FIELDS, ROUND_FIELDS, ROUNDS, SUMMARY, SUMMARY_FIELDS, VISIT_FIELDS, VISITS, RunRecords)
+from fedms.storage.validation import VALIDATION
 
 _LINES = (ROUNDS, VISITS, CLIENTS)      # files that grow line by line
-_OWN_NAMES = frozenset({CONFIG, DATA, SAMPLES, *_LINES, OUTCOME, SUMMARY, FINAL, "report.html", "checkpoint", "clients",
+_OWN_NAMES = frozenset({CONFIG, DATA, SAMPLES, *_LINES, OUTCOME, SUMMARY, FINAL, VALIDATION, "report.html", "checkpoint", "clients",
                         "privacy.jsonl", "tensorboard", "wandb", LOCK})
 _FRESH = ".new-"
 

@@ -26,7 +26,7 @@ def dataset(n=600, classes=3, groups=4, seed=0):
 
 
 def settings_of(scheme="natural", alpha=0.3, split=(0.6, 0.15, 0.25), global_test=0.1, classes_per_client=2):
-    return SimpleNamespace(partition=scheme, alpha=alpha, split=split, global_test=global_test,
+    return SimpleNamespace(min_samples=0, stratify=True, partition=scheme, alpha=alpha, split=split, global_test=global_test,
                            classes_per_client=classes_per_client)
 
 

@@ -407,7 +407,7 @@ def test_the_comparison_files(study):
         assert row["gate_collapsed"] == ("False" if row["method"] == "fedms" else "")
     lines = text.read_text(encoding="utf-8").splitlines()
     assert lines[8] == "" and len({line.count("|") for line in lines[:8]}) == 1
-    tests = lines[lines.index("| against | points | clients better | worse | p | p corrected |") + 2:]
+    tests = lines[lines.index("| against | points | 95 % interval by seed | shown | clients better | worse | p | p corrected |") + 2:]
     assert [line.split()[1] for line in tests] == [m for m in METHODS if m != "fedms"]
 
 

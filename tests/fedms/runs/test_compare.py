@@ -15,6 +15,7 @@ from fedms.report.significance import differences, holm
 from fedms.runs import batch, experiment, tune
 from fedms.runs.workers import WorkerDied, in_processes
 from fedms.storage.records import RunRecords, comparable
+from fedms.storage.validation import read_validation
 
 SMALL = ["data.max_samples=120", "clients.count=2", "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1"]
@@ -74,7 +75,7 @@ def test_tuning_tries_all_methods_alike_reads_no_test_label_and_goes_on(tmp_path
     for trial in found:
         records = RunRecords.read(trial.folder)
         assert records.summary is None and records.clients == [] and len(records.rounds) == 2     # 3 / 4 and 1 / 4, up
-        assert trial.score == records.rounds[-1]["validation_accuracy"]
+        assert (trial.score, trial.loss) == read_validation(trial.folder)
     best = min(found[:2], key=lambda t: (-t.score, t.loss))
     chosen = tune.chosen(tmp_path, config())
     assert chosen["ditto"].ditto.pull == best.values["ditto.pull"] and set(chosen) == {"ditto", "local"}
