@@ -122,9 +122,9 @@ def read_policy(folder: Path) -> dict[str, Any]:
         identities = {int(i): bytes.fromhex(identity) for i, identity in policy["identities"].items()}
         config = policy["config"]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise KeyFileError(f"{path}: not a list of the clients' identities ({error}); `fedms flower init` writes it") from None
+        raise KeyFileError(f"{path}: not a list of the clients' identities ({error})") from None
     if not isinstance(config, str) or any(len(identity) != PUBLIC_BYTES for identity in identities.values()):
-        raise KeyFileError(f"{path}: not a list of the clients' identities; `fedms flower init` writes it")
+        raise KeyFileError(f"{path}: not a list of the clients' identities")
     return {"config": config, "identities": identities}
 
 

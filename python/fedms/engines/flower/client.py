@@ -220,11 +220,10 @@ def _agreed_privacy(config: RunConfig, identity: Identity) -> None:
         from fedms.federated.private_client import digest_of, read_policy
 
         if read_policy(identity.data)["config"] != digest_of(config):
-            raise Disagreement("privacy: the server's run file is not the one that this node was set up for; set the node up again "
-                               "by `fedms flower init`, or undo what was changed since")
+            raise Disagreement("privacy: the server's run file is not the one that this node was set up for; set the node up again, "
+                               "or undo what was changed since")
     elif config.privacy.masks and identity.data is not None:
-        raise Disagreement(f"privacy.mode: the server says {shown(config.privacy.mode)}, for which this node has no key; set it up "
-                           "by `fedms flower init`")
+        raise Disagreement(f"privacy.mode: the server says {shown(config.privacy.mode)}, for which this node has no key")
 
 
 def _whose(identity: Identity) -> str:
