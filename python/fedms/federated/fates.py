@@ -33,7 +33,7 @@ ANSWERS: Mapping[str, Table] = {"hello": HELLO, "trained": TRAINED, "evaluated":
 """The kinds of messages that clients send, by the name under which the table has their fields."""
 
 FATES: Mapping[str, Mapping[str, str]] = {
-    "hello.client": _ALWAYS,
+    "hello.client": _ALWAYS, "hello.release": _ALWAYS,
     "hello.n_train": _PLAIN_ONLY,
     "hello.n_validation": _PLAIN_ONLY,
     # A visit without privacy, and an evaluation.
