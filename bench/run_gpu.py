@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,6 +152,15 @@ def test(steps: Steps, quick: bool, dest: Path) -> None:
         )  # fmt: skip
 
 
+def train(steps: Steps, quick: bool, source: str = "digits") -> None:
+    """The trainer's own self-check, then the same federated run on the GPU and on the CPU: accuracy, seconds, peak memory."""
+    steps.run("self-check", [sys.executable, "-m", "fedms", "doctor"], 120)
+    with tempfile.TemporaryDirectory() as folder:
+        for device in ("cuda", "cpu"):
+            command = [sys.executable, "-m", "fedms", "run", source, "--device", device, "--out", f"{folder}/{device}"]
+            steps.run(f"benchmark federated run on {device}", command, 60 if quick else 600)
+
+
 def measure(steps: Steps, options: argparse.Namespace, dest: Path) -> None:
     """The benchmarks. The choices that they make are measured on this machine, and belong to the results."""
     choices = dest / "choices"
@@ -212,6 +222,7 @@ def main() -> int:
     steps = Steps(options.since + options.seconds if options.quick else float("inf"))
     if not options.rehearse:
         test(steps, options.quick, dest)
+        train(steps, options.quick)
     measure(steps, options, dest)
     (dest / "report.md").write_text(report(steps))
     print(dest / "report.md")
