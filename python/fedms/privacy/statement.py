@@ -15,7 +15,8 @@ def statement(privacy: dict[str, Any]) -> str:
                 if privacy["sampling"] == "fixed" else
                 f"each client being drawn secretly with probability {privacy['sampling_rate']:g} for each round (Poisson sampling)")
     against = ("readers of the models and records that leave the server, not against the server itself" if mode == "central" else
-               f"readers of the models and records, and against the server: {masked}")
+               f"readers of the models and records, and against the server: {masked}, and as long as all clients "
+               "whose updates are in a sum have added their share of the noise")
     return (f"This run is (epsilon, delta)-differentially private with epsilon = {privacy['epsilon']:.4g} and delta = "
             f"{privacy['delta']:g}; the unit is a client: whether any one of the {clients} clients took part, with all of its data, "
             f"changes the probability of what is released by no more than that. Accountant: {privacy['accountant'].upper()} of "
