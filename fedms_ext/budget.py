@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedms_ext.nn.expert_linear import ExpertLinear
-from fedms_ext.nn.linear import is_linear
+from fedms_ext.nn.linear import is_linear, widths
 from fedms_ext.nn.quantized_weight import QuantizedWeight
 from fedms_ext.sparse.activation import blocks_of, prefix_depth
 
@@ -58,8 +58,8 @@ def block_costs(model: nn.Module) -> list[BlockCost]:
         linears = [m for m in block.modules() if is_linear(m)]
         lora = sum(rank_of_a_row(layer) * (layer.in_features + layer.out_features)
                    for layer in linears if isinstance(layer, ExpertLinear))
-        costs.append(BlockCost(linear=sum(m.in_features * m.out_features for m in linears), lora=lora,
-                               attention=linears[0].in_features))
+        sizes = [widths(layer) for layer in linears]
+        costs.append(BlockCost(linear=sum(inputs * outputs for inputs, outputs in sizes), lora=lora, attention=sizes[0][0]))
     return costs
 
 

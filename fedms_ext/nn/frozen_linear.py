@@ -69,7 +69,7 @@ class FrozenLinear(nn.Linear):
 
     def matrix(self) -> Tensor:
         """The weight as (N, K)."""
-        weight = self._parameters.get("weight")   # to look there first saves 1 us a call
+        weight: Tensor | None = self._parameters.get("weight")   # to look there first saves 1 us a call
         if weight is None:
             weight = self.weight
         return weight if self.plain is nn.Linear else self._as_stored(weight)

@@ -33,6 +33,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """K and N, the numbers of input and of output features, of a linear layer (see `is_linear`)."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    inputs, outputs = layer._parameters["weight"].shape
+    return inputs, outputs
+
+
 def replaced_forward(module: nn.Module) -> str | None:
     """Why the class of a module does not say what it computes, or None."""
     if "forward" not in vars(module):
@@ -70,7 +78,8 @@ def obstacle(layer: nn.Module) -> str | None:
         return "it is not a linear layer"
     if reason := replaced_forward(layer):
         return reason
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
         return "its weight is no parameter but computed (pruned or parametrized); make it permanent first"
     extra = [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]
     extra += [name for name, _ in layer.named_buffers(recurse=False)] + [name for name, _ in layer.named_children()]
@@ -78,9 +87,9 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"besides its weight and bias it holds {', '.join(extra)}, of which its output may depend"
     if reason := unplain(layer):
         return reason
-    if layer.weight.dim() != 2:
-        return f"its weight has the shape {tuple(layer.weight.shape)}, not that of a matrix"
-    if not is_conv1d(layer) and type(layer).forward is not nn.Linear.forward and not _computes_linear(layer):
+    if weight.dim() != 2:
+        return f"its weight has the shape {tuple(weight.shape)}, not that of a matrix"
+    if isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and not _computes_linear(layer):
         return "its class has a forward method of its own, which does not compute x W^T + b"
     return None
 
@@ -117,7 +126,8 @@ def reader(model: nn.Module, name: str) -> str | None:
     for depth in range(len(steps)):
         outer = model.get_submodule(".".join(steps[:depth]))
         if not isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            if tuple(steps[depth:]) in _weights_read(type(outer), vars(outer).get("forward")):
+            kind: type = type(outer)
+            if tuple(steps[depth:]) in _weights_read(kind, vars(outer).get("forward")):
                 return class_name(outer)
     return None
 

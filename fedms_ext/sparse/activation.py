@@ -136,8 +136,8 @@ def segmented(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], segme
 def _routed(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], **change: Any) -> Iterator[None]:
     chosen = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
     outer = ROUTES.get()
-    inner = {layer: replace(outer.get(layer, Route()), **change) for layer in chosen}
-    inner = {**outer, **inner}
+    changed: dict[nn.Module, Route] = {layer: replace(outer.get(layer, Route()), **change) for layer in chosen}
+    inner = {**outer, **changed}
     token = ROUTES.set(inner)
     _exchange(outer, inner)
     try:
@@ -256,9 +256,10 @@ class _Skip:
     @classmethod
     def enter(cls, block: nn.Module) -> None:
         with cls.lock:
-            if not isinstance(vars(block).get("forward"), cls):
-                block.forward = cls(block)
-            block.forward.users += 1
+            skip = vars(block).get("forward")
+            if not isinstance(skip, cls):
+                block.forward = skip = cls(block)
+            skip.users += 1
 
     @classmethod
     def leave(cls, block: nn.Module) -> None:

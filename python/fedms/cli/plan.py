@@ -44,8 +44,8 @@ def plan(
         "--out", "-o", metavar="FILE", help="Draw the plan into this file: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Show what each depth costs on a client's device, and which settings fit its memory."""
-    limits = {name: amount(f"--{name}", text) for name, text in
-              {"memory": memory, "flops": flops, "bandwidth": bandwidth}.items() if text is not None}
+    limits = {name: None if text is None else amount(f"--{name}", text) for name, text in
+              {"memory": memory, "flops": flops, "bandwidth": bandwidth}.items()}
     check_suffix("--out", out, ".png", ".svg", ".pdf")
     config = read_source(source, on_device(set_, device))
     if epsilon is not None:
@@ -55,7 +55,8 @@ def plan(
     from fedms.runs import plan as planning
 
     with run_progress(Path()) as progress:
-        found = planning.plan(config, **limits, progress=progress)
+        found = planning.plan(config, memory=limits["memory"], flops=limits["flops"], bandwidth=limits["bandwidth"],
+                              progress=progress)
     _show_options(found)
     _show_reasons(found)
     if found.chosen is not None:

@@ -133,7 +133,9 @@ def encode(exchanges: Sequence[Exchange], tokenizer: Any, *, max_tokens: int, te
             for first in range(0, len(answer), max_tokens - 1):     # a token of overlap: nothing goes unlearned
                 piece = answer[first:first + max_tokens]
                 if len(piece) > 1:
-                    rows.append(piece), starts.append(1), origin.append(i)
+                    rows.append(piece)
+                    starts.append(1)
+                    origin.append(i)
             continue
         room = max_tokens - 1
         if len(answer) > room:
@@ -146,7 +148,8 @@ def encode(exchanges: Sequence[Exchange], tokenizer: Any, *, max_tokens: int, te
             answer, cut = answer[:room], cut + 1
         shortened += len(prompt) + len(answer) > max_tokens
         prompt = prompt[-(max_tokens - len(answer)):]
-        rows.append(prompt + answer), origin.append(i)
+        rows.append(prompt + answer)
+        origin.append(i)
         starts.append(len(prompt) if loss_on == "answer" else 1)
     if not rows:
         raise DataError(f"none of {len(exchanges)} samples is left; data.max_tokens is {max_tokens}")

@@ -51,6 +51,13 @@ class Dataset:
     def __len__(self) -> int:
         return self.labels.numel()
 
+    @property
+    def texts(self) -> TextInputs:
+        """The inputs of a data set of texts. Raises TypeError if it holds images."""
+        if not isinstance(self.inputs, TextInputs):
+            raise TypeError(f"the data set {self.name} holds images, expected texts")
+        return self.inputs
+
     def units(self, indices: Tensor) -> Tensor:
         """(B,) int64: how many things are to be answered in each of the samples `indices` (B,): 1, or an answer's tokens."""
         return torch.ones_like(indices) if self.answers is None else self.inputs.lengths[indices] - self.answers[indices]
@@ -59,10 +66,10 @@ class Dataset:
         """(U, ...) what is to be answered in the samples `indices` (B,), one sample after the other."""
         if self.answers is None:
             return (self.labels if self.values is None else self.values)[indices]
-        ends = self.inputs.offsets[1:][indices]
+        ends = self.texts.offsets[1:][indices]
         counts = self.units(indices)
         firsts = torch.repeat_interleave(ends - counts.cumsum(0), counts)
-        return self.inputs.fields["input_ids"][firsts + torch.arange(int(counts.sum()))]
+        return self.texts.fields["input_ids"][firsts + torch.arange(int(counts.sum()))]
 
     def at_units(self, indices: Tensor, width: int) -> Tensor:
         """(B, width) bool: the positions from which the answers' tokens are to be foretold, in sequences that are padded to

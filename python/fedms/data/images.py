@@ -65,9 +65,9 @@ def read_images(content: Sequence[Any], places: Sequence[str], model, source: st
             except Exception as error:  # Pillow's decoders raise many types
                 bad.append(f"{places[i]} ({error})")
         if len(bad) <= most and opened:
-            for positions, pixels, error in _prepared(opened, model, None if every is None else every.shape[1:]):
-                if error is not None:
-                    bad.append(f"{places[positions[0]]} ({error})")
+            for positions, pixels, failure in _prepared(opened, model, None if every is None else every.shape[1:]):
+                if failure is not None:
+                    bad.append(f"{places[positions[0]]} ({failure})")
                     continue
                 if every is None:
                     every = torch.empty(len(content), *pixels.shape[1:], dtype=pixels.dtype)
@@ -134,7 +134,7 @@ def _decode(item: Any) -> tuple[Any, list[str]]:
         traits.append("gray")
     if not image.has_transparency_data:
         return image, traits
-    seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    seen: Any = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if seen.getextrema()[3][0] < 255:
         traits.append("transparent")
     white = Image.new("RGBA", seen.size, "white")

@@ -33,7 +33,9 @@ def load(config, model, seed: int) -> Dataset:
         if config.max_samples is not None:
             strata = _codes(clients or categories or [""] * len(exchanges))
             kept = stratified_sample(strata, config.max_samples, np.random.default_rng(seed))
-            exchanges, clients, categories = ([of[i] for i in kept] if of else of for of in (exchanges, clients, categories))
+            exchanges = [exchanges[i] for i in kept]
+            clients = clients and [clients[i] for i in kept]
+            categories = categories and [categories[i] for i in kept]
     encoded = encode(exchanges, model.tokenizer, max_tokens=_max_tokens(config, model), template=config.template,
                      loss_on=config.loss_on, long_answers=config.long_answers, stop_tokens=model.stop_tokens)
     origin = encoded.origin.tolist()

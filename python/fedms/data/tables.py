@@ -228,8 +228,8 @@ def _delimited(path: Path, text: str, delimiter: str, quoting: str, wanted: set[
 
 def _rows(text: str, delimiter: str, quoting: str) -> Iterator[tuple[int, int, list[str]]]:
     """First line, last line and fields of each row, the header included; blank lines are left out."""
-    style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=style, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                        quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL)
     first = 1
     try:
         for row in reader:
@@ -264,7 +264,9 @@ def _shown(delimiter: str) -> str:
 
 
 def _json_lines(path: Path, text: str, wanted: set[str]) -> Table:
-    rows, places, names = [], [], {}
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    names: dict[str, None] = {}     # in the order in which they come
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

@@ -167,8 +167,8 @@ def _folder(path: Path, config, reads: str, labeled: bool) -> Samples:
         _check_images(path, reads)
         return image_samples(tree, labeled)
     by_table = True
-    if labeled and (split := _chosen({table: split_name(table_stem(table)) for table in tables}, path, config.part)):
-        (tables, said), by_table = split, False
+    if labeled and (chosen_tables := _chosen({table: split_name(table_stem(table)) for table in tables}, path, config.part)):
+        (tables, said), by_table = chosen_tables, False
         notes += said
     samples = _tables(tables, config, reads, labeled, by_table)
     return replace(samples, notes=(*notes, *samples.notes))

@@ -151,7 +151,9 @@ class Engine(ABC):
             CheckpointError, RunFolderError: if the folder cannot be written, or its checkpoints cannot be read.
         """
         state, collected = self._restore() or self._begin(tensors)
-        visit_clients = self.private_rounds.visit_clients if self.private_rounds else self._visit_clients
+        # What the server collects is of the kind that these rounds fill: a PrivateServer, too, goes with its PrivateRounds.
+        visit_clients: Callable[[ServerState, Any], None] = (
+            self.private_rounds.visit_clients if self.private_rounds else self._visit_clients)
         while state.stage != "done":
             started = time.perf_counter()
             try:

@@ -13,6 +13,7 @@ from fedms.exports.manifest import MANIFEST
 from fedms.exports.predict import bind
 from fedms.exports.trained_run import TrainedRun, check_fingerprint, read_trained_run
 from fedms.federated.client import Private
+from fedms.models.causal_lm import CausalModel
 from fedms.models.generation import Sampling, Token, text_pieces
 from fedms.training.answering import Answerer
 from fedms.training.expert_model import ExpertModel
@@ -35,11 +36,11 @@ class LanguageModel:
     """The experts of a finished run on their language model. One answer is made at a time."""
 
     def __init__(self, model: ExpertModel, trained: TrainedRun) -> None:
-        config = trained.task.config
-        if config.task.kind != "causal_lm":
+        config, foundation = trained.task.config, model.foundation
+        if config.task.kind != "causal_lm" or not isinstance(foundation, CausalModel):
             raise ConfigError(f"the run is of task.kind {config.task.kind!r}, which predicts classes; use `fedms predict`")
         self.model, self.trained, self.method = model, trained, methods.create(config)
-        self.tokenizer, self.stop_tokens = model.foundation.tokenizer, model.foundation.stop_tokens
+        self.tokenizer, self.stop_tokens = foundation.tokenizer, foundation.stop_tokens
         self._alone = threading.Lock()
         self._loaded: tuple[int | None, Answerer] | None = None
 

@@ -36,8 +36,8 @@ def write_samples(run: Path, clients: int = 3, sampling: Sampling = Sampling()) 
     found = []
     for client in [split for split in partition.clients if len(split.test)][:clients]:
         index = int(Subset(client.test).indices[0])
-        first, last = (int(dataset.inputs.offsets[index + i]) for i in (0, 1))
-        ids = dataset.inputs.fields["input_ids"][first:last].tolist()
+        first, last = (int(dataset.texts.offsets[index + i]) for i in (0, 1))
+        ids = dataset.texts.fields["input_ids"][first:last].tolist()
         start = int(dataset.answers[index])
 
         def said(answerer: Answerer) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -210,8 +211,15 @@ def train_together(mixture: Mixture, model: ExpertModel, client: Client, private
     return Fitted(loss, best.kept, moments)
 
 
-def gate_numbers(weights: Tensor) -> dict[str, float | None]:
-    """Mean weight of the local expert and mean entropy (nats; at most log 2) of weights (U, 2)."""
+class GateNumbers(TypedDict):
+    """Mean weight of the local expert and mean entropy (nats; at most log 2) of a gate's weights; None on no units."""
+
+    gate_mean: float | None
+    gate_entropy: float | None
+
+
+def gate_numbers(weights: Tensor) -> GateNumbers:
+    """What records say of weights (U, 2) of the global and the local expert."""
     if len(weights) == 0:
         return {"gate_mean": None, "gate_entropy": None}
     entropy = torch.special.entr(weights).sum(1).mean()

@@ -35,11 +35,11 @@ class CausalModel(FoundationModel):
 
     reads = "conversations"
 
-    def __init__(self, name: str, whole: nn.Module, tokenizer: Any, *, blocks: str | None = None,
+    def __init__(self, name: str, whole: Any, tokenizer: Any, *, blocks: str | None = None,
                  dequantized: bool = False) -> None:
         """whole: a `transformers` model with a language modeling head. Raises ModelError if its head is no Linear layer, or
         it does more to the logits than to scale and cap them."""
-        config: Any = whole.config
+        config = whole.config
         whole.eval().requires_grad_(False)
         self.whole_class, self.prefix = type(whole), f"{whole.base_model_prefix}."
         decoder = getattr(whole, whole.base_model_prefix, None)

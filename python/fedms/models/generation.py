@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedms_ext import ExpertLinear, segmented
+from fedms_ext.sparse.surgery import block_list
 
 from .base import import_transformers
 from .causal_lm import CausalModel
@@ -88,7 +89,7 @@ class Decoder:
     def _side_by_side(self) -> Iterator[None]:
         with ExitStack() as stack:
             if self.experts > 1:
-                blocks = self.model.module.get_submodule(self.model.blocks)
+                blocks = block_list(self.model.module, self.model.blocks)
                 handle = blocks[self.shared].register_forward_pre_hook(self._repeated, with_kwargs=True)
                 stack.callback(handle.remove)
                 stack.enter_context(segmented(self.layers, (1,) * self.experts))

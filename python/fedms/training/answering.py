@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedms.models.causal_lm import CausalModel
 from fedms.models.generation import Decoder, Sampling, Token, generate
+from fedms.tasks.causal_lm import CausalLM
 from fedms.training.both import share_prefix
 from fedms.training.expert_model import EXPERTS, ExpertModel
 from fedms_ext import gated
+from fedms_ext.sparse.activation import blocks_of
 
 # The weights (U, 2) of the global and the local expert for tokens whose features are (U, D), by both experts' opinions (U, K)
 # about them, where these are known before.
@@ -42,7 +45,10 @@ class Answerer:
     """
 
     def __init__(self, model: ExpertModel, speaker: Speaker) -> None:
+        if not isinstance(model.foundation, CausalModel) or not isinstance(model.task, CausalLM):
+            raise TypeError(f"{model.foundation.name} writes no answers; expected a causal language model")
         self.model, self.speaker = model, speaker
+        self.foundation, self.task = model.foundation, model.task
         self.weights: list[float] = []
         self._features: Tensor | None = None        # (1, D) of the position that the next token follows
 
@@ -57,15 +63,15 @@ class Answerer:
                 with model.stream("local") as local:
                     boundary = local.prefix_depth
                 shared = boundary if share_prefix(model) else 0
-                decoder = Decoder(model.foundation, list(model.layers.values()), shared, experts=len(EXPERTS))
+                decoder = Decoder(self.foundation, list(model.layers.values()), shared, experts=len(EXPERTS))
             else:
                 boundary = stream.prefix_depth
-                decoder = Decoder(model.foundation, [], model.blocks)
+                decoder = Decoder(self.foundation, [], model.blocks)
             if speaker.sees == "prefix":
                 self._watch(stack, boundary)
             if speaker.sees == "final":
-                decoder.before = self._final_features(Decoder(model.foundation, [], model.blocks))
-            yield from generate(decoder, prompt, self._mixture, model.foundation.stop_tokens, sampling)
+                decoder.before = self._final_features(Decoder(self.foundation, [], model.blocks))
+            yield from generate(decoder, prompt, self._mixture, self.foundation.stop_tokens, sampling)
 
     def _final_features(self, plain: Decoder) -> Callable[[Tensor], None]:
         """Takes the gate's features from the foundation model alone, which reads the same tokens."""
@@ -77,7 +83,7 @@ class Answerer:
     def _watch(self, stack: ExitStack, boundary: int) -> None:
         """Takes the gate's features where the constant prefix ends, and weighs the layers above it by them."""
         model = self.model
-        blocks = model.foundation.module.get_submodule(model.foundation.blocks)
+        blocks = blocks_of(self.foundation.module)
         mixed = [layer for layer in model.layers.values() if layer.block > boundary]
         inside = ExitStack()
         stack.callback(inside.close)
@@ -101,9 +107,9 @@ class Answerer:
     @torch.no_grad()
     def _mixture(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (V,) of the next token from each expert's hidden state (E, D)."""
-        log_p = self.model.task.head(hidden).log_softmax(-1)
+        log_p = self.task.head(hidden).log_softmax(-1)
         if len(log_p) == 1:
             return log_p[0]
-        opinions = [self.model.task.opinion_of(each[None]) for each in log_p]
+        opinions = [self.task.opinion_of(each[None]) for each in log_p]
         weights = self._weigh(*opinions)
         return torch.logsumexp(log_p + weights[0].clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None], 0)

@@ -34,7 +34,8 @@ def mixed_opinions(model: ExpertModel, part: Subset, weights: Tensor) -> Tensor:
     """(U, K) opinion of the mixture by weights (U, 2) about a whole part: all of it, for tasks where `Task.mix` of both
     experts' opinions leaves something out."""
     def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
-        return model.task.mixed_opinion(model.heads["global"], *halves, weights[model.units(part, rows)],
+        shared, own = halves
+        return model.task.mixed_opinion(model.heads["global"], shared, own, weights[model.units(part, rows)],
                                        model.targets(part, rows))
     return _side_by_side(model, part, say, model.task.columns)
 

@@ -42,7 +42,7 @@ def choose(asked: str, frozen: str = "fp32") -> Choice:
     if asked == "cpu":
         return Choice(torch.device("cpu"))
     if asked == "auto":
-        notes = []
+        notes: list[str] = []
         for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             device = torch.device("cuda", number)
             if (reason := obstacle(device, frozen)) is None:
@@ -89,9 +89,9 @@ def self_check(device: torch.device) -> str | None:
         return f"its kernels fail ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
     wanted = _layer_and_gradients(reference.expert_linear, [t.double() for t in (x, weight, bias, gate, *a, *b, dy)])
     for name, value, right in zip(("output", "dx", "dgate", "dA 0", "dA 1", "dB 0", "dB 1"), found, wanted):
-        error = float((value.cpu().double() - right).abs().max() / right.abs().max())
-        if not error <= TOLERANCE:      # not a number, too
-            return f"its kernels compute {name} wrong: the largest error is {error:.2g} of the largest value, at most {TOLERANCE:g} is right"
+        largest = float((value.cpu().double() - right).abs().max() / right.abs().max())
+        if not largest <= TOLERANCE:      # not a number, too
+            return f"its kernels compute {name} wrong: the largest error is {largest:.2g} of the largest value, at most {TOLERANCE:g} is right"
     return None
 
 

@@ -308,7 +308,7 @@ class ExpertModel:
         mixed = [layer for layer in self.layers.values() if layer.block in self.order[:self.depths["local"][0]]]
         with self.stream("mixture") as stream, gated(mixed, self._gates(part, rows, weights)):
             features = stream.features(part, rows)
-        return self.task.layer_opinion(self.heads, self.shifts, features, self.targets(part, rows), weights)
+        return self.task.layer_opinion(dict(self.heads.items()), self.shifts, features, self.targets(part, rows), weights)
 
     def _gates(self, part: Subset, rows: Tensor, weights: Tensor) -> Tensor:
         """Weights as the layers take them: (B, 2), or (B, T, 2) from those of each unit (U, 2)."""
