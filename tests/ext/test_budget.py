@@ -46,6 +46,15 @@ def test_costs_of_a_block_by_hand():
     assert costs[3].backward(tokens=10, length=5) == 10 * (2 * weights + 4 * pairs + 8 * 5 * WIDTH)
 
 
+def test_counts_a_conv1d_without_experts():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_embd=WIDTH, n_head=2, vocab_size=50, n_positions=16, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2Model(config)
+    attach(model, ["c_attn"], {"e": LoRA(3, 6)})
+    weights = WIDTH * (3 * WIDTH + WIDTH + 4 * WIDTH + 4 * WIDTH)   # c_attn with experts; both c_proj and c_fc without
+    assert budget.block_costs(model) == [budget.BlockCost(weights, 3 * (WIDTH + 3 * WIDTH), WIDTH)] * 2
+
+
 def test_sums_over_the_blocks_asked_for():
     model = with_expert(bert())
     activate(model, "e", depth=1)
