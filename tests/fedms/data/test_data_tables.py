@@ -234,13 +234,13 @@ def test_natural_order():
 
 def test_a_client_named_by_a_number_is_found_by_its_name():
     from fedms.config import ConfigError
-    from fedms.exports.trained_run import Outcome
+    from fedms.exports.trained_run import TrainedRun
 
-    outcome = SimpleNamespace(task=SimpleNamespace(groups={0: "1", 1: "2", 2: "3", 3: "Äpfel", 4: "3"}), elsewhere=frozenset())
-    assert [Outcome.client(outcome, name) for name in ("1", "2", "0", "id:1", 1)] == [0, 1, 0, 1, 1]
-    assert Outcome.client(outcome, unicodedata.normalize("NFD", "Äpfel")) == 3
+    trained = SimpleNamespace(task=SimpleNamespace(groups={0: "1", 1: "2", 2: "3", 3: "Äpfel", 4: "3"}), elsewhere=frozenset())
+    assert [TrainedRun.client(trained, name) for name in ("1", "2", "0", "id:1", 1)] == [0, 1, 0, 1, 1]
+    assert TrainedRun.client(trained, unicodedata.normalize("NFD", "Äpfel")) == 3
     with pytest.raises(ConfigError, match="id:2, id:4"):
-        Outcome.client(outcome, "3")
+        TrainedRun.client(trained, "3")
 
 
 # Folders
