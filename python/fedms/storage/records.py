@@ -68,7 +68,8 @@ _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "hea
 # Fields that had another name in the records of earlier versions.
 _RENAMED = {"personalised": "personalized", "personalised_accuracy": "personalized_accuracy"}
 
-# What a line that is read back must be. A field that is missing was not known to an older version, and becomes null.
+# What a line that is read back must be. A field that is missing was not known to an older version, and becomes null,
+# but for those of OPTIONAL.
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
 _Numbers = dict[str, _Number]
@@ -239,7 +240,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _record(name: str, line: bytes) -> dict[str, Any]:
-    """Return a record of the file `name` with every field of it.
+    """Return a record of the file `name` with every field of it; of those of :data:`OPTIONAL`, the ones that are there.
 
     Texts are made fit to be shown, but for the names of classes, which are compared.
     """
@@ -247,5 +248,5 @@ def _record(name: str, line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     found = conform(_SCHEMAS[name], value)
-    record = {field: value.get(field) for field in type(found).model_fields}
+    record = {field: value.get(field) for field in type(found).model_fields if field in value or field not in OPTIONAL}
     return {field: each if field in ("classes", "prompts") else all_printable(each) for field, each in record.items()}
