@@ -60,7 +60,7 @@ def fake_runs(monkeypatch):
 
 # Help
 
-@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("run", "--help"), ("flower", "up", "--help")])
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("run", "--help"), ("server", "start", "--help")])
 def test_help_says_where_exit_codes_are_explained(arguments):
     result = fedms(*arguments)
     assert result.exit_code == 0 and "fedms exit-codes" in said(result) and "Traceback" not in said(result)
@@ -77,7 +77,7 @@ def test_commands_are_in_panels():
     text = said(fedms("--help"))
     places = [text.index(f"─ {panel} ─") for panel in PANELS]
     assert places == sorted(places) and "--install-completion" in text
-    assert places[2] < text.index("flower") < places[3] < text.index("watch") < places[4] < text.index("predict")
+    assert places[2] < text.index("│ client ") < places[3] < text.index("│ watch ") < places[4] < text.index("│ predict ")
 
 
 def test_help_names_what_can_be_chosen():

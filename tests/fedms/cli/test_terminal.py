@@ -6,8 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -133,34 +131,7 @@ def test_failures_are_told_by_reason():
 def test_clients_that_were_never_chosen_are_told(method, told):
     config = load_config("digits", [f"run.method={method}", "clients.count=4"])
     visits = [{"stage": stage, "client": i, "status": "ok"} for i in (0, 1) for stage in ("stage1", "stage2")]
-    said = never_trained(config, create(config).personal, visits)
+    said = never_trained(config, create(config).personal, visits, range(4))
     assert bool(said) == told and (not told or said[0].startswith("2 of 4 clients were never trained in stage"))
-    assert not never_trained(config, create(config).personal, [{**v, "client": i} for v in visits for i in range(4)])
-
-
-# A deployment
-
-def test_overrides_reach_flower_as_they_are(tmp_path):
-    flwr = pytest.importorskip("flwr.common.config")
-    from fedms.engines.flower import deployment
-
-    private_folder(tmp_path / "flower")
-    settings = {"out": "a b/'c'", "set": '["run.seed=1", "data.text=\\"a b\\" \'c\'"]', "force": False, "resume": True}
-    with mock.patch.object(deployment.subprocess, "run", return_value=SimpleNamespace(returncode=0)) as run:
-        assert deployment.submit(tmp_path, settings) == 0
-    words = run.call_args.args[0]
-    assert flwr.parse_config_args([words[words.index("-c") + 1]]) == settings
-
-
-def test_a_process_is_known_by_its_start(tmp_path):
-    pytest.importorskip("flwr")
-    from fedms.engines.flower import deployment
-
-    private_folder(tmp_path / "flower")
-    began = deployment._started(os.getpid())
-    deployment._write_processes(tmp_path, {"here": [os.getpid(), began], "reused": [os.getpid(), began - 100],
-                                           "gone": [2**22 - 3, began], "never": [os.getpid(), None]})
-    assert deployment.running(tmp_path) == {"here": os.getpid()} and not deployment.lives(2**22 - 3)
-    (tmp_path / "flower/processes.json").write_text('{"x": [1]}')
-    with pytest.raises(deployment.DeploymentError, match="does not name the processes"):
-        deployment.running(tmp_path)
+    assert not never_trained(config, create(config).personal, visits, range(2))
+    assert not never_trained(config, create(config).personal, [{**v, "client": i} for v in visits for i in range(4)], range(4))

@@ -174,7 +174,7 @@ def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
     ("lora.zzz=4", "lora.zzz: unknown key; keys of [lora]: rank, alpha, dropout, rslora, start"),
     ("stgae1.lr=4", "stgae1: unknown key; did you mean [stage1]?"),
     ("zzz.lr=4", "zzz: unknown key; tables: task, model, head, data, lora, sal, stage1, stage2, gate, clients, aggregate, "
-                 "wire, privacy, run, fedprox, fedrep, ditto, apfl, feddpa, plus"),
+                 "wire, privacy, run, fedavg_prior, fedprox, fedrep, ditto, apfl, feddpa, plus"),
 ])
 def test_an_unknown_key_names_the_nearest(override, expected):
     assert problem(override) == expected

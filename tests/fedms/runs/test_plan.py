@@ -9,6 +9,7 @@ import pytest
 import torch
 from fedms import cli, data, methods, models
 from fedms.config import ConfigError, load_config
+from fedms.errors import FAILED, USAGE
 from fedms.federated.visit_costs import CostModel, device_memory, fitting_depths
 from fedms.runs import plan, run
 from fedms.storage.records import RunRecords
@@ -173,14 +174,14 @@ def test_a_plan_without_limits_keeps_the_settings():
 
 
 def test_a_plan_for_little_memory_tries_4_bits(monkeypatch):
-    monkeypatch.setattr(plan, "peak_memory", lambda: 0)
+    monkeypatch.setattr(plan, "peak", lambda device: 0)
     found = plan.plan(load_config("digits", [*SMALL, "sal.max_depth=1"]), memory=1, flops=1e9)
     assert found.chosen is None and {o.frozen for o in found.options} == {"nf4"}
 
 
 @pytest.mark.parametrize("share", [1.02, 0.8])
 def test_a_plan_fits_its_limit(share, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "peak_memory", lambda: 0)     # the peak of loading hides all others on so small a model
+    monkeypatch.setattr(plan, "peak", lambda device: 0)     # the peak of loading hides all others on so small a model
     config = load_config("digits", SMALL)
     free = plan.plan(config, flops=1e9)
     limit = int(share * free.options[-1].peak / (1 - plan.RESERVE))
@@ -209,7 +210,7 @@ def test_the_command_shows_the_plan_and_draws_it(tmp_path, suffix):
 def test_the_command_says_when_nothing_fits():
     result = CliRunner().invoke(cli.app, ["plan", "digits", *(f"--set={s}" for s in (*SMALL, "sal.max_depth=1")),
                                           "--memory=1MB", "--flops=1G"])
-    assert result.exit_code == cli.FAILED and "nothing fits in 1 MiB" in result.stderr
+    assert result.exit_code == FAILED and "nothing fits in 1 MiB" in result.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -218,7 +219,7 @@ def test_the_command_says_when_nothing_fits():
 ])
 def test_wrong_limits_are_explained(arguments, words):
     result = CliRunner().invoke(cli.app, ["plan", "digits", *arguments])
-    assert result.exit_code == cli.USAGE and words in result.stderr
+    assert result.exit_code == USAGE and words in result.stderr
 
 
 # Classes of devices
