@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedms.config import RunConfig, parse_size
 from fedms.deployment import DeploymentError
+from fedms.errors import FedMSError
 from fedms.foreign import conform, parse_json, parse_toml, read_regular
 from fedms.storage.durable import write_durably
 
@@ -51,8 +52,10 @@ class Policy(BaseModel):
 _POLICY = TypeAdapter(Policy)
 
 
-class Refusal(Exception):
-    """The owner's policy, or what the owner agreed to, does not allow what a message asks; the message says what."""
+class Refusal(FedMSError):
+    """The owner's policy, or what the owner agreed to, does not allow what a message asks; the error says what."""
+
+    title = "refused by this machine's policy"
 
 
 def default_policy(config: RunConfig) -> Policy:

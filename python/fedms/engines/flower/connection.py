@@ -32,12 +32,16 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedms.errors import FedMSError
+
 HEARTBEAT = 10.0            # seconds; after two without one the server takes the node for away
 CLOCKS = 10.0               # seconds by which clocks may differ before it is said
 
 
-class Lost(Exception):
+class Lost(FedMSError):
     """There is no connection now; the message says why. Trying again later may help."""
+
+    title = "no connection to the server"
 
 
 class Rejected(Lost):
