@@ -83,7 +83,7 @@ MUTANTS = [
     (expert_model.ExpertModel, "inputs", "tensor.to(self.device)", "tensor", "fedavg"),
     (expert_model.ExpertModel, "targets", ".to(self.device)", "", "fedavg"),
     (expert_model.ExpertModel, "_no_shifts", ", device=self.device", "", "fedavg"),
-    (expert_model.ExpertModel, "_in_chunks", ", device=self.device", "", "fedavg"),
+    (expert_model.ExpertModel, "in_chunks", ", device=self.device", "", "fedavg"),
     (expert_model, "_copies", '.to("cpu", copy=True)', ".clone()", "fedavg"),
     (client_side, "_moments", '.to("cpu", copy=True)', ".clone()", "fedavg"),
     (client_side, "_load_moments", ".to(p.device, copy=True)", ".clone()", "fedavg"),
@@ -91,17 +91,21 @@ MUTANTS = [
     (FedMSPlus, "_shift", ".float().to(model.device)", ".float()", "fedms_plus"),
     (surgery, "reset_expert", "device=generator.device", "device=a.device", "fedavg"),
 ]
-FEW_MUTANTS = [m for m in MUTANTS if m[1] in ("_copies", "_shift")]      # one that leaves the GPU, and one that stays on the CPU
+TRIED = [m for m in MUTANTS if FULL or m[1] in ("_copies", "_shift")]   # one that leaves the GPU, one that stays on the CPU
 
 
-@pytest.mark.parametrize("owner, name, there, mutated, method", MUTANTS if FULL else FEW_MUTANTS,
-                         ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "")
+def source_of(owner, name):
+    return textwrap.dedent(inspect.getsource(getattr(owner, name)))
+
+
+def test_what_the_mutants_change_is_there():
+    assert [m[1] for m in MUTANTS if source_of(m[0], m[1]).count(m[2]) != 1] == []
+
+
+@pytest.mark.parametrize("owner, name, there, mutated, method", TRIED, ids=[f"{m[1]}-{m[4]}" for m in TRIED])
 def test_a_tensor_left_behind_is_found(owner, name, there, mutated, method, monkeypatch):
-    function = getattr(owner, name)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(there) == 1
     made: dict = {}
-    exec(source.replace(there, mutated), inspect.unwrap(function).__globals__, made)
+    exec(source_of(owner, name).replace(there, mutated), inspect.unwrap(getattr(owner, name)).__globals__, made)
     monkeypatch.setattr(owner, name, made[name])
     if owner is surgery:
         monkeypatch.setattr(expert_model, name, made[name])
