@@ -3,10 +3,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+
+from fedms.models import ModuleModel
 
 WIDTH, BLOCKS, IMAGE = 16, 3, 16
 WORDS = "a photo of cat dog the film was good bad and not very plain great ear tail".split()
@@ -94,3 +98,18 @@ class TimmViT(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    """Pixels of images in [0, 1], float32 of shape (images, 3, IMAGE, IMAGE)."""
+    resized = [np.asarray(image.resize((IMAGE, IMAGE)), dtype=np.float32) / 255 for image in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+
+
+def given_as_object() -> ModuleModel:
+    """A module that is no model of transformers, with random weights, the same at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        module = TimmViT()
+    return ModuleModel(module, blocks="blocks", prepare=pixels, name="timm",
+                       features=lambda m, inputs: m.forward_features(inputs["pixel_values"])[:, 0])

@@ -265,18 +265,16 @@ def test_predictions_for_images_name_their_files(ended, tmp_path):
 
 
 def test_a_module_given_as_an_object(tmp_path):
-    from test_own_models import load as load_model
-
     images = make_photos(tmp_path / "photos")
-    summary = run.run(settings("mine", images, count=2), tmp_path / "run", foundation=load_model("timm", None))
+    summary = run.run(settings("mine", images, count=2), tmp_path / "run", foundation=saved_models.given_as_object())
     assert summary["model"] == "mine" and summary["trainable_params"] > 0
-    export(tmp_path / "run", tmp_path / "out", foundation=load_model("timm", None))
-    table = fedms.load(tmp_path / "out", client="x", foundation=load_model("timm", None)).predict(photos(4))
+    export(tmp_path / "run", tmp_path / "out", foundation=saved_models.given_as_object())
+    table = fedms.load(tmp_path / "out", client="x", foundation=saved_models.given_as_object()).predict(photos(4))
     assert len(table) == 4 and set(table.label) <= {"cat", "dog"} and table.gate_weight.between(0, 1).all()
     with pytest.raises(ConfigError, match="was given as an object; give it again as foundation="):
         fedms.load(tmp_path / "out")
     with pytest.raises(ModelError, match="only models of transformers are exported in this format"):
-        export(tmp_path / "run", tmp_path / "peft", "peft", foundation=load_model("timm", None))
+        export(tmp_path / "run", tmp_path / "peft", "peft", foundation=saved_models.given_as_object())
 
 
 # What is refused
@@ -297,7 +295,7 @@ def test_damaged_exports_are_refused(ended, tmp_path):
         (out / name).write_bytes(whole)
     manifest = json.loads((out / "fedms.json").read_text())
     old = {**manifest["config"], "gate": {**manifest["config"]["gate"], "held_out": 0.2}}     # as format 1 had it
-    del old["format"], old["plus"]
+    del old["format"]
     (out / "fedms.json").write_text(json.dumps({**manifest, "config": old}))
     assert fedms.load(out, client="carl").classes == ("no", "yes")
     (out / "fedms.json").write_text(json.dumps({**manifest, "format": 99}))
@@ -343,7 +341,7 @@ def test_a_full_disk_leaves_the_earlier_export(ended, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedms.exports.save_file", full)
+    monkeypatch.setattr("fedms.exports.manifest.save", full)
     with pytest.raises(RunFolderError, match="out: cannot be written: No space left on device"):
         export(ended("bert"), out, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

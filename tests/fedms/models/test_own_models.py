@@ -30,16 +30,9 @@ def photos(n=3, size=(20, 24)):
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(n)]
 
 
-def pixels(images):
-    resized = [np.asarray(image.resize((saved_models.IMAGE,) * 2), dtype=np.float32) / 255 for image in images]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
-
-
 def load(kind, folder_of, **keys):
     if kind == "timm":
-        torch.manual_seed(7)
-        return ModuleModel(saved_models.TimmViT(), blocks="blocks", prepare=pixels, name="timm",
-                           features=lambda m, inputs: m.forward_features(inputs["pixel_values"])[:, 0])
+        return saved_models.given_as_object()
     return models.load(ModelTable(id=str(folder_of(kind)), **keys))
 
 
@@ -243,9 +236,9 @@ def test_a_vision_model_embeds_no_prompts(folder_of):
 
 def test_what_a_module_must_say():
     with pytest.raises(ModelError, match="no list of blocks at 'layers'"):
-        ModuleModel(saved_models.TimmViT(), blocks="layers", prepare=pixels, features=lambda m, x: x)
+        ModuleModel(saved_models.TimmViT(), blocks="layers", prepare=saved_models.pixels, features=lambda m, x: x)
     with pytest.raises(ModelError, match=r"expected float32 \(B, D\)"):
-        ModuleModel(saved_models.TimmViT(), blocks="blocks", prepare=pixels,
+        ModuleModel(saved_models.TimmViT(), blocks="blocks", prepare=saved_models.pixels,
                     features=lambda m, x: m.forward_features(x["pixel_values"]))
     with pytest.raises(ModelError, match="one of prepare="):
         ModuleModel(saved_models.TimmViT(), blocks="blocks", features=lambda m, x: x)
