@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 
 import pytest
 import tiny_language_models as tiny
@@ -70,9 +71,10 @@ def test_a_plain_text_is_cut_into_pieces_and_nothing_is_lost():
     assert pieces[0] + pieces[1][1:] + pieces[2][1:] == words + "<|end|>"
 
 
-def test_a_line_of_ten_megabytes():
-    found = encoded([plain_text("x" * 10_000_000, "row 1")], max_tokens=512)
-    assert int((found.inputs.lengths - 1).sum()) == 10_000_000
+def test_a_line_of_megabytes():
+    length = 10_000_000 if "FEDMS_FULL" in os.environ else 1_000_000
+    found = encoded([plain_text("x" * length, "row 1")], max_tokens=512)
+    assert int((found.inputs.lengths - 1).sum()) == length
 
 
 def test_a_long_prompt_loses_its_beginning_and_says_so():
