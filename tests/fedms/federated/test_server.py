@@ -121,6 +121,13 @@ def test_sampling():
     assert len(server("fedavg", "clients.fraction=0.01", "clients.min=3").sample("stage1", 1)) == 3
 
 
+def restored(s, plain, tensors):
+    """The server's state and the round under way, from what a checkpoint holds."""
+    plain = json.loads(json.dumps(plain))
+    state, under_way = unpack_server(plain, tensors)
+    return state, s.restore(state, plain["collected"], under_way)
+
+
 @pytest.mark.parametrize("rule", ["mean", "exact", "freeze_a", "median", "trimmed_mean", "krum"])
 def test_a_round_goes_on_from_the_middle(rule):
     """A checkpoint between two replies loses nothing, whether the rule streams or needs all of them."""
@@ -136,7 +143,7 @@ def test_a_round_goes_on_from_the_middle(rule):
     for each in replies[:2]:
         collected.add(each)
     plain, tensors = pack_server(state, collected)
-    again, collected = unpack_server(json.loads(json.dumps(plain)), tensors)
+    again, collected = restored(s, plain, tensors)
     for each in replies[2:]:
         collected.add(each)
     resumed, record_again = s.step(again, collected)
@@ -212,7 +219,7 @@ def test_statistics_count_once_and_that_lasts():
         with pytest.raises(RejectedReply, match="class_counts: the client has told it before, and it is told once"):
             s.admit(reply(2, {}, statistics=told), s.message(state), One(), collected)
         plain, tensors = pack_server(state, collected)
-        state, collected = unpack_server(json.loads(json.dumps(plain)), tensors)
+        state, collected = restored(s, plain, tensors)
         if not state.counted:
             state, _ = s.step(state, collected)
             collected = s.collect(state)
