@@ -18,6 +18,7 @@ from fedms_ext import expert_linear
 from fedms_ext.backends import triton as backend
 from fedms_ext.backends.base import ForwardCall, Lora, Scales, Weight
 from fedms_ext.backends.triton import launch
+from fedms_ext.backends.triton.operands import Dropout, concatenate
 from fedms_ext.backends.triton.tiles import Tile
 
 SMALL = {kind: Tile(kind, 64, 64, 64, 4, 3) for kind in ("pointer", "descriptor", "inline")}
@@ -89,8 +90,8 @@ def test_dropout_mask_is_bit_for_bit_that_of_the_reference(seed, p):
     for rows, k in [(70, 72), (65, 67)]:
         ones = torch.ones(rows, k, dtype=torch.float16)
         eye = torch.eye(k, dtype=torch.float16)
-        experts = launch.pack([eye], [eye], torch.ones(1))
-        s, _ = launch.shrink(ones, eye, experts, None, launch.Dropout(p, seed))
+        experts = concatenate([eye], [eye], torch.ones(1), None, eye.dtype)
+        s, _ = launch.shrink(ones, eye, experts, None, Dropout(p, seed))
         assert torch.equal(s != 0, fedms_ext.philox_mask(seed, rows, k, p))
 
 

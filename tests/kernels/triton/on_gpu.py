@@ -28,6 +28,7 @@ if reason := fedms_ext.explain("triton"):
     pytest.skip(reason, allow_module_level=True)
 
 from fedms_ext.backends.triton import launch  # noqa: E402
+from fedms_ext.backends.triton.operands import Dropout, concatenate  # noqa: E402
 from fedms_ext.backends.triton.tiles import Gemm, legal_tiles  # noqa: E402
 
 CHIP = device.properties(device.current())
@@ -91,8 +92,8 @@ def test_every_activity_mask(experts):
 @pytest.mark.parametrize("seed, p", [(0, 0.001), (2**31, 0.5), (2**63 - 1, 0.25)])
 def test_dropout_mask_is_bit_for_bit_that_of_the_reference(seed, p, k):
     ones, eye = torch.ones(300, k, dtype=torch.float16), torch.eye(k, dtype=torch.float16)
-    experts = launch.pack([eye], [eye], torch.ones(1))
-    s, _ = launch.shrink(ones, eye, experts, None, launch.Dropout(p, seed))
+    experts = concatenate([eye], [eye], torch.ones(1), None, eye.dtype)
+    s, _ = launch.shrink(ones, eye, experts, None, Dropout(p, seed))
     assert torch.equal(s != 0, fedms_ext.philox_mask(seed, 300, k, p, "cuda"))
 
 
