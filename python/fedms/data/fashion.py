@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import shutil
-import subprocess
 import tempfile
 import zlib
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedms.errors import DataError
 
 from .cache import cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, stratified_sample
+from .debian import unpack_packages
 from .inputs import ImageInputs, check_shape
 
 PACKAGE = "dataset-fashion-mnist"
@@ -133,11 +133,7 @@ def _fetch(folder: Path) -> None:
     """apt-get downloads the package as any user, dpkg unpacks it; nothing is installed."""
     with tempfile.TemporaryDirectory(prefix="fedms-") as scratch:
         try:
-            _call(["apt-get", "download", PACKAGE], scratch)
-            package = next(Path(scratch).glob("*.deb"), None)
-            if package is None:
-                raise OSError(f"apt-get download {PACKAGE} left no package")
-            _call(["dpkg", "-x", str(package), scratch], scratch)
+            unpack_packages([PACKAGE], Path(scratch))
         except OSError as error:
             raise DataError(
                 f"Fashion-MNIST is not here and could not be fetched: {error}\nEither make "
@@ -149,14 +145,3 @@ def _fetch(folder: Path) -> None:
                 file = Path(scratch) / INSTALLED.relative_to("/") / name
                 verify(file, digest, "the package holds another version of the data; set data.path")
                 (new / name).write_bytes(file.read_bytes())
-
-
-def _call(command: list[str], folder: str) -> None:
-    """OSError, with the last lines of the output, if the command is missing, fails or takes over ten minutes."""
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]} gave no answer within 600 seconds") from None
-    if done.returncode:
-        last = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-        raise OSError(f"{' '.join(command[:2])} failed: {last}")
