@@ -31,10 +31,12 @@ _FEW_ROWS = 128
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None; see `Backend.unavailable`."""
     return None
 
 
 def supports(call: Call) -> str | None:
+    """Return why this backend cannot compute a call, or None; see `Backend.supports`."""
     x, lora, kind = call.input, call.lora, call.weight.kind
     if x.device.type != "cpu":
         return f"it computes on the CPU, but its input is on {x.device}"
@@ -86,6 +88,7 @@ _NO_EXPERTS: _Experts = ((), (), (), None)
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    """Compute y (..., N) and S, the experts' inner products that the backward pass needs; see `Backend.forward`."""
     x, weight, bias, lora = call
     if weight.kind == "int8" or weight.kind in LEVELS:
         return _packed_forward(call)
@@ -107,6 +110,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: BackwardCall) -> Gradients:
+    """Compute the gradients that a call asks for; see `Backend.backward`."""
     if call.weight.kind == "int8":
         return _int8_backward(call)
     _, _, weight, lora, _, needs = call

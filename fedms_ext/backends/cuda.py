@@ -33,10 +33,12 @@ _kernels: Any = devices.cuda_kernels()
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None; see `Backend.unavailable`."""
     return devices.no_cuda_kernels()
 
 
 def supports(call: Call) -> str | None:
+    """Return why this backend cannot compute a call, or None; see `Backend.supports`."""
     x, lora, weight = call.input, call.lora, call.weight
     if x.dtype not in (torch.bfloat16, torch.float16) or not devices.runs_cuda(x.device):
         return f"it takes bf16 and fp16 on a CUDA GPU, but its input is {x.dtype} on {x.device}"
@@ -247,6 +249,7 @@ class _Pass:
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    """Compute y (..., N) and S, the experts' inner products that the backward pass needs; see `Backend.forward`."""
     x, weight, bias, lora = call
     rows = aligned_rows(x)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
@@ -255,6 +258,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: BackwardCall) -> Gradients:
+    """Compute the gradients that a call asks for; see `Backend.backward`."""
     dy, x, weight, lora, s, needs = call
     rows = aligned_rows(dy)
     work = _Pass(dy, lora)

@@ -15,18 +15,22 @@ name = "eager"
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None; see `Backend.unavailable`."""
     return None
 
 
 def supports(call: Call) -> str | None:
+    """Return why this backend cannot compute a call, or None; see `Backend.supports`."""
     return None
 
 
 def prefers(call: Call) -> bool:
+    """Tell whether this backend is expected to be the fastest for a call; see `Backend.prefers`."""
     return True
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    """Compute y (..., N) and S, the experts' inner products that the backward pass needs; see `Backend.forward`."""
     x, weight, bias, lora = call
     dense = weight.expanded(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -44,6 +48,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: BackwardCall) -> Gradients:
+    """Compute the gradients that a call asks for; see `Backend.backward`."""
     dy, x, weight, lora, s, needs = call
     experts = len(lora.a)
     low = dy.reshape(-1, weight.n)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 
 def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class, with the Python module that defines it."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

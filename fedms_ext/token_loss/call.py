@@ -32,6 +32,7 @@ class Result(NamedTuple):
 
 
 def empty_result(hidden: Tensor, needs_gradient: bool) -> Result:
+    """Return a result whose tensors are allocated and not yet written; hidden: (n, d)."""
     n, d = hidden.shape
     return Result(hidden.new_empty(n), hidden.new_empty(n, 2), hidden.new_empty(n, dtype=torch.int64),
                   hidden.new_empty(n if needs_gradient else 0, d))

@@ -17,6 +17,7 @@ def supports(hidden: Tensor, head: HeadCall) -> bool:
 
 
 def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gradient: bool) -> Result:
+    """Compute log-probabilities and, if asked, gradients by the C++ kernel, `chunk` positions at a time."""
     result = empty_result(hidden, needs_gradient)
     chunk = min(chunk, max(len(hidden), 1))
     packed, packed_scale = head.quantized[:2] if head.quantized else (None, None)

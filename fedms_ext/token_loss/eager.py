@@ -18,11 +18,13 @@ def raw_logits(head: HeadCall, hidden: Tensor) -> Tensor:
 
 
 def scaled(head: HeadCall, logits: Tensor) -> Tensor:
+    """Apply the head's scale and soft cap, cap * tanh(logits / cap), to logits (n, V)."""
     logits = logits * head.scale
     return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
 
 
 def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gradient: bool) -> Result:
+    """Compute log-probabilities and, if asked, gradients by PyTorch, `chunk` positions at a time."""
     result = empty_result(hidden, needs_gradient)
     for first in range(0, len(hidden), chunk):
         rows = slice(first, first + chunk)

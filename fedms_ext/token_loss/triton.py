@@ -25,6 +25,7 @@ def supports(hidden: Tensor, head: HeadCall) -> bool:
 
 
 def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gradient: bool) -> Result:
+    """Compute log-probabilities and, if asked, gradients by the Triton kernel, `chunk` positions at a time."""
     result = empty_result(hidden, needs_gradient)
     tokens = len(head.weight)
     # float32 whatever the dtype of the logits: these sums have a term for every token.

@@ -190,6 +190,7 @@ def _certificates(run_file: Path | None) -> Iterator[Check]:
 
 
 def cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system does not tell the name."""
     return _first_line("/proc/cpuinfo", "model name") or platform.machine()
 
 

@@ -32,6 +32,7 @@ LARGEST_RANK = 256  # of all experts together; above it the branch is no longer 
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None; see `Backend.unavailable`."""
     return devices.no_triton()
 
 
@@ -42,6 +43,7 @@ if unavailable() is None:
 
 
 def supports(call: Call) -> str | None:
+    """Return why this backend cannot compute a call, or None; see `Backend.supports`."""
     x, lora, weight = call.input, call.lora, call.weight
     if x.dtype not in (torch.bfloat16, torch.float16) or not devices.runs_triton(x.device):
         return f"it takes bf16 and fp16 on a CUDA GPU, but its input is {x.dtype} on {x.device}"
@@ -61,6 +63,7 @@ def supports(call: Call) -> str | None:
 
 
 def prefers(call: Call) -> bool:
+    """Tell whether this backend is expected to be the fastest for a call; see `Backend.prefers`."""
     return call.input.shape[:-1].numel() > FEW_ROWS
 
 
@@ -71,6 +74,7 @@ def _choices(capability: tuple[int, int]) -> Choices[Tile | None]:
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    """Compute y (..., N) and S, the experts' inner products that the backward pass needs; see `Backend.forward`."""
     x, weight, bias, lora = call
     device = x.device
     with devices.guard(device):
@@ -94,6 +98,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: BackwardCall) -> Gradients:
+    """Compute the gradients that a call asks for; see `Backend.backward`."""
     dy, x, weight, lora, s, needs = call
     plan = plan_backward(needs.dx, needs.dgate, tuple(needs.da), tuple(needs.db), lora.segments is not None)
     with devices.guard(dy.device):

@@ -16,10 +16,12 @@ from fedms.config.tables import Budget
 
 
 def keys() -> dict[str, dict[str, Any]]:
+    """Return the fields of every table of a run file, by the names of table and key."""
     return {name: field.annotation.model_fields for name, field in config_class().model_fields.items()}
 
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """Return one line of words for each problem that pydantic found; values: the run file as it was read."""
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
         if item["type"] == "value_error" and not item["loc"]:
@@ -61,6 +63,7 @@ def _locate(item: Mapping[str, Any], whole: Any) -> tuple[str, Any, Any]:
 
 
 def suggest_key(key: str) -> str:
+    """Return the end of a message on an unknown key: what was perhaps meant, or which keys there are."""
     tables = keys()
     if key.startswith("clients.budgets["):
         return f"; accepted: {', '.join(Budget.model_fields)}"

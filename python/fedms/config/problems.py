@@ -11,11 +11,13 @@ from fedms.foreign import printable
 
 
 def did_you_mean(word: str, words: Iterable[str], prefix: str = "", suffix: str = "", cutoff: float = 0.6) -> str:
+    """Return "; did you mean ...?" with the word that is nearest to `word`, or an empty text if none is near."""
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f"; did you mean {prefix}{near[0]}{suffix}?" if near else ""
 
 
 def in_words(values: Iterable[Any]) -> str:
+    """Return values as they would be written in a run file, separated by commas."""
     return ", ".join(show(v) for v in values)
 
 

@@ -187,6 +187,7 @@ def models() -> dict[str, ModelRow]:
 
 
 def method_names() -> tuple[str, ...]:
+    """Return the names of all methods, built in and registered, in the order of the catalog."""
     return tuple(methods())
 
 

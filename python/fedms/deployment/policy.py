@@ -66,6 +66,7 @@ def default_policy(config: RunConfig) -> Policy:
 
 
 def write_policy(path: Path, policy: Policy) -> None:
+    """Write a client's limits as commented TOML that its owner alone can read."""
     write_durably(path, (_HEAD + "\n" + tomli_w.dumps(policy.model_dump(exclude_none=True))).encode(), private=True)
 
 

@@ -157,6 +157,7 @@ class ClientState:
 
 
 def write_about(folder: Path, about: About) -> None:
+    """Write what a client's folder says of itself, readable by its owner alone."""
     write_durably(folder / CLIENT, json.dumps(asdict(about)).encode(), private=True)
 
 

@@ -95,4 +95,5 @@ def own_accuracy(method: Method, model: ExpertModel, part: Subset, private: Priv
 
 
 def accuracy(task: Task, opinion: Tensor | None, targets: Tensor) -> float | None:
+    """Return the task's accuracy of an opinion, or None where there is no opinion."""
     return None if opinion is None else task.accuracy(opinion, targets)

@@ -61,6 +61,7 @@ def unpack_message(packed: Packed) -> Message:
 
 
 def pack_reply(reply: Reply, encoding: str) -> Packed:
+    """Return a client's reply as it travels; encoding: that of its tensors (`[wire] dtype`). Statistics stay exact."""
     head = {"client": reply.client, "n_train": reply.n_train, "n_validation": reply.n_validation, "score": reply.score,
             "metrics": reply.metrics}
     return Packed(head, _pack({"tensors": reply.tensors}, encoding) | _pack({"sums": reply.statistics}))
@@ -79,6 +80,7 @@ def unpack_reply(packed: Packed) -> Reply:
 
 
 def pack_share(share: Share) -> Packed:
+    """Return a client's share of a secure sum as it travels: its public key, or its masked integer steps."""
     parts = {"key": share.key} if share.key is not None else {"steps": np.ascontiguousarray(share.steps, "<i4").tobytes()}
     return Packed({"client": share.client}, parts)
 

@@ -23,6 +23,8 @@ class SalState:
 
 
 class Schedule(Protocol):
+    """Decides how many blocks are active in each round. All state is in `SalState`."""
+
     def start(self) -> SalState:
         """State before the first round."""
 

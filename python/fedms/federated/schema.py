@@ -78,6 +78,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
+    """A field that is true or false."""
+
     words = "true or false"
 
     def read(self, value: Any) -> bool:

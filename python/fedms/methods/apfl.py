@@ -29,6 +29,8 @@ ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 
 
 class APFL(FedAvg):
+    """APFL (see the module): shared expert, and a private one mixed with it by a trained scalar."""
+
     personal = ("stage1", "stage2")
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,

@@ -17,6 +17,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class Ditto(FedAvg):
+    """Ditto (see the module): shared expert, and a private one that is pulled toward it."""
+
     personal = ("stage1", "stage2")
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,

@@ -10,6 +10,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedAvg(Method):
+    """Federated averaging of the expert and its head (see the module)."""
+
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         return BroadcastPolicy.NEVER if name.startswith("gate/") else BroadcastPolicy.EVERY_ROUND
 

@@ -11,6 +11,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgFT(Method):
+    """Federated averaging, then private fine-tuning in stage 2 (see the module)."""
+
     personal = ("stage2",)
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:

@@ -22,6 +22,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedAvgPrior(FedAvg):
+    """Federated averaging with the client's class prior on the logits (see the module)."""
+
     def statistics(self, classes: int) -> Tensors:
         return {"class_counts": torch.zeros(classes, dtype=torch.float64)}
 

@@ -26,6 +26,8 @@ REFERENCES = "feddpa/references"        # (S, D) features of training samples
 
 
 class FedDPA(FedAvgFT):
+    """FedDPA (see the module): both experts mixed by similarity to a client's own samples."""
+
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         reply, after = super().client_step(model, client, private, message)

@@ -25,6 +25,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedMS(Method):
+    """The two-stage mixture of a global and a local expert (see the module)."""
+
     personal = ("stage2",)
 
     def __init__(self, config: RunConfig) -> None:

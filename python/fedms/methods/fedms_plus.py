@@ -37,6 +37,8 @@ COUNTS = "class_counts"
 
 
 class FedMSPlus(Method):
+    """The mixture with further pieces, each with a switch in `[plus]` (see the module)."""
+
     personal = ("stage2",)
 
     def __init__(self, config: RunConfig) -> None:

@@ -10,6 +10,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedPer(Method):
+    """FedPer (see the module): shared LoRA pairs, private head."""
+
     personal = ("stage1", "stage2")
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:

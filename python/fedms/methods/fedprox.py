@@ -11,6 +11,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedProx(FedAvg):
+    """FedProx (see the module): federated averaging, held near what a client received."""
+
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
         return train_shared(model, client, private, message,

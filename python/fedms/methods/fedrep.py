@@ -10,6 +10,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedRep(FedPer):
+    """FedRep (see the module): the private head is trained first, then the shared pairs."""
+
     personal = ("stage1", "stage2")
 
     def most_training(self, name: str) -> tuple[float, int]:

@@ -8,6 +8,8 @@ from fedms.tensors import is_a
 
 
 class FedSALoRA(FedPer):
+    """FedSA-LoRA (see the module): the A matrices are shared, B and the head are private."""
+
     personal = ("stage1", "stage2")
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:

@@ -10,6 +10,8 @@ from fedms.training.expert_model import ExpertModel
 
 
 class Local(Method):
+    """Each client trains alone; nothing is sent (see the module)."""
+
     personal = ("stage1", "stage2")
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:

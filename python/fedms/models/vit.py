@@ -120,10 +120,12 @@ def load(table: ModelTable) -> PretrainedViT:
 
 
 def status_of_digits() -> tuple[str, str]:
+    """Return the state and the words with which `fedms doctor` reports on vit-digits-pretrained."""
     return _status("vit-digits-pretrained")
 
 
 def status_of_fashion() -> tuple[str, str]:
+    """Return the state and the words with which `fedms doctor` reports on vit-fashion."""
     return _status("vit-fashion")
 
 

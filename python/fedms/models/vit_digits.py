@@ -16,6 +16,8 @@ SEED = 2010_11929
 
 
 class ViTDigits(VisionModel):
+    """A small vision transformer with random weights, for 8 x 8 digits; a model for trying things out."""
+
     def __init__(self) -> None:
         transformers = import_transformers()
         config = transformers.ViTConfig(

@@ -68,6 +68,7 @@ def read_runs(path: str | Path) -> tuple[list[RunRecords], list[str]]:
 
 
 def by_method(runs: Iterable[RunRecords]) -> dict[str, list[RunRecords]]:
+    """Group runs by method, in the order in which reports list methods."""
     grouped: dict[str, list[RunRecords]] = defaultdict(list)
     for run in runs:
         grouped[run.method].append(run)
@@ -123,20 +124,24 @@ def _rank(method: str) -> tuple[int, str]:
 
 
 def field_of(values: Any, *keys: str) -> Any:
+    """Return a value of nested dictionaries by its keys, or None where one of them is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
 def participants(run: RunRecords) -> list[dict[str, Any]]:
+    """Return the records of the clients that took part in training."""
     return [c for c in run.clients if not c.get("unseen")]
 
 
 def client_values(run: RunRecords, name: str) -> list[float]:
+    """Return one accuracy of each participant that has it, by the name under `accuracy`."""
     return [v for c in participants(run) if (v := field_of(c, "accuracy", name)) is not None]
 
 
 def client_mean(run: RunRecords, name: str) -> Optional[float]:
+    """Return the mean of an accuracy over participants, or None if nobody has it."""
     values = client_values(run, name)
     return statistics.fmean(values) if values else None
 
@@ -190,6 +195,7 @@ def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
 
 
 def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
+    """Return the share of clients that do worse than by training alone with the same seed, or None if that is unknown."""
     alone = local_only(run, runs)
     pairs = [(field_of(c, "accuracy", "personalized"), alone.get(c["id"])) for c in participants(run)]
     pairs = [(own, other) for own, other in pairs if own is not None and other is not None]
@@ -197,6 +203,7 @@ def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
 
 
 def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords]) -> Optional[Stat]:
+    """Return mean and spread over seeds of the difference in mean personalized accuracy, seed by seed."""
     other = {r.seed: field_of(r.summary, "personalized_accuracy", "mean") for r in theirs}
     gaps = [own - other[r.seed] for r in ours
             if (own := field_of(r.summary, "personalized_accuracy", "mean")) is not None and other.get(r.seed) is not None]
@@ -204,6 +211,7 @@ def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords]) -> Opti
 
 
 def differing_keys(runs: Sequence[RunRecords]) -> list[str]:
+    """Return the keys of the run file, but method and seed, in which these runs differ."""
     def flat(config: dict[str, Any]) -> dict[str, Any]:
         return {f"{t}.{k}": v for t, keys in config.items() if isinstance(keys, dict) for k, v in keys.items()}
 
@@ -215,4 +223,5 @@ def differing_keys(runs: Sequence[RunRecords]) -> list[str]:
 
 
 def first_stage_rounds(runs: Iterable[RunRecords]) -> int:
+    """Return the number of rounds of stage 1 in the run that has most of them."""
     return max((r["round"] for run in runs for r in run.rounds if r["stage"] == "stage1"), default=0)

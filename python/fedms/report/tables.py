@@ -114,6 +114,7 @@ def table(rows: Sequence[dict[str, Any]], width: Optional[int] = None) -> tuple[
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises RunFolderError if it cannot be written."""
     try:
         write_durably(path, text.encode())
     except OSError as error:

@@ -224,6 +224,7 @@ def size(value: Optional[float]) -> str:
 
 
 def duration(seconds: Optional[float]) -> str:
+    """Return seconds in words, such as "3 min 05 s"; a dash for None."""
     if seconds is None:
         return "–"
     if seconds < 59.95:
@@ -237,6 +238,7 @@ def _points(gap: float) -> str:
 
 
 def signed(gap: float) -> str:
+    """Return a difference of shares in percentage points with its sign, such as "+0.2"."""
     return f"{100 * gap:+.1f}".replace("-", "−")
 
 

@@ -38,6 +38,8 @@ POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at
 
 @dataclass(frozen=True)
 class Registered(Participant):
+    """A client as it introduced itself to the server at its first greeting."""
+
     id: int
     n_train: int
     n_validation: int

@@ -30,6 +30,7 @@ def buffers(parts: Mapping[str, bytes]) -> dict[str, Array]:
 
 
 def write(head: Mapping[str, Any], parts: Mapping[str, Array]) -> RecordDict:
+    """Return a head of plain values and parts of arrays as the content of a Flower message."""
     text = json.dumps(head, allow_nan=False)
     return RecordDict({"head": ConfigRecord({"json": text}), "parts": ArrayRecord(dict(parts))})
 

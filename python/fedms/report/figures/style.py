@@ -56,6 +56,7 @@ def method_color(method: str) -> str:
 
 
 def group_color(groups: Sequence[str], group: Any) -> str:
+    """Return the color of a client's group; gray for a client of no group."""
     name = str(group or "")
     return GROUP_COLORS[groups.index(name) % len(GROUP_COLORS)] if name in groups else MUTED
 
@@ -82,6 +83,7 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def new_axes(width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes, transparent, in inches of width and height."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -105,6 +107,7 @@ def height_of(curves: Sequence[Curve], least: float) -> float:
 
 
 def percent_axis(axis: Any) -> None:
+    """Label an axis of shares between 0 and 1 in percent."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -156,4 +159,5 @@ def end_labels(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def has_fedms(curve: Curve) -> bool:
+    """Tell whether a curve stands for fedms, alone or among methods that share it."""
     return "fedms" in curve.methods
