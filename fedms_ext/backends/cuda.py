@@ -40,10 +40,8 @@ def unavailable() -> str | None:
 def supports(call: Call) -> str | None:
     """Return why this backend cannot compute a call, or None; see `Backend.supports`."""
     x, lora, weight = call.input, call.lora, call.weight
-    if x.dtype not in (torch.bfloat16, torch.float16) or not devices.runs_cuda(x.device):
-        return f"it takes bf16 and fp16 on a CUDA GPU, but its input is {x.dtype} on {x.device}"
-    if devices.properties(x.device).capability < (8, 0):
-        return "it needs compute capability 8.0 or higher"
+    if (reason := devices.unfit_input(x, devices.runs_cuda(x.device))) is not None:
+        return reason
     if not lora.a or lora.rank > LARGEST_RANK or len(lora.segments or ()) > _kernels.MOST_SEGMENTS:
         return f"it takes a total rank from 1 to {LARGEST_RANK}, and at most {_kernels.MOST_SEGMENTS} segments"
     if lora.a[0].dtype not in (x.dtype, torch.float32):

@@ -53,6 +53,20 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == ("cpu" if _INTERPRETED else "cuda")
 
 
+def unfit_input(x: torch.Tensor, takes_device: bool) -> str | None:
+    """Return why the GPU kernels cannot compute a call with this input, or None.
+
+    Args:
+        x: The call's input.
+        takes_device: Whether the kernels take tensors of its device, see `runs_cuda` and `runs_triton`.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16) or not takes_device:
+        return f"it takes bf16 and fp16 on a CUDA GPU, but its input is {x.dtype} on {x.device}"
+    if properties(x.device).capability < (8, 0):
+        return "it needs compute capability 8.0 or higher"
+    return None
+
+
 def is_real(device: torch.device) -> bool:
     """Return whether a device is a GPU and not a stand-in: only there can anything be measured."""
     return device.type == "cuda"

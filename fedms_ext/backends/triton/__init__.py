@@ -45,10 +45,8 @@ if unavailable() is None:
 def supports(call: Call) -> str | None:
     """Return why this backend cannot compute a call, or None; see `Backend.supports`."""
     x, lora, weight = call.input, call.lora, call.weight
-    if x.dtype not in (torch.bfloat16, torch.float16) or not devices.runs_triton(x.device):
-        return f"it takes bf16 and fp16 on a CUDA GPU, but its input is {x.dtype} on {x.device}"
-    if devices.properties(x.device).capability < (8, 0):
-        return "it needs compute capability 8.0 or higher"
+    if (reason := devices.unfit_input(x, devices.runs_triton(x.device))) is not None:
+        return reason
     if not lora.a or lora.rank > LARGEST_RANK or weight.n == 0 or weight.k == 0:
         return f"it takes a total rank from 1 to {LARGEST_RANK} and a weight that is not empty"
     if lora.a[0].dtype not in (x.dtype, torch.float32):
