@@ -2,14 +2,10 @@ from __future__ import annotations
 
 import os
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-# pytest has put this folder on the path, where tests/fedms and tests/bench would pass for the packages of those names.
-sys.path.remove(str(Path(__file__).parent))
 torch.set_num_threads(2)
 
 

@@ -6,9 +6,8 @@ import importlib
 import os
 import re
 
-import pandas as pd
 import pytest
-from pages import ELSEWHERE, PAGES, ROOT, blocks, run_page
+from pages import ELSEWHERE, PAGES, ROOT, blocks, check_predictions, run_page
 
 from fedms.config import config_from_dict, reference
 from fedms.config.reference import methods_table
@@ -51,18 +50,6 @@ def test_all_blocks_run(page, tmp_path):
     printed = run_page(page, tmp_path)
     if page.name == "models.md":
         check_predictions(printed, tmp_path)
-
-
-def check_predictions(printed, folder):
-    """What the two walks of docs/guide/models.md end in."""
-    assert "text,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in printed
-    reviews, cells = pd.read_parquet(folder / "predicted.parquet"), pd.read_csv(folder / "predicted.csv")
-    assert reviews.label.tolist() == ["bad", "good"] and len(cells) == 20
-    for table in (reviews, cells):
-        assert table.probability.between(0.5, 1).all() and table.gate_weight.between(0, 1).all()
-    assert set(cells.label) <= {"cracked_cell", "sound_cell"}
-    assert (folder / "adapters/client-2/adapter_model.safetensors").is_file()
-    assert (folder / "runs/again/summary.json").is_file()
 
 
 def test_toml_blocks_are_run_files():

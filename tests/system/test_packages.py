@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import ROOT, run_page
-from test_docs import check_predictions
+from pages import ROOT, check_predictions, run_page
 
 pytestmark = pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="minutes: make test-full")
 PAGE = ROOT / "docs/guide/models.md"

@@ -312,7 +312,7 @@ def test_the_gate_is_trained_on_samples_that_its_expert_has_not_seen(tmp_path):
     again = session.method._split(client)
     assert torch.equal(again[0], expert_rows) and torch.equal(again[2], gate_rows)
 
-    expert_rows, part, gate_rows = methods.create(config("run.method=fedms_plus"))._split(client)
+    expert_rows, part, gate_rows = methods.create(config("run.method=fedms_plus", "plus.gate_on=validation"))._split(client)
     assert part is client.validation and gate_rows.tolist() == list(range(len(client.validation)))
     assert sorted(expert_rows.tolist()) == list(range(n))
 

@@ -7,21 +7,17 @@ early as they may, and once as late. `make gpu` runs it on a GPU.
 from __future__ import annotations
 
 import itertools
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+import layers
 import fedms_ext
 from fedms_ext import expert_linear
 from fedms_ext.backends import cuda as backend
 from fedms_ext.backends import cuda_layout, device
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
-import layers  # noqa: E402
-from layers import (  # noqa: E402
+from layers import (
     Layer,
     check_bits_repeat,
     check_graph_replay,

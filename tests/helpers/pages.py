@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NOT_RUN = re.compile(r"^\*Not run by the tests: .+\.\*$", re.S)
@@ -55,3 +57,15 @@ def run_page(page: Path, folder: Path, python: str = sys.executable) -> str:
         assert done.returncode == 0, f"{page.name}:\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         printed += done.stdout
     return printed
+
+
+def check_predictions(printed, folder):
+    """What the two walks of docs/guide/models.md end in."""
+    assert "text,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in printed
+    reviews, cells = pd.read_parquet(folder / "predicted.parquet"), pd.read_csv(folder / "predicted.csv")
+    assert reviews.label.tolist() == ["bad", "good"] and len(cells) == 20
+    for table in (reviews, cells):
+        assert table.probability.between(0.5, 1).all() and table.gate_weight.between(0, 1).all()
+    assert set(cells.label) <= {"cracked_cell", "sound_cell"}
+    assert (folder / "adapters/client-2/adapter_model.safetensors").is_file()
+    assert (folder / "runs/again/summary.json").is_file()
