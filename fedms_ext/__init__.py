@@ -67,7 +67,15 @@ __all__ = [
 
 
 def build_info() -> dict[str, object]:
-    """How the kernels were built and run: version, cuda (the targets of the CUDA kernels, None without them),
-    isa_detected, isa_used and isa_available (of the instruction sets portable | avx2 | avxvnni | avx512 | dotprod | i8mm,
-    see FEDMS_CPU_ISA), and openmp (the date of the standard, e.g. 201511)."""
+    """Return how the kernels were built and which instructions they use.
+
+    Returns:
+        A dictionary with these keys:
+
+        - `version`: version of the package.
+        - `cuda`: the GPU architectures that the CUDA kernels were compiled for, or None if they were not built.
+        - `isa_detected`, `isa_used`, `isa_available`: instruction sets of the CPU, out of portable, avx2, avxvnni, avx512,
+          dotprod and i8mm. The environment variable `FEDMS_CPU_ISA` changes which one is used.
+        - `openmp`: release date of the OpenMP standard that the compiler implements, such as 201511.
+    """
     return _C.build_info()

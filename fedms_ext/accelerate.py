@@ -1,4 +1,4 @@
-"""`accelerate`: PEFT's LoRA layers on the kernels of this package, in place."""
+"""`accelerate`: run the LoRA layers of a PEFT model on the kernels of this package."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Accelerated:
-    """What `accelerate` did: dotted names of the layers that run on our operator, and the reason for each adapter
-    module that it left to PEFT."""
+    """The result of `accelerate`.
+
+    Attributes:
+        layers: Dotted names of the layers that now run on `fedms_ext.expert_linear`.
+        skipped: Dotted names of the adapter modules that are still computed by PEFT, each with the reason.
+    """
 
     layers: tuple[str, ...]
     skipped: dict[str, str]
@@ -26,8 +30,8 @@ class Accelerated:
         return "\n".join(lines)
 
 
-# What a LoraConfig may say: settings that say which layers get which shape, how they start or are saved, and those that the
-# layers themselves show (see `PeftLinear.obstacle`).
+# The settings of a LoraConfig that are supported: they select layers and shapes, concern initialization and saving, or can be
+# seen in the layers (see `PeftLinear.obstacle`).
 _KNOWN = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
     "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
@@ -38,31 +42,36 @@ _KNOWN = frozenset(
 
 
 def _unknown_settings(model: nn.Module) -> str | None:
-    """Why the adapters of a model are left to PEFT: a setting that this package does not know differs from its default."""
+    """Return why all adapters of a model are left to PEFT, or None: an unknown setting differs from its default."""
     configs = [c for m in model.modules() if isinstance(held := getattr(m, "peft_config", None), dict) for c in held.values()]
     for config in configs:
         for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if field.name not in _KNOWN and getattr(config, field.name) != default:
-                return f"its configuration sets {field.name}, which is not known here"
+                return f"its configuration sets {field.name}, which this version does not know"
     return None
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Lets the LoRA linear layers of a PEFT model compute by `fedms_ext.expert_linear`, in place.
+    """Run the LoRA linear layers of a PEFT model on `fedms_ext.expert_linear`, in place.
 
-    Parameters, their names and the `state_dict`, adapters (rsLoRA included), `set_adapter`, merging, `save_pretrained`
-    and the Hugging Face Trainer work as before, since only the class of each layer changes. Outputs and gradients are
-    the same up to rounding; dropout is drawn from torch's default generator but with another mask, and one adapter at a
-    time. What the operator does not compute (DoRA and other variants, biases of an adapter, GPT-2's Conv1D, quantized
-    or trained base weights, embeddings, convolutions, modules_to_save) stays as it is and is named in the result.
+    Only the class of each layer changes, so parameters, the `state_dict`, adapters (including rsLoRA), `set_adapter`,
+    merging, `save_pretrained` and the Hugging Face Trainer work as before. Outputs and gradients are equal up to rounding.
+    The seed of dropout comes from torch's default generator, but the mask differs from PEFT's.
+
+    Modules that the operator cannot compute are left to PEFT and listed in the result: DoRA and other variants, adapters
+    with a bias, several active adapters with dropout, GPT-2's Conv1D, quantized or trained base weights, embeddings,
+    convolutions and `modules_to_save`.
 
     Args:
-        model: a `peft.PeftModel`, or any module that holds PEFT's LoRA layers. Calling again changes nothing.
+        model: A `peft.PeftModel`, or any module that contains LoRA layers of PEFT. A second call changes nothing.
+
+    Returns:
+        The names of the accelerated and of the skipped modules.
 
     Raises:
-        ModuleNotFoundError: without PEFT.
-        ValueError: if the model holds no LoRA layer.
+        ModuleNotFoundError: If PEFT is not installed.
+        ValueError: If the model holds no LoRA layer.
     """
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -74,7 +83,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     unknown = _unknown_settings(model)
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            skipped[name] = "trained as a whole (modules_to_save or trainable tokens)"
+            skipped[name] = "a fully trained module (modules_to_save or trainable tokens)"
         elif not isinstance(module, BaseTunerLayer):
             continue
         elif type(module) not in (lora.Linear, PeftLinear):

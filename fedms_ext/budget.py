@@ -1,11 +1,11 @@
-"""Cost model: operations and memory of a model whose blocks are partly trained, partly a constant prefix.
+"""Cost model: operations and memory of a model with a constant prefix and trained blocks above it.
 
-Operations: one multiply-add counts as two. Counted are the Linear layers, their applied LoRA pairs, and the two
-products of attention; normalization, activations and softmax are left out (a few percent of a transformer).
+Operations: one multiply-add counts as two. Linear layers, their applied LoRA pairs and the two products of attention are
+counted. Normalization, activations and softmax are not; they are a few percent of a transformer.
 
-Memory: what a model keeps for its backward pass depends on every operator in it, so it is not worked out from the
-layers but traced: a piece of work runs on one sample and on two, and `PeakMemory` follows its tensors. The peak is
-affine in the number of samples, so two small traces foretell any batch.
+Memory: the activations that a model stores for its backward pass depend on all its operators, so they are traced rather
+than derived from the layers. The work runs once with one sample and once with two, while `PeakMemory` follows its tensors.
+The peak is an affine function of the number of samples, so two small traces predict every batch size.
 """
 from __future__ import annotations
 
@@ -26,24 +26,30 @@ from fedms_ext.sparse.activation import blocks_of, prefix_depth
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Per token: weights of the Linear layers, weights of the applied LoRA pairs, width of attention."""
+    """The sizes that determine the operations of a block for one token.
+
+    Attributes:
+        linear: Number of weights in the Linear layers.
+        lora: Number of weights in the applied LoRA pairs.
+        attention: Width of the attention, heads times the size of a head.
+    """
 
     linear: int
     lora: int
     attention: int
 
     def forward(self, tokens: int, length: int) -> int:
-        """Operations of a forward pass over `tokens` tokens in sequences of `length`, padding included."""
+        """Return the operations of a forward pass over `tokens` tokens, including padding, in sequences of `length` tokens."""
         return tokens * (2 * self.linear + 2 * self.lora + 4 * length * self.attention)
 
     def backward(self, tokens: int, length: int) -> int:
-        """Operations of a backward pass: dx of every Linear layer (the frozen weight has no gradient), two products
-        for each of attention's and LoRA's."""
+        """Return the operations of a backward pass: one product for each Linear layer, whose frozen weight needs no
+        gradient, and two for each product of LoRA and of attention."""
         return tokens * (2 * self.linear + 4 * self.lora + 8 * length * self.attention)
 
 
 def rank_of_a_row(layer: ExpertLinear) -> int:
-    """The ranks that a layer applies to a row, in the mean where rows are in segments; rounded up."""
+    """Return the total rank that a layer applies to a row; the mean over the rows, rounded up, if rows are in segments."""
     if layer.segments is None:
         return sum(layer.experts[e].rank for e in layer.applied)
     applied = zip(layer.segments, layer.experts.items())
@@ -52,7 +58,7 @@ def rank_of_a_row(layer: ExpertLinear) -> int:
 
 
 def block_costs(model: nn.Module) -> list[BlockCost]:
-    """The cost of each block with the pairs that are applied now."""
+    """Return the cost of each block with the pairs that are applied at present."""
     costs = []
     for block in blocks_of(model):
         linears = [m for m in block.modules() if is_linear(m)]
@@ -64,23 +70,26 @@ def block_costs(model: nn.Module) -> list[BlockCost]:
 
 
 def forward_flops(model: nn.Module, samples: int, length: int, *, first: int = 0, last: int | None = None) -> int:
-    """Operations of running blocks first..last-1 (0-based; default all) on `samples` sequences of `length`."""
+    """Return the operations of blocks first..last-1 (0-based; all by default) for `samples` sequences of `length` tokens."""
     return sum(cost.forward(samples * length, length) for cost in block_costs(model)[first:last])
 
 
 def backward_flops(model: nn.Module, samples: int, length: int) -> int:
-    """Operations of the backward pass down to the end of the constant prefix."""
+    """Return the operations of a backward pass, which ends above the constant prefix."""
     return sum(cost.backward(samples * length, length) for cost in block_costs(model)[prefix_depth(model):])
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """Number of parameters that ask for a gradient now."""
+    """Return the number of values in parameters that require a gradient."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, buffers and quantized weights, experts included. What several modules share counts
-    once. A quantized weight's transpose counts once a backward pass has asked for it."""
+    """Return the bytes of all parameters, buffers and quantized weights, including experts.
+
+    Tensors that several modules share count once. The transpose of a quantized weight counts as soon as a backward pass has
+    made it.
+    """
     quantized = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
     inside = {id(t) for weight in quantized for t in weight.buffers()}
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
@@ -88,10 +97,13 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within the context: `peak`, the most bytes that tensors made in it held at once.
+    """A context that measures the peak memory of the tensors created in it.
 
-    Counted are storages as torch's operators return them. What one operator allocates and frees inside itself, and
-    the allocator's own losses, are not seen.
+    It counts the storages that PyTorch's operators return. Memory that an operator allocates and frees internally, and
+    overhead of the allocator, are not counted.
+
+    Attributes:
+        peak: Largest number of bytes held at once.
     """
 
     def __init__(self) -> None:
@@ -121,21 +133,21 @@ class PeakMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of a piece of work on a batch: `fixed + samples * per_sample`."""
+    """Peak memory in bytes as a function of the batch size: `fixed + samples * per_sample`."""
 
     fixed: int
     per_sample: int
 
     def of(self, samples: int) -> int:
-        """Peak bytes for a batch of `samples`."""
+        """Return the peak memory in bytes for a batch of `samples` samples."""
         return self.fixed + samples * self.per_sample
 
 
 def memory_of(work: Callable[[int], object]) -> Memory:
-    """The memory that `work(samples)` needs above what is held when it is called, traced with 1 and 2 samples.
+    """Measure the memory that `work(samples)` allocates, by tracing it with 1 and 2 samples.
 
-    Each size runs twice, and the second run counts: what is made once and kept (a quantized weight's transpose) is
-    no part of it.
+    `work` runs twice with each size, and only the second run is measured, so that tensors which are made once and kept (the
+    transpose of a quantized weight) do not count.
     """
     peaks = []
     for samples in (1, 2):

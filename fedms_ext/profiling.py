@@ -1,12 +1,12 @@
-"""Operations of this package's operator, and which backend computes which products of a model.
+"""Count operations, and find out which backend computes which products of a model::
 
     with Served() as served:
         model(x).sum().backward()
     served.backends()
 
-Importing this module registers the formulas for `torch.utils.flop_counter.FlopCounterMode`. It is no part of `import fedms_ext`,
-which would then take as long as loading torch's counter does. One multiply-add counts as two operations, as in torch's own
-formulas; int8 products count like any others.
+Importing this module also registers the operators of this package with `torch.utils.flop_counter.FlopCounterMode`. `import
+fedms_ext` does not import it, to save the time of importing torch's counter. One multiply-add counts as two operations, as in
+torch's formulas, in int8 as in other dtypes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import backends
 from .backends.base import Call
 from .operators.expert_linear import backward_call, forward_call
 
-PYTORCH = "pytorch"  # the label of what PyTorch computes itself: layers without an expert, attention, ...
+PYTORCH = "pytorch"  # label for operations that PyTorch computes: layers without an expert, attention, ...
 
 Shape = Sequence[int]
 
@@ -36,8 +36,8 @@ def _rows_of_experts(rows: int, lora_a: Sequence[Shape], segments: Sequence[int]
 
 @register_flop_formula(torch.ops.fedms_ext.expert_linear)
 def _forward_flops(x, weight, weight_scale, kind, group, bias, lora_a, lora_b, scale, gate, segments, *_, **__) -> int:
-    """Operations of a forward pass from shapes: x (..., K), a floating weight or the scale of a quantized one (N, ...), every
-    A (r, K)."""
+    """Return the operations of a forward pass. All arguments are shapes: x (..., K); a floating weight, or the scale of a
+    quantized one, (N, ...); every A (r, K)."""
     rows, k, n = math.prod(x[:-1]), x[-1], (weight if weight_scale is None else weight_scale)[0]
     pairs = sum(count * a[0] for count, a in zip(_rows_of_experts(rows, lora_a, segments), lora_a))
     return 2 * (rows * k * n + pairs * (k + n))
@@ -48,11 +48,11 @@ def _backward_flops(
     dy, x, k, weight, weight_scale, kind, group, lora_a, lora_b, scale, gate, segments, dropout_p, seed, seed_tensor, s,
     needs_dx, needs_dgate, needs_da, needs_db, **_,
 ) -> int:  # fmt: skip
-    """Operations of a backward pass, as far as it is asked for, from shapes: dy (..., N), every A (r, K)."""
+    """Return the operations of the gradients that are needed. The tensor arguments are shapes: dy (..., N), every A (r, K)."""
     rows, n = math.prod(dy[:-1]), dy[-1]
     products = rows * k * n if needs_dx else 0
     for count, a, da, db in zip(_rows_of_experts(rows, lora_a, segments), lora_a, needs_da, needs_db):
-        # dy B, of it dx and dA; and dB.
+        # dy B, from which dx and dA are computed; and dB
         products += count * a[0] * (n * (needs_dx or needs_dgate or da) + k * needs_dx + k * da + n * db)
     return 2 * products
 
@@ -69,12 +69,12 @@ _ATTENTION = {
 
 
 class Product(NamedTuple):
-    """What a call computes.
+    """The operator and the sizes of a call.
 
     Attributes:
-        name: of the operator.
-        rows, k, n: M, K and N of the layer; 0 where an operator of PyTorch has none.
-        rank: the mean rank of the layer's experts; 0 without.
+        name: Name of the operator.
+        rows, k, n: Number of rows M, input features K and output features N; 0 for operators of PyTorch without them.
+        rank: Mean rank of the layer's experts; 0 without experts.
     """
 
     name: str
@@ -89,13 +89,14 @@ class Product(NamedTuple):
 
 
 class Served(TorchDispatchMode):
-    """A context that counts which backend computes what.
+    """A context that counts calls and operations by backend.
 
-    A call on a weight of 16 or 32 bits that the CPU backend computes may have its frozen product from PyTorch, as a part of it.
+    A call that the CPU backend computes with a 16-bit or 32-bit weight is counted as that backend's, even if PyTorch computes
+    the frozen product in it.
 
     Attributes:
-        calls: calls by (backend, `Product`).
-        flops: operations by (backend, `Product`).
+        calls: Number of calls by (backend, `Product`).
+        flops: Number of operations by (backend, `Product`).
     """
 
     def __init__(self) -> None:
@@ -122,7 +123,7 @@ class Served(TorchDispatchMode):
 
 
 def _served(packet: Any, args: tuple[Any, ...]) -> tuple[str, Product]:
-    """Return who computes a call of an operator, and what."""
+    """Return the backend and the product of a call of an operator."""
     name = packet.__name__
     if packet in (torch.ops.aten.addmm, torch.ops.aten.mm):
         (rows, k), n = args[-2].shape, args[-1].shape[1]

@@ -1,4 +1,4 @@
-"""`ExpertLinear`: an `nn.Linear` with a frozen weight, joined by any number of LoRA experts."""
+"""`ExpertLinear`: an `nn.Linear` with a frozen weight and any number of LoRA experts."""
 from __future__ import annotations
 
 import copy
@@ -22,7 +22,7 @@ from fedms_ext.operators.plain import plain_linear
 
 
 class PairState(str, enum.Enum):
-    """What one LoRA pair (A, B) of one expert in one layer does (Sparsely Activated LoRA)."""
+    """Whether the LoRA pair (A, B) of an expert in a layer is used, and whether it is trained (Sparsely Activated LoRA)."""
 
     OFF = "off"          # not applied: costs nothing
     FROZEN = "frozen"    # applied, not trained
@@ -62,14 +62,18 @@ class LoRA:
 
 
 def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:
-    """ValueError if a layer that has the experts `present` cannot take the `new` ones too."""
+    """Check that a layer can hold the experts `present` and the `new` ones together.
+
+    Raises:
+        ValueError: If a new name is taken or unusable, or if the dropout probabilities differ.
+    """
     for name in new:
         if name in present:
             raise ValueError(f"this layer already has an expert {name!r}; it has {sorted(present)}")
         # The names become attributes of a `ParameterDict`, besides those that every module has.
         if not isinstance(name, str) or not name or "." in name or hasattr(Pairs(), name):
-            raise ValueError(f"{name!r} cannot be an expert's name: it is no text, empty, holds a dot, or is the name of an "
-                             "attribute of PyTorch's modules; choose another one")
+            raise ValueError(f"{name!r} cannot be the name of an expert; expected a non-empty string without a dot that is not "
+                             "an attribute of torch.nn.Module")
     dropouts = {name: lora.dropout for name, lora in (*present.items(), *new.items())}
     if len(set(dropouts.values())) > 1:
         raise ValueError(f"the experts of a layer share one dropout mask, so one dropout; got {dropouts}")
@@ -77,7 +81,7 @@ def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:
 
 @dataclass(eq=False)
 class Route:
-    """How a layer's rows take its experts, within `fedms_ext.gated` and `fedms_ext.segmented`."""
+    """Which experts each row of a layer's input uses, as set by `fedms_ext.gated` and `fedms_ext.segmented`."""
 
     gate: Tensor | None = None
     segments: Sequence[int] | None = None
@@ -85,34 +89,40 @@ class Route:
 
 _EVERYWHERE = Route()
 
-# The routes of this thread (or task): another one that runs the same layers has its own.
+# One value for each thread (or asyncio task), so that two threads can run the same layers with different routes.
 ROUTES: ContextVar[Mapping[nn.Module, Route]] = ContextVar("fedms_routes", default={})
 
 
 class ExpertLinear(FrozenLinear):
     """`y = x W^T + b + sum over applied experts e of s_e * g_e * (x A_e^T) B_e^T`.
 
-    A drop-in for `nn.Linear`: `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never get
-    a gradient. Expert `e` adds `lora_a[e]` (r_e, K), initialized as PEFT does (Kaiming uniform, a = sqrt 5), and
-    `lora_b[e]` (N, r_e), which starts at zero, so that a new expert changes nothing (on a CPU with AVX2 or AVX-512 and
-    up to 4 rows in fp32, where the frozen product runs in a kernel of its own, nothing but the rounding). Both are float32, and stay so
-    whatever the weight is or becomes (`half()`, a state dict of bf16, quantization): in half precision an optimizer's
-    steps round to nothing or overflow. On a float64 weight they are float64.
+    A drop-in replacement for `nn.Linear`. `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never
+    get a gradient. Expert `e` adds two parameters: `lora_a[e]` (r_e, K), initialized as in PEFT (Kaiming uniform with
+    a = sqrt(5)), and `lora_b[e]` (N, r_e), initialized to zero, so that a new expert does not change the output. (One
+    exception: on a CPU with AVX2 or AVX-512 and up to 4 rows in float32, another kernel computes the frozen product, and
+    the rounding may change.)
 
-    Each pair is off, frozen or trained (`PairState`): one that is applied is trained where its tensors ask for a gradient,
-    so that `requires_grad` and `states` are one. With every pair off the module is `F.linear`, bit for bit.
-    Dropout is drawn only while one of the layer's pairs is trained and the module is in training mode; its seed
-    comes from torch's default generator.
+    Both parameters are float32, whatever the dtype of the weight is or becomes (`half()`, a bfloat16 state dict,
+    quantization), because the steps of an optimizer round to nothing or overflow in half precision. With a float64 weight
+    they are float64.
 
-    The `state_dict` holds for each expert, besides its tensors, `pairs.<name>`: rank, alpha, dropout, rslora (0 or 1) and
-    state (0 off, 1 frozen, 2 trained), float64 (5,). Loaded, they become the layer's, so that it computes what was saved.
+    Each pair has a state: off, frozen or trained (`PairState`). An applied pair is trained if its parameters require a
+    gradient, so `states` and `requires_grad` always agree. If every pair is off, the output equals that of `F.linear` bit
+    for bit. Dropout applies only if the module is in training mode and one of its pairs is trained; its seed is drawn
+    from torch's default generator.
 
-    `gate`, set by `fedms_ext.gated` for the thread that it is called in, is a tensor (B, E) with one weight per sample and
-    expert (E counts all experts of the layer, in the order of `experts`), or None for weight 1 everywhere. `segments`, set
-    by `fedms_ext.segmented`, are E numbers of samples: the first of them take the first expert alone, and so on, and the
-    gate is (B, 1); None: every sample takes all experts that are applied.
+    For each expert the `state_dict` also holds `pairs.<name>`, a float64 tensor (5,): rank, alpha, dropout, rslora (0 or
+    1) and state (0 off, 1 frozen, 2 trained). Loading a state dict restores them, so that the layer computes what the
+    saved layer computed.
 
-    After `fedms_ext.quantize`, `frozen` holds the weight; see `FrozenLinear`.
+    Attributes:
+        experts: Shape of each expert, by name, in the order in which they were added.
+        gate: Weights (B, E), one for each sample and each of the layer's E experts, or None if all weights are 1. Set by
+            `fedms_ext.gated`, for the calling thread.
+        segments: E numbers of samples, or None. With segments, the first `segments[0]` samples use only the first expert,
+            the next `segments[1]` samples only the second one, and so on, and the gate has the shape (B, 1). Without
+            segments every sample uses all applied experts. Set by `fedms_ext.segmented`, for the calling thread.
+        frozen: The quantized weight after `fedms_ext.quantize`, otherwise None; see `FrozenLinear`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, experts: Mapping[str, LoRA],
@@ -123,10 +133,10 @@ class ExpertLinear(FrozenLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, experts: Mapping[str, LoRA]) -> ExpertLinear:
-        """An `ExpertLinear` on the very parameters of `linear`, which stays as it is: nothing is copied.
+        """Return an `ExpertLinear` that shares the parameters of `linear`. Nothing is copied, and `linear` is not changed.
 
         Raises:
-            TypeError: if `linear` is no linear layer whose weight is a parameter; see `fedms_ext.nn.linear.obstacle`.
+            TypeError: If `linear` is not a linear layer whose weight is a parameter; see `fedms_ext.nn.linear.obstacle`.
         """
         if reason := obstacle(linear):
             raise TypeError(f"from_linear takes an nn.Linear; this is a {class_name(linear)}: {reason}")
@@ -138,7 +148,7 @@ class ExpertLinear(FrozenLinear):
 
     @classmethod
     def join(cls, layer: nn.Module, experts: Mapping[str, LoRA]) -> ExpertLinear:
-        """Makes a linear layer, or a `FrozenLinear`, an `ExpertLinear` in place, and returns it."""
+        """Turn a linear layer, or a `FrozenLinear`, into an `ExpertLinear` in place, and return it."""
         self: ExpertLinear = cls.take(layer)
         self._start_experts(experts)
         return self
@@ -156,11 +166,11 @@ class ExpertLinear(FrozenLinear):
             self.add_expert(name, lora)
 
     def add_expert(self, name: str, lora: LoRA) -> None:
-        """Adds an expert, frozen (which, with B = 0, changes nothing).
+        """Add an expert in the frozen state. Since its B is zero, the output does not change.
 
         Raises:
-            ValueError: if the name is taken or unusable, or the dropout differs from that of the layer's other
-                experts (the mask is one per layer, shared by its experts: definition, section 1).
+            ValueError: If the name is taken or unusable, or if the dropout differs from that of the layer's other experts,
+                which share one dropout mask.
         """
         check_experts(self.experts, {name: lora})
         weight = self._parameters["weight"] if self.frozen is None else self.frozen.scale
@@ -173,7 +183,7 @@ class ExpertLinear(FrozenLinear):
 
     @property
     def states(self) -> dict[str, PairState]:
-        """Each pair's state, by expert."""
+        """The state of each expert's pair, by the expert's name."""
         return {name: PairState.OFF if name in self.off else PairState.TRAINED if self._trains(name) else PairState.FROZEN
                 for name in self.experts}
 
@@ -181,12 +191,12 @@ class ExpertLinear(FrozenLinear):
         return self.lora_a[expert].requires_grad or self.lora_b[expert].requires_grad
 
     def set_state(self, expert: str, state: PairState | str) -> None:
-        """Sets one pair's state; training follows `requires_grad`.
+        """Set the state of an expert's pair, and `requires_grad` of its parameters to match.
 
         Raises:
-            KeyError: if the layer has no such expert.
-            ValueError: if `state` is not off, frozen or trained.
-            RuntimeError: if the expert is merged into the weight, so that to apply it would count it twice.
+            KeyError: If the layer has no such expert.
+            ValueError: If `state` is not off, frozen or trained.
+            RuntimeError: If the expert is merged into the weight: applying it would count it twice.
         """
         self._check_has(expert)
         try:
@@ -207,7 +217,7 @@ class ExpertLinear(FrozenLinear):
 
     @property
     def applied(self) -> list[str]:
-        """Names of the experts that are applied (frozen or trained), in order."""
+        """Names of the applied experts, those that are frozen or trained, in order."""
         return [name for name in self.experts if name not in self.off]
 
     @property
@@ -223,15 +233,15 @@ class ExpertLinear(FrozenLinear):
             return _EVERYWHERE
         own = ROUTES.get().get(self)
         if own is None and torch._C._current_graph_task_id() != -1:
-            # Checkpointing computes a layer anew in a thread of autograd's own, which is nobody's in particular.
+            # Activation checkpointing recomputes a layer in a thread of autograd, which has no route of its own.
             if len(self.routes) > 1:
-                raise RuntimeError("a gated layer is computed anew in a backward pass while several threads use it; run "
-                                   "their backward passes one after the other, or without checkpointing")
+                raise RuntimeError("activation checkpointing recomputes a gated layer that several threads use, and cannot "
+                                   "know whose gate to take; run the backward passes one after the other, or turn checkpointing off")
             own = self.routes[0]
         return _EVERYWHERE if own is None else own
 
     def forward(self, x: Tensor) -> Tensor:
-        # `_modules` and `_parameters` are where an attribute is found in the end; as attributes all these take 20 us a call.
+        # Attribute access on a module searches `_modules` and `_parameters` last; reading these dicts saves 20 us a call.
         modules: dict[str, Any] = self._modules
         frozen, off = modules.get("frozen"), self.off
         active = [name not in off for name in self.experts]
@@ -278,12 +288,12 @@ class ExpertLinear(FrozenLinear):
         return [count * (rows // total) if total else 0 for count in samples]
 
     def delta(self, expert: str) -> Tensor:
-        """`s * B A` of one expert, (N, K), computed in float32 or better."""
+        """Return `s * B A` of one expert, (N, K), computed in float32 or float64."""
         a, b = self.lora_a[expert].detach(), self.lora_b[expert].detach()
         return self.experts[expert].scale * (b @ a)
 
     def check_merge(self, expert: str) -> None:
-        """Raises what `merge` does, but for values that are not finite."""
+        """Raise the errors of `merge`, except the one about values that are not finite."""
         self._check_has(expert)
         if self.frozen is not None:
             raise RuntimeError("the weight is quantized, so nothing can be merged into it; call fedms_ext.dequantize "
@@ -291,8 +301,8 @@ class ExpertLinear(FrozenLinear):
         if self.merged is not None:
             raise RuntimeError(f"expert {self.merged[0]!r} is merged already; unmerge it first")
         if self.routes:
-            raise RuntimeError("a gate or segments weigh the experts by sample, so none can be merged; leave the context of "
-                               "fedms_ext.gated or fedms_ext.segmented first")
+            raise RuntimeError("an expert cannot be merged while a gate or segments are set, since its weight differs by "
+                               "sample; leave the context of fedms_ext.gated or fedms_ext.segmented first")
         if expert in self.off:
             raise RuntimeError(f"expert {expert!r} is off in this layer, so there is nothing to merge; activate it first")
         if reason := unplain(self):
@@ -302,30 +312,31 @@ class ExpertLinear(FrozenLinear):
 
     @torch.no_grad()
     def merge(self, expert: str) -> None:
-        """Takes a weight with the expert added in the place of the original one, and turns its pair off. The original is
-        kept aside as it is, for `unmerge` and for whoever shares it.
+        """Replace the weight by the sum of the weight and the expert, and turn the expert's pair off.
+
+        The original parameter is kept unchanged, for `unmerge` and for other modules that share it.
 
         Raises:
-            KeyError: if the layer has no such expert.
-            RuntimeError: if the expert is off, an expert is merged already, a gate is set, or the weight is quantized.
-            ValueError: if the merged weight would hold an infinity or a NaN.
+            KeyError: If the layer has no such expert.
+            RuntimeError: If the expert is off, an expert is merged already, a gate is set, or the weight is quantized.
+            ValueError: If the merged weight would hold an infinity or a NaN.
         """
         self.check_merge(expert)
         original: Any = self._parameters["weight"]
         delta = self._as_stored(self.delta(expert))
         weight = (original.to(delta.dtype) + delta).to(original.dtype)
         if not weight.isfinite().all():
-            raise ValueError(f"with expert {expert!r} the weight would hold an infinity or a NaN; it is left as it is")
+            raise ValueError(f"the sum of the weight and expert {expert!r} holds an infinity or a NaN; nothing was merged")
         self.merged = (expert, self.states[expert], original)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.set_state(expert, PairState.OFF)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the weight from before `merge`, bit for bit, and the pair's state.
+        """Restore the weight from before `merge`, bit for bit, and the state of the expert's pair.
 
         Raises:
-            RuntimeError: if nothing is merged.
+            RuntimeError: If no expert is merged.
         """
         if self.merged is None:
             raise RuntimeError("no expert is merged into this layer")
@@ -362,8 +373,8 @@ class ExpertLinear(FrozenLinear):
                 self.set_state(name, state)
 
     def leave(self) -> None:
-        """Makes the layer what it was before its experts joined it, in place; the experts are dropped (merge first to keep
-        one). A `FrozenLinear` if the weight is quantized."""
+        """Turn the layer, in place, into the layer that it was before it got experts, or into a `FrozenLinear` if its
+        weight is quantized. The experts are deleted; merge one first to keep it."""
         del self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.merged
         super().leave()
 
@@ -376,8 +387,11 @@ _STATES = tuple(PairState)
 
 
 def _pair_of(saved: Tensor, held: int) -> tuple[LoRA, PairState]:
-    """A pair's shape and state as `ExpertLinear` saves them. ValueError for anything else, or for another rank than the one
-    that is `held`."""
+    """Read the shape and the state of a pair from its tensor in a state dict; `held` is the rank that the layer has.
+
+    Raises:
+        ValueError: If the tensor is not one that `ExpertLinear` saved, or if its rank differs from `held`.
+    """
     if not isinstance(saved, Tensor) or saved.shape != (5,) or not saved.is_floating_point():
         raise ValueError("expected five numbers: rank, alpha, dropout, rslora, state")
     rank, alpha, dropout, rslora, state = saved.tolist()

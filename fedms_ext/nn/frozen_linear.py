@@ -12,17 +12,18 @@ from fedms_ext.operators import expert_linear
 
 
 class FrozenLinear(nn.Linear):
-    """`y = x W^T + b` with a `QuantizedWeight` in the place of W.
+    """`y = x W^T + b`, where W is a `QuantizedWeight`.
 
-    On the CPU x is quantized too, row by row, and the sums of products are exact. Elsewhere the weight is
-    expanded to x's dtype. The gradient of x comes from a weight that is quantized apart (`transposed`).
+    On the CPU each row of x is quantized too, and the integer sums of products are exact. On other devices the weight is
+    expanded to the dtype of x. The gradient of x is computed with a transposed weight that is quantized separately; see
+    `QuantizedWeight.for_dx`.
 
-    A layer of a model becomes one by a change of its class (`take`), so that it stays the same object: its hooks, its
-    other attributes and all references to it stay. Code that reads `weight` gets the weight that the quantized one stands
-    for, made anew at every read, in the dtype of the original one; it is no parameter and not in the `state_dict`.
+    `take` turns an existing layer into a `FrozenLinear` by changing its class, so the layer stays the same object: its
+    hooks, its other attributes and all references to it remain valid. Reading `weight` expands the quantized weight, in
+    the dtype of the original one, at every read; it is not a parameter and not in the `state_dict`.
 
     Args:
-        frozen: the weight (N, K).
+        frozen: The weight (N, K).
         bias: (N,) or None. It gets no gradient.
     """
 
@@ -37,7 +38,7 @@ class FrozenLinear(nn.Linear):
 
     @classmethod
     def take(cls, layer: Any) -> Any:
-        """Makes a linear layer (see `nn.linear.obstacle`) one of this class, in place, and returns it."""
+        """Turn a linear layer (see `nn.linear.obstacle`) into one of this class in place, and return it."""
         if not isinstance(layer, FrozenLinear):
             layer.plain = type(layer)
             if is_conv1d(layer):
@@ -47,7 +48,7 @@ class FrozenLinear(nn.Linear):
         return layer
 
     def leave(self) -> None:
-        """Makes the layer what it was before `take`, in place; a `FrozenLinear` while its weight is quantized."""
+        """Undo `take` in place. While the weight is quantized, the layer becomes a `FrozenLinear`."""
         if self.frozen is not None:
             self.__class__ = FrozenLinear
             return
@@ -64,23 +65,23 @@ class FrozenLinear(nn.Linear):
         return self._as_stored(frozen.dequantize().to(frozen.dtype))
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
-        """(N, K) as the weight of the layer's own class has it, and the other way round: a Conv1D has (K, N)."""
+        """Convert a weight between (N, K) and the layout of the layer's original class: a Conv1D stores (K, N)."""
         return matrix.t() if is_transposed(self) else matrix
 
     def matrix(self) -> Tensor:
         """The weight as (N, K)."""
-        weight: Tensor | None = self._parameters.get("weight")   # to look there first saves 1 us a call
+        weight: Tensor | None = self._parameters.get("weight")   # saves 1 us a call over self.weight
         if weight is None:
             weight = self.weight
         return weight if self.plain is nn.Linear else self._as_stored(weight)
 
     def freeze(self, frozen: QuantizedWeight) -> None:
-        """Takes a quantized weight (N, K) in the place of `weight`; see `fedms_ext.quantize`."""
+        """Replace `weight` by a quantized weight (N, K); see `fedms_ext.quantize`."""
         del self.weight
         self.frozen = frozen
 
     def thaw(self, weight: Tensor) -> None:
-        """Takes a weight, as the layer's own class stores it, in the place of the quantized one; see
+        """Replace the quantized weight by `weight`, in the layout of the layer's original class; see
         `fedms_ext.dequantize`."""
         bias = self._parameters.pop("bias")  # the order of parameters is that of the state_dict
         self.frozen = None

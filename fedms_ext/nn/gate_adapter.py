@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 
 class GateAdapter(nn.Module):
-    """Weights of the experts for each sample: `softmax(gate(features) / temperature)`.
+    """Compute the weight of each expert for each sample: `softmax(logits(features) / temperature)`.
 
-    LayerNorm, a bottleneck MLP with a residual connection, and one output per expert (definition, section 3; the
-    gate network's large part is the frozen foundation model whose pooled features arrive here). The last layer
-    starts at zero, so the gate begins at equal weights and moves only where that lowers the loss.
+    The logits come from a LayerNorm, a bottleneck MLP with a residual connection, and a linear layer with one output per
+    expert. The gate network as a whole is the frozen foundation model, which computes the pooled features, followed by
+    this adapter. The last layer is initialized to zero, so that all experts start with equal weights.
 
     Args:
-        dim: width of the features.
-        experts: number of outputs.
-        bottleneck: inner width of the MLP.
-        temperature: divides the gate's logits; above 0. Larger is softer.
-        side: number of further inputs, which reach the outputs by a linear map of their own, past the bottleneck.
+        dim: Width of the features.
+        experts: Number of experts, E.
+        bottleneck: Inner width of the MLP.
+        temperature: Divides the logits; above 0. A larger temperature gives more equal weights.
+        side: Number of further inputs. They bypass the MLP through a linear map of their own.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(self, dim: int, experts: int = 2, bottleneck: int = 16, temperature: float = 1.0,
@@ -46,7 +46,7 @@ class GateAdapter(nn.Module):
             nn.init.zeros_(self.side.weight)
 
     def forward(self, features: Tensor, side: Tensor | None = None) -> Tensor:
-        """features (B, dim), further inputs (B, side) or None -> weights (B, experts), rows sum to 1."""
+        """Map features (B, dim) and further inputs (B, side), or None, to weights (B, experts) whose rows sum to 1."""
         h = self.norm(features)
         h = h + self.up(nn.functional.gelu(self.down(h)))
         logits = self.out(h) if side is None else self.out(h) + self.side(side)

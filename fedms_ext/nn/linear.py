@@ -1,4 +1,4 @@
-"""Which modules are linear layers that experts or a quantized weight can join, and why others are not."""
+"""Decide which modules are linear layers that can get experts or a quantized weight, and why others cannot."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ def class_name(module: nn.Module) -> str:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the layer of GPT-2: linear, with its weight as (K, N). Known by name, so that nobody has to have
-    transformers."""
+    """Return whether a module is GPT-2's Conv1D, a linear layer that stores its weight as (K, N).
+
+    The class is recognized by its name, so that transformers need not be installed.
+    """
     return class_name(module) == "transformers.pytorch_utils.Conv1D"
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer, or what it was before it got experts or a quantized weight, stores its weight as (K, N)."""
+    """Return whether the original class of a layer stores its weight as (K, N)."""
     return not isinstance(layer, nn.Linear) or not issubclass(getattr(layer, "plain", nn.Linear), nn.Linear)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is an `nn.Linear`, of any subclass, or GPT-2's Conv1D."""
+    """Return whether a module is an `nn.Linear`, a subclass of it, or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:
-    """K and N, the numbers of input and of output features, of a linear layer (see `is_linear`)."""
+    """Return the numbers of input and output features, (K, N), of a linear layer (see `is_linear`)."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     inputs, outputs = layer._parameters["weight"].shape
@@ -43,15 +45,18 @@ def widths(layer: nn.Module) -> tuple[int, int]:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Why the class of a module does not say what it computes, or None."""
+    """Return why a module does not compute what its class defines, or None if it does."""
     if "forward" not in vars(module):
         return None
     return "its forward method was replaced, which offloading and patching do; undo that first"
 
 
 def passed_by(module: nn.Module) -> str | None:
-    """Why the effect of calling a module is more than its class and its parameters say, or None: hooks (steering, capture,
-    FSDP, ZeRO-3) and a forward of the instance's own (offloading) are left out where it is not called."""
+    """Return why computing a module from its parameters differs from calling it, or None if it does not.
+
+    Hooks (activation steering, FSDP, ZeRO-3) and a `forward` that was replaced on the instance (offloading) run only when
+    the module is called.
+    """
     if reason := replaced_forward(module):
         return reason
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -60,7 +65,7 @@ def passed_by(module: nn.Module) -> str | None:
 
 
 def unplain(module: nn.Module) -> str | None:
-    """Why the weight or the bias is not a tensor that holds its own values, or None."""
+    """Return why the weight or the bias is not an ordinary parameter, or None if both are."""
     for name in ("weight", "bias"):
         tensor = module._parameters.get(name)
         if tensor is not None and type(tensor) is not nn.Parameter:
@@ -69,11 +74,11 @@ def unplain(module: nn.Module) -> str | None:
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """Why experts, or a quantized weight, cannot join a layer in place, or None if they can.
+    """Return why a layer cannot get experts or a quantized weight in place, or None if it can.
 
-    The layer is an `nn.Linear`, a subclass of it that computes the same, or a Conv1D: it holds a weight and a bias that are
-    parameters, and nothing else. That leaves out weights that are computed (pruned, parametrized, normed) and layers with
-    weights of another kind. Its hooks stay, since the layer stays the same object.
+    Accepted are `nn.Linear`, subclasses of it that compute the same function, and GPT-2's Conv1D, if their only tensors are
+    a weight and a bias that are parameters. Not accepted are layers whose weight is computed (pruned, parametrized or
+    normalized) and layers that hold other tensors. Hooks are no obstacle, since the layer stays the same object.
     """
     if not is_linear(layer):
         return "it is not a linear layer"
@@ -81,11 +86,11 @@ def obstacle(layer: nn.Module) -> str | None:
         return reason
     weight = layer._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
-        return "its weight is no parameter but computed (pruned or parametrized); make it permanent first"
+        return "its weight is not a parameter but computed (pruned or parametrized); make it permanent first"
     extra = [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]
     extra += [name for name, _ in layer.named_buffers(recurse=False)] + [name for name, _ in layer.named_children()]
     if extra:
-        return f"besides its weight and bias it holds {', '.join(extra)}, of which its output may depend"
+        return f"besides its weight and bias it holds {', '.join(extra)}, on which its output may depend"
     if reason := unplain(layer):
         return reason
     if weight.dim() != 2:
@@ -97,7 +102,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _computes_linear(layer: nn.Linear) -> bool:
-    """Whether the forward of a subclass is that of `nn.Linear` on two rows."""
+    """Return whether a subclass computes what `nn.Linear` computes, tried on two random rows."""
     weight: Tensor = layer.weight
     if weight.is_meta:
         return False
@@ -105,23 +110,23 @@ def _computes_linear(layer: nn.Linear) -> bool:
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     try:
         found = type(layer).forward(layer, x)
-    except Exception:  # a stranger's code, with any arguments
+    except Exception:  # code of a stranger may raise anything
         return False
     expected = F.linear(x, weight, layer.bias)
     return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, 1e-2, 1e-4)
 
 
-# Reading these of a weight does not compute with it.
+# Attributes and methods of a weight that do not use its values.
 _FACTS = {"dtype", "device", "shape", "size", "requires_grad", "ndim", "dim", "numel", "is_meta", "layout", "element_size"}
-# Nor do these methods, which run before or beside a forward pass.
+# Methods whose name holds one of these words do not take part in a forward pass.
 _BESIDE = ("init", "reset", "tie", "load", "save", "repr", "prune")
 
 
 def reader(model: nn.Module, name: str) -> str | None:
-    """The class around a layer whose code computes with `<layer>.weight` itself instead of calling the layer, or None.
+    """Return the class whose code reads `<layer>.weight` instead of calling the layer, or None if there is none.
 
-    Looked for in the source of the modules that the layer lies in. PyTorch's own encoder layer is not named: `attach` and
-    `quantize` switch off the fused path in which it does so.
+    The source code of all modules that contain the layer is searched. PyTorch's encoder layer is not reported, because
+    `attach` and `quantize` switch off the fused path in which it reads the weights.
     """
     steps = name.split(".")
     for depth in range(len(steps)):
@@ -135,8 +140,10 @@ def reader(model: nn.Module, name: str) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _weights_read(kind: type, replaced: object) -> frozenset[tuple[str, ...]]:
-    """The attribute paths from `self` to the submodules whose weight the methods of a class compute with. `replaced`: the
-    forward of an instance's own, if there is one."""
+    """Return the attribute paths from `self` to the submodules whose weight the methods of a class read.
+
+    `replaced` is the forward method that was set on the instance, or None.
+    """
     methods = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items() if base is not nn.Module}
     if replaced is not None:
         methods["forward"] = inspect.unwrap(getattr(replaced, "__func__", replaced))  # type: ignore[arg-type]

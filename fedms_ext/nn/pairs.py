@@ -1,4 +1,4 @@
-"""`Pairs`: the A, or the B, of a layer's experts."""
+"""`Pairs`: the A parameters, or the B parameters, of a layer's experts."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 
 class Pairs(nn.ParameterDict):
-    """Tensors by the expert's name, in float32 or float64 whatever happens to the model around them.
+    """Parameters by the name of the expert, always in float32 or float64.
 
-    `model.half()`, `model.to(torch.bfloat16)` and a state dict of half precision change their device and their values, but
-    never make them narrower than float32; see `ExpertLinear`.
+    `model.half()`, `model.to(torch.bfloat16)` and loading a state dict in half precision may change their device and their
+    values, but not their dtype to a narrower one than float32; `ExpertLinear` says why.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pairs:
-        return super()._apply(lambda tensor: _wide(fn(tensor), tensor), recurse)
+        return super()._apply(lambda tensor: _at_least_float32(fn(tensor), tensor), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        wide = {key: _wide(value, value) for key, value in state_dict.items()
+        upcast = {key: _at_least_float32(value, value) for key, value in state_dict.items()
                 if key.startswith(prefix) and isinstance(value, Tensor)}
-        super()._load_from_state_dict({**state_dict, **wide}, prefix, *args)
+        super()._load_from_state_dict({**state_dict, **upcast}, prefix, *args)
 
 
-def _wide(changed: Tensor, original: Tensor) -> Tensor:
-    """`changed`, or, where that is narrower than float32, the original on its device in float32."""
+def _at_least_float32(changed: Tensor, original: Tensor) -> Tensor:
+    """Return `changed` if its dtype is at least float32, otherwise `original` in float32 on the device of `changed`."""
     if not changed.is_floating_point() or torch.promote_types(changed.dtype, torch.float32) == changed.dtype:
         return changed
     return original.to(changed.device, torch.float32)

@@ -13,47 +13,49 @@ from fedms_ext.operators import expert_linear
 
 
 def _hooks_everywhere() -> bool:
-    """Whether hooks on all modules, which the layer's parts have too, are set."""
+    """Return whether global hooks are registered, which PyTorch would also call on the layer's submodules."""
     everywhere = torch.nn.modules.module
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
 class PeftLinear(lora.Linear):
-    """`peft.tuners.lora.Linear` that computes `W x + b + sum over active adapters of s B A dropout(x)` by
-    `fedms_ext.expert_linear`. Everything else is PEFT's: parameters and their names, adapters, merging, saving.
+    """A `peft.tuners.lora.Linear` whose forward and backward pass are computed by `fedms_ext.expert_linear`.
 
-    A layer becomes one by a change of its class (see `fedms_ext.accelerate`), so nothing is copied. What the operator
-    does not compute is left to PEFT call by call: see `obstacle`.
+    It computes `W x + b + sum over active adapters of s B A dropout(x)`. Parameters and their names, adapters, merging and
+    saving are inherited from PEFT. `fedms_ext.accelerate` changes the class of existing layers, so nothing is copied. A
+    call that the operator cannot compute is left to PEFT; `obstacle` gives the reason.
     """
 
     def obstacle(self) -> str | None:
-        """Why PEFT computes this layer with the adapters that are active now; None if we do."""
+        """Return why PEFT has to compute this layer with its active adapters, or None if the operator can."""
         base, adapters = self.base_layer, self._adapters()
         if reason := replaced_forward(self):
             return reason
         if type(base) is not nn.Linear:
             return f"its base layer is a {type(base).__module__}.{type(base).__name__}, not a torch.nn.Linear"
         if reason := passed_by(base) or unplain(base):
-            return f"its base layer has to be called: {reason}"
+            return f"its base layer cannot be replaced by the operator: {reason}"
         if base.weight is None or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return "its base weight is trained"
         for name in adapters:
             if name in self.lora_variant:
-                return f"adapter {name!r} is no plain LoRA ({type(self.lora_variant[name]).__name__})"
+                return f"adapter {name!r} is a variant of LoRA ({type(self.lora_variant[name]).__name__})"
             pair = (self.lora_A[name], self.lora_B[name])
             if type(pair[0]) is not nn.Linear or type(pair[1]) is not nn.Linear:
-                return f"adapter {name!r} is a {class_name(pair[0])} and a {class_name(pair[1])}, not a torch.nn.Linear each"
+                found = f"{class_name(pair[0])} and a {class_name(pair[1])}"
+                return f"adapter {name!r} consists of a {found}, expected two torch.nn.Linear"
             for part in (*pair, self.lora_dropout[name]):
                 if reason := passed_by(part) or unplain(part):
-                    return f"a part of adapter {name!r} has to be called: {reason}"
+                    return f"a module of adapter {name!r} cannot be replaced by the operator: {reason}"
             if self.lora_B[name].bias is not None:
                 return f"adapter {name!r} has a bias"
-            if type(self.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-                return f"adapter {name!r} has a dropout of its own kind ({type(self.lora_dropout[name]).__name__})"
+            dropout = type(self.lora_dropout[name])
+            if dropout not in (nn.Identity, nn.Dropout):
+                return f"adapter {name!r} has a {dropout.__name__} as its dropout, expected torch.nn.Dropout"
         if len({self.lora_A[name].weight.dtype for name in adapters}) > 1:
             return "its adapters differ in dtype"
         if len(adapters) > 1 and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters):
-            return "several adapters with dropout are active, each of which has a mask of its own"
+            return "several active adapters have dropout, and PEFT draws a separate mask for each"
         return None
 
     def _adapters(self) -> list[str]:
@@ -61,7 +63,8 @@ class PeftLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = self._adapters()
-        if not adapters or args or kwargs or self.disable_adapters or self.merged or _hooks_everywhere() or self.obstacle() is not None:
+        by_peft = not adapters or args or kwargs or self.disable_adapters or self.merged or _hooks_everywhere()
+        if by_peft or self.obstacle() is not None:
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[adapters[0]]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0

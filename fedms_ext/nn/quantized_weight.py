@@ -1,4 +1,4 @@
-"""`QuantizedWeight`: the frozen weight of a linear layer in a small format."""
+"""`QuantizedWeight`: the frozen weight of a linear layer in 16, 8 or 4 bits."""
 from __future__ import annotations
 
 import hashlib
@@ -13,28 +13,28 @@ from fedms_ext.reference import GROUP, LEVELS, quantize_weight
 
 
 class QuantizedWeight(nn.Module):
-    """A weight (N, K) in a small format: `q`, and `scale` in float32::
+    """A weight (N, K) in 16, 8 or 4 bits, stored as `q` and a float32 `scale`::
 
         kind         q                       scale                  bits a weight (group 64)
         int8         (N, K) int8             (N,)                   8 and 32 / K
         nf4, int4    (N, ceil(K / 2)) uint8  (N, ceil(K / group))   4.5
         fp16, bf16   (N, K) of that dtype    (N, 0)                 16
 
-    int8 is symmetric, W is about q * scale; the 4-bit formats are those of `fedms_ext.reference.LEVELS`.
+    int8 is symmetric: W is approximately q * scale. `fedms_ext.reference.LEVELS` defines the 4-bit formats.
 
-    That is the logical form: the one in the `state_dict` (`q`, `scale`) and in a pickle, and the one that lies on a
-    GPU. On the CPU `data` holds q packed for the instruction set in use instead, (bytes,) uint8, unless it is fp16 or
-    bf16. `sha256` names the weight that it was made from and `dtype` is that weight's. The `state_dict` carries both, and
-    the format, in `identity`; it loads into a weight of the same format alone.
+    The table shows the logical form, which is used in the `state_dict`, in a pickle and on a GPU. On the CPU `data` holds q
+    packed for the instruction set in use, (bytes,) uint8, except for fp16 and bf16. `sha256` identifies the original weight
+    and `dtype` is its dtype. The `state_dict` holds both of them and the format in `identity`, and loads only into a weight
+    of the same format.
 
     Args:
         weight: (N, K), any floating dtype; quantized in float32. It is not kept.
-        kind: one of the formats above.
-        group: values that share a scale in the 4-bit formats, 32 or 64.
+        kind: One of the formats above.
+        group: Number of values that share a scale in the 4-bit formats, 32 or 64.
 
     Raises:
-        ValueError: for an unknown kind or group, if the weight is no matrix, holds an infinity or a NaN, or has values
-            beyond the range of fp16.
+        ValueError: If the kind or the group is unknown, or if the weight is not a matrix, holds an infinity or a NaN, or
+            has values beyond the range of fp16.
     """
 
     data: Tensor
@@ -69,40 +69,41 @@ class QuantizedWeight(nn.Module):
 
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
-        """data and scale. By its attributes each takes 2 us, which counts at one row."""
+        """(data, scale), read without attribute access, which would take 2 us each: noticeable for an input of one row."""
         return self._buffers["data"], self._buffers["scale"]
 
     @property
     def q(self) -> Tensor:
-        """The logical form, unpacked."""
+        """The values in the logical form."""
         return unpacked(self.data, self.kind, *self._shape)
 
     @property
-    def steps(self) -> int:
-        """In how many steps the CPU's kernels quantize x for this weight, int8 or of 4 bits; see
+    def largest_level(self) -> int:
+        """Largest level of an input on the CPU: x is quantized to the integers from 0 to this one; see
         `reference.quantize_rows`."""
         return _C.int8_steps(self.data)
 
     def dequantize(self) -> Tensor:
-        """The weight (N, K) that this stands for, float32."""
+        """Return the weight (N, K) in float32, with its quantization error."""
         return dequantize(self.data, self.scale, self.kind, self.group, self._shape[1])
 
     def for_dx(self) -> tuple[Tensor, Tensor]:
-        """The data and scale that the gradient of a layer's input is computed from.
+        """Return the data and the scale for computing the gradient of a layer's input.
 
-        int8 has one scale an output channel, along which that product sums; so it needs the transposed weight (K, N),
-        quantized apart with one scale an input channel, from q * scale, when it is first asked for, and kept: there,
-        and only then, torch.compile breaks its graph. The other formats give what the forward pass uses.
+        An int8 weight has one scale for each output channel, and the gradient of the input sums over output channels, so
+        the scales cannot be factored out. The transposed weight (K, N) is therefore quantized separately from q * scale,
+        with one scale for each input channel, at the first call, and kept. torch.compile breaks its graph at that first
+        call only. The other formats return what the forward pass uses.
         """
         if self.kind != "int8":
             return self.data, self.scale
         if self._transposed is None or (not torch.compiler.is_compiling() and self._transposed_of != self._versions()):
-            # Not as a decorator: that would load torch._dynamo, 1.5 s, whenever this package is imported.
+            # Not a decorator: importing this package would then import torch._dynamo, which takes 1.5 s.
             torch.compiler.disable(self._transpose)()
         return self._transposed
 
     def _versions(self) -> tuple[int, int]:
-        """Counts the changes in place; a tensor of inference mode cannot be changed outside of it and counts none."""
+        """Return counters of in-place changes. Inference tensors have none, and cannot be changed outside of inference mode."""
         data, scale = (0 if t.is_inference() else t._version for t in self.operands)
         return data, scale
 
@@ -113,13 +114,13 @@ class QuantizedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, those of the transposed weight included."""
+        """Bytes in memory, including the transposed weight."""
         return sum(t.nbytes for t in (self.data, self.scale, *(self._transposed or ())))
 
-    # The packed form belongs to one machine, so only the logical one leaves it.
+    # The packed form depends on the CPU, so only the logical form is saved and moved.
 
     def _apply(self, fn, recurse: bool = True) -> QuantizedWeight:
-        moved = fn(self.scale)   # may also change the dtype, which is not for a quantized weight
+        moved = fn(self.scale)   # only the device counts: a change of dtype does not apply to a quantized weight
         if moved.device != self.scale.device:
             self._hold(self.q.to(moved.device), self.scale.to(moved.device))
         return self
@@ -171,14 +172,14 @@ _IDENTITY = re.compile(r"(?P<format>[a-z0-9/]+) (?P<dtype>float64|float32|float1
 
 
 def _text(tensor: Tensor) -> str:
-    """The text in a tensor of bytes; what is no short one has none."""
+    """Decode a uint8 tensor as text; return an empty string for any other or a longer tensor."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > 256:
         return ""
     return bytes(tensor.tolist()).decode(errors="replace")
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 (hex) of a tensor's dtype, shape and bytes."""
+    """Return the SHA-256, in hexadecimal, of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     digest.update(data)  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on

@@ -1,4 +1,4 @@
-"""The formats of frozen weights: what `nn.QuantizedWeight` holds, as plain tensors."""
+"""Functions that convert between the formats of `nn.QuantizedWeight`, on plain tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ KINDS = ("int8", *HALVES, "nf4", "int4")
 
 
 def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    """The logical form of a weight (N, K): q and scale, see `nn.QuantizedWeight`.
+    """Quantize a weight (N, K) to the logical form (q, scale); see `nn.QuantizedWeight`.
 
-    Raises ValueError if a value lies beyond the range of fp16.
+    Raises:
+        ValueError: If a value lies beyond the range of fp16.
     """
     if kind == "int8":
         q, scale = quantize_weight(weight)
@@ -32,8 +33,8 @@ def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
 
 
 def packed(q: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
-    """A logical form as its device keeps it: on the CPU packed for the instruction set in use, fp16 and bf16 as they
-    are."""
+    """Return q as it is stored on its device: packed for the instruction set in use on the CPU, except for fp16 and bf16,
+    and unchanged on other devices."""
     if kind in HALVES or q.device.type != "cpu":
         return q
     if kind == "int8":
@@ -50,7 +51,7 @@ def _is_packed(data: Tensor, kind: str) -> bool:
 
 
 def unpacked(data: Tensor, kind: str, n: int, k: int) -> Tensor:
-    """The logical form of the data of a weight (n, k), in either form."""
+    """Return the logical form of the data of a weight (n, k), which may be packed or not."""
     if not _is_packed(data, kind):
         return data
     if kind == "int8":
@@ -63,7 +64,7 @@ def unpacked(data: Tensor, kind: str, n: int, k: int) -> Tensor:
 
 
 def dequantize(data: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
-    """The weight (N, k), float32, that the data, in either form, and the scale stand for."""
+    """Return the float32 weight (N, k) of data, packed or not, and its scale."""
     if kind in LEVELS and _is_packed(data, kind):
         weight = torch.empty(scale.shape[0], k)
         _C.nibbles_dequantize(group, data, scale, weight)

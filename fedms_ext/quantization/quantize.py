@@ -1,4 +1,4 @@
-"""Quantize the frozen weights of a model in place, and put the original ones back."""
+"""Quantize the frozen weights of a model in place, and restore the original weights."""
 from __future__ import annotations
 
 import warnings
@@ -19,32 +19,38 @@ from fedms_ext.sparse.surgery import Targets, matches
 
 
 def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclude: Targets | None = None) -> list[str]:
-    """Replaces the frozen weights of a model's linear layers by quantized ones, in place; the originals are dropped.
+    """Replace the frozen weights of a model's linear layers by quantized weights, in place. The original weights are freed.
 
-    Each layer stays the same object, with its experts, hooks and attributes; plain ones become `FrozenLinear`. Layers are
-    those of `attach`. Left alone are layers whose weight still asks for a gradient (a head that is trained), layers that
-    share their weight with another module, subclasses of `nn.Linear` that compute something else, layers whose weight
-    is computed (pruned, parametrized) or lies elsewhere, and those whose weight the code around them reads, as far as one
-    sees that: where it reads a quantized one all the same, it gets it expanded.
+    Each layer stays the same object and keeps its experts, hooks and attributes; layers without experts become
+    `FrozenLinear`. The following layers are not quantized:
+
+    - layers whose weight requires a gradient, such as a trained head;
+    - layers that share their weight with another module;
+    - layers that `attach` does not accept: subclasses of `nn.Linear` that compute something else, and layers whose weight
+      is computed (pruned or parametrized);
+    - layers whose weight is read by the code of a surrounding module, as far as its source code shows. If such code is
+      missed, it reads the expanded weight, and the result is still right.
 
     Args:
-        model: any module.
-        kind: the format, `"int8"`, `"fp16"`, `"bf16"`, `"nf4"` or `"int4"`; see `QuantizedWeight`.
-        group: values that share a scale in the 4-bit formats, 32 or 64.
-        exclude: name endings or a regular expression: the layers to leave alone. By default the output layer that
-            `model.get_output_embeddings()` names, since a language model's logits suffer most; `()` leaves out none.
+        model: Any module.
+        kind: The format: `"int8"`, `"fp16"`, `"bf16"`, `"nf4"` or `"int4"`; see `QuantizedWeight`.
+        group: Number of values that share a scale in the 4-bit formats, 32 or 64.
+        exclude: Layers that are not quantized, as name endings or a regular expression. The default is the output layer,
+            `model.get_output_embeddings()`, because quantizing it affects the logits of a language model most. Pass `()` to
+            quantize it too.
 
     Returns:
-        Dotted names of the layers that are quantized now, in the model's order.
+        Dotted names of the quantized layers, in the model's order.
 
     Raises:
-        ValueError: for an unknown kind or group, if no layer can be quantized, or if a weight is not finite or beyond fp16,
-            or a layer's forward method was replaced (offloading), so that it would read no weight.
-        RuntimeError: if an expert is merged into a weight.
-        The model is then as it was.
+        ValueError: If the kind or the group is unknown, no layer can be quantized, a weight is not finite or beyond the
+            range of fp16, or the forward method of a layer was replaced (by offloading, for example).
+        RuntimeError: If an expert is merged into a weight.
+        In all cases the model is unchanged.
 
     Warns:
-        UserWarning: if most bytes of the frozen weights stay as they are (a mixture of experts in one tensor, embeddings).
+        UserWarning: If more than half of the bytes of the frozen weights are not quantized, as in a mixture of experts that
+            is stored as one tensor.
     """
     if kind not in KINDS:
         raise ValueError(f"cannot quantize to {kind!r}; expected {', '.join(KINDS)}")
@@ -56,13 +62,13 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
     if merged:
         raise RuntimeError(f"an expert is merged into {merged[0]!r}; call unmerge before the weights are quantized")
     frozen = {name: _quantized(name, layer, kind, group) for name, layer in layers.items()}
-    _tell_what_stays(model, layers)
+    _warn_of_unquantized(model, layers)
     for name, layer in layers.items():
         (layer if isinstance(layer, FrozenLinear) else FrozenLinear.take(layer)).freeze(frozen[name])
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
     for module in model.modules():
-        # Outside of training PyTorch's own encoder layers pass their Linear layers by, and read the weights.
+        # In evaluation mode PyTorch's encoder layers read the weights instead of calling their Linear layers.
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, FrozenLinear) for m in module.modules()):
             module.activation_relu_or_gelu = 0
     return list(layers)
@@ -98,32 +104,32 @@ def _quantized(name: str, layer: nn.Module, kind: str, group: int) -> QuantizedW
         raise ValueError(f"layer {name!r}: {error}") from None
 
 
-def _tell_what_stays(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def _warn_of_unquantized(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     quantized = {id(layer.weight) for layer in layers.values()}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     stays = {name: p.nbytes for name, p in frozen.items() if id(p) not in quantized}
     share = sum(stays.values()) / sum(p.nbytes for p in frozen.values())
     if share > 0.5:
         largest = sorted(stays, key=lambda name: -stays[name])[:3]
-        warnings.warn(f"{share:.0%} of the bytes of the frozen weights stay as they are, the most of them in "
-                      f"{', '.join(largest)}: only linear layers with a matrix of their own are quantized", stacklevel=3)
+        warnings.warn(f"{share:.0%} of the bytes of the frozen weights are not quantized; the largest such weights are "
+                      f"{', '.join(largest)}. Only linear layers that own their weight matrix are quantized", stacklevel=3)
 
 
 @torch.no_grad()
 def dequantize(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Puts the original weights back into a quantized model, in place; then experts can be merged and exported.
+    """Restore the original weights of a quantized model in place, so that experts can be merged and exported.
 
     Args:
-        model: a model that `quantize` changed.
-        weights: the original weight of every quantized layer, under `<dotted name>.weight`, such as the
-            state dict of the model as it was loaded. Each is checked against its SHA-256.
+        model: A model that `quantize` changed.
+        weights: The original weight of each quantized layer under the key `<dotted name>.weight`, as in the state dict of
+            the model before `quantize`. Each weight is compared with the SHA-256 of the weight that was quantized.
 
     Returns:
-        Dotted names of the layers that have their weight again, in the model's order.
+        Dotted names of the restored layers, in the model's order.
 
     Raises:
-        KeyError: if a weight is missing.
-        ValueError: if nothing is quantized, or a weight is not the one that was quantized.
+        KeyError: If a weight is missing.
+        ValueError: If no layer is quantized, or a weight differs from the one that was quantized.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) and m.frozen is not None}
     if not layers:
@@ -135,7 +141,7 @@ def dequantize(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
         found = tensor_sha256(weight.t() if is_transposed(layer) else weight)
         if found != layer.frozen.sha256:
             raise ValueError(f"{name}.weight is not the weight that was quantized: its SHA-256 is {found}, "
-                             f"expected {layer.frozen.sha256}; load the model that `quantize` was given")
+                             f"expected {layer.frozen.sha256}; pass the weights that the model had before quantize")
     for name, layer in layers.items():
         layer.thaw(weights[f"{name}.weight"].detach().to(layer.frozen.scale.device, copy=True))
         if not isinstance(layer, ExpertLinear):

@@ -1,8 +1,8 @@
 """Sparsely Activated LoRA: which blocks are active, and the constant prefix below them.
 
-The blocks of a model are numbered 1..L from the input. The *constant prefix* is the run of blocks below the first
-one that holds a trained pair. Nothing in it can change, so it needs no autograd, keeps nothing for the backward
-pass, and gives the same output for the same sample every time: that output can be cached.
+The blocks of a model are numbered 1..L from the input. The *constant prefix* consists of the blocks below the first block
+with a trained pair. Its weights do not change, so it needs no backward pass and no stored activations, and its output for
+a sample is always the same and can be cached.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ ORDERS = ("top_down", "bottom_up", "interleaved")
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential:
-    """The blocks of a model that experts are attached to.
+    """Return the list of transformer blocks of a model with experts.
 
     Raises:
         ValueError: if no experts are attached.
@@ -37,13 +38,15 @@ def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential:
 
 
 def activation_order(count: int, order: str | Sequence[int]) -> list[int]:
-    """The order in which blocks 1..count are activated, as block numbers.
+    """Return the block numbers 1..count in the order in which the blocks are activated.
 
-    `top_down`: L, L-1, ..., 1. `bottom_up`: 1, 2, ..., L. `interleaved`: every second block from the top, then the
-    ones between. A list of distinct block numbers is taken as it is (blocks that it leaves out are never active).
+    Args:
+        count: Number of blocks, L.
+        order: `top_down` (L, L-1, ..., 1), `bottom_up` (1, 2, ..., L), `interleaved` (every second block from the top, then
+            the blocks between them), or a list of distinct block numbers. Blocks that the list omits are never active.
 
     Raises:
-        ValueError: for an unknown name, or a list with a number outside 1..count or twice the same.
+        ValueError: If the name is unknown, or the list holds a number twice or outside 1..count.
     """
     if order == "top_down":
         return list(range(count, 0, -1))
@@ -60,15 +63,25 @@ def activation_order(count: int, order: str | Sequence[int]) -> list[int]:
 
 def activate(model: nn.Module, expert: str, *, depth: int, order: str | Sequence[int] = "top_down",
              applied_depth: int | None = None) -> list[int]:
-    """Sets the state of all of an expert's pairs: the first `depth` blocks of the order are trained, the following
-    ones up to `applied_depth` (default `depth`) are applied but frozen, all others are off.
+    """Set the states of all pairs of an expert.
+
+    The first `depth` blocks of the order are trained, the next ones up to `applied_depth` are frozen, and the others are
+    off.
+
+    Args:
+        model: A model with experts.
+        expert: Name of the expert.
+        depth: Number of trained blocks.
+        order: See `activation_order`.
+        applied_depth: Number of trained and frozen blocks; the default is `depth`.
 
     Returns:
-        The numbers of the trained blocks, ascending.
+        The numbers of the trained blocks, in ascending order.
 
     Raises:
-        ValueError: if not 0 <= depth <= applied_depth <= number of blocks in the order.
-        RuntimeError: if the expert is merged into a weight of these blocks. No state has changed then.
+        KeyError: If no layer has the expert.
+        ValueError: If 0 <= depth <= applied_depth <= number of blocks in the order does not hold.
+        RuntimeError: If the expert is merged into a weight of these blocks; no state has changed then.
     """
     ranked = activation_order(len(blocks_of(model)), order)
     applied_depth = depth if applied_depth is None else applied_depth
@@ -87,29 +100,32 @@ def activate(model: nn.Module, expert: str, *, depth: int, order: str | Sequence
 
 
 def deactivate(model: nn.Module, expert: str) -> None:
-    """Turns all of an expert's pairs off."""
+    """Turn all pairs of an expert off."""
     activate(model, expert, depth=0)
 
 
 def prefix_depth(model: nn.Module) -> int:
-    """Number of blocks in the constant prefix: those below the first one with a trained pair, or with a pair that
-    a gate weighs (0: none; L: all)."""
+    """Return the number of blocks in the constant prefix, 0..L: those below the first block that has a trained pair or a
+    gate."""
     live = [layer.block for layer in expert_layers(model).values()
             if layer.gate is not None or PairState.TRAINED in layer.states.values()]
     return min(live) - 1 if live else len(blocks_of(model))
 
 
 def prefix_hash(model: nn.Module, depth: int) -> str:
-    """SHA-256 over the applied and the merged pairs inside the first `depth` blocks, whatever their experts' names:
-    with the model's and the data's fingerprints it names what the prefix computes."""
+    """Return the SHA-256 of the applied and merged pairs in the first `depth` blocks.
+
+    Together with fingerprints of the model and the data it identifies the output of the prefix. Names of experts do not
+    enter.
+    """
     digest = hashlib.sha256()
     for name, layer in expert_layers(model).items():
         if layer.block <= depth:
             merged = [] if layer.merged is None else [layer.merged[0]]
-            for way, experts in (("applied", layer.applied), ("merged", merged)):
+            for kind, experts in (("applied", layer.applied), ("merged", merged)):
                 for expert in experts:
                     lora = layer.experts[expert]
-                    digest.update(f"{name}/{way}/{lora.scale!r}/{lora.rank}".encode())
+                    digest.update(f"{name}/{kind}/{lora.scale!r}/{lora.rank}".encode())
                     for pair in (layer.lora_a[expert], layer.lora_b[expert]):
                         digest.update(pair.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -117,17 +133,28 @@ def prefix_hash(model: nn.Module, depth: int) -> str:
 
 @contextmanager
 def gated(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], gate: Tensor) -> Iterator[None]:
-    """Within the context each sample of a batch, in this thread, weighs the experts of the given layers by its row of `gate`
-    (B, E), E counting all experts of a layer in their order. Differentiable with respect to `gate`."""
+    """Weight the experts of the given layers by sample, within the context and in the calling thread.
+
+    Args:
+        layers: The layers, as a list or as `expert_layers` returns them.
+        gate: (B, E) weights, one row for each sample and one column for each expert of a layer, in the order of the experts.
+            Gradients flow to it. (B, T, E) gives each token its own weights.
+    """
     with _routed(layers, gate=gate):
         yield
 
 
 @contextmanager
 def segmented(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], segments: Sequence[int]) -> Iterator[None]:
-    """Within the context the samples of a batch, in this thread, take one expert each in the given layers: the first segments[0] of them
-    a layer's first expert, the next segments[1] its second, and so on, E numbers in the order of its experts. So the
-    streams of a mixture run as one batch through one frozen product."""
+    """Let each sample use only one expert of the given layers, within the context and in the calling thread.
+
+    The first segments[0] samples of a batch use the first expert, the next segments[1] samples the second one, and so on.
+    This computes the streams of a mixture as one batch, with one frozen product.
+
+    Args:
+        layers: The layers, as a list or as `expert_layers` returns them.
+        segments: E numbers of samples, in the order of the experts.
+    """
     with _routed(layers, segments=segments):
         yield
 
@@ -148,8 +175,7 @@ def _routed(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], **chang
 
 
 def _exchange(old: Mapping[Any, Route], new: Mapping[Any, Route]) -> None:
-    """Puts the layers' new routes in the place of the old ones of this thread; a layer in one of the two alone gains or
-    loses one."""
+    """Replace this thread's old routes by the new ones in each layer's list of routes."""
     for layer in {*old, *new}:
         if old.get(layer) is not new.get(layer):
             layer.routes = [route for route in layer.routes if route is not old.get(layer)]
@@ -157,18 +183,22 @@ def _exchange(old: Mapping[Any, Route], new: Mapping[Any, Route]) -> None:
 
 
 class ConstantPrefix:
-    """The first `depth` blocks of a model, run apart from the rest.
+    """Runs the first `depth` blocks of a model separately from the rest.
 
-    `capture` runs a forward pass up to the prefix's end without autograd and returns what enters the next block;
-    `replay` lets a forward pass start from such a tensor, skipping the prefix. Works for any model whose forward
-    calls its blocks one after the other with the hidden state as first positional argument and takes the hidden
-    state from what they return (the tensor itself, or the first element of a tuple), as Hugging Face's encoders,
-    decoders and vision models do. What comes before the blocks (embeddings, masks) still runs in `replay`, since
-    the later blocks need its masks.
+    `capture` runs a forward pass without autograd up to the end of the prefix and returns the input of the next block.
+    `replay` lets a forward pass skip the prefix and continue from such a tensor. What comes before the blocks (embeddings,
+    masks) still runs in `replay`, because later blocks need the masks.
+
+    The model has to call its blocks one after the other, with the hidden state as the first positional argument, and has
+    to take the next hidden state from the output of a block: the tensor itself or the first element of a tuple. The
+    encoders, decoders and vision models of Hugging Face do so.
 
     Args:
-        model: a model that experts are attached to.
-        depth: number of leading blocks, 0..L; default: the model's constant prefix now.
+        model: A model with experts.
+        depth: Number of blocks in the prefix, 0..L. The default is the model's present constant prefix.
+
+    Raises:
+        ValueError: If the depth is out of range, or the model has no experts.
     """
 
     def __init__(self, model: nn.Module, depth: int | None = None) -> None:
@@ -179,13 +209,13 @@ class ConstantPrefix:
 
     @torch.no_grad()
     def capture(self, forward: Callable[[], object]) -> Tensor:
-        """Runs `forward()` until the prefix ends; returns the hidden state there, (B, T, D).
+        """Run `forward()` to the end of the prefix and return the hidden state there, (B, T, D).
 
         Raises:
-            RuntimeError: if the forward pass ends without reaching the end of the prefix, or the hidden state is not
-                where it should be.
+            RuntimeError: If the forward pass does not reach the end of the prefix, or if a block does not take or return
+                the hidden state as described above.
         """
-        here = threading.get_ident()     # other threads run the model on
+        here = threading.get_ident()     # other threads may run the model at the same time
 
         def after(_: nn.Module, args: tuple[object, ...], out: object) -> None:
             if threading.get_ident() == here:
@@ -210,10 +240,10 @@ class ConstantPrefix:
 
     @contextmanager
     def replay(self, hidden: Tensor) -> Iterator[None]:
-        """Within the context the model's forward, in this thread, skips the prefix and goes on from `hidden` (B, T, D).
+        """Let the model's forward pass skip the prefix and continue from `hidden` (B, T, D), in the calling thread.
 
-        What blocks return besides the hidden state has to be the same for all of them, as T5's position biases are: the
-        first block is run for it. RuntimeError in the forward pass if it is not.
+        If blocks return more than the hidden state, as T5's blocks return position biases, it has to be the same for all
+        blocks: the first block is run to get it. Otherwise the forward pass raises a RuntimeError.
         """
         skipped = list(self.blocks)[:self.depth]
         replay = _Replay(skipped, hidden)
@@ -246,7 +276,7 @@ def _hidden(out: Any) -> Tensor:
 
 
 class _Skip:
-    """Stands in for a block's forward while threads replay a prefix; in the others the block runs as it is."""
+    """Replaces a block's forward method while a thread replays a prefix. In other threads it calls the original method."""
 
     lock = threading.Lock()
 
@@ -272,7 +302,8 @@ class _Skip:
                     block.forward = skip.replaced
 
     def run(self, *args: object, **kwargs: object) -> object:
-        return type(self.block).forward(self.block, *args, **kwargs) if self.replaced is None else self.replaced(*args, **kwargs)
+        forward = partial(type(self.block).forward, self.block) if self.replaced is None else self.replaced
+        return forward(*args, **kwargs)
 
     def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         replay = _REPLAYS.get().get(self.block)
@@ -283,11 +314,11 @@ class _Skip:
 
 
 class _Replay:
-    """One thread's replay: what the skipped blocks return, in their own form.
+    """The outputs of skipped blocks in one replay, in the form in which the blocks return them.
 
-    Whether blocks of a class return a tuple, and what comes after the hidden state, is learned by running one. Where there
-    is more than None, the first block is run at every replay, and its rest is what the others return too; that they would
-    is checked once, by running the second one.
+    The form (a tensor or a tuple, and what follows the hidden state) is found by running a block of each class once. If the
+    tuple holds anything but None after the hidden state, the first block is run in every replay, and the other blocks are
+    taken to return the same values; running the second block once verifies that.
     """
 
     rests: dict[object, tuple[None, ...] | str | None] = {}   # by class and flags; None: a tensor, no tuple

@@ -1,8 +1,8 @@
-"""Constants of samples (prefix outputs, logits of a frozen expert, features), computed once and kept: in memory or on
-disk, in full or reduced precision.
+"""Caches, in memory or on disk, for values that stay constant during training.
 
-A cache's values must be functions of their keys alone. Each cache holds at most `max_bytes`; the values used longest
-ago make room for new ones, and a value larger than that is computed at every request.
+Such values are the outputs of the constant prefix, the logits of a frozen expert, and pooled features. A value must depend
+on nothing but its key. A cache holds at most `max_bytes`: it drops the least recently used values first, and does not keep
+a value that is larger than the whole cache.
 """
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Ragged:
     """Rows of different lengths stored end to end, without padding.
 
     Args:
-        rows: per sample a tensor (T_i, ..., D), all of one dtype and trailing shape; at least one.
-        storage: "fp32" (as they are), "bf16", or "int8" (symmetric, a scale for each vector of D values); rows come
-            back as they were, or as float32 of reduced precision.
+        rows: One tensor (T_i, ..., D) for each sample, all of the same dtype and trailing shape; at least one.
+        storage: "fp32" (rows are stored unchanged), "bf16", or "int8" (symmetric, one scale for each vector of D values).
+            With the last two, rows are returned in float32 with a rounding error.
 
     Raises:
-        ValueError: for another storage.
+        ValueError: If the storage is none of these.
     """
 
     def __init__(self, rows: Sequence[Tensor], storage: str = "fp32") -> None:
@@ -41,8 +41,13 @@ class Ragged:
 
     @classmethod
     def empty(cls, lengths: Tensor, like: Tensor, storage: str = "fp32") -> Ragged:
-        """Room for rows of these lengths (n,), each `like` a row (T, ..., D) in dtype, device and trailing shape. Filled by
-        `put`, it never holds a row twice."""
+        """Allocate space for n rows, to be filled with `put`, so that no row is in memory twice.
+
+        Args:
+            lengths: (n,) the length T_i of each row.
+            like: A row (T, ..., D) that gives dtype, device and trailing shape.
+            storage: As above.
+        """
         self = cls.__new__(cls)
         self._allocate(lengths, like, storage)
         return self
@@ -60,7 +65,7 @@ class Ragged:
         self.offsets = torch.cumsum(lengths, 0) - lengths
 
     def put(self, i: int, row: Tensor) -> None:
-        """Stores row i, (T_i, ..., D)."""
+        """Store row i, (T_i, ..., D)."""
         span = self._span(i)
         if self.scales is not None:
             scales = row.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny) / 127
@@ -80,7 +85,7 @@ class Ragged:
         return sum(tensor.nbytes for tensor in self.tensors().values()) + self.offsets.nbytes
 
     def row(self, i: int) -> Tensor:
-        """Row i, (T_i, ..., D); a view where it is stored as it was."""
+        """Return row i, (T_i, ..., D), as a view if it is stored unchanged."""
         span = self._span(i)
         row = self.values[span]
         if self.scales is not None:
@@ -88,11 +93,11 @@ class Ragged:
         return row.float() if row.dtype == torch.bfloat16 else row
 
     def pad(self, indices: Tensor) -> Tensor:
-        """The rows at `indices` (B,), padded with zeros to their longest, (B, T, ..., D)."""
+        """Return the rows at `indices` (B,), padded with zeros to the longest of them, as (B, T, ..., D)."""
         return nn.utils.rnn.pad_sequence([self.row(i) for i in indices.tolist()], batch_first=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it consists of, for storage."""
+        """Return the tensors that hold the rows, for `from_tensors`."""
         parts = {"values": self.values, "lengths": self.lengths}
         return parts if self.scales is None else {**parts, "scales": self.scales}
 
@@ -105,7 +110,7 @@ class Ragged:
 
 
 class ConstantCache:
-    """A cache in memory."""
+    """A cache in memory of at most `max_bytes` bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -113,7 +118,7 @@ class ConstantCache:
         self.entries: OrderedDict[Key, Tensor | Ragged] = OrderedDict()
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
-        """The value of a key, from the cache or computed now."""
+        """Return the value of a key, from the cache or by calling `compute`."""
         if key in self.entries:
             self.entries.move_to_end(key)
             return self.entries[key]
@@ -127,29 +132,29 @@ class ConstantCache:
 
 
 class DiskCache:
-    """A cache in a folder: one memory-mapped safetensors file for each value, which outlives the process.
+    """A cache on disk: one memory-mapped safetensors file for each value, which is kept after the process ends.
 
-    A file is written beside its place and renamed, so it is whole or not there; its checksum is verified when a
-    process first opens it, and a damaged file is computed again. A full disk is no error: values that cannot be
-    written are computed at every request. A file stays mapped only as long as its value is in use, so that what is
-    on disk takes no memory.
+    Each file is written under a temporary name and renamed, so it is either complete or absent. A process verifies the
+    checksum of a file when it first opens it, and computes the value of a damaged file again. If the disk is full, values
+    are not stored but computed at each request. A file is mapped only while its value is in use, so the cache takes no
+    memory.
 
     Args:
-        folder: made if it is not there. Several processes may share it.
-        max_bytes: most that the folder's files may hold together.
-        fingerprint: what values depend on besides their keys (model, data), as text.
+        folder: Created if it does not exist. Several processes may share it.
+        max_bytes: Largest total size of the files in the folder.
+        fingerprint: Text that identifies everything else that the values depend on (model and data).
     """
 
     SUFFIX = ".constant"
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, fingerprint: str) -> None:
         self.folder, self.max_bytes, self.fingerprint = Path(folder), max_bytes, fingerprint
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)      # values are computed of private samples
-        self.verified: dict[Path, int] = {}     # files that this process has found whole, by their inodes
-        self._make_room(0)                               # the budget may have been larger before
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)      # the values are computed from private samples
+        self.verified: dict[Path, int] = {}     # inodes of the files whose checksum this process has verified
+        self._make_room(0)                               # max_bytes may have been larger in an earlier process
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
-        """The value of a key, from the cache or computed now."""
+        """Return the value of a key, from the cache or by calling `compute`."""
         name = hashlib.sha256(repr((self.fingerprint, key)).encode()).hexdigest()
         path = self.folder / (name + self.SUFFIX)
         value = self._read(path)
@@ -159,7 +164,7 @@ class DiskCache:
                 return value
             value = self._read(path)
             if value is None:
-                raise OSError(f"{path}: was just written and cannot be read back; the disk may be failing")
+                raise OSError(f"{path}: cannot be read back although it was just written; the disk may be failing")
         return value
 
     @property
@@ -178,7 +183,7 @@ class DiskCache:
                 if digest != _digest(tensors):
                     return None
                 self.verified[path] = file_id
-            os.utime(path)      # the files used longest ago go first
+            os.utime(path)      # the least recently used files are dropped first
         except (FileNotFoundError, SafetensorError, OSError):
             return None
         return tensors["tensor"] if "tensor" in tensors else Ragged.from_tensors(tensors)

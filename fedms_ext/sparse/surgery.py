@@ -16,17 +16,18 @@ ALL_LINEAR = "all-linear"
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
-    """All `ExpertLinear` layers of a model by dotted name, in the model's order."""
+    """Return all `ExpertLinear` layers of a model by dotted name, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, ExpertLinear)}
 
 
 def find_blocks(model: nn.Module) -> str:
-    """Dotted name of the model's list of transformer blocks (`""`: the model itself): the longest `nn.ModuleList` or
-    `nn.Sequential` whose members are of one class, hold Linear layers and are none, and which lies in no other such
-    list.
+    """Return the dotted name of the model's list of transformer blocks (`""` for the model itself).
+
+    It is the longest outermost `nn.ModuleList` or `nn.Sequential` whose members are of one class, contain Linear layers, and
+    are not Linear layers themselves.
 
     Raises:
-        ValueError: if there is none, or several of the same length (two towers): name one with `blocks=`.
+        ValueError: If there is no such list, or several of the same length (two towers); pass `blocks=` to `attach` then.
     """
     found: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -41,20 +42,21 @@ def find_blocks(model: nn.Module) -> str:
     if len(longest) != 1:
         what = f"several lists of {found[longest[0]]} blocks: {', '.join(longest)}" if longest else "no list of blocks"
         raise ValueError(f"found {what} in {type(model).__name__}; pass blocks=\"dotted.name\" of the nn.ModuleList "
-                         "or nn.Sequential that holds the transformer blocks; of several towers attach to each one on its own")
+                         "or nn.Sequential that holds the transformer blocks; if the model has several towers, attach to each "
+                         "tower separately")
     return longest[0]
 
 
 def _prefix(name: str) -> str:
-    """How the dotted names of what lies in a module begin."""
+    """Return the prefix of the dotted names of a module's submodules."""
     return f"{name}." if name else ""
 
 
 def block_list(model: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential:
-    """The list of blocks at a dotted name.
+    """Return the list of blocks at a dotted name.
 
     Raises:
-        ValueError: if there is no such module, or it is no list of modules.
+        ValueError: If there is no such module, or it is not a list of modules.
     """
     try:
         found = model.get_submodule(blocks)
@@ -70,36 +72,36 @@ Targets = str | Sequence[str]
 
 def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], blocks: str | None = None, *,
            exclude: Targets = (), overrides: Mapping[str, Mapping[str, LoRA]] | None = None) -> list[str]:
-    """Freezes the model and joins LoRA experts to its target layers, in place.
+    """Freeze the model and add LoRA experts to its target layers, in place.
 
-    Each layer stays the same object: its hooks, its attributes and all references to it are kept. Called again with new
-    expert names, it adds them to the layers that are there, and leaves alone what is trained. New pairs are frozen with
-    B = 0, so the model's function does not change; `activate` decides what is trained.
+    Each layer stays the same object, so its hooks, its attributes and all references to it remain valid. A second call with
+    new expert names adds them to the same layers and does not change the experts that are there. New pairs are frozen and
+    have B = 0, so the output of the model does not change; call `activate` to train them.
 
-    Layers are `nn.Linear`, subclasses of it that compute the same, and GPT-2's Conv1D.
+    Layers can be `nn.Linear`, subclasses of it that compute the same function, and GPT-2's Conv1D.
 
     Args:
-        model: any module. When experts first join it, all its parameters get `requires_grad=False`.
-        targets: as in PEFT: `"all-linear"` (every linear layer inside the blocks), a list of name endings
+        model: Any module. The first call sets `requires_grad=False` on all its parameters.
+        targets: As in PEFT: `"all-linear"` (all linear layers inside the blocks), a list of name endings
             (`["query", "value"]`), or a regular expression that must match the whole dotted name.
-        experts: LoRA shape by expert name.
-        blocks: dotted name of the list of transformer blocks; found by inspection where that is unambiguous.
-        exclude: name endings or a regular expression: the targets that get no experts.
-        overrides: for targets of a name ending other shapes than those of `experts`, such as
-            `{"fc1": {"global": LoRA(rank=4, alpha=8)}}`. The longest ending counts.
+        experts: Shape of each expert, by name.
+        blocks: Dotted name of the list of transformer blocks. By default `find_blocks` finds it.
+        exclude: Targets that get no experts, as name endings or a regular expression.
+        overrides: Other shapes for some targets, by name ending, such as `{"fc1": {"global": LoRA(rank=4, alpha=8)}}`. If
+            several endings match, the longest one is used.
 
     Returns:
         Dotted names of the layers that now hold the experts, in the model's order.
 
     Raises:
-        ValueError: if nothing matches, a target matches nothing, lies outside the blocks or cannot hold experts (its
-            class computes something else, its weight is computed or lies elsewhere, its forward was replaced, or the code
-            around it reads the weight and would pass the experts by), an expert's name is taken or unusable, its dropout
-            differs from that of the layer's other experts, one layer has several names, or the block list cannot be
-            found. The model is then as it was.
+        ValueError: If `targets` or one of its entries matches no layer; if a target lies outside of the blocks, is known
+            under several names, or cannot hold experts (its class computes something else, its weight is computed or
+            offloaded, its forward method was replaced, or a surrounding module reads its weight instead of calling it); if
+            the name of an expert is taken or unusable, or its dropout differs from that of the layer's other experts; or if
+            the list of blocks cannot be found. The model is unchanged then.
 
     Warns:
-        UserWarning: which layers `"all-linear"` leaves out, since the code around them reads their weight.
+        UserWarning: If `"all-linear"` omits layers because a surrounding module reads their weight.
     """
     if not experts:
         raise ValueError("no experts given; pass e.g. {\"global\": LoRA(rank=8, alpha=16)}")
@@ -109,7 +111,7 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
     elif before not in (None, blocks):
         raise ValueError(f"blocks={blocks!r}, but the model's experts are attached to the blocks {before!r}")
     number = {f"{_prefix(blocks)}{i}.": i + 1 for i in range(len(block_list(model, blocks)))}
-    # All is checked before anything is changed.
+    # Everything is checked before anything is changed.
     chosen = _chosen(model, targets, exclude, tuple(number))
     shapes = {name: _shapes_of(name, experts, overrides or {}) for name in chosen}
     numbers = {name: _check_layer(model, name, layer, shapes[name], number) for name, layer in chosen.items()}
@@ -128,7 +130,7 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
 
 
 def _chosen(model: nn.Module, targets: Targets, exclude: Targets, blocks: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The layers that get experts, by name. Refuses, by name, those that would be passed by."""
+    """Return the layers that get experts, by name. Raise a ValueError for layers that are never called."""
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     matched = [name for name in _matching(model, linears, targets, blocks) if not (exclude and matches(name, exclude))]
     if not matched:
@@ -146,7 +148,7 @@ def _chosen(model: nn.Module, targets: Targets, exclude: Targets, blocks: tuple[
 
 def _check_layer(model: nn.Module, name: str, layer: nn.Module, experts: Mapping[str, LoRA],
                  blocks: Mapping[str, int]) -> int:
-    """The number of the block that a layer lies in. ValueError if it cannot take the experts."""
+    """Return the number of the block that contains a layer. Raise a ValueError if the layer cannot hold the experts."""
     names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
     if len(names) > 1:
         raise ValueError(f"{', '.join(names)} are one and the same layer; experts need a layer of their own")
@@ -173,7 +175,7 @@ def _shapes_of(name: str, experts: Mapping[str, LoRA], overrides: Mapping[str, M
 
 
 def matches(name: str, targets: Targets) -> bool:
-    """Whether a dotted name matches name endings, or a regular expression as a whole."""
+    """Return whether a dotted name matches one of several name endings, or as a whole a regular expression."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == t or name.endswith("." + t) for t in targets)
@@ -203,8 +205,8 @@ def _refusal(layer: nn.Module) -> str | None:
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
-    """Makes PyTorch's own encoders call their Linear layers. Outside of training they run a fused operator on the
-    layers' weights instead, which would pass the experts by without a word."""
+    """Make PyTorch's encoders call their Linear layers. In evaluation mode they would run a fused operator on the weights
+    and silently ignore the experts."""
     switched = model.__dict__.setdefault("fedms_fused", [])
     for module in model.modules():
         attribute = ("activation_relu_or_gelu" if isinstance(module, nn.TransformerEncoderLayer) else
@@ -215,8 +217,8 @@ def _leave_fused_paths(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Makes every `ExpertLinear` the layer that it was, in place; the experts are dropped (merge first to keep one). The
-    parameters stay frozen."""
+    """Turn every `ExpertLinear` into its original class, in place. The experts are deleted; `merge` one first to keep it.
+    The parameters stay frozen."""
     for layer in expert_layers(model).values():
         layer.leave()
     for module, attribute, value in model.__dict__.pop("fedms_fused", []):
@@ -225,15 +227,16 @@ def detach(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module, expert: str) -> None:
-    """Adds an expert into the weights of the layers that it is applied in (the originals are kept aside for `unmerge`).
-    The model's function does not change, and where its pair is off nothing does.
+    """Add an expert to the weights of all layers in which it is applied. The output of the model does not change.
+
+    The original weights are kept for `unmerge`. Layers in which the expert is off are not changed.
 
     Raises:
-        KeyError: if no layer has the expert.
-        RuntimeError: if the expert is off in all layers, an expert is merged already, a gate is set, or a weight is
+        KeyError: If no layer has the expert.
+        RuntimeError: If the expert is off in all layers, an expert is merged already, a gate is set, or a weight is
             quantized.
-        ValueError: if a merged weight would hold an infinity or a NaN, or a weight is not there (offloaded).
-        The model is then as it was.
+        ValueError: If a merged weight would hold an infinity or a NaN, or a weight is offloaded.
+        In all cases the model is unchanged.
     """
     layers = layers_of(model, expert)
     merged = sorted({layer.merged[0] for layer in expert_layers(model).values() if layer.merged is not None})
@@ -257,10 +260,10 @@ def merge(model: nn.Module, expert: str) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restores the weights from before `merge`, bit for bit.
+    """Restore the weights from before `merge`, bit for bit.
 
     Raises:
-        RuntimeError: if nothing is merged.
+        RuntimeError: If no expert is merged.
     """
     layers = [layer for layer in expert_layers(model).values() if layer.merged is not None]
     if not layers:
@@ -270,7 +273,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def layers_of(model: nn.Module, expert: str) -> dict[str, ExpertLinear]:
-    """The layers that hold an expert, by dotted name. KeyError if none does."""
+    """Return the layers that hold an expert, by dotted name. Raise a KeyError if there are none."""
     layers = {name: layer for name, layer in expert_layers(model).items() if expert in layer.experts}
     if not layers:
         known = sorted({e for layer in expert_layers(model).values() for e in layer.experts})
@@ -279,7 +282,7 @@ def layers_of(model: nn.Module, expert: str) -> dict[str, ExpertLinear]:
 
 
 def expert_tensors(model: nn.Module, expert: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter) of one expert: `<layer>.lora_a` (r, K) and `<layer>.lora_b` (N, r), in the model's order."""
+    """Yield (name, parameter) of one expert: `<layer>.lora_a` (r, K) and `<layer>.lora_b` (N, r), in the model's order."""
     for name, layer in layers_of(model, expert).items():
         yield f"{name}.lora_a", layer.lora_a[expert]
         yield f"{name}.lora_b", layer.lora_b[expert]
@@ -287,8 +290,10 @@ def expert_tensors(model: nn.Module, expert: str) -> Iterator[tuple[str, Tensor]
 
 @torch.no_grad()
 def reset_expert(model: nn.Module, expert: str, generator: torch.Generator) -> None:
-    """Starts an expert afresh: A Kaiming uniform (as PEFT), drawn from `generator` on the generator's own device, so that the
-    numbers do not depend on where the model lies; B zero."""
+    """Initialize an expert again: A from a Kaiming uniform distribution as in PEFT, B to zero.
+
+    The numbers are drawn on the device of `generator`, so they do not depend on the device of the model.
+    """
     for layer in layers_of(model, expert).values():
         a = layer.lora_a[expert]
         drawn = torch.empty(a.shape, dtype=a.dtype, device=generator.device)

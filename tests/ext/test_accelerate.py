@@ -134,7 +134,7 @@ def test_dropout_is_that_of_a_share_of_the_inputs():
 
 
 @pytest.mark.parametrize("lora, reason", [
-    ({"use_dora": True}, "no plain LoRA"),
+    ({"use_dora": True}, "is a variant of LoRA"),
     ({"lora_bias": True}, "has a bias"),
 ])  # fmt: skip
 def test_what_is_no_plain_lora_is_named_and_left_to_peft(lora, reason):

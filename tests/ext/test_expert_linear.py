@@ -295,7 +295,7 @@ def test_refused_experts():
     with pytest.raises(ValueError, match=r"share one dropout mask.*\{'e0': 0.1, 'e1': 0.2\}"):
         layer.add_expert("e1", LoRA(2, 2, dropout=0.2))
     for name in ("", "a.b", "type", "keys", "forward"):
-        with pytest.raises(ValueError, match=f"'{name}' cannot be an expert's name"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be the name of an expert"):
             layer.add_expert(name, LoRA(2, 2, dropout=0.1))
     assert list(layer.experts) == ["e0"] and len(list(layer.parameters())) == 4
 

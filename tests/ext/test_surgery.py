@@ -272,7 +272,7 @@ def test_refused_experts_change_nothing():
         attach(model, ["up"], {})
     with pytest.raises(ValueError, match=r"layer 'inner.layers.0.up': .* share one dropout mask"):
         attach(model, ["up"], {"a": LoRA(1, 1, dropout=0.1), "b": LoRA(1, 1, dropout=0.2)})
-    with pytest.raises(ValueError, match=r"layer 'inner.layers.0.up': 'a.b' cannot be an expert's name"):
+    with pytest.raises(ValueError, match=r"layer 'inner.layers.0.up': 'a.b' cannot be the name of an expert"):
         attach(model, ["up"], {"a.b": LoRA(1, 1)})
     assert all(p.requires_grad for p in model.parameters())
 
