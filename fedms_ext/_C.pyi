@@ -24,12 +24,13 @@ def set_isa(name: str) -> None:
 
 def linear_forward(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
-    scale: Sequence[float], gate: Tensor | None,
+    scale: Sequence[float], gate: Tensor | None, segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """y (..., N) and s (M, R), new tensors, or None where an operand is not plain.
 
     `weight` is (N, K) float32 with `weight_scale` None, or packed, (bytes,) uint8, with its scale: (N,) for int8, (N, groups)
-    for 4 bits. `gate` is (M, E), of any strides, or None; with an x of two dimensions alone.
+    for 4 bits. `gate` is (M, E), of any strides, or None; with an x of two dimensions alone. `segments` are the numbers of rows
+    that each expert takes alone; only without a gate, and s then is (M, 0).
     """
 
 def linear_backward(

@@ -58,17 +58,46 @@ struct PlainWeight {
   }
 };
 
+// The experts apart, each with the rows that it alone takes: segments[e] of them, one expert after the other. Moves them out of
+// `lora`, which then has none. False where the segments do not fit.
+bool split_by_segments(py::handle segments, Lora& lora, std::vector<Lora>& parts) {
+  if (segments.is_none()) return true;
+  const auto rows = segments.cast<std::vector<int64_t>>();
+  if (rows.size() != lora.experts.size() || lora.gate) return false;
+  int64_t total = 0;
+  for (size_t e = 0; e < rows.size(); ++e) {
+    if (rows[e] < 0) return false;
+    total += rows[e];
+    parts.push_back({rows[e], lora.n, lora.k, {lora.experts[e]}});
+  }
+  lora.experts.clear();
+  return total == lora.m;
+}
+
+// Adds the branch of each segment to its rows of y (m, n).
+void segments_forward(const std::vector<Lora>& parts, const float* x, float* y) {
+  std::vector<float> s;
+  for (const Lora& part : parts) {
+    s.resize(part.m * part.total_rank());
+    if (!s.empty()) fedms::lora_forward(part, x, s.data(), y);
+    x += part.m * part.k;
+    y += part.m * part.n;
+  }
+}
+
+// `segments`: see split_by_segments. S then is (m, 0): nothing has a gradient.
 py::object linear_forward(py::handle x, py::handle weight, py::handle weight_scale, py::handle bias, const py::sequence& a,
-                          const py::sequence& b, const py::sequence& scale, py::handle gate) {
+                          const py::sequence& b, const py::sequence& scale, py::handle gate, py::handle segments) {
   View x_view;
   PlainWeight w;
   Lora lora;
+  std::vector<Lora> parts;
   float* bias_data;
   if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() == 0) return py::none();
   const int64_t k = x_view.columns();
   if (!w.read(weight, weight_scale, k) || !dense_or_none(bias, 1, w.n, bias_data)) return py::none();
   if (!plain_experts(x_view, w.n, k, a, b, scale, gate, lora)) return py::none();
-  if (w.full && lora.m > few_rows()) return py::none();
+  if ((w.full && lora.m > few_rows()) || !split_by_segments(segments, lora, parts)) return py::none();
   const NewTensor y = new_like(x_view, w.n), s = new_matrix(lora.m, lora.total_rank());
   const float* const from = x_view.data<float>();
   {
@@ -80,6 +109,7 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
       w.packed.bias = bias_data;
       fedms::int8_forward(w.packed, lora, from, s.data, y.data);
     }
+    segments_forward(parts, from, y.data);
   }
   return py::make_tuple(y.object, s.object);
 }
@@ -144,7 +174,7 @@ py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::h
 
 void define_plain(py::module_& m) {
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"),
-        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("segments") = py::none(),
         "(y, s) of a plain call on a weight that is float32 (weight_scale None) or packed, or None if it is not plain.");
   m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("s"), py::arg("needs"),

@@ -254,10 +254,11 @@ class ExpertLinear(FrozenLinear):
         dropout = next(iter(self.experts.values())).dropout
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
         route = self._route() if self.routes else _EVERYWHERE
-        if not drops and route is _EVERYWHERE:
+        segments = None if route.segments is None else self._segments_of_rows(x, route.segments)
+        if not drops and route.gate is None and (segments is None or False not in active):
             if False in active:
                 a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
-            y = plain_linear(x, weight, bias, a, b, scale, None)
+            y = plain_linear(x, weight, bias, a, b, scale, None, segments)
             if y is not None:
                 return y
             active = [True] * len(a)
@@ -267,7 +268,7 @@ class ExpertLinear(FrozenLinear):
             active=active,
             dropout_p=dropout if drops else 0.0,
             seed=int(torch.randint(2**63 - 1, ())) if drops else 0,
-            segments=None if route.segments is None else self._segments_of_rows(x, route.segments))
+            segments=segments)
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate

@@ -19,7 +19,7 @@ from .. import _C, backends
 from ..backends.base import FLOATING
 from .arguments import Quantized, settled_scale
 from .dispatch import call, is_observed
-from .expert_linear import run_backward
+from .expert_linear import expert_linear, run_backward
 
 
 def plain_linear(
@@ -30,6 +30,7 @@ def plain_linear(
     lora_b: Sequence[Tensor],
     scale: Sequence[float],
     gate: Tensor | None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor | None:
     """Return y = x W^T + bias + the experts' branch, or None where the call is not plain.
 
@@ -41,25 +42,38 @@ def plain_linear(
         lora_b: (N, r_e) of every applied expert.
         scale: a number for every applied expert.
         gate: (rows, experts), or None; only with an x of two dimensions.
+        segments: numbers of rows, one for every applied expert, which takes these rows alone, or None; only without a gate, and
+            where nothing needs a gradient.
     """
     if type(x) is not Tensor or is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+        return None
+    inputs = (x, gate, *lora_a, *lora_b)
+    needs = [tensor is not None and tensor.requires_grad for tensor in inputs] if torch.is_grad_enabled() else [False]
+    if True in needs and (segments is not None or not lora_a):
         return None
     quantized: Any = None if isinstance(weight, Tensor) else weight
     data, data_scale = (weight, None) if isinstance(weight, Tensor) else quantized.operands
     for tensor in (x, bias, gate, *lora_a, *lora_b, data):
         if tensor is not None and tensor.is_neg():
             return None
-    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate)
+    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate, segments)
     if found is None:
         return None
-    if torch.is_grad_enabled():
-        inputs = (x, gate, *lora_a, *lora_b)
-        needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
-        if True in needs:
-            if quantized is not None:
-                data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-            return _Plain.apply((*found, data, data_scale, quantized, scale, needs), *inputs)
+    if True in needs:
+        if quantized is not None:
+            data, data_scale = quantized.for_dx() if needs[0] else (None, None)
+        return _Plain.apply((*found, data, data_scale, quantized, scale, needs), *inputs)
     return found[0]
+
+
+def frozen_linear(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
+    """Return y = x W^T + bias, (..., N), for a quantized weight (N, K), whether the call is plain or not.
+
+    Raises:
+        TypeError, ValueError: what `expert_linear` raises.
+    """
+    y = plain_linear(x, weight, bias, (), (), (), None)
+    return expert_linear(x, weight, bias) if y is None else y
 
 
 class _Plain(torch.autograd.Function):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, _C, reference, use_backend
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, _C, expert_linear, reference, use_backend
+from fedms_ext.nn import FrozenLinear
 from fedms_ext.operators.plain import plain_linear
 
 EXCHANGE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
@@ -52,6 +53,42 @@ def test_the_same_as_the_general_way(monkeypatch, kind, rows, k, n):
     layer = layer_of(k, n, kind=kind)
     x, dy = torch.randn(*rows, k, requires_grad=True), torch.randn(*rows, n)
     close(passes(layer, x, dy), generally(monkeypatch, layer, x, dy))
+
+
+@needs_exchange
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("segments", [(1, 1), (2, 1), (0, 3), (3, 0)])
+def test_segments_are_one_call_and_equal_the_general_way(monkeypatch, kind, segments):
+    layer, x = layer_of(13, 9, kind=kind), torch.randn(sum(segments), 1, 13)
+    frozen = layer.weight if kind is None else layer.frozen
+    operands = frozen, layer.bias, list(layer.lora_a.values()), list(layer.lora_b.values()), [l.scale for l in layer.experts.values()]
+    with torch.no_grad(), fedms_ext.segmented([layer], segments):
+        found = plain_linear(x, *operands, None, segments)
+        if kind or sum(segments) <= 1:
+            assert found is not None
+        y = layer(x)
+        assert found is None or torch.equal(y, found)
+        with monkeypatch.context() as patch:
+            patch.setattr("fedms_ext.nn.expert_linear.plain_linear", lambda *_: None)
+            close([y], [layer(x)])
+        for wrong in ((1,), (1, 1, 1), (4, -1), (9, 9)):
+            assert plain_linear(x, *operands, None, wrong) is None
+    assert plain_linear(x, *operands, None, segments) is None        # where A and B have gradients
+
+
+@needs_exchange
+@pytest.mark.parametrize("rows", [(1,), (2, 1), (64,)])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_layer_without_experts_is_one_call(rows, kind):
+    layer = FrozenLinear(QuantizedWeight(torch.randn(9, 13), kind), torch.randn(9))
+    x = torch.randn(*rows, 13, requires_grad=True)
+    want = expert_linear(x, layer.frozen, layer.bias)
+    with torch.no_grad():
+        found = plain_linear(x, layer.frozen, layer.bias, (), (), (), None)
+        assert torch.equal(found, want) and torch.equal(layer(x), want)
+    dy = torch.randn_like(want)
+    (dx,), (expected,) = (torch.autograd.grad(y, x, dy) for y in (layer(x), want))
+    assert torch.equal(dx, expected)
 
 
 @needs_exchange

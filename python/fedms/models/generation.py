@@ -19,7 +19,6 @@ from torch import Tensor
 from fedms_ext import ExpertLinear, segmented
 from fedms_ext.sparse.surgery import block_list
 
-from .base import import_transformers
 from .causal_lm import CausalModel
 
 # The log-probabilities (V,) of the next token from each expert's last hidden states (E, D).
@@ -69,9 +68,11 @@ class Decoder:
     """
 
     def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1) -> None:
+        from .key_value_cache import growing_cache      # imports transformers, which takes seconds
+
         self.model, self.layers, self.shared, self.experts = model, layers, shared, experts
         self.before: Callable[[Tensor], None] | None = None     # called with the tokens of every step, before it
-        self.cache = import_transformers().DynamicCache()
+        self.cache = growing_cache()
         accepted = inspect.signature(model.module.forward).parameters
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
 
