@@ -95,7 +95,7 @@ class CostModel:
             self.model.cache = kept
             self.model.clear()
         training = Memory(max(t.fixed for t in traces), max(t.per_sample for t in traces))
-        held = sum(budget.weight_bytes(m) for m in (self.model.foundation.module, self.model.heads, self.model.gate))
+        held = self.model.foundation.weight_bytes + sum(budget.weight_bytes(m) for m in (self.model.heads, self.model.gate))
         return VisitMemory(held, training, judging)
 
     def _training(self, stage: str, depth: int) -> Memory:
@@ -160,23 +160,31 @@ class CostModel:
         module, settings = self.model.foundation.module, self.config.stage1
         params = self.model.trainable("global")
         first = self.model.untrained_below(depth) if replays else 0
-        train, validation = (self.model.dataset.inputs.lengths[part]
-                             for part in (self.largest.train, self.largest.validation))
+        train, validation = Subset(self.largest.train), Subset(self.largest.validation)
         shuffle = generator(self.config.run.seed, "plan")
         again = 0 if self.config.data.augment else first        # blocks of a training pass that are not run again
         flops = building = 0
         for _ in range(settings.epochs):
-            for batch in train[torch.randperm(len(train), generator=shuffle)].split(micro_batch or settings.batch):
-                size = len(batch), int(batch.max())
+            for rows in torch.randperm(len(train), generator=shuffle).split(micro_batch or settings.batch):
+                size = self._size(train, rows)
                 flops += budget.forward_flops(module, *size, first=again) + budget.backward_flops(module, *size)
-        for lengths, judged in ((train[:0] if self.config.data.augment else train, False), (validation, True)):
-            for chunk in lengths.sort().values.split(self.model.CHUNK) if len(lengths) else ():
-                size = len(chunk), int(chunk.max())
-                flops += budget.forward_flops(module, *size, first=first) if judged else 0
+                flops += self._head_flops(train, rows, training=True)
+        for part in (validation, *([] if self.config.data.augment else [train])):
+            for rows in self.model.chunks(part):
+                size = self._size(part, rows)
                 building += budget.forward_flops(module, *size, last=first)
+                if part is validation:
+                    flops += budget.forward_flops(module, *size, first=first) + self._head_flops(part, rows, training=False)
         trained = {name: applied[name] for name in params}
         up, down = (self._message(tensors) for tensors in (trained, applied))
         return VisitWork(sum(p.numel() for p in params.values()), flops, building, up, down)
+
+    def _size(self, part: Subset, rows: Tensor) -> tuple[int, int]:
+        """Samples and padded length of the rows (B,) of a part."""
+        return len(rows), int(self.model.dataset.inputs.lengths[part.indices[rows]].max())
+
+    def _head_flops(self, part: Subset, rows: Tensor, training: bool) -> int:
+        return self.model.task.head_flops(self.model.count_units(part, rows), training)
 
     def _load(self, depth: int) -> Tensors:
         """Loads a fresh global expert and returns its applied tensors."""

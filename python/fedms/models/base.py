@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedms.data.inputs import TextInputs
 from fedms.errors import ModelError
-from fedms_ext import find_blocks
+from fedms_ext import budget, find_blocks
 from fedms_ext.sparse.surgery import block_list
 
 
@@ -56,6 +56,11 @@ class FoundationModel:
     def parameter_count(self) -> int:
         """Number of parameters of the model, its own head included where it has one."""
         return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored, the attached experts and the model's own head included."""
+        return budget.weight_bytes(self.module)
 
     def to(self, device: torch.device) -> None:
         """Moves the weights to a device."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms.errors import ModelError
+from fedms_ext import budget
 from fedms_ext.token_loss import FrozenHead
 
 from .base import FoundationModel, fingerprint, import_transformers, quiet_transformers
@@ -83,10 +84,18 @@ class CausalModel(FoundationModel):
         self.head = FrozenHead(old.weight, old.bias, scale=old.scale, cap=old.cap, dtype=dtype)
 
     @property
+    def ties_head(self) -> bool:
+        """Whether the head's weight is that of the embedding, which is part of `module`."""
+        return any(self.head.weight is p for p in self.module.state_dict(keep_vars=True).values())
+
+    @property
     def parameter_count(self) -> int:
-        own = self.module.state_dict(keep_vars=True).values()
-        tied = any(self.head.weight is p for p in own)
-        return super().parameter_count + (0 if tied else self.head.weight.numel())
+        return super().parameter_count + (0 if self.ties_head else self.head.weight.numel())
+
+    @property
+    def weight_bytes(self) -> int:
+        """The head's copy in int8 counts too."""
+        return super().weight_bytes + budget.weight_bytes(self.head) + (0 if self.ties_head else self.head.weight.nbytes)
 
     def to(self, device: torch.device) -> None:
         super().to(device)

@@ -9,13 +9,16 @@ import tiny_language_models as tiny
 import torch
 from torch.nn import functional as F
 
-from fedms import data, models
+from fedms import data, methods, models
 from fedms.config import ConfigError, load_config
 from fedms.data.subset import Subset
+from fedms.federated.visit_costs import CostModel
+from fedms.models.causal_lm import CausalModel
 from fedms.runs import run
 from fedms.storage.records import RunRecords, comparable
 from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
+from fedms_ext import budget
 
 SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=3",
         "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
@@ -176,3 +179,23 @@ def test_caches_do_not_change_the_bits(folder, tmp_path, monkeypatch):
 def test_what_is_refused(folder, sets, message):
     with pytest.raises(ConfigError, match=message):
         config(folder, *sets)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_the_cost_model_counts_the_head(folder, tmp_path, cache):
+    """One batch a visit, so that what is padded is the same in the plan and in the run."""
+    settings = config(folder, f"sal.cache={cache}", "stage1.batch=100", "head.dtype=int8", "run.method=fedavg")
+    model = loaded(folder, "head.dtype=int8")
+    partition = data.partition(model.dataset, settings.data, settings.clients, settings.run.seed)
+    costs = CostModel(model, methods.create(settings), settings, partition)
+    work = costs.work(2, cache != "off")
+    run.run(settings, tmp_path / "run")
+    later, = [visit for visit in RunRecords.read(tmp_path / "run").visits
+              if visit["stage"] == "stage1" and visit["round"] == 2 and visit["client"] == costs.largest.id]
+    assert later["flops"] == work.flops
+    head = model.foundation.head
+    units = model.dataset.units
+    assert work.flops > 2 * head.weight.numel() * (2 * units(costs.largest.train).sum() + units(costs.largest.validation).sum())
+    tied = CausalModel("tied", tiny.whole("llama-tied"), tiny.tokenizer())
+    assert model.foundation.weight_bytes == budget.weight_bytes(model.foundation.module) + head.weight.nbytes + head.quantized.nbytes
+    assert tied.weight_bytes == budget.weight_bytes(tied.module)
