@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from PIL import Image
+from safetensors.torch import load_file
 from saved_models import save
 
 from fedms.config import load_config
@@ -69,6 +71,23 @@ def run_file(folder: Path, *sets: str, count: int = 4):
         f"model.id={model(folder)}", "data.name=clients", f"data.classes={json.dumps(CLASSES)}", "data.partition=own",
         "data.global_test=0", "data.max_samples=none", f"clients.count={count}", "clients.unseen=0", "stage1.rounds=2",
         "stage2.rounds=1", "run.threads=1", "clients.round_timeout=120", *sets])
+
+
+def markers_of(state: Path, data: Path) -> list[bytes]:
+    """Bytes that are nowhere but at a client: of its private key (the number, and the text of its file), of a file with its
+    data, of its samples as the model reads them, and of its private expert.
+
+    Args:
+        state: The client's folder.
+        data: The folder that `write_data` filled.
+    """
+    key = load_ssh_private_key((state / "key").read_bytes(), None).private_numbers().private_value.to_bytes(48, "big")
+    text = (state / "key").read_bytes().splitlines()[7]        # of which most is that number
+    (file,) = (p for p in (data / "own.parquet", data / "000.png", data / "own/dark/000.png") if p.exists())
+    pixels = load_file(state / "data.safetensors")["pixels"].contiguous().numpy().tobytes()
+    (kept,) = (load_file(p) for p in (state / "private").rglob("state/*.safetensors") if p.stat().st_size > 1000)
+    expert = max(kept.values(), key=lambda tensor: tensor.numel())
+    return [key, text, file.read_bytes()[80:140], pixels[1000:1100], expert.numpy().tobytes()[:100]]
 
 
 def federation(folder: Path, names=NAMES, *sets: str, host: str = "127.0.0.1", port: int = 0):

@@ -10,6 +10,7 @@ from fedms.errors import RunFolderError
 
 from .command import EXPORT, command
 from .options import Trust, check_suffix, checked_device
+from .server import installed
 from .terminal import run_progress, show
 
 
@@ -18,11 +19,13 @@ from .terminal import run_progress, show
     "fedms export runs/sentiment/fedms-seed0 --out model                   # everything, for predict",
     "fedms export runs/sentiment/fedms-seed0 --out adapters --format peft  # an adapter for each expert",
     "fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7",
+    "fedms export fedms-client --out model                                 # at a client of a federation that has ended",
     notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
            "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",
            "A model that runs code of its repository is exported only with --trust-remote-code, which runs that code."])
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended, or of a client "
+                                          "(fedms client join) whose federation has.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
     form: Annotated[str, typer.Option("--format", "-f", metavar="NAME", help="mixture, peft, merged or onnx.")] = "mixture",
     client: Annotated[Optional[str], typer.Option(
@@ -40,8 +43,14 @@ def export(
         raise RunFolderError(f"{folder}: no such folder")
     from fedms import exports
 
+    run: Path | exports.TrainedRun = folder
+    if (folder / "client.json").is_file():      # a client's, which `fedms client join` made
+        installed()
+        from fedms.deployment.own_model import trained_at
+
+        run = trained_at(folder)
     with run_progress(folder) as progress:
-        exports.export(folder, out, form, client=client, states=states, overwrite=force, progress=progress,
+        exports.export(run, out, form, client=client, states=states, overwrite=force, progress=progress,
                          trust_remote_code=trust_remote_code)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         show(f"{path}  {path.stat().st_size:,} bytes")
@@ -76,9 +85,9 @@ def predict(
     from fedms.exports import mixture
 
     loaded = mixture.load(folder, client, trust_remote_code=trust_remote_code, device=checked_device(device))
-    table = loaded.predict_file(source, {"text": text, "image": image})
+    table = loaded.columns_of_file(source, {"text": text, "image": image})
     if out is None:
-        print(table.to_csv(index=False), end="")
+        print(mixture.csv_of(table), end="")
     else:
         mixture.write_table(table, out)
-        show(f"{len(table)} predictions: {out}")
+        show(f"{len(next(iter(table.values())))} predictions: {out}")

@@ -16,22 +16,22 @@ from fedms import models
 from fedms.errors import ConfigError
 from fedms.exports import merged, mixture, onnx, peft
 from fedms.exports.manifest import check_free, new_folder, read_manifest
-from fedms.exports.trained_run import check_fingerprint, read_trained_run
+from fedms.exports.trained_run import TrainedRun, check_fingerprint, read_trained_run
 from fedms.models import FoundationModel
 from fedms.progress import Progress
 
 FORMATS = ("peft", "merged", "onnx", "mixture")
 
-__all__ = ["FORMATS", "export", "read_manifest"]
+__all__ = ["FORMATS", "TrainedRun", "export", "read_manifest"]
 
 
-def export(run: str | Path, out: str | Path, form: str = "mixture", *, client: str | None = None,
+def export(run: str | Path | TrainedRun, out: str | Path, form: str = "mixture", *, client: str | None = None,
            states: str | Path | None = None, overwrite: bool = False, foundation: FoundationModel | None = None,
            progress: Progress | None = None, trust_remote_code: bool = False) -> Path:
     """Write what a finished run trained into a folder.
 
     Args:
-        run: Run folder.
+        run: Run folder; or what a run trained, as a client of a federation has it (`fedms.deployment.own_model`).
         out: Folder to write.
         form: One of :data:`FORMATS`.
         client: Id or group of the client whose expert is written; None for the global expert. For merged and onnx.
@@ -50,17 +50,17 @@ def export(run: str | Path, out: str | Path, form: str = "mixture", *, client: s
         CheckpointError: If the run's checkpoints are damaged.
         ModelError: If the model cannot be loaded, or is not the one of the run.
     """
-    run, out, progress = Path(run), Path(out), progress or Progress()
+    out, progress = Path(out), progress or Progress()
     if form not in FORMATS:
         raise ConfigError(f"--format: got {form!r}; accepted: {', '.join(FORMATS)}")
     if client is not None and form not in ("merged", "onnx"):
         raise ConfigError(f"--client: the format {form} holds all clients; it is for merged and onnx")
     check_free(out, overwrite)
-    trained = read_trained_run(run, None if states is None else Path(states))
+    trained = run if isinstance(run, TrainedRun) else read_trained_run(Path(run), None if states is None else Path(states))
     table = trained.task.config.model
     if table.trust_remote_code and not trust_remote_code and foundation is None:
-        raise ConfigError(f"model.trust_remote_code: the run in {run} ran code of the repository of "
-                          f"{table.id!r}; if you trust that code, give --trust-remote-code")
+        raise ConfigError(f"model.trust_remote_code: the run ran code of the repository of {table.id!r}; if you trust that "
+                          "code, give --trust-remote-code")
     progress.phase(f"loading model {table.id}")
     foundation = foundation or models.load(table, trained.task.config.task.kind)
     check_fingerprint(foundation, trained.task)

@@ -1,6 +1,7 @@
 """A whole mixture as a folder: written by `fedms export`, read by `fedms.load(DIR, client=7)` and `fedms predict`."""
 from __future__ import annotations
 
+import csv
 import io
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedms.exports.language_model import LanguageModel
+
+Columns = Mapping[str, Sequence[Any]]       # the columns of a table by name, all of the same length
 
 
 def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> None:
@@ -95,7 +98,9 @@ class Mixture:
         Raises:
             DataError: If samples are no text, or cannot be read as images; the message names them.
         """
-        return self._table(samples, [f"sample {i}" for i in range(len(samples))])
+        import pandas as pd
+
+        return pd.DataFrame(self._columns(samples, [f"sample {i}" for i in range(len(samples))]))
 
     def generate(self, messages: str | Sequence[Mapping[str, str]], **sampling: Any) -> str:
         """Answer a question, or a conversation, with a causal language model, as the client.
@@ -135,35 +140,36 @@ class Mixture:
         Raises:
             DataError: If samples cannot be read.
         """
+        import pandas as pd
+
+        return pd.DataFrame(self.columns_of_file(source, columns))
+
+    def columns_of_file(self, source: str, columns: Mapping[str, str | None] = {}) -> Columns:
+        """Return the columns of :meth:`predict_file` by name. It needs no pandas, which a client of a federation lacks."""
         data, reads = self.trained.task.config.data, self.model.foundation.reads
         data = data.model_copy(update={"name": source, **{k: v for k, v in columns.items() if v is not None}})
         if reads == "conversations":        # what is asked is a text
             data = data.model_copy(update={"text": columns.get("text") or data.question or data.text})
             reads = "text"
         samples = user_data.read(data, reads, labeled=False)
-        table = self._table(samples.content, samples.places)
         named = samples.content if reads == "text" else [
             str(item) if isinstance(item, Path) else place for item, place in zip(samples.content, samples.places)]
-        table.insert(0, "text" if reads == "text" else "image", named)
-        return table
+        return {"text" if reads == "text" else "image": named, **self._columns(samples.content, samples.places)}
 
-    def _table(self, samples: Sequence[Any], places: Sequence[str]) -> pd.DataFrame:
-        import pandas as pd
-
+    def _columns(self, samples: Sequence[Any], places: Sequence[str]) -> Columns:
         if self.model.task.per_token:
             answers = [self._language_model().answer(question, self.client) for question in samples]
-            return pd.DataFrame({"answer": [a.text for a in answers], "log_p": [a.log_p for a in answers],
-                                 "gate_weight": [a.gate_weight for a in answers]})
+            return {"answer": [a.text for a in answers], "log_p": [a.log_p for a in answers],
+                    "gate_weight": [a.gate_weight for a in answers]}
         if not len(samples):
-            return pd.DataFrame({"label": [], "probability": [], "gate_weight": []})
+            return {"label": [], "probability": [], "gate_weight": []}
         max_tokens = self.trained.task.config.data.max_tokens
         inputs = user_data.inputs_of(samples, places, self.model.foundation, "samples", max_tokens)
         with self._alone:
             found = predict(self.model, self.trained, self.client, inputs)
         best = found.personalized.softmax(1).cpu().max(1)
-        return pd.DataFrame({"label": [self.classes[i] for i in best.indices.tolist()],
-                             "probability": best.values.numpy(),
-                             "gate_weight": None if found.weights is None else found.weights[:, 1].detach().cpu().numpy()})
+        return {"label": [self.classes[i] for i in best.indices.tolist()], "probability": best.values.numpy(),
+                "gate_weight": [None] * len(samples) if found.weights is None else found.weights[:, 1].detach().cpu().numpy()}
 
 
 def load(folder: str | Path, client: str | int | None = None, *, foundation: FoundationModel | None = None,
@@ -239,17 +245,29 @@ def _tensors(path: Path) -> Tensors:
         raise RunFolderError(f"{path}: {error}; export it again") from None
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as .csv or .parquet, whole or not at all.
+def csv_of(table: Columns) -> str:
+    """Return columns as CSV with a header; what is missing is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table)
+    writer.writerows(zip(*table.values()))
+    return out.getvalue()
+
+
+def write_table(table: Columns, path: Path) -> None:
+    """Write columns as .csv or .parquet, whole or not at all.
 
     Raises:
         RunFolderError: If it cannot be written.
     """
     if path.suffix == ".csv":
-        data = table.to_csv(index=False).encode()
+        data = csv_of(table).encode()
     else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False)
+        pq.write_table(pa.table(dict(table)), buffer)
         data = buffer.getvalue()
     try:
         write_durably(path, data)

@@ -79,8 +79,13 @@ def has_final(run: Path) -> bool:
     return (run / FINAL / SHARED).is_file()
 
 
-def write_final(run: Path, shared: SharedTensors) -> None:
+def write_final(run: Path, shared: SharedTensors, *, private: bool = False) -> None:
     """Write the tensors into a run folder, whole or not at all.
+
+    Args:
+        run: The run folder.
+        shared: The tensors.
+        private: Whether only its owner may read the file; otherwise the umask decides.
 
     Raises:
         RunFolderError: If they cannot be written.
@@ -89,7 +94,7 @@ def write_final(run: Path, shared: SharedTensors) -> None:
     data = save({name: tensor.detach().contiguous() for name, tensor in shared.groups().items()}, {"final": json.dumps(head)})
     try:
         (run / FINAL).mkdir(exist_ok=True)
-        write_durably(run / FINAL / SHARED, data)
+        write_durably(run / FINAL / SHARED, data, private=private)
     except OSError as error:
         raise RunFolderError(f"{run / FINAL}: cannot be written: {error.strerror or error}") from error
 

@@ -4,6 +4,8 @@
     ROOT/RUN/state/              checkpoints (`fedms.storage.checkpoint`), one a visit, the last few
     ROOT/RUN/HASH.constants      the stage's constants, as they arrived
     ROOT/RUN/sum.safetensors     what the client holds while a secure sum is under way
+    ROOT/RUN/final/              what every client has in the end (`fedms.storage.final`)
+    ROOT/RUN/ended.json          that the run has ended here, and the hash of the private state that goes with it
     ROOT/promises.json           what it has agreed to in secure sums, of all runs
 
 The server says which visit was the last to count, by the hash of what was saved then. So a visit whose reply was lost,
@@ -23,15 +25,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_arrays
 
-from fedms.errors import CheckpointError, FedMSError
+from fedms.errors import CheckpointError, FedMSError, RunFolderError
 from fedms.foreign import parse_json, read_regular
 from fedms.storage.checkpoint import CheckpointFolder, Snapshot
 from fedms.storage.durable import FolderLock, write_durably
+from fedms.storage.final import SharedTensors, read_final, write_final
 from fedms.tensors import Tensors
 
 KEPT = 3
 OWNER = "owner.json"
-HELD, PROMISES = "sum.safetensors", "promises.json"
+HELD, PROMISES, ENDED = "sum.safetensors", "promises.json", "ended.json"
 
 
 class FolderError(FedMSError):
@@ -129,6 +132,22 @@ class ClientFolder:
         except CheckpointError as error:
             raise FolderError(str(error)) from None
 
+    def end(self, final: SharedTensors, digest: str | None) -> None:
+        """Keep what every client has in the end, so that this one can predict without the server.
+
+        Args:
+            final: What the server sent last.
+            digest: Hash of the private state that goes with it; None where no visit of this client counted.
+
+        Raises:
+            FolderError: If it cannot be written.
+        """
+        try:
+            write_final(self.path, final, private=True)
+            write_durably(self.path / ENDED, json.dumps({"kept": digest}).encode(), private=True)
+        except (OSError, RunFolderError) as error:
+            raise FolderError(f"{self.path / ENDED}: cannot be written: {error}") from None
+
     # A secure sum under way. What the client has promised holds for all runs with its key.
 
     def hold(self, plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promises: Mapping[str, str]) -> None:
@@ -224,3 +243,25 @@ def find_private(root: Path, run: str, client: int, digest: str) -> Tensors | No
             with ClientFolder(place, run, client) as folder:
                 return folder.load(digest).tensors
     return None
+
+
+def read_ended(root: Path, client: int) -> tuple[SharedTensors, Tensors] | None:
+    """Return what a client has of the run that ended last here: the shared tensors and its own; None if no run has.
+
+    Args:
+        root: The client's own folder.
+        client: Id of the client.
+
+    Raises:
+        FolderError: If it is another client's, or a file is damaged.
+    """
+    ended = max(root.glob(f"*/{ENDED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if ended is None:
+        return None
+    try:
+        digest = parse_json(read_regular(ended))["kept"]
+        final = read_final(ended.parent)
+    except (OSError, ValueError, KeyError, TypeError, RunFolderError) as error:
+        raise FolderError(f"{ended.parent}: cannot be read: {error}") from None
+    with ClientFolder(root, ended.parent.name, client) as folder:
+        return final, folder.load(digest).tensors

@@ -21,14 +21,16 @@ pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from federation import NAMES, joined, nodes, run_file, write_data
+from federation import NAMES, joined, markers_of, nodes, run_file, write_data
 from flwr.app import Message
 
 from fedms.config import ConfigError
 from fedms.deployment import DeploymentError, node, page, server
+from fedms.deployment.own_model import trained_at
 from fedms.engines.flower import certificates, connection, transport
 from fedms.engines.flower.connection import Connection, Lost, Rejected
 from fedms.engines.flower.link import LinkError, SuperLink
+from fedms.exports import export, mixture
 from fedms.progress import Progress
 from fedms.runs.run import run
 from fedms.storage.checkpoint import CheckpointFolder
@@ -299,12 +301,13 @@ def test_a_late_joiner_takes_part_from_its_next_round_on(ended):
     assert any("connected" in line for line in told["cleo"])
 
 
-def test_the_same_bits_as_embedded(ended, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def embedded(ended, tmp_path_factory):
     """The same files, in one process; cleo is absent in the first round."""
     from fedms.federated.client import ClientFailure
     from fedms.methods import fedms as method
 
-    folder, _, _ = ended
+    (folder, _, _), path = ended, tmp_path_factory.mktemp("embedded")
     step = method.FedMS.client_step
 
     def absent(self, model, client, private, message):
@@ -312,25 +315,47 @@ def test_the_same_bits_as_embedded(ended, tmp_path, monkeypatch):
             raise ClientFailure("not there yet")
         return step(self, model, client, private, message)
 
-    monkeypatch.setattr(method.FedMS, "client_step", absent)
     places = {name: write_data(folder / "data" / name, name) for name in NAMES[:3]}
-    (tmp_path / "clients.toml").write_text("[clients]\n" + "".join(f'{name} = "{path}"\n' for name, path in places.items()))
-    run(run_file(folder, f"data.name={tmp_path}/clients.toml", count=3), tmp_path / "embedded")
-    deployed, embedded = outcome(folder / "server/run"), outcome(tmp_path / "embedded")
+    (path / "clients.toml").write_text("[clients]\n" + "".join(f'{name} = "{place}"\n' for name, place in places.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method.FedMS, "client_step", absent)
+        run(run_file(folder, f"data.name={path}/clients.toml", count=3), path / "run")
+    return path / "run"
+
+
+def test_the_same_bits_as_embedded(ended, embedded):
+    deployed, here = outcome(ended[0] / "server/run"), outcome(embedded)
     same = [name for name in deployed[1] if name.startswith("tensors/")]
-    assert same and all(torch.equal(deployed[1][name], embedded[1][name]) for name in same)
-    assert deployed[0]["clients"] == embedded[0]["clients"]
+    assert same and all(torch.equal(deployed[1][name], here[1][name]) for name in same)
+    assert deployed[0]["clients"] == here[0]["clients"]
 
 
-def test_no_other_folder_holds_what_was_planted_in_a_client_s_data(ended):
-    """Pixels of anna's images, her file names, her key and her private expert are in no folder but hers."""
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_a_client_predicts_without_the_server(ended, embedded, tmp_path, name):
+    """From its own folder alone, as the embedded run's export does for it."""
     folder, _, _ = ended
-    hers = [p for p in (folder / "clients/anna").rglob("*") if p.is_file()]
-    key = next(p for p in hers if p.name == "key").read_bytes()[100:160]
-    pixels = (folder / "data/anna/000.png").read_bytes()[60:120]
-    expert = max((p for p in hers if "private" in p.parts and p.stat().st_size > 2000), key=lambda p: p.stat().st_size)
-    markers = [key, pixels, expert.read_bytes()[-200:]]
-    others = [p for part in ("server", "clients/bert", "clients/cleo") for p in (folder / part).rglob("*") if p.is_file()]
+    export(trained_at(shutil.copytree(folder / "clients" / name, tmp_path / "alone")), tmp_path / "own")
+    export(embedded, tmp_path / "all")
+    assert [p.name for p in (tmp_path / "own/clients").iterdir()] == [f"{NAMES.index(name)}.safetensors"]
+    new = str(write_data(tmp_path / "new", name))
+    own, there = (mixture.load(tmp_path / each, name).predict_file(new) for each in ("own", "all"))
+    assert len(own) == 24 and own.gate_weight.between(0, 1).all() and own.equals(there)
+
+
+def test_a_client_whose_run_has_not_ended_cannot_export(made):
+    with pytest.raises(DeploymentError, match="no run has ended here: the final model comes with"):
+        trained_at(joined(made, "dora").folder)
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_no_other_folder_holds_what_is_only_a_client_s(ended, name):
+    """Its key, its files, its samples as the model reads them and its private expert are in no folder but its own."""
+    folder, _, _ = ended
+    markers = markers_of(folder / "clients" / name, folder / "data" / name)
+    own = b"".join(p.read_bytes() for part in ("clients", "data") for p in (folder / part / name).rglob("*") if p.is_file())
+    assert all(marker in own for marker in markers[1:]) and len(set(markers)) == 5
+    others = [p for part in ("server", *(f"clients/{other}" for other in NAMES[:3] if other != name))
+              for p in (folder / part).rglob("*") if p.is_file()]
     assert len(others) > 20
     for path in others:
         content = path.read_bytes()

@@ -318,11 +318,15 @@ def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     from fedms.data.subset import Subset
     from fedms.federated.client import Private
     from fedms.federated.evaluation import evaluate_client, own_accuracy
+    from fedms.storage.final import SharedTensors
     from fedms.storage.private_state import ClientFolder
 
     session, experiment = _opened(head, _agreed(head["config"], identity), identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         private, final = Private(folder.load(head["kept"]).tensors), _message(head, parts, folder)
+        if identity.data is not None:       # it may predict without the server from now on; a simulated client need not
+            folder.end(SharedTensors(final.stage, final.round, final.depth, final.applied_depth, final.tensors,
+                                     final.constants, final.statistics), head["kept"])
     record = evaluate_client(experiment.method, session.model, experiment.client(identity.client), private, final)
     common = Subset(experiment.partition.global_test)
     return {"record": record, "on_common_test": own_accuracy(experiment.method, session.model, common, private, final)
