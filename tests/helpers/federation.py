@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ from safetensors.torch import load_file
 from saved_models import save
 
 from fedms.config import load_config
-from fedms.deployment import join, server
-from fedms.deployment.node import Node
+from fedms.deployment import join, node, server
+from fedms.deployment.node import Node, Worker
 from fedms.progress import Progress
 
 NAMES = ("anna", "bert", "cleo", "dora")        # in the order of their numbers
@@ -85,8 +86,8 @@ def markers_of(state: Path, data: Path) -> list[bytes]:
     text = (state / "key").read_bytes().splitlines()[7]        # of which most is that number
     (file,) = (p for p in (data / "own.parquet", data / "000.png", data / "own/dark/000.png") if p.exists())
     pixels = load_file(state / "data.safetensors")["pixels"].contiguous().numpy().tobytes()
-    (kept,) = (load_file(p) for p in (state / "private").rglob("state/*.safetensors") if p.stat().st_size > 1000)
-    expert = max(kept.values(), key=lambda tensor: tensor.numel())
+    kept = [load_file(path) for path in (state / "private").rglob("state/*.safetensors") if path.stat().st_size > 1000]
+    expert = max(kept[0].values(), key=lambda tensor: tensor.numel())
     return [key, text, file.read_bytes()[80:140], pixels[1000:1100], expert.numpy().tobytes()[:100]]
 
 
@@ -97,6 +98,25 @@ def federation(folder: Path, names=NAMES, *sets: str, host: str = "127.0.0.1", p
         member = server.accept(folder / "server", joined(folder, name).line())
         assert member.name == name
     return folder / "server"
+
+
+class InThisProcess(Worker):
+    """Does the work at once, one client at a time: a process of its own would import torch first."""
+
+    busy = threading.Lock()
+
+    def do(self, *task):
+        with self.busy:
+            done = node._work(*task)
+        if isinstance(done, str):
+            raise node.Refusal(done)
+        return done
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def joined(folder: Path, name: str):

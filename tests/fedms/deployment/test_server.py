@@ -21,7 +21,7 @@ pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from federation import NAMES, joined, markers_of, nodes, run_file, write_data
+from federation import NAMES, InThisProcess, free_port, joined, markers_of, nodes, run_file, write_data
 from flwr.app import Message
 
 from fedms.config import ConfigError
@@ -233,57 +233,41 @@ def test_certificates_are_renewed_with_the_same_keys(folder, monkeypatch):
 
 # Two clients and their server, in this process
 
-class InThisProcess(node.Worker):
-    """Does the work at once, one client at a time: a process of its own would import torch first."""
-
-    busy = threading.Lock()
-
-    def do(self, *task):
-        with self.busy:
-            done = node._work(*task)
-        if isinstance(done, str):
-            raise node.Refusal(done)
-        return done
-
-
 def outcome(path):
     snapshot, _ = CheckpointFolder(path / "checkpoint").load()
     return comparable(RunRecords.read(path)), snapshot.tensors
 
 
+LONGER = ["stage2.rounds=2"]
+
+
 class Notes(Progress):
-    def __init__(self, on_round=lambda: None):
-        self.notes, self.on_round = [], on_round
+    def __init__(self):
+        self.notes, self.on_round = [], lambda stage, round: None
 
     def note(self, text):
         self.notes.append(text)
 
-    def round(self, *_, **__):
-        self.on_round()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    def round(self, stage, round, **_):
+        self.on_round(stage, round)
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """A federation of anna and bert, whom cleo joins after the first round, that has run to its end."""
+    """A federation of anna and bert, whom cleo joins after the first round and dora in stage 2, that has run to its end."""
     folder, told = tmp_path_factory.mktemp("ended"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node, "Worker", InThisProcess)
         patch.setattr(node, "AGAIN", 0.3)
-        server.init(folder / "server", run_file(folder, "clients.join_timeout=60"), "127.0.0.1", free_port(), Progress())
-        states = [joined(folder, name) for name in NAMES[:3]]
+        server.init(folder / "server", run_file(folder, *LONGER, "clients.join_timeout=60"), "127.0.0.1", free_port(), Progress())
+        states = [joined(folder, name) for name in NAMES]
         for state in states[:2]:
             server.accept(folder / "server", state.line())
         progress = Notes()
         with nodes(states, told):
-            def later():
-                if len(server.members(folder / "server")) == 2:
-                    server.accept(folder / "server", states[2].line())
+            def later(stage, round):
+                if (joiner := {("stage1", 1): 2, ("stage2", 1): 3}.get((stage, round))) is not None:
+                    server.accept(folder / "server", states[joiner].line())
             progress.on_round = later
             server.start(folder / "server", "127.0.0.1", progress, lambda: False)
     return folder, told, progress
@@ -296,14 +280,14 @@ def test_a_late_joiner_takes_part_from_its_next_round_on(ended):
     for v in visits:
         assert v["status"] == "ok", v
         took_part[v["stage"], v["round"]].append(v["client"])
-    assert took_part == {("stage1", 1): [0, 1], ("stage1", 2): [0, 1, 2], ("stage2", 1): [0, 1, 2]}
-    assert [c["group"] for c in RunRecords.read(folder / "server/run").clients] == list(NAMES[:3])
+    assert took_part == {("stage1", 1): [0, 1], ("stage1", 2): [0, 1, 2], ("stage2", 1): [0, 1, 2], ("stage2", 2): [0, 1, 2, 3]}
+    assert [c["group"] for c in RunRecords.read(folder / "server/run").clients] == list(NAMES)
     assert any("connected" in line for line in told["cleo"])
 
 
 @pytest.fixture(scope="module")
 def embedded(ended, tmp_path_factory):
-    """The same files, in one process; cleo is absent in the first round."""
+    """The same files, in one process; cleo is absent in the first round, and dora before the last."""
     from fedms.federated.client import ClientFailure
     from fedms.methods import fedms as method
 
@@ -311,15 +295,15 @@ def embedded(ended, tmp_path_factory):
     step = method.FedMS.client_step
 
     def absent(self, model, client, private, message):
-        if (message.stage, message.round, client.id) == ("stage1", 1, 2):
+        if (message.stage, message.round, client.id) in [("stage1", 1, 2), ("stage1", 1, 3), ("stage1", 2, 3), ("stage2", 1, 3)]:
             raise ClientFailure("not there yet")
         return step(self, model, client, private, message)
 
-    places = {name: write_data(folder / "data" / name, name) for name in NAMES[:3]}
+    places = {name: write_data(folder / "data" / name, name) for name in NAMES}
     (path / "clients.toml").write_text("[clients]\n" + "".join(f'{name} = "{place}"\n' for name, place in places.items()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(method.FedMS, "client_step", absent)
-        run(run_file(folder, f"data.name={path}/clients.toml", count=3), path / "run")
+        run(run_file(folder, *LONGER, f"data.name={path}/clients.toml"), path / "run")
     return path / "run"
 
 
@@ -330,7 +314,7 @@ def test_the_same_bits_as_embedded(ended, embedded):
     assert deployed[0]["clients"] == here[0]["clients"]
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_client_predicts_without_the_server(ended, embedded, tmp_path, name):
     """From its own folder alone, as the embedded run's export does for it."""
     folder, _, _ = ended
@@ -347,14 +331,14 @@ def test_a_client_whose_run_has_not_ended_cannot_export(made):
         trained_at(joined(made, "dora").folder)
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_other_folder_holds_what_is_only_a_client_s(ended, name):
     """Its key, its files, its samples as the model reads them and its private expert are in no folder but its own."""
     folder, _, _ = ended
     markers = markers_of(folder / "clients" / name, folder / "data" / name)
     own = b"".join(p.read_bytes() for part in ("clients", "data") for p in (folder / part / name).rglob("*") if p.is_file())
     assert all(marker in own for marker in markers[1:]) and len(set(markers)) == 5
-    others = [p for part in ("server", *(f"clients/{other}" for other in NAMES[:3] if other != name))
+    others = [p for part in ("server", *(f"clients/{other}" for other in NAMES if other != name))
               for p in (folder / part).rglob("*") if p.is_file()]
     assert len(others) > 20
     for path in others:
@@ -366,12 +350,12 @@ def test_the_status_and_the_page_show_it(ended):
     folder, _, _ = ended
     told = page.state(folder / "server")
     lines = "\n".join(page.lines(told))
-    assert "3 of 3 rounds" in lines and "not running" in lines and re.search(r"2  cleo +away; stage2, round 1: ok", lines)
+    assert "4 of 4 rounds" in lines and "not running" in lines and re.search(r"2  cleo +away; stage2, round 2: ok", lines)
     with page.serve(folder / "server") as address:
         with urllib.request.urlopen(address) as answer:
             assert b"<title>FedMS server" in answer.read() and "default-src 'none'" in answer.headers["Content-Security-Policy"]
         data = json.load(urllib.request.urlopen(address.replace("/?", "/state.json?")))
-        assert [client["name"] for client in data["clients"]] == list(NAMES[:3]) and len(data["rounds"]) == 3
+        assert [client["name"] for client in data["clients"]] == list(NAMES) and len(data["rounds"]) == 4
         for bad in (address[:-1], address.split("?")[0], address.replace("/?", "/state.json?")[:-2]):
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(bad)

@@ -1,6 +1,7 @@
 """The distributed engine against the embedded one, and against nodes that fail, dawdle and lie."""
 from __future__ import annotations
 
+import errno
 import json
 import math
 import time
@@ -306,7 +307,7 @@ def told(**values):
 @pytest.mark.parametrize("fault, words", [
     (told(n_validation=2**31 - 1), "data.split leaves it"), (told(n_train=-1), "n_train is -1"),
     (told(n_train=1.5), "n_train is 1.5"), (told(client=10**30), "client is 1"), (told(name="x"), "name: unknown"),
-    (told(n_train=None), "samples it has of one kind alone")])
+    (told(n_train=None), "samples it has of one kind alone"), (told(release="9.9.1"), "it runs fedms 9.9.1, this server fedms")])
 def test_a_node_that_tells_nonsense_of_itself_is_refused(tmp_path, shards, fault, words):
     found, notes = deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=0", faults={("query", "hello", 2): fault})
     assert any(note.startswith("node 102 is refused") and words in note for note in notes), notes
@@ -344,6 +345,28 @@ def test_a_client_that_is_away_is_waited_for_once(tmp_path, shards):
     assert sum("the nodes of the clients 2 are away" in note for note in notes) == 1
     assert [v["round"] for v in found[0]["visits"] if v["client"] == 2 and v["status"] == "failed"] == [1, 2, 3, 4]
     assert [v["status"] for v in found[0]["visits"] if v["client"] == 2][-1] == "ok"
+
+
+def test_everyone_away_stops_the_run_until_it_is_resumed(tmp_path, shards):
+    with pytest.raises(AllClientsFailed, match="stage1, round 1: no client could train"):
+        deployed(tmp_path, shards, "clients.join_timeout=0.3", change=lambda grid: grid.down.update(range(4)))
+    found, _ = deployed(tmp_path, shards, "clients.join_timeout=0.3", resume=True)
+    same(found, embedded(tmp_path))
+
+
+def test_a_full_disk_of_a_client_costs_its_visit(tmp_path, shards, monkeypatch):
+    def full(message, answer):
+        with monkeypatch.context() as patch:
+            patch.setattr("fedms.storage.checkpoint.write_durably", lambda *_, **__: fail())
+            return answer(message)
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    found, _ = deployed(tmp_path, shards, faults={("train", "stage1 2", 2): full, ("train", "stage2 1", 2): full})
+    lost = [(v["client"], v["reason"]) for v in found[0]["visits"] if v["status"] != "ok"]
+    assert len(lost) == 2 and all(client == 2 and "No space left on device" in reason for client, reason in lost), lost
+    same_result(found, embedded(tmp_path, absent={("stage1", 2, 2), ("stage2", 1, 2)}, monkeypatch=monkeypatch))
 
 
 def test_replies_that_flower_cannot_rebuild_do_not_end_the_run(tmp_path, shards, without_one):
