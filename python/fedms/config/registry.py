@@ -1,8 +1,8 @@
-"""What is known of methods, data sets and models before any of them is imported: a row each, without torch.
+"""The registry of methods, data sets and models. It holds one row for each and does not import torch.
 
-The rows of this package are in `catalogue`. Other packages add theirs by `register_method`, `register_data` and
-`register_model`, in a module that every process of a run finds: one that an entry point of the group "fedms.plugins" names,
-or one that the environment variable FEDMS_PLUGINS names (several with commas between them).
+The rows of this package are in `catalogue`. Other packages add rows with `register_method`, `register_data` and
+`register_model`. The module that calls these functions has to be found by every process of a run: name it in an entry point
+of the group "fedms.plugins", or in the environment variable FEDMS_PLUGINS (several names are separated by commas).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ Content = Literal["text", "images", "conversations"]
 
 @dataclass(frozen=True)
 class Constant:
-    """What `fedms tune` chooses: a key of the run file and its range; the lowest value is tried as often as the highest.
+    """A constant that `fedms tune` chooses: a key of the run file and its range.
 
-    log: whether values are spread evenly in the logarithm. integer: whether they are whole numbers.
+    Attributes:
+        log: Whether values are distributed evenly on a logarithmic scale.
+        integer: Whether values are integers.
     """
 
     key: str
@@ -41,7 +43,7 @@ class Constant:
     integer: bool = False
 
     def at(self, share: float) -> float | int:
-        """The value at a share in [0, 1) of the range, to three significant digits."""
+        """Return the value at a fraction in [0, 1) of the range, rounded to three significant digits."""
         if self.integer:
             return int(self.low + share * (self.high - self.low + 1))
         if self.log:
@@ -52,39 +54,45 @@ class Constant:
 
 
 def no_problems(config: RunConfig) -> Iterable[str]:
-    """The check of a method that runs with every run file."""
+    """The check of a method that accepts every run file: no problems."""
     return ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """name: what run files call it. target: what makes it, as "module:name" or the object itself.
-    summary: one line that says what it is."""
+    """What the registry knows about a method, data set or model.
+
+    Attributes:
+        name: Its name in run files.
+        target: The object itself, or where to import it from, as "module:name".
+        summary: One line that describes it.
+    """
 
     name: str
     target: Target
     summary: str
 
     def load(self) -> Any:
-        """The target, imported now."""
+        """Import and return the target."""
         return load_object(self.target)
 
 
 @dataclass(frozen=True)
 class MethodRow(Row):
-    """A federated method. Its target is a class that answers `fedms.federated.method.Method`.
+    """A federated method. Its target is a subclass of `fedms.Method`.
 
-    trained, sent:     what a client trains and what it sends, in a few words for the documentation.
-    settings, table:   the class of its own table in a run file and that table's name; None without one.
-    tuned:             the constants of its own that `fedms tune` chooses, beside both learning rates.
-    aggregation:       the aggregation rule that makes the method what it is; None if `[aggregate] rule` may be any.
-    needs_linear_head: whether each client trains a head of its own.
-    two_stages:        whether stage 2 trains something else than stage 1. A method without stages keeps its depth there.
-    trains_gate:       whether experts are mixed by a trained gate.
-    sends_counts:      whether clients send how many samples of each class they have, which the server adds up.
-    not_for_tokens:    why the method cannot train causal language models; None if it can.
-    check:             what it asks of the rest of a run file: a line for each problem, starting with the key to change.
-    color:             of its curves, as #rrggbb; None: one is chosen by its name.
+    Attributes:
+        trained, sent: What a client trains and what it sends, in a few words for the documentation.
+        settings, table: The class of the method's own table in a run file, and the name of the table; None without one.
+        tuned: Constants of the method that `fedms tune` chooses, in addition to both learning rates.
+        aggregation: The aggregation rule that the method requires; None if `[aggregate] rule` may be any.
+        needs_linear_head: Whether each client trains its own head, which has to be linear.
+        two_stages: Whether stage 2 trains something different from stage 1. Otherwise the depth carries over to stage 2.
+        trains_gate: Whether experts are mixed by a trained gate.
+        sends_counts: Whether clients send their number of samples of each class, to be added up by the server.
+        not_for_tokens: Why the method cannot train causal language models; None if it can.
+        check: Returns the problems of a run file with this method, one line each, beginning with the key to change.
+        color: Color of its curves as #rrggbb; None chooses one by the name.
     """
 
     trained: str = ""
@@ -104,13 +112,15 @@ class MethodRow(Row):
 
 @dataclass(frozen=True)
 class DataRow(Row):
-    """A data set. Its target is called with the run file's [data] table, the loaded model and a seed, and returns a
+    """A data set. Its target is called with the [data] table of the run file, the loaded model and a seed, and returns a
     `fedms.data.Dataset`.
 
-    holds:       what its samples are.
-    has_groups:  whether each sample has a domain, so that the partitions natural and domains are possible.
-    public_half: target that returns images to pretrain a model on, (n, 1, H, W) float32 in [0, 1]; called with `data.path`.
-    status:      target that returns what `fedms doctor` says: a pair of "ok", "note" or "problem", and a text.
+    Attributes:
+        holds: What the samples are.
+        has_groups: Whether each sample belongs to a domain, which the partitions "natural" and "domains" need.
+        public_half: Target that returns images for pretraining a model, (n, 1, H, W) float32 in [0, 1]; called with
+            `data.path`.
+        status: Target that returns a line of `fedms doctor`: "ok", "note" or "problem", and a text.
     """
 
     holds: Content = "text"
@@ -121,13 +131,14 @@ class DataRow(Row):
 
 @dataclass(frozen=True)
 class ModelRow(Row):
-    """A foundation model. Its target is called with the run file's [model] table and returns a
+    """A foundation model. Its target is called with the [model] table of the run file and returns a
     `fedms.models.FoundationModel`.
 
-    reads:      what its samples are.
-    text_head:  whether it embeds class prompts, which `model.head = "text"` needs.
-    pretrained: whether `fedms pretrain` makes its weights.
-    status:     as of `DataRow`.
+    Attributes:
+        reads: What the samples are.
+        text_head: Whether it can embed class prompts, which `model.head = "text"` needs.
+        pretrained: Whether `fedms pretrain` makes its weights.
+        status: As in `DataRow`.
     """
 
     reads: Content = "text"
@@ -141,16 +152,16 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 @dataclass(frozen=True)
 class Catalogue(Generic[AnyRow]):
-    """The rows of one kind by name, in the order in which they were added."""
+    """The rows of one kind, by name, in the order in which they were added."""
 
     kind: str
     rows: dict[str, AnyRow] = field(default_factory=dict)
 
     def add(self, row: AnyRow) -> None:
-        """Adds a row. The same row may be added again.
+        """Add a row. Adding the same row again has no effect.
 
         Raises:
-            ConfigError: if the name is no name, or another row has it.
+            ConfigError: If the name is not valid, or another row has it.
         """
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", row.name):
             raise ConfigError(f"register {self.kind}: got the name {row.name!r}; accepted: letters, digits, _ and -, a letter "
@@ -161,7 +172,7 @@ class Catalogue(Generic[AnyRow]):
         self.rows[row.name] = row
 
     def all(self) -> dict[str, AnyRow]:
-        """All rows, those of plugins too."""
+        """Return all rows, including those of plugins."""
         load_plugins()
         return self.rows
 
@@ -172,17 +183,17 @@ MODELS: Catalogue[ModelRow] = Catalogue("model")
 
 
 def methods() -> dict[str, MethodRow]:
-    """The rows of all methods by name."""
+    """Return the rows of all methods by name."""
     return METHODS.all()
 
 
 def data_sets() -> dict[str, DataRow]:
-    """The rows of all data sets by name; data of one's own have none."""
+    """Return the rows of all registered data sets by name. A user's own data have no row."""
     return DATA.all()
 
 
 def models() -> dict[str, ModelRow]:
-    """The rows of all models by name; a folder or a hub id has none."""
+    """Return the rows of all registered models by name. A model from a folder or from the hub has no row."""
     return MODELS.all()
 
 
@@ -192,32 +203,32 @@ def method_names() -> tuple[str, ...]:
 
 
 def pretrained_models() -> tuple[str, ...]:
-    """Names of the models whose weights `fedms pretrain` makes."""
+    """Return the names of the models whose weights `fedms pretrain` makes."""
     return tuple(name for name, row in models().items() if row.pretrained)
 
 
 def settings_tables() -> dict[str, type[Table]]:
-    """The classes of the methods' own tables by the tables' names."""
+    """Return the classes of the methods' own tables, by the names of the tables."""
     return {row.table: row.settings for row in methods().values() if row.settings is not None}
 
 
 def method_of_table(table: str) -> str | None:
-    """The method whose own table this is; None for a table that every run has."""
+    """Return the method to which a table belongs, or None for a table that every run file has."""
     return next((row.name for row in methods().values() if row.settings is not None and row.table == table), None)
 
 
 def register_method(name: str, target: Target, summary: str = "", **known: Any) -> None:
-    """Adds a federated method: from now on run files, `--methods`, tuning and reports know its name.
+    """Register a federated method, so that run files, `--methods`, tuning and reports know its name.
 
     Args:
-        name: what run files call it.
-        target: the class, a `fedms.Method`, or where it is: "module:Class", imported when a run starts.
-        summary: one line that says what it is.
-        known: further fields of `MethodRow`, such as `settings`, a subclass of `fedms.Table` with the method's own keys, and
-            `tuned`, `fedms.Constant`s to choose.
+        name: Name of the method in run files.
+        target: A subclass of `fedms.Method`, or where to import it from: "module:Class", imported when a run starts.
+        summary: One line that describes the method.
+        known: Further fields of `MethodRow`, such as `settings`, a subclass of `fedms.Table` with the method's own keys, and
+            `tuned`, a list of `fedms.Constant`.
 
     Raises:
-        ConfigError: if another method, or a table of the run file, has this name.
+        ConfigError: If another method or a table of the run file has this name.
     """
     from fedms.config.run_config import RunConfig
 
@@ -228,38 +239,42 @@ def register_method(name: str, target: Target, summary: str = "", **known: Any) 
 
 
 def register_data(name: str, target: Target, summary: str = "", **known: Any) -> None:
-    """Adds a data set that run files can name in `data.name`.
+    """Register a data set, so that run files can name it in `data.name`.
 
     Args:
-        target: a function, or "module:function", that is called with the run file's [data] table, the loaded model and a seed
-            and returns a `fedms.data.Dataset`.
-        known: further fields of `DataRow`; `holds` is "text", "images" or "conversations".
+        name: Name of the data set in run files.
+        target: A function, or "module:function". It is called with the [data] table of the run file, the loaded model and a
+            seed, and returns a `fedms.data.Dataset`.
+        summary: One line that describes the data set.
+        known: Further fields of `DataRow`; `holds` is "text", "images" or "conversations".
 
     Raises:
-        ConfigError: if another data set has this name.
+        ConfigError: If another data set has this name.
     """
     DATA.add(DataRow(name, target, summary, **known))
 
 
 def register_model(name: str, target: Target, summary: str = "", **known: Any) -> None:
-    """Adds a foundation model that run files can name in `model.id`.
+    """Register a foundation model, so that run files can name it in `model.id`.
 
     Args:
-        target: a function, or "module:function", that is called with the run file's [model] table and returns a
+        name: Name of the model in run files.
+        target: A function, or "module:function". It is called with the [model] table of the run file and returns a
             `fedms.models.FoundationModel`, such as a `fedms.ModuleModel`.
-        known: further fields of `ModelRow`; `reads` is "text", "images" or "conversations".
+        summary: One line that describes the model.
+        known: Further fields of `ModelRow`; `reads` is "text", "images" or "conversations".
 
     Raises:
-        ConfigError: if another model has this name.
+        ConfigError: If another model has this name.
     """
     MODELS.add(ModelRow(name, target, summary, **known))
 
 
 def load_object(target: Target) -> Any:
-    """What "module:name" names; anything else is the object itself.
+    """Import the object that "module:name" names, or return `target` if it is not a string.
 
     Raises:
-        ConfigError: if it cannot be imported.
+        ConfigError: If it cannot be imported.
     """
     if not isinstance(target, str):
         return target
@@ -274,10 +289,10 @@ _loaded: set[str] = set()       # plugins, by what names them
 
 
 def load_plugins() -> None:
-    """Imports the modules that other packages register their rows in, each once in a process.
+    """Import the modules in which other packages register their rows, once in each process.
 
     Raises:
-        ConfigError: naming the plugin that cannot be imported, and why.
+        ConfigError: If a plugin cannot be imported; the message names it and the reason.
     """
     if "entry points" not in _loaded:
         _loaded.add("entry points")
@@ -299,6 +314,6 @@ def _import_plugin(module: str, named_by: str) -> None:
 
 
 def _origin(row: Row) -> str:
-    """Where a row's target is defined. A script's own module has another name in the processes that it starts."""
+    """Return where a row's target is defined. The main module of a script has another name in processes that it starts."""
     target = row.target
     return target if isinstance(target, str) else f"{getattr(target, '__module__', '')}:{getattr(target, '__qualname__', target)}"

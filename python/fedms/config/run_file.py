@@ -21,21 +21,25 @@ RUNFILES = Path(__file__).parent / "builtin"
 
 
 def builtin_names() -> tuple[str, ...]:
-    """Names of the built-in run files."""
+    """Return the names of the built-in run files."""
     return tuple(sorted(path.stem for path in RUNFILES.glob("*.toml")))
 
 
 def source_name(source: str | Path) -> str:
-    """Short name of a run file: the built-in name, or the file's name without ``.toml``."""
+    """Return the short name of a run file: the built-in name, or the file name without `.toml`."""
     return Path(source).stem
 
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read and validate a run file.
 
-    ``source`` is a built-in name (see `builtin_names`) or a path. Each override is ``table.key=value``, the
-    value in TOML (``0.01``, ``true``, ``[0.6, 0.2, 0.2]``), any other text being a plain string, and ``none`` unsetting
-    an optional key. Raises :class:`ConfigError`.
+    Args:
+        source: A built-in name (see `builtin_names`) or a path.
+        overrides: Each is `table.key=value`. The value is TOML (`0.01`, `true`, `[0.6, 0.2, 0.2]`); any other text is taken
+            as a string, and `none` unsets an optional key.
+
+    Raises:
+        ConfigError: If the file cannot be read, or a key or value is not valid.
     """
     values = upgraded(read_tables(source), assumed=FORMAT)
     for override in overrides:
@@ -44,7 +48,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Validate plain nested values, as read from TOML. Raises :class:`ConfigError`."""
+    """Validate nested plain values, as read from TOML. Raise a ConfigError if they are not valid."""
     try:
         return config_class().model_validate(dict(values))
     except ValidationError as error:
@@ -55,33 +59,35 @@ def with_run(config: RunConfig, **values: Any) -> RunConfig:
     """Return the configuration with values of its [run] table replaced.
 
     Raises:
-        ConfigError: If they do not fit the rest of it.
+        ConfigError: If they are not valid together with the rest of the configuration.
     """
     tables = config.model_dump()
     return config_from_dict({**tables, "run": {**tables["run"], **values}})
 
 
 def dump(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain values with their format, for `upgraded`. Unset optional keys and the tables of
-    other methods are left out."""
+    """Return the complete configuration as plain values, with the number of their format, which `upgraded` reads.
+
+    Unset optional keys and the tables of other methods are omitted.
+    """
     return {"format": FORMAT, **of_method(config.model_dump(mode="json", exclude_none=True))}
 
 
 def of_method(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values without the tables of other methods, which say nothing of this run."""
+    """Return plain values without the tables of other methods."""
     method = values["run"]["method"]
     return {table: keys for table, keys in values.items() if registry.method_of_table(table) in (None, method)}
 
 
 def dump_toml(config: RunConfig) -> str:
-    """`dump` as TOML: loading the text gives ``config`` again."""
+    """Return `dump(config)` as TOML. Loading the text gives `config` again."""
     import tomli_w
 
     return tomli_w.dumps(dump(config))
 
 
 def read_tables(source: str | Path) -> dict[str, Any]:
-    """The plain values of a run file, not validated. Raises :class:`ConfigError`."""
+    """Return the plain values of a run file without validating them. Raise a ConfigError if it cannot be read."""
     path = Path(source)
     if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9_-]+", source) and not path.is_file():
         path = RUNFILES / f"{source}.toml"
@@ -126,13 +132,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _is_text(table: str, key: str) -> bool:
-    """Whether a key holds text, or a list of texts, so that 2020 or true is a word there."""
+    """Return whether a key holds a string or a list of strings, so that an override such as 2020 or true is a string."""
     field = keys().get(table, {}).get(key)
     return field is not None and not {int, float, bool, dict} & _atoms(field.annotation) and str in _atoms(field.annotation)
 
 
 def _atoms(annotation: Any) -> set[Any]:
-    """The plain types that an annotation is made of; those of the values for a Literal."""
+    """Return the plain types in an annotation; for a Literal, the types of its values."""
     origin = get_origin(annotation)
     if origin is Literal:
         return {type(value) for value in get_args(annotation)}

@@ -1,4 +1,4 @@
-"""Where fetched data sets are kept, and how they get there whole."""
+"""The cache folder of downloaded data sets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from fedms.storage.durable import private_folder
 
 
 def cache_dir() -> Path:
-    """$FEDMS_CACHE, or ~/.cache/fedms. Not created here."""
+    """Return $FEDMS_CACHE or ~/.cache/fedms, without creating it."""
     return Path(os.environ.get("FEDMS_CACHE") or Path.home() / ".cache" / "fedms")
 
 
 def made_cache_dir() -> Path:
-    """:func:`cache_dir`, made if it is not there: for its owner alone, as others could change what is read from it. A folder
-    that is there keeps its mode: a team may share one."""
+    """Return `cache_dir()`, created if it does not exist.
+
+    A new folder is accessible to its owner only, because others could change what is read from it. The mode of an existing
+    folder is not changed, so that a team can share one.
+    """
     return private_folder(cache_dir(), close=False)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder to fill; it is renamed to `folder` at the end, which is therefore whole or not there."""
+    """Yield a temporary folder that is renamed to `folder` at the end, which is therefore either complete or absent."""
     made_cache_dir()
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.parent / f".unpack-{secrets.token_hex(8)}"
@@ -45,7 +48,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def verify(path: Path, expected: str, remedy: str) -> None:
-    """DataError, which ends with `remedy`, unless the file's sha256 (hex) is `expected`."""
+    """Raise a DataError that ends with `remedy` unless the SHA-256 of the file, in hexadecimal, is `expected`."""
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

@@ -11,7 +11,7 @@ from .tables import Table, positions, samples_of, wanted_columns
 
 
 def load_hub(config, reads: str) -> Samples:
-    """The split `config.part` of the hub's data set `config.name`."""
+    """Load the split `config.part` of the hub's data set `config.name`."""
     try:
         import datasets
     except ImportError as error:
@@ -28,7 +28,7 @@ def load_hub(config, reads: str) -> Samples:
 
 
 def from_hub(table, config, reads: str) -> Samples:
-    """Samples of a `datasets.Dataset`, under the same rules as those of a file."""
+    """Return the samples of a `datasets.Dataset`, by the same rules as for a file."""
     import datasets
 
     wanted = wanted_columns(config, reads, labeled=True)

@@ -1,4 +1,4 @@
-"""Folders of images: CLASS/IMAGE, or CLIENT/CLASS/IMAGE."""
+"""Read folders of images: CLASS/IMAGE or CLIENT/CLASS/IMAGE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tables import table_kind
 
 @dataclass(frozen=True)
 class Tree:
-    """What lies below a folder, links followed, without what is hidden (names that begin with a dot); sorted."""
+    """The sorted contents of a folder. Links are followed; names that begin with a dot are skipped."""
 
     root: Path
     folders: tuple[Path, ...]
@@ -27,7 +27,7 @@ class Tree:
 
 
 def scan(root: Path) -> Tree:
-    """Raises DataError: a folder that cannot be listed, or that is a link to a folder above it."""
+    """Scan a folder. Raise a DataError if a folder cannot be listed, or is a link to a folder that contains it."""
     def refuse(error: OSError) -> None:
         raise DataError(f"data.name: {error.filename}: cannot be listed: {error.strerror}") from error
 
@@ -49,12 +49,12 @@ def scan(root: Path) -> Tree:
 
 
 def is_image(path: Path) -> bool:
-    """Whether its name says so."""
+    """Return whether the name of a file is that of an image."""
     return path.suffix.lower() in IMAGES
 
 
 def image_samples(tree: Tree, labeled: bool) -> Samples:
-    """The images of a folder; their classes and clients are the names of the folders around them."""
+    """Return the images of a folder, whose classes and clients are the names of their parent folders."""
     root, files = tree.root, tree.images
     places = [str(path) for path in files]
     notes = tuple(left_out((*tree.tables, *tree.others), root, "as they are no images that can be read"))

@@ -1,7 +1,6 @@
-"""What a foundation model eats: token sequences or images, addressed by sample index.
+"""Inputs of a foundation model: token sequences or images, addressed by the index of the sample.
 
-Samples are stored without padding; a batch is padded to its own longest row. So the same data serves any
-batch size, and short sentences cost what short sentences should.
+Samples are stored without padding, and a batch is padded to its longest row, so that short sentences cost little.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class TextInputs:
         return _digest({**self.fields, "offsets": self.offsets})
 
     def keys(self) -> list[bytes]:
-        """A hash of each sample's content."""
+        """Return a hash of each sample's content."""
         tokens, ends = self.fields["input_ids"].numpy(), self.offsets.tolist()
         return [_short_hash(tokens[start:end]) for start, end in zip(ends, ends[1:])]
 
@@ -115,8 +114,10 @@ class ImageInputs:
                                                                                    self.transform[0])}
 
     def augmented(self, indices: Tensor, how: Sequence[str]) -> ImageInputs:
-        """The images `indices` (B,), each changed at random (torch's generator): "flip" mirrors half of them, "shift"
-        moves them by up to an eighth of their size and repeats their edges."""
+        """Return the images `indices` (B,) with random changes drawn from PyTorch's generator.
+
+        "flip" mirrors half of them; "shift" moves each by up to an eighth of its size and repeats the edges.
+        """
         pixels = self.pixels[indices]
         count, _, height, width = pixels.shape
         if "flip" in how:
@@ -130,18 +131,18 @@ class ImageInputs:
         return _digest({"pixels": self.pixels, **dict(zip(("scale", "shift"), self.transform or ()))})
 
     def keys(self) -> list[bytes]:
-        """A hash of each sample's content."""
+        """Return a hash of each sample's content."""
         return [_short_hash(image) for image in self.pixels.numpy()]
 
 
 def _shifted(count: int, size: int) -> Tensor:
-    """(count, size) int64: for each image the places that its rows, or columns, come from."""
+    """Return, for each image, the indices from which its shifted rows or columns come, (count, size) int64."""
     most = max(1, size // 8)
     return (torch.arange(size) + torch.randint(-most, most + 1, (count, 1))).clamp(0, size - 1)
 
 
 def check_shape(name: str, pixels: Tensor, model) -> None:
-    """DataError unless images (n, C, H, W) of a built-in data set are of the model's size."""
+    """Raise a DataError unless the images (n, C, H, W) of a built-in data set have the size that the model reads."""
     if model.pixel_shape != pixels.shape[1:]:
         raise DataError(
             f"data.name: {name} has images of {tuple(pixels.shape[1:])}, but model.id {model.name!r} reads images of "
@@ -154,7 +155,7 @@ def _short_hash(array) -> bytes:
 
 
 def _digest(tensors: dict[str, Tensor]) -> bytes:
-    """sha256 over names, shapes and bytes, in the order of the names."""
+    """Return the SHA-256 of the tensors' names, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

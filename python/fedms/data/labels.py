@@ -1,4 +1,4 @@
-"""Names of classes and clients: one normal form, whatever a table, a folder or the hub wrote them in."""
+"""Names of classes and clients, normalized alike for tables, folders and the hub."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ MANY_CLASSES = 20       # from which on it is asked whether the labels are class
 
 
 def name_of(value: Any) -> str:
-    """A label or a client as text. 3, 3.0, "3" and "3.0" are the same name, and so are the Unicode forms of a word.
+    """Return a label or a client as text. 3, 3.0, "3" and "3.0" give the same name, and so do Unicode forms of a word.
 
-    Raises ValueError for what is no single name: a list, a struct, bytes, nothing, a text with control characters.
+    Raises:
+        ValueError: If the value is not a single name: a list, a struct, bytes, an empty value, or a text with control
+            characters.
     """
     try:
         return _name(value)
@@ -65,7 +67,7 @@ def _short(value: Any) -> str:
 
 
 def names_of(values: Sequence[Any], places: Sequence[str], key: str) -> list[str]:
-    """`name_of` each; a DataError says where one is none. key: what it names, for errors."""
+    """Apply `name_of` to all values. A DataError names the place of an invalid one, and `key`, which is what they name."""
     names = []
     for value, place in zip(values, places):
         try:
@@ -76,10 +78,11 @@ def names_of(values: Sequence[Any], places: Sequence[str], key: str) -> list[str
 
 
 def classes_of(config, samples: Samples) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class index (n,) int64 of each sample, and the class names.
+    """Return the class index of each sample, (n,) int64, and the names of the classes.
 
-    The user's names win: `config.classes` are matched by name, else they are the names of positions: of the source's own
-    classes, or of labels that are integers from 0 on. A class that the source names and no sample has is left out.
+    `config.classes` takes precedence over other names. It is matched by name if possible; otherwise it gives the names of
+    positions, which are those of the source's classes or labels that are integers from 0 on. Classes of the source without
+    samples are omitted.
     """
     labels, places = samples.labels, samples.places
     if samples.classes is not None:
@@ -106,7 +109,7 @@ def classes_of(config, samples: Samples) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def _named_by_source(config, positions: Sequence[int], names: tuple[str, ...],
                      places: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Classes of labels that are positions in `names`."""
+    """Return the classes if the labels are positions in `names`."""
     held = sorted(set(positions))
     if config.classes is None:
         order = {position: i for i, position in enumerate(held)}
@@ -141,7 +144,7 @@ def _checked(config, labels: np.ndarray, names: tuple[str, ...]) -> tuple[np.nda
 
 
 def class_notes(config, samples: Samples, labels: np.ndarray, names: tuple[str, ...]) -> list[str]:
-    """What is odd about the classes."""
+    """Return notes about anything unusual in the classes."""
     notes = []
     if samples.classes is not None and config.classes is None and (unused := [c for c in samples.classes if c not in names]):
         notes.append(f"{config.name}: {counted(len(unused), 'class')} of its {len(samples.classes)} left out, as no sample "
@@ -156,7 +159,7 @@ def class_notes(config, samples: Samples, labels: np.ndarray, names: tuple[str, 
 
 
 def groups_of(clients: Sequence[str] | None) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Group index (n,) int64 of each sample and the groups' names, in natural order; None where there are none."""
+    """Return the group index of each sample, (n,) int64, and the names of the groups in natural order; None without groups."""
     if clients is None:
         return None, ()
     names = tuple(sorted(set(clients), key=natural))
@@ -165,7 +168,7 @@ def groups_of(clients: Sequence[str] | None) -> tuple[np.ndarray | None, tuple[s
 
 
 def prompts_of(config, model, classes: tuple[str, ...]) -> tuple[tuple[str, ...], ...] | None:
-    """One prompt a class, where the model can embed it and the class has a name, not a number."""
+    """Return a prompt for each class, if the model can embed prompts and the classes have names rather than numbers."""
     if model.zero_shot_temperature is None or not all(any(c.isalpha() for c in name) for name in classes):
         return None
     template = config.prompt or ("{}" if model.reads == "text" else "a photo of a {}.")
@@ -173,13 +176,13 @@ def prompts_of(config, model, classes: tuple[str, ...]) -> tuple[tuple[str, ...]
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first of some names."""
+    """Return a text that lists the first names."""
     more = f", and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Key of an order in which client2 comes before client10."""
+    """Return a sort key with which client2 comes before client10."""
     if re.fullmatch(r"-\d+", name):
         return [(0, int(name), name)]
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.findall(r"\d+|\D+", name)]

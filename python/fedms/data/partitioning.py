@@ -1,7 +1,6 @@
 """Divide a data set among clients, and each client's share into training, validation and test samples.
 
-Everything here is a function of (data set, settings, seed) alone; torch's random state is neither read nor
-changed.
+The result depends only on the data set, the settings and the seed. PyTorch's random state is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MIN_DIRICHLET_SAMPLES = 10
 
 @dataclass(frozen=True)
 class ClientSplit:
-    """One client's samples: sorted, disjoint int64 indices into the data set; any of them may be empty."""
+    """A client's samples: sorted, disjoint int64 indices into the data set. Each part may be empty."""
 
     id: int
     group: str | None
@@ -43,8 +42,14 @@ class ClientSplit:
 
 @dataclass(frozen=True)
 class Partition:
-    """clients: those that take part, id = position. unseen: those that never train, ids go on from there.
-    global_test: (m,) int64, in no client. notes: a line for each oddity worth telling the user."""
+    """The division of a data set among clients.
+
+    Attributes:
+        clients: The participating clients; the id of a client is its position.
+        unseen: Clients that never train; their ids follow.
+        global_test: (m,) int64 indices of the common test set, which belong to no client.
+        notes: One line for everything unusual.
+    """
 
     clients: tuple[ClientSplit, ...]
     unseen: tuple[ClientSplit, ...]
@@ -55,22 +60,32 @@ class Partition:
 def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     """Divide `dataset` among `clients.count + clients.unseen` clients.
 
-    data:    the run file's [data] table. `partition` is the scheme: "natural" (client i belongs to group i mod
-             #groups, a group is divided evenly at random among its clients), "own" (client i has all of group i, and the group's name
-             and the seed alone say how it is split: a client that has nothing but its own data splits them alike),
-             "dirichlet" (each class is
-             divided by a draw from Dirichlet(alpha), as in arXiv 1905.12022, by flwr-datasets), "domains" (each
-             group is, likewise), "classes" (`classes_per_client` of them a client, as in arXiv 1602.05629, by
-             flwr-datasets), "quantity" (at random, in sizes drawn from Dirichlet(alpha)) or "iid" (evenly at
-             random). `global_test` is the share that the common test set then takes of every participating client,
-             and of each of its classes; clients that are not seen in training give nothing to it. `split` are each
-             client's shares of training, validation and test samples, stratified by class. All shares are rounded up or
-             down at random.
-    clients: the [clients] table (count, unseen).
+    The key `data.partition` names the scheme:
 
-    A client with too few samples for three parts gets training samples first, then test, then validation; a
-    client without any sample is kept, with a note. Raises DataError for an unknown scheme, "natural" or
-    "domains" without groups, more clients than samples, no sample at all.
+    - "natural": client i belongs to group i mod (number of groups), and each group is divided evenly at random among its
+      clients;
+    - "own": client i has all samples of group i. The split depends only on the name of the group and the seed, so a client
+      that holds nothing but its own data gets the same split;
+    - "dirichlet": each class is divided by a draw from Dirichlet(alpha) (arXiv 1905.12022; flwr-datasets);
+    - "domains": each group is divided by a draw from Dirichlet(alpha);
+    - "classes": each client has samples of `classes_per_client` classes (arXiv 1602.05629; flwr-datasets);
+    - "quantity": at random, in sizes drawn from Dirichlet(alpha);
+    - "iid": evenly at random.
+
+    Then `data.global_test` is the fraction of each class of each participating client that goes to the common test set, and
+    `data.split` gives the fractions of training, validation and test samples, stratified by class. Fractions of a sample are
+    rounded up or down at random. A client with too few samples for three parts gets training samples first, then test
+    samples, then validation samples. A client without samples is kept, with a note.
+
+    Args:
+        dataset: The data set.
+        data: The [data] table of the run file.
+        clients: The [clients] table, for `count` and `unseen`.
+        seed: The seed of the run.
+
+    Raises:
+        DataError: If the scheme is unknown, "natural" or "domains" is used without groups, or there are fewer samples than
+            clients.
     """
     total = clients.count + clients.unseen
     if data.partition not in SCHEMES:
@@ -127,7 +142,7 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
 
 
 def _at_least(minimum: int, shares: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """The shares once each client has `minimum` samples: those with fewer are given random ones of the largest client."""
+    """Move random samples from the largest clients to those with fewer than `minimum`, and return the new shares."""
     shares = list(shares)
     while (missing := minimum - min(map(len, shares))) > 0:
         small, large = min(range(len(shares)), key=lambda i: len(shares[i])), max(range(len(shares)), key=lambda i: len(shares[i]))
@@ -141,7 +156,7 @@ def _at_least(minimum: int, shares: list[np.ndarray], rng: np.random.Generator) 
 
 
 def _common_test(shares: list[np.ndarray], labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """(m,) int64, ascending: the common test set, drawn from the samples that participating clients hold."""
+    """Draw the common test set from the samples of participating clients; return it as (m,) int64, ascending."""
     held = np.concatenate(shares)
     owner = np.repeat(np.arange(len(shares)), list(map(len, shares)))
     drawn = stratified_sample(strata_of(labels[held], owner), round(share * len(held)), rng)
@@ -204,7 +219,7 @@ def _classes(
 
 
 def _partitioners(total: int, indices: np.ndarray):
-    """flwr-datasets' partitioners, after the check that all have in common."""
+    """Return the partitioners of flwr-datasets, after a check that all need."""
     try:
         from flwr_datasets import partitioner
     except ImportError as error:
@@ -223,7 +238,7 @@ def _apply(partitioner, indices: np.ndarray, codes: np.ndarray) -> list[np.ndarr
 
 
 def _by_class(shares: list[np.ndarray], labels: np.ndarray) -> list[list[np.ndarray]]:
-    """Each client's samples, apart by class, classes ascending; all clients are sorted at once."""
+    """Return each client's samples grouped by class, classes ascending. All clients are sorted in one call."""
     samples = np.concatenate(shares)
     owner = np.repeat(np.arange(len(shares)), [len(share) for share in shares])
     order = np.lexsort((labels[samples], owner))
@@ -237,10 +252,12 @@ def _by_class(shares: list[np.ndarray], labels: np.ndarray) -> list[list[np.ndar
 def _split(
     client: int, classes: list[np.ndarray], fractions: tuple[float, float, float], seed: int, stratify: bool = True
 ) -> tuple[list[int], list[int], list[int]]:
-    """Training, validation and test part of a client's samples, each sorted. The sizes follow `fractions`; each part takes
-    evenly spaced samples of the classes in random order, so that it has its share of each, rounded up or down at random; with
-    `stratify` off it takes them at random, whatever their class.
-    The split depends on `client`, a number of this client alone, and the seed only, not on how many clients there are."""
+    """Split a client's samples into sorted training, validation and test parts with sizes by `fractions`.
+
+    With `stratify` each part takes evenly spaced samples from the shuffled samples of the classes, so that its share of each
+    class is right up to rounding, which is random. Without it samples are taken at random. The split depends only on the
+    seed and on `client`, the client's own number, not on the number of clients.
+    """
     if not classes:
         return [], [], []
     rng = np.random.default_rng([seed, 1, client])
@@ -263,8 +280,10 @@ def _key(name: str) -> int:
 
 @lru_cache(maxsize=4096)
 def _sizes(count: int, fractions: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Sizes of the training, validation and test part of `count` samples, by largest remainders; of fewer than three
-    parts training comes first, then test, then validation."""
+    """Return the sizes of the training, validation and test parts of `count` samples, by the method of largest remainders.
+
+    Fewer than three samples go to training first, then to test, then to validation.
+    """
     quota = count * np.asarray(fractions)
     sizes = np.floor(quota + 1e-9).astype(int)
     by_remainder = np.argsort(-(quota - sizes), kind="stable")
@@ -298,13 +317,13 @@ def _oddities(
 
 
 def _clients(ids: list[int]) -> str:
-    """Who has what follows; of many, how many they are and the first."""
+    """Return a text that names clients: all of a few, or the number and the first ones of many."""
     return f"client {ids[0]} has" if len(ids) == 1 else f"{len(ids):,} clients ({few(ids)}) have"
 
 
 def _duplicates(dataset: Dataset, splits: tuple[ClientSplit, ...], in_test: np.ndarray) -> list[str]:
-    """Notes of samples of the same content where they may inflate an accuracy: at several clients, in the training (or
-    validation) and the test part of one client, in the common test set and at a client."""
+    """Return notes about duplicate samples that may inflate an accuracy: at several clients, in the training or validation
+    part and the test part of one client, or in the common test set and at a client."""
     keys = dataset.inputs.keys()
     if len(set(keys)) == len(keys):
         return []

@@ -1,4 +1,4 @@
-"""What the readers of a user's own data hand on, and what they have in common."""
+"""The result of reading a user's own data, and helpers that all readers share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Samples:
-    """What was read, one entry a sample, in one order.
+    """Samples as they were read; all lists have one entry for each sample, in the same order.
 
-    content: texts; or images as PIL images, paths, or the bytes of their files.
-    places:  where each came from (file and line or row), for errors.
-    labels:  as they were written, or None where there are none.
-    clients: name of each sample's client, or None.
-    classes: where the source itself names its classes: these names, in which the labels are positions.
-    notes:   a line for each thing that was left out or decided.
+    Attributes:
+        content: Texts, or images as PIL images, paths, or the bytes of their files.
+        places: Where each sample came from (file and line or row), for error messages.
+        labels: The labels as they were written, or None without labels.
+        clients: The name of each sample's client, or None.
+        classes: The names of the classes if the source defines them; the labels then are positions in this list.
+        notes: One line for everything that was omitted or decided while reading.
     """
 
     content: list[Any]
@@ -33,13 +34,15 @@ class Samples:
 
 
 def normal(text: str) -> str:
-    """The one form in which names are compared and shown: Unicode's NFC (macOS writes file names in NFD), without blanks
-    around it."""
+    """Return the form in which names are compared and shown: Unicode NFC, without surrounding white space.
+
+    macOS writes file names in NFD.
+    """
     return unicodedata.normalize("NFC", text).strip()
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, or blanks."""
+    """Return whether a cell is empty: None, NaN, or white space."""
     return value is None or (isinstance(value, (float, decimal.Decimal)) and math.isnan(value)) or (
         isinstance(value, str) and not value.strip())
 
@@ -50,12 +53,12 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
 
 
 def split_name(name: str) -> str | None:
-    """The split that a file or folder of this name holds, or None if it says none."""
+    """Return the split (such as "train") that the name of a file or folder denotes, or None."""
     return SPLITS.get(re.sub(r"-\d+-of-\d+$", "", normal(name)).lower())
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 image`, `1,200 images`; nouns in -s and -x get -es, and a final -y becomes -ies."""
+    """Return a number with its noun, such as "1 image" or "1,200 images"."""
     if count == 1:
         return f"1 {noun}"
     plural = noun + "es" if noun.endswith(("s", "x")) else noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
@@ -63,7 +66,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def left_out(files: Iterable[Path], root: Path, why: str) -> list[str]:
-    """A note that names files which were not read, or none if there are none."""
+    """Return a note that names files which were not read, in a list that is empty without such files."""
     files = list(files)
     if not files:
         return []

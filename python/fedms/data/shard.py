@@ -1,11 +1,10 @@
-"""What one machine has of a data set: a client's own samples, or the server's. One safetensors file, so that each client
-of a distributed run can be given its own and nothing else.
+"""Shards: the part of a data set that one machine holds, a client's own samples or the server's, in one safetensors file.
 
-    data.safetensors      inputs as the model reads them, labels, and who has which of these samples
+    data.safetensors      inputs as the model reads them, labels, and the owner of each sample
       metadata "shard"    JSON: names, classes, clients, notes
-      metadata "sha256"   of that JSON and of all tensors, their names, dtypes and shapes: shards are carried by hand
+      metadata "sha256"   of that JSON and of all tensors with their names, dtypes and shapes
 
-The samples are the client's own: only the owner of the file can read it, and enter its folder.
+The samples are private: only the owner of the file can read it and enter its folder.
 """
 
 from __future__ import annotations
@@ -36,28 +35,32 @@ _PAD_VALUES, _TOKENS = TypeAdapter(dict[str, int]), TypeAdapter(int)
 
 
 class ShardError(DataError):
-    """A shard that cannot be read or written."""
+    """A shard cannot be read or written."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """dataset: the samples of `partition`, in the order of the whole set, so that every client sees the same batches
-    as where all of it is at hand. fitting: see `fedms.federated.devices.device_of`."""
+    """Samples and their partition.
+
+    Attributes:
+        dataset: The samples of `partition`, in the order of the complete data set, so that batches are the same as in a run
+            that holds all samples.
+        fitting: See `fedms.federated.devices.device_of`.
+    """
 
     dataset: Dataset
     partition: Partition
     fitting: tuple[int | None, ...]
 
     def of(self, client: int) -> Shard:
-        """The same samples as those of the client of this number, where they are one client's: it has learned its number
-        only after they were written."""
+        """Return the shard of a single client with another client id, which the client learns only after writing it."""
         if len(self.partition.clients) != 1:
             return self
         return replace(self, partition=replace(self.partition, clients=(replace(self.partition.clients[0], id=client),)))
 
 
 def shard_of(dataset: Dataset, partition: Partition, fitting: Sequence[int | None]) -> Shard:
-    """The samples that this partition names, alone."""
+    """Return a shard with only the samples that the partition names."""
     splits = (*partition.clients, *partition.unseen)
     every = [partition.global_test, *(getattr(split, part) for split in splits for part in _PARTS)]
     kept = torch.cat(every).unique()                # sorted
@@ -74,7 +77,7 @@ def shard_of(dataset: Dataset, partition: Partition, fitting: Sequence[int | Non
 
 
 def write_shard(folder: Path, shard: Shard) -> None:
-    """Raises ShardError if the folder cannot be written."""
+    """Write a shard. Raise a ShardError if the folder cannot be written."""
     dataset, partition = shard.dataset, shard.partition
     tensors = {"labels": dataset.labels, "global_test": partition.global_test}
     if dataset.groups is not None:
@@ -103,7 +106,7 @@ def write_shard(folder: Path, shard: Shard) -> None:
 
 
 def read_shard(folder: Path) -> Shard:
-    """Raises ShardError if it is missing, damaged, of another format, or its parts do not fit each other."""
+    """Read a shard. Raise a ShardError if it is missing, damaged, inconsistent, or of another format."""
     path = folder / SHARD
     try:
         tensors, metadata = read_tensors(read_regular(path))
@@ -122,7 +125,7 @@ def read_shard(folder: Path) -> Shard:
 
 
 def _unpacked(path: Path, about: ShardAbout, tensors: Mapping[str, Tensor]) -> Shard:
-    """Raises ValueError, KeyError or DataError for what is no shard."""
+    """Parse a shard. Raise a ValueError, KeyError or DataError if it is not valid."""
     inputs: TextInputs | ImageInputs
     if "offsets" in tensors:
         fields = {name.removeprefix("field/"): t for name, t in tensors.items() if name.startswith("field/")}
@@ -165,7 +168,7 @@ def _indices(tensors: Mapping[str, Tensor], name: str, count: int) -> Tensor:
 
 
 def _checksum(about: str, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) of the plain data and of every tensor's name, dtype, shape and bytes."""
+    """Return the SHA-256, in hexadecimal, of the plain data and of each tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(about.encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

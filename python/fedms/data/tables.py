@@ -1,7 +1,7 @@
-"""Tables: .csv, .tsv, .parquet and .jsonl, also compressed as .gz.
+"""Read tables: .csv, .tsv, .parquet and .jsonl, also compressed as .gz.
 
-One strict reader for training and prediction. It guesses nothing: a row that does not fit the header, a quotation mark that
-is not closed, bytes that are not of the stated encoding are refused, by file and line.
+Training and prediction use the same strict reader. It does not guess: a row that does not match the header, an unclosed
+quotation mark, or bytes that are not valid in the given encoding are errors, which name the file and the line.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 class Table:
     """A table as it was read.
 
-    source:  file or data set, for errors.
-    folder:  what names of image files are relative to; None: it may not name files.
-    names:   all its column names, in their normal form.
-    columns: of the columns that were asked for and exist, the values, as plain Python objects.
-    places:  file and line or row of each row.
-    classes: where the source names its classes: these names, in which the labels are positions.
-    hint:    what to try if a column is missing.
-    notes:   a line for each oddity.
+    Attributes:
+        source: File or data set, for error messages.
+        folder: Folder to which names of image files are relative; None if the table must not name files.
+        names: All column names, normalized.
+        columns: The values of the requested columns that exist, as plain Python objects.
+        places: File and line, or row number, of each row.
+        classes: The names of the classes if the source defines them; the labels then are positions in this list.
+        hint: What to try if a column is missing.
+        notes: One line for everything unusual.
     """
 
     source: str
@@ -52,11 +53,11 @@ class Table:
 
 
 class _Unreadable(Exception):
-    """Why a file cannot be read as the table that its name says it is."""
+    """A file cannot be read in the format that its name denotes; the message is the reason."""
 
 
 def table_kind(path: Path) -> str | None:
-    """The suffix of `TABLES` that a file's name ends in, before .gz if that comes last; None: it is no table."""
+    """Return the suffix of `TABLES` in which the name of a file ends, ignoring .gz; None if it is not a table."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -66,13 +67,13 @@ def table_kind(path: Path) -> str | None:
 
 
 def table_stem(path: Path) -> str:
-    """A table's name without .csv, .csv.gz and the like, in its normal form."""
+    """Return the name of a table without its suffix (.csv, .csv.gz, ...), normalized."""
     stem = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
     return normal(Path(stem).stem)
 
 
 def wanted_columns(config, reads: str, labeled: bool) -> dict[str, str]:
-    """Key of the [data] table -> name of a column that is needed, in its normal form."""
+    """Return the names of the needed columns, normalized, by the keys of the [data] table that name them."""
     wanted = {"data.text": config.text} if reads == "text" else {"data.image": config.image}
     if labeled:
         wanted |= {"data.label": config.label} | ({"data.client": config.client} if config.client else {})
@@ -82,9 +83,13 @@ def wanted_columns(config, reads: str, labeled: bool) -> dict[str, str]:
 def read_table(path: Path, config, wanted: Mapping[str, str]) -> Table:
     """Read the columns `wanted` of a table.
 
-    config: the [data] table: delimiter, encoding and quoting of text files.
+    Args:
+        path: The file.
+        config: The [data] table, for the delimiter, encoding and quoting of text files.
+        wanted: Names of the columns.
 
-    Raises DataError, with the line where there is one.
+    Raises:
+        DataError: If the table cannot be read; the message names the line, if there is one.
     """
     kind = table_kind(path)
     try:
@@ -102,11 +107,17 @@ def read_table(path: Path, config, wanted: Mapping[str, str]) -> Table:
 
 
 def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, reads: str, labeled: bool) -> Samples:
-    """The samples of tables, one after the other.
+    """Return the samples of several tables in order.
 
-    clients: a table's client each, where tables are clients and no column says whose a sample is.
+    Args:
+        tables: The tables.
+        clients: The client of each table, if each table belongs to one client and no column names clients.
+        config: The [data] table.
+        reads: "text", "images" or "conversations".
+        labeled: Whether labels and clients are needed.
 
-    Raises DataError: a missing column, a table without samples, a cell with nothing in it, class names that differ.
+    Raises:
+        DataError: If a column is missing, a table has no samples, a cell is empty, or class names differ.
     """
     wanted = wanted_columns(config, reads, labeled)
     for table in tables:
@@ -163,7 +174,7 @@ def _content(table: Table, name: str, reads: str) -> Iterator[Any]:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """The file of this name, in whichever Unicode form the file system has it."""
+    """Return the file of this name, whichever Unicode form the file system uses."""
     forms = [folder / name, *(folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
     return next((path for path in forms if path.exists()), forms[0])
 
@@ -191,7 +202,7 @@ def _decoded(path: Path, encoding: str) -> str:
 
 
 def _other_encoding(raw: bytes) -> str:
-    """Advice on the encoding that a file seems to have."""
+    """Return advice on the encoding that a file seems to have."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return 'it begins as UTF-16 does: set data.encoding = "utf-16"'
     if b"\0" in raw:
@@ -227,7 +238,7 @@ def _delimited(path: Path, text: str, delimiter: str, quoting: str, wanted: set[
 
 
 def _rows(text: str, delimiter: str, quoting: str) -> Iterator[tuple[int, int, list[str]]]:
-    """First line, last line and fields of each row, the header included; blank lines are left out."""
+    """Yield the first line, the last line and the fields of each row, including the header. Blank lines are skipped."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL)
     first = 1
@@ -242,7 +253,8 @@ def _rows(text: str, delimiter: str, quoting: str) -> Iterator[tuple[int, int, l
 
 
 def _swallowed(rows: Sequence[tuple[int, int, list[str]]], text: str, delimiter: str, fields: int) -> int | None:
-    """First line of a row over several lines of which one, the last apart, would be a row by itself; or None."""
+    """Return the first line of a row that seems to have swallowed others, or None: it spans several lines, and one of them
+    other than the last would be a complete row."""
     over = [(first, last) for first, last, _ in rows if last > first]
     if not over or fields < 2:
         return None
@@ -252,7 +264,7 @@ def _swallowed(rows: Sequence[tuple[int, int, list[str]]], text: str, delimiter:
 
 
 def _other_delimiter(names: Sequence[str], delimiter: str) -> str:
-    """Advice on the delimiter that a header of one column seems to have."""
+    """Return advice on the delimiter, if a header has only one column and seems to use another delimiter."""
     for other in (";", "\t", "|", ","):
         if len(names) == 1 and other != delimiter and other in names[0]:
             return f'. Its header holds {_shown(other)}: set data.delimiter = {json.dumps(other)}'
@@ -320,7 +332,7 @@ def _parquet(path: Path, wanted: set[str], label: str | None) -> Table:
 
 
 def _class_names(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[str, ...] | None:
-    """The class names that the datasets library writes into a Parquet file beside the labels."""
+    """Return the class names that the datasets library stores in the metadata of a Parquet file."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         names = next(feature["names"] for name, feature in features.items() if normal(name) == label)
@@ -330,7 +342,7 @@ def _class_names(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[st
 
 
 def positions(labels: Sequence[Any], classes: Sequence[str], source: str) -> list[int | None]:
-    """Labels that are positions in `classes`; -1, which the datasets library writes for a label that is kept secret, is
+    """Check labels that are positions in `classes`. The datasets library writes -1 for a hidden label; it counts as
     missing."""
     found = [None if is_missing(value) or value == -1 else value for value in labels]
     for row, value in enumerate(found):

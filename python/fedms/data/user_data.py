@@ -1,10 +1,10 @@
-"""Data of one's own: tables (.csv, .tsv, .parquet, .jsonl), folders of images, data sets of the Hugging Face hub.
+"""Read a user's own data: tables (.csv, .tsv, .parquet, .jsonl), folders of images, and data sets of the Hugging Face hub.
 
-A table has a column of texts, or of images (file names beside the table, or the files' bytes), and a column of
-labels. Clients are a column, or one table each. A folder of images is CLASS/IMAGE, or CLIENT/CLASS/IMAGE. Tables or
-folders that are named train, validation and test are splits, of which `data.part` is read.
+A table has a column of texts or of images (file names relative to the table, or the bytes of the files) and a column of
+labels. The client of a sample is given by a column or by its table. A folder of images is CLASS/IMAGE or CLIENT/CLASS/IMAGE.
+Tables or folders named train, validation and test are splits, of which `data.part` is read.
 
-`tables`, `image_folder` and `hub` read; `labels` makes classes and clients of what is written; `images` decodes.
+The modules `tables`, `image_folder` and `hub` read samples; `labels` determines classes and clients; `images` decodes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load(config, model, seed: int) -> Dataset:
 
 
 def stamp(config) -> tuple[object, ...]:
-    """Changes when a file of `config.name` does (size and time of each), so that what was read of it is not used again."""
+    """Return a value that changes with the size or modification time of a file of `config.name`, to invalidate caches."""
     path = Path(config.name).expanduser()
     if config.name in registry.data_sets() or not path.exists():
         return ()
@@ -75,17 +75,19 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def inputs_of(content: Sequence[Any], places: Sequence[str], model, source: str, max_tokens: int):
-    """Texts or images as the model reads them. DataError names every image that cannot be read, up to five."""
+    """Convert texts or images to model inputs. A DataError names up to five images that cannot be read."""
     if model.reads == "text":
         return model.tokenize(list(content), max_tokens)
     return read_images(content, places, model, source, strict=True).inputs
 
 
 def read(config, reads: str, *, labeled: bool = True) -> Samples:
-    """All samples of `config.name` (config: the [data] table, or what has its keys).
+    """Read all samples of `config.name`.
 
-    reads:    "text" or "images".
-    labeled: False where labels and clients are not wanted, as for prediction.
+    Args:
+        config: The [data] table, or an object with the same attributes.
+        reads: "text" or "images".
+        labeled: Whether labels and clients are needed; prediction does not need them.
     """
     path = Path(config.name).expanduser()
     if path.is_dir():
@@ -111,8 +113,11 @@ _CLIENTS = TypeAdapter(dict[Literal["clients"], dict[str, str]])
 
 
 def _by_client(path: Path, config, reads: str, labeled: bool) -> Samples:
-    """Samples of clients whose data lie in different places: a file with a table `[clients]` of NAME = "PATH", paths relative
-    to it. Each client's data are read as if they were all there is."""
+    """Read samples of clients whose data are in different places.
+
+    The file has a table `[clients]` with entries NAME = "PATH"; paths are relative to the file. Each client's data are read
+    separately.
+    """
     try:
         places = conform(_CLIENTS, parse_toml(read_regular(path))).get("clients", {})
     except (OSError, ValueError) as error:
@@ -137,7 +142,7 @@ def _renamed(config, name: str):
 
 
 def _remedy(path: Path) -> str:
-    """How a file of another kind becomes one that is read."""
+    """Return advice on how to convert a file of an unsupported format."""
     suffix = path.suffix.lower()
     if suffix in (".bz2", ".xz", ".zip", ".zst", ".gz"):
         return "; unpack it first"
@@ -180,7 +185,7 @@ def _check_images(path: Path, reads: str) -> None:
 
 
 def _tables(paths: Sequence[Path], config, reads: str, labeled: bool, by_table: bool = True) -> Samples:
-    """by_table: whether each of several tables is a client, where no column says whose a sample is."""
+    """Read tables. `by_table`: whether each table is a client, if no column names clients."""
     wanted = wanted_columns(config, reads, labeled)
     clients = [table_stem(path) for path in paths] if by_table and len(paths) > 1 else None
     return samples_of([read_table(path, config, wanted) for path in paths], clients, config, reads, labeled)
@@ -189,7 +194,7 @@ def _tables(paths: Sequence[Path], config, reads: str, labeled: bool, by_table: 
 # Splits
 
 def _split_folder(tree: Tree, part: str) -> tuple[Path, list[str]] | None:
-    """The folder of the split `part`, and notes, where the folders below are splits; else None."""
+    """Return the folder of the split `part`, and notes, if the subfolders are splits; otherwise None."""
     if any(len(file.relative_to(tree.root).parts) < 3 for file in tree.images):
         return None     # CLASS/IMAGE
     folders = [folder for folder in tree.folders if folder.parent == tree.root]
@@ -203,10 +208,12 @@ def _split_folder(tree: Tree, part: str) -> tuple[Path, list[str]] | None:
 
 
 def _chosen(named: dict[Path, str | None], root: Path, part: str) -> tuple[list[Path], list[str]] | None:
-    """Those of some files or folders that hold the split `part`, and a note that says what is left out; None if they are
-    no splits.
+    """Return the files or folders that hold the split `part`, and a note about the others; None if they are not splits.
 
-    named: the split of each file or folder, None where its name says none.
+    Args:
+        named: The split of each file or folder, or None if its name denotes no split.
+        root: The folder that contains them.
+        part: The requested split.
     """
     splits = sorted({split for split in named.values() if split})
     strange = [path.name for path, split in named.items() if split is None]
