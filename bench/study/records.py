@@ -120,7 +120,7 @@ def machine() -> dict[str, str]:
     """Return what a figure was made with: commit, version of PyTorch, and CPU."""
     import torch
 
-    from fedms.doctor import cpu_name
+    from fedms.storage.provenance import processor
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
@@ -129,7 +129,7 @@ def machine() -> dict[str, str]:
     # The study itself changes its records and its page; they are no part of what a figure was made with.
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "python", "fedms_ext", "csrc")
     return {"commit": (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else ""),
-            "torch": torch.__version__, "cpu": cpu_name()}
+            "torch": torch.__version__, "cpu": processor()}
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[str, str] | None:

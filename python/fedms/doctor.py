@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedms.storage.provenance import processor
+
 if TYPE_CHECKING:
     from fedms.config import RunConfig
     from fedms.progress import Progress
@@ -107,8 +109,7 @@ def _machine() -> Iterator[Check]:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = f", {psutil.virtual_memory().available / 1e9:.1f} GB memory available"
-    yield Check("cpu", "ok", f"{cpu_name()}, "
-                             f"{usable} cores usable{free}")
+    yield Check("cpu", "ok", f"{processor()}, {usable} cores usable{free}")
     threads = torch.get_num_threads()
     yield Check("threads", "ok" if threads <= usable else "note",
                 f"torch uses {threads}; a run sets its own number by the key run.threads")
@@ -187,19 +188,3 @@ def _certificates(run_file: Path | None) -> Iterator[Check]:
         yield Check("certificates", "problem" if "has expired" in line else "note", line)
     if not lines:
         yield Check("certificates", "ok", ", ".join(f"{name} valid until {end:%Y-%m-%d}" for name, end in ends.items()))
-
-
-def cpu_name() -> str:
-    """Return the processor's name, or its architecture where the system does not tell the name."""
-    return _first_line("/proc/cpuinfo", "model name") or platform.machine()
-
-
-def _first_line(path: str, key: str) -> str | None:
-    """Return the value of the first `key : value` line of a file in /proc, or None where there is none."""
-    try:
-        for line in Path(path).read_text().splitlines():
-            if line.startswith(key):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return None

@@ -44,7 +44,8 @@ def environment(folder: Path) -> Path:
 def test_the_wheel_holds_what_runs_and_nothing_else(packages):
     names = zipfile.ZipFile(packages[".whl"]).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fedms", "fedms_ext"}, names
-    assert {"fedms/py.typed", "fedms_ext/py.typed", "fedms/config/builtin/digits.toml", "fedms/report/report.html.j2"} <= {*names}
+    assert {"fedms/py.typed", "fedms_ext/py.typed", "fedms/config/builtin/digits.toml", "fedms/report/report.html.j2",
+            "fedms/report/report.css", "fedms/report/report.js"} <= {*names}
     assert [name for name in names if ".so" in name] == [f"fedms_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
     assert any(name.endswith("licenses/LICENSE") for name in names) and "manylinux" in packages[".whl"].name
 

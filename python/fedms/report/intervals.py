@@ -35,6 +35,28 @@ class Interval:
         return "no difference shown" if abs(self.mean) <= self.half else "better" if self.mean > 0 else "worse"
 
 
+    def __str__(self) -> str:
+        """The interval in points, such as "95 % interval −0.2 to +1.2 over 3 seeds"."""
+        if math.isinf(self.half):
+            return "one seed, so no interval"
+        low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in (self.mean - self.half, self.mean + self.half))
+        return f"95 % interval {low} to {high} over {self.seeds} seeds"
+
+
+def half_width(deviation: float | None, seeds: int) -> float:
+    """Return half the width of the 95 % interval of a mean (Student's t); infinite for a single value.
+
+    Args:
+        deviation: Sample standard deviation of the values, or None for a single one.
+        seeds: Their number.
+    """
+    if deviation is None or seeds < 2:
+        return math.inf
+    from scipy.stats import t
+
+    return float(t.ppf((1 + LEVEL) / 2, seeds - 1)) * deviation / math.sqrt(seeds)
+
+
 def by_seed(gaps: Mapping[tuple[int, int], float]) -> Interval | None:
     """Return the interval of differences.
 
@@ -50,12 +72,8 @@ def by_seed(gaps: Mapping[tuple[int, int], float]) -> Interval | None:
     if not seeds:
         return None
     means = [statistics.fmean(each) for each in seeds.values()]
-    if len(means) == 1:
-        return Interval(means[0], math.inf, 1)
-    from scipy.stats import t
-
-    half = float(t.ppf((1 + LEVEL) / 2, len(means) - 1)) * statistics.stdev(means) / math.sqrt(len(means))
-    return Interval(statistics.fmean(means), half, len(means))
+    deviation = statistics.stdev(means) if len(means) > 1 else None
+    return Interval(statistics.fmean(means), half_width(deviation, len(means)), len(means))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,8 @@ from typing import Any, Optional
 
 from fedms.config import registry
 from fedms.errors import RunFolderError
+from fedms.report.intervals import Interval, half_width
 from fedms.storage.records import RunRecords, find_runs
-
-# Two-sided 95 % quantiles of Student's t for 2, 3, ... values; above 11 values the last is a little too wide.
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-
 
 @dataclass(frozen=True)
 class Stat:
@@ -40,11 +37,14 @@ class Stat:
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
     @property
+    def interval(self) -> Interval:
+        """The 95 % interval of the mean."""
+        return Interval(self.mean, half_width(self.std, self.n), self.n)
+
+    @property
     def may_be_zero(self) -> bool:
-        """Whether 0 lies in the 95 % confidence interval of the mean (Student's t). False for a single seed."""
-        if self.std is None:
-            return False
-        return abs(self.mean) <= _T95[min(self.n, len(_T95) + 1) - 2] * self.std / math.sqrt(self.n)
+        """Whether 0 lies in the 95 % interval of the mean. False for a single seed."""
+        return self.interval.shows == "no difference shown"
 
 
 def read_runs(path: str | Path) -> tuple[list[RunRecords], list[str]]:

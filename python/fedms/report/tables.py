@@ -68,6 +68,7 @@ class _Column:
         key: Its key in a row of the comparison.
         show: Writes a value.
         keep: Rank by which columns are left out where room is scarce, the lowest first.
+        higher: Whether higher is better; None where neither is.
     """
 
     title: str
@@ -75,21 +76,22 @@ class _Column:
     key: str
     show: Callable[[Stat], str]
     keep: int
+    higher: Optional[bool] = True
 
 
 _COLUMNS = (
-    _Column("perplexity", "perplexity", "perplexity", lambda s: f"{s.mean:.2f}", 9),
-    _Column("bits a byte", "bits\na byte", "bits_per_byte", lambda s: f"{s.mean:.3f}", 5),
+    _Column("perplexity", "perplexity", "perplexity", lambda s: f"{s.mean:.2f}", 9, False),
+    _Column("bits a byte", "bits\na byte", "bits_per_byte", lambda s: f"{s.mean:.3f}", 5, False),
     _Column("personalized %", "mean\nacc. %", "personalized", lambda s: percent(s), 8),
     _Column("worst 10 % of clients %", "worst 10 %\nacc. %", "worst10", lambda s: percent(s), 7),
     _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),
     _Column("unseen clients %", "unseen\n%", "unseen", lambda s: percent(s), 1),
     _Column("macro F1 %", "macro\nF1 %", "macro_f1", lambda s: percent(s), 1),
-    _Column("clients below local %", "below\nlocal %", "below_local", lambda s: percent(s, 0), 6),
-    _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2),
-    _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5),
-    _Column("TFLOP", "TFLOP", "flops", lambda s: f"{s.mean / 1e12:.3g}", 1),
-    _Column("time", "time", "seconds", lambda s: duration(s.mean), 4),
+    _Column("better off alone %", "alone\nbetter %", "below_local", lambda s: percent(s, 0), 6, False),
+    _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2, None),
+    _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5, False),
+    _Column("TFLOP", "TFLOP", "flops", lambda s: f"{s.mean / 1e12:.3g}", 1, False),
+    _Column("time", "time", "seconds", lambda s: duration(s.mean), 4, None),
 )
 
 
@@ -111,6 +113,44 @@ def table(rows: Sequence[dict[str, Any]], width: Optional[int] = None) -> tuple[
         if width is None or not columns or sum(widths) + 2 * (len(widths) - 1) <= width:
             return header, cells
         columns.remove(min(columns, key=lambda c: c.keep))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the comparison on the page.
+
+    Attributes:
+        text: What it shows.
+        value: The number behind it, by which the column is sorted; None where it is unknown.
+        best: Whether no other cell of the column is better, and some are worse.
+    """
+
+    text: str
+    value: Optional[float]
+    best: bool
+
+
+def marked_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Return the header and the cells of :func:`table` with the best cell of each column marked.
+
+    Cells that read alike are equally good. Columns that say how a run was made rather than how good it is mark none.
+    """
+    header, texts = table(rows)
+    columns = [c for c in _COLUMNS if c.title in header]
+    cells = [[Cell(line[0], None, False)] for line in texts]
+    for place, column in enumerate(columns, start=1):
+        values = [row[column.key].mean if row.get(column.key) else None for row in rows]
+        known = sorted({v for v in values if v is not None}, reverse=bool(column.higher))
+        shown = {line[place] for line, value in zip(texts, values) if value is not None}
+        top = texts[values.index(known[0])][place] if column.higher is not None and len(shown) > 1 else None
+        for line, text, value in zip(cells, texts, values):
+            line.append(Cell(text[place], value, value is not None and _number(text[place]) == _number(top)))
+    return header, cells
+
+
+def _number(text: Optional[str]) -> Optional[str]:
+    """Return what a cell shows without its spread over seeds."""
+    return text and text.partition(" ±")[0]
 
 
 def write_text(path: Path, text: str) -> None:

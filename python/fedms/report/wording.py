@@ -1,4 +1,4 @@
-"""The outcome in words: the headline, the findings, and how numbers are written."""
+"""The findings in words, and how numbers are written."""
 
 from __future__ import annotations
 
@@ -11,63 +11,10 @@ from typing import Optional
 from fedms.foreign import few
 from fedms.report.intervals import Interval
 from fedms.report.numbers import (Stat, below_local, by_method, client_gap, client_mean, differing_keys, field_of,
-                                  focus_method, idle_visits, learned_gate, paired_gap)
+                                  focus_method, idle_visits, learned_gate)
 from fedms.storage.records import RunRecords
 
-ONE_SEED = "One seed: a difference of a few points may be chance."
 GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a constant would
-
-
-def headline(runs: Sequence[RunRecords]) -> str:
-    """Return the outcome in two or three sentences.
-
-    They say the accuracy and the place of the method in focus, which method is best, how many points the others are apart, and
-    whether that may be chance.
-    """
-    methods = by_method([r for r in runs if r.summary])
-    scores = {m: Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
-              for m, group in methods.items()}
-    scores = {m: s for m, s in scores.items() if s}
-    if not scores:
-        shared = Stat.of(field_of(r.summary, "global_test_accuracy") for group in methods.values() for r in group)
-        if shared is None:
-            return "No run here has ended, so there is no outcome yet."
-        return (f"The shared expert reaches {percent(shared)} % on the common test set. The clients' accuracies were not released: "
-                "privacy.score_noise was off.")
-    focus = focus_method(scores)
-    own = scores[focus]
-    text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
-    if perplexity := Stat.of(field_of(r.summary, "language", "perplexity") for r in methods[focus]):
-        before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in methods[focus])
-        text = (f"{focus} reaches a perplexity of {perplexity.mean:.1f}" + (f", zero-shot has {before.mean:.1f}" if before else "") +
-                f"; {percent(own)} % of the tokens are the most probable ones")
-    rivals = [m for m in scores if m != focus]
-    if not rivals:
-        gaps = {label: Stat.of(client_gap(r, "personalized", name) for r in methods[focus])
-                for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
-        parts = [f"{_points(gap.mean)} {'above' if gap.mean > 0 else 'below'} {label}"
-                 for label, gap in gaps.items() if gap and not _is_zero(gap.mean)]
-        single = len(methods[focus]) == 1
-        return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if single else "")
-    best = max(rivals, key=lambda m: scores[m].mean)
-    if len(rivals) > 1:
-        place = 1 + sum(scores[m].mean > own.mean for m in rivals)
-        text += f", {_ordinal(place)} of {len(scores)} methods"
-        text += f"; {best} is best with {percent(scores[best])} %" if place > 1 else ""
-    gaps = {m: paired_gap(methods[focus], methods[m]) or Stat(own.mean - scores[m].mean, None)  # no seed in common
-            for m in rivals}
-    groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
-    for m in sorted(gaps, key=lambda m: gaps[m].mean):
-        gap = gaps[m]
-        if gap.may_be_zero:
-            groups["not clearly apart from "].append(f"{m} ({signed(gap.mean)} ± {100 * gap.std:.1f})")
-        elif _is_zero(gap.mean):
-            groups["level with "].append(m)
-        else:
-            groups["ahead of " if gap.mean > 0 else "behind "].append(f"{m} ({signed(gap.mean)})")
-    told = [words + _listing(_first(each, 2)) for words, each in groups.items() if each]
-    single = any(gap.std is None for gap in gaps.values())
-    return f"{text}. In points: {'; '.join(told)}." + (" " + ONE_SEED if single else "")
 
 
 def statements(runs: Sequence[RunRecords]) -> list[str]:
@@ -103,8 +50,8 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
         say(f"On its worst 10 % of clients {focus} scores {percent(worst)} %.")
     below = Stat.of(below_local(r, runs) for r in ended)
     if below and focus != "local":
-        share = f"{percent(below, 0)} % of the clients do" if below.mean > 0 else "No client does"
-        say(f"{share} worse with {focus} than training alone.",
+        share = f"{percent(below, 0)} % of the clients are" if below.mean > 0 else "No client is"
+        say(f"{share} better off training alone than with {focus}.",
             "bad" if below.mean > 0.25 else "good" if below.mean == 0 else "plain")
     for text, kind in _gate_findings(ended):
         say(text, kind)
@@ -140,36 +87,35 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
 def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
     mixed = [r for r in ended if field_of(r.summary, "gate")]
     if weight := Stat.of(field_of(r.summary, "gate", "mean") for r in mixed if not learned_gate(r)):
-        yield f"No gate was trained; the mean weight on the local expert is {weight.mean:.2f}.", "plain"
+        yield f"No gate was trained; the weight of the local expert is {100 * weight.mean:.0f} % on average.", "plain"
     gated = [r for r in mixed if learned_gate(r)]
     if not gated:
         return
     gate = {name: Stat.of(field_of(r.summary, "gate", name) for r in gated)
-            for name in ("mean", "std_clients", "std_samples", "entropy")}
+            for name in ("mean", "std_clients", "std_samples")}
     collapsed = [r for r in gated if field_of(r.summary, "gate", "collapsed")]
-    numbers = [f"mean weight on the local expert {gate['mean'].mean:.2f}"] if gate["mean"] else []
+    share = f"{100 * gate['mean'].mean:.0f} % local on average" if gate["mean"] else "its mean weight is unknown"
+    spread = ""
     if gate["std_clients"] and gate["std_samples"]:
-        numbers.append(f"standard deviation {gate['std_clients'].mean:.2f} over clients and "
-                       f"{gate['std_samples'].mean:.2f} over a client's samples")
-    if gate["entropy"]:
-        numbers.append(f"entropy {gate['entropy'].mean:.2f} of at most 0.69 nats")
+        spread = (f"; standard deviation {100 * gate['std_clients'].mean:.0f} points over clients and "
+                  f"{100 * gate['std_samples'].mean:.0f} over a client's samples")
     if collapsed:
         side = "local" if statistics.fmean(field_of(r.summary, "gate", "mean") for r in collapsed) > 0.5 else "global"
         which = "" if len(collapsed) == len(gated) else f" in {len(collapsed)} of {len(gated)} seeds"
-        yield f"The gate collapsed onto the {side} expert{which}: {', '.join(numbers)}.", "bad"
+        yield f"The gate collapsed onto the {side} expert{which}: {share}{spread}. It hardly mixes any more.", "bad"
     elif gate["std_clients"] and gate["std_samples"] and max(gate["std_clients"].mean,
                                                              gate["std_samples"].mean) < GATE_CONSTANT:
-        yield f"The gate acts as one constant weight, whatever the client or sample: {', '.join(numbers)}.", "plain"
+        yield f"The gate acts as one constant weight, whatever the client or sample: {share}{spread}.", "plain"
     else:
-        yield f"The gate did not collapse: {', '.join(numbers)}.", "good"
+        yield f"The gate still mixes: {share} (0 % is the global expert alone){spread}.", "good"
     gain = Stat.of(client_gap(r, "mixture", "half") for r in gated)
     half = Stat.of(client_mean(r, "half") for r in gated)
     if gain and half:
         text = f"A fixed half-and-half mix of the same experts scores {percent(half)} %, the learned gate "
-        if _is_zero(gain.mean) and not gain.std:
+        if is_zero(gain.mean) and not gain.std:
             text += "the same"
         elif gain.std is None:
-            text += (f"{_points(gain.mean)} {'more' if gain.mean > 0 else 'less'} "
+            text += (f"{points(gain.mean)} {'more' if gain.mean > 0 else 'less'} "
                      "(one seed, so no spread to judge it by)")
         else:
             verdict = "not clearly different" if gain.may_be_zero else "clearly different"
@@ -233,7 +179,8 @@ def duration(seconds: Optional[float]) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _points(gap: float) -> str:
+def points(gap: float) -> str:
+    """Return the size of a difference of shares in percentage points, such as "0.2 points"."""
     return f"{abs(100 * gap):.1f} points"
 
 
@@ -252,23 +199,9 @@ def p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
-def _is_zero(gap: float) -> bool:
+def is_zero(gap: float) -> bool:
     """Tell whether a gap shows as 0.0 points."""
     return abs(gap) < 0.0005
-
-
-def _first(items: Sequence[str], count: int) -> list[str]:
-    """Return the first items, and how many more there are; all of them where only one would be left out."""
-    return list(items) if len(items) <= count + 1 else [*items[:count], f"{len(items) - count} more"]
-
-
-def _ordinal(n: int) -> str:
-    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
-
-
-def _listing(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def _stage(stage: str) -> str:

@@ -23,6 +23,7 @@ from fedms.progress import Progress
 from fedms.runs.experiment import Experiment, LoadedTask
 from fedms.runs.summary import accuracies, augmentation_note, mean, summarize
 from fedms.storage.final import SharedTensors, has_final, write_final
+from fedms.storage.provenance import provenance
 from fedms.storage.run_folder import RunFolder
 from fedms.storage.validation import write_validation
 
@@ -112,6 +113,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         summary = folder.summary
         if summary is not None and has_final(folder.path):
             return summary
+        folder.append_provenance(provenance())
         started = time.perf_counter()
         with open_engine(folder, task, experiment, progress, stop, grid, members) as engine:
             state = train(engine, task, experiment, progress)

@@ -2,6 +2,7 @@
 
     config.toml     the resolved configuration
     data.json       which data the run is of: name and fingerprint, compared when it is resumed or compared
+    provenance.jsonl  one line each time that a process began to work on the run: version, machine, command
     rounds.jsonl    one line a round
     visits.jsonl    one line a client and round
     clients.jsonl   one line a client, written at the end
@@ -18,7 +19,7 @@ runs give equal bytes but for the fields of :data:`EXEMPT`.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,11 +57,13 @@ SUMMARY_FIELDS = (
     "trainable_params", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
     "peak_memory_bytes", "notes", "language", "privacy",
 )
+PROVENANCE_FIELDS = ("began", "version", "commit", "machine", "python", "torch", "command")
 OPTIONAL = frozenset({"language", "privacy", "epsilon"})
 """Fields that are written only where a task or a run with privacy has them."""
 
 CONFIG, ROUNDS, VISITS, CLIENTS, OUTCOME, SUMMARY, DATA = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "outcome.json", "summary.json", "data.json")
+PROVENANCE = "provenance.jsonl"
 SAMPLES = "samples.json"        # what a language model answers, from `fedms samples`
 # Keys that reports read of a configuration, without asking whether it has them.
 _REPORTED = (("run", "method"), ("run", "seed"), ("model", "id"), ("model", "head"), ("data", "name"),
@@ -89,6 +92,7 @@ _SCHEMAS = {
     VISITS: _schema("Visit", VISIT_FIELDS, stage=str, round=_Count, client=_Count, status=_Text, reason=_Text),
     CLIENTS: _schema("Client", CLIENT_FIELDS, id=_Count, group=_Text, unseen=bool | None, accuracy=_Numbers,
                      language=_Numbers | None),
+    PROVENANCE: _schema("Provenance", PROVENANCE_FIELDS, **dict.fromkeys(PROVENANCE_FIELDS, _Text)),
     OUTCOME: _schema(
         "Outcome", OUTCOME_FIELDS, fingerprint=str, classes=list[str], prompts=list[list[str]] | None, learns_gate=bool,
         personal_stages=list[str], final_depth=_Numbers, notes=list[str],
@@ -114,6 +118,7 @@ class RunRecords:
         notes: A line for each damage that was repaired by leaving something out.
         outcome: What the summary says beyond the other records, or None for a run that was not evaluated yet or by an
             older version.
+        provenance: Lines of `provenance.jsonl`: what made the run.
     """
 
     path: Path
@@ -124,6 +129,7 @@ class RunRecords:
     summary: dict[str, Any] | None
     notes: tuple[str, ...] = ()
     outcome: dict[str, Any] | None = None
+    provenance: Sequence[dict[str, Any]] = ()
 
     @classmethod
     def read(cls, path: str | Path, whole: bool = True) -> RunRecords:
@@ -141,10 +147,10 @@ class RunRecords:
         path = Path(path)
         config = _read_config(path)
         notes: list[str] = []
-        files = (ROUNDS, VISITS, CLIENTS) if whole else (ROUNDS,)
+        files = (ROUNDS, VISITS, CLIENTS, PROVENANCE) if whole else (ROUNDS,)
         lines = {name: _read_lines(path / name, notes) for name in files}
         return cls(path, config, lines[ROUNDS], lines.get(VISITS, []), lines.get(CLIENTS, []), _read_one(path / SUMMARY),
-                   tuple(notes), _read_one(path / OUTCOME))
+                   tuple(notes), _read_one(path / OUTCOME), lines.get(PROVENANCE, []))
 
     @property
     def method(self) -> str:

@@ -18,13 +18,13 @@ from fedms.errors import ConfigError, RunFolderError
 from fedms.foreign import parse_json, read_regular
 from fedms.storage.durable import LOCK, TEMPORARY, FolderLock, write_durably
 from fedms.storage.final import FINAL
-from fedms.storage.records import (SAMPLES, ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONFIG, DATA, OPTIONAL, OUTCOME,
-                                   OUTCOME_FIELDS, ROUND_FIELDS, ROUNDS, SUMMARY, SUMMARY_FIELDS, VISIT_FIELDS, VISITS, RunRecords)
+from fedms.storage.records import (ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONFIG, DATA, OPTIONAL, OUTCOME, OUTCOME_FIELDS,
+                                   PROVENANCE, PROVENANCE_FIELDS, ROUND_FIELDS, ROUNDS, SAMPLES, SUMMARY, SUMMARY_FIELDS, VISIT_FIELDS, VISITS, RunRecords)
 from fedms.storage.validation import VALIDATION
 
 _LINES = (ROUNDS, VISITS, CLIENTS)      # files that grow line by line
-_OWN_NAMES = frozenset({CONFIG, DATA, SAMPLES, *_LINES, OUTCOME, SUMMARY, FINAL, VALIDATION, "report.html", "checkpoint", "clients",
-                        "privacy.jsonl", "tensorboard", "wandb", LOCK})
+_OWN_NAMES = frozenset({CONFIG, DATA, SAMPLES, PROVENANCE, *_LINES, OUTCOME, SUMMARY, FINAL, VALIDATION, "report.html", "checkpoint",
+                        "clients", "privacy.jsonl", "tensorboard", "wandb", LOCK})
 _FRESH = ".new-"
 
 
@@ -179,6 +179,12 @@ class RunFolder:
         record = _complete(record, CLIENT_FIELDS)
         record["accuracy"] = _complete(record["accuracy"] or {}, ACCURACY_FIELDS)
         self._append(CLIENTS, record)
+
+    def append_provenance(self, record: Mapping[str, Any]) -> None:
+        """Add a line to `provenance.jsonl`: fields of `PROVENANCE_FIELDS`."""
+        line = json.dumps(_plain(_complete(record, PROVENANCE_FIELDS)), sort_keys=True, ensure_ascii=False) + "\n"
+        there = self.path / PROVENANCE
+        self._write(PROVENANCE, (there.read_text(encoding="utf-8") if there.is_file() else "") + line)
 
     def write_outcome(self, outcome: Mapping[str, Any]) -> None:
         """Write `outcome.json` as a whole: fields of `OUTCOME_FIELDS`."""

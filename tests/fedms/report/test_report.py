@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
+import importlib.metadata
 import json
 import re
 import statistics
@@ -11,6 +14,8 @@ from html.parser import HTMLParser
 import pytest
 from fedms import report
 from fedms.errors import RunFolderError
+from fedms.report.tables import marked_table
+from fedms.storage.provenance import provenance
 from fedms.storage.records import RunRecords
 from synthetic import write_run
 
@@ -49,7 +54,7 @@ class Page(HTMLParser):
 
     @property
     def visible(self) -> str:
-        return " ".join(text for path, text in self.texts if "style" not in path)
+        return " ".join(text for path, text in self.texts if not {"style", "script"} & set(path))
 
 
 def page_of(folder) -> Page:
@@ -88,12 +93,10 @@ def test_a_single_run(tmp_path):
     path = write_run(tmp_path / "run")
     page = page_of(path)
     summary = json.loads((path / "summary.json").read_text())
-    assert f"{100 * summary['personalized_accuracy']['mean']:.1f} %" in page.visible
-    for title in ("Personalized test accuracy", "Validation accuracy per round", "Validation accuracy over bytes",
-                  "Validation accuracy over operations", "Depth", "Communication", "Gate weight by client",
-                  "Gate weight and data size", "Against local-only"):
-        assert title in page.inside("h3")
-    assert [t for t, _ in page.tags].count("figure") == 9
+    assert f"{100 * summary['personalized_accuracy']['mean']:.1f} %" in page.inside("dd")
+    assert page.inside("h3") == ["Personalized test accuracy", "Validation accuracy", "What each client gains over training alone",
+                                 "How each client mixes the experts", "Depth"]
+    assert page.inside("label")[-3:] == ["rounds", "bytes", "operations"]      # the axes of one chart
     assert "Every client of fedms, seed 0" in page.visible and "Every round of fedms, seed 0" in page.visible
     assert report.ONE_SEED in page.inside("header")[2]
 
@@ -110,10 +113,9 @@ def test_the_numbers_of_a_study_are_those_of_the_summaries(study):
             assert rows[method][name].mean == pytest.approx(statistics.fmean(values))
             assert rows[method][name].std == pytest.approx(statistics.stdev(values))
     page = page_of(study)
-    cells = page.inside("td")
-    start = cells.index("fedms")
+    start = page.texts.index((("html", "body", "main", "div", "table", "tbody", "tr", "th"), "fedms"))
     stat = rows["fedms"]["personalized"]
-    assert cells[start + 1] == f"{100 * stat.mean:.1f} ± {100 * stat.std:.1f}"
+    assert page.texts[start + 1][1] == f"{100 * stat.mean:.1f} ± {100 * stat.std:.1f}"
     alone = [{c["id"]: c["accuracy"]["personalized"] for c in RunRecords.read(study / f"local-seed{s}").clients
               if not c["unseen"]} for s in range(3)]
     ours = [{c["id"]: c["accuracy"]["personalized"] for c in RunRecords.read(study / f"fedavg-seed{s}").clients
@@ -135,8 +137,8 @@ def test_the_picture_marks_the_mean_and_the_worst_clients_of_the_table(study):
 
 def test_lines_that_coincide_share_a_short_name(study):
     runs, _ = report.read_runs(study)
-    for figure in (report.depth_figure(runs), report.bytes_figure(runs), report.accuracy_figure(runs)):
-        names = [text.get_text() for text in figure.axes[0].texts if not text.get_text().startswith("stage ")]
+    for figure in (report.depth_figure(runs), report.accuracy_figure(runs)):
+        names = [text.get_text() for text in figure.axes[0].texts if not text.get_text().startswith(("stage ", "shared"))]
         lines = [line for name in names for line in name.split(",\n")]
         told = [line for line in lines if not line.endswith(" more")]
         more = sum(int(line.split()[0]) for line in lines if line.endswith(" more"))
@@ -152,14 +154,16 @@ def test_accuracy_over_the_simulated_clock(tmp_path):
     expected = {"fedms": [k * 100 / 60 for k in range(1, 6)], "local": [k * 50 / 60 for k in range(1, 6)]}
     for xs in expected.values():        # a piece for each stage
         assert [round(x, 9) for x in xs[:3]] in lines and [round(x, 9) for x in xs[3:]] in lines
-    assert "simulated (min)" in axes.get_xlabel() and "simulated time" in report.render(runs)
+    assert "simulated (min)" in axes.get_xlabel() and "seconds" in Page(report.render(runs)).inside("label")
     assert report.clock_figure([RunRecords.read(write_run(tmp_path / "plain"))]) is None
 
 
 def test_a_page_needs_nothing_else(study):
     text = report.write_report(study).read_text(encoding="utf-8")
     page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base"}
+    assert the_only_script_may_run(text, page)
+    assert 2000 < len(page.inside("script")[0]) < 4000 and "http" not in page.inside("script")[0]
     for _, attributes in page.tags:
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
@@ -172,16 +176,81 @@ def test_a_page_needs_nothing_else(study):
     assert wanted <= set(ids) and set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
 
 
+def the_only_script_may_run(text: str, page: Page) -> bool:
+    """Its hash is the one that the page's own policy lets run, so nothing else does, whatever stands in the records."""
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return ([t for t, _ in page.tags].count("script") == 1
+            and policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'")
+
+
 def test_every_color_has_a_light_and_a_dark_value(study):
     text = report.write_report(study).read_text(encoding="utf-8")
-    light, dark = text.split("prefers-color-scheme: dark", 1)
-    used = set(re.findall(r"var\((--[a-z0-9]+)\)", text)) - {"--font"}
-    derived = {"--ink", "--muted", "--line", "--surface"}
-    for name in used - derived:
-        assert f"{name}: #" in light and f"{name}: #" in dark.split("} }")[0], name
-    assert derived <= set(re.findall(r"(--[a-z]+): var", light))
+    defined = dict(re.findall(r"(--[a-z0-9-]+): (light-dark\(#[0-9a-f]{6}, #[0-9a-f]{6}\)|var\(--[a-z0-9]+\));", text))
+    used = set(re.findall(r"var\((--[a-z0-9-]+)\)", text)) - {"--font"}
+    assert used <= set(defined) and {"--ink", "--muted", "--line", "--good"} <= used
     svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) == set()
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb, WCAG 2.2."""
+    channels = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_every_text_can_be_read(study, theme):
+    """Contrast of at least 4.5:1, of each color of a text on every surface that it stands on."""
+    text = report.write_report(study).read_text(encoding="utf-8")
+    colors = {name: pair[theme] for name, *pair in re.findall(r"--([a-z0-9-]+): light-dark\((#\w{6}), (#\w{6})\)", text)}
+    colors |= {name: colors[other] for name, other in re.findall(r"--([a-z]+): var\(--(c\w+)\)", text)}
+    backgrounds = ("page", "surface", "good-bg", "bad-bg", "tint")
+    inks = set(colors) - {*backgrounds, "line", "edge", "cffffff", "ce4e7ec"}
+    assert len(inks) > 15
+    for ink in inks:
+        for behind in backgrounds if ink in ("ink", "muted") else ("surface",):
+            light, dark = sorted((luminance(colors[ink]), luminance(colors[behind])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, behind)
+
+
+def test_the_page_can_be_read_aloud(study):
+    """Tables have captions and headers, charts have descriptions, what scrolls can be reached by the keyboard."""
+    page = page_of(study)
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("caption") == tags.count("table") > 10 and tags.count("main") == 1
+    assert all(a.get("scope") in ("col", "row") for t, a in page.tags if t == "th")
+    charts = [a for t, a in page.tags if t == "div" and a.get("role") == "img"]
+    assert len(charts) == tags.count("svg") and all(len(a["aria-label"]) > 30 for a in charts)
+    assert all(a.get("tabindex") == "0" and a["aria-label"] for t, a in page.tags if a.get("class") == "scroll")
+
+
+def test_the_best_of_each_column_is_marked(study):
+    rows = report.comparison(report.read_runs(study)[0])
+    header, cells = marked_table(rows)
+    for key, title, best in (("personalized", "personalized %", max), ("below_local", "better off alone %", min)):
+        column = [line[header.index(title)] for line in cells]
+        means = [row[key].mean if row.get(key) else None for row in rows]
+        assert [cell.value for cell in column] == means
+        assert column[means.index(best(m for m in means if m is not None))].best
+    assert not any(line[header.index("time")].best for line in cells)
+
+
+def test_methods_and_clients_have_their_classes(study):
+    """So that the page can show one of them alone."""
+    classes = {name for _, a in page_of(study).tags for name in (a.get("class") or "").split()}
+    assert {f"of-{m}" for m in METHODS} | {f"client-{c}" for c in range(12)} <= classes
+
+
+def test_what_made_a_run_is_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "was not recorded" in page_of(folder).visible
+    (folder / "provenance.jsonl").write_text(json.dumps(provenance()) + "\n")
+    page = page_of(folder)
+    assert importlib.metadata.version("torch") in page.visible and "fedms, seed 0: FedMS" in page.visible
+    assert page.inside("pre")[0] == provenance()["command"]
 
 
 def test_equal_records_give_an_equal_page(tmp_path, monkeypatch):
@@ -212,7 +281,8 @@ def test_texts_of_others_are_escaped(tmp_path):
     (tmp_path / f"x{EVIL.replace('/', '')}").mkdir()
     (tmp_path / f"x{EVIL.replace('/', '')}" / "config.toml").write_text("no toml")
     page = page_of(tmp_path)
-    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert the_only_script_may_run((tmp_path / "report.html").read_text(encoding="utf-8"), page)
+    assert "img" not in {tag for tag, _ in page.tags}
     for tag in ("text", "td", "pre", "li"):  # pictures, tables, configuration, findings show it as it is
         assert any(EVIL in text for text in page.inside(tag)), tag
 
@@ -224,8 +294,8 @@ def test_a_run_that_has_not_ended(tmp_path):
     page = page_of(path)
     assert "No run here has ended" in page.visible
     assert finding(path, "has not ended: the last round recorded is stage 1, round 5")["kind"] == "bad"
-    assert page.inside("h3") == ["Validation accuracy per round", "Validation accuracy over bytes",
-                                 "Validation accuracy over operations", "Depth", "Communication"]
+    assert page.inside("h3") == ["Validation accuracy"]         # the depth is the same in all five rounds
+    assert not page.inside("dd")
 
 
 def test_a_run_killed_before_its_first_round_ended(tmp_path):
@@ -241,7 +311,7 @@ def test_an_unfinished_run_beside_others_does_not_count(tmp_path):
     rows = {row["method"]: row for row in report.comparison(report.read_runs(tmp_path)[0])}
     assert (rows["fedms"]["seeds"], rows["fedms"]["unfinished"]) == (1, 1)
     assert rows["fedms"]["personalized"].std is None
-    assert "fedms (1 unfinished)" in page_of(tmp_path).inside("td")
+    assert "fedms (1 unfinished)" in page_of(tmp_path).inside("th")
 
 
 def test_damage_is_named_and_does_not_hide_the_other_runs(tmp_path):
@@ -253,7 +323,7 @@ def test_damage_is_named_and_does_not_hide_the_other_runs(tmp_path):
     (tmp_path / "b" / "visits.jsonl").write_bytes(cut[:-9])
     assert finding(tmp_path, "rounds.jsonl, line 1: not a record")["kind"] == "bad"
     assert finding(tmp_path, "b: visits.jsonl: its last line is cut off")["kind"] == "bad"
-    assert "local" not in page_of(tmp_path).inside("td")
+    assert "local" not in page_of(tmp_path).inside("th")
     with pytest.raises(RunFolderError, match="line 1"):
         report.write_report(bad)
 
@@ -289,9 +359,9 @@ def test_a_headline_of_three_seeds_tells_gaps_from_noise(study):
     runs, _ = report.read_runs(study)
     text = report.headline(runs)
     ours = [r.summary["personalized_accuracy"]["mean"] for r in runs if r.method == "fedms"]
-    assert text.startswith(f"fedms reaches {100 * statistics.fmean(ours):.1f} ± {100 * statistics.stdev(ours):.1f} %")
-    _, place, points = re.fullmatch(r"(.*?), 1st of 5 methods(.*?)\. In points: (.*)\.", text).groups()
-    assert place == ""
+    assert f"fedms, best of 5 methods with {100 * statistics.fmean(ours):.1f} ± {100 * statistics.stdev(ours):.1f} %" in text
+    assert text.startswith("No difference shown between fedms, ") and "fedavg_ft, 2nd with" in text
+    points = re.fullmatch(r".* over 3 seeds\)\. In points: (.*)\.", text)[1]
     parts = dict(re.fullmatch("(not clearly apart from|ahead of) (.*)", part).groups() for part in points.split("; "))
     for method in METHODS[:-1]:
         theirs = [r.summary["personalized_accuracy"]["mean"] for r in runs if r.method == method]
@@ -309,7 +379,8 @@ def test_a_headline_of_many_methods_is_short(tmp_path):
                          "apfl": 0.64, "feddpa": 0.58, "ffa_lora": 0.6, "fedms": 0.6}.items():
         with_accuracy(write_run(tmp_path / method, method), mean)
     assert report.headline(report.read_runs(tmp_path)[0]) == (
-        "fedms reaches 60.0 % mean personalized accuracy, 7th of 10 methods; fedrep is best with 70.0 %. In points: behind "
+        "fedrep is best of 10 methods with 70.0 % mean personalized accuracy; fedms is 7th with 60.0 %. fedms is 10.0 points behind "
+        "fedrep. In points: behind "
         "fedrep (−10.0), fedper (−6.0) and 4 more; level with ffa_lora; ahead of feddpa (+2.0) and local (+10.0). "
         + report.ONE_SEED)
 
@@ -342,7 +413,7 @@ def test_seeds_that_are_not_shared_give_no_spread(tmp_path):
 
 
 def test_a_collapsed_gate_is_named(tmp_path):
-    assert "collapsed onto the local expert: mean weight on the local expert 0.97" in finding(
+    assert "collapsed onto the local expert: 97 % local on average" in finding(
         write_run(tmp_path / "one", collapsed=True), "gate collapsed")["text"]
     write_run(tmp_path / "many" / "a", collapsed=True)
     write_run(tmp_path / "many" / "b", seed=1)
@@ -354,7 +425,7 @@ def test_a_collapsed_gate_is_named(tmp_path):
 
 def test_a_gate_that_is_a_constant_is_not_praised(tmp_path):
     path = write_run(tmp_path / "run")
-    assert finding(path, "The gate did not collapse")["kind"] == "good"
+    assert finding(path, "The gate still mixes: 60 % local on average")["kind"] == "good"
     edit(path / "summary.json", lambda s: {**s, "gate": {**s["gate"], "std_clients": 0.001, "std_samples": 0.004}})
     assert finding(path, "The gate acts as one constant weight")["kind"] == "plain"
 
@@ -380,7 +451,7 @@ def test_the_gate_against_a_fixed_mix_is_judged_by_the_spread(tmp_path, gains, w
 def test_a_method_without_a_gate(tmp_path, method):
     path = write_run(tmp_path / "run", method)
     assert not [f for f in findings(path) if "gate" in f["text"]]
-    assert "Gate weight by client" not in page_of(path).inside("h3")
+    assert "How each client mixes the experts" not in page_of(path).inside("h3")
     assert "its own global expert" not in report.headline(report.read_runs(path)[0])
 
 
@@ -446,7 +517,7 @@ def texts_of(folder) -> str:
 def test_a_fixed_weight_is_no_gate(tmp_path):
     """Neither learned nor collapsed, whatever an older version wrote into the summary."""
     said = texts_of(write_run(tmp_path, collapsed=True, sets=("gate.weight=1.0",)))
-    assert "No gate was trained; the mean weight on the local expert is 0.97." in said
+    assert "No gate was trained; the weight of the local expert is 97 % on average." in said
     assert "collapsed" not in said and "learned gate" not in said
 
 

@@ -1,41 +1,62 @@
-"""The pictures of a report: each is a function from runs to a `matplotlib.figure.Figure`, or to None where there is no data."""
+"""The charts of a report: each is a function from runs to a `matplotlib.figure.Figure`, or to None where there is no data."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fedms.report.figures.clients import clients_figure, gain_figure
-from fedms.report.figures.curves import (accuracy_figure, accuracy_over_bytes_figure, accuracy_over_flops_figure, bytes_figure,
-                                         clock_figure, depth_figure)
-from fedms.report.figures.gate import gate_figure, gate_size_figure
-from fedms.report.figures.style import GRID, GROUP_COLORS, INK, MUTED, SURFACE, as_svg, method_color, plain_style
+from fedms.report.figures.curves import (accuracy_figure, accuracy_over_bytes_figure, accuracy_over_flops_figure, clock_figure,
+                                         depth_figure)
+from fedms.report.figures.gate import gate_figure
+from fedms.report.figures.methods import accuracy_by_bytes_figure, accuracy_by_flops_figure, gaps_figure
+from fedms.report.figures.style import (GAIN, GRID, GROUP_COLORS, INK, LOSS, MUTED, SURFACE, as_svg, method_color, plain_style)
 
-__all__ = ["FIGURES", "GRID", "GROUP_COLORS", "INK", "MUTED", "SURFACE", "accuracy_figure", "accuracy_over_bytes_figure",
-           "accuracy_over_flops_figure", "as_svg", "bytes_figure", "clients_figure", "clock_figure", "depth_figure",
-           "gain_figure", "gate_figure", "gate_size_figure", "method_color", "plain_style"]
+__all__ = ["CHARTS", "GAIN", "GRID", "GROUP_COLORS", "INK", "LOSS", "MUTED", "SURFACE", "Chart", "accuracy_by_bytes_figure",
+           "accuracy_by_flops_figure", "accuracy_figure", "accuracy_over_bytes_figure", "accuracy_over_flops_figure", "as_svg",
+           "clients_figure", "clock_figure", "depth_figure", "gain_figure", "gaps_figure", "gate_figure", "method_color",
+           "plain_style"]
 
-FIGURES: tuple[tuple[str, Callable[..., Any], str, str, str], ...] = (
-    ("clients", clients_figure, "Personalized test accuracy",
-     "One dot a client and seed; the bar with the number is the mean, the thin tick the mean of the worst 10 % of "
-     "clients.", "wide"),
-    ("accuracy", accuracy_figure, "Validation accuracy per round",
-     "Mean over clients, weighted by their validation samples. local, and fedavg_ft and fedms in stage 2: each "
-     "client's own model after its visit; otherwise the shared model as clients receive it (fedavg_prior: before its "
-     "prior). Lines that coincide share a label or lie on each other. Shaded: range over seeds.", "wide"),
-    ("clock", clock_figure, "Validation accuracy over simulated time",
-     "As above, over the time that the rounds would take on the clients' devices: each round lasts as long as its "
-     "slowest client computes, sends and receives. Mean over seeds.", "wide"),
-    ("over-bytes", accuracy_over_bytes_figure, "Validation accuracy over bytes",
-     "As above, over what all clients have sent and received. Mean over seeds.", "wide"),
-    ("over-flops", accuracy_over_flops_figure, "Validation accuracy over operations",
-     "As above, over the operations of all clients, constants included. Mean over seeds.", "wide"),
-    ("depth", depth_figure, "Depth", "Blocks whose LoRA pairs are trained, mean over seeds. Each stage activates anew.",
-     "half"),
-    ("bytes", bytes_figure, "Communication", "Bytes sent by all clients, summed over rounds, mean over seeds.", "half"),
-    ("gate", gate_figure, "Gate weight by client",
-     "Dot: mean over a client's test samples, one a seed; bar: one standard deviation over them.", "half"),
-    ("gate-size", gate_size_figure, "Gate weight and data size", "One dot a client and seed.", "half"),
-    ("gain", gain_figure, "Against local-only",
-     "One dot a client and seed; above the diagonal the client is better off.", "half"),
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page.
+
+    Attributes:
+        name: Its name, of lowercase letters.
+        title: Its title.
+        caption: What it shows and how to read it.
+        views: Functions that draw it by the name of the axis that they draw it over; a chart with one view needs no name.
+    """
+
+    name: str
+    title: str
+    caption: str
+    views: dict[str, Callable[..., Any]]
+
+
+CHARTS = (
+    Chart("clients", "Personalized test accuracy",
+          "One dot for each client and seed. The bar with the number is the mean, the thin tick the mean of the worst 10 % of "
+          "clients.", {"": clients_figure}),
+    Chart("accuracy", "Validation accuracy",
+          "Mean over clients, weighted by their validation samples. In stage 1 the shared model as clients receive it, in stage 2 "
+          "each client's own model after its training. Shaded: the range over seeds.",
+          {"rounds": accuracy_figure, "bytes": accuracy_over_bytes_figure, "operations": accuracy_over_flops_figure,
+           "seconds": clock_figure}),
+    Chart("gaps", "Gaps to the method in focus",
+          "Dot: mean gap in points. Line: its 95 % interval over seeds; a method whose line crosses 0 is not shown to differ, "
+          "and its dot is hollow. With one seed there is no interval.", {"": gaps_figure}),
+    Chart("cost", "Accuracy against cost",
+          "Test accuracy of each method over what it cost. The dashed line joins the methods that no other beats in both.",
+          {"bytes": accuracy_by_bytes_figure, "operations": accuracy_by_flops_figure}),
+    Chart("gain", "What each client gains over training alone",
+          "Hollow dot: the client on its own. Full dot: with the method in focus. Means over seeds, the largest gain first.",
+          {"": gain_figure}),
+    Chart("gate", "How each client mixes the experts",
+          "Dot: mean weight of the local expert over a client's test samples, one for each seed. Bar: one standard deviation. In "
+          "brackets: the client's training samples.", {"": gate_figure}),
+    Chart("depth", "Depth", "Blocks whose LoRA pairs are trained, mean over seeds. Each stage activates them anew.",
+          {"": depth_figure}),
 )
-"""The pictures of the page in their order: name, function, title, caption, and width ("wide" or "half")."""
+"""The charts of the page in their order."""

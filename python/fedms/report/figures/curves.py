@@ -1,13 +1,14 @@
-"""Lines over rounds, simulated time, bytes and operations."""
+"""Validation accuracy over rounds, bytes, operations and simulated time; and the depth over rounds."""
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Optional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Optional
 
-from fedms.report.figures.style import (HALF, SURFACE, WIDE, Curve, end_labels, has_fedms, height_of, method_color, new_axes,
+from fedms.report.figures.style import (MUTED, SURFACE, Curve, end_labels, has_fedms, height_of, mark, method_color, new_axes,
                                         percent_axis, round_axis)
 from fedms.report.numbers import by_method, first_stage_rounds
 from fedms.storage.records import RunRecords
@@ -15,24 +16,30 @@ from fedms.storage.records import RunRecords
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Amounts = Callable[[RunRecords], list[Optional[float]]]
+Unit = Callable[[float], tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A curve over an amount.
+
+    Attributes:
+        positions: Round of each of its points, counted over both stages.
+        curve: The points; their x are sums of the amount so far.
+    """
+
+    positions: list[int]
+    curve: Curve
+
 
 def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw validation accuracy by round over both stages: one line for each method, the range over seeds shaded."""
     curves = _curves(runs, lambda run: [r.get("validation_accuracy") for r in run.rounds])
     if not curves:
         return None
-    figure, axes = new_axes(WIDE, height_of(curves, 3.3))
-    first = first_stage_rounds(runs)
-    for curve in curves:
-        # Stage 2 measures another model, so its line starts anew.
-        for piece in (_piece(curve, lambda x: x <= first), _piece(curve, lambda x: x > first)):
-            lows, highs = [min(y) for y in piece.ys], [max(y) for y in piece.ys]
-            if lows != highs:
-                axes.fill_between(piece.xs, lows, highs, color=curve.color, alpha=0.13, linewidth=0)
-            axes.plot(piece.xs, piece.means, color=curve.color, linewidth=2.4 if has_fedms(curve) else 1.7,
-                      marker="o", markersize=4, markeredgecolor=SURFACE, markeredgewidth=0.8)
-    percent_axis(axes.yaxis)
-    axes.set_ylabel("validation accuracy (%)")
+    figure, axes = _accuracy_axes(curves)
+    _draw(axes, [_Line([int(x) for x in curve.xs], curve) for curve in curves], first_stage_rounds(runs), 1.0)
     round_axis(axes, runs)
     end_labels(axes, curves)
     return figure
@@ -50,29 +57,29 @@ def clock_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 def accuracy_over_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw validation accuracy over the bytes that all clients have sent and received so far."""
     return _accuracy_over(runs, lambda run: [_sum_known(r.get("bytes_up"), r.get("bytes_down")) for r in run.rounds],
-                          "sent and received by clients so far", _decimal("B"))
+                          "sent and received by clients so far", decimal("B"))
 
 
 def accuracy_over_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Draw validation accuracy over the operations that all clients have done so far."""
+    """Draw validation accuracy over the operations that all clients have done so far, cached features included."""
     def flops(run: RunRecords) -> list[Optional[float]]:
         sums: dict[tuple[str, int], float] = defaultdict(float)
         for visit in run.visits:
             sums[visit["stage"], visit["round"]] += visit.get("flops") or 0
         return [sums.get((r["stage"], r["round"])) for r in run.rounds]
 
-    return _accuracy_over(runs, flops, "operations of clients so far", _decimal("FLOP"))
+    return _accuracy_over(runs, flops, "operations of clients so far", decimal("FLOP"))
 
 
 def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Draw the number of trained blocks by round."""
+    """Draw the number of trained blocks by round; None where it is the same in all rounds of all methods."""
     curves = _curves(runs, lambda run: [r.get("depth") for r in run.rounds])
-    if not curves:
+    if len({value for curve in curves for value in curve.means}) < 2:
         return None
-    figure, axes = new_axes(HALF, height_of(curves, 2.9))
+    figure, axes = new_axes(height_of(curves, 2.9))
     for curve in curves:
-        axes.plot(curve.xs, curve.means, color=curve.color, linewidth=1.9, drawstyle="steps-mid", marker="o",
-                  markersize=3.5, markeredgecolor=SURFACE, markeredgewidth=0.6)
+        mark(axes.plot(curve.xs, curve.means, color=curve.color, linewidth=1.9, drawstyle="steps-mid", marker="o",
+                       markersize=3.5, markeredgecolor=SURFACE, markeredgewidth=0.6), curve.methods)
     top = max(max(c.means) for c in curves)
     axes.set_ylim(0, top + 0.8)
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -82,36 +89,15 @@ def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     return figure
 
 
-def bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Draw the bytes that all clients have sent so far, by round."""
-    def total(run: RunRecords) -> list[Optional[float]]:
-        sums, so_far = [], 0.0
-        for record in run.rounds:
-            so_far += record.get("bytes_up") or 0
-            sums.append(so_far)
-        return sums
-
-    curves = _curves(runs, total)
-    if not curves:
-        return None
-    unit, scale = "MB", 1e6
-    if max(c.means[-1] for c in curves) >= 1e9:
-        unit, scale = "GB", 1e9
-    elif max(c.means[-1] for c in curves) < 1e6:
-        unit, scale = "kB", 1e3
-    curves = [Curve(c.methods, c.color, c.xs, [[v / scale for v in y] for y in c.ys]) for c in curves]
-    figure, axes = new_axes(HALF, height_of(curves, 2.9))
-    for curve in curves:
-        axes.plot(curve.xs, curve.means, color=curve.color, linewidth=1.9, marker="o", markersize=3.5,
-                  markeredgecolor=SURFACE, markeredgewidth=0.6)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel(f"sent by clients so far ({unit})")
-    round_axis(axes, runs)
-    end_labels(axes, curves)
-    return figure
+def decimal(unit: str) -> Unit:
+    """Return a function that chooses the decimal prefix with which the longest value is below 1000."""
+    def fitting(longest: float) -> tuple[str, float]:
+        power = min(5, max(0, int(math.log10(longest) // 3))) if longest > 0 else 0
+        return " kMGTP"[power].strip() + unit, 1000.0 ** power
+    return fitting
 
 
-def _curves(runs: Sequence[RunRecords], value: Callable[[RunRecords], list[Optional[float]]]) -> list[Curve]:
+def _curves(runs: Sequence[RunRecords], value: Amounts) -> list[Curve]:
     """Return one curve for each method. Methods whose values coincide share a curve.
 
     Args:
@@ -140,8 +126,7 @@ def _curves(runs: Sequence[RunRecords], value: Callable[[RunRecords], list[Optio
     return curves
 
 
-def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], list[Optional[float]]], label: str,
-                   unit: Callable[[float], tuple[str, float]]) -> Optional[Figure]:
+def _accuracy_over(runs: Sequence[RunRecords], amounts: Amounts, label: str, unit: Unit) -> Optional[Figure]:
     """Draw validation accuracy over the sum so far of an amount. Both are averaged over seeds, round by round.
 
     Args:
@@ -153,7 +138,7 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], l
     Returns:
         The figure, or None where no run knows the amount, or it is always 0.
     """
-    curves = []
+    lines = []
     first = first_stage_rounds(runs)
     for method, group in by_method(runs).items():
         points: dict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -166,42 +151,73 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Callable[[RunRecords], l
                     points[position].append((so_far, record["validation_accuracy"]))
         if points:
             positions = sorted(points)
-            curves.append((positions, Curve((method,), method_color(method),
-                                             [statistics.fmean(x for x, _ in points[p]) for p in positions],
-                                             [[y for _, y in points[p]] for p in positions])))
-    longest = max((curve.xs[-1] for _, curve in curves), default=0.0)
+            lines.append(_Line(positions, Curve((method,), method_color(method),
+                                                [statistics.fmean(x for x, _ in points[p]) for p in positions],
+                                                [[y for _, y in points[p]] for p in positions])))
+    longest = max((line.curve.xs[-1] for line in lines), default=0.0)
     if longest == 0:
         return None
     name, scale = unit(longest)
-    figure, axes = new_axes(WIDE, height_of([curve for _, curve in curves], 3.3))
-    for positions, curve in curves:
-        # Stage 2 measures another model, so its line starts anew.
-        split = sum(position <= first for position in positions)
-        for piece in (slice(split), slice(split, None)):
-            axes.plot([x / scale for x in curve.xs[piece]], curve.means[piece], color=curve.color, marker="o",
-                      linewidth=2.4 if has_fedms(curve) else 1.7, markersize=4, markeredgecolor=SURFACE,
-                      markeredgewidth=0.8)
-    percent_axis(axes.yaxis)
-    axes.set_ylabel("validation accuracy (%)")
+    figure, axes = _accuracy_axes([line.curve for line in lines])
+    _draw(axes, lines, first, scale)
     axes.set_xlabel(f"{label} ({name})")
-    axes.set_xlim(-0.01 * longest / scale, longest / scale)
-    end_labels(axes, [Curve(c.methods, c.color, [x / scale for x in c.xs], c.ys) for _, c in curves])
+    axes.set_xlim(-0.02 * longest / scale, 1.02 * longest / scale)
+    end_labels(axes, [Curve(c.methods, c.color, [x / scale for x in c.xs], c.ys) for c in (line.curve for line in lines)])
     return figure
 
 
-def _piece(curve: Curve, inside: Callable[[float], bool]) -> Curve:
-    chosen = [(x, y) for x, y in zip(curve.xs, curve.ys) if inside(x)]
-    return Curve(curve.methods, curve.color, [x for x, _ in chosen], [y for _, y in chosen])
+def _accuracy_axes(curves: Sequence[Curve]) -> tuple[Any, Any]:
+    figure, axes = new_axes(height_of(curves, 3.3))
+    percent_axis(axes.yaxis)
+    axes.set_ylabel("validation accuracy (%)")
+    return figure, axes
+
+
+def _draw(axes: Any, lines: Sequence[_Line], first: int, scale: float) -> None:
+    """Draw each line in two pieces, as stage 2 measures another model.
+
+    A first stage that several methods have in common belongs to none of them: it is drawn once, in gray.
+
+    Args:
+        axes: Where to draw.
+        lines: The lines.
+        first: Number of rounds of stage 1.
+        scale: The unit of x.
+    """
+    shared: dict[Any, list[str]] = defaultdict(list)
+    for line in lines:
+        shared[_values(_piece(line, 0, first))] += line.curve.methods
+    for line in lines:
+        for low, high in ((0, first), (first, math.inf)):
+            piece = _piece(line, low, high)
+            if not piece.xs:
+                continue
+            methods = shared[_values(piece)] if low == 0 else list(piece.methods)
+            common = low == 0 and len(methods) > len(piece.methods)
+            if common and methods[0] != piece.methods[0]:
+                continue
+            xs, color = [x / scale for x in piece.xs], MUTED if common else piece.color
+            lows, highs = [min(y) for y in piece.ys], [max(y) for y in piece.ys]
+            if lows != highs:
+                axes.fill_between(xs, lows, highs, color=color, alpha=0.13, linewidth=0).set_gid(f"of-{' of-'.join(methods)}")
+            mark(axes.plot(xs, piece.means, color=color, linewidth=2.4 if has_fedms(piece) and not common else 1.7,
+                           marker="o", markersize=4, markeredgecolor=SURFACE, markeredgewidth=0.8), methods)
+            if common:
+                axes.annotate(f"shared by {len(methods)}", (xs[-1], piece.means[-1]), (0, -8), textcoords="offset points",
+                              ha="right", va="top", color=MUTED, fontsize=8.5)
+
+
+def _piece(line: _Line, above: float, until: float) -> Curve:
+    """Return the part of a line whose rounds are above `above` and at most `until`."""
+    chosen = [i for i, position in enumerate(line.positions) if above < position <= until]
+    curve = line.curve
+    return Curve(curve.methods, curve.color, [curve.xs[i] for i in chosen], [curve.ys[i] for i in chosen])
+
+
+def _values(curve: Curve) -> tuple[Any, ...]:
+    return tuple(curve.xs), tuple(map(tuple, curve.ys))
 
 
 def _sum_known(*values: Optional[float]) -> Optional[float]:
     known = [v for v in values if v is not None]
     return sum(known) if known else None
-
-
-def _decimal(unit: str) -> Callable[[float], tuple[str, float]]:
-    """Return a function that chooses the decimal prefix with which the longest value is below 1000."""
-    def fitting(longest: float) -> tuple[str, float]:
-        power = min(5, max(0, int(math.log10(longest) // 3))) if longest > 0 else 0
-        return " kMGTP"[power].strip() + unit, 1000.0 ** power
-    return fitting

@@ -5,7 +5,7 @@ import contextlib
 import io
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, SURFACE = "#1c2430", "#667084", "#e4e7ec", "#ffffff"
 _OTHER_METHODS = ("#be185d", "#4d7c0f", "#0369a1", "#a16207")
 GROUP_COLORS = ("#0e7490", "#b45309", "#6d28d9", "#15803d", "#be123c", "#475569", "#86198f", "#1e6091")
-WIDE, HALF = 8.6, 5.05  # figure widths in inches; the page stretches them to its column, and to half of it
+GAIN, LOSS = "#157a3c", "#b42318"
+WIDTH = 5.05            # of a chart, in inches: texts of 9 points can be read on a phone and in half of a page's width
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,28 @@ def as_svg(figure: Figure, name: str) -> str:
     return buffer.getvalue()
 
 
-def new_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure and its axes, transparent, in inches of width and height."""
+def mark(artists: Iterable[Any], of: Iterable[object], kind: str = "of") -> None:
+    """Say which methods or clients some artists stand for, so that the page can show one of them alone.
+
+    Args:
+        artists: Parts of a figure.
+        of: Names of methods, or numbers of clients.
+        kind: "of" for methods, "client" for clients.
+    """
+    for artist in artists:
+        artist.set_gid(" ".join(f"{kind}-{each}" for each in of))
+
+
+def client_label(group: str, number: int, samples: Any = None) -> str:
+    """Return how a chart names a client: by its group and number, and its number of samples if it is given."""
+    return f"{group or 'client'} {number}" + (f" ({samples:g})" if samples is not None else "")
+
+
+def new_axes(height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes, transparent, `height` inches high."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     axes.patch.set_alpha(0)
@@ -133,11 +151,21 @@ def round_axis(axes: Any, runs: Sequence[RunRecords]) -> None:
 
 
 def end_labels(axes: Any, curves: Sequence[Curve]) -> None:
-    """Write names at the right ends of curves, moved apart where they would overlap."""
+    """Write names at the ends of curves: at the right margin, moved apart where they would overlap.
+
+    A curve that ends well before the others has its name at its own end, so that no leader crosses the chart.
+    """
+    left, right = axes.get_xlim()
+    early = [c for c in curves if c.xs[-1] < left + 0.8 * (right - left)]
+    for curve in early:
+        mark([axes.annotate(curve.label, (curve.xs[-1], curve.means[-1]), (5, 5), textcoords="offset points",
+                            **_style(curve))], curve.methods)
+    order = sorted((c for c in curves if c not in early), key=lambda c: c.means[-1])
+    if not order:
+        return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     line = 11.5 * (high - low) / (axes.figure.get_figheight() * 72 * 0.75)
-    order = sorted(curves, key=lambda c: c.means[-1])
     labels = [curve.label for curve in order]
     heights = [line * (1 + label.count("\n")) for label in labels]
     places: list[float] = []
@@ -146,16 +174,17 @@ def end_labels(axes: Any, curves: Sequence[Curve]) -> None:
         places.append(max(curve.means[-1], lowest))
     # Pushing upwards alone would leave the axes: shift all labels down by half of what they were moved on average.
     shift = statistics.fmean(p - c.means[-1] for p, c in zip(places, order))
-    right = axes.get_xlim()[1]
-    last = max(c.xs[-1] for c in curves)
     for place, curve, label in zip(places, order, labels):
-        if curve.xs[-1] < last or abs(place - shift - curve.means[-1]) > line:
-            bend = right - 0.03 * (right - axes.get_xlim()[0])
-            axes.plot([curve.xs[-1], bend, right], [curve.means[-1], curve.means[-1], place - shift], linewidth=0.8,
-                      color=curve.color, linestyle=(0, (1, 2)), clip_on=False)
-        axes.annotate(label, (right, place - shift), (4, 0), textcoords="offset points", va="center",
-                      color=curve.color, fontsize=9, annotation_clip=False,
-                      fontweight="bold" if has_fedms(curve) else "normal")
+        parts = [axes.annotate(label, (right, place - shift), (4, 0), textcoords="offset points", va="center",
+                               annotation_clip=False, **_style(curve))]
+        if abs(place - shift - curve.means[-1]) > line:
+            parts += axes.plot([curve.xs[-1], right], [curve.means[-1], place - shift], linewidth=0.8, color=curve.color,
+                               linestyle=(0, (1, 2)), clip_on=False)
+        mark(parts, curve.methods)
+
+
+def _style(curve: Curve) -> dict[str, Any]:
+    return {"color": curve.color, "fontsize": 9, "fontweight": "bold" if has_fedms(curve) else "normal"}
 
 
 def has_fedms(curve: Curve) -> bool:

@@ -1,0 +1,95 @@
+"""Methods beside each other: gaps with their intervals, and accuracy against cost."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Optional
+
+from fedms.report.figures.curves import Unit, decimal
+from fedms.report.figures.style import INK, MUTED, SURFACE, mark, method_color, new_axes, percent_axis
+from fedms.report.numbers import Stat, by_method, field_of, focus_method
+from fedms.report.significance import differences
+from fedms.storage.records import RunRecords
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def gaps_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
+    """Draw how many points each other method is ahead of the one in focus: the mean and its 95 % interval by seed."""
+    if not (found := differences(runs)):
+        return None
+    rows = sorted(found, key=lambda each: each.gap)         # what is ahead of the method in focus comes first
+    figure, axes = new_axes(max(3.3, 0.95 + 0.27 * len(rows)))
+    axes.axvline(0, color=MUTED, linewidth=1.2, zorder=1)
+    for y, row in enumerate(rows):
+        color, gap = method_color(row.against), -100 * row.gap
+        half = 0.0 if math.isinf(row.interval.half) else 100 * row.interval.half
+        shown = half > 0 and abs(gap) > half
+        mark([*axes.plot([gap - half, gap + half], [y, y], color=color, linewidth=2.2, solid_capstyle="round", zorder=2),
+              *axes.plot([gap], [y], marker="o", color=color, markerfacecolor=color if shown else SURFACE, markersize=6.5,
+                         zorder=3)], [row.against])
+    axes.set_yticks(range(len(rows)), [row.against for row in rows])
+    for label, row in zip(axes.get_yticklabels(), rows):
+        label.set_color(method_color(row.against))
+        mark([label], [row.against])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.grid(axis="y", visible=False)
+    focus = focus_method(by_method([run for run in runs if run.summary]))
+    axes.set_xlabel(f"points ahead of {focus} (right of 0) or behind it (left)")
+    return figure
+
+
+def accuracy_by_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
+    """Draw the personalized accuracy of each method over the bytes that all clients sent and received."""
+    def traffic(run: RunRecords) -> Optional[float]:
+        known = [v for name in ("bytes_up", "bytes_down") if (v := field_of(run.summary, name)) is not None]
+        return sum(known) if known else None
+
+    return _cost(runs, traffic, "sent and received by all clients", decimal("B"))
+
+
+def accuracy_by_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
+    """Draw the personalized accuracy of each method over the operations of all clients."""
+    return _cost(runs, lambda run: field_of(run.summary, "flops"), "operations of all clients", decimal("FLOP"))
+
+
+def _cost(runs: Sequence[RunRecords], cost: Callable[[RunRecords], Optional[float]], label: str, unit: Unit) -> Optional[Figure]:
+    """Draw one dot for each method, and a line through those that no other beats in both accuracy and cost.
+
+    Returns:
+        The figure, or None for fewer than two methods, or where all cost the same.
+    """
+    points = []
+    for method, group in by_method([run for run in runs if run.summary]).items():
+        y = Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
+        x = Stat.of(cost(r) for r in group)
+        if x and y:
+            points.append((x.mean, y.mean, method))
+    if len({x for x, _, _ in points}) < 2:
+        return None
+    longest = max(x for x, _, _ in points)
+    name, scale = unit(longest)
+    figure, axes = new_axes(3.3)
+    best = [p for p in points if not any(q[0] <= p[0] and q[1] > p[1] or q[0] < p[0] and q[1] == p[1] for q in points)]
+    best.sort()
+    axes.plot([x / scale for x, _, _ in best], [y for _, y, _ in best], color=MUTED, linewidth=1.1, linestyle=(0, (3, 3)), zorder=1)
+    lowest, highest = min(y for _, y, _ in points), max(y for _, y, _ in points)
+    room = max(0.05 * (highest - lowest), 0.003)
+    axes.set_ylim(lowest - 2 * room, highest + 3 * room)
+    axes.set_xlim(-0.04 * longest / scale, 1.3 * longest / scale)
+    taken: list[tuple[float, float]] = []       # where names stand, in shares of the axes
+    for x, y, method in sorted(points, key=lambda p: p[1]):
+        color = method_color(method)
+        across, up = x / (1.34 * longest), (y - lowest + 2 * room) / (highest - lowest + 5 * room)
+        while any(abs(across - a) < 0.26 and abs(up - u) < 0.055 for a, u in taken):
+            up += 0.01
+        taken.append((across, up))
+        mark([*axes.plot([x / scale], [y], marker="o", color=color, markersize=7, markeredgecolor=SURFACE, zorder=3),
+              axes.annotate(method, (x / scale, up), (7, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                            va="center", color=color if method != "fedms" else INK, fontsize=8.5,
+                            fontweight="bold" if method == "fedms" else "normal")], [method])
+    percent_axis(axes.yaxis)
+    axes.set_ylabel("personalized accuracy (%)")
+    axes.set_xlabel(f"{label} ({name})")
+    return figure

@@ -1,0 +1,107 @@
+"""The outcome in a few sentences, the verdict first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedms.report.numbers import Stat, by_method, client_gap, field_of, focus_method, paired_gap
+from fedms.report.wording import is_zero, percent, points, signed
+from fedms.storage.records import RunRecords
+
+ONE_SEED = "One seed: a difference of a few points may be chance."
+
+_Methods = Mapping[str, Sequence[RunRecords]]
+
+
+def headline(runs: Sequence[RunRecords]) -> str:
+    """Return the outcome in a few sentences.
+
+    The first says which method is best, where the method in focus stands, and whether a difference between them is shown; the
+    second, how many points lie between them. The last says how far the other methods are apart.
+    """
+    methods = by_method([r for r in runs if r.summary])
+    found = {m: Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group) for m, group in methods.items()}
+    scores = {m: stat for m, stat in found.items() if stat}
+    if not scores:
+        shared = Stat.of(field_of(r.summary, "global_test_accuracy") for group in methods.values() for r in group)
+        if shared is None:
+            return "No run here has ended, so there is no outcome yet."
+        return (f"The shared expert reaches {percent(shared)} % on the common test set. The clients' accuracies were not released: "
+                "privacy.score_noise was off.")
+    focus = focus_method(scores)
+    if len(scores) == 1:
+        return _alone(focus, scores[focus], methods)
+    gaps = {m: paired_gap(methods[focus], methods[m]) or Stat(scores[focus].mean - scores[m].mean, None)  # no seed in common
+            for m in scores if m != focus}
+    one_seed = " " + ONE_SEED if any(gap.std is None for gap in gaps.values()) else ""
+    return f"{_verdict(focus, scores, gaps)}{_perplexity(methods[focus])} In points: {_groups(gaps)}.{one_seed}"
+
+
+def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
+    """Say who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
+    own, rival = scores[focus], max(gaps, key=lambda m: scores[m].mean)
+    other, gap = scores[rival], gaps[rival]
+    if own.mean == other.mean:
+        return f"{focus} and {rival} are level and best of {len(scores)} methods: {percent(own)} % mean personalized accuracy."
+    first, second = (focus, rival) if own.mean > other.mean else (rival, focus)
+    place = _ordinal(1 + sum(each.mean > scores[second].mean for each in scores.values()))
+    best = f"best of {len(scores)} methods with {percent(scores[first])} % mean personalized accuracy"
+    behind = f"{place} with {percent(scores[second])} %"
+    apart = f"{points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival}"
+    if gap.may_be_zero:
+        return (f"No difference shown between {first}, {best}, and {second}, {behind}. {focus} is {apart} ({gap.interval}).")
+    return f"{first} is {best}; {second} is {behind}. {focus} is {apart}{'' if gap.std is None else f' ({gap.interval})'}."
+
+
+def _alone(focus: str, own: Stat, methods: _Methods) -> str:
+    """The outcome of the only method that there is."""
+    text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
+    if found := _language(methods[focus]):
+        text = f"{focus} reaches {found}; {percent(own)} % of the tokens are the most probable ones"
+    gaps = {label: Stat.of(client_gap(r, "personalized", name) for r in methods[focus])
+            for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
+    parts = [f"{points(gap.mean)} {'above' if gap.mean > 0 else 'below'} {label}"
+             for label, gap in gaps.items() if gap and not is_zero(gap.mean)]
+    return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if len(methods[focus]) == 1 else "")
+
+
+def _perplexity(runs: Sequence[RunRecords]) -> str:
+    found = _language(runs)
+    return f" {runs[0].method} reaches {found}." if found else ""
+
+
+def _language(runs: Sequence[RunRecords]) -> str:
+    """The perplexity of a language model beside that before training; nothing for other tasks."""
+    perplexity = Stat.of(field_of(r.summary, "language", "perplexity") for r in runs)
+    before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
+    if not perplexity:
+        return ""
+    return f"a perplexity of {perplexity.mean:.1f}" + (f", zero-shot has {before.mean:.1f}" if before else "")
+
+
+def _groups(gaps: Mapping[str, Stat]) -> str:
+    """Name the methods that the one in focus is behind, not clearly apart from, level with, and ahead of."""
+    groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
+    for m in sorted(gaps, key=lambda m: gaps[m].mean):
+        gap = gaps[m]
+        if gap.may_be_zero:
+            groups["not clearly apart from "].append(f"{m} ({signed(gap.mean)} ± {100 * (gap.std or 0):.1f})")
+        elif is_zero(gap.mean):
+            groups["level with "].append(m)
+        else:
+            groups["ahead of " if gap.mean > 0 else "behind "].append(f"{m} ({signed(gap.mean)})")
+    return "; ".join(words + _listing(_first(each, 2)) for words, each in groups.items() if each)
+
+
+def _first(items: Sequence[str], count: int) -> list[str]:
+    """Return the first items, and how many more there are; all of them where only one would be left out."""
+    return list(items) if len(items) <= count + 1 else [*items[:count], f"{len(items) - count} more"]
+
+
+def _ordinal(n: int) -> str:
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
+
+
+def _listing(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
