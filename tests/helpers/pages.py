@@ -61,7 +61,7 @@ def run_page(page: Path, folder: Path, python: str = sys.executable) -> str:
 
 def check_predictions(printed, folder):
     """What the two walks of docs/guide/models.md end in."""
-    assert "text,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in printed
+    assert "review,label,probability,gate_weight\nThe kettle: terrible and a waste,bad," in printed
     reviews, cells = pd.read_parquet(folder / "predicted.parquet"), pd.read_csv(folder / "predicted.csv")
     assert reviews.label.tolist() == ["bad", "good"] and len(cells) == 20
     for table in (reviews, cells):

@@ -60,8 +60,9 @@ def export(
     EXPORT,
     "fedms predict sentiment-model new.csv --client 7 --out predicted.csv",
     "fedms predict photo-model photos/ --client plant2  # a folder of images; the table goes to the terminal",
-    notes=["The table: the text or image, label, its probability, and the gate's weight of the client's own "
-           "expert."])
+    "fedms predict sentiment-model export.csv --delimiter ';' --encoding cp1252 --text body",
+    notes=["The table: every column of yours, then label, its probability, and gate_weight, the weight of the client's own "
+           "expert; predicted_label where you have a column label."])
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What fedms export wrote in the format mixture.")],
     source: Annotated[str, typer.Argument(metavar="FILE", help="A table (.csv, .tsv, .parquet, .jsonl), an image, or a "
@@ -75,6 +76,12 @@ def predict(
                                                 show_default="as in the run")] = None,
     image: Annotated[Optional[str], typer.Option("--image", metavar="NAME", help="Column of images.",
                                                  show_default="as in the run")] = None,
+    delimiter: Annotated[Optional[str], typer.Option("--delimiter", metavar="C", help="Character between the fields of a .csv.",
+                                                     show_default="as in the run, else a comma")] = None,
+    encoding: Annotated[Optional[str], typer.Option("--encoding", metavar="NAME", help="Encoding of a text file, such as cp1252.",
+                                                    show_default="as in the run")] = None,
+    quoting: Annotated[Optional[str], typer.Option("--quoting", metavar="NAME", help="standard, or none where quotation marks "
+                                                   "mean nothing.", show_default="as in the run")] = None,
     device: Annotated[str, typer.Option(
         "--device", metavar="NAME", help="Where to compute: auto (the first CUDA GPU that works, else the CPU), cpu, cuda, cuda:N, "
         "mps.")] = "auto",
@@ -85,7 +92,8 @@ def predict(
     from fedms.exports import mixture
 
     loaded = mixture.load(folder, client, trust_remote_code=trust_remote_code, device=checked_device(device))
-    table = loaded.columns_of_file(source, {"text": text, "image": image})
+    table = loaded.columns_of_file(source, {"text": text, "image": image, "delimiter": delimiter, "encoding": encoding,
+                                             "quoting": quoting})
     if out is None:
         print(mixture.csv_of(table), end="")
     else:

@@ -6,7 +6,7 @@ import decimal
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Samples:
         clients: The name of each sample's client, or None.
         classes: The names of the classes if the source defines them; the labels then are positions in this list.
         notes: One line for everything that was omitted or decided while reading.
+        columns: Every column of the table by its name, where samples are read for prediction from a table; else None.
     """
 
     content: list[Any]
@@ -31,6 +32,7 @@ class Samples:
     clients: list[str] | None
     classes: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    columns: Mapping[str, list[Any]] | None = None
 
 
 def normal(text: str) -> str:

@@ -35,7 +35,7 @@ class Table:
         source: File or data set, for error messages.
         folder: Folder to which names of image files are relative; None if the table must not name files.
         names: All column names, normalized.
-        columns: The values of the requested columns that exist, as plain Python objects.
+        columns: The values of the requested columns (or of all) that exist, as plain Python objects.
         places: File and line, or row number, of each row.
         classes: The names of the classes if the source defines them; the labels then are positions in this list.
         hint: What to try if a column is missing.
@@ -80,26 +80,27 @@ def wanted_columns(config, reads: str, labeled: bool) -> dict[str, str]:
     return {key: normal(name) for key, name in wanted.items()}
 
 
-def read_table(path: Path, config, wanted: Mapping[str, str]) -> Table:
-    """Read the columns `wanted` of a table.
+def read_table(path: Path, config, wanted: Mapping[str, str], every: bool = False) -> Table:
+    """Read the columns `wanted` of a table, or every column.
 
     Args:
         path: The file.
         config: The [data] table, for the delimiter, encoding and quoting of text files.
         wanted: Names of the columns.
+        every: Whether to read every column instead.
 
     Raises:
         DataError: If the table cannot be read; the message names the line, if there is one.
     """
-    kind = table_kind(path)
+    kind, chosen = table_kind(path), None if every else set(wanted.values())
     try:
         if kind == ".parquet":
-            return _parquet(path, set(wanted.values()), wanted.get("data.label"))
+            return _parquet(path, chosen, wanted.get("data.label"))
         text = _decoded(path, config.encoding)
         if kind == ".jsonl":
-            return _json_lines(path, text, set(wanted.values()))
+            return _json_lines(path, text, chosen)
         delimiter = config.delimiter or DELIMITERS[kind]
-        return _delimited(path, text, delimiter, config.quoting, set(wanted.values()))
+        return _delimited(path, text, delimiter, config.quoting, chosen)
     except _Unreadable as error:
         raise DataError(f"{path}: cannot be read as {kind[1:]}: {error}") from None
     except OSError as error:
@@ -137,7 +138,13 @@ def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, r
         owners = [owner for owner, table in zip(clients, tables) for _ in table.places]
     labels = [value for table in tables for value in table.columns[label]] if label else None
     return Samples(content, places, labels, owners, classes.pop() if labeled else None,
-                   tuple(note for table in tables for note in table.notes))
+                   tuple(note for table in tables for note in table.notes), None if labeled else _all_columns(tables))
+
+
+def _all_columns(tables: Sequence[Table]) -> dict[str, list[Any]]:
+    """Every column of some tables, one table below the other; a cell is None where its table lacks the column."""
+    names = dict.fromkeys(name for table in tables for name in table.names if name in table.columns)
+    return {name: [cell for table in tables for cell in table.columns.get(name, [None] * len(table.places))] for name in names}
 
 
 def _check(table: Table, wanted: Mapping[str, str]) -> None:
@@ -214,7 +221,7 @@ def _other_encoding(raw: bytes) -> str:
         return 'set data.encoding to the one that it was written in, such as "latin-1"'
 
 
-def _delimited(path: Path, text: str, delimiter: str, quoting: str, wanted: set[str]) -> Table:
+def _delimited(path: Path, text: str, delimiter: str, quoting: str, chosen: set[str] | None) -> Table:
     limit = csv.field_size_limit(sys.maxsize)       # of the process: put back below
     try:
         rows = list(_rows(text, delimiter, quoting))
@@ -229,12 +236,16 @@ def _delimited(path: Path, text: str, delimiter: str, quoting: str, wanted: set[
         if len(row) != len(names):
             raise _Unreadable(f"line {first} has {counted(len(row), 'field')}, the header has {len(names)}; quote fields "
                               f"that hold {_shown(delimiter)}, and give each column a name{hint}")
-    columns = {name: [row[i] for _, _, row in rows] for i, name in enumerate(names) if name in wanted}
+    columns = {name: [row[i] for _, _, row in rows] for i, name in enumerate(names) if _is_chosen(name, chosen)}
     notes = []
     if quoting == "standard" and (first := _swallowed(rows, text, delimiter, len(names))):
         notes.append(f"{path}: the row at line {first} goes on over lines that look like rows of their own; if rows are "
                      'missing, a quotation mark is not closed: close it, or set data.quoting = "none"')
     return Table(str(path), path.parent, names, columns, [f"{path}, line {first}" for first, _, _ in rows], hint=hint, notes=tuple(notes))
+
+
+def _is_chosen(name: str, chosen: set[str] | None) -> bool:
+    return chosen is None or name in chosen
 
 
 def _rows(text: str, delimiter: str, quoting: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -275,7 +286,7 @@ def _shown(delimiter: str) -> str:
     return "tabs" if delimiter == "\t" else f'"{delimiter}"'
 
 
-def _json_lines(path: Path, text: str, wanted: set[str]) -> Table:
+def _json_lines(path: Path, text: str, chosen: set[str] | None) -> Table:
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     names: dict[str, None] = {}     # in the order in which they come
@@ -291,7 +302,7 @@ def _json_lines(path: Path, text: str, wanted: set[str]) -> Table:
         names |= dict.fromkeys(row)
         rows.append(row)
         places.append(f"{path}, line {number}")
-    columns = {name: [row.get(name) for row in rows] for name in names if name in wanted}
+    columns = {name: [row.get(name) for row in rows] for name in names if _is_chosen(name, chosen)}
     return Table(str(path), path.parent, list(names), columns, places)
 
 
@@ -308,7 +319,7 @@ def _no_number(word: str) -> None:
 
 # Parquet
 
-def _parquet(path: Path, wanted: set[str], label: str | None) -> Table:
+def _parquet(path: Path, chosen: set[str] | None, label: str | None) -> Table:
     import pyarrow.parquet as pq
 
     try:
@@ -317,8 +328,8 @@ def _parquet(path: Path, wanted: set[str], label: str | None) -> Table:
             schema = file.schema_arrow
             names = [normal(name) for name in schema.names]
             count = file.metadata.num_rows
-            chosen = [i for i, name in enumerate(names) if name in wanted and names.count(name) == 1]
-            table = file.read(columns=[schema.names[i] for i in chosen])
+            found = [i for i, name in enumerate(names) if _is_chosen(name, chosen) and names.count(name) == 1]
+            table = file.read(columns=[schema.names[i] for i in found])
             columns = {normal(name): table.column(name).to_pylist() for name in table.column_names}
     except OSError:
         raise

@@ -188,7 +188,7 @@ def _tables(paths: Sequence[Path], config, reads: str, labeled: bool, by_table: 
     """Read tables. `by_table`: whether each table is a client, if no column names clients."""
     wanted = wanted_columns(config, reads, labeled)
     clients = [table_stem(path) for path in paths] if by_table and len(paths) > 1 else None
-    return samples_of([read_table(path, config, wanted) for path in paths], clients, config, reads, labeled)
+    return samples_of([read_table(path, config, wanted, every=not labeled) for path in paths], clients, config, reads, labeled)
 
 
 # Splits

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedms import models
 from fedms.config import RunConfig, config_from_dict, registry, upgraded
 from fedms.data import user_data
+from fedms.data.samples import Samples, normal
 from fedms.errors import ConfigError, ModelError, RunFolderError
 from fedms.exports.manifest import CLIENTS, Manifest, clients_in, read_manifest, save_tensors, write_manifest
 from fedms.exports.predict import bind, predict
@@ -132,12 +133,15 @@ class Mixture:
 
         Args:
             source: The file or folder.
-            columns: Names of the columns `text` and `image` of a table; None or missing: as in the run.
+            columns: How a table is to be read: names of its columns `text` or `image`, its `delimiter`, `encoding` and
+                `quoting`; None or missing: as in the run.
 
         Returns:
-            What :meth:`predict` returns, and before it a column `text` or `image` that says which sample it is.
+            Every column of the table, and after them what :meth:`predict` returns. One of these whose name the table has
+            already is named `predicted_NAME`. Images have a column `image` that says which file or row it is.
 
         Raises:
+            ConfigError: If a delimiter, encoding or quoting is none.
             DataError: If samples cannot be read.
         """
         import pandas as pd
@@ -146,15 +150,23 @@ class Mixture:
 
     def columns_of_file(self, source: str, columns: Mapping[str, str | None] = {}) -> Columns:
         """Return the columns of :meth:`predict_file` by name. It needs no pandas, which a client of a federation lacks."""
+        reads, samples = self._read(source, {key: value for key, value in columns.items() if value is not None})
+        found, table = self._columns(samples.content, samples.places), samples.columns
+        if table is None or reads != "text":
+            named = [str(item) if isinstance(item, Path) else place for item, place in zip(samples.content, samples.places)]
+            column = normal(columns.get("image") or self.trained.task.config.data.image)
+            table = {"image": named, **{name: cells for name, cells in (table or {}).items() if name not in ("image", column)}}
+        return {**table, **{f"predicted_{name}" if name in table else name: cells for name, cells in found.items()}}
+
+    def _read(self, source: str, columns: Mapping[str, str]) -> tuple[str, Samples]:
+        """Read the samples of a file. Returns what they are, "text" or "images", and the samples."""
         data, reads = self.trained.task.config.data, self.model.foundation.reads
-        data = data.model_copy(update={"name": source, **{k: v for k, v in columns.items() if v is not None}})
+        config_from_dict({"data": {"name": "./table.csv", **columns}})      # refuses what no run file may say
+        data = data.model_copy(update={**columns, "name": source})
         if reads == "conversations":        # what is asked is a text
             data = data.model_copy(update={"text": columns.get("text") or data.question or data.text})
             reads = "text"
-        samples = user_data.read(data, reads, labeled=False)
-        named = samples.content if reads == "text" else [
-            str(item) if isinstance(item, Path) else place for item, place in zip(samples.content, samples.places)]
-        return {"text" if reads == "text" else "image": named, **self._columns(samples.content, samples.places)}
+        return reads, user_data.read(data, reads, labeled=False)
 
     def _columns(self, samples: Sequence[Any], places: Sequence[str]) -> Columns:
         if self.model.task.per_token:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -235,18 +236,36 @@ def test_the_commands(ended, tmp_path, monkeypatch):
 
     pd.DataFrame({"body": TEXTS}).to_csv("new.csv", index=False)
     shown = command.invoke(cli.app, ["predict", "out", "new.csv", "--client", "carl", "--text", "body"])
-    assert shown.exit_code == 0 and shown.stdout.startswith("text,label,probability,gate_weight\n" + TEXTS[0] + ",")
+    assert shown.exit_code == 0 and shown.stdout.startswith("body,label,probability,gate_weight\n" + TEXTS[0] + ",")
     for suffix, read in ((".csv", pd.read_csv), (".parquet", pd.read_parquet)):
         done = command.invoke(cli.app, ["predict", "out", "new.csv", "-c", "2", "--text", "body", "-o", f"found{suffix}"])
         assert done.exit_code == 0 and done.stdout == f"4 predictions: found{suffix}\n"
         table = read(f"found{suffix}")
-        assert table.text.tolist() == TEXTS and set(table.label) <= {"yes", "no"}
+        assert table.body.tolist() == TEXTS and set(table.label) <= {"yes", "no"}
     for arguments, code, words in (
             (["new.csv", "-c", "dora", "--text", "body"], 2, "no client 'dora'; clients are: 0 (anna), 1 (berta), 2 (carl)"),
             (["new.csv"], 3, "no column 'text' (data.text); its columns are: body"), (["gone.csv"], 3, "no such file"),
             (["new.csv", "-o", "x.txt"], 2, "ends in .csv or .parquet")):
         failed = command.invoke(cli.app, ["predict", "out", *arguments])
         assert failed.exit_code == code and words in failed.stderr, failed.stderr
+
+
+def test_predictions_stand_beside_the_columns_of_the_user(ended, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export(ended("bert"), tmp_path / "out")
+    rows = "id;body;label\n" + "".join(f"{i};{text} é;mine {i}\n" for i, text in enumerate(TEXTS))
+    Path("new.csv").write_bytes(rows.encode("cp1252"))
+    arguments = ["predict", "out", "new.csv", "-c", "2", "--text", "body", "--delimiter", ";", "--encoding", "cp1252", "-o", "found.csv"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.stderr
+    table = pd.read_csv("found.csv")
+    assert list(table.columns) == ["id", "body", "label", "predicted_label", "probability", "gate_weight"]
+    assert table.id.tolist() == [0, 1, 2, 3] and table.label.tolist() == [f"mine {i}" for i in range(4)]
+    assert table.body.tolist() == [f"{text} é" for text in TEXTS] and set(table.predicted_label) <= {"yes", "no"}
+    failed = CliRunner().invoke(cli.app, [*arguments[:7], "--delimiter", ";;"])
+    assert failed.exit_code == 2 and 'data.delimiter: got ";;"' in failed.stderr
+    failed = CliRunner().invoke(cli.app, arguments[:7])
+    assert failed.exit_code == 3 and "data.encoding" in failed.stderr
 
 
 def test_predictions_for_images_name_their_files(ended, tmp_path):

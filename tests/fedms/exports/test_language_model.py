@@ -90,7 +90,7 @@ def test_an_exported_mixture_answers_as_the_run(folder, tmp_path):
     (tmp_path / "questions.csv").write_text("q\n" + QUESTION + "\nnumber 4?\n")
     table = load(tmp_path / "mixture", client="bob").predict_file(str(tmp_path / "questions.csv"))
     answer = open_language_model(path).answer(QUESTION, "bob")
-    assert list(table.columns) == ["text", "answer", "log_p", "gate_weight"] and table["text"][0] == QUESTION
+    assert list(table.columns) == ["q", "answer", "log_p", "gate_weight"] and table["q"][0] == QUESTION
     assert table["answer"][0] == answer.text and table["log_p"][0] == pytest.approx(answer.log_p, abs=1e-4)
     assert 0 < table["gate_weight"][1] < 1
 
