@@ -41,6 +41,8 @@ class Answers:
         model: Name, folder or hub id of the foundation model.
         images: Whether the content is images.
         owned: Whether the data say whose a sample is, by that column or by their files or folders.
+        delimiter: Character between the fields of a table, or None for the usual one.
+        encoding: Encoding of a table.
     """
 
     data: str
@@ -48,8 +50,10 @@ class Answers:
     label: Optional[str]
     client: Optional[str]
     model: str
-    images: bool
+    images: bool = False
     owned: bool = True
+    delimiter: Optional[str] = None
+    encoding: str = "utf-8"
 
 
 @command(
@@ -75,6 +79,10 @@ def init(
     model: Annotated[Optional[str], typer.Option(
         "--model", metavar="NAME|ID", help=f"Foundation model: {', '.join(registry.models())}, a folder, or an id of "
         "the Hugging Face hub.", show_default="asked")] = None,
+    delimiter: Annotated[Optional[str], typer.Option(
+        "--delimiter", metavar="C", help="Character between the fields of a .csv or .tsv.", show_default="guessed")] = None,
+    encoding: Annotated[Optional[str], typer.Option(
+        "--encoding", metavar="NAME", help="Encoding of a table of text, such as cp1252.", show_default="guessed")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the guess for each open question.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
 ) -> None:
@@ -85,8 +93,9 @@ def init(
     if data is None and not asks:
         raise ConfigError("--data: without a terminal to ask on, name the data: fedms init --data mail.csv")
     data = data or _ask("1. Where are your data? A table, a folder, or a hub data set", None)
-    columns, images = _columns(data)
-    answers = Answers(data, None, None, None, "", images)
+    answers = _written(Answers(data, None, None, None, ""), delimiter, encoding)
+    columns, images = _columns(answers)
+    answers = replace(answers, images=images)
     if columns:
         content = content or _choose("2. Which column holds the texts or images?", columns, (*TEXTS, *IMAGES), asks)
         label = label or _choose("3. Which column holds the label?", [c for c in columns if c != content], LABELS, asks)
@@ -135,32 +144,59 @@ def _choose(question: str, names: list[str], likely: tuple[str, ...], asks: bool
     return answer
 
 
-def _columns(data: str) -> tuple[list[str], bool]:
+def _written(answers: Answers, delimiter: Optional[str], encoding: Optional[str]) -> Answers:
+    """Note how the tables are written: as the options say, else as their first lines suggest, which is said.
+
+    Raises:
+        DataError: If there are no data of that name here, though it is no id of the hub.
+    """
+    data = answers.data
+    path = Path(data).expanduser()
+    if not path.exists():
+        if data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1:
+            raise DataError(f"--data: {path}: no such file or folder (seen from {Path.cwd()})")
+        return answers
+    say(f"looking at {path} ...")
+    from fedms.data.guess import Format, guess_format
+
+    tables = _tables(path)
+    guess = guess_format(tables[0]) if tables else Format()
+    for key, option, found in (("delimiter", delimiter, guess.delimiter),
+                               ("encoding", encoding, guess.encoding if guess.encoding != "utf-8" else None)):
+        if option is None and found is not None:
+            say(f"guessed: data.{key} = {json.dumps(found)}; another one is given by --{key}")
+    return replace(answers, delimiter=delimiter or guess.delimiter, encoding=encoding or guess.encoding)
+
+
+def _tables(path: Path) -> list[Path]:
+    """Return the tables at a path, itself or those in a folder."""
+    from fedms.data.image_folder import scan
+    from fedms.data.tables import table_kind
+
+    return ([path] if table_kind(path) else []) if path.is_file() else sorted(scan(path).tables)
+
+
+def _columns(answers: Answers) -> tuple[list[str], bool]:
     """Return the names of the columns of the data, and whether they are a folder of images.
 
     The list is empty for a folder of images, and for what is not on this machine.
 
     Raises:
-        DataError: If there are data of that name here, but they cannot be read.
+        DataError: If the data cannot be read.
     """
-    path = Path(data).expanduser()
+    path = Path(answers.data).expanduser()
     if not path.exists():
-        if data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1:
-            raise DataError(f"--data: {path}: no such file or folder (seen from {Path.cwd()})")
         return [], False
-    say(f"looking at {path} ...")
     from fedms.data.image_folder import scan
-    from fedms.data.tables import read_table, table_kind
+    from fedms.data.tables import read_table
 
-    tables = [path] if path.is_file() and table_kind(path) else []
-    if path.is_dir():
-        tree = scan(path)
-        tables = sorted(tree.tables)
-        if not tables and tree.images:
-            return [], True
+    tables = _tables(path)
+    if not tables and path.is_dir() and scan(path).images:
+        return [], True
     if not tables:
         raise DataError(f"--data: {path} is neither a table (.csv, .tsv, .parquet, .jsonl) nor a folder of tables or images")
-    return list(read_table(tables[0], load_config("sentiment").data, {}).names), False
+    table = load_config("sentiment").data.model_copy(update={"delimiter": answers.delimiter, "encoding": answers.encoding})
+    return list(read_table(tables[0], table, {}).names), False
 
 
 def _reads_images(model: str) -> bool:
@@ -217,6 +253,10 @@ def run_file(answers: Answers) -> str:
     if answers.content is not None:
         lines += [f"{'image' if answers.images else 'text'} = {content}  # column of {'images' if answers.images else 'texts'}",
                   f"label = {quoted['label']}  # column of labels"]
+    if answers.delimiter is not None:
+        lines.append(f"delimiter = {json.dumps(answers.delimiter)}  # character between the fields of a row")
+    if answers.encoding != "utf-8":
+        lines.append(f"encoding = {json.dumps(answers.encoding)}  # of the table's text")
     if answers.client is not None:
         lines.append(f"client = {quoted['client']}  # column that says whose a sample is; each value is one client")
     if not answers.owned:

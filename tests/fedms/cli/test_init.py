@@ -80,3 +80,16 @@ def test_awkward_names_are_quoted(tmp_path):
     (tmp_path / "run.toml").write_text(init.run_file(answers))
     data = load_config(tmp_path / "run.toml").data
     assert (data.name, data.text, data.label, data.client) == ('a "b"\\c\n', "te xt", "l=", "c#")
+
+
+def test_delimiter_and_encoding_are_guessed_said_and_written(tmp_path):
+    (tmp_path / "excel.csv").write_bytes(("text;folder;office\n" + "\n".join(ROWS).replace("pay", "zahlen für") + "\n").encode("cp1252"))
+    result = fedms("mine.toml", "--data", "excel.csv", "--label", "folder", "--yes")
+    assert result.exit_code == 0, result.output
+    data = load_config(tmp_path / "mine.toml").data
+    assert (data.delimiter, data.encoding, data.client) == (";", "cp1252", "office")
+    assert 'guessed: data.delimiter = ";"; another one is given by --delimiter' in result.stderr
+    assert 'guessed: data.encoding = "cp1252"' in result.stderr and "found: 40 samples; 2 labels" in result.stderr
+    told = fedms("other.toml", "--data", "excel.csv", "--label", "folder", "--yes", "--encoding", "latin-1", "--delimiter", ";")
+    assert told.exit_code == 0 and "guessed" not in told.stderr
+    assert load_config(tmp_path / "other.toml").data.encoding == "latin-1"
