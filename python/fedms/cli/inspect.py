@@ -23,7 +23,7 @@ Runs = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a fo
     "fedms report runs/sentiment/fedms-seed0  # the page of one run",
     notes=["Only the records on disk are read: the page can be made again at any time, of unfinished runs too."])
 def report(folder: Runs) -> None:
-    """Write DIR/report.html from the records on disk: one file, with pictures, that opens anywhere."""
+    """Write DIR/report.html from the records on disk: one file, with charts, that opens anywhere."""
     show_results(folder)
 
 

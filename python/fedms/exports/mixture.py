@@ -12,7 +12,7 @@ from fedms import models
 from fedms.config import RunConfig, config_from_dict, registry, upgraded
 from fedms.data import user_data
 from fedms.data.samples import Samples, normal
-from fedms.errors import ConfigError, ModelError, RunFolderError
+from fedms.errors import ConfigError, DataError, ModelError, RunFolderError
 from fedms.exports.manifest import CLIENTS, Manifest, clients_in, read_manifest, save_tensors, write_manifest
 from fedms.exports.predict import bind, predict
 from fedms.exports.trained_run import Task, TrainedRun, check_fingerprint, message_of
@@ -270,6 +270,7 @@ def write_table(table: Columns, path: Path) -> None:
     """Write columns as .csv or .parquet, whole or not at all.
 
     Raises:
+        DataError: If a column holds values of several kinds, which a .parquet file cannot.
         RunFolderError: If it cannot be written.
     """
     if path.suffix == ".csv":
@@ -279,7 +280,10 @@ def write_table(table: Columns, path: Path) -> None:
         import pyarrow.parquet as pq
 
         buffer = io.BytesIO()
-        pq.write_table(pa.table(dict(table)), buffer)
+        try:
+            pq.write_table(pa.table(dict(table)), buffer)
+        except pa.ArrowException as error:      # a column of a .jsonl file may hold texts and numbers
+            raise DataError(f"{path}: a column cannot be written as Parquet: {error}; write a .csv instead") from None
         data = buffer.getvalue()
     try:
         write_durably(path, data)
