@@ -73,6 +73,7 @@ def problems_of(c: RunConfig) -> Iterable[str]:
     yield from _task_problems(c)
     yield from _method_problems(c)
     yield from _privacy_problems(c)
+    yield from _asynchronous_problems(c)
     if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
         yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
     if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
@@ -122,6 +123,27 @@ def _method_problems(c: RunConfig) -> Iterable[str]:
     if rule == "krum" and c.clients.count is not None and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
         yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
                f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")
+
+
+def _asynchronous_problems(c: RunConfig) -> Iterable[str]:
+    if not c.clients.asynchronous:
+        for key in ("buffer", "arrivals"):
+            if getattr(c.clients, key) is not None:
+                yield f"clients.{key}: acts on buffered rounds alone; set clients.asynchronous to true, or leave it unset"
+        return
+    if c.privacy.mode != "off":
+        why = ("masks cancel only in the sum over all clients of a round, and a buffered round goes on without some" if c.privacy.masks
+               else "epsilon is computed for rounds whose clients are drawn anew, and a buffered round waits for the fastest")
+        yield f"clients.asynchronous: with privacy.mode = {show(c.privacy.mode)} it is refused: {why}; set it to false"
+    if c.aggregation not in ("mean", "freeze_a"):
+        why = "multiplies" if c.aggregation == "exact" else "compares"
+        yield (f"clients.asynchronous: aggregate.rule {show(c.aggregation)} {why} tensors of replies to one message, and those of a "
+               'buffered round answer several; set it to false, or the rule to "mean"')
+    if c.run.engine == "flower-sim":
+        yield ('clients.asynchronous: in a simulation clients answer in an order that cannot be repeated; set run.engine to "local", '
+               "which draws the order from run.seed")
+    if c.clients.arrivals is not None and c.run.engine != "local":
+        yield f'clients.arrivals: with run.engine {show(c.run.engine)} clients arrive when they do; leave it unset'
 
 
 FEWEST_TO_MASK = 3      # with two clients, each learns the other's update from the sum

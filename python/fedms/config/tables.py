@@ -237,6 +237,14 @@ class ClientsTable(Table):
     join_timeout: Optional[float] = Field(
         None, gt=0, description="seconds to wait for a client whose node is away, once; from then on it is only looked at. "
         "unset: clients.round_timeout")
+    asynchronous: bool = Field(
+        False, description="buffered rounds (FedBuff): a round goes on after clients.buffer replies; who is slower counts in a "
+        "later one, its change divided by the root of 1 + the rounds that went by")
+    buffer: Optional[int] = Field(None, ge=1, description="asynchronous: replies after which a round goes on. unset: half of "
+                                  "the clients that are at work at a time, rounded up")
+    arrivals: Optional[str] = Field(
+        None, description="asynchronous, engine local: run folder whose order of arrivals is repeated. unset: drawn from "
+        "run.seed")
     max_change: float = Field(2.0, gt=0, description="a reply is refused in which a tensor changed by more than this many "
                               "times what a visit's training can change: learning rate, times steps, times the root of "
                               "the number of its elements")
@@ -250,6 +258,18 @@ class ClientsTable(Table):
     def sampled_of(self, count: int) -> int:
         """Clients sampled each round where `count` take part."""
         return min(count, max(self.min, int(self.fraction * count + 0.5)))
+
+    @property
+    def awaited(self) -> int:
+        """Replies that a round waits for, of `CLIENTS` where the number is not known yet."""
+        return self.awaited_of(self.count or CLIENTS)
+
+    def awaited_of(self, count: int) -> int:
+        """Replies that a round waits for where `count` clients take part."""
+        sampled = self.sampled_of(count)
+        if not self.asynchronous:
+            return sampled
+        return min(sampled, (sampled + 1) // 2 if self.buffer is None else self.buffer)
 
 
 class AggregateTable(Table):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from fedms.engines.buffered import BufferedRounds, Courier
 from fedms.errors import CheckpointError, Interrupted
 from fedms.federated.client import Message, Participant, Share, Visit
 from fedms.federated.packing import Packed, pack_message, unpack_message
@@ -18,7 +19,7 @@ from fedms.progress import Progress
 from fedms.federated.server_state import pack_server, unpack_server
 from fedms.storage.checkpoint import CheckpointFolder, Snapshot
 from fedms.storage.run_folder import RunFolder
-from fedms.tensors import Tensors
+from fedms.tensors import Tensors, prefixed, under
 
 if TYPE_CHECKING:
     from fedms.engines.private import PrivateRounds
@@ -75,10 +76,13 @@ class Engine(ABC):
         self.started = time.perf_counter()
         self.seconds_before = 0.0                        # spent on the run by processes before this one
         self.private_rounds: PrivateRounds | None = None
+        self.buffered: BufferedRounds | None = None
         if server.config.privacy.mode != "off":
             from fedms.engines.private import PrivateRounds
 
             self.private_rounds = PrivateRounds(self, cast("PrivateServer", server))
+        if server.config.clients.asynchronous:
+            self.buffered = BufferedRounds(self, server, self.courier())
 
     @property
     def private_server(self) -> PrivateServer:
@@ -100,6 +104,14 @@ class Engine(ABC):
         Raises:
             Interrupted: if asked to stop.
         """
+
+    @abstractmethod
+    def courier(self) -> Courier:
+        """How messages and replies of buffered rounds are carried."""
+
+    @abstractmethod
+    def participant(self, client: int) -> Participant:
+        """What the server knows of a client that has been reached."""
 
     @abstractmethod
     def exchange(self, message: Message, attempt: int,
@@ -153,7 +165,8 @@ class Engine(ABC):
         state, collected = self._restore() or self._begin(tensors)
         # What the server collects is of the kind that these rounds fill: a PrivateServer, too, goes with its PrivateRounds.
         visit_clients: Callable[[ServerState, Any], None] = (
-            self.private_rounds.visit_clients if self.private_rounds else self._visit_clients)
+            self.private_rounds.visit_clients if self.private_rounds else
+            self.buffered.visit_clients if self.buffered else self._visit_clients)
         while state.stage != "done":
             started = time.perf_counter()
             try:
@@ -206,25 +219,30 @@ class Engine(ABC):
         for client in due:
             self.check_stop(message)
             participant = participants.get(client)
-            if client in reached:
-                visit = self._judge(next(arrivals), arrives, participant, collected)
-            elif participant is None:
-                visit = self._record(message, client, None, status="failed", reason="it could not be reached")
-            else:
-                visit = self._record(message, client, participant, status="skipped", reason="no training samples",
-                                     seconds=0.0)
-            self.visited += 1
-            for key in self.sent:
-                self.sent[key] += visit[key]
+            visit = (self.judge(next(arrivals), arrives, participant, collected) if client in reached else
+                     self.absent(message, client, participant))
             if (simulated := visit.get("simulated_seconds")) is not None:
                 self.slowest = max(simulated, self.slowest or 0.0)
-            self.folder.append_visit(visit)
-            self.progress.visit(**visit)
+            self.note_visit(visit)
 
-    def _judge(self, arrival: Arrival, message: Message, participant: Participant,
-               collected: Collected) -> dict[str, Any]:
+    def note_visit(self, visit: Mapping[str, Any]) -> None:
+        """Records a visit, and adds its traffic to the round's."""
+        self.visited += 1
+        for key in self.sent:
+            self.sent[key] += visit[key]
+        self.folder.append_visit(visit)
+        self.progress.visit(**visit)
+
+    def absent(self, message: Message, client: int, participant: Participant | None) -> dict[str, Any]:
+        """The record of a client that was not asked: it could not be reached, or has nothing to train on."""
+        if participant is None:
+            return self._record(message, client, None, status="failed", reason="it could not be reached")
+        return self._record(message, client, participant, status="skipped", reason="no training samples", seconds=0.0)
+
+    def judge(self, arrival: Arrival, message: Message, participant: Participant, collected: Collected,
+              now: Message | None = None) -> dict[str, Any]:
         """Takes what came back into the round, if it may be; returns the visit's record. The record is whole before a
-        reply is admitted, so that nothing in a reply can stop the run halfway."""
+        reply is admitted, so that nothing in a reply can stop the run halfway. `now`: see `Server.admit`."""
         record = self._record(message, arrival.client, participant, status="failed", bytes_down=arrival.bytes_down,
                               reason=None if arrival.reason is None else printable(arrival.reason, REASON))
         visit = arrival.visit
@@ -238,7 +256,7 @@ class Engine(ABC):
             accepted = {**record, **visit.reply.metrics, "status": "ok", "bytes_up": arrival.bytes_up,
                         "trained_percent": 100 * visit.reply.metrics["trained_params"] / self.fm_params}
             try:
-                self.server.admit(visit.reply, message, participant, collected)
+                self.server.admit(visit.reply, message, participant, collected, now)
             except RejectedReply as refused:
                 record["reason"] = printable(f"its reply is refused: {refused}", REASON)
             else:
@@ -257,8 +275,12 @@ class Engine(ABC):
 
     def _save(self, state: ServerState, collected: Collected) -> None:
         server, tensors = pack_server(state, collected)
+        buffered = {}
+        if self.buffered is not None:
+            buffered = {"buffered": self.buffered.plain()}
+            tensors |= prefixed("buffered/", self.buffered.tensors())
         self.checkpoints.save(Snapshot(
-            {"server": server, "visited": self.visited, "sent": self.sent, "slowest": self.slowest,
+            {"server": server, **buffered, "visited": self.visited, "sent": self.sent, "slowest": self.slowest,
              "received": sorted(self.received), "records": self.folder.sync(),
              "seconds": self.seconds_before + time.perf_counter() - self.started, **self.own_state()},
             tensors, self.private()))
@@ -277,6 +299,8 @@ class Engine(ABC):
             self.seconds_before = saved["seconds"]
             self.restore_own(saved, snapshot.private)
             self.folder.rewind(saved["records"])
+            if self.buffered is not None:
+                self.buffered.restore(saved["buffered"], under("buffered/", snapshot.tensors))
             state, tensors = unpack_server(saved["server"], snapshot.tensors)
             collected = self.server.restore(state, saved["server"]["collected"], tensors)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedms.data.subset import Subset
+from fedms.engines.arrivals import Simulated
 from fedms.engines.base import Arrival, Engine, Evaluation
+from fedms.engines.buffered import Courier
 from fedms.federated.client import Client, Message, Participant, Private, Share, visit
 from fedms.federated.evaluation import evaluate_client, own_accuracy, validate_client
 from fedms.federated.packing import Packed, pack_reply, pack_share, unpack_reply, unpack_share
@@ -72,6 +74,12 @@ class LocalEngine(Engine):
             answer = pack_share(share)
             share = unpack_share(answer, len(vector), self.private_server.settings.masks)
             yield Arrival(client, None, answer.size, bytes_down, after=after, share=share)
+
+    def courier(self) -> Courier:
+        return Simulated(self, self.server.config)
+
+    def participant(self, client: int) -> Participant:
+        return self.clients[client]
 
     def exchange(self, message: Message, attempt: int,
                  questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:

@@ -242,9 +242,9 @@ class PrivateServer(Server):
         sections = self.sums_of(message).sections(least)
         return Terms(f"seed {self.config.run.seed}", message.stage, message.round, attempt, least, sections)
 
-    def sample(self, stage: str, round: int) -> tuple[int, ...]:
+    def sample(self, stage: str, round: int, busy: Collection[int] = ()) -> tuple[int, ...]:
         if self.rate is None:
-            return super().sample(stage, round)
+            return super().sample(stage, round, busy)
         drawn = Stream(derive(self.key, "sample", stage, round)).words(self.config.clients.count) < np.uint64(
             min(int(self.rate * 2**64), 2**64 - 1))
         return tuple(np.flatnonzero(drawn).tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -176,26 +176,34 @@ class Server:
                   if self.config.lora.start is not None and name.endswith("lora_b") and tensors[name].any()]
         return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
 
-    def message(self, state: ServerState) -> Message:
+    def message(self, state: ServerState, busy: Collection[int] = ()) -> Message:
         """What goes out for the round that comes next. After the last round: the final tensors, to nobody in
-        particular, for evaluation."""
+        particular, for evaluation. `busy`: see `sample`."""
         applied = set(self.order[:state.applied_depth])
         sent: dict[BroadcastPolicy, Tensors] = {policy: {} for policy in BroadcastPolicy}
         for name, tensor in state.tensors.items():
             if name not in self.block_of or self.block_of[name] in applied:
                 sent[self.broadcast_policy(state.stage, name)][name] = tensor
-        clients = self.sample(state.stage, state.round) if state.stage in STAGES else ()
+        clients = self.sample(state.stage, state.round, busy) if state.stage in STAGES else ()
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
                        sent[BroadcastPolicy.EVERY_ROUND], sent[BroadcastPolicy.ONCE], state.statistics)
 
-    def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected) -> None:
+    def awaited(self) -> int:
+        """Replies that a round waits for."""
+        return self.config.clients.awaited_of(len(self.members))
+
+    def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected,
+              now: Message | None = None) -> None:
         """Adds a reply to the round, if it is one that this client can have given to this message.
+
+        Args:
+            now: in a buffered round, the message of the round that it is added to; None: the same.
 
         Raises:
             RejectedReply: naming what is wrong with it; the round is then as it was.
         """
         self.admission.check(reply, message, participant, collected.counted)
-        collected.add(reply)
+        collected.add(reply if now is None else carried(reply, message, now))
 
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
         """One round: averages what its clients sent.
@@ -206,7 +214,7 @@ class Server:
         Raises:
             AllClientsFailed: if no reply came, or fewer than `[clients] quorum` or the rule asks for.
         """
-        count, sampled = len(collected.numbers), len(self.sample(state.stage, state.round))
+        count, sampled = len(collected.numbers), self.awaited()
         if not collected.numbers:
             raise AllClientsFailed(f"{state.stage}, round {state.round}: no client could train; see visits.jsonl")
         if count < self.config.clients.quorum * sampled:
@@ -291,9 +299,30 @@ class Server:
             return replace(state, stage="stage2", round=1, sal=sal, final_depth=final_depth)
         return replace(state, stage="done", final_depth=final_depth)
 
-    def sample(self, stage: str, round: int) -> tuple[int, ...]:
-        """Ids of the clients of a round, ascending."""
-        drawn = torch.randperm(len(self.members), generator=generator(
-            self.config.run.seed, "sample-clients", stage, round))[:self.config.clients.sampled_of(len(self.members))]
-        return tuple(sorted(self.members[i] for i in drawn.tolist()))
+    def sample(self, stage: str, round: int, busy: Collection[int] = ()) -> tuple[int, ...]:
+        """Ids of the clients of a round, ascending.
+
+        Args:
+            busy: clients still at work for an earlier round: they keep their seats, and the others are drawn for the rest.
+        """
+        drawn = torch.randperm(len(self.members), generator=generator(self.config.run.seed, "sample-clients", stage, round))
+        free = [member for i in drawn.tolist() if (member := self.members[i]) not in busy]
+        return tuple(sorted(free[:max(0, self.config.clients.sampled_of(len(self.members)) - len(busy))]))
+
+
+def carried(reply: Reply, message: Message, now: Message) -> Reply:
+    """A reply to an older message as one to the message of today, so that a weighted mean of such replies moves today's
+    tensors by the weighted mean of the changes: x' = now + (x - sent) / sqrt(1 + s), where s is the number of rounds that
+    went by. The weight is the one of Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", 2022. That
+    the mean stays one over samples, as in other rounds, where the paper divides by the size of the buffer, is our choice.
+
+    A reply to today's message is returned as it is, bit for bit.
+    """
+    gone_by = now.round - message.round
+    if not gone_by:
+        return reply
+    weight = 1 / math.sqrt(1 + gone_by)
+    return replace(reply, tensors={
+        name: (now.tensors[name].float() + weight * (tensor.float() - message.tensors[name].float())).to(tensor.dtype)
+        for name, tensor in reply.tensors.items()})
 

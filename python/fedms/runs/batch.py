@@ -48,7 +48,7 @@ class BatchRun:
     @property
     def visits(self) -> int:
         """Number of client visits that the run makes."""
-        return self.config.clients.sampled * sum(getattr(self.config, stage).rounds for stage in STAGES)
+        return self.config.clients.awaited * sum(getattr(self.config, stage).rounds for stage in STAGES)
 
     def has_ended(self) -> bool:
         """Tell whether the folder holds this very run, and all of it.

@@ -189,7 +189,7 @@ def train(engine: Engine, task: LoadedTask, experiment: Experiment, progress: Pr
     config, method = experiment.config, experiment.method
     for note in (*_partition_notes(experiment), *augmentation_note(config)):
         progress.note(note)
-    visits = config.clients.sampled * sum(getattr(config, stage).rounds for stage in STAGES)
+    visits = config.clients.awaited * sum(getattr(config, stage).rounds for stage in STAGES)
     progress.start(visits, f"{method.name}, seed {config.run.seed}")
     task.model.start()
     return engine.run(method.initial(task.model))

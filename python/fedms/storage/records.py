@@ -12,6 +12,9 @@
     final/          the shared tensors as every client has them in the end (:mod:`fedms.storage.final`)
     clients/        engine flower-sim: the simulated clients' own folders
 
+In buffered rounds (`[clients] asynchronous`) visits stand in the order of their arrival, in the round that they arrived in;
+`staleness` is the number of rounds that went by since the client was asked.
+
 Accuracies, shares and gate weights are fractions in [0, 1] (`*_percent` are percent), times seconds, sizes bytes.
 `simulated_seconds` is the time on the clients' own devices (:mod:`fedms.federated.devices`), null where their speed and
 link are not given; a round takes as long as its slowest client. Keys are sorted and floats written by `repr`, so equal
@@ -40,7 +43,7 @@ ROUND_FIELDS = (
 VISIT_FIELDS = (
     "stage", "round", "client", "depth", "status", "reason", "n_train", "loss", "validation_accuracy",
     "validation_loss", "flops", "seconds", "peak_memory_bytes", "bytes_up", "bytes_down", "trained_params",
-    "trained_percent", "simulated_seconds", "gate_mean", "gate_entropy",
+    "trained_percent", "simulated_seconds", "gate_mean", "gate_entropy", "staleness",
 )
 CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
@@ -58,8 +61,8 @@ SUMMARY_FIELDS = (
     "peak_memory_bytes", "notes", "language", "privacy",
 )
 PROVENANCE_FIELDS = ("began", "version", "commit", "machine", "python", "torch", "command")
-OPTIONAL = frozenset({"language", "privacy", "epsilon"})
-"""Fields that are written only where a task or a run with privacy has them."""
+OPTIONAL = frozenset({"language", "privacy", "epsilon", "staleness"})
+"""Fields that are written only where a task, a run with privacy or one with buffered rounds has them."""
 
 CONFIG, ROUNDS, VISITS, CLIENTS, OUTCOME, SUMMARY, DATA = (
     "config.toml", "rounds.jsonl", "visits.jsonl", "clients.jsonl", "outcome.json", "summary.json", "data.json")

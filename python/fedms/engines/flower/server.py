@@ -14,14 +14,16 @@ from flwr.serverapp import Grid
 
 from fedms.config import RunConfig
 from fedms.engines.base import Arrival, Engine, Evaluation
+from fedms.engines.buffered import Courier
 from fedms.engines.flower import transport
+from fedms.engines.flower.answers import Answer, Asked, Pauses, Unusable, not_taken, read, visit_of
+from fedms.engines.flower.courier import FlowerCourier
 from fedms.federated.admission import plausible_validation
-from fedms.federated.client import Message, Participant, Visit
+from fedms.federated.client import Message, Participant
 from fedms.federated.devices import Device, device_of
-from fedms.federated.encoding import WireError
-from fedms.federated.packing import Packed, pack_message, unpack_reply, unpack_share
-from fedms.federated.schema import EVALUATED, FORMAT, HELLO, JOINED, NAME, PROBLEM, SUMMED, TRAINED, SchemaError, Table, shown
-from fedms.foreign import printable
+from fedms.federated.packing import Packed, pack_message, unpack_share
+from fedms.federated.schema import EVALUATED, FORMAT, HELLO, JOINED, PROBLEM, SUMMED, TRAINED, SchemaError, Table, shown
+from fedms.foreign import few, printable
 from fedms.federated.server import Server
 from fedms.progress import Progress
 from fedms.storage.run_folder import RunFolder
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 SLACK = 2**16               # bytes that a reply may have beyond twice what was sent: statistics, manifests
 GRACE = 10.0                # seconds in which a node that was silent may say that it is there, and miss no further round
 NOTES = 100                 # most notes that strangers can cause
-POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at most
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,6 @@ class Registered(Participant):
     n_train: int
     n_validation: int
     device: Device
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A message under way: to which client, what its answer must repeat, its bytes."""
-
-    client: int
-    nonce: str
-    size: int
 
 
 class FlowerEngine(Engine):
@@ -95,12 +87,15 @@ class FlowerEngine(Engine):
     def prepare(self, message: Message) -> Mapping[int, Participant]:
         clients = message.clients[self.visited:]
         self._wait_for_nodes(clients, message)
-        return {client: self._participant(client) for client in clients if client in self.node_of}
+        return {client: self.participant(client) for client in clients if client in self.node_of}
+
+    def courier(self) -> Courier:
+        return FlowerCourier(self)
 
     def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
-        asked, lost = self._send("train", f"{message.stage} {message.round}", clients, packed, {})
+        asked, lost = self.send("train", f"{message.stage} {message.round}", clients, packed, {})
         for answer in self._answers(asked, lost, message):
-            yield self._arrival(answer, message, packed)
+            yield self.arrival(answer, message, packed)
 
     def exchange(self, message: Message, attempt: int,
                  questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
@@ -113,7 +108,7 @@ class FlowerEngine(Engine):
             try:
                 # No answer is longer than the vector, or than what shares of all clients take.
                 _, answers[answer.client] = self._open(answer, SUMMED, limit=self._longest(message, len(questions)))
-            except _Unusable as problem:
+            except Unusable as problem:
                 self._tell_once(f"client {answer.client} drops out of the sum of {message.stage}, round {message.round}: {problem}")
         return answers
 
@@ -137,12 +132,12 @@ class FlowerEngine(Engine):
                   on_common_test: bool) -> Iterator[Evaluation]:
         self._meet()
         reached = [client for client in clients if client in self.node_of]
-        asked, lost = self._send("evaluate", "evaluation", reached, packed, {"on_common_test": on_common_test})
+        asked, lost = self.send("evaluate", "evaluation", reached, packed, {"on_common_test": on_common_test})
         for answer in self._answers(asked, lost, final):
             try:
                 found, _ = self._open(answer, EVALUATED, limit=0)
                 yield Evaluation(self._checked(found["record"], answer.client), found["on_common_test"])
-            except _Unusable as problem:
+            except Unusable as problem:
                 self.progress.note(f"client {answer.client} is not evaluated: {problem}")
         for client in sorted(set(clients) - set(reached)):
             self.progress.note(f"client {client} is not evaluated: it could not be reached")
@@ -151,7 +146,7 @@ class FlowerEngine(Engine):
         known = {"id": client, "unseen": False, **dict(zip(("n_train", "n_validation"), self.samples[client]))}
         for name, value in known.items():
             if record[name] != value:
-                raise _Unusable(f"its record is refused: {name} is {record[name]}, expected {value}")
+                raise Unusable(f"its record is refused: {name} is {record[name]}, expected {value}")
         return record
 
     def own_state(self) -> dict[str, Any]:
@@ -169,7 +164,7 @@ class FlowerEngine(Engine):
 
     # Who is there
 
-    def _participant(self, client: int) -> Participant:
+    def participant(self, client: int) -> Participant:
         return Registered(client, *self.samples.get(client, (0, 0)), device_of(self.config, client, self.fitting))
 
     def _wait_for_nodes(self, clients: Collection[int], message: Message) -> None:
@@ -178,16 +173,16 @@ class FlowerEngine(Engine):
         self._meet()
         if all(client in self.away for client in clients):
             self.away.clear()
-        started, pauses, told = time.monotonic(), _Pauses(), False
+        started, pauses, told = time.monotonic(), Pauses(), False
         while missing := [client for client in clients if client not in self.node_of and self._is_waited_for(client)]:
             waited = time.monotonic() - started
             if waited > (self.join_timeout or float("inf")):
                 self.away.update(missing)
-                self.progress.note(f"the nodes of the clients {_listed(missing)} are away; they are not waited for again")
+                self.progress.note(f"the nodes of the clients {few(missing, 8)} are away; they are not waited for again")
                 return
             if waited > 5 and not told:
                 told = True
-                self.progress.note(f"waiting for the nodes of the clients {_listed(missing)}")
+                self.progress.note(f"waiting for the nodes of the clients {few(missing, 8)}")
             self.check_stop(message)
             pauses.sleep()
             self._meet()
@@ -218,41 +213,41 @@ class FlowerEngine(Engine):
             if node is not None and node in nodes:
                 try:
                     self._register(node, nodes[node], reply)
-                except _Unusable as problem:
+                except Unusable as problem:
                     self._tell_once(f"node {node} is refused: {problem}")
 
     def _register(self, node: int, name: str, reply: Mail) -> None:
-        head, _ = _read(reply, limit=0)
+        head, _ = read(reply, limit=0)
         try:
             if "problem" in head:
-                raise _Unusable(f"it says: {PROBLEM.read(head)['problem']}")
+                raise Unusable(f"it says: {PROBLEM.read(head)['problem']}")
             told = HELLO.read(head)
         except SchemaError as error:
-            raise _Unusable(f"its answer is refused: {error}") from None
+            raise Unusable(f"its answer is refused: {error}") from None
         if transport.release_of(told["release"]) != transport.release_of(transport.release()):
-            raise _Unusable(f"it runs fedms {told['release']}, this server fedms {transport.release()}; install the same release on "
+            raise Unusable(f"it runs fedms {told['release']}, this server fedms {transport.release()}; install the same release on "
                             "both")
         client, n_train = told["client"], told["n_train"]
         if client >= self.config.clients.count:
-            raise _Unusable(f"it says it is client {client}; there are clients 0 to {self.config.clients.count - 1}")
+            raise Unusable(f"it says it is client {client}; there are clients 0 to {self.config.clients.count - 1}")
         if self.authenticated and name != f"client-{client}":
-            raise _Unusable(f"it says it is client {client}, but its key is registered as {shown(name) if name else 'nobody'}"
+            raise Unusable(f"it says it is client {client}, but its key is registered as {shown(name) if name else 'nobody'}"
                             f"; register it by --name client-{client}")
         if client in self.node_of:
-            raise _Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
+            raise Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
         known = self.samples.get(client)
         if self.private_rounds is not None:
             pass        # how many samples a client has is its own
         elif (n_train, told["n_validation"]) == (None, None):
             if known is None:
-                raise _Unusable(f"client {client} does not say how many samples it has")
+                raise Unusable(f"client {client} does not say how many samples it has")
         elif None in (n_train, told["n_validation"]):
-            raise _Unusable(f"client {client} says how many samples it has of one kind alone")
+            raise Unusable(f"client {client} says how many samples it has of one kind alone")
         elif known is not None and known != (n_train, told["n_validation"]):
-            raise _Unusable(f"client {client} says it has {n_train} training and {told['n_validation']} validation samples; "
+            raise Unusable(f"client {client} says it has {n_train} training and {told['n_validation']} validation samples; "
                             f"before it had {known[0]} and {known[1]}")
         elif told["n_validation"] > (most := plausible_validation(self.config, n_train)):
-            raise _Unusable(f"client {client} says it has {told['n_validation']} validation samples; beside {n_train} for "
+            raise Unusable(f"client {client} says it has {told['n_validation']} validation samples; beside {n_train} for "
                             f"training data.split leaves it {most} at most")
         else:
             self.samples[client] = (n_train, told["n_validation"])
@@ -276,7 +271,7 @@ class FlowerEngine(Engine):
 
     # Messages and their answers
 
-    def _send(self, kind: str, group: str, clients: Sequence[int], packed: Packed,
+    def send(self, kind: str, group: str, clients: Sequence[int], packed: Packed,
               extra: Mapping[str, Any]) -> tuple[dict[str, Asked], list[int]]:
         """Sends a message to each client; returns what was asked, by message, and clients whose message was not
         taken."""
@@ -289,50 +284,57 @@ class FlowerEngine(Engine):
 
     def _push(self, kind: str, group: str, heads: Mapping[int, Mapping[str, Any]],
               parts: Mapping[int, Mapping[str, Array]]) -> tuple[dict[str, Asked], list[int]]:
-        """Sends each client its head, with a nonce, and its buffers; returns what `_send` does."""
-        mails, asked = [], []
+        """Sends each client its head, with a nonce, and its buffers; returns what `send` does."""
+        mails, asked, since = [], [], time.monotonic()
         for client, head in heads.items():
             nonce = secrets.token_hex(8)
             mails.append(Mail(transport.write({**head, "nonce": nonce}, parts[client]), self.node_of[client], kind, group_id=group))
-            asked.append(Asked(client, nonce, sum(len(array.data) for array in parts[client].values())))
+            asked.append(Asked(client, nonce, sum(len(array.data) for array in parts[client].values()), group, since))
         taken = list(self.grid.push_messages(mails)) if mails else []
         under_way = {each.metadata.message_id: what for each, what in zip(mails, asked)
                      if each.metadata.message_id in taken}
         return under_way, [what.client for what in asked if what not in under_way.values()]
 
-    def _answers(self, asked: Mapping[str, Asked], lost: Sequence[int], message: Message) -> Iterator[_Answer]:
+    def _answers(self, asked: Mapping[str, Asked], lost: Sequence[int], message: Message) -> Iterator[Answer]:
         """Answers in ascending order of the clients' ids, those that did not come in time included."""
         due = sorted([*(what.client for what in asked.values()), *lost])
-        came = {client: _Answer(client, None, None, "the SuperLink did not take its message") for client in lost}
-        waiting, started, pauses = dict(asked), time.monotonic(), _Pauses()
+        came, waiting, pauses = {client: not_taken(client) for client in lost}, dict(asked), Pauses()
         while due:
             while due and due[0] in came:
                 yield came.pop(due.pop(0))
             if not due:
                 return
             self.check_stop(message)
-            replies = self._pull([*waiting, *self.overdue]) if waiting else []
-            for reply in replies:
-                number = reply.metadata.reply_to_message_id
-                if (what := waiting.pop(number, None)) is not None:
-                    came[what.client] = _Answer(what.client, what, reply)
-                elif (late := self.overdue.pop(number, None)) is not None:
-                    self.progress.note(f"{late} has answered after the deadline; its reply is dropped")
-                else:
-                    self.progress.note(f"a reply that nobody waits for, or a second one, from node "
-                                       f"{reply.metadata.src_node_id} is dropped")
-            if self.timeout is not None and time.monotonic() - started > self.timeout:
-                for number, what in waiting.items():
-                    came[what.client] = _Answer(what.client, what, None, f"no answer within {self.timeout:g} s")
-                    self.overdue[number] = f"client {what.client} ({message.stage}, round {message.round})"
-                silent = [what.client for what in waiting.values()]
-                waiting.clear()
-                for client in silent:
-                    self._ask_again(client)
-            elif replies:
-                pauses = _Pauses()
+            if found := self.arrived(waiting):
+                came |= {answer.client: answer for answer in found}
+                pauses = Pauses()
             elif waiting:
                 pauses.sleep()
+
+    def arrived(self, waiting: dict[str, Asked]) -> list[Answer]:
+        """Answers that have come by now, those whose time is over included; all are taken out of `waiting`."""
+        found = []
+        for reply in self._pull([*waiting, *self.overdue]) if waiting else []:
+            number = reply.metadata.reply_to_message_id
+            if (what := waiting.pop(number, None)) is not None:
+                found.append(Answer(what.client, what, reply))
+            elif (late := self.overdue.pop(number, None)) is not None:
+                self.progress.note(f"{late} has answered after the deadline; its reply is dropped")
+            else:
+                self.progress.note(f"a reply that nobody waits for, or a second one, from node {reply.metadata.src_node_id} "
+                                   "is dropped")
+        late = [] if self.timeout is None else [
+            number for number, what in waiting.items() if time.monotonic() - what.since > self.timeout]
+        silent = [self.give_up(waiting, number) for number in late]
+        for what in silent:
+            self._ask_again(what.client)
+        return found + [Answer(what.client, what, None, f"no answer within {self.timeout:g} s") for what in silent]
+
+    def give_up(self, waiting: dict[str, Asked], number: str) -> Asked:
+        """Waits no longer for an answer; if it comes it is dropped, and said."""
+        what = waiting.pop(number)
+        self.overdue[number] = f"client {what.client} ({what.group.replace(' ', ', round ')})"
+        return what
 
     def _pull(self, numbers: Sequence[str]) -> list[Mail]:
         """Replies to these messages, as far as they have come. Flower rebuilds them from what nodes stored; bytes that it
@@ -345,19 +347,19 @@ class FlowerEngine(Engine):
             self._tell_once(f"replies that Flower could not read are dropped: {type(error).__name__}: {printable(str(error), 200)}")
             return []
 
-    def _arrival(self, answer: _Answer, message: Message, packed: Packed) -> Arrival:
+    def arrival(self, answer: Answer, message: Message, packed: Packed) -> Arrival:
         sent = answer.asked.size if answer.asked else 0
         if self.private_rounds is not None:
             return self._share(answer, message, packed, sent)
         try:
             head, parts = self._open(answer, TRAINED, limit=2 * packed.size + SLACK)
-            visit, size = _visit_of(head, parts)
-        except _Unusable as problem:
+            visit, size = visit_of(head, parts)
+        except Unusable as problem:
             return Arrival(answer.client, None, 0, sent, str(problem))
         self.note_received(answer.client, packed)
         return Arrival(answer.client, visit, size, sent, after=(head["kept"], head["private"]))
 
-    def _share(self, answer: _Answer, message: Message, packed: Packed, sent: int) -> Arrival:
+    def _share(self, answer: Answer, message: Message, packed: Packed, sent: int) -> Arrival:
         """What a client of a run with privacy has sent."""
         sums, masks = self.private_server.sums_of(message), self.private_server.settings.masks
         try:
@@ -365,82 +367,34 @@ class FlowerEngine(Engine):
             share = Packed(head["share"], parts)
             arrival = Arrival(answer.client, None, share.size, sent, after=(head["kept"], True),
                               share=unpack_share(share, sums.size, masks))
-        except (_Unusable, SchemaError) as problem:
+        except (Unusable, SchemaError) as problem:
             return Arrival(answer.client, None, 0, sent, str(problem))
         self.note_received(answer.client, packed)
         return arrival
 
-    def _open(self, answer: _Answer, kind: Table, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    def _open(self, answer: Answer, kind: Table, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The head of an answer as its kind of message has it, and its buffers, if it answers what was asked.
 
         Raises:
-            _Unusable: saying why there is no such answer.
+            Unusable: saying why there is no such answer.
         """
         if answer.mail is None:
-            raise _Unusable(answer.reason)
-        head, parts = _read(answer.mail, limit)
+            raise Unusable(answer.reason)
+        head, parts = read(answer.mail, limit)
         try:
             head = (PROBLEM if "problem" in head else kind).read(head)
         except SchemaError as error:
-            raise _Unusable(f"its reply is refused: {error}") from None
+            raise Unusable(f"its reply is refused: {error}") from None
         if head.get("run") != self.run_id or head.get("nonce") != answer.asked.nonce:
             if "problem" not in head or "nonce" in head:
-                raise _Unusable("its reply is refused: it answers another message, an old one or one of another run")
+                raise Unusable("its reply is refused: it answers another message, an old one or one of another run")
         if head["client"] != answer.client:
-            raise _Unusable(f"its reply is refused: it is client {head['client']}'s")
+            raise Unusable(f"its reply is refused: it is client {head['client']}'s")
         if "problem" in head:
-            raise _Unusable(f"the client says: {head['problem']}")
+            raise Unusable(f"the client says: {head['problem']}")
         return head, parts
-
-
-@dataclass(frozen=True)
-class _Answer:
-    client: int
-    asked: Asked | None
-    mail: Mail | None
-    reason: str = ""
-
-
-class _Unusable(Exception):
-    """There is no answer that could be used; the message says why."""
-
-
-class _Pauses:
-    """Waits that grow, so that quick answers are seen quickly and slow ones cost nothing."""
-
-    def __init__(self) -> None:
-        self.next, self.most = POLL
-
-    def sleep(self) -> None:
-        time.sleep(self.next)
-        self.next = min(1.5 * self.next, self.most)
-
-
-def _read(reply: Mail, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-    if reply.has_error():
-        raise _Unusable(f"no answer: {printable(reply.error.reason, NAME)} (Flower's error {reply.error.code})")
-    try:
-        return transport.read(reply.content, limit)
-    except transport.MailError as error:
-        raise _Unusable(f"its reply is refused: {error}") from None
-
-
-def _visit_of(head: Mapping[str, Any], parts: dict[str, bytes]) -> tuple[Visit, int]:
-    """The visit that an answer tells of, and the bytes of its reply."""
-    told = head["visit"]
-    if told["reason"] is not None:
-        return Visit(None, **told), 0
-    packed = Packed(head["reply"], parts)
-    try:
-        return Visit(unpack_reply(packed), **told), packed.size
-    except (SchemaError, WireError) as error:
-        raise _Unusable(f"its reply is refused: {error}") from None
 
 
 def _number(name: str) -> int | None:
     """The client whose key is registered under this name."""
     return int(name.removeprefix("client-")) if re.fullmatch("client-[0-9]{1,9}", name, re.ASCII) else None
-
-
-def _listed(clients: Sequence[int]) -> str:
-    return ", ".join(map(str, clients[:8])) + (f" and {len(clients) - 8} more" if len(clients) > 8 else "")
