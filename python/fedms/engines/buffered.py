@@ -8,7 +8,7 @@ age (`fedms.federated.server.carried`). The same order of arrivals gives the sam
 What the paper leaves open is our choice:
 - clients are drawn for free seats when a round begins, not one by one as replies come;
 - a client that fails, or does not answer in time, leaves its seat free until the next round; a round that nobody is left
-  to answer ends with the replies that it has, if `clients.quorum` is content with them;
+  to answer ends with the replies that it has, if `clients.quorum`, here a share of the buffer, is content with them;
 - replies to messages of stage 1 are dropped when stage 2 begins: what they trained is frozen then;
 - the score that activates blocks is of the model that each client received, whatever its age.
 """

@@ -119,7 +119,7 @@ def test_recorded_arrivals_are_repeated(tmp_path):
     """Drawn by another seed's order: the records of a run with seed 0 do not fit clients drawn by seed 1."""
     first = local(tmp_path / "a")
     same(first, local(tmp_path / "b", f"clients.arrivals={tmp_path / 'a'}"))
-    with pytest.raises(ConfigError, match="answers next in stage1, round 1, and here the clients .* are at work"):
+    with pytest.raises(ConfigError, match="answers next in stage[12], round [123], and here the clients .* are at work"):
         local(tmp_path / "c", f"clients.arrivals={tmp_path / 'a'}", "run.seed=1")
     local(tmp_path / "d", "clients.asynchronous=false", "clients.buffer=none")
     with pytest.raises(ConfigError, match="were not buffered"):
@@ -202,13 +202,12 @@ def test_a_federation_s_order_of_arrivals_gives_its_bits_in_one_process(tmp_path
 
 
 @pytest.mark.parametrize("moment", [2, 5, 9])
-def test_a_server_that_stops_counts_what_was_under_way_as_failed_and_can_be_repeated(tmp_path, moment):
+def test_a_server_that_stops_asks_again_what_was_under_way_and_can_be_repeated(tmp_path, moment):
     calls = iter(range(10**6))
     with pytest.raises(Interrupted):
         deployed(tmp_path, stop=lambda: next(calls) >= moment)
     found = deployed(tmp_path, resume=True)
-    lost = [visit for visit in found[0]["visits"] if visit["status"] != "ok"]
-    assert all(visit["reason"] == "the server was started anew while it was at work" for visit in lost)
+    assert {visit["status"] for visit in found[0]["visits"]} == {"ok"}
     same_model(found, repeated(tmp_path))
 
 

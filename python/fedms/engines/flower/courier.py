@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class FlowerCourier(Courier):
-    """Sends by an engine's grid. What is under way is lost with the server's process: a server that goes on counts such
-    visits as failed."""
+    """Sends by an engine's grid. What is under way is lost with the server's process: a server that goes on sends the same
+    messages again, to which the same clients give the same replies."""
 
     def __init__(self, engine: FlowerEngine) -> None:
         self.engine = engine
@@ -36,7 +36,11 @@ class FlowerCourier(Courier):
             self.engine.check_stop(now)
             under_way = {what.client for what in self.waiting.values()} | {answer.client for answer in self.came}
             if lost := sorted(at_work.keys() - under_way):
-                return Arrival(lost[0], None, 0, 0, "the server was started anew while it was at work")
+                there = self.engine.meet(lost, now)
+                for client in lost:
+                    if client not in there:
+                        return Arrival(client, None, 0, 0, "it could not be reached")
+                    self.send(at_work[client], [client])
             self.came = [answer for answer in self.came if answer.client in at_work]
             if self.came:
                 answer = self.came.pop(0)

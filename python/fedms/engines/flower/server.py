@@ -85,7 +85,10 @@ class FlowerEngine(Engine):
         return super().members() if self._members is None else self._members()
 
     def prepare(self, message: Message) -> Mapping[int, Participant]:
-        clients = message.clients[self.visited:]
+        return self.meet(message.clients[self.visited:], message)
+
+    def meet(self, clients: Sequence[int], message: Message) -> Mapping[int, Participant]:
+        """Those of these clients whose nodes are there, or come in time."""
         self._wait_for_nodes(clients, message)
         return {client: self.participant(client) for client in clients if client in self.node_of}
 
@@ -285,15 +288,15 @@ class FlowerEngine(Engine):
     def _push(self, kind: str, group: str, heads: Mapping[int, Mapping[str, Any]],
               parts: Mapping[int, Mapping[str, Array]]) -> tuple[dict[str, Asked], list[int]]:
         """Sends each client its head, with a nonce, and its buffers; returns what `send` does."""
-        mails, asked, since = [], [], time.monotonic()
-        for client, head in heads.items():
-            nonce = secrets.token_hex(8)
-            mails.append(Mail(transport.write({**head, "nonce": nonce}, parts[client]), self.node_of[client], kind, group_id=group))
-            asked.append(Asked(client, nonce, sum(len(array.data) for array in parts[client].values()), group, since))
-        taken = list(self.grid.push_messages(mails)) if mails else []
-        under_way = {each.metadata.message_id: what for each, what in zip(mails, asked)
-                     if each.metadata.message_id in taken}
-        return under_way, [what.client for what in asked if what not in under_way.values()]
+        nonces = {client: secrets.token_hex(8) for client in heads}
+        mails = {client: Mail(transport.write({**head, "nonce": nonces[client]}, parts[client]), self.node_of[client], kind,
+                              group_id=group) for client, head in heads.items()}
+        taken = set(self.grid.push_messages(list(mails.values()))) if mails else set()
+        since = time.monotonic()
+        under_way = {mail.metadata.message_id: Asked(client, nonces[client], sum(len(a.data) for a in parts[client].values()), group,
+                                                     since)
+                     for client, mail in mails.items() if mail.metadata.message_id in taken}
+        return under_way, [client for client, mail in mails.items() if mail.metadata.message_id not in taken]
 
     def _answers(self, asked: Mapping[str, Asked], lost: Sequence[int], message: Message) -> Iterator[Answer]:
         """Answers in ascending order of the clients' ids, those that did not come in time included."""
