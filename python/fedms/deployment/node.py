@@ -122,6 +122,8 @@ class Node:
         moved = sum(map(len, parts.values())) + sum(map(len, sent.values()))
         journal.add(1, moved, self.now())
         self.tell(f"done: {where}, {time.monotonic() - started:.1f} s, {moved / 1e6:.2f} MB sent and received")
+        if kind == "evaluate":
+            self.tell(f"the run has ended; to predict on this machine: fedms export {self.state.folder} --out DIR")
         return answer, sent
 
     def _agreed(self, tables: dict[str, Any]) -> RunConfig:

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 from fedms.deployment.server import RUN, STATUS, members, read_config
 from fedms.foreign import all_printable, parse_json, read_regular
 from fedms.storage.durable import owner
+from fedms.storage.records import SUMMARY
 
 LAST_ROUNDS = 200       # rounds that the page draws
 
@@ -42,7 +43,7 @@ def state(folder: Path) -> dict[str, Any]:
                 "connected": running and bool(seen.get(member.number, {}).get("connected")),
                 "last": seen.get(member.number, {}).get("last")} for member in members(folder)]
     return all_printable({
-        "running": running, "address": told.get("address"), "phase": told.get("phase"), "at": told.get("at"),
+        "running": running, "ended": (folder / RUN / SUMMARY).is_file(), "address": told.get("address"), "phase": told.get("phase"), "at": told.get("at"),
         "method": config.run.method, "model": config.model.id, "rounds_wanted": config.stage1.rounds + config.stage2.rounds,
         "seats": config.clients.count, "clients": clients, "rounds": _rounds(folder / RUN), "notes": told.get("notes", [])})
 
@@ -62,7 +63,8 @@ def lines(told: dict[str, Any]) -> list[str]:
     """The same for a terminal."""
     rounds = told["rounds"]
     last = rounds[-1] if rounds else None
-    where = f"listening on {told['address']}" if told["running"] else "not running (fedms server start)"
+    where = (f"listening on {told['address']}" if told["running"] else "the run has ended" if told["ended"] else
+             "not running (fedms server start)")
     found = [f"server    {where}",
              f"run       {told['method']} on {told['model']}: {len(rounds)} of {told['rounds_wanted']} rounds"
              + (f"; last: {last['clients']} clients, validation {_percent(last['validation_accuracy'])}, {last['seconds']:.1f} s"

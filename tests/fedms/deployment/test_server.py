@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import subprocess
 import threading
 import time
 import types
@@ -350,7 +351,7 @@ def test_the_status_and_the_page_show_it(ended):
     folder, _, _ = ended
     told = page.state(folder / "server")
     lines = "\n".join(page.lines(told))
-    assert "4 of 4 rounds" in lines and "not running" in lines and re.search(r"2  cleo +away; stage2, round 2: ok", lines)
+    assert "4 of 4 rounds" in lines and "server    the run has ended" in lines and re.search(r"2  cleo +away; stage2, round 2: ok", lines)
     with page.serve(folder / "server") as address:
         with urllib.request.urlopen(address) as answer:
             assert b"<title>FedMS server" in answer.read() and "default-src 'none'" in answer.headers["Content-Security-Policy"]
@@ -362,6 +363,19 @@ def test_the_status_and_the_page_show_it(ended):
         stranger = urllib.request.Request(address, headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(stranger)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_the_page_in_a_browser(ended):
+    """Its script fills it, from its own server alone: other names cannot be resolved."""
+    with page.serve(ended[0] / "server") as address:
+        done = subprocess.run(["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+                               "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--dump-dom", address],
+                              capture_output=True, text=True, timeout=200)
+    text = re.sub(r"<script>.*</script>", "", done.stdout, flags=re.S)
+    for words in ("has ended its run", "4 of 4 rounds", "stage2, round 2: ok", "rounds 1 to 4", *NAMES):
+        assert words in text, text
+    assert "CONSOLE" not in done.stderr, done.stderr
 
 
 def test_a_finished_run_is_not_run_again_and_one_server_at_a_time(ended):
