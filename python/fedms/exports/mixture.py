@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fedms.exports.language_model import LanguageModel
 
-Columns = Mapping[str, Sequence[Any]]       # the columns of a table by name, all of the same length
+Columns = Mapping[str, Any]     # the columns of a table by name: sequences or arrays, all of the same length
 
 
 def write(folder: Path, trained: TrainedRun, foundation: FoundationModel) -> None:

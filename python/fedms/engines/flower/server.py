@@ -326,9 +326,9 @@ class FlowerEngine(Engine):
             else:
                 self.progress.note(f"a reply that nobody waits for, or a second one, from node {reply.metadata.src_node_id} "
                                    "is dropped")
-        late = [] if self.timeout is None else [
+        over = [] if self.timeout is None else [
             number for number, what in waiting.items() if time.monotonic() - what.since > self.timeout]
-        silent = [self.give_up(waiting, number) for number in late]
+        silent = [self.give_up(waiting, number) for number in over]
         for what in silent:
             self._ask_again(what.client)
         return found + [Answer(what.client, what, None, f"no answer within {self.timeout:g} s") for what in silent]
