@@ -289,14 +289,14 @@ class FlowerEngine(Engine):
               parts: Mapping[int, Mapping[str, Array]]) -> tuple[dict[str, Asked], list[int]]:
         """Sends each client its head, with a nonce, and its buffers; returns what `send` does."""
         nonces = {client: secrets.token_hex(8) for client in heads}
-        mails = {client: Mail(transport.write({**head, "nonce": nonces[client]}, parts[client]), self.node_of[client], kind,
-                              group_id=group) for client, head in heads.items()}
+        contents = {client: transport.write({**head, "nonce": nonces[client]}, parts[client]) for client, head in heads.items()}
+        mails = {client: Mail(content, self.node_of[client], kind, group_id=group) for client, content in contents.items()}
         taken = set(self.grid.push_messages(list(mails.values()))) if mails else set()
         since = time.monotonic()
-        under_way = {mail.metadata.message_id: Asked(client, nonces[client], sum(len(a.data) for a in parts[client].values()), group,
-                                                     since)
-                     for client, mail in mails.items() if mail.metadata.message_id in taken}
-        return under_way, [client for client, mail in mails.items() if mail.metadata.message_id not in taken]
+        sizes = {client: sum(len(array.data) for array in arrays.values()) for client, arrays in parts.items()}
+        numbers = {client: mail.metadata.message_id for client, mail in mails.items()}
+        under_way = {n: Asked(client, nonces[client], sizes[client], group, since) for client, n in numbers.items() if n in taken}
+        return under_way, [client for client, number in numbers.items() if number not in taken]
 
     def _answers(self, asked: Mapping[str, Asked], lost: Sequence[int], message: Message) -> Iterator[Answer]:
         """Answers in ascending order of the clients' ids, those that did not come in time included."""
@@ -321,13 +321,11 @@ class FlowerEngine(Engine):
             number = reply.metadata.reply_to_message_id
             if (what := waiting.pop(number, None)) is not None:
                 found.append(Answer(what.client, what, reply))
-            elif (late := self.overdue.pop(number, None)) is not None:
-                self.progress.note(f"{late} has answered after the deadline; its reply is dropped")
             else:
-                self.progress.note(f"a reply that nobody waits for, or a second one, from node {reply.metadata.src_node_id} "
-                                   "is dropped")
-        over = [] if self.timeout is None else [
-            number for number, what in waiting.items() if time.monotonic() - what.since > self.timeout]
+                late = self.overdue.pop(number, None)
+                other = f"a reply that nobody waits for, or a second one, from node {reply.metadata.src_node_id}"
+                self.progress.note(f"{f'{late} has answered after the deadline; its reply' if late else other} is dropped")
+        over = [n for n, what in waiting.items() if time.monotonic() - what.since > (self.timeout or float("inf"))]
         silent = [self.give_up(waiting, number) for number in over]
         for what in silent:
             self._ask_again(what.client)
@@ -342,10 +340,8 @@ class FlowerEngine(Engine):
     def _pull(self, numbers: Sequence[str]) -> list[Mail]:
         """Replies to these messages, as far as they have come. Flower rebuilds them from what nodes stored; bytes that it
         cannot rebuild lose the replies that came with them, not the run."""
-        if not numbers:
-            return []
         try:
-            return list(self.grid.pull_messages(numbers))
+            return list(self.grid.pull_messages(numbers)) if numbers else []
         except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
             self._tell_once(f"replies that Flower could not read are dropped: {type(error).__name__}: {printable(str(error), 200)}")
             return []
