@@ -268,5 +268,5 @@ def run_file(answers: Answers) -> str:
               f"count = {SIMULATED_CLIENTS}  # simulated clients", "",
               "[stage1]  # all clients train one global expert together", "rounds = 8", "# lr = 0.01", "",
               "[stage2]  # each client trains a local expert and the gate that mixes the two", "rounds = 4", "# lr = 0.005",
-              "", "[run]", 'method = "fedms"  # `fedms compare FILE` runs all methods', "seed = 0", ""]
+              "", "[run]", f'method = "{registry.RECOMMENDED}"  # `fedms compare FILE` runs all methods', "seed = 0", ""]
     return "\n".join(lines)

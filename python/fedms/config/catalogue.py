@@ -33,7 +33,8 @@ class PlusTable(Table):
     held_out: float = Field(
         0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out")
     gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
-    confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone")
+    confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone; with gate.mixing "
+                              "layers there are none yet when it decides")
     confidence_lr: float = Field(
         0.05, gt=0, description="AdamW learning rate of the few weights through which it sees them; the rest has gate.lr")
     global_in_stage2: bool = Field(
@@ -81,12 +82,6 @@ class FedDPATable(Table):
 def _fedsa_lora_problems(config: RunConfig) -> Iterable[str]:
     if config.aggregation in ("exact", "freeze_a"):
         yield f'aggregate.rule: "{config.aggregation}" needs B to be shared, which fedsa_lora keeps private'
-
-
-def _fedms_plus_problems(config: RunConfig) -> Iterable[str]:
-    if config.gate.mixing == "layers" and config.settings.confidences:
-        yield ('plus.confidences: mixing = "layers" decides before there are outputs to be confident of; '
-               'set plus.confidences to false')
 
 
 _FROZEN_HEAD = "its private head would be the model's frozen one"
@@ -137,7 +132,7 @@ for _method in (
     MethodRow("fedms_plus", "fedms.methods.fedms_plus:FedMSPlus", "fedms with class priors and a global expert that goes on",
               trained="as fedms, with class priors; the global expert goes on", sent="all of it but the local expert",
               settings=PlusTable, table="plus", tuned=_GATE, two_stages=True, trains_gate=True, sends_counts=True,
-              check=_fedms_plus_problems, color="#7f1d1d"),
+              color="#7f1d1d"),
 ):
     METHODS.add(_method)
 
@@ -165,5 +160,7 @@ for _model in (
              reads="images", pretrained=True, status="fedms.models.vit:status_of_digits"),
     ModelRow("vit-fashion", "fedms.models.vit:load", "a small vision transformer trained on half of Fashion-MNIST",
              reads="images", pretrained=True, status="fedms.models.vit:status_of_fashion"),
+    ModelRow("vit-small", "fedms.models.vit_small:load", "a vision transformer of 22 million parameters and 12 blocks (DINOv2's layout)",
+             reads="images", status="fedms.models.vit_small:status"),
 ):
     MODELS.add(_model)

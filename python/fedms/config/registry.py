@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedms.config.run_config import RunConfig
 
 GROUP, VARIABLE = "fedms.plugins", "FEDMS_PLUGINS"
+RECOMMENDED = "fedms_plus"      # the method of a run file that names none, and the one that reports speak of first
 Target = str | Callable[..., Any]
 Content = Literal["text", "images", "conversations"]
 

@@ -16,8 +16,8 @@ class ModelTable(Table):
     """The frozen foundation model and its head."""
 
     id: str = Field("minilm", min_length=1, description="foundation model: built in are "
-                    "minilm, smollm2, vit-digits, vit-digits-pretrained, vit-fashion; else the name of one that is registered, a "
-                    "folder in Hugging Face's format, or a hub id such as org/name")
+                    "minilm, smollm2, vit-digits, vit-digits-pretrained, vit-fashion, vit-small; else the name of one that is "
+                    "registered, a folder in Hugging Face's format, or a hub id such as org/name")
     pooling: Literal["auto", "mean", "cls", "last"] = Field(
         "auto", description="how the tokens of a model that is not built in become features; auto: as such models are "
         "used (sentence encoders and encoders mean, decoders the last token, vision models their own)")
@@ -340,7 +340,7 @@ NumberedGPU = Annotated[str, Field(pattern=r"^cuda:\d{1,3}$", examples=["cuda:1"
 class RunTable(Table):
     """How the run itself is carried out."""
 
-    method: Annotated[str, OneOf(registry.method_names)] = Field("fedms", description="algorithm")
+    method: Annotated[str, OneOf(registry.method_names)] = Field(registry.RECOMMENDED, description="algorithm")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="every random draw comes from this seed")
     threads: int = Field(2, ge=1, description="CPU threads; records repeat byte for byte at a fixed number")
     engine: Literal["local", "flower-sim", "flower"] = Field(

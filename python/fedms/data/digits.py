@@ -14,7 +14,8 @@ import torch
 from fedms.errors import DataError
 
 from .dataset import Dataset, make_dataset, stratified_sample
-from .inputs import ImageInputs, check_shape
+from .images import gray_inputs
+from .inputs import ImageInputs
 
 
 def load(config, model, seed: int) -> Dataset:
@@ -23,12 +24,11 @@ def load(config, model, seed: int) -> Dataset:
     source, images, labels = _read(config.path)
     pixels = torch.from_numpy(images.astype(np.float32) / 16.0)[:, None]
     labels = labels.astype(np.int64)
-    inputs = ImageInputs(pixels, model.image_tokens, source)  # all images are checked, used or not
-    check_shape("digits", pixels, model)
+    ImageInputs(pixels, model.image_tokens, source)  # all images are checked, used or not
     kept = np.arange(_public(len(labels)) if model.pretrained_on == "digits" else 0, len(labels))
     if config.max_samples is not None:
         kept = kept[stratified_sample(labels[kept], config.max_samples, np.random.default_rng(seed))]
-    inputs, labels = ImageInputs(pixels[kept], model.image_tokens, source), labels[kept]
+    inputs, labels = gray_inputs(pixels[kept], model, source), labels[kept]
     return make_dataset("digits", inputs, torch.from_numpy(labels), tuple(str(digit) for digit in range(10)))
 
 

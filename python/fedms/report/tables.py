@@ -90,6 +90,7 @@ _COLUMNS = (
     _Column("better off alone %", "alone\nbetter %", "below_local", lambda s: percent(s, 0), 6, False),
     _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2, None),
     _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5, False),
+    _Column("sent down", "sent\ndown", "bytes_down", lambda s: size(s.mean), 3, False),
     _Column("TFLOP", "TFLOP", "flops", lambda s: f"{s.mean / 1e12:.3g}", 1, False),
     _Column("time", "time", "seconds", lambda s: duration(s.mean), 4, None),
 )

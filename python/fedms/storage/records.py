@@ -46,8 +46,8 @@ VISIT_FIELDS = (
     "trained_percent", "simulated_seconds", "gate_mean", "gate_entropy", "staleness",
 )
 CLIENT_FIELDS = (
-    "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "macro_f1", "gate_mean", "gate_std",
-    "gate_entropy", "language",
+    "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "validation_accuracy", "validation_loss",
+    "macro_f1", "gate_mean", "gate_std", "gate_entropy", "language",
 )
 ACCURACY_FIELDS = ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
 OUTCOME_FIELDS = (

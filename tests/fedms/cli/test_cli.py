@@ -130,7 +130,7 @@ def test_mistakes_are_explained(arguments, words, fake_runs, tmp_path):
 # Run and compare
 
 def test_a_run_shows_what_came_out(fake_runs, tmp_path):
-    result = fedms("run", "digits", "--seed", 3)
+    result = fedms("run", "digits", "--method", "fedms", "--seed", 3)
     assert result.exit_code == 0, said(result)
     assert fake_runs == [("fedms", 3, Path("runs/digits/fedms-seed3"), False, False)]
     out = tmp_path / "runs" / "digits" / "fedms-seed3"
@@ -138,7 +138,7 @@ def test_a_run_shows_what_came_out(fake_runs, tmp_path):
     assert "loading ..." in result.stderr and "loading" not in result.stdout
     lines = result.stdout.splitlines()
     row = next(line for line in lines if line.startswith("fedms  "))
-    assert len(re.split(" {2,}", row)) == 10 and "39.7 MB" in row
+    assert len(re.split(" {2,}", row)) == 11 and "39.7 MB" in row
     assert any(line.startswith("fedms reaches ") for line in lines)
     assert f"report: {Path('runs/digits/fedms-seed3/report.html')}" in lines
     assert all(line == line.rstrip() for line in lines if line.startswith(("+", "-", "!", "report")))

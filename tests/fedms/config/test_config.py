@@ -289,7 +289,7 @@ OLD = Path(__file__).parents[2] / "helpers/config_format_1.toml"      # as the f
 def test_what_an_older_version_wrote_is_read_with_todays_keys():
     old = parse_toml(OLD.read_text())
     assert "format" not in old and old["gate"]["held_out"] == 0.2 and old["aggregate"]["rule"] == "mean"
-    assert config_from_dict(upgraded(old)) == load_config("digits")
+    assert config_from_dict(upgraded(old)) == load_config("digits", ["run.method=fedms"])
     assert old["gate"]["held_out"] == 0.2, "what was given is left alone"
     old["run"]["method"] = "fedms_plus"       # then: the gate on held-out samples, and no class priors
     first = PlusTable(prior="off", prior_in_stage1=False, confidences=False, gate_on="held_out")

@@ -73,9 +73,19 @@ def test_damaged_files_are_named(folder, name, content, message):
         fashion.load(settings_of(folder), MODEL, 0)
 
 
-def test_a_model_of_another_size_is_refused(folder):
-    with pytest.raises(DataError, match=r"fashion-mnist has images of \(1, 28, 28\), but .* reads images of \(1, 8, 8\)"):
-        fashion.load(settings_of(folder), SimpleNamespace(**{**vars(MODEL), "pixel_shape": (1, 8, 8)}), 0)
+def test_a_model_of_another_size_sees_the_images_by_its_own_processor(folder):
+    seen = []
+
+    def prepare(images):
+        seen.extend(images)
+        return torch.stack([torch.from_numpy(np.array(image.convert("RGB").resize((8, 8)))).permute(2, 0, 1) for image in images])
+    scale, shift = torch.full((3, 1, 1), 2.0), torch.full((3, 1, 1), -1.0)
+    other = SimpleNamespace(**{**vars(MODEL), "pixel_shape": (3, 8, 8), "prepare": prepare, "pixel_transform": (scale, shift)})
+    own, found = (fashion.load(settings_of(folder), model, 0) for model in (MODEL, other))
+    assert torch.equal(torch.tensor(np.stack([np.array(image) for image in seen])), (own.inputs.pixels[:, 0] * 255).round().byte())
+    assert found.inputs.pixels.shape == (len(own), 3, 8, 8) and torch.equal(found.labels, own.labels)
+    batch = found.inputs.batch(torch.tensor([0]))["pixel_values"]
+    assert torch.equal(batch, found.inputs.pixels[:1].float() * 2 - 1)
 
 
 def test_without_apt_get_both_ways_are_named(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_a_corpus_that_cannot_be_fetched(tmp_path, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    with pytest.raises(DataError, match="no answer within 300 seconds"):
+    with pytest.raises(DataError, match="no answer within 600 seconds"):
         load(config(), TEXT_MODEL)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fedms.config import load_config
 from fedms.federated.client import Client, Private
+from fedms.federated.evaluation import evaluate_client
 from fedms.federated.schedule import SalState
 from fedms.federated.server import Server
 from fedms.methods import apfl, create, fedms_plus, mixing, steps
@@ -131,8 +133,8 @@ def test_private_parts_stop_early_as_those_of_other_methods_do(task, method):
         assert any(not torch.equal(tensor, begun[name]) for name, tensor in reply.tensors.items()), "what is shared is sent"
 
 
-@pytest.mark.parametrize("method, depth", [("fedavg", 2), ("ditto", 2), ("fedms", 1), ("fedavg_ft", 1)])
-def test_depth_begins_again_in_stage_2_of_methods_with_stages_alone(method, depth):
+@pytest.mark.parametrize("method, depth", [("fedavg", 2), ("ditto", 2), ("fedms", 1), ("fedavg_ft", 1), ("fedms_plus", 2)])
+def test_depth_begins_again_in_stage_2_where_what_is_shared_has_ended(method, depth):
     settings = load_config("digits", [f"run.method={method}", "sal.queue=2"])
     server = Server(settings, [4, 3, 2, 1], {}, create(settings))
     state = server.start({})
@@ -158,6 +160,19 @@ def test_the_gate_of_fedms_plus_sees_no_validation_label_unless_asked_to(task):
     rows, part, gate_rows = method._split(client)
     assert part is client.train and len(gate_rows) and not set(rows.tolist()) & set(gate_rows.tolist())
     assert len(rows) + len(gate_rows) == len(client.train)
+
+
+def test_the_recorded_validation_is_of_what_a_client_answers_in_the_end(task):
+    """With the last aggregate, as the test accuracy beside it, and not with the gate that the client has just trained."""
+    world = World(task, "run.method=fedms", "stage2.keep=last")
+    message, reply, after, _ = world.visit(stage="stage2")
+    others = {name: t + 0.5 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for name, t in message.tensors.items()}
+    final = replace(message, stage="done", tensors=others)
+    record = evaluate_client(world.method, world.model, world.client, after, final)
+    answer = world.method.predict(world.model, world.client.validation, after, final).personalized
+    expected = world.model.task.score(answer, world.model.targets(world.client.validation))
+    assert (record["validation_accuracy"], record["validation_loss"]) == (expected.accuracy, expected.loss)
+    assert record["validation_loss"] != reply.metrics["validation_loss"]
 
 
 def test_clients_may_have_a_least_size_and_splits_need_not_be_stratified(task):

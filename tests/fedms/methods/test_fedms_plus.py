@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedms import methods
-from fedms.config import ConfigError, load_config
+from fedms.config import load_config
 from fedms.federated.client import Group
 from fedms.methods.fedavg_prior import log_prior
 from fedms.runs import run
@@ -95,9 +95,9 @@ def test_a_gates_further_inputs_move_its_weights_by_a_linear_map():
     assert "side.weight" not in GateAdapter(4, 2).state_dict()
 
 
-def test_confidences_need_outputs():
-    with pytest.raises(ConfigError, match='plus.confidences: mixing = "layers"'):
-        config("run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix")
+def test_a_gate_that_decides_before_there_are_outputs_sees_no_confidences():
+    for sets, sees in (((), True), (("gate.mixing=layers", "gate.features=prefix"), False), (("plus.confidences=false",), False)):
+        assert methods.create(config("run.method=fedms_plus", *sets)).mixture.sees_confidences == sees
 
 
 def test_features_and_confidences_have_rates_of_their_own():

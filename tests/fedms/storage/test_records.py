@@ -41,14 +41,14 @@ def test_a_fresh_folder_holds_its_configuration(tmp_path, existing):
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its configuration has the old keys; to whoever reads it, it has today's."""
-    config = load_config("digits")
+    config = load_config("digits", ["run.method=fedms"])
     RunFolder.create(tmp_path, config).close()
     shutil.copy(Path(__file__).parents[2] / "helpers/config_format_1.toml", tmp_path / "config.toml")
     RunFolder.resume(tmp_path, config).close()
     assert RunRecords.read(tmp_path).config["gate"].get("held_out") is None
-    RunFolder.resume(tmp_path, load_config("digits", ["plus.held_out=0.3"])).close()     # another method's key
+    RunFolder.resume(tmp_path, load_config("digits", ["run.method=fedms", "plus.held_out=0.3"])).close()     # another method's key
     with pytest.raises(ConfigError, match="gate.lr: 0.5, but the run in .* has 0.001"):
-        RunFolder.resume(tmp_path, load_config("digits", ["gate.lr=0.5"]))
+        RunFolder.resume(tmp_path, load_config("digits", ["run.method=fedms", "gate.lr=0.5"]))
     (tmp_path / "config.toml").write_text("format = 9\n")
     with pytest.raises(RunFolderError, match="format: got 9; accepted: 1 to 2"):
         RunRecords.read(tmp_path)

@@ -104,7 +104,7 @@ def _without(value, key):
     *[[f"run.method={m}"] for m in registry.method_names()],
     ["gate.mixing=layers", "gate.features=prefix"],
     ["gate.on=probabilities", "gate.features=prefix", "gate.temperature=2.0"],
-    ["run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix", "plus.confidences=false"], ["stage2.keep=last", "stage2.own_loss=0"],
+    ["run.method=fedms_plus", "gate.mixing=layers", "gate.features=prefix"], ["stage2.keep=last", "stage2.own_loss=0"],
     ["sal.schedule=all"], ["sal.schedule=every", "sal.every=1", "sal.step=2", "sal.order=bottom_up"],
     ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
     ["stage1.micro_batch=5", "stage2.micro_batch=1"], ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
