@@ -75,7 +75,7 @@ def served(config: RunConfig, progress: Progress) -> Served:
     stage = config.stage1.model_copy(update={"epochs": 1})
     client = Client(replace(split, train=split.train[: stage.batch], validation=split.validation[:1]),
                     config.model_copy(update={"stage1": stage}), experiment.fitting)
-    message = experiment.server.message(experiment.server.start(model.initial(config.run.seed)))
+    message = experiment.server.message(experiment.server.start(experiment.method.initial(model)))
     model.start()
     progress.phase("one training step")
     with Served() as counted:

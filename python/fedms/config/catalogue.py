@@ -36,7 +36,11 @@ class PlusTable(Table):
     confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone; with gate.mixing "
                               "layers there are none yet when it decides")
     confidence_lr: float = Field(
-        0.05, gt=0, description="AdamW learning rate of the few weights through which it sees them; the rest has gate.lr")
+        0.05, gt=0, description="AdamW learning rate of the few weights through which it sees them, and of its bias; the rest has "
+        "gate.lr")
+    features: bool = Field(
+        False, description="the gate also sees the frozen model's features, as that of fedms; with gate.mixing layers it does so in "
+        "any case")
     global_in_stage2: bool = Field(
         True, description="the global expert goes on being trained and averaged in stage 2, beside the local ones")
 
@@ -77,6 +81,13 @@ class FedDPATable(Table):
 
     scale: float = Field(1.0, ge=0, description="method feddpa: weight of the local expert at cosine similarity 1")
     samples: int = Field(5, ge=1, description="method feddpa: training samples that a sample is compared with")
+
+
+def _fedsb_problems(config: RunConfig) -> Iterable[str]:
+    if config.aggregation != "mean":
+        yield f'aggregate.rule: got "{config.aggregation}", but what fedsb averages are no pairs; leave it unset'
+    if config.lora.start is not None:
+        yield "lora.start: fedsb begins with frames of its own and cannot go on from a trained adapter; leave it out"
 
 
 def _fedsa_lora_problems(config: RunConfig) -> Iterable[str]:
@@ -122,6 +133,10 @@ for _method in (
     MethodRow("fedex_lora", "fedms.methods.fedex_lora:FedExLoRA", "federated averaging that loses nothing of the products",
               trained="as fedavg; what averaging loses is added to the frozen weights",
               sent="all of it; the correction comes back", aggregation="exact", color="#be123c"),
+    MethodRow("flexlora", "fedms.methods.flexlora:FlexLoRA", "federated averaging of products, with ranks by device",
+              trained="as fedavg, of the rank that a device can train", sent="all of it", aggregation="svd", color="#9d174d"),
+    MethodRow("fedsb", "fedms.methods.fedsb:FedSB", "federated averaging of a small core between frozen frames",
+              trained="a core R between frozen A and B, head", sent="R, head", check=_fedsb_problems, color="#3f6212"),
     MethodRow("feddpa", "fedms.methods.feddpa:FedDPA", "shared and private experts mixed by similarity to training samples",
               trained="as fedavg_ft; mixed by similarity to training samples", sent="stage 1 alone", settings=FedDPATable,
               table="feddpa", tuned=(Constant("feddpa.scale", 0.25, 4.0),), two_stages=True, not_for_tokens="it weighs whole samples",

@@ -120,6 +120,11 @@ def _method_problems(c: RunConfig) -> Iterable[str]:
     if rule == "exact" and c.model.frozen != "fp32":
         yield (f'aggregate.rule: "exact" adds to the frozen weights, which model.frozen = {show(c.model.frozen)} '
                'quantizes; set model.frozen to "fp32"')
+    for number, tier in enumerate(c.clients.budgets):
+        if tier.rank is not None and rule != "svd":
+            yield f"clients.budgets[{number}].rank: is for the method flexlora; {row.name} trains all of each pair; leave it out"
+        elif tier.rank is not None and tier.rank > c.lora.rank:
+            yield f"clients.budgets[{number}].rank: got {tier.rank}, above lora.rank = {c.lora.rank}"
     if rule == "krum" and c.clients.count is not None and c.clients.sampled < 2 * c.aggregate.byzantine + 3:
         yield (f"aggregate.byzantine: got {c.aggregate.byzantine}, for which krum needs "
                f"{2 * c.aggregate.byzantine + 3} replies a round, and {c.clients.sampled} clients are sampled")

@@ -206,6 +206,8 @@ class Budget(Table):
     max_depth: Optional[int] = Field(None, ge=1, description="most blocks such a client trains")
     memory: Optional[Size] = Field(
         None, description="bytes for weights, constants and a training step; limits the depth by the cost model")
+    rank: Optional[int] = Field(
+        None, ge=1, description="most of each pair's rank that such a client trains, by the method flexlora")
     flops: Optional[float] = Field(None, gt=0, description="operations a second")
     bandwidth_up: Optional[Rate] = Field(None, description="bytes a second from the client")
     bandwidth_down: Optional[Rate] = Field(None, description="bytes a second to the client")
@@ -275,9 +277,9 @@ class ClientsTable(Table):
 class AggregateTable(Table):
     """How replies are combined."""
 
-    rule: Optional[Literal["mean", "exact", "freeze_a", "median", "trimmed_mean", "krum"]] = Field(
+    rule: Optional[Literal["mean", "exact", "freeze_a", "svd", "median", "trimmed_mean", "krum"]] = Field(
         None, description="mean: A and B averaged apart; exact: what that loses is added to the frozen weights; freeze_a: "
-        "A stays as drawn, B is averaged; median, trimmed_mean: by element; krum: the one reply nearest to the others. "
+        "A stays as drawn, B is averaged; svd: the mean of the products, factored anew; median, trimmed_mean: by element; krum: the one reply nearest to the others. "
         "unset: the method's, else mean")
     weights: Literal["samples", "uniform"] = Field(
         "samples", description="weight of a client's reply; median, trimmed_mean and krum count each once")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from fedms import methods
 from fedms.config import RunConfig, config_from_dict
 from fedms.data import normal
 from fedms.errors import ConfigError, ModelError, RunFolderError
@@ -94,7 +95,7 @@ class TrainedRun:
         Returns:
             Tensors by name for "global", if the method shares an expert, and for "client-ID" of every client with one.
         """
-        shared = {**self.final.tensors, **self.final.constants}
+        shared = methods.create(self.task.config).assembled(model, {**self.final.tensors, **self.final.constants})
         start = {**model.initial(self.task.config.run.seed), **shared}
         found = {"global": _expert(start)} if any(name.startswith("expert/") for name in shared) else {}
         applied = set(model.order[:self.final.applied_depth])

@@ -71,7 +71,7 @@ class Admission:
     def _check_change(self, tensors: Tensors, message: Message, participant: Participant) -> None:
         """Tensor by tensor: what is small beside the rest could otherwise be replaced."""
         names = list(tensors)
-        sent = [message.tensors[name] for name in names]
+        sent = [self.method.received(name, message.tensors[name], participant) for name in names]
         changes = _norms(torch._foreach_sub([tensors[name] for name in names], sent) if names else [])
         for name, change, norm in zip(names, changes, _norms(sent)):
             if not math.isfinite(change):

@@ -82,6 +82,23 @@ class Residual:
             found[f"correction/{layer.removeprefix('expert/')}"] = scale * lost
         return found
 
+    def factored(self) -> dict[str, Tensor]:
+        """New pairs A (r, K) and B (N, r), float32, whose products are the best of their rank to the means of the clients' products
+        (FlexLoRA: Bai et al., arXiv 2402.11505). Of U S V^T, in the order of falling singular values, B is U S and A is V^T; the
+        largest entry of each column of U is positive, so that the signs do not depend on the solver."""
+        found = {}
+        for layer, pairs in self.pairs.items():
+            a, b, _ = _stacked(pairs)
+            (left, of_left), (right, of_right) = (torch.linalg.qr(x.flatten(0, 1).T) for x in (b, a))
+            u, s, vt = torch.linalg.svd(of_left @ of_right.T)
+            rank = min(a.shape[1], len(s))
+            u, vt = (left @ u)[:, :rank], (vt @ right.T)[:rank]
+            signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0]
+            found[f"{layer}.lora_a"], found[f"{layer}.lora_b"] = torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])
+            found[f"{layer}.lora_a"][:rank] = (vt * signs[:, None]).float()
+            found[f"{layer}.lora_b"][:, :rank] = (u * (s[:rank] * signs)).float()
+        return found
+
 
 def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, Tensor]:
     """A (k, r, K); B transposed and times its client's share of the weights (k, r, N); those shares (k,); float64."""

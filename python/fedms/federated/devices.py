@@ -21,11 +21,13 @@ class Device:
     """One client's device; None: no limit, and no time.
 
     max_depth:      most blocks that it trains.
+    max_rank:       most of each pair's rank that it trains.
     flops:          operations a second.
     bandwidth_up, bandwidth_down: bytes a second from and to the client.
     """
 
     max_depth: int | None = None
+    max_rank: int | None = None
     flops: float | None = None
     bandwidth_up: float | None = None
     bandwidth_down: float | None = None
@@ -52,7 +54,7 @@ def device_of(config: RunConfig, client: int, fitting: Sequence[int | None] = ()
     depths = [depth for depth in (tier.max_depth, *fitting[number:number + 1]) if depth is not None]
     deviations = torch.randn(2, generator=generator(config.run.seed, "devices", client)).tolist()
     speed, link = (math.exp(config.clients.spread * deviation) for deviation in deviations)
-    return Device(min(depths, default=None), tier.flops and tier.flops * speed,
+    return Device(min(depths, default=None), tier.rank, tier.flops and tier.flops * speed,
                   tier.bandwidth_up and tier.bandwidth_up * link, tier.bandwidth_down and tier.bandwidth_down * link)
 
 

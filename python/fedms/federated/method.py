@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Participant, Private, Reply
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
@@ -92,6 +92,14 @@ class Method(ABC):
         stages = (self.config.stage1, self.config.stage2)
         lr = self.config.gate.lr if name.startswith("gate/") else max(stage.lr for stage in stages)
         return lr, max(stage.epochs for stage in stages)
+
+    def received(self, name: str, tensor: Tensor, participant: Participant) -> Tensor:
+        """Returns what a client begins to train from, of a tensor that was sent to it: all of it, unless it can train a part only."""
+        return tensor
+
+    def assembled(self, model: ExpertModel, tensors: Tensors) -> Tensors:
+        """Returns the shared expert as a model holds it, of the tensors that travel: the same, unless what travels is less."""
+        return tensors
 
     @abstractmethod
     def client_step(self, model: ExpertModel, client: Client, private: Private,

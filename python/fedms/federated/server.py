@@ -269,7 +269,7 @@ class Server:
     @property
     def _streams(self) -> bool:
         """Whether the rule is a mean; the others are robust, and need all replies at once."""
-        return self.config.aggregation in ("mean", "exact", "freeze_a")
+        return self.config.aggregation in ("mean", "exact", "freeze_a", "svd")
 
     def _combine(self, collected: Collected, current: Tensors) -> Tensors:
         """What the server has after a round in the place of what clients sent (`[aggregate] rule`)."""
@@ -281,6 +281,8 @@ class Server:
         if rule == "krum":
             return krum(collected.replies, current, settings.byzantine)
         means = collected.mean.result()
+        if rule == "svd":
+            return {**means, **collected.residual.factored()}
         if rule != "exact":
             return means
         lora = self.config.lora

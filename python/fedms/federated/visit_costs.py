@@ -99,7 +99,7 @@ class CostModel:
         return VisitMemory(held, training, judging)
 
     def _training(self, stage: str, depth: int) -> Memory:
-        initial = self.model.initial(self.config.run.seed)
+        initial = self.method.initial(self.model)
         state = replace(self.server.start(initial), stage=stage, sal=SalState(depth), applied_depth=depth)
         message = self.server.message(state)
 

@@ -9,7 +9,9 @@ A gate on samples that no expert has seen. On the expert's own training samples 
 knows them by heart. Here, once the expert of the visit is trained and chosen, the gate alone is trained on the client's
 validation samples, or on a share of the training samples that is kept from the expert.
 
-Confidences. Which expert is right shows in how sure each is: the gate sees that beside the features.
+Confidences. Which expert is right shows in how sure each is: the gate sees that, and has a bias. The frozen model's features, which
+the gate of `fedms` sees, it sees only where it is asked to: a client has a few dozen samples to fit a gate on, too few for the
+ten thousand weights behind them.
 
 A global expert that goes on. In stage 2 each visit first trains the global expert as in stage 1, so that it has had as many
 rounds at the end as federated averaging alone, and the mixture need not make up for those it missed.
@@ -26,7 +28,7 @@ from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
 from fedms.methods.fedavg_prior import log_prior
-from fedms.methods.mixing import Fitted, Mixture, train_mixture, train_together
+from fedms.methods.mixing import Fitted, Mixture, is_few, train_mixture, train_together
 from fedms.methods.steps import BestEpoch, class_counts, train_shared
 from fedms.seeds import generator
 from fedms.tensors import Tensors
@@ -43,7 +45,9 @@ class FedMSPlus(Method):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self.mixture = Mixture(config, sees_confidences=self.settings.confidences and config.gate.mixing == "outputs")
+        by_outputs = config.gate.mixing == "outputs"
+        self.mixture = Mixture(config, sees_confidences=self.settings.confidences and by_outputs,
+                               sees_features=self.settings.features or not by_outputs)
 
     @property
     def trains_gate(self) -> bool:
@@ -63,14 +67,14 @@ class FedMSPlus(Method):
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         if name.startswith("gate/"):
-            shared = stage != "stage1" and self.mixture.shares_gate
+            shared = stage != "stage1" and self.mixture.shares_gate and self.mixture.trains(name)
             return BroadcastPolicy.EVERY_ROUND if shared else BroadcastPolicy.NEVER
         goes_on = stage == "stage1" or self.settings.global_in_stage2
         return BroadcastPolicy.EVERY_ROUND if goes_on else BroadcastPolicy.ONCE
 
     def most_training(self, name: str) -> tuple[float, int]:
         lr, epochs = super().most_training(name)
-        if name.startswith("gate/side."):
+        if is_few(name):
             lr = max(lr, self.settings.confidence_lr)
         return lr, max(epochs, self.settings.gate_epochs) if name.startswith("gate/") else epochs
 
@@ -117,8 +121,8 @@ class FedMSPlus(Method):
         return self.mixture.speaker(model, private, final, self._new_gate(model))
 
     def _new_gate(self, model: ExpertModel) -> Tensors:
-        """What a gate begins as that a client keeps to itself."""
-        return self.initial(model) if self.mixture.keeps_gate else {}
+        """What a gate begins as of which a client is not sent all."""
+        return self.initial(model) if self.mixture.keeps_gate or not self.mixture.sees_features else {}
 
     def _shift(self, model: ExpertModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
         """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
@@ -147,10 +151,10 @@ class FedMSPlus(Method):
         return Fitted(loss, best.kept, moments)
 
     def _gate_groups(self, gate: Group) -> list[Group]:
-        """Hundreds of features need small steps, a handful of confidences larger ones."""
-        side = {name: p for name, p in gate.params.items() if name.startswith("gate/side.")}
-        rest = {name: p for name, p in gate.params.items() if name not in side}
-        return [Group(rest, gate.lr), *([Group(side, self.settings.confidence_lr)] if side else [])]
+        """Hundreds of features need small steps, a handful of other numbers larger ones."""
+        few = {name: p for name, p in gate.params.items() if is_few(name)}
+        return [Group({name: p for name, p in gate.params.items() if name not in few}, gate.lr),
+                Group(few, self.settings.confidence_lr)]
 
     def _split(self, client: Client) -> tuple[Tensor, Subset, Tensor]:
         """Rows of the training part for the local expert; the part that the gate is trained on, and its rows there. The same

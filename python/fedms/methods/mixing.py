@@ -24,15 +24,23 @@ from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
 
 
+def is_few(name: str) -> bool:
+    """Whether a gate's tensor is one of a handful of numbers, which may take larger steps than the many behind its features: its
+    bias, and its weights of the experts' confidences."""
+    return name == "gate/out.bias" or name.startswith("gate/side.")
+
+
 @dataclass(frozen=True)
 class Mixture:
     """How two experts are mixed, by the tables [gate] and [stage2].
 
-    sees_confidences: whether the gate sees, beside the features, how sure both experts are.
+    sees_confidences: whether the gate sees how sure both experts are.
+    sees_features: whether it sees the frozen model's features.
     """
 
     config: RunConfig
     sees_confidences: bool = False
+    sees_features: bool = True
 
     @property
     def trains_gate(self) -> bool:
@@ -49,6 +57,11 @@ class Mixture:
         """Whether each client keeps a gate of its own."""
         return self.config.gate.training == "private"
 
+    def trains(self, name: str) -> bool:
+        """Whether this tensor of the gate is trained. One that sees no features is left with a bias and its weights of the
+        confidences; what leads from the features stays as it was drawn, and leads to weights of zero."""
+        return self.sees_features or is_few(name)
+
     def load(self, model: ExpertModel, private: Private, message: Message, depth: int, gate: Tensors) -> None:
         """Loads the message's global expert, the client's local one, to be trained at a depth, and the gate.
 
@@ -63,7 +76,7 @@ class Mixture:
 
     def gate_group(self, model: ExpertModel) -> Group:
         """The gate's parameters with their learning rate; none where the weight is fixed."""
-        params = {f"gate/{n}": p for n, p in model.gate.named_parameters()} if self.trains_gate else {}
+        params = {f"gate/{n}": p for n, p in model.gate.named_parameters() if self.trains_gate and self.trains(f"gate/{n}")}
         return Group(params, self.config.gate.lr)
 
     def weights(self, model: ExpertModel, features: Tensor, shared: Tensor | None = None,

@@ -222,7 +222,7 @@ class _Planner:
         costs, batch = self.costs, self.config.stage1.batch
         rows = costs.longest.repeat(2 * batch)
         client = Client(ClientSplit(0, None, rows, rows[:1], rows[:0]), costs.config)
-        message = costs.server.message(costs.server.start(self.model.initial(self.config.run.seed)))
+        message = costs.server.message(costs.server.start(costs.method.initial(self.model)))
         self.model.clear()
         before, started = self.model.meter.flops, time.perf_counter()
         costs.method.client_step(self.model, client, Private(), message)

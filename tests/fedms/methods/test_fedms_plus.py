@@ -10,6 +10,7 @@ import torch
 from fedms import methods
 from fedms.config import load_config
 from fedms.federated.client import Group
+from fedms.federated.method import BroadcastPolicy
 from fedms.methods.fedavg_prior import log_prior
 from fedms.runs import run
 from fedms.storage.checkpoint import CheckpointFolder
@@ -19,7 +20,7 @@ from fedms_ext import GateAdapter
 
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
          "run.threads=1"]
-OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false", "plus.global_in_stage2=false"]
+OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false", "plus.global_in_stage2=false", "plus.features=true"]
 OTHER = ["plus.prior_in_stage1=true", "plus.gate_on=held_out", "gate.training=private", "gate.weight=0.5"]
 
 
@@ -60,9 +61,10 @@ def test_the_shift_is_the_clients_prior_over_everybodys():
 
 
 def test_the_global_expert_goes_on_in_stage2(tmp_path):
-    """It ends as that of federated averaging with as many rounds, bit for bit; without this piece as stage 1 left it."""
+    """It ends as that of federated averaging with as many rounds, bit for bit, more blocks being activated on the way; without this
+    piece as stage 1 left it."""
     def expert(name, *sets):
-        run.run(config("sal.max_depth=1", *sets), tmp_path / name)
+        run.run(config("sal.queue=2", "sal.tau=1.0", *sets), tmp_path / name)
         snapshot, _ = CheckpointFolder(tmp_path / name / "checkpoint").load()
         return {name: tensor.numpy().tobytes() for name, tensor in snapshot.tensors.items()
                 if name.startswith(("tensors/expert/", "tensors/head/"))}
@@ -104,5 +106,17 @@ def test_features_and_confidences_have_rates_of_their_own():
     method = methods.create(config("run.method=fedms_plus", "plus.confidence_lr=0.5"))
     gate = GateAdapter(4, 2, side=4)
     groups = method._gate_groups(Group({f"gate/{n}": p for n, p in gate.named_parameters()}, 1e-3))
-    assert [group.lr for group in groups] == [1e-3, 0.5] and list(groups[1].params) == ["gate/side.weight"]
-    assert len(groups[0].params) + 1 == len(list(gate.parameters()))
+    assert [group.lr for group in groups] == [1e-3, 0.5] and set(groups[1].params) == {"gate/side.weight", "gate/out.bias"}
+    assert len(groups[0].params) + 2 == len(list(gate.parameters()))
+
+
+def test_a_gate_without_features_trains_and_sends_a_handful_of_numbers(tmp_path):
+    run.run(config("run.method=fedms_plus", "data.split=[0.4, 0.2, 0.4]"), tmp_path / "run")
+    snapshot, _ = CheckpointFolder(tmp_path / "run/checkpoint").load()
+    tensors = {name.removeprefix("tensors/"): tensor for name, tensor in snapshot.tensors.items()}
+    method = methods.create(config("run.method=fedms_plus"))
+    sent = {name for name in tensors if method.broadcast_policy("stage2", name) is BroadcastPolicy.EVERY_ROUND and "gate/" in name}
+    assert sent == {"gate/out.bias", "gate/side.weight"} and all(tensors[name].abs().max() > 0.05 for name in sent)
+    assert not tensors["gate/out.weight"].any()
+    told = [line["gate_mean"] for line in RunRecords.read(tmp_path / "run").rounds if line["stage"] == "stage2"]
+    assert max(abs(mean - 0.5) for mean in told) > 0.02, "the gate does not move"

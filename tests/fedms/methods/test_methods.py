@@ -302,6 +302,57 @@ def test_fedex_lora(world):
     assert torch.allclose(world.model.features(Client(world.splits[0], done.method.config).test), before, atol=1e-4)
 
 
+def test_flexlora(world):
+    """Ranks by device: one client trains the first component of each pair alone. The server has the best pair of rank 2 to the mean
+    of the products."""
+    sets = ["clients.budgets=[{share=0.5, rank=1}, {share=0.5}]"]
+    done = world.round("flexlora", sets=sets)
+    config = load_config("digits", [*SETS, "run.method=flexlora", *sets])
+    ranks = [Client(split, config).device.max_rank for split in world.splits]
+    assert sorted(ranks, key=str) == [1, None]
+    want = []
+    for client, rank in enumerate(ranks):
+        start = {name: t.clone() for name, t in world.trained(world.shared).items()}
+        for name, tensor in start.items():
+            (tensor if name.endswith("lora_a") else tensor.T if name.endswith("lora_b") else tensor[:0])[rank or 2:] = 0
+        want.append(adamw(start, lambda v: world.cross_entropy(v, client), LR["stage1"]))
+        same(done.replies[client], want[-1], start)
+    mean = world.averaged([products(tensors) for tensors in want])
+    for layer, product in products({**world.shared, **{n: done.state.tensors[n] for n in want[0]}}).items():
+        if layer in mean:
+            u, s, v = torch.linalg.svd(mean[layer].double())
+            assert torch.allclose(product.double(), (u[:, :2] * s[:2]) @ v[:2], atol=2e-3 * float(s[0])), layer
+            a = done.state.tensors[f"expert/{layer}.lora_a"].double()
+            assert torch.allclose(a @ a.T, torch.eye(2, dtype=torch.float64), atol=1e-5)
+
+
+def test_fedsb(world):
+    made = methods.create(load_config("digits", [*SETS, "run.method=fedsb"]))
+    noise = torch.Generator().manual_seed(3)
+    shared = {name: t + 0.05 * torch.randn(t.shape, generator=noise) if not name.endswith("lora_a") else t
+              for name, t in made.initial(world.model).items()}
+    shared |= {name: t + 0.3 * torch.eye(2) for name, t in shared.items() if name.endswith("lora_b")}
+    whole = world.trained(made.assembled(world.model, shared))
+    frames = {}
+    for name, core in world.trained(shared).items():
+        if name.endswith("lora_b"):
+            frames[name] = (whole[name].double() @ core.double().inverse()).float()
+            assert core.shape == (2, 2) and torch.allclose(frames[name].T @ frames[name], torch.eye(2), atol=1e-4)
+    done = world.round("fedsb", shared=shared)
+
+    def loss(values, client):
+        return world.cross_entropy({**whole, **values, **{n: frame @ values[n] for n, frame in frames.items()}}, client)
+    start = {name: t for name, t in world.trained(shared).items() if not name.endswith("lora_a")}
+    want = [adamw(start, lambda v: loss(v, client), LR["stage1"]) for client in (0, 1)]
+    for client in (0, 1):
+        same(done.replies[client], want[client], start)
+    mean = world.averaged(want)
+    same({name: done.state.tensors[name] for name in mean}, mean, start)
+    inputs = world.dataset.inputs.batch(world.splits[0].test)
+    logits = world.plain.logits({**whole, **mean, **{n: frame @ mean[n] for n, frame in frames.items()}}, inputs)
+    assert torch.allclose(done.predict(world, 0).personalized, logits, atol=0.02)
+
+
 def test_fedavg_ft(world):
     own = [world.trained(world.noisy(2 + client)) for client in (0, 1)]
     done = world.round("fedavg_ft", stage="stage2", private=own)
@@ -381,6 +432,9 @@ def test_methods_with_private_heads_need_a_linear_one():
 
 def test_rules_that_do_not_fit_are_refused():
     for sets, words in {
+        ("run.method=fedavg", "clients.budgets=[{share=1, rank=2}]"): "rank: is for the method flexlora; fedavg trains all",
+        ("run.method=flexlora", "clients.budgets=[{share=1, rank=9}]"): "rank: got 9, above lora.rank = 4",
+        ("run.method=fedsb", "aggregate.rule=exact"): "what fedsb averages are no pairs",
         ("run.method=ffa_lora", "aggregate.rule=mean"): 'ffa_lora is the method of the rule "freeze_a"',
         ("run.method=fedsa_lora", "aggregate.rule=exact"): "needs B to be shared",
         ("run.method=fedex_lora", "model.frozen=int8"): 'set model.frozen to "fp32"',
