@@ -20,7 +20,7 @@ def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConf
     parts = {f"client-{split.id}": replace(experiment.partition, clients=(split,), unseen=(), notes=())
              for split in experiment.partition.clients}
     for name, part in {"server": replace(experiment.partition, clients=()), **parts}.items():
-        data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting))
+        data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting.depths))
     if config.privacy.masks:
         from fedms.federated.private_client import write_member
 

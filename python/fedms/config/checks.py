@@ -76,6 +76,10 @@ def problems_of(c: RunConfig) -> Iterable[str]:
     yield from _asynchronous_problems(c)
     if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
         yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
+    for key in ("clients.load", "sal.visit_seconds"):
+        table, _, name = key.partition(".")
+        if getattr(getattr(c, table), name) and not any(tier.flops for tier in c.clients.budgets):
+            yield f"{key}: no class of clients.budgets has flops, a speed that it could act on"
     if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
         yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
                "accepted: shares that sum to 1")
@@ -172,6 +176,9 @@ def _privacy_problems(c: RunConfig) -> Iterable[str]:
     if any(tier.memory is not None for tier in c.clients.budgets):
         yield (f"clients.budgets: memory is turned into a depth by the data of the largest client, which {mode} must not show; "
                "give max_depth instead")
+    if c.sal.has_budget:
+        yield (f"sal.visit_flops, sal.visit_seconds: a budget is turned into a depth by the data of the largest client, which {mode} must "
+               "not show; give max_depth in clients.budgets instead")
     if p.masks and c.clients.count is not None and c.clients.sampled < FEWEST_TO_MASK:
         yield (f"clients.fraction: {c.clients.sampled} clients are sampled each round; with {mode} a sum needs at least "
                f"{FEWEST_TO_MASK}, or clients could compute each other's updates; raise it or clients.count")

@@ -143,6 +143,12 @@ class SalTable(Table):
     every: int = Field(2, ge=1, description="rounds between activations for schedule every")
     depth: int = Field(1, ge=1, description="active blocks at the start")
     max_depth: Optional[int] = Field(None, ge=1, description="most active blocks; unset: all blocks")
+    visit_flops: Optional[float] = Field(
+        None, gt=0, description="most operations of a visit: a client trains as many of the active blocks as the cost model finds "
+        "room for, and one at least; by a visit of stage 1 of the client with the most data")
+    visit_seconds: Optional[float] = Field(
+        None, gt=0, description="most seconds of a visit's computing on a client's own device, at the speed that it has in that round; "
+        "likewise. Needs flops in clients.budgets")
     cache: Literal["memory", "disk", "off"] = Field(
         "memory", description="where the constants of samples are kept: the prefix's outputs, the frozen expert's "
         "logits, the gate's features; disk: in the cache folder, for later runs too")
@@ -150,6 +156,11 @@ class SalTable(Table):
         "fp32", description="storage of the prefix's outputs; fp32 is exact")
     cache_bytes: Size = Field(
         2 * 1024**3, description='most that the cache may hold, e.g. "2GiB"')
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a budget of a visit."""
+        return self.visit_flops is not None or self.visit_seconds is not None
 
 
 class Stage(Table):
@@ -232,6 +243,8 @@ class ClientsTable(Table):
     budgets: tuple[Budget, ...] = Field((), description="device classes; their shares sum to 1; none: no limit")
     spread: float = Field(0.0, ge=0, le=2, description="how much devices of a class differ: standard deviation of the "
                           "logarithm of speed and link, drawn once for each client")
+    load: float = Field(0.0, ge=0, le=2, description="how much a device's speed varies from round to round, as where it has other work: "
+                        "standard deviation of its logarithm, drawn anew for each round")
     round_timeout: float = Field(600.0, gt=0, description="seconds in which a client must answer; engine local waits "
                                  "for every client")
     quorum: float = Field(0.0, ge=0, le=1, description="least share of a round's clients whose replies must count; "

@@ -45,7 +45,7 @@ class Shard:
     Attributes:
         dataset: The samples of `partition`, in the order of the complete data set, so that batches are the same as in a run
             that holds all samples.
-        fitting: See `fedms.federated.devices.device_of`.
+        fitting: Most blocks that fit the memory of each class of devices.
     """
 
     dataset: Dataset

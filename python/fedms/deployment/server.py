@@ -92,6 +92,7 @@ def federated(config: RunConfig) -> RunConfig:
     if config.data.classes is None:
         problems.append('data.classes: an invitation names the classes, in order; set for example data.classes=["cat", "dog"]')
     for key, value in (("clients.budgets", config.clients.budgets), ("clients.unseen", config.clients.unseen),
+                       ("sal.visit_flops", config.sal.visit_flops), ("sal.visit_seconds", config.sal.visit_seconds),
                        ("data.client", config.data.client), ("data.max_samples", config.data.max_samples),
                        ("lora.start", config.lora.start), ("model.trust_remote_code", config.model.trust_remote_code)):
         if value:

@@ -262,7 +262,8 @@ class Engine(ABC):
             else:
                 self.keep(arrival)
                 record = accepted
-        record["simulated_seconds"] = participant.device.seconds(visit.flops, record["bytes_up"], arrival.bytes_down)
+        record["simulated_seconds"] = participant.device.now(message.stage, message.round).seconds(
+            visit.flops, record["bytes_up"], arrival.bytes_down)
         return record
 
     def _record(self, message: Message, client: int, participant: Participant | None, **values: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fedms.config import RunConfig, Stage
 from fedms.data import ClientSplit
 from fedms.data.subset import Subset
 from fedms.errors import FedMSError
-from fedms.federated.devices import Device, device_of
+from fedms.federated.devices import Device, Fitting, device_of
 from fedms.federated.schema import REASON
 from fedms.foreign import printable
 from fedms.seeds import derive_seed, generator
@@ -112,8 +112,8 @@ class Participant:
         def device(self) -> Device: ...
 
     def trained_depth(self, message: Message) -> int:
-        """Blocks this client trains: the active ones, as far as its budget goes; it keeps the rest frozen."""
-        most = self.device.max_depth
+        """Blocks this client trains: the active ones, as far as it can afford them in this round; it keeps the rest frozen."""
+        most = self.device.now(message.stage, message.round).depth
         return message.depth if most is None else min(message.depth, most)
 
 
@@ -125,7 +125,7 @@ class Client(Participant):
     n_train: int
     n_validation: int
 
-    def __init__(self, split: ClientSplit, config: RunConfig, fitting: Sequence[int | None] = ()) -> None:
+    def __init__(self, split: ClientSplit, config: RunConfig, fitting: Fitting = Fitting()) -> None:
         self.split, self.config, self.fitting = split, config, fitting
         self.id, self.group = split.id, split.group
         self.n_train, self.n_validation = len(split.train), len(split.validation)

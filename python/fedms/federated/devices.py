@@ -7,30 +7,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from fedms.config import RunConfig
-from fedms.seeds import generator
+from fedms.seeds import derive_seed, generator
+
+
+class Fitting(NamedTuple):
+    """What the cost model says of a run (`fedms.federated.visit_costs.fitting_of`).
+
+    depths: most blocks that fit the memory of each class of devices; None where no memory is given; empty without classes.
+    work:   operations of a visit of stage 1 at each depth from 1 on, of the client with the most data; empty where the run file sets
+            no budget of a visit.
+    """
+
+    depths: Sequence[int | None] = ()
+    work: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Device:
     """One client's device; None: no limit, and no time.
 
-    max_depth:      most blocks that it trains.
-    max_rank:       most of each pair's rank that it trains.
+    max_depth:      most blocks that it trains, in any round.
     flops:          operations a second.
     bandwidth_up, bandwidth_down: bytes a second from and to the client.
+    max_rank:       most of each pair's rank that it trains.
+    work:           as of `Fitting`.
+    visit_flops, visit_seconds: the budget of a visit, by which it trains fewer blocks.
+    load, seed:     how much its speed varies from round to round, and what that is drawn from.
     """
 
     max_depth: int | None = None
-    max_rank: int | None = None
     flops: float | None = None
     bandwidth_up: float | None = None
     bandwidth_down: float | None = None
+    max_rank: int | None = None
+    work: tuple[int, ...] = ()
+    visit_flops: float | None = None
+    visit_seconds: float | None = None
+    load: float = 0.0
+    seed: int | None = None
+
+    def now(self, stage: str, round: int) -> Device:
+        """The same device with the speed that it has in a round, beside its other work."""
+        if self.flops is None or self.seed is None:
+            return self
+        deviation = torch.randn(1, generator=generator(self.seed, stage, round)).item()
+        return replace(self, flops=self.flops * math.exp(self.load * deviation))
+
+    @property
+    def depth(self) -> int | None:
+        """Most blocks that it trains at its present speed; None for any number. One is always trained."""
+        budgets = [self.visit_flops, None if None in (self.visit_seconds, self.flops) else self.visit_seconds * self.flops]
+        budget = min((each for each in budgets if each is not None), default=None)
+        depths = [self.max_depth, max(1, sum(flops <= budget for flops in self.work)) if self.work and budget is not None else None]
+        return min((each for each in depths if each is not None), default=None)
 
     def seconds(self, flops: int, bytes_up: int, bytes_down: int) -> float | None:
         """Simulated time of a visit; None for a device of unknown speed and link."""
@@ -39,23 +75,21 @@ class Device:
         return sum(times) if times else None
 
 
-def device_of(config: RunConfig, client: int, fitting: Sequence[int | None] = ()) -> Device:
-    """The device of a client.
-
-    Args:
-        client: its id; participating and unseen clients are counted alike.
-        fitting: most blocks that fit each class's memory (`fedms.federated.visit_costs.fitting_depths`); empty: none is limited by it.
-    """
-    budgets = config.clients.budgets
+def device_of(config: RunConfig, client: int, fitting: Fitting = Fitting()) -> Device:
+    """The device of a client, in whose id participating and unseen clients are counted alike."""
+    budgets, sal = config.clients.budgets, config.sal
+    common = Device(work=tuple(fitting.work), visit_flops=sal.visit_flops, visit_seconds=sal.visit_seconds)
     if not budgets:
-        return Device()
+        return common
     number = _class_of(config, client)
-    tier = budgets[number]
-    depths = [depth for depth in (tier.max_depth, *fitting[number:number + 1]) if depth is not None]
+    tier, load = budgets[number], config.clients.load
+    depths = [depth for depth in (tier.max_depth, *fitting.depths[number:number + 1]) if depth is not None]
     deviations = torch.randn(2, generator=generator(config.run.seed, "devices", client)).tolist()
     speed, link = (math.exp(config.clients.spread * deviation) for deviation in deviations)
-    return Device(min(depths, default=None), tier.rank, tier.flops and tier.flops * speed,
-                  tier.bandwidth_up and tier.bandwidth_up * link, tier.bandwidth_down and tier.bandwidth_down * link)
+    return replace(common, max_depth=min(depths, default=None), max_rank=tier.rank, flops=tier.flops and tier.flops * speed,
+                   bandwidth_up=tier.bandwidth_up and tier.bandwidth_up * link,
+                   bandwidth_down=tier.bandwidth_down and tier.bandwidth_down * link, load=load,
+                   seed=derive_seed(config.run.seed, "load", client) if load else None)
 
 
 def _class_of(config: RunConfig, client: int) -> int:

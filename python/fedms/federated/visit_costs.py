@@ -14,6 +14,7 @@ from fedms.data.subset import Subset
 from fedms.errors import ConfigError
 from fedms.federated import encoding
 from fedms.federated.client import Client, Private
+from fedms.federated.devices import Fitting
 from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES, Server
 from fedms.federated.method import BroadcastPolicy, Method
@@ -198,9 +199,8 @@ class CostModel:
         return len(encoding.pack(sent, self.config.wire.dtype)) if sent else 0
 
 
-def fitting_depths(model: ExpertModel, method: Method, config: RunConfig,
-                   partition: Partition) -> Sequence[int | None]:
-    """For each class of `[clients] budgets` the most blocks whose training fits its memory; None: no memory given.
+def fitting_of(model: ExpertModel, method: Method, config: RunConfig, partition: Partition) -> Fitting:
+    """What fits the memory of each class of `[clients] budgets`, and what visits cost where `[sal]` sets a budget for them.
 
     A class's memory holds the weights, the largest client's constants, and what a visit makes and drops; not the
     Python process around them.
@@ -209,9 +209,16 @@ def fitting_depths(model: ExpertModel, method: Method, config: RunConfig,
         ConfigError: if a class's memory is too small to train one block.
     """
     memories = [tier.memory for tier in config.clients.budgets]
-    if all(memory is None for memory in memories):
-        return [None] * len(memories)
+    has_memory, has_budget = any(memory is not None for memory in memories), config.sal.has_budget
+    if not (has_memory or has_budget):
+        return Fitting([None] * len(memories))
     costs = CostModel(model, method, config, partition)
+    work = [costs.work(depth, config.sal.cache != "off").flops for depth in range(1, costs.max_depth + 1)] if has_budget else []
+    return Fitting(_depths(costs, memories) if has_memory else [None] * len(memories), work)
+
+
+def _depths(costs: CostModel, memories: Sequence[int | None]) -> list[int | None]:
+    """The most blocks whose training fits each class's memory; None: no memory given. ConfigError where one block does not."""
     needs = [device_memory(costs, depth) for depth in range(1, costs.max_depth + 1)]
     depths: list[int | None] = []
     for number, memory in enumerate(memories):

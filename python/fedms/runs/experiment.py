@@ -4,7 +4,6 @@ A process that plays a part in a run, as server, as client or as all of them, ne
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,8 @@ from fedms.config import CLIENTS, ConfigError, RunConfig, config_from_dict, regi
 from fedms.data import Dataset, Partition, Shard, describe
 from fedms.federated.client import Client
 from fedms.federated.server import Server
-from fedms.federated.visit_costs import fitting_depths
+from fedms.federated.devices import Fitting
+from fedms.federated.visit_costs import fitting_of
 from fedms.federated.method import Method
 from fedms.models import FoundationModel
 from fedms.progress import Progress
@@ -34,8 +34,7 @@ class Experiment:
     Attributes:
         config: The run file, with the number of clients set.
         partition: Samples of each client, and the common test set.
-        fitting: For each class of devices, the depth that fits its memory, or None for any; see
-            :func:`fedms.federated.devices.device_of`.
+        fitting: What fits the clients' devices.
         method: The algorithm.
         server: The server's side of it.
         clients: Participating clients of which this process has data.
@@ -44,7 +43,7 @@ class Experiment:
 
     config: RunConfig
     partition: Partition
-    fitting: Sequence[int | None]
+    fitting: Fitting
     method: Method
     server: Server
     clients: tuple[Client, ...]
@@ -119,9 +118,9 @@ class LoadedTask:
                                              lambda: method.initial(self.model).keys())
         if self.shard is None:
             partition = data.partition(self.dataset, config.data, config.clients, config.run.seed)
-            fitting = fitting_depths(self.model, method, config, partition)
+            fitting = fitting_of(self.model, method, config, partition)
         else:
-            partition, fitting = self.shard.partition, self.shard.fitting
+            partition, fitting = self.shard.partition, Fitting(self.shard.fitting)
         clients, unseen = (tuple(Client(split, config, fitting) for split in splits)
                            for splits in (partition.clients, partition.unseen))
         return Experiment(config, partition, fitting, method, server, clients, unseen)

@@ -10,7 +10,7 @@ import torch
 from fedms import cli, data, methods, models
 from fedms.config import ConfigError, load_config
 from fedms.errors import FAILED, USAGE
-from fedms.federated.visit_costs import CostModel, device_memory, fitting_depths
+from fedms.federated.visit_costs import CostModel, device_memory, fitting_of
 from fedms.runs import plan, run
 from fedms.storage.records import RunRecords
 from fedms.training.expert_model import ExpertModel
@@ -235,6 +235,23 @@ def test_the_memory_of_a_class_limits_its_depth(tmp_path):
     assert sorted(v["depth"] for v in RunRecords.read(tmp_path / "run").visits) == [2] * 4 + [3] * 4
 
 
+def test_a_visits_budget_limits_the_depth_by_what_a_device_can_do_in_that_round(tmp_path):
+    costs = costs_of("clients.count=4", "clients.unseen=0")
+    work = [costs.work(depth, replays=True).flops for depth in (1, 2, 3, 4)]
+    assert work == sorted(set(work))
+
+    def visits(name, *sets):
+        run.run(load_config("digits", [*SMALL, "sal.schedule=all", "clients.count=4", "clients.unseen=0", *sets]), tmp_path / name)
+        return RunRecords.read(tmp_path / name).visits
+    assert {visit["depth"] for visit in visits("flops", f"sal.visit_flops={work[2]}")} == {3}
+    assert {visit["depth"] for visit in visits("little", "sal.visit_flops=1")} == {1}, "one block is always trained"
+    found = visits("seconds", f"sal.visit_seconds={work[2] / 1e9}", "clients.load=0.7", "clients.budgets=[{share=1, flops=1e9}]")
+    speeds = [visit["flops"] / visit["simulated_seconds"] for visit in found]     # of each client, in each round
+    assert len(set(speeds)) == len(found) == 12
+    assert [visit["depth"] for visit in found] == [max(1, sum(flops <= work[2] / 1e9 * speed for flops in work)) for speed in speeds]
+    assert len({visit["depth"] for visit in found}) > 1
+
+
 def test_too_little_memory_is_refused_before_anything_is_written(tmp_path):
     config = load_config("digits", [*SMALL, "clients.budgets=[{share=1, memory=1000}]"])
     with pytest.raises(ConfigError, match=r"clients.budgets\[0\].memory: got 1000, but to train one block takes \d+"):
@@ -245,8 +262,8 @@ def test_too_little_memory_is_refused_before_anything_is_written(tmp_path):
 def test_classes_without_memory_cost_no_trace():
     costs = costs_of()
     config = load_config("digits", [*SMALL, "clients.budgets=[{share=1, max_depth=1}]"])
-    assert fitting_depths(None, None, config, costs.partition) == [None]
-    assert fitting_depths(None, None, load_config("digits", SMALL), costs.partition) == []
+    assert fitting_of(None, None, config, costs.partition) == ([None], ())
+    assert fitting_of(None, None, load_config("digits", SMALL), costs.partition) == ([], ())
 
 
 def test_privacy_plan_lists_the_noise_and_what_to_put_into_the_run_file():

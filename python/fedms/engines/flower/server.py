@@ -20,7 +20,7 @@ from fedms.engines.flower.answers import Answer, Asked, Pauses, Unusable, not_ta
 from fedms.engines.flower.courier import FlowerCourier
 from fedms.federated.admission import plausible_validation
 from fedms.federated.client import Message, Participant
-from fedms.federated.devices import Device, device_of
+from fedms.federated.devices import Device, Fitting, device_of
 from fedms.federated.packing import Packed, pack_message, unpack_share
 from fedms.federated.schema import EVALUATED, FORMAT, HELLO, JOINED, PROBLEM, SUMMED, TRAINED, SchemaError, Table, shown
 from fedms.foreign import few, printable
@@ -58,7 +58,7 @@ class FlowerEngine(Engine):
         members: ids of the clients that take part now, asked before each round; None: all of `clients.count`.
     """
 
-    def __init__(self, server: Server, fm_params: int, fingerprint: str, grid: Grid, fitting: Sequence[int | None],
+    def __init__(self, server: Server, fm_params: int, fingerprint: str, grid: Grid, fitting: Fitting,
                  samples: Mapping[int, tuple[int, int]], timeout: float | None, folder: RunFolder, progress: Progress,
                  stop: Callable[[], bool] = lambda: False, members: Callable[[], Sequence[int]] | None = None) -> None:
         super().__init__(server, fm_params, folder, progress, stop)
