@@ -43,15 +43,31 @@ def test_the_plan_covers_every_method_and_seed_once():
     for setting in plans.SETTINGS:
         found = {(run.id, run.config.run.seed) for run in runs if run.setting == setting and run.id in registry.method_names()}
         assert found == {(method, seed) for method in registry.method_names() for seed in plans.SEEDS}
-    assert {run.id for run in runs} == {*registry.method_names(), *plans.ABLATIONS}
+        blocks = {(run.id, run.config.sal.schedule) for run in runs if run.setting == setting and run.id in plans.WITH_ALL_BLOCKS}
+        assert blocks == {(f"{method}-all-blocks", "all") for method in plans.FIRST}
+    assert {run.id for run in runs} == {*registry.method_names(), *plans.WITH_ALL_BLOCKS, *plans.ABLATIONS}
     assert [run.id for run in runs[:6]] == list(plans.FIRST)
+
+
+def test_nothing_of_the_laboratory_is_pinned_to_an_earlier_one():
+    for run in plans.plan():
+        if run.id in registry.method_names():
+            assert run.config.clients.max_change == type(run.config.clients)().max_change and run.config.plus.gate_on == "held_out"
+
+
+def test_progressive_activation_stands_beside_all_blocks():
+    all_blocks = plans.Ablation("local-all-blocks", "local, all blocks", "local", plans.ALL_BLOCKS)
+    progressive, fixed = RUNS[0], replace(RUNS[0], id=all_blocks.id)
+    lines = [{**line(progressive, 0.5), "flops": 1e12}, {**line(fixed, 0.6), "flops": 4e12}]
+    page = pages.render([progressive, fixed], lines, "records.jsonl", "study")
+    assert "| Digits | local | 50.0 | 60.0 | -10.0 (one seed) | 0.25 |" in page
 
 
 def test_settings_are_chosen_by_name():
     runs = plans.plan()
     found = plans.within(runs, "fashion-0.5,sentiment-0.3")
     assert {run.setting.name for run in found} == {"fashion-0.5", "sentiment-0.3"}
-    assert {run.id for run in found} == {*registry.method_names(), *plans.ABLATIONS} and plans.within(runs, "all") == runs
+    assert {run.id for run in found} == {run.id for run in runs} and plans.within(runs, "all") == runs
     with pytest.raises(ConfigError, match="--settings: got 'fashion'; accepted: fashion-0.1, sentiment-natural"):
         plans.within(runs, "fashion")
 
@@ -138,10 +154,13 @@ def test_each_setting_with_records_has_a_picture(tmp_path):
 
 
 def test_the_committed_records_are_of_the_runs_that_are_planned():
-    """A default that changes would leave them out without a word but that of the page."""
+    """A default that changes would leave them out without a word but that of the page. Those of the earlier laboratory are of other
+    runs, and none of them may be taken for one of these."""
     folder = Path(plans.__file__).parent
     planned = {run.key for run in plans.plan(tuned=folder / "tuned")}
-    assert planned == {studies.key_of(line) for line in studies.read_records(folder / "records.jsonl")}
+    assert {studies.key_of(line) for line in studies.read_records(folder / "records.jsonl")} <= planned
+    earlier = studies.read_records(folder / "earlier/records.jsonl")
+    assert len(earlier) == 237 and not {studies.key_of(line) for line in earlier} & planned
 
 
 def test_records_of_earlier_versions_have_labels_in_the_place_of_ids(tmp_path):

@@ -138,7 +138,7 @@ def test_a_key_without_its_table_is_completed():
     ("sal.cache_bytes=-1", 'sal.cache_bytes: got -1; accepted: a size such as "2GiB" or "500MB", or a number of bytes'),
     ("run.method=fedavgft", 'run.method: got "fedavgft"; accepted: "local", "fedavg", "fedavg_prior", "fedavg_ft", '
                             '"fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora", "fedsa_lora", "fedex_lora", '
-                            '"feddpa", "fedms", "fedms_plus"; did you mean fedavg_ft?'),
+                            '"flexlora", "fedsb", "feddpa", "fedms", "fedms_plus"; did you mean fedavg_ft?'),
     ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "own", "dirichlet", "domains", "classes", '
                                 '"quantity", "iid"; did you mean '
                                 "dirichlet?"),
