@@ -69,7 +69,7 @@ def model(folder: Path) -> Path:
 def run_file(folder: Path, *sets: str, count: int = 4):
     """The settings of a federation of tiny runs."""
     return load_config("digits", [
-        f"model.id={model(folder)}", "data.name=clients", f"data.classes={json.dumps(CLASSES)}", "data.partition=own",
+        "run.method=fedms", f"model.id={model(folder)}", "data.name=clients", f"data.classes={json.dumps(CLASSES)}", "data.partition=own",
         "data.global_test=0", "data.max_samples=none", f"clients.count={count}", "clients.unseen=0", "stage1.rounds=2",
         "stage2.rounds=1", "run.threads=1", "clients.round_timeout=120", *sets])
 

@@ -23,7 +23,7 @@ from fedms.storage.checkpoint import CheckpointError, CheckpointFolder
 from fedms.errors import RunFolderError
 from fedms.storage.records import RunRecords, comparable
 
-CONFIG = load_config("digits", ["data.max_samples=200", "clients.count=4", "clients.unseen=1", "stage1.rounds=3",
+CONFIG = load_config("digits", ["run.method=fedms", "data.max_samples=200", "clients.count=4", "clients.unseen=1", "stage1.rounds=3",
                                 "stage2.rounds=2", "clients.fraction=0.8", "clients.optimizer=kept",
                                 "lora.dropout=0.1", "run.threads=1"])
 KILLED, NO_SPACE = -signal.SIGKILL, 4

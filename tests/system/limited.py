@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 MIB = 2**20
-SMALL = ["run.threads=1", "data.max_samples=240", "clients.count=2", "clients.unseen=1", "data.partition=iid",
+SMALL = ["run.method=fedms", "run.threads=1", "data.max_samples=240", "clients.count=2", "clients.unseen=1", "data.partition=iid",
          "stage1.rounds=1", "stage2.rounds=1", "sal.schedule=all"]
 # Memory in MiB, and what differs from the built-in run file; the tightest ones last.
 CONFIGURATIONS = [

@@ -36,7 +36,7 @@ def fedms(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def finished(tmp_path_factory):
     """A finished run: (process, folder)."""
     cwd = tmp_path_factory.mktemp("run")
-    return fedms("run", "digits", *SMALL, cwd=cwd), cwd / "runs" / "digits" / "fedms-seed0"
+    return fedms("run", "digits", *SMALL, cwd=cwd), cwd / "runs" / "digits" / "fedms_plus-seed0"
 
 
 def test_a_run_leaves_complete_records(finished):
@@ -66,7 +66,7 @@ def test_the_summary_says_what_the_records_say(finished):
     summary = run.summary
     assert set(summary) == set(SUMMARY_FIELDS) - OPTIONAL
     assert (summary["method"], summary["model"], summary["dataset"], summary["seed"]) == (
-        "fedms", "vit-digits", "digits", 0)
+        "fedms_plus", "vit-digits", "digits", 0)
     assert summary["rounds"] == {"stage1": 2, "stage2": 1}
     seen = [c for c in run.clients if not c["unseen"]]
     assert [c["id"] for c in seen] == [0, 1, 2] and [c["id"] for c in run.clients if c["unseen"]] == [3]
@@ -87,12 +87,12 @@ def test_the_summary_says_what_the_records_say(finished):
 
 def test_a_run_tells_its_progress_and_its_outcome(finished):
     process, folder = finished
-    for words in ("loading model vit-digits", "fedms, seed 0", "stage 1 round  2", "stage 2 round  1", "loss", "depth",
+    for words in ("loading model vit-digits", "fedms_plus, seed 0", "stage 1 round  2", "stage 2 round  1", "loss", "depth",
                   "validation"):
         assert words in process.stderr
     mean = RunRecords.read(folder).summary["personalized_accuracy"]["mean"]
-    assert f"fedms reaches {100 * mean:.1f} % mean personalized accuracy" in process.stdout
-    assert "fedms reaches" in (folder / "report.html").read_text(encoding="utf-8")
+    assert f"fedms_plus reaches {100 * mean:.1f} % mean personalized accuracy" in process.stdout
+    assert "fedms_plus reaches" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_same_run_twice_leaves_the_same_records(finished, tmp_path):

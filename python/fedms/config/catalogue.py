@@ -83,11 +83,11 @@ class FedDPATable(Table):
     samples: int = Field(5, ge=1, description="method feddpa: training samples that a sample is compared with")
 
 
-def _fedsb_problems(config: RunConfig) -> Iterable[str]:
+def _fed_sb_problems(config: RunConfig) -> Iterable[str]:
     if config.aggregation != "mean":
-        yield f'aggregate.rule: got "{config.aggregation}", but what fedsb averages are no pairs; leave it unset'
+        yield f'aggregate.rule: got "{config.aggregation}", but what fed_sb averages are no pairs; leave it unset'
     if config.lora.start is not None:
-        yield "lora.start: fedsb begins with frames of its own and cannot go on from a trained adapter; leave it out"
+        yield "lora.start: fed_sb begins with frames of its own and cannot go on from a trained adapter; leave it out"
 
 
 def _fedsa_lora_problems(config: RunConfig) -> Iterable[str]:
@@ -135,8 +135,8 @@ for _method in (
               sent="all of it; the correction comes back", aggregation="exact", color="#be123c"),
     MethodRow("flexlora", "fedms.methods.flexlora:FlexLoRA", "federated averaging of products, with ranks by device",
               trained="as fedavg, of the rank that a device can train", sent="all of it", aggregation="svd", color="#9d174d"),
-    MethodRow("fedsb", "fedms.methods.fedsb:FedSB", "federated averaging of a small core between frozen frames",
-              trained="a core R between frozen A and B, head", sent="R, head", check=_fedsb_problems, color="#3f6212"),
+    MethodRow("fed_sb", "fedms.methods.fed_sb:FedSB", "federated averaging of a small core between frozen frames",
+              trained="a core R between frozen A and B, head", sent="R, head", check=_fed_sb_problems, color="#3f6212"),
     MethodRow("feddpa", "fedms.methods.feddpa:FedDPA", "shared and private experts mixed by similarity to training samples",
               trained="as fedavg_ft; mixed by similarity to training samples", sent="stage 1 alone", settings=FedDPATable,
               table="feddpa", tuned=(Constant("feddpa.scale", 0.25, 4.0),), two_stages=True, not_for_tokens="it weighs whole samples",

@@ -167,7 +167,7 @@ def test_a_number_of_seeds_counts_from_zero(fake_runs):
 
 def test_existing_runs_are_kept_unless_forced(fake_runs, tmp_path):
     arguments = ("run", "digits")
-    out = tmp_path / "runs" / "digits" / "fedms-seed0"
+    out = tmp_path / "runs" / "digits" / "fedms_plus-seed0"
     out.mkdir(parents=True)
     (out / "config.toml").write_text("mine")
     result = fedms(*arguments)

@@ -138,7 +138,7 @@ def test_a_key_without_its_table_is_completed():
     ("sal.cache_bytes=-1", 'sal.cache_bytes: got -1; accepted: a size such as "2GiB" or "500MB", or a number of bytes'),
     ("run.method=fedavgft", 'run.method: got "fedavgft"; accepted: "local", "fedavg", "fedavg_prior", "fedavg_ft", '
                             '"fedprox", "fedper", "fedrep", "ditto", "apfl", "ffa_lora", "fedsa_lora", "fedex_lora", '
-                            '"flexlora", "fedsb", "feddpa", "fedms", "fedms_plus"; did you mean fedavg_ft?'),
+                            '"flexlora", "fed_sb", "feddpa", "fedms", "fedms_plus"; did you mean fedavg_ft?'),
     ("data.partition=dirichle", 'data.partition: got "dirichle"; accepted: "natural", "own", "dirichlet", "domains", "classes", '
                                 '"quantity", "iid"; did you mean '
                                 "dirichlet?"),
@@ -150,7 +150,7 @@ def test_a_key_without_its_table_is_completed():
                      "least 1"),
     ("model.targets=[]", 'model.targets: got []; accepted: "all-linear"; or a list of strings'),
     ("clients.budgets=3", "clients.budgets: got 3; accepted: a list of tables with keys share, max_depth, memory, "
-                          "flops, bandwidth_up, bandwidth_down; share is required"),
+                          "rank, flops, bandwidth_up, bandwidth_down; share is required"),
     ("clients.budgets=[{share=2, max_depth=1}]", "clients.budgets[0].share: got 2; accepted: a number, above 0, at "
                                                  "most 1"),
     ("clients.budgets=[{max_depth=1}]", "clients.budgets[0].share: missing; accepted: a number, above 0, at most 1"),
@@ -162,7 +162,7 @@ def test_a_key_without_its_table_is_completed():
                                                     '"2GiB" or "500MB", or a number of bytes; or unset'),
     ("clients.budgets=[{share=1, flops=0}]", "clients.budgets[0].flops: got 0; accepted: a number, above 0; or unset"),
     ("clients.budgets=[{share=1, max_depth=1, x=2}]", "clients.budgets[0].x: unknown key; accepted: share, max_depth, "
-                                                      "memory, flops, bandwidth_up, bandwidth_down"),
+                                                      "memory, rank, flops, bandwidth_up, bandwidth_down"),
 ])
 def test_a_bad_value_names_key_value_and_what_is_accepted(override, expected):
     assert problem(override) == expected

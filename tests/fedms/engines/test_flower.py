@@ -36,7 +36,7 @@ from fedms.storage.private_state import ClientFolder, FolderError, State
 from fedms.errors import RunFolderError
 from fedms.storage.records import RunRecords, comparable
 
-SMALL = ["data.max_samples=240", "clients.count=4", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
+SMALL = ["run.method=fedms", "data.max_samples=240", "clients.count=4", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
          "data.partition=iid", "run.threads=1", "clients.round_timeout=0.3"]
 
 

@@ -34,7 +34,7 @@ from fedms.storage.durable import shard_about
 from fedms.storage.records import RunRecords, comparable
 
 COUNT = 4
-SMALL = ["data.max_samples=160", f"clients.count={COUNT}", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
+SMALL = ["run.method=fedms", "data.max_samples=160", f"clients.count={COUNT}", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1", "clients.round_timeout=0.3", "sal.schedule=fixed", "aggregate.weights=uniform"]
 MODES = {"central": ["privacy.mode=central", "privacy.noise=0.5", "privacy.score_noise=5"],
          "secure": ["privacy.mode=secure"],

@@ -326,8 +326,8 @@ def test_flexlora(world):
             assert torch.allclose(a @ a.T, torch.eye(2, dtype=torch.float64), atol=1e-5)
 
 
-def test_fedsb(world):
-    made = methods.create(load_config("digits", [*SETS, "run.method=fedsb"]))
+def test_fed_sb(world):
+    made = methods.create(load_config("digits", [*SETS, "run.method=fed_sb"]))
     noise = torch.Generator().manual_seed(3)
     shared = {name: t + 0.05 * torch.randn(t.shape, generator=noise) if not name.endswith("lora_a") else t
               for name, t in made.initial(world.model).items()}
@@ -338,7 +338,7 @@ def test_fedsb(world):
         if name.endswith("lora_b"):
             frames[name] = (whole[name].double() @ core.double().inverse()).float()
             assert core.shape == (2, 2) and torch.allclose(frames[name].T @ frames[name], torch.eye(2), atol=1e-4)
-    done = world.round("fedsb", shared=shared)
+    done = world.round("fed_sb", shared=shared)
 
     def loss(values, client):
         return world.cross_entropy({**whole, **values, **{n: frame @ values[n] for n, frame in frames.items()}}, client)
@@ -434,7 +434,7 @@ def test_rules_that_do_not_fit_are_refused():
     for sets, words in {
         ("run.method=fedavg", "clients.budgets=[{share=1, rank=2}]"): "rank: is for the method flexlora; fedavg trains all",
         ("run.method=flexlora", "clients.budgets=[{share=1, rank=9}]"): "rank: got 9, above lora.rank = 4",
-        ("run.method=fedsb", "aggregate.rule=exact"): "what fedsb averages are no pairs",
+        ("run.method=fed_sb", "aggregate.rule=exact"): "what fed_sb averages are no pairs",
         ("run.method=ffa_lora", "aggregate.rule=mean"): 'ffa_lora is the method of the rule "freeze_a"',
         ("run.method=fedsa_lora", "aggregate.rule=exact"): "needs B to be shared",
         ("run.method=fedex_lora", "model.frozen=int8"): 'set model.frozen to "fp32"',

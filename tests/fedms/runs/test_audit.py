@@ -7,7 +7,7 @@ from fedms.config import load_config
 from fedms.runs import run
 from fedms.runs.audit import audit
 
-SMALL = ["data.max_samples=160", "clients.count=4", "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1",
+SMALL = ["run.method=fedms", "data.max_samples=160", "clients.count=4", "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1", "sal.schedule=fixed", "stage2.epochs=3"]
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from fedms_ext import ConstantPrefix, LoRA, activate, attach, budget, prefix_depth, quantize, reference
 
-SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=1",
+SMALL = ["run.method=fedms", "data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=1",
          "data.partition=iid", "run.threads=1"]
 BATCH, LENGTH, TOLERANCE = 4, 64, 0.15
 
@@ -271,7 +271,7 @@ def test_privacy_plan_lists_the_noise_and_what_to_put_into_the_run_file():
     from fedms.privacy.accounting import combined, epsilon_of
     from fedms.runs.privacy_plan import plan_privacy, with_settings
 
-    config = load_config("digits", ["data.max_samples=100"])
+    config = load_config("digits", ["run.method=fedms", "data.max_samples=100"])
     found = plan_privacy(config, 8.0)
     first = found.stages[0].plan
     assert found.settings == {"privacy.mode": "central", "privacy.epsilon": 8.0, "aggregate.weights": "uniform",

@@ -13,7 +13,7 @@ from fedms.runs import run
 from fedms.runs.summary import summarize
 from fedms.storage.run_folder import RunFolder
 
-CONFIG = load_config("digits", ["data.max_samples=120", "clients.count=2", "clients.unseen=1", "stage1.rounds=1",
+CONFIG = load_config("digits", ["run.method=fedms", "data.max_samples=120", "clients.count=2", "clients.unseen=1", "stage1.rounds=1",
                                 "stage2.rounds=1", "run.threads=1", "lora.rank=2"])
 
 

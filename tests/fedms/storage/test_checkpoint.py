@@ -21,7 +21,7 @@ from fedms.errors import RunFolderError
 from fedms.storage.records import RunRecords, comparable
 from fedms.storage.run_folder import RunFolder
 
-CONFIG = load_config("digits", ["data.max_samples=200", "clients.count=3", "clients.unseen=0", "clients.fraction=0.7",
+CONFIG = load_config("digits", ["run.method=fedms", "data.max_samples=200", "clients.count=3", "clients.unseen=0", "clients.fraction=0.7",
                                 "stage1.rounds=2", "stage2.rounds=2", "data.partition=iid", "lora.dropout=0.1",
                                 "sal.schedule=every", "sal.every=1", "clients.optimizer=kept", "run.threads=1"])
 

@@ -26,7 +26,7 @@ from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 from fedms.training.streams import Stream
 
-SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=3", "stage2.rounds=2",
+SMALL = ["run.method=fedms", "data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=3", "stage2.rounds=2",
          "data.partition=iid", "run.threads=1"]
 
 
