@@ -95,14 +95,19 @@ class TrainedRun:
         Returns:
             Tensors by name for "global", if the method shares an expert, and for "client-ID" of every client with one.
         """
-        shared = methods.create(self.task.config).assembled(model, {**self.final.tensors, **self.final.constants})
+        method = methods.create(self.task.config)
+        shared = method.assembled(model, {**self.final.tensors, **self.final.constants})
         start = {**model.initial(self.task.config.run.seed), **shared}
         found = {"global": _expert(start)} if any(name.startswith("expert/") for name in shared) else {}
         applied = set(model.order[:self.final.applied_depth])
         for client, private in sorted(self.private.items()):
             own = _expert(private.tensors)
             if own:
-                found[f"client-{client}"] = _expert({**start, **own})
+                tensors = _expert({**start, **own})
+                shift = method.own_shift(private, self.final)
+                if shift is not None and "head/bias" in tensors:
+                    tensors["head/bias"] = tensors["head/bias"] + shift
+                found[f"client-{client}"] = tensors
         return {name: {n: t for n, t in tensors.items() if model.block_of.get(n) in applied or n not in model.block_of}
                 for name, tensors in found.items()}
 

@@ -101,6 +101,10 @@ class Method(ABC):
         """Returns the shared expert as a model holds it, of the tensors that travel: the same, unless what travels is less."""
         return tensors
 
+    def own_shift(self, private: Private, final: Message) -> Tensor | None:
+        """Returns what is added to the logits of a client's private expert in use, (K,), where the method adds something."""
+        return None
+
     @abstractmethod
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:

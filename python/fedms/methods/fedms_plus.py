@@ -128,13 +128,21 @@ class FedMSPlus(Method):
         """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
         if not self._uses_prior:
             return
-        plus = self.settings
-        everyone = statistics.get(COUNTS, torch.zeros_like(counts))
-        shift = (log_prior(counts, plus.smoothing) - log_prior(everyone, plus.smoothing)).float().to(model.device)
+        plus, shift = self.settings, self._prior(counts, statistics).to(model.device)
         none = torch.zeros_like(shift)
         on_global = plus.prior_in_stage1 if stage == "stage1" else plus.prior != "off"
         on_local = stage != "stage1" and plus.prior == "both"
         model.shifts = {"global": shift if on_global else none, "local": shift if on_local else none}
+
+    def own_shift(self, private: Private, final: Message) -> Tensor | None:
+        if COUNTS not in private.tensors or self.settings.prior != "both":
+            return None
+        return self._prior(private.tensors[COUNTS], final.statistics)
+
+    def _prior(self, counts: Tensor, statistics: Tensors) -> Tensor:
+        """(C,) float32 log-prior of a client's classes over everybody's."""
+        everyone, smoothing = statistics.get(COUNTS, torch.zeros_like(counts)), self.settings.smoothing
+        return (log_prior(counts, smoothing) - log_prior(everyone, smoothing)).float()
 
     def _train_gate_after(self, mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message,
                           expert: Group, gate: Group) -> Fitted:
