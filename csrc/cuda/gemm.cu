@@ -12,9 +12,13 @@ void start(const Launch& what, const Gemm& g, int tile, const DeviceProperties& 
   const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
                                    g.w_stride, g.w_scale,       of(g.bias), static_cast<T*>(g.t), g.t_stride, of(g.f),    g.f_stride,
                                    static_cast<T*>(g.y), mask_of(g.dropout), g.segments, of(g.inside.a),
-                                   g.inside.a_stride, static_cast<T*>(g.inside.s), g.inside.factors, g.inside.ready};
+                                   g.inside.a_stride, static_cast<T*>(g.inside.s), g.inside.factors, g.inside.ready,
+                                   band_of(TILES[tile], chip.multiprocessors)};
   if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.transposed);
-  if constexpr (HAS_WGMMA) start_wgmma_gemm(what, arguments, tile, g.transposed, chip.multiprocessors);
+  if constexpr (HAS_WGMMA) {
+    TensorMaps own;
+    start_wgmma_gemm(what, arguments, tile, g.transposed, chip.multiprocessors, g.maps ? *g.maps : own);
+  }
 }
 
 std::string text(int value) { return std::to_string(value); }
@@ -29,6 +33,8 @@ std::string gemm_tile_name(int tile) {
   const Tile& t = TILES[tile];
   return (t.kind == Kind::mma ? "mma " : "wgmma ") + text(t.bm) + "x" + text(t.bn) + " s" + text(t.stages);
 }
+
+std::shared_ptr<TensorMaps> make_tensor_maps() { return std::make_shared<TensorMaps>(); }
 
 bool shrinks_inside(int tile, int64_t r) { return TILES[tile].kind == Kind::wgmma && r <= RANKS_INSIDE; }
 

@@ -28,6 +28,7 @@ struct GemmArguments {
   T* s;
   Factors factors;
   int32_t* ready;
+  int band;  // row blocks of a band of tiles, see layout.h
 };
 
 // Two columns side by side, the first one even, of an output with n columns, an even number.
@@ -45,10 +46,31 @@ FEDMS_HD void add_bias(const T* bias, int column, int n, float& low, float& high
   high += Number<T>::widen(bias[column + 1]);
 }
 
+// Maps of matrices, each made again where its matrix is another one than in the call before.
+struct TensorMaps {
+  enum Operand { x, w, t, f, y, a, COUNT };
+  struct Kept {
+    TensorMap map;
+    const void* data = nullptr;
+    int64_t rows, columns, stride;
+    int box_rows;
+    bool bf16;
+  } kept[COUNT];
+
+  const TensorMap& of(Operand operand, const Launch& what, bool bf16, const void* data, int64_t rows, int64_t columns,
+                      int64_t stride, int box_rows) {
+    Kept& k = kept[operand];
+    const bool same = k.data == data && k.rows == rows && k.columns == columns && k.stride == stride &&
+                      k.box_rows == box_rows && k.bf16 == bf16;
+    if (!same) k = {tensor_map(what, bf16, data, rows, columns, stride, box_rows), data, rows, columns, stride, box_rows, bf16};
+    return k.map;
+  }
+};
+
 template <class T>
 void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed);
 template <class T>
-void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed,
-                      int multiprocessors);
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed, int multiprocessors,
+                      TensorMaps& maps);
 
 }  // namespace fedms::cuda

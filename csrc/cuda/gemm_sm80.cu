@@ -82,7 +82,8 @@ struct MmaGemm {
 
   static FEDMS_DEVICE void run(const GemmArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory();
-    const Tile2 block = place_tile(ptx::block_x(), row_blocks(g.segments, BM, g.m), ceil_div(g.n, BN));
+    const Mask mask = g.mask.with_seed();
+    const Tile2 block = place_tile(ptx::block_x(), row_blocks(g.segments, BM, g.m), ceil_div(g.n, BN), g.band);
     const RowBlock rows = row_block(g.segments, block.row, BM, g.m, g.r, false);
     const int first_column = block.column * BN;
     const int k_steps = ceil_div(g.k, STEP), rank_steps = ceil_div(rows.ranks, STEP), steps = k_steps + rank_steps;
@@ -99,7 +100,7 @@ struct MmaGemm {
     Accumulator sum = {}, of_ranks = {};
     const auto drop = [&](Accumulator& of) {
       for_pairs(of, [&](float& low, float& high, int row, int column) {
-        drop_pair(g.mask, rows.row + row, first_column + column, g.n, low, high);
+        drop_pair(mask, rows.row + row, first_column + column, g.n, low, high);
       });
     };
     const auto scale = [&] {
@@ -119,7 +120,7 @@ struct MmaGemm {
       const uint32_t stage = memory + step % STAGES * STAGE;
       const bool first = step < first_steps;
       if (step == first_steps && INT8 && !DROPS) scale();
-      if (step == first_steps && !INT8 && g.mask.has_dropout()) drop(sum);
+      if (step == first_steps && !INT8 && mask.has_dropout()) drop(sum);
       if (first == INT8) {
 #pragma unroll
         for (int k16 = 0; k16 < STEP / 16; ++k16) multiply<INT8>(sum, stage, k16);

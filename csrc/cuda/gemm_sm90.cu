@@ -14,6 +14,9 @@ namespace fedms::cuda {
 namespace {
 
 constexpr int STEP = 64, BOX = 64 * 128;  // a box: 64 rows of 64 numbers, 128 bytes
+// From so many numbers on, 32 MiB, y leaves no room in the 50 MB of L2 for what the other tiles read, and whoever reads y next
+// would not find its beginning there: it is the first to be evicted.
+constexpr int64_t STREAMED = 16 << 20;
 
 template <int VALUE>
 using Count = std::integral_constant<int, VALUE>;
@@ -87,7 +90,7 @@ struct WgmmaGemm {
   static FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, F work) {
     const int blocks = row_blocks(g.segments, BM, g.m), columns = ceil_div(g.n, BN), step = ptx::blocks_x();
     const auto tile_at = [&](int t) {
-      return INSIDE ? place_tile_first_column_first(t, blocks, columns) : place_tile(t, blocks, columns);
+      return INSIDE ? place_tile_first_column_first(t, blocks, columns, g.band) : place_tile(t, blocks, columns, g.band);
     };
     for (int t = ptx::block_x(); t < blocks * columns; t += step) {
       const Tile2 tile = tile_at(t);
@@ -223,6 +226,7 @@ struct WgmmaGemm {
   static FEDMS_DEVICE void write(const GemmArguments<T>& g, const Maps& maps, uint32_t staged, int& boxes, int warpgroup,
                                  int row, int column, Accumulator& sum) {
     const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
+    const uint64_t policy = ptx::cache_policy(int64_t(g.m) * g.n > STREAMED);
 #pragma unroll
     for (int box = 0; box < BN / 64; ++box) {
       const uint32_t place = staged + boxes++ % 2 * BOX;
@@ -238,7 +242,7 @@ struct WgmmaGemm {
       ptx::fence_shared_for_tma();
       ptx::named_barrier(1 + warpgroup, 128);
       if (thread == 0) {
-        ptx::tma_store(&maps.y, place, row, column + box * 64);
+        ptx::tma_store(&maps.y, place, row, column + box * 64, policy);
         ptx::tma_store_commit();
       }
     }
@@ -250,6 +254,8 @@ struct WgmmaGemm {
     const Ring ring{memory, staged, barriers, barriers + STAGES * 8, barriers + STAGES * 16};
     const int warpgroup = ptx::thread() / 128;
     if (ptx::thread() == 0) {
+      for (const TensorMap* map : {&maps.x, &maps.w, &maps.t, &maps.f, &maps.y}) ptx::prefetch_map(map);
+      if (INSIDE) ptx::prefetch_map(&maps.a);
       for (int stage = 0; stage < STAGES; ++stage) {
         ptx::barrier_init(ring.full_of(stage), 1);
         ptx::barrier_init(ring.empty_of(stage), CONSUMERS);
@@ -275,25 +281,27 @@ __global__ void __launch_bounds__(TILES[TILE].threads(), 1)
 }
 
 template <class T, int TILE, bool TRANSPOSED, bool INSIDE>
-void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
+void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors, TensorMaps& kept) {
   constexpr Tile tile = TILES[TILE];
-  const auto map = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-    return tensor_map(what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
+  using Of = TensorMaps::Operand;
+  const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+    return kept.of(of, what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
   };
-  const auto operand = [&](const void* data, int k, int64_t stride) {
-    return TRANSPOSED ? map(data, k, g.n, stride, STEP) : map(data, g.n, k, stride, tile.bn);
+  const auto operand = [&](Of of, const void* data, int k, int64_t stride) {
+    return TRANSPOSED ? map(of, data, k, g.n, stride, STEP) : map(of, data, g.n, k, stride, tile.bn);
   };
   Maps maps;
-  maps.x = map(g.x, g.m, g.k, g.x_stride, tile.bm);
-  maps.w = operand(g.w, g.k, g.w_stride);
+  maps.x = map(Of::x, g.x, g.m, g.k, g.x_stride, tile.bm);
+  maps.w = operand(Of::w, g.w, g.k, g.w_stride);
   // Without ranks nobody looks at their maps, but they travel along. In segments F goes on behind the ranks of one expert.
   const int count = g.segments.count, last = count - 1;
   const int ranks_of_f = count == 0 ? g.r : g.segments.firsts[last] + ceil_div(g.segments.ranks[last], 16) * 16;
-  maps.t = g.r == 0 ? maps.x : map(g.t, g.m, g.r, g.t_stride, tile.bm);
-  maps.f = g.r == 0 ? maps.w : operand(g.f, ranks_of_f, g.f_stride);
-  maps.y = map(g.y, g.m, g.n, g.n, 64);
-  maps.a = INSIDE ? map(g.a, ranks_of_f, g.k, g.a_stride, RANKS_INSIDE) : maps.x;
-  const int tiles = row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn);
+  maps.t = g.r == 0 ? maps.x : map(Of::t, g.t, g.m, g.r, g.t_stride, tile.bm);
+  maps.f = g.r == 0 ? maps.w : operand(Of::f, g.f, ranks_of_f, g.f_stride);
+  maps.y = map(Of::y, g.y, g.m, g.n, g.n, 64);
+  maps.a = INSIDE ? map(Of::a, g.a, ranks_of_f, g.k, g.a_stride, RANKS_INSIDE) : maps.x;
+  const int blocks = row_blocks(g.segments, tile.bm, g.m), tiles = blocks * ceil_div(g.n, tile.bn);
+  if (INSIDE) clear(what, g.ready, blocks * sizeof(*g.ready));
   launch(what, wgmma_gemm<T, TILE, TRANSPOSED, INSIDE>, {std::min(tiles, multiprocessors), 1, 1, INSIDE}, tile.threads(),
          tile.shared_bytes(), g, maps);
 }
@@ -301,11 +309,13 @@ void start(const Launch& what, const GemmArguments<T>& g, int multiprocessors) {
 }  // namespace
 
 template <class T>
-void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, bool transposed, int multiprocessors) {
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, bool transposed, int multiprocessors,
+                      TensorMaps& maps) {
   const auto start_tile = [&](auto number) {
     constexpr int TILE = decltype(number)::value;
-    if (transposed) return start<T, TILE, true, false>(what, g, multiprocessors);
-    g.ready ? start<T, TILE, false, true>(what, g, multiprocessors) : start<T, TILE, false, false>(what, g, multiprocessors);
+    if (transposed) return start<T, TILE, true, false>(what, g, multiprocessors, maps);
+    g.ready ? start<T, TILE, false, true>(what, g, multiprocessors, maps)
+            : start<T, TILE, false, false>(what, g, multiprocessors, maps);
   };
   switch (tile) {
     case 2: return start_tile(Count<2>());
@@ -313,7 +323,7 @@ void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& g, int tile, b
     case 4: return start_tile(Count<4>());
   }
 }
-template void start_wgmma_gemm(const Launch&, const GemmArguments<Bf16>&, int, bool, int);
-template void start_wgmma_gemm(const Launch&, const GemmArguments<Fp16>&, int, bool, int);
+template void start_wgmma_gemm(const Launch&, const GemmArguments<Bf16>&, int, bool, int, TensorMaps&);
+template void start_wgmma_gemm(const Launch&, const GemmArguments<Fp16>&, int, bool, int, TensorMaps&);
 
 }  // namespace fedms::cuda

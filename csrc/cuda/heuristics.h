@@ -67,6 +67,13 @@ inline int resident(const Tile& tile, const DeviceProperties& chip) {
   return std::max(1, std::min(65536 / registers, (chip.shared_memory + 1024) / (tile.shared_bytes() + 1024)));
 }
 
+// How many row blocks a band of tiles has (layout.h): of 8 and 16 the one with which the tiles in flight, one a multiprocessor,
+// read the fewest rows of x and W. The rule of DeepGEMM's get_num_1d_blocks_per_group (github.com/deepseek-ai/DeepGEMM).
+inline int band_of(const Tile& tile, int multiprocessors) {
+  const auto rows = [&](int band) { return band * tile.bm + ceil_div(multiprocessors, band) * tile.bn; };
+  return rows(16) < rows(8) ? 16 : 8;
+}
+
 // Clock cycles, by the slower of the tensor cores and the caches.
 inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r) {
   const bool wgmma = tile.kind == Kind::wgmma;
@@ -81,7 +88,7 @@ inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, in
   const double feeding = std::min(1.0, double(tile.bm) * tile.bn / (tile.bm + tile.bn) / 85);
   const double maths = steps * 64 * tile.bm * tile.bn * resident(tile, chip) / (peak * feeding);
   // A wave reads each of its rows of x and columns of W from memory once (bands, layout.h), and from L2 once a tile.
-  const double together = std::min<double>(at_once, tiles), band = std::min<double>(BAND, row_blocks);
+  const double together = std::min<double>(at_once, tiles), band = std::min<double>(band_of(tile, chip.multiprocessors), row_blocks);
   const double memory = (band * tile.bm + std::ceil(together / band) * tile.bn) * 128 * steps / (16.0 * chip.multiprocessors);
   const double cache = together * tile.stage_bytes() * steps / (48.0 * chip.multiprocessors);
   // Filling the pipeline, and writing the tile: a persistent grid hides the first behind the second.

@@ -4,7 +4,10 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "fedms/cuda.h"
 
@@ -54,11 +57,30 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Lets a kernel have so much shared memory, once on each device: the driver takes a microsecond to be told.
+template <class Kernel>
+void allow_shared_memory(const Launch& what, Kernel* kernel, int bytes) {
+  constexpr int STANDARD = 48 << 10;  // what every kernel may have
+  if (bytes <= STANDARD) return;
+  static std::mutex mutex;
+  static std::set<std::pair<Kernel*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, what.stream.device})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+  allowed.insert({kernel, what.stream.device});
+}
+
+// Sets memory of the device to zero.
+inline void clear(const Launch& what, void* data, size_t bytes) {
+  const DeviceGuard guard(what);
+  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(what.stream.handle)), what);
+}
+
 template <class... Parameters>
 void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes,
             const Parameters&... arguments) {
   const DeviceGuard guard(what);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
+  allow_shared_memory(what, kernel, shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.x, grid.y, grid.z);
   config.blockDim = dim3(threads);

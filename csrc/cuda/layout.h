@@ -34,21 +34,20 @@ FEDMS_HD Place chunks_first(int lane) { return {(lane & 7) + (lane >> 4) * 8, la
 FEDMS_HD int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
 FEDMS_HD int accumulator_column(int lane, int i) { return 2 * (lane % 4) + i % 2; }
 
-// Output tiles in the order of the grid: those that run at the same time lie in a band of `BAND` row blocks, walked
+// Output tiles in the order of the grid: those that run at the same time lie in a band of `band` row blocks, walked
 // column by column, so that they share their rows of x and columns of W in the L2 cache.
-constexpr int BAND = 8;
 struct Tile2 {
   int row, column;
 };
-FEDMS_HD Tile2 place_tile(int tile, int row_blocks, int column_blocks) {
-  const int band = tile / (BAND * column_blocks), inside = tile % (BAND * column_blocks);
-  const int left = row_blocks - band * BAND, height = left < BAND ? left : BAND;
-  return {band * BAND + inside % height, inside / height};
+FEDMS_HD Tile2 place_tile(int tile, int row_blocks, int column_blocks, int band) {
+  const int of_band = band * column_blocks, first = tile / of_band * band, inside = tile % of_band;
+  const int left = row_blocks - first, height = left < band ? left : band;
+  return {first + inside % height, inside / height};
 }
 // The same, but the whole first column comes before all others, which wait for what it makes.
-FEDMS_HD Tile2 place_tile_first_column_first(int tile, int row_blocks, int column_blocks) {
+FEDMS_HD Tile2 place_tile_first_column_first(int tile, int row_blocks, int column_blocks, int band) {
   if (tile < row_blocks) return {tile, 0};
-  const Tile2 other = place_tile(tile - row_blocks, row_blocks, column_blocks - 1);
+  const Tile2 other = place_tile(tile - row_blocks, row_blocks, column_blocks - 1, band);
   return {other.row, other.column + 1};
 }
 

@@ -5,7 +5,7 @@ namespace fedms::cuda {
 namespace {
 
 template <class T>
-struct LoraGradPartialsArguments {
+struct GradArguments {
   int m, c, r, rows_a_split;
   const T* z;
   int64_t z_stride;
@@ -23,7 +23,7 @@ struct LoraGradPartialsArguments {
 constexpr int lora_grad_partials_columns(int64_t c) { return c >= 2048 ? 256 : 128; }
 
 template <class T, int COLUMNS>
-struct LoraGradPartials {
+struct GradTile {
   // Low steps, so that several are under way in what memory two blocks of a multiprocessor have.
   static constexpr int ROWS = 32, THREADS = 256, STAGES = COLUMNS == 256 ? 4 : 6, CHUNKS = COLUMNS / 8;
   static constexpr int Z_BYTES = ROWS * COLUMNS * 2, STAGE = Z_BYTES + ROWS * RANKS * 2;
@@ -35,8 +35,9 @@ struct LoraGradPartials {
   static_assert(ROWS * QUARTERS / 16 == THREADS / 32 && RANKS / 8 == QUARTERS);
   static_assert(SHARED <= 101376);
 
-  static FEDMS_DEVICE void run(const LoraGradPartialsArguments<T>& g) {
+  static FEDMS_DEVICE void run(const GradArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory(), b_tile = memory + STAGES * STAGE;
+    const Mask mask = g.mask.with_seed();
     const int column = ptx::block_x() * COLUMNS, split = ptx::block_y(), rank = ptx::block_z() * RANKS;
     const RowBlock rows = row_block(g.segments, split, g.rows_a_split, g.m, g.r, false);
     const int begin = rows.row, end = rows.end;
@@ -68,8 +69,8 @@ struct LoraGradPartials {
       ptx::sync_block();
       load(step + STAGES - 1);
       const uint32_t z = memory + step % STAGES * STAGE;
-      if (g.mask.has_dropout()) {
-        drop_tile<ROWS, CHUNKS, THREADS>(g.mask, z, begin + step * ROWS, column, g.c);
+      if (mask.has_dropout()) {
+        drop_tile<ROWS, CHUNKS, THREADS>(mask, z, begin + step * ROWS, column, g.c);
         ptx::sync_block();
       }
       if (g.g) add_outer(outer, z, z + Z_BYTES);
@@ -86,7 +87,7 @@ struct LoraGradPartials {
           const int to_column = column + (warp() * OUTER + o) * 16 + accumulator_row(lane(), i);
           const int to_rank = rank + j * 8 + accumulator_column(lane(), i);
           if (to_column >= g.c || to_rank >= g.r) continue;
-          to[int64_t(to_column) * g.r + to_rank] = g.mask.has_dropout() ? outer[o][j][i] * g.mask.kept_scale : outer[o][j][i];
+          to[int64_t(to_column) * g.r + to_rank] = mask.has_dropout() ? outer[o][j][i] * mask.kept_scale : outer[o][j][i];
         }
       }
     }
@@ -112,7 +113,7 @@ struct LoraGradPartials {
     }
   }
 
-  static FEDMS_DEVICE void project(const LoraGradPartialsArguments<T>& g, uint32_t z, const uint32_t (&b)[OF_QUARTER][RANKS / 16][4],
+  static FEDMS_DEVICE void project(const GradArguments<T>& g, uint32_t z, const uint32_t (&b)[OF_QUARTER][RANKS / 16][4],
                                    uint32_t sums, int row, int end, int rank) {
     const int part = warp() / QUARTERS * 16, quarter = warp() % QUARTERS;
     float sum[RANKS / 8][4] = {};
@@ -154,36 +155,38 @@ struct LoraGradPartials {
 };
 
 template <class T, int COLUMNS>
-__global__ void __launch_bounds__(LoraGradPartials<T, COLUMNS>::THREADS, 2)
-    lora_grad_partials_kernel(__grid_constant__ const LoraGradPartialsArguments<T> arguments) {
-  LoraGradPartials<T, COLUMNS>::run(arguments);
+__global__ void __launch_bounds__(GradTile<T, COLUMNS>::THREADS, 2)
+    lora_grad_partials_kernel(__grid_constant__ const GradArguments<T> arguments) {
+  GradTile<T, COLUMNS>::run(arguments);
 }
 
 }  // namespace
 
 int64_t lora_grad_partials_blocks(int64_t c) { return ceil_div(c, lora_grad_partials_columns(c)); }
 
-void lora_grad_partials(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
-           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Segments& segments,
-           const Dropout& dropout, const Stream& stream) {
-  const Launch what{"lora_grad_partials", m, c, 0, r, stream};
-  check_sizes(what, m, c, r);
-  if (c % 8) fail(what, "the columns of z are not a multiple of 8");
-  if (rows_a_split < 64 || rows_a_split % 64 || rows_a_split > INT_MAX - 1024) {
+void lora_grad_partials(const LoraGradPartials& g, const Stream& stream) {
+  const Launch what{"lora_grad_partials", g.m, g.c, 0, g.r, stream};
+  check_sizes(what, g.m, g.c, g.r);
+  if (g.c % 8) fail(what, "the columns of z are not a multiple of 8");
+  if (g.rows_a_split < 64 || g.rows_a_split % 64 || g.rows_a_split > INT_MAX - 1024) {
     fail(what, "rows_a_split is not a positive multiple of 64");
   }
-  if (u && dropout.p > 0) fail(what, "dropout is for z^T t alone");
-  check_segments(what, segments, m);
-  for_element(element, [&](auto* null) {
+  if (g.u && g.dropout.p > 0) fail(what, "dropout is for z^T t alone");
+  check_segments(what, g.segments, g.m);
+  for_element(g.element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const LoraGradPartialsArguments<T> arguments{int(m), int(c), int(r), int(rows_a_split), static_cast<const T*>(z), z_stride,
-                                      static_cast<const T*>(t), t_stride, g, static_cast<const T*>(b), b_stride, u,
-                                      segments, mask_of(dropout)};
-    const Grid grid{int(lora_grad_partials_blocks(c)), row_blocks(segments, int(rows_a_split), int(m)), ceil_div(r, RANKS)};
-    if (lora_grad_partials_columns(c) == 256) {
-      launch(what, lora_grad_partials_kernel<T, 256>, grid, LoraGradPartials<T, 256>::THREADS, LoraGradPartials<T, 256>::SHARED, arguments);
+    const GradArguments<T> arguments{int(g.m), int(g.c), int(g.r), int(g.rows_a_split), static_cast<const T*>(g.z), g.z_stride,
+                                     static_cast<const T*>(g.t), g.t_stride, g.g, static_cast<const T*>(g.b), g.b_stride, g.u,
+                                     g.segments, mask_of(g.dropout)};
+    const Grid grid{int(lora_grad_partials_blocks(g.c)), row_blocks(g.segments, int(g.rows_a_split), int(g.m)),
+                    ceil_div(g.r, RANKS)};
+    const auto start = [&](auto* kernel, auto tile) {
+      launch(what, kernel, grid, decltype(tile)::THREADS, decltype(tile)::SHARED, arguments);
+    };
+    if (lora_grad_partials_columns(g.c) == 256) {
+      start(lora_grad_partials_kernel<T, 256>, GradTile<T, 256>());
     } else {
-      launch(what, lora_grad_partials_kernel<T, 128>, grid, LoraGradPartials<T, 128>::THREADS, LoraGradPartials<T, 128>::SHARED, arguments);
+      start(lora_grad_partials_kernel<T, 128>, GradTile<T, 128>());
     }
   });
 }

@@ -8,14 +8,19 @@ namespace fedms::cuda {
 
 struct Mask {
   uint64_t seed;
+  const int64_t* seed_at;  // in the device's memory, or null: see Dropout
   uint32_t threshold;  // floor(p * 2^32); 0: nothing is dropped
   float kept_scale;    // 1 / (1 - p)
 
   FEDMS_HD bool has_dropout() const { return threshold != 0; }
+  // The mask as a kernel draws it: with the seed that lies in memory now, so that each replay of a graph has its own.
+  FEDMS_HD Mask with_seed() const {
+    return {threshold != 0 && seed_at ? static_cast<uint64_t>(*seed_at) : seed, nullptr, threshold, kept_scale};
+  }
 };
 
 inline Mask mask_of(const Dropout& dropout) {
-  return {dropout.seed, static_cast<uint32_t>(dropout.p * 4294967296.0), static_cast<float>(1 / (1 - dropout.p))};
+  return {dropout.seed, dropout.seed_at, static_cast<uint32_t>(dropout.p * 4294967296.0), static_cast<float>(1 / (1 - dropout.p))};
 }
 
 // One bit for each of the values 4 * quad .. 4 * quad + 3: 1 if it is kept.

@@ -129,11 +129,21 @@ FEDMS_DEVICE void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, 
       "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
 }
+// How the L2 cache treats what is written: as anything else, or the first to be evicted.
+FEDMS_DEVICE uint64_t cache_policy(bool evict_first) {
+  uint64_t policy;
+  if (evict_first) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
 // The other way; what lies outside the tensor is not written.
-FEDMS_DEVICE void tma_store(const TensorMap* map, uint32_t from, int row, int column) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
-             "r"(column), "r"(row)
-             : "memory");
+FEDMS_DEVICE void tma_store(const TensorMap* map, uint32_t from, int row, int column, uint64_t policy) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(map),
+               "r"(from), "r"(column), "r"(row), "l"(policy)
+               : "memory");
 }
 FEDMS_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until all but PENDING groups of this thread's stores have read shared memory.

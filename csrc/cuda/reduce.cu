@@ -1,4 +1,5 @@
 // Sums of partial sums in order, and what they make: T, dS, dgate, dA and dB.
+#include <algorithm>
 #include <type_traits>
 
 #include "ranks.h"
@@ -62,21 +63,27 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// A block has whole rows of the sum.
+// The sums of a launch; a row of blocks for each.
+constexpr int SUMS_A_LAUNCH = 32;
+struct PartialSums {
+  PartialSum sum[SUMS_A_LAUNCH];
+};
+
+// A block has whole rows of one of the sums.
 template <class T>
-__global__ void __launch_bounds__(256)
-    reduce_partials_kernel(int c, int r, int parts, int first, int count, const float* g, T* out, int64_t row_stride,
-                     int64_t column_stride) {
-  const int rows_of_block = 256 / count, of_block = ptx::thread() / count, column = ptx::thread() % count;
+__global__ void __launch_bounds__(256) reduce_partials_kernel(int r, __grid_constant__ const PartialSums sums) {
+  const PartialSum& g = sums.sum[ptx::block_y()];
+  const int rows_of_block = 256 / g.count, of_block = ptx::thread() / g.count, column = ptx::thread() % g.count;
   const int row = ptx::block_x() * rows_of_block + of_block;
-  if (of_block >= rows_of_block || row >= c) return;
+  if (of_block >= rows_of_block || row >= g.c) return;
   float sum = 0;
 #pragma unroll 8
-  for (int part = 0; part < parts; ++part) sum += g[(int64_t(part) * c + row) * r + first + column];
+  for (int part = 0; part < g.parts; ++part) sum += g.g[(int64_t(part) * g.c + row) * r + g.first + column];
+  T* const to = static_cast<T*>(g.out) + row * g.row_stride + column * g.column_stride;
   if constexpr (std::is_same_v<T, float>) {
-    out[row * row_stride + column * column_stride] = sum;
+    *to = sum;
   } else {
-    out[row * row_stride + column * column_stride] = {Number<T>::narrow(sum)};
+    *to = {Number<T>::narrow(sum)};
   }
 }
 
@@ -85,49 +92,54 @@ Grid blocks_of_rows(int64_t rows, int64_t columns) { return {ceil_div(rows, 256 
 
 }  // namespace
 
-void apply_scale_and_gate(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
-           const Segments& segments, const Stream& stream) {
-  const Launch what{"apply_scale_and_gate", m, 0, 0, r, stream};
-  check_sizes(what, m, r, r);
-  check_segments(what, segments, m);
-  if (t_stride < r || t_stride > MOST_RANKS) fail(what, "the stride of t is out of range");
-  for_element(element, [&](auto* null) {
+void apply_scale_and_gate(const ScaleAndGate& g, const Stream& stream) {
+  const Launch what{"apply_scale_and_gate", g.m, 0, 0, g.r, stream};
+  check_sizes(what, g.m, g.r, g.r);
+  check_segments(what, g.segments, g.m);
+  if (g.t_stride < g.r || g.t_stride > MOST_RANKS) fail(what, "the stride of t is out of range");
+  for_element(g.element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    launch(what, apply_scale_and_gate_kernel<T, T>, blocks_of_rows(m, t_stride), 256, 0, int(m), int(r), 1, static_cast<const T*>(s),
-           static_cast<T*>(t), int(t_stride), factors, segments);
+    launch(what, apply_scale_and_gate_kernel<T, T>, blocks_of_rows(g.m, g.t_stride), 256, 0, int(g.m), int(g.r), 1,
+           static_cast<const T*>(g.s), static_cast<T*>(g.t), int(g.t_stride), g.factors, g.segments);
   });
 }
 
-void finalize_row_grads(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
-                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Segments& segments,
-                 const Stream& stream) {
-  const Launch what{"finalize_row_grads", m, 0, 0, r, stream};
-  check_sizes(what, m, r, r);
-  check_segments(what, segments, m);
-  if (ds && (ds_stride < r || ds_stride > MOST_RANKS)) fail(what, "the stride of ds is out of range");
-  for_element(element, [&](auto* null) {
+void finalize_row_grads(const RowGrads& g, const Stream& stream) {
+  const Launch what{"finalize_row_grads", g.m, 0, 0, g.r, stream};
+  check_sizes(what, g.m, g.r, g.r);
+  check_segments(what, g.segments, g.m);
+  if (g.ds && (g.ds_stride < g.r || g.ds_stride > MOST_RANKS)) fail(what, "the stride of ds is out of range");
+  for_element(g.element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    if (ds && !dgate) {
-      launch(what, apply_scale_and_gate_kernel<T, float>, blocks_of_rows(m, ds_stride), 256, 0, int(m), int(r), int(parts), u,
-             static_cast<T*>(ds), int(ds_stride), factors, segments);
+    if (g.ds && !g.dgate) {
+      launch(what, apply_scale_and_gate_kernel<T, float>, blocks_of_rows(g.m, g.ds_stride), 256, 0, int(g.m), int(g.r),
+             int(g.parts), g.u, static_cast<T*>(g.ds), int(g.ds_stride), g.factors, g.segments);
     }
-    if (!dgate) return;
-    launch(what, finalize_row_grads_kernel<T>, {ceil_div(m, 8)}, 256, 0, int(m), int(r), int(experts), int(parts), u,
-           static_cast<const T*>(s), static_cast<T*>(ds), ds_stride, dgate, factors, segments);
+    if (!g.dgate) return;
+    launch(what, finalize_row_grads_kernel<T>, {ceil_div(g.m, 8)}, 256, 0, int(g.m), int(g.r), int(g.experts), int(g.parts), g.u,
+           static_cast<const T*>(g.s), static_cast<T*>(g.ds), g.ds_stride, g.dgate, g.factors, g.segments);
   });
 }
 
-void reduce_partials(Element element, bool fp32, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count,
-                     const float* g, void* out, int64_t row_stride, int64_t column_stride, const Stream& stream) {
-  const Launch what{"reduce_partials", c, 0, 0, r, stream};
-  check_sizes(what, c, r, r);
-  if (first < 0 || count < 1 || first + count > r) fail(what, "the columns are out of range");
-  const auto start = [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    launch(what, reduce_partials_kernel<T>, blocks_of_rows(c, count), 256, 0, int(c), int(r), int(parts), int(first),
-           int(count), g, static_cast<T*>(out), row_stride, column_stride);
-  };
-  fp32 ? start(static_cast<float*>(nullptr)) : for_element(element, start);
+void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream) {
+  for (size_t first = 0; first < sums.size(); first += SUMS_A_LAUNCH) {
+    PartialSums some{};
+    const int count = int(std::min(sums.size() - first, size_t(SUMS_A_LAUNCH)));
+    int blocks = 0;
+    for (int i = 0; i < count; ++i) {
+      const PartialSum& sum = some.sum[i] = sums[first + i];
+      const Launch what{"reduce_partials", sum.c, 0, 0, r, stream};
+      check_sizes(what, sum.c, r, r);
+      if (sum.first < 0 || sum.count < 1 || sum.first + sum.count > r) fail(what, "the columns are out of range");
+      blocks = std::max(blocks, blocks_of_rows(sum.c, sum.count).x);
+    }
+    const Launch what{"reduce_partials", some.sum[0].c, 0, 0, r, stream};
+    const auto start = [&](auto* null) {
+      using T = std::remove_pointer_t<decltype(null)>;
+      launch(what, reduce_partials_kernel<T>, {blocks, count}, 256, 0, int(r), some);
+    };
+    fp32 ? start(static_cast<float*>(nullptr)) : for_element(element, start);
+  }
 }
 
 }  // namespace fedms::cuda

@@ -20,7 +20,7 @@ struct ShrinkArguments {
 };
 
 template <class T>
-struct Shrink {
+struct ShrinkTile {
   // Few blocks are there, about one for each multiprocessor: what its memory holds back, the bytes that arrive in a
   // microsecond (32 KiB on 9.0), must be under way for it, and more.
   // Eight warps: four share out the rows, and each two of them the numbers of a step.
@@ -30,6 +30,7 @@ struct Shrink {
 
   static FEDMS_DEVICE void run(const ShrinkArguments<T>& g) {
     const uint32_t memory = ptx::shared_memory();
+    const Mask mask = g.mask.with_seed();
     const RowBlock rows = row_block(g.segments, ptx::block_x(), ROWS, g.m, g.r, false);
     const int row = rows.row, rank = ptx::block_y() * RANKS, steps = ceil_div(g.k, STEP);
     const T* a_of_rows = g.a + rows.first_rank * g.a_stride;
@@ -48,8 +49,8 @@ struct Shrink {
       ptx::sync_block();  // all see this step's tiles, and are done with the stage that is filled next
       load(step + STAGES - 1);
       const uint32_t x = memory + step % STAGES * STAGE, a = x + ROWS * 128;
-      if (g.mask.has_dropout()) {
-        drop_tile<ROWS, 8, THREADS>(g.mask, x, row, step * STEP, g.k);
+      if (mask.has_dropout()) {
+        drop_tile<ROWS, 8, THREADS>(mask, x, row, step * STEP, g.k);
         ptx::sync_block();
       }
 #pragma unroll
@@ -83,7 +84,7 @@ struct Shrink {
     for (int j = 0; j < RANKS / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float value = g.mask.has_dropout() ? sum[j][i] * g.mask.kept_scale : sum[j][i];
+        const float value = mask.has_dropout() ? sum[j][i] * mask.kept_scale : sum[j][i];
         put_s(g.s, g.t, g.t_stride, g.r, rows, to_row(i), to_rank(j, i), value, factor[j][i]);
       }
     }
@@ -106,28 +107,26 @@ struct Shrink {
 };
 
 template <class T>
-__global__ void __launch_bounds__(Shrink<T>::THREADS) shrink_kernel(__grid_constant__ const ShrinkArguments<T> arguments) {
-  Shrink<T>::run(arguments);
+__global__ void __launch_bounds__(ShrinkTile<T>::THREADS) shrink_kernel(__grid_constant__ const ShrinkArguments<T> arguments) {
+  ShrinkTile<T>::run(arguments);
 }
 
 }  // namespace
 
-void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int64_t x_stride, const void* a,
-            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Segments& segments,
-            const Dropout& dropout, const Stream& stream) {
-  const Launch what{"shrink", m, 0, k, r, stream};
-  check_sizes(what, m, k, r);
-  if (k % 8) fail(what, "k is not a multiple of 8");
-  check_segments(what, segments, m);
+void shrink(const Shrink& g, const Stream& stream) {
+  const Launch what{"shrink", g.m, 0, g.k, g.r, stream};
+  check_sizes(what, g.m, g.k, g.r);
+  if (g.k % 8) fail(what, "k is not a multiple of 8");
+  check_segments(what, g.segments, g.m);
   // Blocks cover the ranks in steps of RANKS: what they do not reach behind the last rank would stay unwritten.
-  if (t_stride < r || t_stride > int64_t(ceil_div(r, RANKS)) * RANKS) fail(what, "the stride of t is out of range");
-  for_element(element, [&](auto* null) {
+  if (g.t_stride < g.r || g.t_stride > int64_t(ceil_div(g.r, RANKS)) * RANKS) fail(what, "the stride of t is out of range");
+  for_element(g.element, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const ShrinkArguments<T> arguments{int(m), int(k), int(r), static_cast<const T*>(x), x_stride,
-                                       static_cast<const T*>(a), a_stride, static_cast<T*>(s), static_cast<T*>(t),
-                                       t_stride, factors, segments, mask_of(dropout)};
-    launch(what, shrink_kernel<T>, {row_blocks(segments, Shrink<T>::ROWS, int(m)), ceil_div(r, RANKS)}, Shrink<T>::THREADS,
-           Shrink<T>::SHARED, arguments);
+    const ShrinkArguments<T> arguments{int(g.m), int(g.k), int(g.r), static_cast<const T*>(g.x), g.x_stride,
+                                       static_cast<const T*>(g.a), g.a_stride, static_cast<T*>(g.s), static_cast<T*>(g.t),
+                                       g.t_stride, g.factors, g.segments, mask_of(g.dropout)};
+    launch(what, shrink_kernel<T>, {row_blocks(g.segments, ShrinkTile<T>::ROWS, int(g.m)), ceil_div(g.r, RANKS)},
+           ShrinkTile<T>::THREADS, ShrinkTile<T>::SHARED, arguments);
   });
 }
 

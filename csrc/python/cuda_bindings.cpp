@@ -1,166 +1,195 @@
-// The launchers of fedms/cuda.h. Addresses on the device are numbers here: 0 is null. fedms_ext/backends/cuda.py checks the
-// tensors behind them.
+// The layer plans of fedms/cuda_layer.h, on tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <vector>
 
-#include "fedms/cuda.h"
+#include "device_tensor.h"
+#include "fedms/cuda_layer.h"
 
 namespace fedms::python {
-
-namespace py = pybind11;
-
 namespace {
 
-using Address = uintptr_t;
-
-cuda::Element element(bool bf16) { return bf16 ? cuda::Element::bf16 : cuda::Element::fp16; }
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-float* floats(Address address) { return reinterpret_cast<float*>(address); }
-
-cuda::Segments segments_of(const std::vector<int>& ends, const std::vector<int>& ranks, const std::vector<int>& firsts) {
-  if (ends.size() > cuda::MOST_SEGMENTS || ranks.size() != ends.size() || firsts.size() != ends.size()) {
-    throw py::value_error("segments: expected as many ranks and firsts as ends, and 8 at most");
+// The stream that torch queues work of a device on now.
+cuda::Stream current_stream(const dlpack::Device& device) {
+  if (device.type == dlpack::cpu) return {0, nullptr};  // the emulator
+  void* handle = nullptr;
+  if (exchange && exchange->current_work_stream) {
+    if (exchange->current_work_stream(device.type, device.id, &handle) != 0) throw py::error_already_set();
+  } else {
+    const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(device.id);
+    handle = reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
   }
-  cuda::Segments segments;
-  segments.count = static_cast<int>(ends.size());
-  std::copy(ends.begin(), ends.end(), segments.ends);
-  std::copy(ranks.begin(), ranks.end(), segments.ranks);
-  std::copy(firsts.begin(), firsts.end(), segments.firsts);
-  return segments;
+  return {device.id, handle};
 }
 
-cuda::Factors factors_of(Address scale, Address expert, Address gate, int64_t row_stride, int64_t expert_stride) {
-  cuda::Factors factors{};
-  factors.scale = floats(scale);
-  factors.expert = reinterpret_cast<const int32_t*>(expert);
-  factors.gate = floats(gate);
-  factors.row_stride = row_stride;
-  factors.expert_stride = expert_stride;
-  return factors;
+// A plan as Python has it: how its GEMMs run is chosen there.
+class Plan {
+ public:
+  Plan(bool bf16, bool fp32_experts, bool int8, int64_t m, int64_t n, int64_t k, std::vector<int> ranks, std::vector<int> rows,
+       const cuda::DeviceProperties& chip, py::object owner)
+      : owner_(std::move(owner)), type_(bf16 ? BF16 : FP16), device_(DeviceTensor("owner", owner_).device()),
+        plan_({bf16 ? cuda::Element::bf16 : cuda::Element::fp16, fp32_experts, int8, m, n, k, std::move(ranks), std::move(rows)},
+              chip, static_cast<const int32_t*>(DeviceTensor("owner", owner_).expect(device_, INT32).dense(1).data())) {}
+
+  const cuda::LayerPlan& plan() const { return plan_; }
+
+  void forward(py::handle x, py::handle w, py::handle w_scale, py::handle bias, const py::sequence& a, const py::sequence& b,
+               py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle y, py::handle s, py::handle t,
+               py::handle joined) const {
+    const cuda::LayerShape& shape = plan_.shape();
+    cuda::LayerForward call{};
+    call.of = operands(a, b, scale, gate, dropout_p, seed, t, joined);
+    read_weight(call.of, w, w_scale, shape.n, shape.k);
+    const DeviceTensor x_tensor("x", x);
+    call.x = x_tensor.expect(device_, type_).data();
+    call.x_stride = x_tensor.rows(shape.m, shape.k);
+    if (!bias.is_none()) call.bias = dense("bias", bias, type_, shape.n);
+    call.y = dense("y", y, type_, shape.m * shape.n);
+    call.s = dense("s", s, type_, shape.m * plan_.rank());
+    plan_.forward(call, forward_choice, current_stream(device_));
+  }
+
+  void backward(py::handle dy, py::handle x, py::handle w, py::handle w_scale, const py::sequence& a, const py::sequence& b,
+                py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle s, py::handle t,
+                bool t_is_there, py::handle joined, bool joined_is_there, py::handle dx, py::handle dgate, const py::sequence& da,
+                const py::sequence& db, py::handle workspace) const {
+    const cuda::LayerShape& shape = plan_.shape();
+    cuda::LayerBackward call{};
+    call.of = operands(a, b, scale, gate, dropout_p, seed, t, joined);
+    call.t_is_there = t_is_there;
+    call.joined_is_there = joined_is_there;
+    const DeviceTensor dy_tensor("dy", dy);
+    call.dy = dy_tensor.expect(device_, type_).data();
+    call.dy_stride = dy_tensor.rows(shape.m, shape.n);
+    cuda::Needs needs{!dx.is_none(), !dgate.is_none(), false, false};
+    if (needs.dx) {
+      shape.int8 ? read_weight(call.of, w, w_scale, shape.k, shape.n) : read_weight(call.of, w, w_scale, shape.n, shape.k);
+      call.dx = dense("dx", dx, type_, shape.m * shape.k);
+    }
+    if (needs.dgate) call.dgate = static_cast<float*>(dense("dgate", dgate, FP32, shape.m * (shape.rows.empty() ? shape.ranks.size() : 1)));
+    for (size_t e = 0; e < shape.ranks.size(); ++e) {
+      call.da.push_back(gradient("da", da[e], shape.ranks[e] * shape.k));
+      call.db.push_back(gradient("db", db[e], shape.ranks[e] * shape.n));
+      needs.da |= call.da.back() != nullptr;
+      needs.db |= call.db.back() != nullptr;
+    }
+    if (needs.da) {
+      const DeviceTensor x_tensor("x", x);
+      call.x = x_tensor.expect(device_, type_).data();
+      call.x_stride = x_tensor.rows(shape.m, shape.k);
+    }
+    if (needs.dgate || needs.db) call.s = dense("s", s, type_, shape.m * plan_.rank());
+    call.workspace = dense("workspace", workspace, type_, plan_.workspace_size(needs));
+    plan_.backward(call, dx_choice, current_stream(device_));
+  }
+
+  cuda::GemmChoice forward_choice, dx_choice;
+
+ private:
+  void* dense(const char* name, py::handle tensor, const Type& type, int64_t numbers) const {
+    return DeviceTensor(name, tensor).expect(device_, type).dense(numbers).data();
+  }
+  const Type& experts_type() const { return plan_.shape().fp32_experts ? FP32 : type_; }
+  void* gradient(const char* name, py::handle tensor, int64_t numbers) const {
+    return tensor.is_none() ? nullptr : dense(name, tensor, experts_type(), numbers);
+  }
+
+  void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns) const {
+    const bool int8 = plan_.shape().int8;
+    const DeviceTensor weight("weight", w);
+    of.w = weight.expect(device_, int8 ? INT8 : type_).data();
+    of.w_stride = weight.rows(rows, columns);
+    if (int8) of.w_scale = static_cast<float*>(dense("weight_scale", w_scale, FP32, rows));
+  }
+
+  cuda::LayerOperands operands(const py::sequence& a, const py::sequence& b, py::handle scale, py::handle gate, double dropout_p,
+                               py::handle seed, py::handle t, py::handle joined) const {
+    const cuda::LayerShape& shape = plan_.shape();
+    const size_t experts = shape.ranks.size();
+    cuda::LayerOperands of{};
+    if (a.size() != experts || b.size() != experts) throw Declined("there are more or fewer experts than the plan's");
+    for (size_t e = 0; e < experts; ++e) of.experts.push_back(expert(a[e], b[e], shape.ranks[e]));
+    of.factors.scale = static_cast<float*>(dense("scale", scale, FP32, experts));
+    if (!gate.is_none()) {
+      const DeviceTensor tensor("gate", gate);
+      tensor.expect(device_, FP32).matrix(shape.m, experts);
+      of.factors.gate = static_cast<float*>(tensor.data());
+      of.factors.row_stride = tensor.stride(0);
+      of.factors.expert_stride = tensor.stride(1);
+    }
+    of.dropout.p = dropout_p;
+    if (dropout_p > 0) {
+      if (PyLong_Check(seed.ptr())) {
+        of.dropout.seed = seed.cast<uint64_t>();
+      } else {
+        of.dropout.seed_at = static_cast<int64_t*>(dense("seed", seed, INT64, 1));
+      }
+    }
+    of.t = dense("t", t, type_, plan_.t_size());
+    if (plan_.joined_size() > 0) of.joined = dense("joined", joined, type_, plan_.joined_size());
+    return of;
+  }
+
+  cuda::Expert expert(py::handle a, py::handle b, int64_t rank) const {
+    const cuda::LayerShape& shape = plan_.shape();
+    const DeviceTensor a_tensor("lora_a", a), b_tensor("lora_b", b);
+    a_tensor.expect(device_, experts_type()).matrix(rank, shape.k);
+    b_tensor.expect(device_, experts_type()).matrix(shape.n, rank);
+    if (plan_.joined_size() == 0) {  // the GEMMs read them where they are
+      return {a_tensor.data(), a_tensor.rows(rank, shape.k), 1, b_tensor.data(), b_tensor.rows(shape.n, rank), 1, 0, 0, 0};
+    }
+    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1), 0, 0, 0};
+  }
+
+  py::object owner_;
+  Type type_;
+  dlpack::Device device_;
+  cuda::LayerPlan plan_;
+};
+
+void define_plan(py::module_& m) {
+  py::class_<Plan>(m, "Plan", "The passes of a layer for all calls of one shape; see fedms_ext/backends/cuda_plan.py.")
+      .def(py::init<bool, bool, bool, int64_t, int64_t, int64_t, std::vector<int>, std::vector<int>, const cuda::DeviceProperties&,
+                    py::object>(),
+           py::kw_only(), py::arg("bf16"), py::arg("fp32_experts"), py::arg("int8"), py::arg("m"), py::arg("n"), py::arg("k"),
+           py::arg("ranks"), py::arg("rows"), py::arg("chip"), py::arg("owner"))
+      .def_property_readonly("rank", [](const Plan& plan) { return plan.plan().rank(); })
+      .def_property_readonly("t_size", [](const Plan& plan) { return plan.plan().t_size(); })
+      .def_property_readonly("joined_size", [](const Plan& plan) { return plan.plan().joined_size(); })
+      .def("workspace_size", [](const Plan& plan, bool dx, bool dgate, bool da, bool db) {
+        return plan.plan().workspace_size({dx, dgate, da, db});
+      }, py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"))
+      .def("choose_forward", [](Plan& plan, int tile, bool fuses_shrink) { plan.forward_choice = {tile, fuses_shrink}; },
+           py::arg("tile"), py::arg("fuses_shrink"))
+      .def("choose_dx", [](Plan& plan, int tile) { plan.dx_choice = {tile, false}; }, py::arg("tile"))
+      .def("forward", &Plan::forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("a"),
+           py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("y"), py::arg("s"),
+           py::arg("t"), py::arg("joined"))
+      .def("backward", &Plan::backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("a"),
+           py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("s"), py::arg("t"),
+           py::arg("t_is_there"), py::arg("joined"), py::arg("joined_is_there"), py::arg("dx"), py::arg("dgate"), py::arg("da"),
+           py::arg("db"), py::arg("workspace"));
 }
 
-cuda::FusedShrink fused_shrink_of(Address a, int64_t a_stride, Address s, const cuda::Factors& factors, Address ready) {
-  cuda::FusedShrink inside{};
-  inside.a = at(a);
-  inside.a_stride = a_stride;
-  inside.s = at(s);
-  inside.factors = factors;
-  inside.ready = reinterpret_cast<int32_t*>(ready);
-  return inside;
-}
+}  // namespace
 
-void define_arguments(py::module_& m) {
-  py::class_<cuda::Stream>(m, "Stream").def(
-      py::init([](int device, Address handle) { return cuda::Stream{device, at(handle)}; }), py::arg("device"),
-      py::arg("handle"));
+void define_cuda(py::module_ m) {
+  m.doc() = "The layer plans of csrc/include/fedms/cuda_layer.h; an error of CUDA is a RuntimeError that names the launch.";
+  py::register_local_exception<Declined>(m, "Declined", PyExc_ValueError);
   py::class_<cuda::DeviceProperties>(m, "DeviceProperties")
       .def(py::init([](int capability, int multiprocessors, int shared_memory) {
              return cuda::DeviceProperties{capability, multiprocessors, shared_memory};
            }),
            py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_memory"))
       .def_readonly("multiprocessors", &cuda::DeviceProperties::multiprocessors);
-  py::class_<cuda::Dropout>(m, "Dropout")
-      .def(py::init([](double p, uint64_t seed) { return cuda::Dropout{p, seed}; }), py::arg("p"), py::arg("seed"));
-  py::class_<cuda::Factors>(m, "Factors")
-      .def(py::init(&factors_of), py::arg("scale"), py::arg("expert"), py::arg("gate"), py::arg("row_stride"),
-           py::arg("expert_stride"));
-  py::class_<cuda::Segments>(m, "Segments")
-      .def(py::init(&segments_of), py::arg("ends"), py::arg("ranks"), py::arg("firsts"));
-  py::class_<cuda::FusedShrink>(m, "FusedShrink")
-      .def(py::init(&fused_shrink_of), py::arg("a"), py::arg("a_stride"), py::arg("s"), py::arg("factors"), py::arg("ready"))
-      .def(py::init([] { return cuda::FusedShrink{}; }));
   m.attr("MOST_SEGMENTS") = cuda::MOST_SEGMENTS;
-}
-
-void gemm(bool bf16, int64_t m, int64_t n, int64_t k, int64_t r, Address x, int64_t x_stride, Address w, int64_t w_stride,
-          Address w_scale, Address bias, Address t, int64_t t_stride, Address f, int64_t f_stride, Address y, bool transposed,
-          const cuda::Dropout& dropout, const cuda::Segments& segments, const cuda::FusedShrink& inside, int tile,
-          const cuda::DeviceProperties& chip, const cuda::Stream& stream) {
-  cuda::Gemm call{};
-  call.element = element(bf16);
-  call.m = m;
-  call.n = n;
-  call.k = k;
-  call.r = r;
-  call.x = at(x);
-  call.x_stride = x_stride;
-  call.w = at(w);
-  call.w_stride = w_stride;
-  call.w_scale = floats(w_scale);
-  call.bias = at(bias);
-  call.t = at(t);
-  call.t_stride = t_stride;
-  call.f = at(f);
-  call.f_stride = f_stride;
-  call.y = at(y);
-  call.transposed = transposed;
-  call.dropout = dropout;
-  call.segments = segments;
-  call.inside = inside;
-  cuda::gemm(call, tile, chip, stream);
-}
-
-void define_gemm(py::module_& m) {
   m.def("check_device", &cuda::check_device, py::arg("device"));
   m.def("gemm_tiles", &cuda::gemm_tiles, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
         py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
   m.def("shrinks_inside", &cuda::shrinks_inside, py::arg("tile"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
-  m.def("gemm", &gemm, py::arg("bf16"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"),
-        py::arg("w"), py::arg("w_stride"), py::arg("w_scale"), py::arg("bias"), py::arg("t"), py::arg("t_stride"),
-        py::arg("f"), py::arg("f_stride"), py::arg("y"), py::arg("transposed"), py::arg("dropout"), py::arg("segments"),
-        py::arg("inside"), py::arg("tile"), py::arg("chip"), py::arg("stream"));
-}
-
-void define_ranks(py::module_& m) {
-  m.def("shrink", [](bool bf16, int64_t m, int64_t k, int64_t r, Address x, int64_t x_stride, Address a,
-                      int64_t a_stride, Address s, Address t, int64_t t_stride, const cuda::Factors& factors,
-                      const cuda::Segments& segments, const cuda::Dropout& dropout, const cuda::Stream& stream) {
-    cuda::shrink(element(bf16), m, k, r, at(x), x_stride, at(a), a_stride, at(s), at(t), t_stride, factors, segments,
-                 dropout, stream);
-  }, py::arg("bf16"), py::arg("m"), py::arg("k"), py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("a"),
-        py::arg("a_stride"), py::arg("s"), py::arg("t"), py::arg("t_stride"), py::arg("factors"), py::arg("segments"),
-        py::arg("dropout"), py::arg("stream"));
-  m.def("apply_scale_and_gate", [](bool bf16, int64_t m, int64_t r, Address s, Address t, int64_t t_stride,
-                     const cuda::Factors& factors, const cuda::Segments& segments, const cuda::Stream& stream) {
-    cuda::apply_scale_and_gate(element(bf16), m, r, at(s), at(t), t_stride, factors, segments, stream);
-  }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("s"), py::arg("t"), py::arg("t_stride"), py::arg("factors"),
-        py::arg("segments"), py::arg("stream"));
-  m.def("lora_grad_partials_blocks", &cuda::lora_grad_partials_blocks, py::arg("c"));
-  m.def("lora_grad_partials", [](bool bf16, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, Address z, int64_t z_stride,
-                     Address t, int64_t t_stride, Address g, Address b, int64_t b_stride, Address u,
-                     const cuda::Segments& segments, const cuda::Dropout& dropout, const cuda::Stream& stream) {
-    cuda::lora_grad_partials(element(bf16), m, c, r, rows_a_split, at(z), z_stride, at(t), t_stride, floats(g), at(b), b_stride,
-                floats(u), segments, dropout, stream);
-  }, py::arg("bf16"), py::arg("m"), py::arg("c"), py::arg("r"), py::arg("rows_a_split"), py::arg("z"),
-        py::arg("z_stride"), py::arg("t"), py::arg("t_stride"), py::arg("g"), py::arg("b"), py::arg("b_stride"),
-        py::arg("u"), py::arg("segments"), py::arg("dropout"), py::arg("stream"));
-  m.def("finalize_row_grads", [](bool bf16, int64_t m, int64_t r, int64_t experts, int64_t parts, Address u, Address s,
-                           Address ds, int64_t ds_stride, Address dgate, const cuda::Factors& factors,
-                           const cuda::Segments& segments, const cuda::Stream& stream) {
-    cuda::finalize_row_grads(element(bf16), m, r, experts, parts, floats(u), at(s), at(ds), ds_stride, floats(dgate), factors,
-                      segments, stream);
-  }, py::arg("bf16"), py::arg("m"), py::arg("r"), py::arg("experts"), py::arg("parts"), py::arg("u"), py::arg("s"),
-        py::arg("ds"), py::arg("ds_stride"), py::arg("dgate"), py::arg("factors"), py::arg("segments"),
-        py::arg("stream"));
-  m.def("reduce_partials", [](bool bf16, bool fp32, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count, Address g,
-                         Address out, int64_t row_stride, int64_t column_stride, const cuda::Stream& stream) {
-    cuda::reduce_partials(element(bf16), fp32, c, r, parts, first, count, floats(g), at(out), row_stride, column_stride, stream);
-  }, py::arg("bf16"), py::arg("fp32"), py::arg("c"), py::arg("r"), py::arg("parts"), py::arg("first"), py::arg("count"), py::arg("g"),
-        py::arg("out"), py::arg("row_stride"), py::arg("column_stride"), py::arg("stream"));
-}
-
-}  // namespace
-
-void define_cuda(py::module_ m) {
-  m.doc() = "The launchers of csrc/include/fedms/cuda.h on addresses; an error of CUDA is a RuntimeError that names the "
-            "launch.";
-  define_arguments(m);
-  define_gemm(m);
-  define_ranks(m);
+  define_plan(m);
 }
 
 }  // namespace fedms::python

@@ -11,8 +11,10 @@ import hashlib
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -41,6 +43,10 @@ class DeviceProperties(NamedTuple):
 
 
 _STAND_IN = DeviceProperties((9, 0), multiprocessors=4, shared_memory=232448)
+
+
+# Whether a tensor lies where the CUDA kernels take it from; asked at every call of a layer, so without a call of Python's.
+on_gpu: Callable[[torch.Tensor], bool] = attrgetter("is_cpu" if _EMULATOR else "is_cuda")
 
 
 def runs_cuda(device: torch.device) -> bool:
@@ -119,6 +125,7 @@ def cuda_kernels() -> ModuleType | None:
     spec = importlib.util.spec_from_file_location("_C", _EMULATOR)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
+    module.set_tensor_types(torch.Tensor, torch.nn.Parameter)
     return module.cuda
 
 
@@ -138,11 +145,6 @@ def properties(device: torch.device) -> DeviceProperties:
 def current() -> torch.device:
     """Return the device that PyTorch's CUDA calls go to now, or the stand-in."""
     return torch.device("cpu") if _EMULATOR else torch.device("cuda", torch.cuda.current_device())
-
-
-def stream(device: torch.device) -> tuple[int, int]:
-    """Return the index of a device and the handle of its current stream."""
-    return (device.index, torch.cuda.current_stream(device).cuda_stream) if is_real(device) else (0, 0)
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

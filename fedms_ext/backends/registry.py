@@ -98,6 +98,11 @@ def choose(call: Call) -> Backend:
     raise AssertionError("the eager backend supports and prefers every call")
 
 
+def forced() -> Backend | None:
+    """Return the backend that was asked for by name, or None if one is chosen for each call."""
+    return _forced[-1][0] if _forced else None
+
+
 def cpu_is_chosen() -> bool:
     """Return whether a float32 call on the CPU that the CPU backend supports and prefers is its own: no other backend was asked
     for by name, and none that was registered stands before it."""

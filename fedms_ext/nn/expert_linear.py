@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedms_ext.backends.device import on_gpu
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.operators import expert_linear
 from fedms_ext.operators.plain import plain_linear
+from fedms_ext.operators.planned import Plans, planned_linear
 
 
 class PairState(str, enum.Enum):
@@ -161,6 +163,7 @@ class ExpertLinear(FrozenLinear):
         self.lora_a, self.lora_b = Pairs(), Pairs()
         self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
         self.routes: list[Route] = []        # those of all threads
+        self.plans = Plans()                 # what the CUDA kernels keep for this layer
         self.merged: tuple[str, PairState, nn.Parameter] | None = None   # what `merge` changed
         for name, lora in experts.items():
             self.add_expert(name, lora)
@@ -255,19 +258,26 @@ class ExpertLinear(FrozenLinear):
         drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
         route = self._route() if self.routes else _EVERYWHERE
         segments = None if route.segments is None else self._segments_of_rows(x, route.segments)
-        if not drops and route.gate is None and (segments is None or False not in active):
-            if False in active:
-                a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
-            y = plain_linear(x, weight, bias, a, b, scale, None, segments)
-            if y is not None:
-                return y
+        gate = None if route.gate is None else self._gate_of_rows(x, route)
+        if False in active and gate is None and segments is None:
+            a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
             active = [True] * len(a)
+        seed = int(torch.randint(2**63 - 1, ())) if drops else 0
+        y = None
+        if False not in active:
+            if type(x) is Tensor and on_gpu(x):
+                if segments is None:
+                    y = planned_linear(self.plans, x, weight, bias, a, b, scale, gate, dropout if drops else 0.0, seed)
+            elif not drops and gate is None:
+                y = plain_linear(x, weight, bias, a, b, scale, None, segments)
+        if y is not None:
+            return y
         return expert_linear(
             x, weight, bias, a, b, scale,
-            gate=None if route.gate is None else self._gate_of_rows(x, route),
+            gate=gate,
             active=active,
             dropout_p=dropout if drops else 0.0,
-            seed=int(torch.randint(2**63 - 1, ())) if drops else 0,
+            seed=seed,
             segments=segments)
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
@@ -376,7 +386,7 @@ class ExpertLinear(FrozenLinear):
     def leave(self) -> None:
         """Turn the layer, in place, into the layer that it was before it got experts, or into a `FrozenLinear` if its
         weight is quantized. The experts are deleted; merge one first to keep it."""
-        del self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.merged
+        del self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.plans, self.merged
         super().leave()
 
     def extra_repr(self) -> str:

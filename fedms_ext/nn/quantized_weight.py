@@ -109,7 +109,7 @@ class QuantizedWeight(nn.Module):
 
     def _transpose(self) -> None:
         self._transposed_of = self._versions()
-        q, scale = quantize_weight(self.dequantize().T)
+        q, scale = quantize_weight(self.dequantize().T.contiguous())  # its rows are what a kernel reads
         self._transposed = packed(q.to(torch.int8), scale, "int8", self.group, self._shape[0]), scale
 
     @property

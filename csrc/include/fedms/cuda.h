@@ -1,6 +1,7 @@
-// The linear layer with gated LoRA experts on an NVIDIA GPU, in bf16 and fp16, from compute capability 8.0 on. The
-// parts are launched one by one: S = x A^T (shrink), y = x W^T + T B^T + bias (gemm), and for the gradients one pass
-// over dy (lora_grad_partials, finalize_row_grads, reduce_partials), the GEMM again for dx, and a pass over x for dA.
+// The linear layer with gated LoRA experts on an NVIDIA GPU, in bf16 and fp16, from compute capability 8.0 on: the launches
+// that a pass is made of (cuda_layer.h makes them). Forward: the experts side by side (join_experts), S = x A^T (shrink), and
+// y = x W^T + T B^T + bias (gemm). Backward: one pass over dy for dB and U (lora_grad_partials), dS and dgate from U
+// (finalize_row_grads), the GEMM again for dx, a pass over x for dA, and the sums of all gradients (reduce_partials).
 //
 // Pointers lead to memory of the device. A stride is the numbers from one row to the next; along a row they lie side by
 // side, and rows start at multiples of 16 bytes. Nothing is allocated, nothing waits for the GPU, and nothing is read
@@ -8,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,6 +32,7 @@ struct Stream {
 struct Dropout {
   double p = 0;
   uint64_t seed = 0;
+  const int64_t* seed_at = nullptr;  // memory of the device, read as the kernel runs in the place of `seed`; null: `seed`
 };
 
 // The total rank R: the experts lie side by side.
@@ -59,8 +62,8 @@ struct DeviceProperties {
 };
 
 // s and t made by the gemm itself, as shrink would: by the tiles of the first columns, which have x at hand. The other tiles of
-// their rows wait for t before they come to the ranks. `ready`: zeros, one for every 128 rows (of each segment); null: t is
-// there already. Not transposed, r is 32 at most, without dropout, for the tiles of shrinks_inside.
+// their rows wait for t before they come to the ranks. `ready`: room for a number for every 128 rows (of each segment), which
+// the launch clears; null: t is there already. Not transposed, r is 32 at most, without dropout, for the tiles of shrinks_inside.
 struct FusedShrink {
   const void* a = nullptr;  // (r, k)
   int64_t a_stride = 0;
@@ -68,6 +71,11 @@ struct FusedShrink {
   Factors factors{};
   int32_t* ready = nullptr;
 };
+
+// The operands as the tensor memory accelerator sees them. It takes the driver a while to make them, so whoever calls again with
+// the same addresses keeps them.
+struct TensorMaps;
+std::shared_ptr<TensorMaps> make_tensor_maps();
 
 // y (m, n), dense, = x w + t f + bias, in one fp32 accumulator. x is (m, k), t (m, r), and r may be 0. w and f are given
 // as (n, k) and (n, r), or, with `transposed`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
@@ -91,6 +99,7 @@ struct Gemm {
   Dropout dropout;
   Segments segments;
   FusedShrink inside;
+  TensorMaps* maps;  // kept from call to call, or null
 };
 
 // The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `full_tiles`:
@@ -102,34 +111,102 @@ void gemm(const Gemm& gemm, int tile, const DeviceProperties& chip, const Stream
 
 // s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its
 // stride. k is a multiple of 8.
-void shrink(Element element, int64_t m, int64_t k, int64_t r, const void* x, int64_t x_stride, const void* a,
-            int64_t a_stride, void* s, void* t, int64_t t_stride, const Factors& factors, const Segments& segments,
-            const Dropout& dropout, const Stream& stream);
+struct Shrink {
+  Element element;
+  int64_t m, k, r;
+  const void* x;
+  int64_t x_stride;
+  const void* a;
+  int64_t a_stride;
+  void* s;
+  void* t;
+  int64_t t_stride;
+  Factors factors;
+  Segments segments;
+  Dropout dropout;
+};
+void shrink(const Shrink& shrink, const Stream& stream);
 
 // t (m, r) from a dense s (m, r), as shrink makes it.
-void apply_scale_and_gate(Element element, int64_t m, int64_t r, const void* s, void* t, int64_t t_stride, const Factors& factors,
-           const Segments& segments, const Stream& stream);
+struct ScaleAndGate {
+  Element element;
+  int64_t m, r;
+  const void* s;
+  void* t;
+  int64_t t_stride;
+  Factors factors;
+  Segments segments;
+};
+void apply_scale_and_gate(const ScaleAndGate& call, const Stream& stream);
 
 // One pass over z (m, c), which is dy or x:
 //   parts of drop(z)^T t, (splits, c, r), one of every `rows_a_split` rows of z, or of a segment, with t (m, r); and
 //   parts of z b, (lora_grad_partials_blocks(c), m, r), one of every block of columns of z, with b (c, r).
 // Null pointers (g, or u) leave either out. c is a multiple of 8, rows_a_split of 64.
+struct LoraGradPartials {
+  Element element;
+  int64_t m, c, r, rows_a_split;
+  const void* z;
+  int64_t z_stride;
+  const void* t;
+  int64_t t_stride;
+  float* g;
+  const void* b;
+  int64_t b_stride;
+  float* u;
+  Segments segments;
+  Dropout dropout;
+};
 int64_t lora_grad_partials_blocks(int64_t c);
-void lora_grad_partials(Element element, int64_t m, int64_t c, int64_t r, int64_t rows_a_split, const void* z, int64_t z_stride,
-           const void* t, int64_t t_stride, float* g, const void* b, int64_t b_stride, float* u, const Segments& segments,
-           const Dropout& dropout, const Stream& stream);
+void lora_grad_partials(const LoraGradPartials& call, const Stream& stream);
 
 // From the parts of u = dy B (parts, m, r): ds (m, r) = u with scale and gate (zeros up to its stride), and dgate
 // (m, experts), or (m, 1) in segments, = scale * the sum of s * u over the ranks of an expert, with a dense s (m, r). Null
 // leaves either out.
-void finalize_row_grads(Element element, int64_t m, int64_t r, int64_t experts, int64_t parts, const float* u, const void* s,
-                 void* ds, int64_t ds_stride, float* dgate, const Factors& factors, const Segments& segments,
-                 const Stream& stream);
+struct RowGrads {
+  Element element;
+  int64_t m, r, experts, parts;
+  const float* u;
+  const void* s;
+  void* ds;
+  int64_t ds_stride;
+  float* dgate;
+  Factors factors;
+  Segments segments;
+};
+void finalize_row_grads(const RowGrads& call, const Stream& stream);
 
 // out (c, count) = the sum over the parts, in order, of the columns first .. first + count - 1 of g (parts, c, r);
-// out[i * row_stride + j * column_stride], of the element's type or, with `fp32`, float.
-void reduce_partials(Element element, bool fp32, int64_t c, int64_t r, int64_t parts, int64_t first, int64_t count,
-                     const float* g, void* out, int64_t row_stride, int64_t column_stride, const Stream& stream);
+// out[i * row_stride + j * column_stride].
+struct PartialSum {
+  const float* g;
+  int32_t c, parts, first, count;
+  void* out;
+  int64_t row_stride, column_stride;
+};
+// All sums of a backward pass in one launch for every 32 of them; r is that of all, and the outputs are of the element's type
+// or, with `fp32`, float.
+void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream);
+
+// An expert's A (rank, k) and B (n, rank) with any strides, of the element's type or float32. `first`: its first rank among
+// all; `end`: where the next expert's begin, with zeros from `first` + rank on.
+struct Expert {
+  const void* a;
+  int64_t a_row_stride, a_column_stride;
+  const void* b;
+  int64_t b_row_stride, b_column_stride;
+  int32_t rank, first, end;
+};
+// The experts side by side, rounded to the element's type: a (ranks, k), dense, and b (n, ranks) and, where it is not null,
+// a_t (k, ranks), whose rows are `pitch` numbers apart. The last expert's `end` may be the pitch: there are zeros up to it.
+struct JoinExperts {
+  Element element;
+  bool fp32;  // the experts are
+  int64_t n, k, ranks, pitch;
+  void *a, *b, *a_t;
+};
+// In one launch for every 32 experts.
+void join_experts(const JoinExperts& call, const std::vector<Expert>& experts, const Stream& stream);
 
 // Throws if this device cannot run the kernels of this build.
 void check_device(int device);

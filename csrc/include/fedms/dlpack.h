@@ -6,7 +6,7 @@
 
 namespace fedms::dlpack {
 
-enum DeviceType : int32_t { cpu = 1 };
+enum DeviceType : int32_t { cpu = 1, cuda = 2 };
 enum TypeCode : uint8_t { signed_integer = 0, unsigned_integer = 1, floating = 2, brain_floating = 4 };
 
 struct Device {
@@ -54,7 +54,8 @@ struct ExchangeApi {
   int (*managed_to_py_object)(ManagedTensor* tensor, void** out_py_object);
   // Describes a tensor without taking part in its ownership. 0, or -1 with a Python exception set. May be null.
   int (*tensor_from_py_object)(void* py_object, Tensor* out);
-  void* current_work_stream;
+  // The stream that work on a device is queued on now. 0, or -1 with a Python exception set. May be null.
+  int (*current_work_stream)(int32_t device_type, int32_t device, void** out_stream);
 };
 
 }  // namespace fedms::dlpack

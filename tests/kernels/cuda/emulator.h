@@ -4,6 +4,8 @@
 // holds which value of a fragment, how shared memory is swizzled, what a descriptor addresses, when a barrier's phase
 // ends. What the hardware may do early or late is done at both ends, to bring out missing waits: FEDMS_EMULATOR=early
 // copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order.
+// With FEDMS_EMULATOR=none no kernel runs: what is left is the work of the host alone, which tests/kernels/cuda/host_cost.py
+// counts. fedms_launches() says how many launches there were, of kernels and of clearing memory.
 //
 // An error is an exception that names the launch: a deadlock, lanes that disagree about the next instruction,
 // addresses outside of shared memory or misaligned ones, reading what a fence should have made visible, bank conflicts.
@@ -33,6 +35,11 @@
 #define __grid_constant__
 
 namespace fedms::cuda {
+
+namespace emulator {
+inline int64_t launches = 0;
+}
+extern "C" __attribute__((visibility("default"), used)) inline int64_t fedms_launches() { return emulator::launches; }
 
 struct Grid {
   int x, y = 1, z = 1;
@@ -172,6 +179,11 @@ inline void resume(Thread& thread) {
     makecontext(&start_context, fiber, 0);
     setcontext(&start_context);
   }
+}
+
+inline const std::string& pace() {
+  static const std::string pace = std::getenv("FEDMS_EMULATOR") ? std::getenv("FEDMS_EMULATOR") : "late";
+  return pace;
 }
 
 // Runs these blocks at the same time.
@@ -482,7 +494,8 @@ inline void fence_shared_for_tma() {
   }
   self->unfenced.clear();
 }
-inline void tma_store(const TensorMap* given, uint32_t from, int row, int column) {
+inline uint64_t cache_policy(bool) { return 0; }
+inline void tma_store(const TensorMap* given, uint32_t from, int row, int column, uint64_t) {
   const TensorMap map = *given;
   if (from % 1024) problem("a box with the 128-byte swizzle must start at a multiple of 1024 bytes");
   check_fenced(from, map.box_rows * 128);
@@ -571,11 +584,17 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
 
 }  // namespace ptx
 
+inline void clear(const Launch&, void* data, size_t bytes) {
+  ++emulator::launches;
+  std::memset(data, 0, bytes);
+}
+
 template <class... Parameters>
 void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes,
             const Parameters&... arguments) {
   using namespace emulator;
-  const char* mode = std::getenv("FEDMS_EMULATOR");
+  ++launches;
+  if (pace() == "none") return;
   if (threads % 32) fail(what, "the emulator wants whole warps");
   body = [&] { kernel(arguments...); };
   for (int z = 0; z < grid.z; ++z) {
@@ -586,7 +605,7 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
         for (int i = 0; i < at_once; ++i) {
           Block& now = blocks[i];
           now.x = x + i, now.y = y, now.z = z, now.blocks_x = grid.x, now.threads = threads;
-          now.late = mode == nullptr || std::string(mode) != "early";
+          now.late = pace() != "early";
           // NaNs in bf16 and in fp16, at a multiple of 1024 bytes.
           now.memory.assign(shared_bytes + 1024, 0xFF);
           now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;

@@ -26,7 +26,7 @@ KERNELS = ROOT / "csrc" / "cuda"
 KEPT = ROOT / "build" / "cuda-check"
 TABLE = HERE / "resources.txt"
 # The files of each target. 8.6 and 8.9 run the code of 8.0 where they have none of their own; Jetson's 8.7 does not.
-FAMILY = ("gemm_sm80", "shrink", "lora_grad", "reduce")
+FAMILY = ("gemm_sm80", "shrink", "lora_grad", "reduce", "join")
 TARGETS = {"sm_80": FAMILY, "sm_86": FAMILY, "sm_87": FAMILY, "sm_89": FAMILY, "sm_90": FAMILY, "sm_90a": ("gemm_sm90",)}
 MOST_SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_90a": 232448}
 # What must be in the code of a kernel; the kernels that only add have none of it.

@@ -16,7 +16,7 @@ import layers
 import fedms_ext
 from fedms_ext import expert_linear
 from fedms_ext.backends import cuda as backend
-from fedms_ext.backends import cuda_layout, device
+from fedms_ext.backends import cuda_plan, device
 from layers import (
     Layer,
     check_bits_repeat,
@@ -29,7 +29,7 @@ if reason := fedms_ext.explain("cuda"):
     pytest.skip(reason, allow_module_level=True)
 
 DEVICE = device.current().type
-CHIP = backend._chip(torch.empty(0, device=DEVICE).device)
+CHIP = cuda_plan.chip_of(torch.empty(0, device=DEVICE).device)
 
 
 def tiles(int8=False, has_dropout=False):
@@ -44,7 +44,8 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     monkeypatch.setenv("FEDMS_TUNE", "0")
-    backend._choices.cache_clear()
+    cuda_plan.choices.cache_clear()
+    monkeypatch.setattr(backend, "shared_plan", cuda_plan.Plan)  # each call makes its own, with the tile of its test
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
     yield
@@ -55,9 +56,9 @@ def use_tile(monkeypatch, tile, inside=False):
     """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
 
     def configs(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_fuse):
-        return [cuda_layout.GemmConfig(tile, inside and may_fuse and backend._kernels.shrinks_inside(tile, rank))]
+        return [cuda_plan.GemmConfig(tile, inside and may_fuse and backend._kernels.shrinks_inside(tile, rank))]
 
-    monkeypatch.setattr(backend, "gemm_configs", configs)
+    monkeypatch.setattr(cuda_plan, "gemm_configs", configs)
 
 
 inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import fedms_ext
 from fedms_ext.backends import cuda, device
 
 HERE = Path(__file__).parent
+TIMES = 20  # as host_cost.py repeats each case
 ROOT = HERE.parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -49,12 +52,53 @@ def emulated() -> Path:
     return next((build / "emulated").glob("_C*.so"))
 
 
+@pytest.mark.parametrize("file", ["numerics.py", "planned.py"])
 @pytest.mark.parametrize("pace", ["late", "early"])
-def test_numerics_on_the_emulator(emulated, pace):
+def test_numerics_on_the_emulator(emulated, pace, file):
     print(run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "numerics.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file],
         FEDMS_CUDA_EMULATED=str(emulated), FEDMS_EMULATOR=pace,
     ))  # fmt: skip
+
+
+def host_cost(emulated: Path, *before: str | Path, toggle: Path | None = None) -> dict[str, dict[str, int]]:
+    """What host_cost.py counts, by case."""
+    printed = run(
+        [*before, sys.executable, HERE / "host_cost.py", *([] if toggle is None else [toggle])],
+        FEDMS_CUDA_EMULATED=str(emulated), FEDMS_EMULATOR="none", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    cases = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return {case.pop("case"): case for case in cases}
+
+
+def test_a_pass_is_few_calls_of_python_and_few_launches(emulated):
+    cases = host_cost(emulated)
+    print(cases)
+    # Experts side by side, S, y; then the pass over dy, dS, dx, the pass over x, and the sums of all gradients.
+    assert cases["forward"]["launches"] == 3 and cases["forward and backward"]["launches"] == 3 + 5
+    assert cases["forward"]["calls"] <= 25 and cases["forward and backward"]["calls"] <= 60
+
+
+def test_instructions_of_the_host(emulated, tmp_path):
+    # 58 s here, nearly all of it to load PyTorch below valgrind.
+    if os.environ.get("FEDMS_CHECK_CUDA") != "1":
+        pytest.skip("LEFT OUT: counting the host's instructions takes a minute; make check-cuda does it")
+    if shutil.which("valgrind") is None or not Path("/usr/include/valgrind/callgrind.h").exists():
+        pytest.skip("LEFT OUT: counting the host's instructions, since there is no valgrind")
+    toggle = tmp_path / "toggle.so"
+    run([COMPILER, "-O2", "-shared", "-fPIC", HERE / "callgrind_toggle.cpp", "-o", toggle])
+    profile = tmp_path / "profile"
+    cases = host_cost(
+        emulated, "valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={profile}", toggle=toggle
+    )
+    counted = {}
+    for file in tmp_path.glob("profile.*"):
+        text = file.read_text()
+        name = re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE)[1]
+        counted[name] = int(re.search(r"^totals: (\d+)$", text, re.MULTILINE)[1]) // TIMES
+    print(counted)
+    assert counted.keys() == cases.keys()
+    assert counted["forward"] <= 80_000 and counted["forward and backward"] <= 350_000
 
 
 def test_machine_code():
@@ -86,9 +130,12 @@ def test_nothing_chooses_it_before_a_gpu_has_passed():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_launch_without_a_driver_is_an_error_that_names_it():
     kernels = cuda._kernels
-    stream, nothing, whole = kernels.Stream(0, 0), kernels.Dropout(0.0, 0), kernels.Segments([], [], [])
-    factors = kernels.Factors(0, 0, 0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"shrink \(m 5, n 0, k 8, total rank 3\) on device 0: .*\(cudaError"):
-        kernels.shrink(True, 5, 8, 3, 0, 8, 0, 8, 0, 0, 8, factors, whole, nothing, stream)
+    plan = kernels.Plan(
+        bf16=True, fp32_experts=False, int8=False, m=5, n=8, k=8, ranks=[8], rows=[], chip=kernels.DeviceProperties(80, 1, 101376),
+        owner=torch.zeros(8, dtype=torch.int32),
+    )  # fmt: skip
+    x, w, t = torch.zeros(5, 8).bfloat16(), torch.zeros(8, 8).bfloat16(), torch.zeros(plan.t_size).bfloat16()
+    with pytest.raises(RuntimeError, match=r"shrink \(m 5, n 0, k 8, total rank 8\) on device 0: .*\(cudaError"):
+        plan.forward(x, w, None, None, [w], [w], torch.ones(1), None, 0.0, 0, x.clone(), x.clone(), t, None)
     with pytest.raises(RuntimeError, match="cudaError"):
         kernels.check_device(0)

@@ -1,0 +1,78 @@
+"""What a layer on the CUDA kernels costs the host: Python calls, launches, and instructions.
+
+    FEDMS_CUDA_EMULATED=FILE FEDMS_EMULATOR=none python tests/kernels/cuda/host_cost.py [TOGGLE]
+
+The launchers return at once, so that only the work of the host is left. One line of JSON for each case. TOGGLE is a compiled
+callgrind_toggle.cpp: under `valgrind --tool=callgrind --instr-atstart=no` each case then writes a profile of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import fedms_ext
+from fedms_ext import ExpertLinear, LoRA
+
+TIMES = 20
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """Passes of a layer so small that what a tensor's memory costs does not count: float32 experts on a bf16 weight."""
+    layer = ExpertLinear.from_linear(nn.Linear(16, 16, dtype=torch.bfloat16), {"only": LoRA(8, alpha=16)})
+    layer.set_state("only", "trained")
+    x = torch.randn(80, 16, dtype=torch.bfloat16)
+    inputs = [x.clone().requires_grad_(), layer.lora_a["only"], layer.lora_b["only"]]
+    dy = torch.randn(80, 16, dtype=torch.bfloat16)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    return {"forward": forward, "forward and backward": lambda: torch.autograd.grad(layer(inputs[0]), inputs, dy)}
+
+
+def calls_of(run: Callable[[], object]) -> int:
+    """Return how many functions of Python are called."""
+    calls = 0
+
+    def count(frame: object, event: str, arg: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    emulator = ctypes.CDLL(os.environ["FEDMS_CUDA_EMULATED"])
+    emulator.fedms_launches.restype = ctypes.c_int64
+    toggle = ctypes.CDLL(sys.argv[1]) if len(sys.argv) > 1 else None
+    with fedms_ext.use_backend("cuda"):
+        for name, run in cases().items():
+            for _ in range(60):  # until every cache is filled, PyTorch's too
+                run()
+            before = emulator.fedms_launches()
+            run()
+            launches = emulator.fedms_launches() - before
+            print(json.dumps({"case": name, "launches": launches, "calls": calls_of(run)}), flush=True)
+            if toggle is not None:
+                toggle.start()
+                for _ in range(TIMES):
+                    run()
+                toggle.stop(name.encode())
+
+
+if __name__ == "__main__":
+    main()
