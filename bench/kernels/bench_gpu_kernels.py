@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fedms_ext
 from fedms_ext import expert_linear
-from fedms_ext.backends import cuda
+from fedms_ext.backends import cuda, cuda_plan
 from fedms_ext.backends import device as devices
 from fedms_ext.backends import triton as backend
 
@@ -84,17 +84,13 @@ def of_triton(o: Operands) -> dict[str, Call]:
 def of_cuda(o: Operands) -> dict[str, Call]:
     if cuda.unavailable():
         return {}
-    kernels, chip = cuda._kernels, cuda._chip(o.x.device)
+    kernels, chip = cuda._kernels, cuda_plan.chip_of(o.x.device)
     m, n, k, rank = o.gemm
     f = o.a if o.transposed else o.b
 
     def call(tile: int, ranks: int) -> Tensor:
         y = o.x.new_empty(m, n)
-        kernels.gemm(
-            o.x.dtype == torch.bfloat16, m, n, k, ranks, o.x.data_ptr(), o.x.stride(0), o.w.data_ptr(), o.w.stride(0), 0, 0,
-            o.t.data_ptr(), o.t.stride(0), f.data_ptr(), f.stride(0), y.data_ptr(), o.transposed, kernels.Dropout(0.0, 0),
-            kernels.Segments([], [], []), kernels.FusedShrink(), tile, chip, kernels.Stream(*devices.stream(o.x.device)),
-        )  # fmt: skip
+        kernels.gemm(o.x, o.w, o.t, f, y, o.transposed, ranks, tile, chip)
         return y
 
     calls: dict[str, Call] = {}

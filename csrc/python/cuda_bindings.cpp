@@ -148,6 +148,32 @@ class Plan {
   cuda::LayerPlan plan_;
 };
 
+// The GEMM alone, y = x w^T + t f^T or, transposed, x w + t f, which bench/kernels times tile by tile.
+void gemm(py::handle x, py::handle w, py::handle t, py::handle f, py::handle y, bool transposed, int64_t rank, int tile,
+          const cuda::DeviceProperties& chip) {
+  const DeviceTensor x_tensor("x", x), w_tensor("weight", w), t_tensor("t", t), f_tensor("f", f), y_tensor("y", y);
+  const dlpack::Device device = x_tensor.device();
+  const bool bf16 = x_tensor.is(BF16);
+  cuda::Gemm call{};
+  call.element = bf16 ? cuda::Element::bf16 : cuda::Element::fp16;
+  for (const DeviceTensor* tensor : {&x_tensor, &w_tensor, &t_tensor, &f_tensor, &y_tensor}) tensor->expect(device, bf16 ? BF16 : FP16);
+  call.m = x_tensor.size(0);
+  call.k = x_tensor.size(1);
+  call.n = w_tensor.size(transposed ? 1 : 0);
+  call.r = rank;
+  call.x = x_tensor.data();
+  call.x_stride = x_tensor.rows(call.m, call.k);
+  call.w = w_tensor.data();
+  call.w_stride = transposed ? w_tensor.rows(call.k, call.n) : w_tensor.rows(call.n, call.k);
+  call.t = t_tensor.data();
+  call.t_stride = t_tensor.rows(call.m, t_tensor.size(1));
+  call.f = f_tensor.data();
+  call.f_stride = transposed ? f_tensor.rows(f_tensor.size(0), call.n) : f_tensor.rows(call.n, f_tensor.size(1));
+  call.y = y_tensor.dense(call.m * call.n).data();
+  call.transposed = transposed;
+  cuda::gemm(call, tile, chip, current_stream(device));
+}
+
 void define_plan(py::module_& m) {
   py::class_<Plan>(m, "Plan", "The passes of a layer for all calls of one shape; see fedms_ext/backends/cuda_plan.py.")
       .def(py::init<bool, bool, bool, int64_t, int64_t, int64_t, std::vector<int>, std::vector<int>, const cuda::DeviceProperties&,
@@ -189,6 +215,8 @@ void define_cuda(py::module_ m) {
         py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
   m.def("shrinks_inside", &cuda::shrinks_inside, py::arg("tile"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
+  m.def("gemm", &gemm, py::arg("x"), py::arg("weight"), py::arg("t"), py::arg("f"), py::arg("y"), py::arg("transposed"),
+        py::arg("rank"), py::arg("tile"), py::arg("chip"));
   define_plan(m);
 }
 

@@ -46,10 +46,11 @@ class DeviceTensor {
   int64_t stride(int d) const { return view_.stride(d); }
   void* data() const { return data_; }
 
+  bool is(const Type& type) const { return view_.tensor.dtype.code == type.code && view_.tensor.dtype.bits == type.bits; }
+
   const DeviceTensor& expect(const dlpack::Device& device, const Type& type) const {
-    const dlpack::DataType& own = view_.tensor.dtype;
     if (!(view_.tensor.device == device)) decline("is on another device than the plan");
-    if (own.code != type.code || own.bits != type.bits || own.lanes != 1) decline(std::string("is not ") + type.name);
+    if (!is(type) || view_.tensor.dtype.lanes != 1) decline(std::string("is not ") + type.name);
     return *this;
   }
 

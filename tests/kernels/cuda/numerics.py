@@ -66,6 +66,18 @@ check = partial(layers.check, backend="cuda")
 check_quantized = partial(layers.check_quantized, backend="cuda")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gemm_alone_as_the_benchmark_times_it(transposed):
+    (m, n, k), rank = (70, 40, 72), 8
+    x, t = torch.randn(m, k).bfloat16(), torch.randn(m, rank).bfloat16()
+    w, f = (torch.randn((size, n) if transposed else (n, size)).bfloat16() for size in (k, rank))
+    for ranks in (rank, 0):
+        y = torch.full((m, n), float("nan")).bfloat16()
+        backend._kernels.gemm(x, w, t, f, y, transposed, ranks, SMALL, CHIP)
+        want = x.double() @ (w if transposed else w.T).double() + (t.double() @ (f if transposed else f.T).double() if ranks else 0)
+        assert layers.error(y, want) < 0.01
+
+
 @inside_or_apart
 # Sizes that end inside a tile, a step of the reduction and a step of the ranks.
 @pytest.mark.parametrize("tile", tiles())
