@@ -35,39 +35,38 @@ class Plan {
   const cuda::LayerPlan& plan() const { return plan_; }
 
   void forward(py::handle x, py::handle w, py::handle w_scale, py::handle bias, const py::sequence& a, const py::sequence& b,
-               py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle y, py::handle s, py::handle t,
-               py::handle joined) const {
+               py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle y, py::handle s,
+               py::handle room) const {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerForward call{};
-    call.of = operands(a, b, scale, gate, dropout_p, seed, t, joined);
+    call.of = operands(a, b, scale, gate, dropout_p, seed, room);
     read_weight(call.of, w, w_scale, shape.n, shape.k);
     const DeviceTensor x_tensor("x", x);
     call.x = x_tensor.expect(device_, type_).data();
     call.x_stride = x_tensor.rows(shape.m, shape.k);
     if (!bias.is_none()) call.bias = dense("bias", bias, type_, shape.n);
-    call.y = dense("y", y, type_, shape.m * shape.n);
-    call.s = dense("s", s, type_, shape.m * plan_.rank());
+    call.y = own("y", y, type_, shape.m * shape.n);
+    call.s = read_s(s, room);
     plan_.forward(call, forward_choice, current_stream(device_));
   }
 
   void backward(py::handle dy, py::handle x, py::handle w, py::handle w_scale, const py::sequence& a, const py::sequence& b,
-                py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle s, py::handle t,
-                bool t_is_there, py::handle joined, bool joined_is_there, py::handle dx, py::handle dgate, const py::sequence& da,
+                py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle s,
+                py::handle room, bool room_is_filled, py::handle dx, py::handle dgate, const py::sequence& da,
                 const py::sequence& db, py::handle workspace) const {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerBackward call{};
-    call.of = operands(a, b, scale, gate, dropout_p, seed, t, joined);
-    call.t_is_there = t_is_there;
-    call.joined_is_there = joined_is_there;
+    call.of = operands(a, b, scale, gate, dropout_p, seed, room);
+    call.t_is_there = call.joined_is_there = room_is_filled;
     const DeviceTensor dy_tensor("dy", dy);
     call.dy = dy_tensor.expect(device_, type_).data();
     call.dy_stride = dy_tensor.rows(shape.m, shape.n);
     cuda::Needs needs{!dx.is_none(), !dgate.is_none(), false, false};
     if (needs.dx) {
       shape.int8 ? read_weight(call.of, w, w_scale, shape.k, shape.n) : read_weight(call.of, w, w_scale, shape.n, shape.k);
-      call.dx = dense("dx", dx, type_, shape.m * shape.k);
+      call.dx = own("dx", dx, type_, shape.m * shape.k);
     }
-    if (needs.dgate) call.dgate = static_cast<float*>(dense("dgate", dgate, FP32, shape.m * (shape.rows.empty() ? shape.ranks.size() : 1)));
+    if (needs.dgate) call.dgate = static_cast<float*>(own("dgate", dgate, FP32, shape.m * (shape.rows.empty() ? shape.ranks.size() : 1)));
     for (size_t e = 0; e < shape.ranks.size(); ++e) {
       call.da.push_back(gradient("da", da[e], shape.ranks[e] * shape.k));
       call.db.push_back(gradient("db", db[e], shape.ranks[e] * shape.n));
@@ -79,20 +78,33 @@ class Plan {
       call.x = x_tensor.expect(device_, type_).data();
       call.x_stride = x_tensor.rows(shape.m, shape.k);
     }
-    if (needs.dgate || needs.db) call.s = dense("s", s, type_, shape.m * plan_.rank());
-    call.workspace = dense("workspace", workspace, type_, plan_.workspace_size(needs));
+    if (needs.dgate || needs.db) call.s = read_s(s, room);
+    call.workspace = own("workspace", workspace, type_, plan_.workspace_size(needs));
     plan_.backward(call, dx_choice, current_stream(device_));
   }
+
+  // Numbers of x's type that T and, behind it, the experts side by side take.
+  int64_t room_size() const { return joined_at() + plan_.joined_size(); }
 
   cuda::GemmChoice forward_choice, dx_choice;
 
  private:
+  int64_t joined_at() const { return (plan_.t_size() + 127) / 128 * 128; }
   void* dense(const char* name, py::handle tensor, const Type& type, int64_t numbers) const {
     return DeviceTensor(name, tensor).expect(device_, type).dense(numbers).data();
   }
+  void* own(const char* name, py::handle tensor, const Type& type, int64_t numbers) const {
+    return DeviceTensor(name, tensor, true).expect(device_, type).dense(numbers).data();
+  }
+  // S has a tensor of its own, or (None) lies behind what else is in the room.
+  void* read_s(py::handle s, py::handle room) const {
+    const int64_t numbers = plan_.shape().m * plan_.rank();
+    if (!s.is_none()) return dense("s", s, type_, numbers);
+    return static_cast<uint16_t*>(own("room", room, type_, room_size() + numbers)) + room_size();
+  }
   const Type& experts_type() const { return plan_.shape().fp32_experts ? FP32 : type_; }
   void* gradient(const char* name, py::handle tensor, int64_t numbers) const {
-    return tensor.is_none() ? nullptr : dense(name, tensor, experts_type(), numbers);
+    return tensor.is_none() ? nullptr : own(name, tensor, experts_type(), numbers);
   }
 
   void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns) const {
@@ -104,13 +116,13 @@ class Plan {
   }
 
   cuda::LayerOperands operands(const py::sequence& a, const py::sequence& b, py::handle scale, py::handle gate, double dropout_p,
-                               py::handle seed, py::handle t, py::handle joined) const {
+                               py::handle seed, py::handle room) const {
     const cuda::LayerShape& shape = plan_.shape();
     const size_t experts = shape.ranks.size();
     cuda::LayerOperands of{};
     if (a.size() != experts || b.size() != experts) throw Declined("there are more or fewer experts than the plan's");
     for (size_t e = 0; e < experts; ++e) of.experts.push_back(expert(a[e], b[e], shape.ranks[e]));
-    of.factors.scale = static_cast<float*>(dense("scale", scale, FP32, experts));
+    of.factors.scale = static_cast<float*>(own("scale", scale, FP32, experts));
     if (!gate.is_none()) {
       const DeviceTensor tensor("gate", gate);
       tensor.expect(device_, FP32).matrix(shape.m, experts);
@@ -126,8 +138,8 @@ class Plan {
         of.dropout.seed_at = static_cast<int64_t*>(dense("seed", seed, INT64, 1));
       }
     }
-    of.t = dense("t", t, type_, plan_.t_size());
-    if (plan_.joined_size() > 0) of.joined = dense("joined", joined, type_, plan_.joined_size());
+    of.t = own("room", room, type_, room_size());
+    of.joined = static_cast<uint16_t*>(of.t) + joined_at();
     return of;
   }
 
@@ -181,8 +193,8 @@ void define_plan(py::module_& m) {
            py::kw_only(), py::arg("bf16"), py::arg("fp32_experts"), py::arg("int8"), py::arg("m"), py::arg("n"), py::arg("k"),
            py::arg("ranks"), py::arg("rows"), py::arg("chip"), py::arg("owner"))
       .def_property_readonly("rank", [](const Plan& plan) { return plan.plan().rank(); })
-      .def_property_readonly("t_size", [](const Plan& plan) { return plan.plan().t_size(); })
-      .def_property_readonly("joined_size", [](const Plan& plan) { return plan.plan().joined_size(); })
+      .def_property_readonly("room_size", &Plan::room_size)
+      .def_property_readonly("reads_expert_in_place", [](const Plan& plan) { return plan.plan().joined_size() == 0; })
       .def("workspace_size", [](const Plan& plan, bool dx, bool dgate, bool da, bool db) {
         return plan.plan().workspace_size({dx, dgate, da, db});
       }, py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"))
@@ -191,10 +203,10 @@ void define_plan(py::module_& m) {
       .def("choose_dx", [](Plan& plan, int tile) { plan.dx_choice = {tile, false}; }, py::arg("tile"))
       .def("forward", &Plan::forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("a"),
            py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("y"), py::arg("s"),
-           py::arg("t"), py::arg("joined"))
+           py::arg("room"))
       .def("backward", &Plan::backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("a"),
-           py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("s"), py::arg("t"),
-           py::arg("t_is_there"), py::arg("joined"), py::arg("joined_is_there"), py::arg("dx"), py::arg("dgate"), py::arg("da"),
+           py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("s"),
+           py::arg("room"), py::arg("room_is_filled"), py::arg("dx"), py::arg("dgate"), py::arg("da"),
            py::arg("db"), py::arg("workspace"));
 }
 

@@ -76,7 +76,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     y, s = x.new_empty(*x.shape[:-1], weight.n), x.new_empty(len(rows), plan.rank)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     plan.forward(
-        rows, _aligned_rows(weight.data), weight.scale, bias, *_branch(plan, lora, x.device), y, s, *_room(plan, x),
+        rows, _aligned_rows(weight.data), weight.scale, bias, *_branch(plan, lora, x.device), y, s, x.new_empty(plan.room_size),
     )  # fmt: skip
     return y, s
 
@@ -89,10 +89,10 @@ def backward(call: BackwardCall) -> Gradients:
     dx = dy.new_empty(*dy.shape[:-1], weight.k) if needs.dx else None
     dgate = dy.new_empty(len(rows), lora.gate.shape[-1], dtype=torch.float32) if needs.dgate else None
     da, db = empty_gradients(lora, needs)
-    t, joined = _room(plan, dy)
     plan.backward(
-        rows, _aligned_rows(x) if any(needs.da) else None, _aligned_rows(weight.data) if needs.dx else None, weight.scale,
-        *_branch(plan, lora, dy.device), None if s is None else s.contiguous(), t, False, joined, False, dx, dgate, da, db,
+        rows, (needs.dx, needs.dgate, any(needs.da), any(needs.db)), _aligned_rows(x) if any(needs.da) else None, _aligned_rows(weight.data) if needs.dx else None, weight.scale,
+        *_branch(plan, lora, dy.device), None if s is None else s.contiguous(),
+        dy.new_empty(plan.room_size), False, dx, dgate, da, db,
     )  # fmt: skip
     return dx, None if dgate is None else dgate.view(lora.gate.shape).to(lora.gate.dtype), da, db
 
@@ -100,15 +100,10 @@ def backward(call: BackwardCall) -> Gradients:
 def _branch(plan: Plan, lora: Lora, device: torch.device) -> tuple[object, ...]:
     """Return A, B, scale, gate, dropout and seed as a plan takes them."""
     a, b, gate = lora.a, lora.b, lora.gate_rows()
-    if plan.joined_size == 0:
+    if plan.reads_expert_in_place:
         a, b = [_aligned_rows(a[0])], [_aligned_rows(b[0])]
     scale = scale_on(lora.scale, device).to(torch.float32)
     return a, b, scale, None if gate is None else gate.to(torch.float32), lora.dropout_p, lora.seed
-
-
-def _room(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return room for T and for the experts side by side."""
-    return x.new_empty(plan.t_size), x.new_empty(plan.joined_size) if plan.joined_size else None
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ class Plan:
 
     Attributes:
         rank: columns of S.
-        t_size: values of the input's dtype that T takes; see `LayerPlan` in csrc/include/fedms/cuda_layer.h.
-        joined_size: values that the experts side by side take; 0 if the only expert is read where it is.
+        room_size: values of the input's dtype that T and the experts side by side take. The forward pass writes them, and a
+            backward pass that gets them need not compute them again.
+        reads_expert_in_place: whether the only expert is not copied, so that its rows must begin at multiples of 16 bytes.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -78,13 +79,13 @@ class Plan:
             owner=torch.tensor(owner, dtype=torch.int32, device=shape.device),
         )  # fmt: skip
         self.rank: int = self._kernels.rank
-        self.t_size: int = self._kernels.t_size
-        self.joined_size: int = self._kernels.joined_size
+        self.room_size: int = self._kernels.room_size
+        self.reads_expert_in_place: bool = self._kernels.reads_expert_in_place
         self._forward_is_chosen = self._dx_is_chosen = False
         self._workspace_sizes: dict[tuple[bool, ...], int] = {}
 
     def forward(self, x: Tensor, *args: Any) -> None:
-        """Write y, S, T and the experts side by side.
+        """Write y, S, and what belongs into the room.
 
         Args:
             x: (M, K), or (..., K) if dense.
@@ -97,24 +98,23 @@ class Plan:
             self._choose_forward(lambda: self._kernels.forward(x, *args))
         self._kernels.forward(x, *args)
 
-    def backward(self, dy: Tensor, *args: Any) -> None:
+    def backward(self, dy: Tensor, needs: tuple[bool, bool, bool, bool], *args: Any) -> None:
         """Write the gradients.
 
         Args:
             dy: (M, N), or (..., N) if dense.
+            needs: whether the gradient of x, of the gate, of any A and of any B is needed.
             args: the others of `_C.cuda.Plan.backward` but for the workspace, in their order.
 
         Raises:
             Declined: for a tensor that the kernels cannot read where it is.
         """
-        dx, dgate, da, db = args[-4:]
-        needs = (dx is not None, dgate is not None, da.count(None) < len(da), db.count(None) < len(db))
         size = self._workspace_sizes.get(needs)
         if size is None:
             size = self._workspace_sizes[needs] = self._kernels.workspace_size(*needs)
         workspace = dy.new_empty(size)
-        if dx is not None and not self._dx_is_chosen:
-            nothing = [None] * len(da)
+        if needs[0] and not self._dx_is_chosen:
+            nothing = [None] * len(self.shape.ranks)
             self._choose_dx(lambda: self._kernels.backward(dy, *args[:-3], None, nothing, nothing, workspace))
         self._kernels.backward(dy, *args, workspace)
 

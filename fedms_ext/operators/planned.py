@@ -26,15 +26,20 @@ class Planned:
 
     Attributes:
         plan: of the passes, or None if another backend computes such calls.
+        y_shape: of the output.
+        room: values of x's dtype for what the forward pass keeps, S at the end.
         scale: the experts' scales on the GPU, float32 (E,).
-        takes_backward: by which gradients are needed, whether the plan computes the backward pass too.
+        backward: by which gradients are needed: whether any of x's, the gate's, A's and B's are, or None if another backend
+            computes the backward pass.
     """
 
     def __init__(self, found: ForwardCall) -> None:
         x, weight, _, lora = found
         self.plan = cuda_plan.Plan(cuda_plan.shape_of(x, weight, lora)) if backends.choose(found) is cuda else None
+        self.y_shape = (*x.shape[:-1], weight.n)
+        self.room = 0 if self.plan is None else self.plan.room_size + self.plan.shape.m * self.plan.rank
         self.scale = scale_on(lora.scale, x.device)
-        self.takes_backward: dict[tuple[bool, ...], bool] = {}
+        self.backward: dict[tuple[bool, ...], tuple[bool, bool, bool, bool] | None] = {}
 
 
 class Plans(dict[tuple[object, ...], Planned]):
@@ -80,6 +85,8 @@ def planned_linear(
         return None
     quantized: Any = None if isinstance(weight, Tensor) else weight
     data, data_scale = (weight, None) if isinstance(weight, Tensor) else quantized.operands
+    if gate is not None:
+        gate = _gate_of_rows(gate, x)
     ranks = [pair.shape[0] for pair in a]
     key = (x.shape, x.dtype, x.device, data.dtype, a[0].dtype, *scale, *ranks, gate is None, dropout_p > 0.0,
            backends.forced())  # fmt: skip
@@ -89,11 +96,9 @@ def planned_linear(
     plan = planned.plan
     if plan is None:
         return None
-    gate = gate if gate is None else _gate_of_rows(gate, x)
-    y, s, t = x.new_empty(*x.shape[:-1], plan.shape.n), x.new_empty(plan.shape.m, plan.rank), x.new_empty(plan.t_size)
-    joined = x.new_empty(plan.joined_size) if plan.joined_size else None
+    y, room = x.new_empty(planned.y_shape), x.new_empty(planned.room)
     try:
-        plan.forward(x, data, data_scale, bias, a, b, planned.scale, gate, dropout_p, seed, y, s, t, joined)
+        plan.forward(x, data, data_scale, bias, a, b, planned.scale, gate, dropout_p, seed, y, None, room)
     except cuda_plan.Declined:
         return None
     if torch.is_grad_enabled():
@@ -101,7 +106,7 @@ def planned_linear(
         if True in needs:
             if quantized is not None:
                 data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-            kept = (s, t, joined, data, data_scale, seed if isinstance(seed, Tensor) else None)
+            kept = (room, data, data_scale, seed if isinstance(seed, Tensor) else None)
             return _Planned.apply((y, planned, kept, quantized, scale, dropout_p, seed, needs), x, gate, *a, *b)
     return y
 
@@ -145,28 +150,29 @@ class _Planned(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the call (None), x, the gate, every A and every B."""
-    x, gate, s, t, joined, weight, weight_scale, seed, *pairs = ctx.saved_tensors
+    x, gate, room, weight, weight_scale, seed, *pairs = ctx.saved_tensors
     planned, needs, p = ctx.planned, ctx.needs, ctx.dropout_p
     seed = ctx.seed if seed is None else seed
     experts = len(pairs) // 2
     a, b = pairs[:experts], pairs[experts:]
-    takes = planned.takes_backward.get(needs)
-    if takes is None:
-        found = _backward_call(ctx, dy, x, gate, weight, weight_scale, a, b, s, seed)
-        takes = planned.takes_backward[needs] = backends.choose(found) is cuda
-    if not takes or is_observed():
-        return None, *_general_gradients(ctx, dy, x, gate, weight, weight_scale, a, b, s, seed)
+    if needs not in planned.backward:
+        found = _backward_call(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
+        kinds = (found.needs.dx, found.needs.dgate, True in found.needs.da, True in found.needs.db)
+        planned.backward[needs] = kinds if backends.choose(found) is cuda else None
+    kinds = planned.backward[needs]
+    if kinds is None or is_observed():
+        return None, *_general_gradients(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
     dx = dy.new_empty(*dy.shape[:-1], planned.plan.shape.k) if needs[0] else None
     dgate = gate.new_empty(gate.shape) if needs[1] else None
     made = [torch.empty_like(pair, memory_format=torch.contiguous_format) if needed else None
             for pair, needed in zip(pairs, needs[2:])]
     try:
         planned.plan.backward(
-            dy, x, weight, weight_scale, a, b, planned.scale, gate, p, seed, s, t, True, joined, True, dx, dgate, made[:experts],
-            made[experts:],
+            dy, kinds, x, weight, weight_scale, a, b, planned.scale, gate, p, seed, None, room, True, dx, dgate,
+            made[:experts], made[experts:],
         )  # fmt: skip
     except cuda_plan.Declined:  # a dy that is expanded from fewer values, say
-        return None, *_general_gradients(ctx, dy, x, gate, weight, weight_scale, a, b, s, seed)
+        return None, *_general_gradients(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
     return None, dx, dgate, *made
 
 
@@ -175,23 +181,25 @@ _gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 def _backward_call(
     ctx: Any, dy: Tensor, x: Tensor | None, gate: Tensor | None, weight: Tensor | None, weight_scale: Tensor | None,
-    a: list[Tensor], b: list[Tensor], s: Tensor, seed: int | Tensor,
+    a: list[Tensor], b: list[Tensor], room: Tensor, seed: int | Tensor,
 ) -> BackwardCall:  # fmt: skip
     kind, group = (FLOATING, 0) if ctx.quantized is None else (ctx.quantized.kind, ctx.quantized.group)
     needs = Needs(*ctx.needs[:2], ctx.needs[2 : 2 + len(a)], ctx.needs[2 + len(a) :])
     lora = Lora(a, b, Scales(ctx.scale), gate, None, ctx.dropout_p, seed)
+    plan = ctx.planned.plan
+    s = room[plan.room_size :].view(plan.shape.m, plan.rank)
     return BackwardCall(dy, x, Weight(weight, weight_scale, kind, group, dy.shape[-1], a[0].shape[1]), lora, s, needs)
 
 
 def _general_gradients(
     ctx: Any, dy: Tensor, x: Tensor | None, gate: Tensor | None, weight: Tensor | None, weight_scale: Tensor | None,
-    a: list[Tensor], b: list[Tensor], s: Tensor, seed: int | Tensor,
+    a: list[Tensor], b: list[Tensor], room: Tensor, seed: int | Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients by the operator: another backend computes them, or somebody listens to PyTorch's dispatcher."""
-    found = _backward_call(ctx, dy, x, gate, weight, weight_scale, a, b, s, seed)
+    found = _backward_call(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
     number, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     gradients = iter(call(
         torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, found.weight.k, weight, weight_scale, found.weight.kind,
-        found.weight.group, a, b, found.lora.scale, gate, None, ctx.dropout_p, number, seed_tensor, s, *found.needs,
+        found.weight.group, a, b, found.lora.scale, gate, None, ctx.dropout_p, number, seed_tensor, found.s, *found.needs,
     ))  # fmt: skip
     return [next(gradients) if needed else None for needed in ctx.needs]

@@ -134,8 +134,8 @@ def test_a_launch_without_a_driver_is_an_error_that_names_it():
         bf16=True, fp32_experts=False, int8=False, m=5, n=8, k=8, ranks=[8], rows=[], chip=kernels.DeviceProperties(80, 1, 101376),
         owner=torch.zeros(8, dtype=torch.int32),
     )  # fmt: skip
-    x, w, t = torch.zeros(5, 8).bfloat16(), torch.zeros(8, 8).bfloat16(), torch.zeros(plan.t_size).bfloat16()
+    x, w, room = torch.zeros(5, 8).bfloat16(), torch.zeros(8, 8).bfloat16(), torch.zeros(plan.room_size).bfloat16()
     with pytest.raises(RuntimeError, match=r"shrink \(m 5, n 0, k 8, total rank 8\) on device 0: .*\(cudaError"):
-        plan.forward(x, w, None, None, [w], [w], torch.ones(1), None, 0.0, 0, x.clone(), x.clone(), t, None)
+        plan.forward(x, w, None, None, [w], [w], torch.ones(1), None, 0.0, 0, x.clone(), x.clone(), room)
     with pytest.raises(RuntimeError, match="cudaError"):
         kernels.check_device(0)
