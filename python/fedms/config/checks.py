@@ -70,6 +70,11 @@ def problems_of(c: RunConfig) -> Iterable[str]:
         stage = getattr(c, name)
         if stage.micro_batch is not None and stage.micro_batch > stage.batch:
             yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
+    if c.run.workers > 1 and c.run.engine != "local":
+        yield f'run.workers: got {c.run.workers}, but run.engine = {show(c.run.engine)} has processes of its own; leave it out'
+    if c.run.workers > 1 and c.clients.asynchronous:
+        yield (f"run.workers: got {c.run.workers}, but with clients.asynchronous = true clients are visited one by one, in the order in "
+               "which they answer; leave it out")
     yield from _task_problems(c)
     yield from _method_problems(c)
     yield from _privacy_problems(c)

@@ -361,6 +361,10 @@ class RunTable(Table):
     engine: Literal["local", "flower-sim", "flower"] = Field(
         "local", description="local: all clients in this process; flower-sim: Flower's simulation on this machine; "
         "flower: clients on machines of their own")
+    workers: int = Field(
+        1, ge=1, le=1024, description="processes that visit the clients of a round side by side with engine local, each with a model "
+        "of its own, run.threads threads and, with device cuda or auto, one of the GPUs in turn; 1: this process visits them. "
+        "Records do not depend on it")
     device: Union[Literal["auto", "cpu", "cuda", "mps"], NumberedGPU] = Field(
         "auto", description="where models compute; auto: the first CUDA GPU whose kernels pass a self-check, else the CPU; cuda: "
         "the first GPU; cuda:N: the one with this number, from 0. Messages, checkpoints and records do not depend on it")

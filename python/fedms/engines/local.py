@@ -1,4 +1,5 @@
-"""The embedded engine: server and clients in one process, one resident model, clients visited one after the other."""
+"""The embedded engine: the server and all clients on this machine. Clients are visited one after the other on the resident model
+of this process, or side by side by worker processes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,11 +10,11 @@ from fedms.data.subset import Subset
 from fedms.engines.arrivals import Simulated
 from fedms.engines.base import Arrival, Engine, Evaluation
 from fedms.engines.buffered import Courier
-from fedms.federated.client import Client, Message, Participant, Private, Share, visit
-from fedms.federated.evaluation import evaluate_client, own_accuracy, validate_client
-from fedms.federated.packing import Packed, pack_reply, pack_share, unpack_reply, unpack_share
-from fedms.federated.server import Server
+from fedms.engines.visitor import Visitor, Visits
+from fedms.federated.client import Client, Message, Participant, Private, Share
 from fedms.federated.method import Method
+from fedms.federated.packing import Packed, pack_share, unpack_reply, unpack_share
+from fedms.federated.server import Server
 from fedms.progress import Progress
 from fedms.storage.run_folder import RunFolder
 from fedms.tensors import Tensors
@@ -30,13 +31,15 @@ class LocalEngine(Engine):
         clients: participating clients; client i has id i.
         common_test: the common test set.
         folder, progress, stop: see `Engine`.
+        workers: who visits the clients in the place of this process.
     """
 
     def __init__(self, method: Method, server: Server, model: ExpertModel, clients: Sequence[Client],
                  common_test: Subset, folder: RunFolder, progress: Progress,
-                 stop: Callable[[], bool] = lambda: False) -> None:
+                 stop: Callable[[], bool] = lambda: False, workers: Visits | None = None) -> None:
         super().__init__(server, model.fm_params, folder, progress, stop)
-        self.method, self.model, self.clients, self.common_test = method, model, clients, common_test
+        self.clients = clients
+        self.visitor: Visits = Visitor(method, server, model, clients, common_test) if workers is None else workers
         self.states: dict[int, Private] = {}        # of clients with a visit that counted
         self.held: dict[int, Held] = {}             # by client, while a secure sum is under way
 
@@ -47,26 +50,18 @@ class LocalEngine(Engine):
         if self.private_rounds is not None:
             yield from self._shares(message, packed, clients)
             return
-        for client in clients:
-            bytes_down = self.due_to(client, packed).size
-            self.note_received(client, packed)
-            came, after = visit(self.method.client_step, self.model, self.clients[client], self._state(client), message)
-            bytes_up = 0
-            if came.reply is not None:
-                answer = pack_reply(came.reply, self.encoding)
-                came, bytes_up = replace(came, reply=unpack_reply(answer)), answer.size
-            yield Arrival(client, came, bytes_up, bytes_down, after=after)
+        for client, ((came, answer), after) in zip(clients, self.visitor.each("visit", message, clients, self._state)):
+            bytes_down = self._received(client, packed)
+            if answer is not None:
+                came = replace(came, reply=unpack_reply(answer))
+            yield Arrival(client, came, 0 if answer is None else answer.size, bytes_down, after=after)
 
     def _shares(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
         """What clients of a run with privacy send, and what they hold until the sum is over."""
-        from fedms.federated.private_client import contribute, join
+        from fedms.federated.private_client import join
 
-        for client in clients:
-            bytes_down = self.due_to(client, packed).size
-            self.note_received(client, packed)
-            # Why a client has nothing to add is its own: no record and no log of the server says so.
-            vector, after, _ = contribute(self.private_server, self.method, self.model, self.clients[client],
-                                          self._state(client), message)
+        for client, (vector, after) in zip(clients, self.visitor.each("contribute", message, clients, self._state)):
+            bytes_down = self._received(client, packed)
             if self.private_server.settings.masks:
                 share, self.held[client] = join(self.private_server, self._member(client), message, vector)
             else:
@@ -80,6 +75,12 @@ class LocalEngine(Engine):
 
     def participant(self, client: int) -> Participant:
         return self.clients[client]
+
+    def _received(self, client: int, packed: Packed) -> int:
+        """Bytes that a client had to be sent."""
+        size = self.due_to(client, packed).size
+        self.note_received(client, packed)
+        return size
 
     def exchange(self, message: Message, attempt: int,
                  questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
@@ -100,11 +101,11 @@ class LocalEngine(Engine):
         self.states[arrival.client] = arrival.after
 
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
-        for client in self.clients:
+        ids = [client.id for client in self.clients]
+        evaluations = self.visitor.each("evaluate", final, ids, self._state, on_common_test=on_common_test)
+        for _ in ids:
             self.check_stop(final)
-            private = self._state(client.id)
-            yield Evaluation(evaluate_client(self.method, self.model, client, private, final), own_accuracy(
-                self.method, self.model, self.common_test, private, final) if on_common_test else None)
+            yield next(evaluations)[0]
 
     def validate(self, final: Message) -> list[dict[str, Any]]:
         """What each client answers in the end about its validation samples, see `validate_client`.
@@ -112,21 +113,22 @@ class LocalEngine(Engine):
         Raises:
             Interrupted: if asked to stop.
         """
-        found = []
-        for client in self.clients:
+        ids = [client.id for client in self.clients]
+        answers, found = self.visitor.each("validate", final, ids, self._state), []
+        for _ in ids:
             self.check_stop(final)
-            found.append(validate_client(self.method, self.model, client, self._state(client.id), final))
+            found.append(next(answers)[0])
         return found
 
     def _state(self, client: int) -> Private:
         return self.states.get(client, Private())
 
     def own_state(self) -> dict[str, Any]:
-        return {"charged": sorted(self.model.meter.paid)}
+        return {"charged": sorted(self.visitor.paid)}
 
     def private(self) -> Mapping[int, Tensors]:
         return {client: private.tensors for client, private in self.states.items() if private.tensors}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
-        self.model.meter.paid = set(state["charged"])
+        self.visitor.paid = set(state["charged"])
         self.states |= {client: Private(tensors) for client, tensors in private.items()}

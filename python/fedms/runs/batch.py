@@ -1,7 +1,6 @@
 """Many runs: the methods of a comparison, the trials of a tuning, one after the other or in several processes."""
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-import torch
 
 from fedms.config import RunConfig, with_run
 from fedms.errors import Interrupted
@@ -22,6 +19,7 @@ from fedms.runs.workers import Work, in_processes
 from fedms.storage.records import CONFIG, RunRecords
 from fedms.storage.run_folder import check_same_config, check_same_data
 from fedms.storage.validation import VALIDATION
+from fedms.training.device import one_gpu_each
 
 
 @dataclass(frozen=True)
@@ -151,25 +149,13 @@ def carry_out(runs: Sequence[BatchRun], *, overwrite: bool = False, jobs: int = 
         progress.start(sum(run.visits for run in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
         done = 0
         for run, seconds in in_processes(partial(_timed_runner, overwrite=overwrite), todo, jobs, progress, stop,
-                                         one_gpu_each(todo)):
+                                         one_gpu_each(*(run.config.run.device for run in todo))):
             done += 1
             progress.done(f"{run.title}: {seconds:.0f} s ({done} of {len(todo)})")
         if done < len(todo):
             raise Interrupted("the runs under way have stopped between two clients")
     finally:
         progress.close()
-
-
-def one_gpu_each(runs: Sequence[BatchRun]) -> list[dict[str, str]]:
-    """Return the environment variables that show a process one of the machine's GPUs alone, for each GPU.
-
-    None where there are fewer than two, or where a run names the device that it is for.
-    """
-    if any(run.config.run.device not in ("auto", "cuda") for run in runs):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names] if len(names) > 1 else []
 
 
 def _beside(run: BatchRun, runs: Sequence[BatchRun]) -> tuple[Path, ...]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from fedms.config import RunConfig
+from fedms.config import RunConfig, with_run
 from fedms.data import Dataset, Shard
 from fedms.data.subset import Subset
 from fedms.engines.base import Engine
 from fedms.engines.local import LocalEngine
+from fedms.engines.visitor import Visitor
+from fedms.engines.workers import Workers
 from fedms.errors import AllClientsFailed, ConfigError
 from fedms.federated.client import Message
 from fedms.federated.evaluation import evaluate_unseen, shared_accuracy
@@ -26,6 +30,7 @@ from fedms.storage.final import SharedTensors, has_final, write_final
 from fedms.storage.provenance import provenance
 from fedms.storage.run_folder import RunFolder
 from fedms.storage.validation import write_validation
+from fedms.training.device import one_gpu_each
 
 OpenFolder = Callable[[RunConfig], RunFolder]
 Members = Callable[[], Sequence[int]]
@@ -139,16 +144,19 @@ def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, pro
     """Open the engine that `run.engine` names, and close it at the end.
 
     Raises:
-        ConfigError: If the engine is Flower, and it is not installed or the model or the data are objects of this process.
+        ConfigError: If the engine is Flower and that is not installed, or other processes need a model or data that are objects of
+            this one.
     """
     config, model = experiment.config, task.model
+    if task.given and (config.run.engine != "local" or config.run.workers > 1):
+        key, value = ("engine", config.run.engine) if config.run.engine != "local" else ("workers", config.run.workers)
+        raise ConfigError(f"run.{key}: {value!r} cannot send a model or a data set that is an object of this process; name them "
+                          'in the run file, or use engine "local" with one worker')
     if config.run.engine == "local":
-        yield LocalEngine(experiment.method, experiment.server, model, experiment.clients,
-                          Subset(experiment.partition.global_test), folder, progress, stop)
+        with _workers(config, task.device.device, progress) as workers:
+            yield LocalEngine(experiment.method, experiment.server, model, experiment.clients,
+                              Subset(experiment.partition.global_test), folder, progress, stop, workers)
         return
-    if task.given:
-        raise ConfigError(f"run.engine: {config.run.engine!r} cannot send a model or a data set that is an object of "
-                          "this process; name them in the run file, or use engine \"local\"")
     try:
         from fedms.engines.flower.server import FlowerEngine
         from fedms.engines.flower.simulation import simulated_grid
@@ -170,6 +178,31 @@ def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, pro
     with simulated_grid(clients, config.clients.count, config.run.threads, gpus) as simulated:
         yield FlowerEngine(experiment.server, model.fm_params, model.foundation.fingerprint, simulated, experiment.fitting,
                            samples, None, folder, progress, stop)
+
+
+@contextmanager
+def _workers(config: RunConfig, device: torch.device, progress: Progress) -> Iterator[Workers | None]:
+    """The processes of `[run] workers`, which end with the context; None where this one visits the clients itself."""
+    if config.run.workers == 1:
+        yield None
+        return
+    # What "auto" is was decided by this process, for all: bits differ between a GPU and a CPU.
+    asked = config.run.device if ":" in config.run.device else device.type
+    gpus = one_gpu_each() if asked == "cuda" else ()
+    workers = Workers(partial(_visitor, with_run(config, device=asked)), [*islice(cycle(gpus or [{}]), config.run.workers)])
+    progress.note(f"{config.run.workers} worker processes visit the clients side by side"
+                  + (f", on {min(len(gpus), config.run.workers)} GPUs" if gpus else ""))
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _visitor(config: RunConfig) -> Visitor:
+    """Load model and data of a run in a worker process."""
+    task = LoadedTask(config, Progress())
+    experiment = task.experiment(config)
+    return Visitor(experiment.method, experiment.server, task.model, experiment.clients, Subset(experiment.partition.global_test))
 
 
 def _with_absolute_key(config: RunConfig) -> RunConfig:

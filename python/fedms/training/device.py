@@ -115,6 +115,18 @@ def describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+def one_gpu_each(*asked: str) -> list[dict[str, str]]:
+    """The environment variables that show a process one of the machine's GPUs alone, for each GPU.
+
+    None where there are fewer than two, or where one of these `[run] device` names the device that it is for.
+    """
+    if any(name not in ("auto", "cuda") for name in asked):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names] if len(names) > 1 else []
+
+
 # Clock and memory
 
 def synchronize(device: torch.device) -> None:

@@ -7,9 +7,8 @@ import torch
 from fedms.config import load_config
 from fedms.engines.flower.simulation import share_of_gpu
 from fedms.errors import ConfigError
-from fedms.runs.batch import BatchRun, one_gpu_each
 from fedms.training import device as devices
-from fedms.training.device import choose, self_check
+from fedms.training.device import choose, one_gpu_each, self_check
 
 CPU = torch.device("cpu")
 
@@ -90,16 +89,13 @@ class TestManyGpus:
     def test_a_simulated_node_has_its_part_of_one_gpu(self, at_once, gpus, share):
         assert share_of_gpu(at_once, gpus) == share
 
-    def runs(self, tmp_path, device="auto"):
-        return [BatchRun(load_config("digits", [f"run.device={device}"]), tmp_path)]
-
-    def test_processes_see_one_gpu_each(self, tmp_path, two_gpus, monkeypatch):
+    def test_processes_see_one_gpu_each(self, two_gpus, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        assert one_gpu_each(self.runs(tmp_path)) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-        assert one_gpu_each(self.runs(tmp_path, "cuda:1")) == [] == one_gpu_each(self.runs(tmp_path, "cpu"))
+        assert one_gpu_each("auto", "cuda") == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+        assert one_gpu_each("auto", "cuda:1") == [] == one_gpu_each("cpu")
 
-    def test_of_those_that_the_user_left_visible(self, tmp_path, monkeypatch):
+    def test_of_those_that_the_user_left_visible(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f, 3,7")
-        assert [each["CUDA_VISIBLE_DEVICES"] for each in one_gpu_each(self.runs(tmp_path))] == ["GPU-5f", "3", "7"]
+        assert [each["CUDA_VISIBLE_DEVICES"] for each in one_gpu_each("auto")] == ["GPU-5f", "3", "7"]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-        assert one_gpu_each(self.runs(tmp_path)) == []
+        assert one_gpu_each("auto") == []

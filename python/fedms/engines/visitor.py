@@ -1,0 +1,104 @@
+"""What the embedded engine asks of clients, done on one resident model: in the engine's own process, or in a worker's."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from fedms.data.subset import Subset
+from fedms.engines.base import Evaluation
+from fedms.federated.client import Client, Message, Private, Visit, visit
+from fedms.federated.evaluation import evaluate_client, own_accuracy, validate_client
+from fedms.federated.method import Method
+from fedms.federated.packing import Packed, pack_reply
+from fedms.federated.server import Server
+from fedms.training.expert_model import ExpertModel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fedms.federated.private_server import PrivateServer
+
+Errand = Literal["visit", "contribute", "evaluate", "validate"]
+"""Names of the methods of :class:`Visitor` that do something for one client."""
+
+
+class Visits(Protocol):
+    """Whoever does an errand for many clients.
+
+    Attributes:
+        paid: Names of the constants that clients have paid for; see `FlopMeter.paid`.
+    """
+
+    paid: set[str]
+
+    def each(self, errand: Errand, message: Message, clients: Sequence[int], state: Callable[[int], Private],
+             **further: Any) -> Iterator[tuple[Any, Private]]:
+        """Does an errand for each client.
+
+        Args:
+            errand: What to do.
+            message: What the clients receive.
+            clients: Their ids.
+            state: Returns the private state that a client of this id has.
+            further: Passed on to the errand.
+
+        Yields:
+            What the errand returns, and the client's private state after it, in the order of `clients`.
+        """
+
+
+class Visitor:
+    """Visits clients one after the other on one resident model.
+
+    Args:
+        method, server, model: What to run, and on which resident model. Of the server only what clients know of it is used.
+        clients: Participating clients; client i has id i.
+        common_test: The common test set.
+    """
+
+    def __init__(self, method: Method, server: Server, model: ExpertModel, clients: Sequence[Client], common_test: Subset) -> None:
+        self.method, self.server, self.model, self.clients, self.common_test = method, server, model, clients, common_test
+
+    @property
+    def paid(self) -> set[str]:
+        return self.model.meter.paid
+
+    @paid.setter
+    def paid(self, names: set[str]) -> None:
+        self.model.meter.paid = names
+
+    def each(self, errand: Errand, message: Message, clients: Sequence[int], state: Callable[[int], Private],
+             **further: Any) -> Iterator[tuple[Any, Private]]:
+        """See :meth:`Visits.each`. A client is visited when its turn to be yielded comes."""
+        for client in clients:
+            yield self.do(errand, message, client, state(client), **further)
+
+    def do(self, errand: Errand, message: Message, client: int, private: Private, **further: Any) -> tuple[Any, Private]:
+        """Does an errand for one client; returns what it returns, and the client's private state after it."""
+        return getattr(self, errand)(message, self.clients[client], private, **further)
+
+    # The errands
+
+    def visit(self, message: Message, client: Client, private: Private) -> tuple[tuple[Visit, Packed | None], Private]:
+        """A visit, and its reply apart from it as it is sent; None if there is none."""
+        came, after = visit(self.method.client_step, self.model, client, private, message)
+        packed = None if came.reply is None else pack_reply(came.reply, self.server.config.wire.dtype)
+        return (replace(came, reply=None), packed), after
+
+    def contribute(self, message: Message, client: Client, private: Private) -> tuple[np.ndarray, Private]:
+        """What a client of a run with privacy adds to the round's sum, (size,) int32. Why it adds nothing is its own: no record
+        and no log of the server says so."""
+        from fedms.federated.private_client import contribute
+
+        vector, after, _ = contribute(cast("PrivateServer", self.server), self.method, self.model, client, private, message)
+        return vector, after
+
+    def evaluate(self, message: Message, client: Client, private: Private, on_common_test: bool) -> tuple[Evaluation, Private]:
+        """A client's accuracies on its test data in the end, and where that is asked on the common test set."""
+        own = own_accuracy(self.method, self.model, self.common_test, private, message) if on_common_test else None
+        return Evaluation(evaluate_client(self.method, self.model, client, private, message), own), private
+
+    def validate(self, message: Message, client: Client, private: Private) -> tuple[dict[str, Any], Private]:
+        """What a client answers in the end about its validation samples, see `validate_client`."""
+        return validate_client(self.method, self.model, client, private, message), private
