@@ -7,6 +7,7 @@ import torch  # noqa: F401  first: the kernels of this package run on the OpenMP
 from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import Backend, available, explain, register_backend, use_backend
+from .graphs import graphed
 from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight
 from .operators import expert_linear
 from .quantization.quantize import dequantize, quantize
@@ -53,6 +54,7 @@ __all__ = [
     "explain",
     "find_blocks",
     "gated",
+    "graphed",
     "merge",
     "philox_mask",
     "prefix_depth",

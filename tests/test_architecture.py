@@ -18,7 +18,7 @@ ROOMS = {
     "fedms": ("__init__", "__main__", "cli", "doctor", "deployment", "exports", "report", "runs", "engines", "methods", "federated",
               "privacy", "training", "models", "data", "tasks", "storage", "config", "foreign", "tensors", "seeds", "progress",
               "errors"),
-    "fedms_ext": ("__init__", "accelerate", "profiling", "budget", "sparse", "token_loss", "nn", "operators", "backends",
+    "fedms_ext": ("__init__", "accelerate", "profiling", "budget", "sparse", "token_loss", "graphs", "nn", "operators", "backends",
                   "quantization", "reference", "_C"),
 }
 WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}

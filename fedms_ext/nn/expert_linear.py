@@ -18,6 +18,7 @@ from fedms_ext.backends.device import on_gpu
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.pairs import Pairs
+from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.operators import expert_linear
 from fedms_ext.operators.plain import plain_linear
 from fedms_ext.operators.planned import Plans, planned_linear
@@ -111,7 +112,7 @@ class ExpertLinear(FrozenLinear):
     Each pair has a state: off, frozen or trained (`PairState`). An applied pair is trained if its parameters require a
     gradient, so `states` and `requires_grad` always agree. If every pair is off, the output equals that of `F.linear` bit
     for bit. Dropout applies only if the module is in training mode and one of its pairs is trained; its seed is drawn
-    from torch's default generator.
+    from torch's default generator (see `fedms_ext.nn.seeds`).
 
     For each expert the `state_dict` also holds `pairs.<name>`, a float64 tensor (5,): rank, alpha, dropout, rslora (0 or
     1) and state (0 off, 1 frozen, 2 trained). Loading a state dict restores them, so that the layer computes what the

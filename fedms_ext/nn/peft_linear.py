@@ -9,6 +9,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from fedms_ext.nn.linear import class_name, passed_by, replaced_forward, unplain
+from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.operators import expert_linear
 
 
@@ -75,5 +76,5 @@ class PeftLinear(lora.Linear):
             x, base.weight, base.bias,
             [down[name].weight for name in adapters], [up[name].weight for name in adapters],
             [self.scaling[name] for name in adapters], dropout_p=p,
-            seed=int(torch.randint(2**63 - 1, ())) if p > 0 else None,
+            seed=draw_seed(x) if p > 0 else None,
         )  # fmt: skip

@@ -12,6 +12,7 @@ below it, see every call of both passes, and the arithmetic stays that of the CP
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -38,18 +39,24 @@ class DeviceMismatch(RuntimeError):
 
 
 class FakeCuda:
-    """Within the context there is a GPU; `lies_on_it(tensor)` says whether a tensor is there. Its memory is always `MEMORY`."""
+    """Within the context there is one GPU; `lies_on_it(tensor)` says whether a tensor is there. Its memory is always `MEMORY`."""
 
     MEMORY = 12345
 
     def __init__(self) -> None:
         self._storages: dict[int, StorageWeakRef] = {}      # a weak reference keeps the address from being used again
         self._above, self._below = _Above(self), _Below(self)
-        self._driver = mock.patch.multiple(torch.cuda, synchronize=_done, reset_peak_memory_stats=_done,
-                                           max_memory_allocated=lambda device: self.MEMORY, get_device_name=lambda device: "fake")
+        self._patches = ExitStack()
 
     def __enter__(self) -> FakeCuda:
-        self._driver.start()
+        self._patches.enter_context(mock.patch.multiple(
+            torch.cuda, synchronize=_done, reset_peak_memory_stats=_done, max_memory_allocated=lambda device: self.MEMORY,
+            get_device_name=lambda device: "fake", is_available=lambda: True, device_count=lambda: 1,
+            is_current_stream_capturing=lambda: False, current_device=lambda: 0,
+            get_rng_state=lambda device: torch.get_rng_state(), set_rng_state=lambda state, device: torch.set_rng_state(state)))
+        # Autocast of the GPU is that of the CPU, which computes.
+        self._patches.enter_context(mock.patch.multiple(
+            torch, autocast=_Autocast, is_autocast_enabled=lambda kind: _enabled("cpu"), get_autocast_dtype=lambda kind: _dtype("cpu")))
         self._above.__enter__()
         self._below.__enter__()
         return self
@@ -57,7 +64,7 @@ class FakeCuda:
     def __exit__(self, *error: Any) -> None:
         self._below.__exit__(*error)
         self._above.__exit__(*error)
-        self._driver.stop()
+        self._patches.close()
 
     def lies_on_it(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._storages
@@ -72,6 +79,14 @@ class FakeCuda:
             self._storages[storage.cdata] = storage
         else:
             self._storages.pop(storage.cdata, None)
+
+
+_enabled, _dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu", *args, **kwargs)
 
 
 def _done(device: torch.device) -> None:

@@ -370,3 +370,5 @@ class RunTable(Table):
         "the first GPU; cuda:N: the one with this number, from 0. Messages, checkpoints and records do not depend on it")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="activations of the foundation model; experts, optimizer and sums are in fp32 in any case")
+    graphs: bool = Field(False, description="on a CUDA GPU, training steps whose shapes repeat are launched as CUDA graphs: less work "
+                         "for the CPU, more memory of the GPU; ignored on other devices")

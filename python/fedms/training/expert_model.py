@@ -28,6 +28,7 @@ from fedms.tensors import Tensors, digest_of, freeze_none
 from fedms.training.corrections import Corrections
 from fedms.training.device import ACTIVATIONS, describe
 from fedms.training.flop_meter import Constant, FlopMeter, Key
+from fedms.training.graphs import StepGraphs
 from fedms.training.imported import imported_tensors
 from fedms.training.streams import Stream
 from fedms.training.tasks import task_of
@@ -73,14 +74,13 @@ class ExpertModel:
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
         with _blamed_on("sal.order"):
             self.order = activation_order(self.blocks, config.sal.order)
-
         self.task = task_of(foundation, dataset, config, self.device) if task is None else task
         foundation.to(self.device)
         self.heads = nn.ModuleDict({name: self.task.new_head() for name in EXPERTS}).to(self.device)
         self.gate = self._new_gate()
         self.imported = {} if config.lora.start is None else imported_tensors(self, Path(config.lora.start))
         self.cache = self._new_cache()
-        self.meter = FlopMeter()
+        self.meter, self.graphs = FlopMeter(), StepGraphs(self)
         self.corrections = Corrections(self.layers)
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.shifts = self._no_shifts()                     # added to each expert's opinion, (K,)
@@ -126,7 +126,7 @@ class ExpertModel:
         head = self.task.new_head()
         self.task.reset_head(head, generator(seed, "init", "head"))
         self.heads["global"] = head.to(self.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):     # by default those of all GPUs
             torch.manual_seed(generator(seed, "init", "gate").initial_seed())
             self.gate = self._new_gate()
         self._open = None

@@ -1,9 +1,10 @@
 """`Stream`: one way to run the model, and what it costs."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.tasks.base import shifted
-from fedms_ext import ConstantPrefix, Ragged
+from fedms_ext import ConstantPrefix, PairState, Ragged
 from fedms_ext.budget import BlockCost
 
 if TYPE_CHECKING:
@@ -51,19 +52,16 @@ class Stream:
     def features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
         """(U, D) features of the rows (B,) of a part: the cached prefix (`prefix`, if given), then the live blocks."""
         model = self.model
-        module, indices = model.foundation.module, part.indices[rows]
+        indices = part.indices[rows]
         if model.config.lora.dropout:       # on where something is trained; the foundation model's own never is
             for layer in model.layers.values():
                 layer.train(torch.is_grad_enabled())
         inputs = model.inputs(indices)
-        start = 0
-        replayed: AbstractContextManager[None] = nullcontext()
+        start, hidden = 0, None
         if self.replays:
             prefix = self.prefix(part) if prefix is None else prefix
-            start, replayed = self.prefix_depth, ConstantPrefix(module, self.prefix_depth).replay(
-                prefix.pad(rows).to(model.device))
-        with replayed, model.precision():
-            features = model.foundation.features(inputs).float()
+            start, hidden = self.prefix_depth, prefix.pad(rows).to(model.device)
+        features = self._live(hidden, inputs)
         length = int(model.dataset.inputs.lengths[indices].max())
         model.meter.add(self.forward_flops(len(rows), length, first=start))
         if features.requires_grad:
@@ -72,6 +70,22 @@ class Stream:
             features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
         model.meter.add(model.task.head_flops(len(features), features.requires_grad))
         return features
+
+    def _live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(B, D) or per token (B, T, D) float32 features of inputs by name: from the prefix's output (B, T, D) on, if there is one."""
+        model, names = self.model, tuple(inputs)
+
+        def live(hidden: Tensor | None, *values: Tensor) -> Tensor:
+            replayed = nullcontext() if hidden is None else ConstantPrefix(model.foundation.module, self.prefix_depth).replay(hidden)
+            with replayed, model.precision():
+                return model.foundation.features(dict(zip(names, values))).float()
+
+        return model.graphs.of(self, live)(hidden, *inputs.values())
+
+    @cached_property
+    def states(self) -> tuple[tuple[PairState, ...], ...]:
+        """What each pair of each layer does."""
+        return tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
 
     def prefix(self, part: Subset) -> Ragged:
         """Output of the constant prefix for every sample of a part, each (T_i, D)."""

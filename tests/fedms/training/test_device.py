@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from fake_device import CPU, CUDA, DeviceMismatch, FakeCuda
+from fake_graph import FakeGraphs
 
 from fedms import data, methods, models
 from fedms.config import load_config, registry
@@ -76,6 +77,18 @@ def test_a_run_of_every_method_leaves_nothing_on_the_cpu(method):
         assert there.keys() == here.keys()
         for name, tensor in there.items():
             torch.testing.assert_close(tensor, here[name], rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+def test_graphs_of_training_steps_change_no_bit():
+    sets = ["lora.dropout=0.0", "stage1.epochs=3", "stage2.epochs=3"]
+    with FakeCuda() as fake, FakeGraphs() as graphs:
+        plain = rounds_on("cuda", "fedms", *sets, lies_on_gpu=fake.lies_on_it)
+        assert graphs.captured == 0
+        found = rounds_on("cuda", "fedms", *sets, "run.graphs=true", lies_on_gpu=fake.lies_on_it)
+    # In each stage the second of three epochs captures both passes; it and the third one replay them.
+    assert graphs.captured == 4 and graphs.replays == 8
+    for there, here in zip(found, plain, strict=True):
+        assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
 
 
 # A place where a tensor changes its device, what would be there without that, and a method that passes by.

@@ -1,0 +1,175 @@
+"""CUDA graphs of a computation whose shapes repeat, with gradients.
+
+In eager mode the CPU launches every kernel of a pass, and a small layer takes the GPU less time than that. A CUDA graph is launched
+as a whole. It reads and writes the memory that it was captured with: inputs are copied there before a replay, outputs from there
+after it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import device as devices
+from .nn.seeds import seeds_on_device
+from .operators.dispatch import is_transformed
+
+Step = Callable[..., Tensor]
+Key = tuple[object, ...]
+
+
+def graphed(step: Step, parameters: Iterable[Tensor] = (), *, most: int = 8) -> Graphed:
+    """Make a step replay a CUDA graph where its inputs lie on a CUDA GPU and their shapes have been met before.
+
+        loss_of = fedms_ext.graphed(lambda x, y: F.cross_entropy(model(x), y), model.parameters())
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss_of(x, y).backward()
+            optimizer.step()
+
+    The first call of a shape computes as always. The second one captures the pass, and with gradients the backward pass too; it and
+    all later ones are replays. Results are those of the step, bit for bit: what is chosen by measurement is chosen before the
+    capture, and the random numbers of a replay are those that the step would have drawn then. Dropout of this package's layers
+    draws its seeds on the GPU, in plain calls of the step too. On a CPU, below `torch.compile`, in a transform of `torch.func` and
+    while a graph is being captured, calling it is calling the step.
+
+    A replay repeats kernels and no Python: the step must do the same for all values of its inputs, must not wait for the GPU
+    (`.item()`, `.cpu()`), and must read what changes between calls from its arguments, or from tensors whose memory stays, such as
+    parameters that an optimizer updates.
+
+    Args:
+        step: takes tensors, or None, as positional arguments and returns one tensor.
+        parameters: what else gets a gradient. Ones that do not ask for a gradient, or lie in other memory than before, are no error:
+            the step is captured anew.
+        most: graphs that are kept; the one used longest ago goes first. Each has memory of its own for all that its pass makes.
+    """
+    return Graphed(step, parameters, most)
+
+
+class Graphed:
+    """A step that replays CUDA graphs; see `graphed`.
+
+    Attributes:
+        captures: The graphs, by shapes; the one used last is the last.
+    """
+
+    def __init__(self, step: Step, parameters: Iterable[Tensor], most: int) -> None:
+        if most < 1:
+            raise ValueError(f"most is {most}, expected at least 1 graph")
+        self.step, self.parameters, self.most = step, tuple(parameters), most
+        self.captures: OrderedDict[Key, _Capture] = OrderedDict()
+        self._met: set[Key] = set()
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Compute the step, or replay it.
+
+        Raises:
+            RuntimeError: In the backward pass, if the same graph was replayed again in between, which overwrote what that needs.
+        """
+        if not _fits(inputs):
+            return self.step(*inputs)
+        wanted = [p for p in self.parameters if p.requires_grad] if torch.is_grad_enabled() else []
+        key = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), *map(_shape, inputs), *[p.data_ptr() for p in wanted])
+        if key not in self._met:
+            self._met.add(key)
+            with seeds_on_device():
+                return self.step(*inputs)
+        if key not in self.captures:
+            while len(self.captures) >= self.most:
+                self.captures.popitem(last=False)
+            self.captures[key] = _Capture(self.step, inputs, wanted)
+        self.captures.move_to_end(key)
+        return _Replay.apply(self.captures[key], len(inputs), *inputs, *wanted)
+
+
+def _shape(tensor: Tensor | None) -> object:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def _fits(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether inputs can be those of a graph: all on one CUDA GPU, where nothing is captured now."""
+    found = {t.device for t in inputs if t is not None}
+    if torch.compiler.is_compiling() or len(found) != 1 or is_transformed():
+        return False
+    (device,) = found
+    return devices.is_real(device) and not devices.is_capturing(device)
+
+
+class _Capture:
+    """The graphs of a pass and of its backward pass, and the memory that they read and write.
+
+    Attributes:
+        turn: Number of replays of the forward pass.
+    """
+
+    def __init__(self, step: Step, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        self.inputs = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        self.wanted = [t for t in (*self.inputs, *parameters) if t is not None and t.requires_grad]
+        self.turn = 0
+        (device,) = {t.device for t in inputs if t is not None}
+        # Neither measuring nor capturing uses up random numbers.
+        with devices.guard(device), seeds_on_device(), torch.random.fork_rng([device]):
+            self._warm_up(step, device)
+            pool = torch.cuda.graph_pool_handle()
+            self.forward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.forward, pool=pool):
+                out = step(*self.inputs)
+            self.out = out.detach()
+            self.differentiable = out.requires_grad
+            if self.differentiable:
+                self.dy = torch.empty_like(self.out)
+                self.backward = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.backward, pool=pool):
+                    self.gradients = self._gradients(out, self.dy)
+
+    def _warm_up(self, step: Step, device: torch.device) -> None:
+        """Run both passes once, on another stream, as PyTorch asks for: libraries start, caches fill, choices are measured."""
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            out = step(*self.inputs)
+            if out.requires_grad:
+                self._gradients(out, torch.zeros_like(out))
+        current.wait_stream(stream)
+
+    def _gradients(self, out: Tensor, dy: Tensor) -> list[Tensor | None]:
+        return [None if g is None else g.detach() for g in torch.autograd.grad(out, self.wanted, dy, allow_unused=True)]
+
+    def fill(self, inputs: Sequence[Tensor | None]) -> None:
+        """Copy inputs to where the graph reads them."""
+        for there, here in zip(self.inputs, inputs):
+            if there is not None and here is not None:
+                there.detach().copy_(here)
+
+
+class _Replay(torch.autograd.Function):
+    """A replay of a capture's graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, capture: _Capture, count: int, *tensors: Tensor | None) -> Tensor:
+        capture.fill(tensors[:count])
+        capture.forward.replay()
+        capture.turn += 1
+        ctx.capture, ctx.turn = capture, capture.turn
+        ctx.asks = [t is not None and t.requires_grad for t in tensors]
+        out = capture.out.clone()
+        if not capture.differentiable:
+            ctx.mark_non_differentiable(out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        capture: _Capture = ctx.capture
+        if ctx.turn != capture.turn:
+            raise RuntimeError("the graph of this step was replayed again before this backward pass, which overwrote what it needs; "
+                               "run the backward pass of a step before the next call of it")
+        capture.dy.copy_(dy)
+        capture.backward.replay()
+        # Copies: autograd may make a parameter's `grad` of what it is given, and the next replay overwrites the graph's memory.
+        found = iter([None if g is None else g.clone() for g in capture.gradients])
+        return None, None, *[next(found) if asks else None for asks in ctx.asks]

@@ -1,0 +1,46 @@
+"""CUDA graphs of training steps: `[run] graphs`."""
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedms_ext import graphed
+
+if TYPE_CHECKING:
+    from fedms.training.expert_model import ExpertModel
+    from fedms.training.streams import Stream
+
+Live = Callable[..., Tensor]
+
+
+class StepGraphs:
+    """The graphs of one model: of the pass through its blocks and back, where an expert is trained on its own.
+
+    A pass with gates or segments inside of the layers is not captured: they are no arguments of it.
+    """
+
+    # Ways to run the model of which graphs are kept, each with those of its shapes; activation makes new ones.
+    MOST = 2
+
+    def __init__(self, model: ExpertModel) -> None:
+        self.model = model
+        self.kept: OrderedDict[object, Live] = OrderedDict()
+
+    def of(self, stream: Stream, live: Live) -> Live:
+        """What computes a pass of a stream: `live` itself, or the graphs of an equal pass."""
+        model = self.model
+        trains = torch.is_grad_enabled() and stream.name in model.depths
+        if not (model.config.run.graphs and trains) or any(layer.routes for layer in model.layers.values()):
+            return live
+        key = (stream.name, stream.prefix_depth, stream.replays, stream.states)
+        if key not in self.kept:
+            while len(self.kept) >= self.MOST:
+                self.kept.popitem(last=False)
+            trained = [p for layer in model.layers.values() for p in (layer.lora_a[stream.name], layer.lora_b[stream.name])]
+            self.kept[key] = graphed(live, trained)
+        self.kept.move_to_end(key)
+        return self.kept[key]
