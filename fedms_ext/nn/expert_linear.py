@@ -263,7 +263,7 @@ class ExpertLinear(FrozenLinear):
         if False in active and gate is None and segments is None:
             a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
             active = [True] * len(a)
-        seed = int(torch.randint(2**63 - 1, ())) if drops else 0
+        seed = draw_seed(x) if drops else 0
         y = None
         if False not in active:
             if type(x) is Tensor and on_gpu(x):
