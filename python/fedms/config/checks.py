@@ -113,8 +113,6 @@ def _task_problems(c: RunConfig) -> Iterable[str]:
         yield f"data.name: {show(c.data.name)} holds {holds} with labels, which task.kind \"causal_lm\" does not learn"
     if (reason := c.method_row.not_for_tokens) is not None:
         yield f"run.method: {c.run.method} is not for task.kind \"causal_lm\": {reason}"
-    if c.gate.mixing == "outputs" and c.gate.on == "logits":
-        yield 'gate.on: task.kind "causal_lm" mixes probabilities, which take one number a token to keep; set it to "probabilities"'
     if c.model.head == "text":
         yield 'model.head: "text" are class prompts, which task.kind "causal_lm" has none of; leave it out'
 

@@ -18,7 +18,8 @@ from fedms.foreign import printable
 from fedms.models import FoundationModel, peft_format
 from fedms.models.causal_lm import CausalModel
 from fedms.models.heads import TextHead
-from fedms.models.huggingface import TextModel, VisionModel
+from fedms.models.text_model import TextModel
+from fedms.models.vision_model import VisionModel
 from fedms.tensors import Tensors
 from fedms.training.expert_model import ExpertModel
 from fedms_ext import detach, merge

@@ -47,7 +47,8 @@ def _mixture_accuracies(task: Task, prediction: Prediction, targets: Tensor) -> 
         return {}
     shared, own = prediction.global_, prediction.local
     either = task.right(shared, targets) | task.right(own, targets)
-    half = accuracy(task, (shared + own) / 2, targets) if task.mixes_opinions else None
+    halves = shared.new_full((len(shared), 2), 0.5)
+    half = accuracy(task, task.mix(halves, shared, own, "logits"), targets) if task.mixes_opinions else None
     return {"mixture": accuracy(task, prediction.personalized, targets), "half": half,
             "oracle": float(either.float().mean())}
 

@@ -13,7 +13,8 @@ from fedms_ext import budget
 from fedms_ext.token_loss import FrozenHead
 
 from .base import FoundationModel, fingerprint, import_transformers, quiet_transformers
-from .huggingface import _explained, _source, _most_tokens
+from .pretrained import explained, source_of
+from .text_model import most_tokens
 
 # Where configurations say that logits are scaled or capped, and what is done with the number.
 _SCALES = {"logit_scale": lambda value: value, "logits_scaling": lambda value: 1 / value}
@@ -54,7 +55,7 @@ class CausalModel(FoundationModel):
         super().__init__(name, decoder, config.get_text_config().hidden_size, blocks)
         self.fingerprint = self.fingerprint_of_whole
         self.config, self.tokenizer, self.dequantized = config, tokenizer, dequantized
-        self.max_tokens = _most_tokens(decoder, tokenizer)
+        self.max_tokens = most_tokens(decoder, tokenizer)
         self.stop_tokens = _stop_tokens(whole, tokenizer)
 
     def _head_of(self, whole: Any, dtype: str = "fp32") -> FrozenHead:
@@ -180,9 +181,9 @@ def load(table) -> CausalModel:
     if path.suffix == ".gguf":
         return from_gguf(table.id, path, table.blocks)
     transformers = import_transformers()
-    source = _source(table.id)
+    source = source_of(table.id)
     options = {"trust_remote_code": table.trust_remote_code}
-    with _explained(table.id), quiet_transformers():
+    with explained(table.id), quiet_transformers():
         whole = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     return CausalModel(table.id, whole, tokenizer, blocks=table.blocks)
@@ -197,7 +198,7 @@ def from_gguf(name: str, path: Path, blocks: str | None = None) -> CausalModel:
     except ImportError as error:
         raise ModelError("model.id: a GGUF file needs the package gguf; pip install 'fedms[lm]'") from error
     transformers = import_transformers()
-    with _explained(name), quiet_transformers():
+    with explained(name), quiet_transformers():
         arguments = {"gguf_file": path.name}
         whole = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **arguments)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **arguments)

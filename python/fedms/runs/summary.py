@@ -54,7 +54,8 @@ class Summary:
         peak_memory_bytes: Largest memory of a visit.
         notes: What a reader of the figures should know.
         language: For language models: nats a token (`nats*`, means over clients), the perplexities that these stand for,
-            the number of `tokens` and `bits_per_byte`; None for other tasks.
+            the number of `tokens`, `bits_per_byte`, and `exact_match`, the share of test answers that greedy generation
+            writes exactly; None for other tasks.
         privacy: For runs with privacy: what they guarantee, `statement` in a sentence. What would be added up of numbers of
             single clients is then None.
     """
@@ -194,7 +195,7 @@ def language_summary(clients: Sequence[Record]) -> dict[str, Any] | None:
     perplexities = {name.replace("nats", "perplexity"): None if value is None else math.exp(min(value, 700.0))
                     for name, value in nats.items()}
     return {**nats, **perplexities, "tokens": sum(one["tokens"] for one in each),
-            "bits_per_byte": mean(one.get("bits_per_byte") for one in each)}
+            **{name: mean(one.get(name) for one in each) for name in ("bits_per_byte", "exact_match")}}
 
 
 def _costs(visits: Sequence[Record]) -> dict[str, Any]:

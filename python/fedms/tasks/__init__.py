@@ -6,7 +6,7 @@ object given to `ExpertModel` as `task=`.
 from __future__ import annotations
 
 from .base import Score, Task
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, LogitMixingLM
 from .classification import Classification
 
-__all__ = ["CausalLM", "Classification", "Score", "Task"]
+__all__ = ["CausalLM", "Classification", "LogitMixingLM", "Score", "Task"]

@@ -32,6 +32,7 @@ class Task(ABC):
     mixes_opinions: whether `mix` of two opinions says all about the mixture; if not, `mixed_opinion` does.
     trains_head: whether heads hold parameters that are part of an expert.
     shifts: whether numbers (K,) may be added to an opinion, as a class prior is.
+    blends_on: what `blend` mixes, "logits" or "probabilities".
     """
 
     columns: int
@@ -39,6 +40,7 @@ class Task(ABC):
     mixes_opinions = True
     trains_head = True
     shifts = False
+    blends_on = "probabilities"
 
     @abstractmethod
     def new_head(self) -> nn.Module:
@@ -59,7 +61,7 @@ class Task(ABC):
     def blend(self, logit: Tensor, own: Tensor, shared: Tensor) -> Tensor:
         """(U, K) opinion of the mixture in which the own expert has the weight sigmoid(logit), one () for all units."""
         weight = logit.sigmoid()
-        return self.mix(torch.stack([1 - weight, weight]).expand(len(own), 2), shared, own, "probabilities")
+        return self.mix(torch.stack([1 - weight, weight]).expand(len(own), 2), shared, own, self.blends_on)
 
     def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
         """(U, K) opinion of the mixture from both experts' features (U, D), where `mix` cannot say all of it."""

@@ -12,14 +12,14 @@ from fedms_ext.token_loss import FrozenHead, mixture_log_prob, token_log_prob
 
 from .base import Score, Task
 
-LOG_P, ENTROPY, LARGEST, RIGHT = range(4)
+LOG_P, ENTROPY, LARGEST, RIGHT, TOKEN, HIDDEN = range(6)
 LARGEST_NATS = 700.0      # whose exponential is still a number
 
 
 class CausalLM(Task):
     """An opinion is four numbers a token: the log-probability of the token that comes, the entropy, the largest
     log-probability, and 1 where the token that comes is the most probable one. Units are the tokens of answers, targets the
-    tokens (U,).
+    tokens (U,). Two experts' probabilities are mixed.
 
     Args:
         head: of the foundation model; no expert has its own.
@@ -45,6 +45,11 @@ class CausalLM(Task):
         """(U, K) opinion from all tokens' log-probabilities (U, V), of tokens that are not known yet."""
         unknown = torch.full_like(log_p[:, :1], float("nan"))
         return torch.cat([unknown, -(log_p.exp() * log_p).sum(-1, keepdim=True), log_p.amax(-1, keepdim=True), unknown], 1)
+
+    def next_log_p(self, hidden: Tensor, log_p: Tensor, weights: Tensor) -> Tensor:
+        """(V,) log-probabilities of the next token under the mixture by weights (2,), from both experts' hidden states (2, D)
+        and log-probabilities (2, V)."""
+        return torch.logsumexp(log_p + weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None], 0)
 
     def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
         """On "probabilities" alone: the logarithm of the mixed probability of the token; NaN for what only all tokens'
@@ -94,15 +99,50 @@ class CausalLM(Task):
         return self.opinion(nn.Identity(), features, targets)
 
     def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
-        """Under "language": nats a token of each opinion, and of the personalized one its exponential, the perplexity, and bits
-        a byte of the answers' text, which compare models with different tokens."""
+        """Under "language": nats a token of each opinion, and of the personalized one its exponential, the perplexity; bits
+        a byte of the answers' text, which compare models with different tokens; and the share of the answers that the most
+        probable tokens give exactly, which are those that greedy generation writes."""
         dataset, part = samples
         nats = {name: -float(opinion[:, LOG_P].double().mean()) for name, opinion in opinions.items() if opinion is not None}
         own = nats.pop("personalized")
+        counts = dataset.units(part.indices).tolist()
+        exact = [bool(answer.all()) for answer in self.right(opinions["personalized"], targets).split(counts)]
         bytes_ = None if dataset.answer_bytes is None else int(dataset.answer_bytes[part.indices].sum())
         return {"language": {"nats": own, **{f"nats_{name}": value for name, value in nats.items()}, "tokens": len(targets),
-                             "perplexity": math.exp(min(own, LARGEST_NATS)),
+                             "perplexity": math.exp(min(own, LARGEST_NATS)), "exact_match": sum(exact) / len(exact),
                              "bits_per_byte": own * len(targets) / math.log(2) / bytes_ if bytes_ else None}}
 
     def head_flops(self, units: int, training: bool) -> int:
         return (4 if training else 2) * units * self.head.weight.numel()
+
+
+class LogitMixingLM(CausalLM):
+    """The same with mixtures of logits in the place of probabilities. The head is linear and one for all, so the mixed logits are
+    those of the mixed hidden states, which are kept in the place of all logits: an opinion has further columns for the token that
+    comes and for the hidden state (D,).
+
+    Raises:
+        ValueError: for a head that caps its logits, which is not linear.
+    """
+
+    mixes_opinions = True
+    blends_on = "logits"
+
+    def __init__(self, head: FrozenHead, chunk: int) -> None:
+        super().__init__(head, chunk)
+        tokens, width = head.weight.shape
+        if head.cap is not None:
+            raise ValueError('"logits" are capped by this model, so they are not those of a mixed hidden state; use "probabilities"')
+        assert tokens <= 2**24, "a token's number must be exact in float32"
+        self.columns = HIDDEN + width
+
+    def opinion(self, head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
+        return torch.cat([super().opinion(head, features, targets), targets[:, None].to(features.dtype), features], 1)
+
+    def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
+        """On "logits" alone."""
+        hidden = weights[:, :1] * shared[:, HIDDEN:] + weights[:, 1:] * own[:, HIDDEN:]
+        return self.opinion(nn.Identity(), hidden, own[:, TOKEN].long())
+
+    def next_log_p(self, hidden: Tensor, log_p: Tensor, weights: Tensor) -> Tensor:
+        return self.head(weights @ hidden).log_softmax(-1)

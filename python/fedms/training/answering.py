@@ -112,4 +112,4 @@ class Answerer:
             return log_p[0]
         opinions = [self.task.opinion_of(each[None]) for each in log_p]
         weights = self._weigh(*opinions)
-        return torch.logsumexp(log_p + weights[0].clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None], 0)
+        return self.task.next_log_p(hidden, log_p, weights[0])

@@ -13,7 +13,7 @@ from fedms.errors import ConfigError
 from fedms.models import FoundationModel
 from fedms.models.causal_lm import CausalModel
 from fedms.models.heads import LinearHead, TextHead
-from fedms.tasks import CausalLM, Classification, Task
+from fedms.tasks import CausalLM, Classification, LogitMixingLM, Task
 
 
 def task_of(foundation: FoundationModel, dataset: Dataset, config: RunConfig, device: torch.device) -> Task:
@@ -46,7 +46,12 @@ def _causal_lm(foundation: FoundationModel, dataset: Dataset, config: RunConfig,
         raise ConfigError(f'task.kind: "causal_lm", but {dataset.name} holds labels; use "classification", or data with answers')
     if config.head.dtype != "fp32":
         foundation.quantize_head(config.head.dtype)
-    return CausalLM(foundation.head, config.head.chunk)
+    if config.gate.mixing == "layers" or config.gate.on == "probabilities":
+        return CausalLM(foundation.head, config.head.chunk)
+    try:
+        return LogitMixingLM(foundation.head, config.head.chunk)
+    except ValueError as error:
+        raise ConfigError(f"gate.on: {error}") from None
 
 
 TASKS = {"classification": _classification, "causal_lm": _causal_lm}

@@ -120,6 +120,31 @@ def test_the_mixture_of_probabilities(folder, weight):
     assert torch.equal(whole[:, 3].bool(), p.argmax(-1) == targets)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_mixture_of_logits(folder, weight):
+    """Against all logits in float64, with the gradients of the weights and of the own expert's hidden states."""
+    model, part = loaded(folder, "gate.on=logits"), Subset(torch.arange(9))
+    shared, own = (model.opinions(e, part).requires_grad_() for e in ("global", "local"))
+    targets = model.targets(part)
+    weights = torch.tensor([1 - weight, weight]).repeat(len(shared), 1).requires_grad_()
+    mixed = model.task.mix(weights, shared, own, "logits")
+    assert mixed.shape == (len(targets), model.task.columns) and torch.equal(mixed[:, 4].long(), targets)
+    got = torch.autograd.grad(model.task.loss(mixed, targets), [weights, own])
+
+    wide = [t.detach().double().requires_grad_() for t in (weights, own)]
+    matrix = model.foundation.head.weight.double()
+    logits = wide[0][:, :1] * (shared[:, 5:].double() @ matrix.T) + wide[0][:, 1:] * (wide[1][:, 5:] @ matrix.T)
+    loss = F.cross_entropy(logits, targets)
+    for ours, theirs in zip(got, torch.autograd.grad(loss, wide)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+    assert float(model.task.loss(mixed, targets).detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert torch.equal(model.task.right(mixed, targets), logits.argmax(-1) == targets)
+    log_p = torch.stack([each[0, 5:].double() @ matrix.T for each in (shared, own)]).log_softmax(-1).float()
+    hidden = torch.stack([shared[0, 5:], own[0, 5:]])
+    torch.testing.assert_close(model.task.next_log_p(hidden, log_p, weights[0]), logits[0].log_softmax(-1).float(),
+                               rtol=1e-4, atol=1e-4)
+
+
 def test_mixing_inside_the_layers_by_token(folder):
     """With weight 1 on one expert it is that expert; the positions before an answer take the weights of its first token."""
     model, part = loaded(folder, "gate.mixing=layers"), Subset(torch.tensor([4, 30]))
@@ -145,7 +170,8 @@ def test_mixing_inside_the_layers_by_token(folder):
 
 @pytest.mark.parametrize("sets", [
     *[[f"run.method={m}"] for m in ("local", "fedavg", "fedavg_ft", "fedprox", "ditto", "apfl", "ffa_lora", "fedms", "fedms_plus")],
-    ["gate.mixing=layers"], ["gate.weight=0.5"], ["model.frozen=int8", "head.dtype=int8"],
+    ["gate.mixing=layers"], ["gate.weight=0.5"], ["gate.on=logits"], ["gate.on=logits", "run.method=apfl", "head.dtype=int8"],
+    ["gate.on=logits", "run.method=fedms_plus"], ["model.frozen=int8", "head.dtype=int8"],
     ["data.template=plain", "data.group_by_length=false", "stage1.steps=3", "stage2.steps=1"], ["data.loss_on=all", "stage1.micro_batch=2"],
     ["run.method=fedms_plus", "plus.gate_on=training"], ["gate.features=final"]], ids=lambda sets: ",".join(sets))
 def test_runs(folder, tmp_path, sets):
@@ -174,7 +200,7 @@ def test_caches_do_not_change_the_bits(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sets, message", [
     (["run.method=fedper"], "run.method: fedper is not for"), (["run.method=feddpa"], "it weighs whole samples"),
-    (["run.method=fedavg_prior"], "it shifts class logits"), (["gate.on=logits"], "gate.on: .*probabilities"),
+    (["run.method=fedavg_prior"], "it shifts class logits"),
     (["model.head=text"], "model.head"), (["data.name=digits"], "data.name"), (["model.id=minilm"], "model.id")])
 def test_what_is_refused(folder, sets, message):
     with pytest.raises(ConfigError, match=message):

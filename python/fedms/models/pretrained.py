@@ -1,0 +1,76 @@
+"""What all models in Hugging Face's format share: where they are read from, what is said when they cannot be had, how they are
+saved, and code that loads them without this package."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedms.errors import ModelError
+
+from .base import quiet_transformers
+
+
+def source_of(model_id: str) -> str:
+    """A folder with safetensors in it, or a hub id."""
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+            raise ModelError(f"model.id: {model_id!r} is no folder; accepted: a built-in name, a folder with a model in "
+                             "Hugging Face's format, or a hub id such as \"org/name\"")
+        return model_id
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.id: {folder} holds no config.json, so it is no model in Hugging Face's format; write "
+                         "one with save_pretrained()")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"model.id: {folder} holds no *.safetensors. " + _convert(folder))
+    return str(folder)
+
+
+def _convert(where: str | Path) -> str:
+    return ("Other formats are refused, because a pickle (pytorch_model.bin) can run any code when it is read. If you "
+            "trust its author, convert it once:\n  python -c \"from transformers import AutoModel; "
+            f"AutoModel.from_pretrained('{where}', use_safetensors=False).save_pretrained('DIR')\"\n"
+            "save its tokenizer or image processor there too, and set model.id to DIR")
+
+
+@contextmanager
+def explained(model_id: str) -> Iterator[None]:
+    """What transformers raises for a model that cannot be had, as a ModelError in our words."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file shows itself in many types
+        reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            advice = ("it brings code of its own, which is not run unless you have read it and set "
+                      "model.trust_remote_code = true")
+        elif "safetensors" in str(error) and isinstance(error, OSError):
+            advice = _convert(model_id)
+        elif Path(model_id).expanduser().is_dir():
+            advice = "save it again with save_pretrained(), or copy it again"
+        else:
+            advice = ("check the id, the network and, for a private model, the login of `hf auth login`; a local folder "
+                      "works too. Built-in models: see docs/reference/configuration.md")
+        raise ModelError(f"model.id: {model_id!r} cannot be loaded ({type(error).__name__}: {reason}); "
+                         f"{advice}") from error
+
+
+def save_pretrained(folder: Path, *parts: Any) -> None:
+    with quiet_transformers():
+        for part in parts:
+            part.save_pretrained(folder)
+
+
+def first_lines(module: nn.Module, base: str, adapted: str | None) -> list[str]:
+    """First lines of code that, without this package, makes `features` of `texts` or `images`: the model."""
+    kind = type(module)
+    bare = ", add_pooling_layer=False" if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else ""
+    loaded = f"transformers.{kind.__name__}.from_pretrained({base}{bare}).float()"
+    return [f"base = {loaded}", f"model = {adapted}.eval()"] if adapted else [f"model = {loaded}.eval()"]
