@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedms.config import RunConfig
 from fedms.engines.flower import client as side
 from fedms.runs.nodes import open_experiment
 
@@ -20,12 +21,14 @@ class FakeGrid:
 
     faults: by (kind, round, client), such as ("train", "stage1 2", 3) or, for every round, ("train", None, 3): given
             the message and what would answer it, returns the answer, several, or None for none.
+    own:    the run file of each node, which may name folders of its own.
     down:   clients whose nodes are not there.
     """
 
     def __init__(self, state: Path, count: int, n_train: dict[int, int],
-                 data: Callable[[int], Path | None] = lambda _: None, faults: dict[tuple, Fault] | None = None) -> None:
-        self.state, self.n_train, self.data, self.faults = state, n_train, data, faults or {}
+                 data: Callable[[int], Path | None] = lambda _: None, faults: dict[tuple, Fault] | None = None,
+                 own: RunConfig | None = None) -> None:
+        self.state, self.n_train, self.data, self.faults, self.own = state, n_train, data, faults or {}, own
         self.nodes = {100 + i: i for i in range(count)}
         self.names: dict[int, str] = {}
         self.down: set[int] = set()
@@ -46,7 +49,7 @@ class FakeGrid:
             client, kind = self.nodes[message.metadata.dst_node_id], message.metadata.message_type
             where = message.metadata.group_id
             self.asked.append((kind, where, client))
-            identity = side.Identity(client, self.n_train[client], self.state / str(client), self.data(client))
+            identity = side.Identity(client, self.n_train[client], self.state / str(client), self.data(client), self.own)
             fault = self.faults.get((kind, where, client), self.faults.get((kind, None, client)))
             answer = (lambda m: self._act(m, identity)) if fault is None else (
                 lambda m: fault(m, lambda n: self._act(n, identity)))

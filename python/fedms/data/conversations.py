@@ -7,7 +7,7 @@ long by itself is an error, is dropped or is cut, as `[data] long_answers` says.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -65,11 +65,14 @@ def conversation(value: Any, place: str) -> list[Exchange]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{place}: the messages are {value[:60]!r}, expected a list of messages as JSON") from None
+    value = [] if value is None else value
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise DataError(f"{place}: the messages are {value!r:.60}, expected a list of messages")
     messages: list[Message] = []
     found = []
-    for number, message in enumerate([] if value is None else value, start=1):
+    for number, message in enumerate(value, start=1):
         role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
         if role not in ROLES:
             raise DataError(f"{place}: message {number} has the role {role!r}, expected {', '.join(ROLES)}")

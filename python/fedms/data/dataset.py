@@ -97,6 +97,8 @@ def make_dataset(
         _check_codes(name, "group", groups, len(inputs), len(group_names))
     if prompts is not None and (len(prompts) != len(classes) or not all(prompts)):
         raise DataError(f"{name}: prompts are needed for each of the {len(classes)} classes, got {prompts!r}")
+    if answers is not None:
+        _check_answers(name, inputs, answers, answer_bytes)
 
     digest = hashlib.sha256(inputs.digest())
     digest.update(labels.numpy().tobytes())
@@ -166,3 +168,17 @@ def evenly_spaced(n: int, total: int, rng: np.random.Generator) -> np.ndarray:
 def strata_of(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     """(n, 1) or (n, 2) int64: group, where there are groups, and class of each sample."""
     return labels[:, None] if groups is None else np.stack([groups, labels], axis=1)
+
+
+def _check_answers(name: str, inputs: TextInputs | ImageInputs, answers: Tensor, answer_bytes: Tensor | None) -> None:
+    """Raises DataError unless each sample is a text with a token before its answer, and one of the answer at least."""
+    for what, numbers in (("answers", answers), ("answer_bytes", answer_bytes)):
+        if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(inputs),)):
+            raise DataError(f"{name}: {what} are {numbers.dtype} of shape {tuple(numbers.shape)}, expected int64 ({len(inputs)},)")
+    if not isinstance(inputs, TextInputs):
+        raise DataError(f"{name}: answers belong to texts, and it holds images")
+    wrong = (answers < 1) | (answers >= inputs.lengths)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise DataError(f"{name}: the answer of sample {first} begins at token {int(answers[first])}, expected 1 to "
+                        f"{int(inputs.lengths[first]) - 1}")

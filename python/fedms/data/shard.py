@@ -31,6 +31,7 @@ from .partitioning import ClientSplit, Partition
 
 FORMAT = 2
 _PARTS = ("train", "validation", "test")
+_NUMBERS = ("groups", "answers", "answer_bytes")        # of a data set, one a sample, where it has them
 _PAD_VALUES, _TOKENS = TypeAdapter(dict[str, int]), TypeAdapter(int)
 
 
@@ -69,19 +70,21 @@ def shard_of(dataset: Dataset, partition: Partition, fitting: Sequence[int | Non
         parts: dict[str, Any] = {part: torch.searchsorted(kept, getattr(split, part)) for part in _PARTS}
         return replace(split, **parts)
 
-    groups = None if dataset.groups is None else dataset.groups[kept]
+    numbers = {name: values[kept] for name, values in _numbers(dataset).items()}
     small = make_dataset(dataset.name, _take(dataset.inputs, kept), dataset.labels[kept], dataset.classes,
-                         prompts=dataset.prompts, groups=groups, group_names=dataset.group_names)
+                         prompts=dataset.prompts, group_names=dataset.group_names, **numbers)
     return Shard(small, Partition(tuple(map(moved, partition.clients)), tuple(map(moved, partition.unseen)),
                                   torch.searchsorted(kept, partition.global_test), partition.notes), tuple(fitting))
+
+
+def _numbers(dataset: Dataset) -> dict[str, Tensor]:
+    return {name: values for name in _NUMBERS if (values := getattr(dataset, name)) is not None}
 
 
 def write_shard(folder: Path, shard: Shard) -> None:
     """Write a shard. Raise a ShardError if the folder cannot be written."""
     dataset, partition = shard.dataset, shard.partition
-    tensors = {"labels": dataset.labels, "global_test": partition.global_test}
-    if dataset.groups is not None:
-        tensors["groups"] = dataset.groups
+    tensors = {"labels": dataset.labels, "global_test": partition.global_test, **_numbers(dataset)}
     inputs: dict[str, Any]
     if isinstance(dataset.inputs, TextInputs):
         tensors |= {f"field/{name}": values for name, values in dataset.inputs.fields.items()}
@@ -141,7 +144,7 @@ def _unpacked(path: Path, about: ShardAbout, tensors: Mapping[str, Tensor]) -> S
         inputs = ImageInputs(pixels, conform(_TOKENS, about.inputs["tokens"]), str(path), transform)
     prompts = None if about.prompts is None else tuple(map(tuple, about.prompts))
     dataset = make_dataset(about.name, inputs, tensors["labels"], tuple(about.classes), prompts=prompts,
-                           groups=tensors.get("groups"), group_names=tuple(about.group_names))
+                           group_names=tuple(about.group_names), **{name: tensors.get(name) for name in _NUMBERS})
 
     def split(client: ShardClient) -> ClientSplit:
         parts = [_indices(tensors, f"client/{client.id}/{part}", len(dataset)) for part in _PARTS]

@@ -260,13 +260,24 @@ ACCURACY = Table({name: _client(SHARE, null=True, optional=True) for name in (
     "personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")})
 
 
+# Nats a token, of the client's own prediction and of others, and what else `CausalLM.details` says. Rounding may take
+# the logarithm of a probability above 0.
+_NATS = Number(-1, LOSS)
+LANGUAGE = Table({
+    "nats": _client(_NATS), **{f"nats_{name}": _client(_NATS, optional=True) for name in ("global", "local", "zero_shot")},
+    "tokens": _client(Whole(1, EXACT)), "perplexity": _client(Number(0, 1e305)), "exact_match": _client(SHARE),
+    "bits_per_byte": _client(_NATS, null=True)})
+
+
 def _record_rule(record: dict[str, Any]) -> None:
     """Whoever was tested says how well; whoever has a gate says all of it."""
     accuracy, gate = record["accuracy"], record.get("gate_mean") is not None
-    if record["n_test"] and ("zero_shot" not in accuracy or "macro_f1" not in record):
-        raise SchemaError("accuracy.zero_shot or macro_f1 is missing, expected it from a client with test samples")
+    speaks = "language" in record
+    if record["n_test"] and ("zero_shot" not in accuracy or not (speaks or "macro_f1" in record)):
+        raise SchemaError("accuracy.zero_shot, or one of macro_f1 and language, is missing, expected it from a client with test "
+                          "samples")
     needed = {"personalized"} if record["n_test"] else set()
-    needed |= {"half", "oracle", "mixture"} if gate else set()
+    needed |= {"oracle", "mixture"} | (set() if speaks else {"half"}) if gate else set()
     if missing := sorted(name for name in needed if accuracy.get(name) is None):
         raise SchemaError(f"accuracy.{missing[0]} is missing, expected {SHARE.words}")
     for name in ("gate_std", "gate_entropy"):
@@ -281,6 +292,7 @@ RECORD = Table({
     **{name: _client(SHARE, null=True, optional=True) for name in (
         "validation_accuracy", "macro_f1", "gate_mean", "gate_std", "gate_entropy")},
     "validation_loss": _client(Number(-LOSS, LOSS), null=True, optional=True),
+    "language": _client(LANGUAGE, optional=True),
 }, _record_rule)
 
 _ECHO = {"client": _client(CLIENT), "run": _client(RUN), "nonce": _client(NONCE)}

@@ -116,7 +116,9 @@ def test_every_answer_of_a_conversation_is_a_sample():
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "message 2, of role assistant, has the content ' '"),
     ([{"role": "assistant", "content": "a"}], "the first message is an answer"),
     ([{"role": "user", "content": 3}], "has the content 3"), (["hello"], "has the role None"), ("[", "expected a list of messages"),
-    (None, "got 0 messages")])
+    (None, "got 0 messages"), (7, "the messages are 7, expected a list"), ("7.5", "the messages are 7.5, expected a list"),
+    ({"role": "user", "content": "a"}, "expected a list"), ("[" * 100_000, "expected a list of messages as JSON"),
+    ([["user", "a"]], "has the role None")])
 def test_conversations_that_are_refused(value, message):
     with pytest.raises(DataError, match=f"^row 7: .*{message}"):
         conversation(value, "row 7")

@@ -150,6 +150,10 @@ class FlowerEngine(Engine):
         for name, value in known.items():
             if record[name] != value:
                 raise Unusable(f"its record is refused: {name} is {record[name]}, expected {value}")
+        speaks = record["n_test"] > 0 and self.config.task.kind == "causal_lm"
+        if ("language" in record) != speaks:
+            raise Unusable(f"its record is refused: it {'lacks' if speaks else 'has'} language, and task.kind is "
+                           f"{self.config.task.kind}")
         return record
 
     def own_state(self) -> dict[str, Any]:
