@@ -13,13 +13,14 @@ import torch
 from fedms.errors import DataError
 
 from . import dictionaries, projects
-from .conversations import Exchange, conversation, encode, plain_text, question
+from .conversations import Encoded, Exchange, conversation, encode, plain_text, question
 from .dataset import Dataset, make_dataset, stratified_sample
 from .image_folder import scan
 from .labels import groups_of, name_of, natural
 from .samples import is_missing, normal
 from .tables import TABLES, Table, read_table, table_kind, table_stem
 
+UNLABELED = ("text",)       # what is in the place of class names where samples have no category
 BUILT_IN = {"dictionaries": dictionaries.read, "projects": projects.read}
 
 
@@ -36,10 +37,9 @@ def load(config, model, seed: int) -> Dataset:
             exchanges = [exchanges[i] for i in kept]
             clients = clients and [clients[i] for i in kept]
             categories = categories and [categories[i] for i in kept]
-    encoded = encode(exchanges, model.tokenizer, max_tokens=_max_tokens(config, model), template=config.template,
-                     loss_on=config.loss_on, long_answers=config.long_answers, stop_tokens=model.stop_tokens)
+    encoded = as_tokens(exchanges, config, model)
     origin = encoded.origin.tolist()
-    names = tuple(dict.fromkeys(categories)) if categories else ("text",)
+    names = tuple(dict.fromkeys(categories)) if categories else UNLABELED
     labels = torch.tensor([names.index(categories[i]) for i in origin] if categories else [0] * len(origin))
     groups, group_names = groups_of(None if clients is None else [clients[i] for i in origin])
     sizes = torch.tensor([len(exchange.answer.encode()) for exchange in exchanges])
@@ -48,6 +48,12 @@ def load(config, model, seed: int) -> Dataset:
     return make_dataset(config.name, encoded.inputs, labels, names, groups=None if groups is None else torch.from_numpy(groups),
                         group_names=group_names, answers=encoded.starts, notes=encoded.notes,
                         answer_bytes=sizes[encoded.origin] if bool(whole.all()) else None)
+
+
+def as_tokens(exchanges: Sequence[Exchange], config, model) -> Encoded:
+    """Return exchanges as the [data] table says that this `CausalModel` reads them. DataError as `encode` raises it."""
+    return encode(exchanges, model.tokenizer, max_tokens=_max_tokens(config, model), template=config.template,
+                  loss_on=config.loss_on, long_answers=config.long_answers, stop_tokens=model.stop_tokens)
 
 
 def _codes(names: Sequence[str]) -> np.ndarray:

@@ -66,8 +66,8 @@ class Invitation:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        assert self.config.data.classes is not None     # `read_invitation` and `server.init` see to it
-        return self.config.data.classes
+        """Names of the classes; none where no label is learned."""
+        return self.config.data.classes or ()
 
     def dump(self) -> str:
         tables = {"format": FORMAT_OF_FILE, "fedms": release(), "messages": FORMAT, "address": self.address,
@@ -110,7 +110,7 @@ def read_invitation(path: Path) -> Invitation:
     if found.run_sha256 != file.run_sha256:
         raise DeploymentError(f"{path}: its run file is not the one that run_sha256 names: it was changed on the way, or is of "
                               "another release; ask for it again")
-    if config.data.classes is None:
+    if config.data.classes is None and config.task.kind == "classification":
         raise DeploymentError(f"{path}: it names no classes (run_file.data.classes)")
     return found
 

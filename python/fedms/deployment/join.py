@@ -121,8 +121,8 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
     first, last = joining.costs.options[0], joining.costs.options[-1]
     rounds = config.stage1.rounds + config.stage2.rounds
     return [
-        f"data      {samples['train']:,} samples train, {samples['validation']:,} choose, {samples['test']:,} test; classes: "
-        f"{', '.join(joining.invitation.classes[:8])}{' ...' if len(joining.invitation.classes) > 8 else ''}",
+        f"data      {samples['train']:,} samples train, {samples['validation']:,} choose, {samples['test']:,} test"
+        f"{_classes(joining.invitation.classes)}",
         f"trained   {config.run.method}: LoRA pairs of rank {config.lora.rank} beside {config.model.id}, whose weights stay as "
         f"they are; {config.stage1.rounds} + {config.stage2.rounds} rounds, {config.stage1.epochs} and {config.stage2.epochs} "
         "epochs a visit",
@@ -133,6 +133,10 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
         f"{duration(first.seconds)} to {duration(last.seconds)}; {size(last.work.bytes_up)} sent, "
         f"{size(last.work.bytes_down)} received; {rounds} rounds at most",
     ]
+
+
+def _classes(classes: Sequence[str]) -> str:
+    return f"; classes: {', '.join(classes[:8])}{' ...' if len(classes) > 8 else ''}" if classes else ""
 
 
 def _privacy(config: RunConfig) -> str:

@@ -89,7 +89,7 @@ def federated(config: RunConfig) -> RunConfig:
         ConfigError: naming what it must have, or must not.
     """
     problems = []
-    if config.data.classes is None:
+    if config.data.classes is None and config.task.kind == "classification":
         problems.append('data.classes: an invitation names the classes, in order; set for example data.classes=["cat", "dog"]')
     for key, value in (("clients.budgets", config.clients.budgets), ("clients.unseen", config.clients.unseen),
                        ("sal.visit_flops", config.sal.visit_flops), ("sal.visit_seconds", config.sal.visit_seconds),
