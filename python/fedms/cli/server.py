@@ -23,7 +23,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder
 @command(
     "Commands", "fedms server init federation my-run.toml --host fl.example.org",
     notes=["DIR gets the run file with everything filled in, certificates, and invite.toml, which may be sent to anybody. The "
-           "run file must name the classes (data.classes)."],
+           "run file must name the classes (data.classes), unless it trains a language model."],
     name="init", to=server)
 def server_init(
     folder: Folder,

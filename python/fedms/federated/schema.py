@@ -274,8 +274,7 @@ def _record_rule(record: dict[str, Any]) -> None:
     accuracy, gate = record["accuracy"], record.get("gate_mean") is not None
     speaks = "language" in record
     if record["n_test"] and ("zero_shot" not in accuracy or not (speaks or "macro_f1" in record)):
-        raise SchemaError("accuracy.zero_shot, or one of macro_f1 and language, is missing, expected it from a client with test "
-                          "samples")
+        raise SchemaError("accuracy.zero_shot, language or macro_f1 is missing, expected it from a client with test samples")
     needed = {"personalized"} if record["n_test"] else set()
     needed |= {"oracle", "mixture"} | (set() if speaks else {"half"}) if gate else set()
     if missing := sorted(name for name in needed if accuracy.get(name) is None):
