@@ -146,14 +146,11 @@ class FlowerEngine(Engine):
             self.progress.note(f"client {client} is not evaluated: it could not be reached")
 
     def _checked(self, record: dict[str, Any], client: int) -> dict[str, Any]:
-        known = {"id": client, "unseen": False, **dict(zip(("n_train", "n_validation"), self.samples[client]))}
-        for name, value in known.items():
+        for name, value in {"id": client, "unseen": False, **dict(zip(("n_train", "n_validation"), self.samples[client]))}.items():
             if record[name] != value:
                 raise Unusable(f"its record is refused: {name} is {record[name]}, expected {value}")
-        speaks = record["n_test"] > 0 and self.config.task.kind == "causal_lm"
-        if ("language" in record) != speaks:
-            raise Unusable(f"its record is refused: it {'lacks' if speaks else 'has'} language, and task.kind is "
-                           f"{self.config.task.kind}")
+        if ("language" in record) != (record["n_test"] > 0 and self.config.task.kind == "causal_lm"):
+            raise Unusable(f"its record is refused: it {'has' if 'language' in record else 'lacks'} figures of a language model")
         return record
 
     def own_state(self) -> dict[str, Any]:
