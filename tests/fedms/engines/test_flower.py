@@ -293,7 +293,9 @@ def test_text_of_a_client_is_escaped_and_cut(tmp_path, shards):
     (lambda r: r["accuracy"].pop("half"), "accuracy.half is missing"), (lambda r: r.pop("gate_std"), "gate_std is missing"),
     (lambda r: r.update(gate_entropy=None), "gate_entropy is missing"), (lambda r: r.pop("macro_f1"), "macro_f1 is missing"),
     (lambda r: r.update(n_test=2**40), "record.n_test is 1099511627776, expected"),
-    (lambda r: r.update(n_train=1), "n_train is 1, expected"), (lambda r: r.update(accuracy=[]), "accuracy is a list of 0")])
+    (lambda r: r.update(n_train=1), "n_train is 1, expected"), (lambda r: r.update(accuracy=[]), "accuracy is a list of 0"),
+    (lambda r: r.update(language={"nats": 1, "tokens": 9, "perplexity": 2.7, "exact_match": 0, "bits_per_byte": None}),
+     "it has figures of a language model")])
 def test_a_record_that_a_summary_cannot_be_made_of_is_refused(tmp_path, shards, change, words):
     found, notes = deployed(tmp_path, shards, "stage1.rounds=1", "stage2.rounds=1", faults={
         ("evaluate", "evaluation", 2): headed(lambda h: change(h["record"]))})
