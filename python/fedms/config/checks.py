@@ -148,7 +148,7 @@ def _asynchronous_problems(c: RunConfig) -> Iterable[str]:
                else "epsilon is computed for rounds whose clients are drawn anew, and a buffered round waits for the fastest")
         yield f"clients.asynchronous: with privacy.mode = {show(c.privacy.mode)} it is refused: {why}; set it to false"
     if c.aggregation not in ("mean", "freeze_a"):
-        why = "multiplies" if c.aggregation == "exact" else "compares"
+        why = "multiplies" if c.aggregation in ("exact", "svd") else "compares"
         yield (f"clients.asynchronous: aggregate.rule {show(c.aggregation)} {why} tensors of replies to one message, and those of a "
                'buffered round answer several; set it to false, or the rule to "mean"')
     if c.run.engine == "flower-sim":
