@@ -48,8 +48,8 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
   check_segments(what, g.segments, g.m);
   const bool has_dropout = g.dropout.p > 0, int8 = g.w_scale != nullptr;
   bool full_tiles = true;
-  for (int e = 0, start = 0; e < g.segments.count; start = g.segments.ends[e++]) {
-    const int rows = g.segments.ends[e] - start;
+  for (int e = 0, begin = 0; e < g.segments.count; begin = g.segments.ends[e++]) {
+    const int rows = g.segments.ends[e] - begin;
     full_tiles = full_tiles && (rows == 0 || rows >= TILES[tile].bm);
   }
   if (!takes(TILES[tile], int8, has_dropout, full_tiles) || (int8 && g.transposed) || (has_dropout && !g.transposed && !int8)) {

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import enum
 import math
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -17,69 +16,12 @@ from torch import Tensor, nn
 from fedms_ext.backends.device import on_gpu
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
+from fedms_ext.nn.lora import STATES, LoRA, PairState, check_experts, saved_pair
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.operators import expert_linear
 from fedms_ext.operators.plain import plain_linear
 from fedms_ext.operators.planned import Plans, planned_linear
-
-
-class PairState(str, enum.Enum):
-    """Whether the LoRA pair (A, B) of an expert in a layer is used, and whether it is trained (Sparsely Activated LoRA)."""
-
-    OFF = "off"          # not applied: costs nothing
-    FROZEN = "frozen"    # applied, not trained
-    TRAINED = "trained"  # applied and trained
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Shape and scale of one LoRA expert (Hu et al. 2021; rsLoRA: Kalajdzievski 2023).
-
-    Args:
-        rank: inner dimension r, at least 1.
-        alpha: numerator of the scale, which is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`.
-        dropout: probability in [0, 1) of dropping an input of the LoRA branch while it is trained.
-        rslora: rank-stabilized scale.
-
-    Raises:
-        ValueError: if a value lies outside its range.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank must be at least 1, got {self.rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA dropout must lie in [0, 1), got {self.dropout}")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"LoRA alpha must be finite, got {self.alpha}")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:
-    """Check that a layer can hold the experts `present` and the `new` ones together.
-
-    Raises:
-        ValueError: If a new name is taken or unusable, or if the dropout probabilities differ.
-    """
-    for name in new:
-        if name in present:
-            raise ValueError(f"this layer already has an expert {name!r}; it has {sorted(present)}")
-        # The names become attributes of a `ParameterDict`, besides those that every module has.
-        if not isinstance(name, str) or not name or "." in name or hasattr(Pairs(), name):
-            raise ValueError(f"{name!r} cannot be the name of an expert; expected a non-empty string without a dot that is not "
-                             "an attribute of torch.nn.Module")
-    dropouts = {name: lora.dropout for name, lora in (*present.items(), *new.items())}
-    if len(set(dropouts.values())) > 1:
-        raise ValueError(f"the experts of a layer share one dropout mask, so one dropout; got {dropouts}")
 
 
 @dataclass(eq=False)
@@ -363,7 +305,7 @@ class ExpertLinear(FrozenLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         states = self.states
         for name, lora in self.experts.items():
-            numbers = [lora.rank, lora.alpha, lora.dropout, lora.rslora, _STATES.index(states[name])]
+            numbers = [lora.rank, lora.alpha, lora.dropout, lora.rslora, STATES.index(states[name])]
             destination[f"{prefix}pairs.{name}"] = torch.tensor(numbers, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
@@ -373,7 +315,7 @@ class ExpertLinear(FrozenLinear):
         keys = {name: f"{prefix}pairs.{name}" for name in self.experts if f"{prefix}pairs.{name}" in state_dict}
         unexpected[:] = [key for key in unexpected if key not in keys.values()]
         try:
-            saved = {name: _pair_of(state_dict[key], self.lora_a[name].shape[0]) for name, key in keys.items()}
+            saved = {name: saved_pair(state_dict[key], self.lora_a[name].shape[0]) for name, key in keys.items()}
             experts = {**self.experts, **{name: lora for name, (lora, _) in saved.items()}}
             check_experts({}, experts)
         except ValueError as error:
@@ -393,21 +335,3 @@ class ExpertLinear(FrozenLinear):
     def extra_repr(self) -> str:
         pairs = ", ".join(f"{e}: r={self.experts[e].rank} {state.value}" for e, state in self.states.items())
         return f"{super().extra_repr()}, experts=({pairs})"
-
-
-_STATES = tuple(PairState)
-
-
-def _pair_of(saved: Tensor, held: int) -> tuple[LoRA, PairState]:
-    """Read the shape and the state of a pair from its tensor in a state dict; `held` is the rank that the layer has.
-
-    Raises:
-        ValueError: If the tensor is not one that `ExpertLinear` saved, or if its rank differs from `held`.
-    """
-    if not isinstance(saved, Tensor) or saved.shape != (5,) or not saved.is_floating_point():
-        raise ValueError("expected five numbers: rank, alpha, dropout, rslora, state")
-    rank, alpha, dropout, rslora, state = saved.tolist()
-    if not (rank == held and rslora in (0, 1) and state in range(len(_STATES))):
-        raise ValueError(f"rank, rslora and state are {rank}, {rslora} and {state}, expected {held}, 0 or 1, and 0 to "
-                         f"{len(_STATES) - 1}")
-    return LoRA(int(rank), alpha, dropout, bool(rslora)), _STATES[int(state)]

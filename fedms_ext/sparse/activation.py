@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fedms_ext.nn.expert_linear import ROUTES, ExpertLinear, PairState, Route
+from fedms_ext.nn.expert_linear import ROUTES, ExpertLinear, Route
+from fedms_ext.nn.lora import PairState
 from fedms_ext.sparse.surgery import layers_of, block_list, expert_layers
 
 ORDERS = ("top_down", "bottom_up", "interleaved")

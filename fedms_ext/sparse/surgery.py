@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedms_ext.nn.expert_linear import ExpertLinear, LoRA, check_experts
+from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, is_linear, obstacle, reader, replaced_forward
+from fedms_ext.nn.lora import LoRA, check_experts
 
 ALL_LINEAR = "all-linear"
 
