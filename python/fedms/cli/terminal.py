@@ -106,7 +106,7 @@ def show_results(folder: Path) -> None:
     header, rows = reports.table(comparison, width=console.width)
     table = plain_table(*header, left=header[:1], no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row), style="bold" if row[0] == "fedms" and len(rows) > 2 else None)
+        table.add_row(*map(Text, row), style="bold" if row[0] in reports.OURS and len(rows) > 2 else None)
     console.print()
     console.print(table)
     if left_out := len(reports.table(comparison)[0]) - len(header):

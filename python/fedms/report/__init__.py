@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from fedms.report.figures import (GRID, GROUP_COLORS, INK, MUTED, accuracy_figure, accuracy_over_bytes_figure,
                                       accuracy_over_flops_figure, as_svg, clients_figure, clock_figure, depth_figure, gain_figure,
                                       gaps_figure, gate_figure, method_color, plain_style)
-    from fedms.report.numbers import Stat, comparison, read_runs, worst_tenth
+    from fedms.report.numbers import OURS, Stat, comparison, read_runs, worst_tenth
     from fedms.report.page import render, write_report
     from fedms.report.tables import table, write_comparison
     from fedms.report.verdict import ONE_SEED, headline
     from fedms.report.wording import duration, findings, percent, size
 
-__all__ = ["GRID", "GROUP_COLORS", "INK", "MUTED", "ONE_SEED", "Stat", "accuracy_figure", "accuracy_over_bytes_figure",
+__all__ = ["GRID", "GROUP_COLORS", "INK", "MUTED", "ONE_SEED", "OURS", "Stat", "accuracy_figure", "accuracy_over_bytes_figure",
            "accuracy_over_flops_figure", "as_svg", "clients_figure", "clock_figure", "comparison", "depth_figure", "duration",
            "findings", "gain_figure", "gaps_figure", "gate_figure", "headline", "method_color", "percent", "plain_style",
            "read_runs", "render", "size", "table", "worst_tenth", "write_comparison", "write_report"]

@@ -15,6 +15,10 @@ from fedms.errors import RunFolderError
 from fedms.report.intervals import Interval, half_width
 from fedms.storage.records import RunRecords, find_runs
 
+OURS = (registry.RECOMMENDED, "fedms")
+"""Methods that reports speak of first and set in bold."""
+
+
 @dataclass(frozen=True)
 class Stat:
     """A number over seeds.
@@ -113,9 +117,9 @@ def worst_tenth(values: Sequence[float]) -> float:
 
 
 def focus_method(methods: Iterable[str]) -> str:
-    """Return the method that a report speaks of first: fedms if it is present, else the last one."""
+    """Return the method that a report speaks of first: the first of `OURS` that is present, else the last method."""
     methods = list(methods)
-    return "fedms" if "fedms" in methods else methods[-1]
+    return next((name for name in OURS if name in methods), methods[-1])
 
 
 def _rank(method: str) -> tuple[int, str]:

@@ -543,3 +543,12 @@ def test_a_thousand_reasons_are_one_short_line(tmp_path):
         line.update(status="failed", reason=f"reason {number}")
     (folder / "visits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert all(len(each["text"]) < 500 for each in report.findings(*report.read_runs(folder)))
+
+
+def test_a_report_speaks_of_the_recommended_method_first():
+    from fedms.config import registry
+    from fedms.report.numbers import focus_method
+
+    assert registry.RECOMMENDED in registry.methods()
+    assert focus_method(["local", "fedms", registry.RECOMMENDED, "apfl"]) == registry.RECOMMENDED
+    assert focus_method(["local", "fedms", "apfl"]) == "fedms" and focus_method(["local", "apfl"]) == "apfl"

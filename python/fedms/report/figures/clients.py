@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional
 
 from fedms.report.figures.style import (GAIN, INK, LOSS, MUTED, SURFACE, client_label, group_color, mark, method_color, new_axes,
                                         percent_axis)
-from fedms.report.numbers import by_method, client_values, field_of, focus_method, local_only, participants, worst_tenth
+from fedms.report.numbers import OURS, by_method, client_values, field_of, focus_method, local_only, participants, worst_tenth
 from fedms.storage.records import RunRecords
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def clients_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     axes.set_yticks(range(len(rows)), [r[0] for r in rows])
     for label, row in zip(axes.get_yticklabels(), rows):
         label.set_color(row[1])
-        label.set_fontweight("bold" if row[0] == "fedms" else "normal")
+        label.set_fontweight("bold" if row[0] in OURS else "normal")
         mark([label], [row[0]])
     axes.set_ylim(len(rows) - 0.5, -0.75)
     axes.grid(axis="y", visible=False)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
-from fedms.report.figures.style import (MUTED, SURFACE, Curve, end_labels, has_fedms, height_of, mark, method_color, new_axes,
+from fedms.report.figures.style import (MUTED, SURFACE, Curve, end_labels, has_ours, height_of, mark, method_color, new_axes,
                                         percent_axis, round_axis)
-from fedms.report.numbers import by_method, first_stage_rounds
+from fedms.report.numbers import OURS, by_method, first_stage_rounds
 from fedms.storage.records import RunRecords
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _curves(runs: Sequence[RunRecords], value: Amounts) -> list[Curve]:
             curves.append(new)
         else:
             old = curves[twin]
-            color = new.color if method == "fedms" else old.color
+            color = new.color if method in OURS else old.color
             curves[twin] = Curve((*old.methods, method), color, old.xs, old.ys)
     return curves
 
@@ -200,7 +200,7 @@ def _draw(axes: Any, lines: Sequence[_Line], first: int, scale: float) -> None:
             lows, highs = [min(y) for y in piece.ys], [max(y) for y in piece.ys]
             if lows != highs:
                 axes.fill_between(xs, lows, highs, color=color, alpha=0.13, linewidth=0).set_gid(f"of-{' of-'.join(methods)}")
-            mark(axes.plot(xs, piece.means, color=color, linewidth=2.4 if has_fedms(piece) and not common else 1.7,
+            mark(axes.plot(xs, piece.means, color=color, linewidth=2.4 if has_ours(piece) and not common else 1.7,
                            marker="o", markersize=4, markeredgecolor=SURFACE, markeredgewidth=0.8), methods)
             if common:
                 axes.annotate(f"shared by {len(methods)}", (xs[-1], piece.means[-1]), (0, -8), textcoords="offset points",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Optional
 
 from fedms.report.figures.curves import Unit, decimal
 from fedms.report.figures.style import INK, MUTED, SURFACE, mark, method_color, new_axes, percent_axis
-from fedms.report.numbers import Stat, by_method, field_of, focus_method
+from fedms.report.numbers import OURS, Stat, by_method, field_of, focus_method
 from fedms.report.significance import differences
 from fedms.storage.records import RunRecords
 
@@ -87,8 +87,8 @@ def _cost(runs: Sequence[RunRecords], cost: Callable[[RunRecords], Optional[floa
         taken.append((across, up))
         mark([*axes.plot([x / scale], [y], marker="o", color=color, markersize=7, markeredgecolor=SURFACE, zorder=3),
               axes.annotate(method, (x / scale, up), (7, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-                            va="center", color=color if method != "fedms" else INK, fontsize=8.5,
-                            fontweight="bold" if method == "fedms" else "normal")], [method])
+                            va="center", color=color if method not in OURS else INK, fontsize=8.5,
+                            fontweight="bold" if method in OURS else "normal")], [method])
     percent_axis(axes.yaxis)
     axes.set_ylabel("personalized accuracy (%)")
     axes.set_xlabel(f"{label} ({name})")

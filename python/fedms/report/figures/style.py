@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedms.config import registry
-from fedms.report.numbers import first_stage_rounds
+from fedms.report.numbers import OURS, first_stage_rounds
 from fedms.storage.records import RunRecords
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Curve:
     @property
     def label(self) -> str:
         """Names of its methods, one a line. Of more than three, two are named, and first the one that reports speak of first."""
-        names = sorted(self.methods, key=lambda name: name != "fedms")
+        names = sorted(self.methods, key=lambda name: name not in OURS)
         return ",\n".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
 
     @property
@@ -184,9 +184,9 @@ def end_labels(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _style(curve: Curve) -> dict[str, Any]:
-    return {"color": curve.color, "fontsize": 9, "fontweight": "bold" if has_fedms(curve) else "normal"}
+    return {"color": curve.color, "fontsize": 9, "fontweight": "bold" if has_ours(curve) else "normal"}
 
 
-def has_fedms(curve: Curve) -> bool:
-    """Tell whether a curve stands for fedms, alone or among methods that share it."""
-    return "fedms" in curve.methods
+def has_ours(curve: Curve) -> bool:
+    """Tell whether a curve stands for a method of ours, alone or among methods that share it."""
+    return any(name in OURS for name in curve.methods)
