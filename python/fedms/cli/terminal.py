@@ -94,7 +94,7 @@ def step_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
 
 
 def show_results(folder: Path) -> None:
-    """Print the table and the findings of the runs in a folder, and write their report.
+    """Print the outcome, the table and the findings of the runs in a folder, and write their report.
 
     Raises:
         RunFolderError: If the folder holds no run, or a file cannot be read or written.
@@ -108,11 +108,12 @@ def show_results(folder: Path) -> None:
     for row in rows:
         table.add_row(*map(Text, row), style="bold" if row[0] in reports.OURS and len(rows) > 2 else None)
     console.print()
+    console.print(reports.headline(runs), markup=False)
+    console.print()
     console.print(table)
     if left_out := len(reports.table(comparison)[0]) - len(header):
         console.print(f"{left_out} more column{'s' if left_out > 1 else ''} in the report", style="dim")
     console.print()
-    console.print(reports.headline(runs), markup=False)
     for finding in reports.findings(runs, notes):
         mark, style = {"good": ("+ ", "green"), "bad": ("! ", "red"), "plain": ("- ", "")}[finding["kind"]]
         paragraph(mark, finding["text"], style)
