@@ -11,15 +11,26 @@ from fedms.config.run_config import config_class
 
 
 def reference() -> str:
-    """docs/reference/configuration.md: a table of every key with its default, accepted values and meaning."""
-    lines = ["# The run file", "", "Every key of a run file. `--set table.key=value` overrides one; "
+    """Return docs/reference/configuration.md: for each table its keys with default, accepted values and meaning."""
+    described = {name: (field.annotation.__doc__ or "") for name, field in config_class().model_fields.items()}
+    lines = ["# The run file", "", "Every key of a run file, by table. `--set table.key=value` overrides one; "
              "`fedms run NAME --dry-run` prints all as they are then.", "",
-             "| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+             "`python -m fedms.config > fedms.schema.json` writes the JSON schema of a run file. An editor that checks TOML by a schema "
+             "completes the keys with it, and marks mistakes as you type.", ""]
     for table, fields in keys().items():
+        lines += [f"## `[{table}]`", "", *_first_paragraph(described.get(table, "")),
+                  "| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
         for key, field in fields.items():
             default = "unset" if field.default is None else show(field.default)
             lines.append(f"| `{table}.{key}` | `{default}` | {accepted(field)} | {field.description} |")
-    return "\n".join(lines) + "\n"
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _first_paragraph(docstring: str) -> list[str]:
+    """Return the first paragraph of a docstring and an empty line, or nothing."""
+    paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
+    return [paragraph, ""] if paragraph else []
 
 
 def json_schema() -> dict[str, Any]:
