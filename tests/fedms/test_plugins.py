@@ -206,6 +206,13 @@ def test_a_plugin_that_cannot_be_imported_is_named(rows, monkeypatch):
         registry.methods()
 
 
+def test_a_command_says_where_a_plugin_was_looked_for():
+    done = subprocess.run([sys.executable, "-m", "fedms", "--version"], capture_output=True, text=True,
+                          env={**os.environ, "FEDMS_PLUGINS": "no_such_plugin"})
+    assert done.returncode == 2 and done.stderr.startswith("fedms: plugin no_such_plugin")
+    assert done.stderr.endswith("is its folder in PYTHONPATH?\n") and done.stdout == ""
+
+
 def test_every_row_has_a_summary_and_an_own_color():
     rows = registry.methods().values()
     assert all(row.summary and row.trained and row.sent for row in rows)

@@ -22,7 +22,8 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"fedms needs {missing.name}, which is not installed: pip install 'fedms[train]'")
 except ConfigError as broken:       # a plugin that registers methods, data or models
-    sys.exit(f"fedms: {broken}")
+    sys.stderr.write(f"fedms: {broken}\n")
+    sys.exit(broken.exit_code)
 
 
 def _show_version(asked: bool) -> None:

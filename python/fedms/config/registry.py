@@ -310,8 +310,9 @@ def _import_plugin(module: str, named_by: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:
+        hint = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) and error.name == module else ""
         raise ConfigError(f"plugin {module}, named by the {named_by}, cannot be imported: {type(error).__name__}: "
-                          f"{error}") from error
+                          f"{error}{hint}") from error
 
 
 def _origin(row: Row) -> str:
