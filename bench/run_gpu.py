@@ -28,7 +28,7 @@ from fedms_ext.backends import device
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "kernels" / "triton"
-CUDA_TESTS = ROOT / "tests" / "kernels" / "cuda" / "numerics.py"
+CUDA_TESTS = [str(ROOT / "tests" / "kernels" / "cuda" / name) for name in ("numerics.py", "planned.py")]
 SANITIZED = "test_every_tile or test_bits_repeat"
 QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opcheck or test_measured_choices"
 QUICK_SECONDS = 8 * 60
@@ -127,7 +127,7 @@ class Steps:
 
 def test(steps: Steps, quick: bool, dest: Path) -> None:
     if fedms_ext.explain("cuda") is None:
-        step = steps.run("tests of the CUDA kernels", [*PYTEST, str(CUDA_TESTS)], 90 if quick else 900, SHARDS)
+        step = steps.run("tests of the CUDA kernels", [*PYTEST, *CUDA_TESTS], 90 if quick else 900, SHARDS)
         if step["status"] == 0:
             print(f"the CUDA kernels are candidates from now on: {device.record_pass()}")
     fewer = ["-k", QUICK] if quick and SHARDS < 8 else []  # the whole list takes a minute on 16 cores
@@ -141,7 +141,7 @@ def test(steps: Steps, quick: bool, dest: Path) -> None:
         checked, uncached = [sanitizer, "--error-exitcode", "9", *PYTEST], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         steps.run("compute-sanitizer", [*checked, str(TESTS / "on_gpu.py"), "-k", SANITIZED], 1800, **uncached)
         if fedms_ext.explain("cuda") is None:
-            kernels = [*checked, str(CUDA_TESTS), "-k", "every_tile or dropout or int8 or segments"]
+            kernels = [*checked, *CUDA_TESTS, "-k", "every_tile or dropout or int8 or segments"]
             steps.run("compute-sanitizer, CUDA kernels", kernels, 1800, **uncached)
     if profiler := shutil.which("ncu"):  # needs the right to read counters, which is not everyone's
         steps.run(

@@ -5,6 +5,6 @@ call computes it; the environment variable FEDMS_BACKEND or `use_backend` name o
 """
 
 from .base import Backend
-from .registry import available, choose, cpu_is_chosen, explain, forced, known, register_backend, use_backend
+from .registry import available, choose, cpu_is_chosen, explain, known, preference, register_backend, use_backend
 
-__all__ = ["Backend", "available", "choose", "cpu_is_chosen", "explain", "forced", "known", "register_backend", "use_backend"]
+__all__ = ["Backend", "available", "choose", "cpu_is_chosen", "explain", "known", "preference", "register_backend", "use_backend"]

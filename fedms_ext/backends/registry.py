@@ -98,9 +98,9 @@ def choose(call: Call) -> Backend:
     raise AssertionError("the eager backend supports and prefers every call")
 
 
-def forced() -> Backend | None:
-    """Return the backend that was asked for by name, or None if one is chosen for each call."""
-    return _forced[-1][0] if _forced else None
+def preference() -> tuple[Backend | None, int]:
+    """Return what a choice depends on besides the call: the backend asked for by name, or None, and how many there are."""
+    return _forced[-1][0] if _forced else None, len(_backends)
 
 
 def cpu_is_chosen() -> bool:

@@ -89,7 +89,7 @@ def planned_linear(
         gate = _gate_of_rows(gate, x)
     ranks = [pair.shape[0] for pair in a]
     key = (x.shape, x.dtype, x.device, data.dtype, a[0].dtype, *scale, *ranks, gate is None, dropout_p > 0.0,
-           backends.forced())  # fmt: skip
+           backends.preference())  # fmt: skip
     planned = plans.get(key)
     if planned is None:
         planned = _plan(plans, key, x, data, data_scale, quantized, a, b, scale, gate, dropout_p, seed)
