@@ -44,7 +44,7 @@ app = typer.Typer(
         "fedms init                            # a run file for your own data",
         "fedms run my-run.toml                 # train, then read the report",
         "fedms compare my-run.toml --seeds 3   # is it better than other methods?",
-        "fedms export runs/my-run/fedms-seed0 --out model",
+        "fedms export runs/my-run/fedms_plus-seed0 --out model",
         "fedms predict model new.csv --client 7",
         notes=["Every command explains itself: `fedms run --help`. Tab completes commands, options and names once "
                "`fedms --install-completion` has been run."]))

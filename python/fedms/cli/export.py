@@ -16,9 +16,9 @@ from .terminal import run_progress, show
 
 @command(
     EXPORT,
-    "fedms export runs/sentiment/fedms-seed0 --out model                   # everything, for predict",
-    "fedms export runs/sentiment/fedms-seed0 --out adapters --format peft  # an adapter for each expert",
-    "fedms export runs/sentiment/fedms-seed0 --out merged --format merged --client 7",
+    "fedms export runs/sentiment/fedms_plus-seed0 --out model                   # everything, for predict",
+    "fedms export runs/sentiment/fedms_plus-seed0 --out adapters --format peft  # an adapter for each expert",
+    "fedms export runs/sentiment/fedms_plus-seed0 --out merged --format merged --client 7",
     "fedms export fedms-client --out model                                 # at a client of a federation that has ended",
     notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
            "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",

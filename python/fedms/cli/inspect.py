@@ -20,7 +20,7 @@ Runs = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a fo
 @command(
     LOOK,
     "fedms report runs/sentiment              # one page over all runs of a comparison",
-    "fedms report runs/sentiment/fedms-seed0  # the page of one run",
+    "fedms report runs/sentiment/fedms_plus-seed0  # the page of one run",
     notes=["Only the records on disk are read: the page can be made again at any time, of unfinished runs too."])
 def report(folder: Runs) -> None:
     """Write DIR/report.html from the records on disk: one file, with charts, that opens anywhere."""
@@ -96,8 +96,8 @@ def exit_codes() -> None:
 
 @command(
     LOOK,
-    "fedms audit runs/digits/fedms-seed0              # what its clients' updates tell, under each mode of privacy",
-    "fedms audit runs/digits/fedms-seed0 --epsilon 2  # with the noise of another budget",
+    "fedms audit runs/digits/fedms_plus-seed0              # what its clients' updates tell, under each mode of privacy",
+    "fedms audit runs/digits/fedms_plus-seed0 --epsilon 2  # with the noise of another budget",
     notes=["Told apart: how often the attacker is right about whether a client took part (50 % is a guess), and the least epsilon that "
            "this shows; it must stay below the claimed one. Found: how often a direction that is read out of the update fits a "
            "sample of the client best, beside the share of its samples among all."])
