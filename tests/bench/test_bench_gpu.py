@@ -101,4 +101,7 @@ def test_rehearsal(tmp_path):
                 assert "failed" not in row, (peer, row)
                 assert row["graph, warm"]["median"] > 0
     report = (tmp_path / "report.md").read_text()
+    federated = report.split("## benchmark federated digits")[1].split("##")[0]
+    assert [line.split("|")[1].strip() for line in federated.splitlines() if line.startswith("| c")] == ["cuda", "cuda, graphs", "cpu"]
+    assert report.index("benchmark federated digits") < report.index("benchmark linear")
     assert all(f"| benchmark {name} | 0 |" in report and f"## benchmark {name}" in report for name in names)

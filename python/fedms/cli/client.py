@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .command import DEPLOY, app, command
+from .options import checked_device
 from .server import installed
 from .stopping import polite_stop
 from .terminal import run_progress, say, show
@@ -61,6 +62,9 @@ def client_join(
 def client_start(
     state: State = DEFAULT,
     service: Annotated[bool, typer.Option("--service", help="Write and start a systemd user unit instead.")] = False,
+    device: Annotated[str, typer.Option(
+        "--device", metavar="NAME", help="Where this machine computes, whatever the server says: auto (the first CUDA GPU that works, "
+        "else the CPU), cpu, cuda, cuda:N, mps.")] = "auto",
 ) -> None:
     """Answer the server's messages, as far as policy.toml and what you agreed to allow."""
     installed()
@@ -68,12 +72,12 @@ def client_start(
     from fedms.deployment.node import Node
     from fedms.deployment.state import ClientState
 
-    found = ClientState(state)
+    found, device = ClientState(state), checked_device(device)
     if service:
-        show(units.install(found))
+        show(units.install(found, device))
         return
     with polite_stop() as stop:
-        Node(found, lambda text: show(f"{time.strftime('%H:%M:%S')} {text}")).run(stop)
+        Node(found, lambda text: show(f"{time.strftime('%H:%M:%S')} {text}"), device=device).run(stop)
 
 
 @command("Commands", "fedms client status", name="status", to=client)

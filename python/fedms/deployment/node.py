@@ -34,11 +34,13 @@ IDLE = 300.0            # seconds after which a process that did the last visit 
 
 @dataclass
 class Node:
-    """One client's node. `tell`: takes a line for its owner. `now`: local time, for tests."""
+    """One client's node. `tell`: takes a line for its owner. `now`: local time, for tests. `device`: where it computes, a name as
+    `run.device` takes it; the server has no say in it."""
 
     state: ClientState
     tell: Callable[[str], None]
     now: Callable[[], datetime.datetime] = datetime.datetime.now
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         self.invitation = self.state.invitation
@@ -95,7 +97,7 @@ class Node:
 
     def _identity(self, number: int) -> side.Identity:
         return side.Identity(number, None, self.state.folder / PRIVATE, self.state.folder, self.invitation.config,
-                             self.state.about.model)
+                             self.state.about.model, self.device)
 
     def _obey(self, kind: str, head: dict[str, Any], parts: dict[str, bytes]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Does what a message says, if the owner's agreement and policy allow it.

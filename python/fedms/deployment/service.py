@@ -17,7 +17,7 @@ Description=FedMS client {name}
 After=network-online.target
 
 [Service]
-ExecStart="{python}" -m fedms client start "{folder}"
+ExecStart="{python}" -m fedms client start "{folder}" --device {device}
 Restart=always
 RestartSec=10
 UMask=0077
@@ -35,17 +35,17 @@ def unit_path(state: ClientState) -> Path:
     return Path.home() / ".config/systemd/user" / f"fedms-client-{tag}.service"
 
 
-def unit_text(state: ClientState) -> str:
-    """Raises DeploymentError if the folder's path cannot stand in a unit."""
+def unit_text(state: ClientState, device: str = "auto") -> str:
+    """The unit of a client that computes on a device. Raises DeploymentError if the folder's path cannot stand in a unit."""
     folder = str(state.folder.absolute())
     if any(c in folder for c in '"\\\n%$'):
         raise DeploymentError(f"{folder}: a service needs a path without quotation marks, backslashes, % and $")
-    return _UNIT.format(name=state.about.name, python=sys.executable, folder=folder)
+    return _UNIT.format(name=state.about.name, python=sys.executable, folder=folder, device=device)
 
 
-def install(state: ClientState) -> str:
+def install(state: ClientState, device: str = "auto") -> str:
     """Writes the unit and starts it, where systemd runs; returns what was done."""
-    path, text = unit_path(state), unit_text(state)
+    path, text = unit_path(state), unit_text(state, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.encode())
     for words in (["daemon-reload"], ["enable", "--now", path.name]):

@@ -17,7 +17,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedms.errors import DataError
-from fedms.deployment import DeploymentError, join, server
+from fedms.deployment import DeploymentError, join, server, service
 from fedms.deployment.invitation import Invitation, read_invitation, tables_of
 from fedms.deployment.node import Node, Worker
 from fedms.deployment.policy import Journal, Policy, Refusal, check, default_policy, read_policy, write_policy
@@ -221,6 +221,19 @@ def test_the_policy_is_asked_before_work_begins(node):
     assert "models allows none" in said(node, asked("train", task(node.invitation.config)))["problem"]
     (node.state.folder / "policy.toml").write_text("broken")
     assert "nothing is done until then" in said(node, asked("evaluate", task(node.invitation.config, on_common_test=False)))["problem"]
+
+
+def test_a_client_computes_where_its_owner_says(node):
+    class Told(Worker):
+        def do(self, kind, head, parts, identity):
+            raise Refusal(f"asked to compute on {identity.device}")
+
+    said(node, greeting(0))
+    node.worker = Told()
+    assert "asked to compute on auto" in said(node, asked("train", task(node.invitation.config)))["problem"]
+    node.device = "cuda:1"
+    assert "asked to compute on cuda:1" in said(node, asked("train", task(node.invitation.config)))["problem"]
+    assert service.unit_text(node.state, "cuda:1").count(f'start "{node.state.folder.absolute()}" --device cuda:1\n') == 1
 
 
 @pytest.mark.parametrize("kind, head, words", [

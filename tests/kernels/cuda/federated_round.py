@@ -22,8 +22,8 @@ from fedms_ext import backends
 from fedms_ext.backends import cuda
 
 SETS = ["data.max_samples=120", 'model.targets=["fc1"]', "clients.count=1", "clients.unseen=0", "data.global_test=0",
-        "data.partition=iid", "stage1.rounds=1", "stage2.rounds=1", "lora.rank=4", "sal.schedule=fixed", "sal.depth=2",
-        "stage1.epochs=4", "stage1.lr=0.03", "run.threads=1", "run.dtype=bf16"]
+        "data.partition=iid", "stage1.rounds=1", "stage2.rounds=0", "run.method=fedavg", "lora.rank=4", "sal.schedule=fixed",
+        "sal.depth=1", "stage1.epochs=12", "stage1.lr=0.02", "run.threads=1", "run.dtype=bf16"]
 
 
 def carry_out(out: Path, device: str) -> RunRecords:

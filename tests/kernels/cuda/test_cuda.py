@@ -61,6 +61,22 @@ def test_numerics_on_the_emulator(emulated, pace, file):
     ))  # fmt: skip
 
 
+def test_a_federated_run_on_the_emulator_trains_as_on_the_cpu(emulated, tmp_path):
+    printed = run(
+        [sys.executable, HERE / "federated_round.py", tmp_path],
+        FEDMS_CUDA_EMULATED=str(emulated), FEDMS_TUNE="0", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    found = json.loads(printed.splitlines()[-1])
+    there, here = found["cuda"], found["cpu"]
+    assert (there["device"], here["device"]) == ("cuda", "cpu")
+    # The layers ran on the CUDA kernels; in float32, which they do not take, is the self-check alone.
+    passes = {name: count for name, count in found["chosen"].items() if "float32" not in name}
+    assert set(passes) == {"cuda ForwardCall torch.bfloat16", "cuda BackwardCall torch.bfloat16"} and min(passes.values()) > 20
+    assert there["losses"] == pytest.approx(here["losses"], rel=0.005)
+    assert there["accuracy"]["personalized"] == pytest.approx(here["accuracy"]["personalized"], abs=0.11)  # three of 30 samples
+    assert here["accuracy"]["personalized"] > 0.3  # of ten classes
+
+
 def host_cost(emulated: Path, *before: str | Path, toggle: Path | None = None) -> dict[str, dict[str, int]]:
     """What host_cost.py counts, by case."""
     printed = run(
