@@ -11,10 +11,8 @@ import hashlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -45,8 +43,9 @@ class DeviceProperties(NamedTuple):
 _STAND_IN = DeviceProperties((9, 0), multiprocessors=4, shared_memory=232448)
 
 
-# Whether a tensor lies where the CUDA kernels take it from; asked at every call of a layer, so without a call of Python's.
-on_gpu: Callable[[torch.Tensor], bool] = attrgetter("is_cpu" if _EMULATOR else "is_cuda")
+# The attribute of a tensor that says whether it lies where the CUDA kernels take it from. It is asked at every call of a layer, so
+# without a call of Python's; and by its name, since torch.compile cannot trace an attrgetter.
+ON_GPU = "is_cpu" if _EMULATOR else "is_cuda"
 
 
 def runs_cuda(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedms_ext.backends.device import on_gpu
+from fedms_ext.backends.device import ON_GPU
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.lora import STATES, LoRA, PairState, check_experts, saved_pair
@@ -208,7 +208,7 @@ class ExpertLinear(FrozenLinear):
         seed = draw_seed(x) if drops else 0
         y = None
         if False not in active:
-            if type(x) is Tensor and on_gpu(x):
+            if type(x) is Tensor and getattr(x, ON_GPU):
                 if segments is None:
                     y = planned_linear(self.plans, x, weight, bias, a, b, scale, gate, dropout if drops else 0.0, seed)
             elif not drops and gate is None:

@@ -89,7 +89,7 @@ def digest_of(config: RunConfig) -> str:
     """A hash of all of a run file that decides what a client sends."""
     tables = config.model_dump(mode="json")
     tables["privacy"].pop("key")
-    for name in ("engine", "threads", "workers"):
+    for name in ("engine", "threads", "workers", "device"):
         tables["run"].pop(name)
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from fedms import data, models
@@ -29,7 +30,7 @@ def test_a_training_step_is_one_graph_with_the_fused_operators_inside():
 
     def keeping(graph, inputs):
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     with model.stream("global"):
         compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keeping))
