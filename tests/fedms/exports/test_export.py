@@ -77,7 +77,7 @@ def settings(model_id, name, **tables):
         "sal": {"depth": 2, "schedule": "fixed", **tables.get("sal", {})},
         "stage1": {"rounds": 2, "lr": 0.02, **tables.get("stage1", {})}, "stage2": {"rounds": 1, "lr": 0.02, "keep": "last"},
         "aggregate": tables.get("aggregate", {}),
-        "clients": {"count": tables.get("count", 3)}, "run": {"threads": 1, **tables.get("run", {})}})
+        "clients": {"count": tables.get("count", 3)}, "run": {"threads": 1, "method": "fedms", **tables.get("run", {})}})
 
 
 RUNS = {
@@ -85,7 +85,7 @@ RUNS = {
     "llama": {"data": {"client": "who"}, "lora": {"rslora": True}, "run": {"method": "fedavg_ft"}},
     "clip": {"model": {"head": "text", "learn_temperature": True}, "count": 2},
     "siglip": {"model": {"targets": ["q_proj", "v_proj"]}, "count": 2},
-    "vit": {"count": 2, "sal": {"order": "bottom_up"}},
+    "vit": {"count": 2, "sal": {"order": "bottom_up"}, "run": {"method": "fedms_plus"}},
 }
 
 
@@ -217,7 +217,7 @@ def test_a_loaded_mixture_predicts_as_the_run_did(kind, ended, tmp_path):
         truth = [dataset.classes[i] for i in dataset.labels[split.test]]
         assert (table.label == truth).mean() == pytest.approx(recorded[split.id]["accuracy"]["personalized"])
         assert table.probability.between(1 / len(dataset.classes) - 1e-6, 1).all()
-        if config.run.method == "fedms":
+        if config.method_row.trains_gate:
             assert table.gate_weight.mean() == pytest.approx(recorded[split.id]["gate_mean"], abs=1e-6)
         else:
             assert table.gate_weight.isna().all()

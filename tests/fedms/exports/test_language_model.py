@@ -21,7 +21,7 @@ from fedms.exports.predict import predict
 from fedms.models.generation import Sampling
 from fedms.runs import run
 
-SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=2",
+SETS = ["run.method=fedms", "task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=2",
         "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
         "sal.schedule=fixed", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "run.threads=1", "stage1.lr=0.02",
         "stage2.lr=0.02", "gate.lr=0.3"]

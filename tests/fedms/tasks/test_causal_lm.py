@@ -20,7 +20,7 @@ from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
 from fedms_ext import budget
 
-SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=3",
+SETS = ["run.method=fedms", "task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=3",
         "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
         "sal.schedule=fixed", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "run.threads=1"]
 
