@@ -2,7 +2,7 @@
 in seconds: both experts are adapters of rank 8 with a head on MiniLM's frozen sentence features, and all clients of a setting train
 at once. Clients hold sentences that no run of the study sees, and seeds count from 100.
 
-    python -m bench.accuracy.mixture --seeds 10       # the table of docs/evidence/mixture.md; features take a minute, a seed ten seconds
+    python -m bench.accuracy.mixture --seeds 10       # the table of docs/evidence/mixture.md; features take a minute, a seed twenty seconds
 
 What holds here need not hold for LoRA inside the blocks; it is a sieve. A difference is one of seeds' means, with a 95 % interval.
 """
@@ -206,7 +206,7 @@ def accuracy(z: Tensor, y: Tensor) -> float:
 
 
 def one_seed(setting: str, everything: tuple[Tensor, Tensor, Tensor], seed: int) -> dict[str, float]:
-    """Test accuracy of each idea, of the reference, of its two experts, and of rivals."""
+    """Test accuracy of each idea, of the reference, of its two experts, and of two rivals."""
     clients, alpha, rounds = SETTINGS[setting]
     data, draw = deal(*everything, clients, alpha, seed), torch.Generator().manual_seed(seed)
     train, test, y = data["train"], data["test"], data["test"].y
@@ -251,21 +251,7 @@ def one_seed(setting: str, everything: tuple[Tensor, Tensor, Tensor], seed: int)
     found["fedavg"] = accuracy(ours["test"] - shift, y)
     for lr in (1e-3, 3e-3):
         found[f"fedavg_ft, rate {lr:g}"] = accuracy(tuned(Idea(lr=lr), every, by=none)["test"], y)
-    found["apfl, half and half"] = accuracy(apfl(data, every, history, draw)["test"] + ours["test"] - shift, y)
     return found
-
-
-def apfl(data: Mapping[str, Part], rows: Tensor, history: Sequence[Expert], draw: torch.Generator) -> dict[str, Tensor]:
-    """A private expert from the first round on, trained on the mixture's loss with each round's averaged one."""
-    own, train = [t.clone().requires_grad_() for t in history[0]], data["train"]
-    for shared in history[:-1]:
-        other = logits(shared, train.x).detach()
-
-        def loss(chosen: Tensor, other: Tensor = other) -> Tensor:
-            batch = train.rows(chosen)
-            return loss_of((logits(own, batch.x) + other.gather(1, chosen[..., None].expand(*chosen.shape, CLASSES))) / 2, batch.y)
-        descend(own, 4e-3, shuffled(rows, draw), loss)
-    return {name: logits(own, part.x).detach() for name, part in data.items()}
 
 
 def main() -> None:
