@@ -168,7 +168,7 @@ def _privacy_problems(c: RunConfig) -> Iterable[str]:
     mode = f"privacy.mode = {show(p.mode)}"
     yield from _noise_problems(c, mode)
     if c.aggregation not in ("mean", "freeze_a"):
-        why = ("adds products of single updates, whose size the clip does not bound" if c.aggregation == "exact" else
+        why = ("adds products of single updates, whose size the clip does not bound" if c.aggregation in ("exact", "svd") else
                "compares single updates, and there are none to compare")
         yield f'aggregate.rule: {show(c.aggregation)} {why} with {mode}; set it to "freeze_a" (recommended) or "mean"'
     if c.aggregate.weights != "uniform":
