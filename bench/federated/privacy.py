@@ -3,7 +3,9 @@
 cost    seconds and bytes of a round of secure aggregation beside the same round without it, on the embedded engine: runs with
         [privacy] off and secure in turn, several times; the medians of their rounds and of the ratios.
 curve   accuracy over epsilon for fedavg, ffa_lora (the rule freeze_a) and fedms on 200 simulated clients of digits, mode central. As
-        the clients are simulated, their accuracies are read directly here; in a run of real ones they are not released.
+        the clients are simulated, their accuracies are read directly here; in a run of real ones they are not released. Each run
+        is a line of the file --records; runs that it has are not repeated, so that a curve can be made in pieces.
+table   the table of such a file for docs/guide/privacy.md: mean of the seeds and largest distance from it.
 """
 from __future__ import annotations
 
@@ -80,19 +82,47 @@ def cost(key: Path, clients: Sequence[int], model: str, repeats: int, rounds: in
                           "bytes ratio": traffic["secure"] / traffic["off"]}), flush=True)
 
 
-def curve(key: Path, epsilons: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
+def curve(key: Path, epsilons: Sequence[str], seeds: Sequence[int], methods: Sequence[str], records: Path) -> None:
+    done = [(line["method"], line["epsilon"], line["seed"]) for line in read_lines(records)] if records.exists() else []
     for seed in seeds:
         for epsilon in epsilons:
             for method in methods:
+                if (method, epsilon, seed) in done:
+                    continue
                 private = [] if epsilon == "off" else ["privacy.mode=central", f"privacy.epsilon={epsilon}", f"privacy.key={key}"]
                 config = load_config("digits", [*CURVE, *private, f"run.method={method}", f"run.seed={seed}"])
                 found, _ = train(config)
-                print(json.dumps({"method": method, "epsilon": epsilon, "seed": seed, **found}), flush=True)
+                with open(records, "a") as file:
+                    file.write(json.dumps({"method": method, "epsilon": epsilon, "seed": seed, **found}) + "\n")
+
+
+def read_lines(records: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in records.read_text().splitlines()]
+
+
+def table(records: Path) -> str:
+    """Markdown: a row for each method and budget, largest budget first."""
+    lines = read_lines(records)
+    rows = sorted({(line["method"], line["epsilon"]) for line in lines},
+                  key=lambda row: (row[0], -float("inf" if row[1] == "off" else row[1])))
+    out = ["| method | epsilon | noise multiplier | common test | mean of the clients | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    for method, epsilon in rows:
+        runs = [line for line in lines if (line["method"], line["epsilon"]) == (method, epsilon)]
+        noise = "" if epsilon == "off" else f"{runs[0]['noise']:.3g}"
+        out.append(f"| {method} | {'without noise' if epsilon == 'off' else epsilon} | {noise} | {spread(runs, 'shared')} | "
+                   f"{spread(runs, 'personalized')} | {len(runs)} |")
+    return "\n".join(out) + "\n"
+
+
+def spread(runs: Sequence[dict[str, Any]], name: str) -> str:
+    values = [100 * run[name] for run in runs]
+    mean = statistics.fmean(values)
+    return f"{mean:.1f} % ± {max(abs(value - mean) for value in values):.1f}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cost", "curve"))
+    parser.add_argument("what", choices=("cost", "curve", "table"))
     parser.add_argument("--clients", default="16,100", help="cost: numbers of clients (16,100)")
     parser.add_argument("--run-file", default="digits", help="cost: run file (digits)")
     parser.add_argument("--repeats", type=int, default=3, help="cost: runs of each mode, in turn (3)")
@@ -100,14 +130,19 @@ def main() -> int:
     parser.add_argument("--epsilons", default="off,32,8,2", help="curve: budgets (off,32,8,2)")
     parser.add_argument("--seeds", default="0,1,2", help="curve: seeds (0,1,2)")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"curve: methods ({','.join(METHODS)})")
+    parser.add_argument("--records", type=Path, default=Path("bench/results/privacy_curve.jsonl"), help="curve and table: the file")
     arguments = parser.parse_args()
+    if arguments.what == "table":
+        print(table(arguments.records), end="")
+        return 0
     with tempfile.TemporaryDirectory() as place:
         key = Path(place) / "privacy.key"
         create_key(key, bytes(range(32)))
         if arguments.what == "cost":
             cost(key, [int(n) for n in arguments.clients.split(",")], arguments.run_file, arguments.repeats, arguments.rounds)
         else:
-            curve(key, arguments.epsilons.split(","), [int(n) for n in arguments.seeds.split(",")], arguments.methods.split(","))
+            curve(key, arguments.epsilons.split(","), [int(n) for n in arguments.seeds.split(",")], arguments.methods.split(","),
+                  arguments.records)
     return 0
 
 

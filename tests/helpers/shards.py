@@ -22,9 +22,11 @@ def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConf
     for name, part in {"server": replace(experiment.partition, clients=()), **parts}.items():
         data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting.depths))
     if config.privacy.masks:
-        from fedms.federated.private_client import write_member
+        from fedms.federated.private_client import member_of_run
+        from fedms.privacy.member_file import Agreement, digest_of, write_agreement, write_secret
 
-        server = experiment.server
         for split in experiment.partition.clients:
-            write_member(folder / f"client-{split.id}", server.key, split.id, config)
+            member = member_of_run(experiment.server.key, split.id, config.clients.count)
+            write_secret(folder / f"client-{split.id}", member.secret)
+            write_agreement(folder / f"client-{split.id}", Agreement(digest_of(config), member.identities))
     return config

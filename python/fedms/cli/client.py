@@ -92,7 +92,7 @@ def client_status(state: State = DEFAULT) -> None:
 
 @command(
     "Commands", "fedms client accept                        # what the server has asked for meanwhile",
-    "fedms client accept --invitation new.toml  # another address, certificate or run file",
+    "fedms client accept --invitation new.toml  # another address, certificate or run file, or the list of clients",
     name="accept", to=client)
 def client_accept(
     state: State = DEFAULT,
@@ -101,8 +101,10 @@ def client_accept(
 ) -> None:
     """Look at a changed run file, and agree to it."""
     installed()
-    from fedms.deployment.invitation import changes, read_invitation, tables_of
+    from fedms.deployment import roster
+    from fedms.deployment.invitation import changes, read_invitation
     from fedms.deployment.state import ClientState
+    from fedms.engines.flower.transport import tables_of
 
     found = ClientState(state)
     new = read_invitation(invitation) if invitation else found.offer_as_invitation()
@@ -110,6 +112,8 @@ def client_accept(
         show("the server has asked for nothing new")
         return
     lines = changes(tables_of(found.invitation.config), tables_of(new.config))
+    if new.clients != found.invitation.clients:
+        lines.append(f"clients   {roster.told(new.clients)}: it must be the same on all their machines, and you should know them")
     for line in lines or ["the run file is the same; address or certificate may differ"]:
         show(line)
     if not yes:

@@ -49,8 +49,15 @@ def server_accept(
     line: Annotated[list[str], typer.Argument(metavar="LINE", help="What the client's owner sent: public key and name.")],
 ) -> None:
     """Let a client take part, also while the server runs: it joins in the next round."""
-    member = installed().accept(folder, " ".join(line))
+    deployment = installed()
+    from fedms.deployment import roster
+
+    member = deployment.accept(folder, " ".join(line))
     show(f"{member.name} takes part, as number {member.number}")
+    if (invitation := deployment.read_invitation(folder / deployment.INVITATION)).clients:
+        show(f"all are accepted: send {folder}/{deployment.INVITATION} to every client once more, for its secure sums:  fedms client "
+             f"accept --invitation {deployment.INVITATION}")
+        show(f"clients: {roster.told(invitation.clients)}")
 
 
 @command("Commands", "fedms server remove federation clinic-7", name="remove", to=server)

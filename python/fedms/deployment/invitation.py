@@ -8,6 +8,7 @@
       model_sha256         of the foundation model's weights
       preprocessing_sha256 of what the model's tokenizer or image transform makes of fixed inputs
       [run_file. ...]      the run file: model, method, labels, columns, limits, privacy
+      [[clients]]          for secure sums, once all are accepted: the list of `fedms.deployment.roster`
 """
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedms.config import ConfigError, RunConfig, config_from_dict
-from fedms.deployment import DeploymentError, check_versions
-from fedms.engines.flower.transport import release
+from fedms.deployment import DeploymentError, check_versions, roster
+from fedms.deployment.roster import Listed
+from fedms.engines.flower.transport import release, tables_of
 from fedms.federated.schema import FORMAT
 from fedms.foreign import conform, parse_toml, read_regular
 from fedms.storage.durable import write_durably
@@ -45,6 +47,7 @@ class _File(BaseModel):
     model_sha256: _Digest
     preprocessing_sha256: _Digest
     run_file: dict[str, Any]
+    clients: list[dict[str, Any]] = []
 
 
 _FILE = TypeAdapter(_File)
@@ -59,6 +62,7 @@ class Invitation:
     config: RunConfig
     model_sha256: str
     preprocessing_sha256: str
+    clients: tuple[Listed, ...] = ()
 
     @property
     def run_sha256(self) -> str:
@@ -73,16 +77,13 @@ class Invitation:
         tables = {"format": FORMAT_OF_FILE, "fedms": release(), "messages": FORMAT, "address": self.address,
                   "authority": self.authority, "run_sha256": self.run_sha256, "model_sha256": self.model_sha256,
                   "preprocessing_sha256": self.preprocessing_sha256, "run_file": tables_of(self.config)}
+        if self.clients:
+            tables["clients"] = roster.plain(self.clients)
         return ("# An invitation to a federation. Take part by:  fedms client join THIS_FILE --data PATH --name NAME\n"
                 + tomli_w.dumps(tables))
 
     def write(self, path: Path, *, private: bool = False) -> None:
         write_durably(path, self.dump().encode(), private=private)
-
-
-def tables_of(config: RunConfig) -> dict[str, Any]:
-    """A run file's tables as messages carry them."""
-    return config.model_dump(mode="json", exclude_none=True)
 
 
 def run_digest(tables: dict[str, Any]) -> str:
@@ -98,6 +99,9 @@ def read_invitation(path: Path) -> Invitation:
             check_versions(tables["fedms"], tables["messages"], "the server that wrote this invitation")
         file = conform(_FILE, tables)
         config = config_from_dict(file.run_file)
+        clients = tuple(map(roster.read, file.clients))
+        if clients:
+            roster.check_list(clients, config)
     except DeploymentError as error:
         raise DeploymentError(f"{path}: {error}") from None
     except OSError as error:
@@ -106,7 +110,7 @@ def read_invitation(path: Path) -> Invitation:
         raise DeploymentError(f"{path}: no invitation: {error}") from None
     if file.format != FORMAT_OF_FILE:
         raise DeploymentError(f"{path}: an invitation of format {file.format}; this release reads {FORMAT_OF_FILE}")
-    found = Invitation(file.address, file.authority, config, file.model_sha256, file.preprocessing_sha256)
+    found = Invitation(file.address, file.authority, config, file.model_sha256, file.preprocessing_sha256, clients)
     if found.run_sha256 != file.run_sha256:
         raise DeploymentError(f"{path}: its run file is not the one that run_sha256 names: it was changed on the way, or is of "
                               "another release; ask for it again")

@@ -118,6 +118,12 @@ def alone(dataset: Dataset, config: RunConfig) -> Partition:
 def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float], str]) -> Sequence[str]:
     """What is trained, sent and kept, and what a round costs, in lines."""
     config, samples = joining.invitation.config, joining.samples
+    sent = {
+        "off": "the trained tensors of each round, numbers of samples, losses, accuracies, seconds, bytes of memory",
+        "central": "the change of the trained tensors of each round, clipped, and what privacy adds up of scores and classes; the "
+                   "server sees it, and adds noise to the sum of all",
+        "secure": "sums with the other clients, of which the server sees no single part",
+        "distributed": "noised sums with the other clients, of which the server sees no single part"}[config.privacy.mode]
     first, last = joining.costs.options[0], joining.costs.options[-1]
     rounds = config.stage1.rounds + config.stage2.rounds
     return [
@@ -126,8 +132,7 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
         f"trained   {config.run.method}: LoRA pairs of rank {config.lora.rank} beside {config.model.id}, whose weights stay as "
         f"they are; {config.stage1.rounds} + {config.stage2.rounds} rounds, {config.stage1.epochs} and {config.stage2.epochs} "
         "epochs a visit",
-        f"sent      to {joining.invitation.address}: the trained tensors of each round, numbers of samples, losses, accuracies, "
-        "seconds, bytes of memory" + _privacy(config) + "; never samples, labels or what stays private",
+        f"sent      to {joining.invitation.address}: {sent}; never samples, labels or what stays private",
         "kept      here alone: your key, the samples as the model reads them, your private expert",
         f"a round   up to {size(last.peak)} of memory beside {size(joining.costs.process)} for the process; "
         f"{duration(first.seconds)} to {duration(last.seconds)}; {size(last.work.bytes_up)} sent, "
@@ -137,9 +142,3 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
 
 def _classes(classes: Sequence[str]) -> str:
     return f"; classes: {', '.join(classes[:8])}{' ...' if len(classes) > 8 else ''}" if classes else ""
-
-
-def _privacy(config: RunConfig) -> str:
-    privacy = getattr(config, "privacy", None)
-    on = [key for key, value in (privacy.model_dump() if privacy is not None else {}).items() if value]
-    return f" (privacy: {', '.join(on)})" if on else ""

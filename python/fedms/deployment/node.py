@@ -26,6 +26,7 @@ from fedms.deployment.state import JOURNAL, POLICY, PRIVATE, ClientState
 from fedms.engines.flower import client as side
 from fedms.engines.flower.connection import Connection, Lost, serve
 from fedms.deployment.invitation import run_digest
+from fedms.privacy.member_file import IDENTITIES
 from fedms.storage.durable import FolderLock
 
 AGAIN = 5.0             # seconds before a connection is tried again
@@ -106,11 +107,14 @@ class Node:
             Refusal: saying what does not.
         """
         number = self.state.about.number
-        if kind not in ("train", "evaluate"):
-            raise Refusal("secure sums are not part of what this client's owner agreed to")
         if number is None:
             raise Refusal("the server has not said which number this client has")
+        if kind == "query.sum":
+            return self._add_up(head, parts, number)
         config = self._agreed(head["config"])
+        if config.privacy.masks and not (self.state.folder / IDENTITIES).exists():
+            raise Refusal("this client's owner has not agreed to a list of clients for secure sums yet: fedms client accept "
+                          "--invitation FILE, with the invitation as it is after the last client was accepted")
         journal = Journal.read(self.state.folder / JOURNAL)
         try:
             limits.check(limits.read_policy(self.state.folder / POLICY), config, journal, self.state.folder, self.now())
@@ -126,6 +130,14 @@ class Node:
         self.tell(f"done: {where}, {time.monotonic() - started:.1f} s, {moved / 1e6:.2f} MB sent and received")
         if kind == "evaluate":
             self.tell(f"the run has ended; to predict on this machine: fedms export {self.state.folder} --out DIR")
+        return answer, sent
+
+    def _add_up(self, head: dict[str, Any], parts: dict[str, bytes], number: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """A phase of a secure sum. It belongs to a visit that was allowed, so limits of time and load do not end it."""
+        if not self.invitation.config.privacy.masks:
+            raise Refusal("secure sums are not part of what this client's owner agreed to")
+        answer, sent = self.worker.do("query.sum", head, parts, self._identity(number))
+        Journal.read(self.state.folder / JOURNAL).add(0, sum(map(len, (*parts.values(), *sent.values()))), self.now())
         return answer, sent
 
     def _agreed(self, tables: dict[str, Any]) -> RunConfig:

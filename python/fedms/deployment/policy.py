@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psutil
 import tomli_w
@@ -26,10 +26,19 @@ _HEAD = """\
 # What this client takes part in. Checked before every message is obeyed; edit it at any time.
 # A key that is removed limits nothing, but for models, methods and frozen, which must be there.
 # hours: local time, may go past midnight ("22:00-06:00"). battery: least charge in percent while not plugged in.
-# load: most load average a core, before a round begins. Code that a server sends is never run, whatever stands here.
+# load: most load average a core, before a round begins. privacy.required: modes of privacy of which the run must have one,
+# such as ["secure", "distributed"]. Code that a server sends is never run, whatever stands here.
 """
 
 Share = Annotated[float, Field(ge=0, le=100)]
+
+
+class PrivacyLimits(BaseModel):
+    """required: the modes of privacy of which one must be on; None: none must."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    required: Annotated[list[Literal["central", "secure", "distributed"]], Field(min_length=1)] | None = None
 
 
 class Policy(BaseModel):
@@ -47,6 +56,7 @@ class Policy(BaseModel):
     battery: Share | None = None
     load: Annotated[float, Field(gt=0)] | None = None
     disk: str | None = None
+    privacy: PrivacyLimits = PrivacyLimits()
 
 
 _POLICY = TypeAdapter(Policy)
@@ -60,7 +70,8 @@ class Refusal(FedMSError):
 
 def default_policy(config: RunConfig) -> Policy:
     """What an invitation asks for, and limits that a machine's other work can live with."""
-    return Policy(models=[config.model.id], methods=[config.run.method], frozen=[config.model.frozen],
+    required = None if config.privacy.mode == "off" else [config.privacy.mode]
+    return Policy(privacy=PrivacyLimits(required=required), models=[config.model.id], methods=[config.run.method], frozen=[config.model.frozen],
                   most_epochs=max(config.stage1.epochs, config.stage2.epochs), rounds_a_day=1000, bytes_a_day="10GiB",
                   hours="00:00-24:00", battery=30.0, disk="1GiB")
 
@@ -130,6 +141,9 @@ def check(policy: Policy, config: RunConfig, journal: Journal, folder: Path, now
                                 ("frozen", config.model.frozen, policy.frozen)):
         if value not in allowed:
             raise Refusal(f"policy: {key} allows {', '.join(allowed) or 'none'}, not {value}")
+    if policy.privacy.required is not None and config.privacy.mode not in policy.privacy.required:
+        raise Refusal(f"policy: privacy.required allows {', '.join(policy.privacy.required)}, the run has privacy.mode = "
+                      f"{config.privacy.mode}")
     if config.model.trust_remote_code:
         raise Refusal("policy: a model that brings code of its own is never loaded here (model.trust_remote_code)")
     if policy.most_epochs is not None and epochs > policy.most_epochs:

@@ -5,6 +5,7 @@
       invite.toml            what is sent to those who may take part
       certificates/          of the server and of its own authority (`fedms.engines.flower.certificates`)
       clients.json           who was accepted: number, name, public key
+      privacy.key            with privacy.mode = "central": the secret key of the noise
       run/                   the run folder, with records and checkpoints
       status.json            where a server that runs stands
 """
@@ -24,14 +25,16 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, load_config
-from fedms.deployment import NAME, DeploymentError
-from fedms.deployment.invitation import Invitation, read_invitation, tables_of
+from fedms.deployment import NAME, DeploymentError, roster
+from fedms.deployment.invitation import Invitation, read_invitation
+from fedms.engines.flower.transport import tables_of
 from fedms.foreign import conform, parse_json, read_regular
+from fedms.privacy.key_file import create_key, read_key
 from fedms.progress import Progress
 from fedms.storage.durable import FolderLock, private_folder, write_durably
 
-RUN_FILE, INVITATION, CLIENTS, RUN, STATUS, CERTIFICATES = (
-    "run.toml", "invite.toml", "clients.json", "run", "status.json", "certificates")
+RUN_FILE, INVITATION, CLIENTS, RUN, STATUS, CERTIFICATES, KEY = (
+    "run.toml", "invite.toml", "clients.json", "run", "status.json", "certificates", "privacy.key")
 PORT = 9091
 SEATS = 100             # clients.count where a run file leaves it open: the most that may be accepted
 NOTES = 20              # last lines of what happened that a status keeps
@@ -39,12 +42,15 @@ NOTES = 20              # last lines of what happened that a status keeps
 
 @dataclass(frozen=True)
 class Member:
-    """A client that was accepted. number: its own for ever. key: public, in OpenSSH's form. removed: takes part no longer."""
+    """A client that was accepted. number: its own for ever. key: public, in OpenSSH's form. removed: takes part no longer.
+    identity, proof: for secure sums, see `fedms.deployment.roster`."""
 
     number: Annotated[int, Field(ge=0)]
     name: str
     key: str
     removed: bool = False
+    identity: str = ""
+    proof: str = ""
 
 
 _MEMBERS = TypeAdapter(list[Member])
@@ -67,7 +73,7 @@ def init(folder: Path, config: RunConfig, host: str, port: int, progress: Progre
 
     if folder.exists() and any(folder.iterdir()):
         raise DeploymentError(f"{folder}: exists and is not empty; choose another folder")
-    config = federated(config)
+    config, key = federated(config), own_key(config)
     progress.phase(f"loading model {config.model.id}")
     foundation = models.load(config.model, config.task.kind)
     fingerprint = data.preprocessing_fingerprint(config.data, foundation)
@@ -76,10 +82,22 @@ def init(folder: Path, config: RunConfig, host: str, port: int, progress: Progre
     authority = (folder / CERTIFICATES / "ca.crt").read_text()
     invitation = Invitation(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", authority, config,
                             foundation.fingerprint, fingerprint)
+    if config.privacy.mode == "central":
+        create_key(folder / KEY, key)
     write_durably(folder / RUN_FILE, dump_toml(config).encode())
     _write_members(folder, [])
     invitation.write(folder / INVITATION)       # last: its presence says that the rest is there
     return invitation
+
+
+def own_key(config: RunConfig) -> bytes | None:
+    """The key that a run file with noise of the server names, if it is there; None for a new one.
+
+    Raises:
+        KeyFileError: if it is there and is none, or not secret.
+    """
+    path = Path(config.privacy.key)
+    return read_key(path) if config.privacy.mode == "central" and path.exists() else None
 
 
 def federated(config: RunConfig) -> RunConfig:
@@ -97,9 +115,9 @@ def federated(config: RunConfig) -> RunConfig:
                        ("lora.start", config.lora.start), ("model.trust_remote_code", config.model.trust_remote_code)):
         if value:
             problems.append(f"{key}: {value!r} has no meaning where each client brings its own data and machine; remove it")
-    if config.privacy.mode != "off":
-        problems.append(f"privacy.mode: {config.privacy.mode!r} is not served yet where each client has a key of its own; "
-                        'use engine "local" or "flower-sim"')
+    if config.privacy.mode != "off" and config.clients.count is None:
+        problems.append(f"clients.count: unset; with privacy.mode = {config.privacy.mode!r} sums are divided by the number of clients, "
+                        "which must be known before the run")
     if problems:
         raise ConfigError(problems)
     tables = tables_of(config)
@@ -113,7 +131,8 @@ def read_config(folder: Path) -> RunConfig:
     """Raises DeploymentError if the folder is no server's."""
     if not (folder / INVITATION).is_file():
         raise DeploymentError(f"{folder}: no server's folder; `fedms server init {folder} RUNFILE --host NAME` makes one")
-    return load_config(str(folder / RUN_FILE))
+    config = load_config(str(folder / RUN_FILE))
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"key": str((folder / KEY).absolute())})})
 
 
 # Who takes part
@@ -139,15 +158,20 @@ def accept(folder: Path, line: str) -> Member:
     """
     from fedms.engines.flower.link import pem_of
 
-    seats = read_config(folder).clients.count
-    words = line.split()
-    if len(words) != 3 or re.fullmatch(NAME, words[2], re.ASCII) is None:
-        raise DeploymentError(f"{line[:60]!r}: expected the line that `fedms client join` printed: ecdsa-sha2-nistp384 KEY NAME")
+    config = read_config(folder)
+    seats = config.clients.count
+    words, masks = line.split(), config.privacy.masks
+    if len(words) != 3 + masks or re.fullmatch(NAME, words[2], re.ASCII) is None:
+        raise DeploymentError(f"{line[:60]!r}: expected the line that `fedms client join` printed: ecdsa-sha2-nistp384 KEY NAME"
+                              + " IDENTITY.PROOF" * masks)
     key, name = " ".join(words[:2]), words[2]
+    identity, _, proof = words[3].partition(".") if masks else ("", "", "")
     try:
         pem_of(key)
     except ValueError as error:
         raise DeploymentError(f"{name}: {error}") from None
+    if masks:
+        roster.read({"name": name, "key": key, "identity": identity, "proof": proof})
     with _changing(folder) as listed:
         for member in listed:
             if (member.name, member.key) == (name, key) and not member.removed:
@@ -159,8 +183,11 @@ def accept(folder: Path, line: str) -> Member:
                 raise DeploymentError(f"{name}: another client has this name; ask its owner for another --name")
         if len(listed) >= seats:
             raise DeploymentError(f"{name}: all {seats} seats are taken (clients.count of {folder / RUN_FILE})")
-        member = Member(len(listed), name, key)
+        member = Member(len(listed), name, key, False, identity, proof)
         listed.append(member)
+    if masks and len(listed) == seats:
+        clients = tuple(roster.read({name: getattr(each, name) for name in roster.FIELDS}) for each in listed)
+        replace(read_invitation(folder / INVITATION), clients=clients).write(folder / INVITATION)
     return member
 
 
@@ -263,6 +290,9 @@ def start(folder: Path, bind: str, progress: Progress, stop: Callable[[], bool],
     from fedms.runs.run import run
 
     config = read_config(folder)
+    if config.privacy.mode != "off" and (seats := config.clients.count) != (there := len(members(folder))):
+        raise DeploymentError(f"{folder}: {there} of {seats} clients are accepted; with privacy.mode = {config.privacy.mode!r} all must be "
+                              "before the first round (fedms server accept), or a new folder must have a smaller clients.count")
     lock = _lock(folder, "is served already")
     try:
         for line in check_certificates(folder):

@@ -7,6 +7,8 @@
       policy.toml            the owner's limits (`fedms.deployment.policy`)
       journal.json           what was done today
       key                    private key, elliptic curve P-384; it never leaves this folder
+      privacy.key            for secure sums: 32 secret bytes
+      identities.json        for secure sums: the list of clients that was agreed to (`fedms.privacy.member_file`)
       data.safetensors       the samples, divided into training, validation and test (`fedms.data.shard`)
       private/RUN/           the private expert (`fedms.storage.private_state`)
       .lock                  the process that serves this client
@@ -24,16 +26,20 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, TypeAdapter
 
-from fedms.deployment import DeploymentError
+from fedms.deployment import DeploymentError, roster
 from fedms.config import ConfigError, config_from_dict
-from fedms.deployment.invitation import Invitation, changes, read_invitation, tables_of
+from fedms.deployment.invitation import Invitation, changes, read_invitation
 from fedms.deployment.policy import Journal
+from fedms.engines.flower.transport import tables_of
 from fedms.foreign import conform, parse_json, read_regular
+from fedms.privacy import member_file
+from fedms.privacy.key_file import create_key, read_key
+from fedms.privacy.secure_sum import identity_of
 from fedms.storage.durable import open_new, owner, private_folder, write_durably
 
 CLIENT, INVITATION, OFFERED, POLICY, JOURNAL, KEY, PRIVATE = (
     "client.json", "invitation.toml", "offered.json", "policy.toml", "journal.json", "key", "private")
-BOUND = ("model", "data", "lora")       # tables of a run file that the data and experts in the folder were made for
+BOUND = ("model", "data", "lora", "privacy")        # tables of a run file that what is in the folder was made for
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,12 @@ class ClientState:
         return key
 
     def line(self) -> str:
-        """What the owner sends to the server: the public key and the name."""
-        public = self.key().public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        return f"{public.decode()} {self.about.name}"
+        """What the owner sends to the server: the public key and the name; for secure sums also the signed identity."""
+        key, name = self.key(), self.about.name
+        if not self.invitation.config.privacy.masks:
+            return f"{_openssh(key)} {name}"
+        identity = identity_of(read_key(self.folder / member_file.KEY))
+        return f"{_openssh(key)} {name} {identity.hex()}.{roster.sign(key, name, identity)}"
 
     def process(self) -> int | None:
         """The process that serves this client now."""
@@ -133,27 +142,52 @@ class ClientState:
                 f"fingerprint {invitation.run_sha256[:16]}",
                 f"served    {'no (fedms client start)' if process is None else f'by process {process}'}",
                 f"today     {journal.rounds} rounds, {journal.bytes / 1e6:.2f} MB sent and received",
+                *self._sums(),
                 *(["waiting   the server asks for another run file: fedms client accept"] if self.offered() is not None else [])]
+
+    def _sums(self) -> list[str]:
+        invitation = self.invitation
+        if not invitation.config.privacy.masks:
+            return []
+        return [f"sums      with {roster.told(invitation.clients)}" if invitation.clients else
+                "waiting   for the list of all clients, in a second invitation: fedms client accept --invitation FILE"]
 
     def accept(self, invitation: Invitation) -> None:
         """From now on this is what the owner agreed to.
 
         Raises:
-            DeploymentError: if the data here would have to be read anew for it.
+            DeploymentError: if the data here would have to be read anew for it, or its list of clients has not this one.
         """
         before, after = (tables_of(each.config) for each in (self.invitation, invitation))
         bound = [line for line in changes(before, after) if line.split(".")[0] in BOUND]
         if bound or invitation.model_sha256 != self.invitation.model_sha256:
             raise DeploymentError("the change touches the model or how data are read (" + ("; ".join(bound) or "other weights")
                                   + "): leave, and join with the new invitation")
+        if invitation.clients:
+            self._agree_on(invitation)
         invitation.write(self.folder / INVITATION, private=True)
         (self.folder / OFFERED).unlink(missing_ok=True)
+
+    def _agree_on(self, invitation: Invitation) -> None:
+        """Keep the list of clients for secure sums, with this one in its place."""
+        identities = {number: bytes.fromhex(client.identity) for number, client in enumerate(invitation.clients)}
+        own = identity_of(read_key(self.folder / member_file.KEY))
+        places = [number for number, client in enumerate(invitation.clients)
+                  if (client.name, client.key, identities[number]) == (self.about.name, _openssh(self.key()), own)]
+        if not places or self.about.number not in (None, *places):
+            raise DeploymentError(f"the list of clients does not have {self.about.name} with this client's keys"
+                                  + (f" as number {self.about.number}" if places else "") + "; ask the server's operator")
+        member_file.write_agreement(self.folder, member_file.Agreement(member_file.digest_of(invitation.config), identities))
 
     def forget(self) -> None:
         """Removes all of it: key, data, private expert. Raises DeploymentError while a process serves the client."""
         if (process := self.process()) is not None:
             raise DeploymentError(f"{self.folder}: process {process} serves this client; end it first (fedms client leave)")
         shutil.rmtree(self.folder)
+
+
+def _openssh(key: ec.EllipticCurvePrivateKey) -> str:
+    return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
 def write_about(folder: Path, about: About) -> None:
@@ -176,6 +210,8 @@ def make_state(folder: Path, name: str, model: str | None, invitation: Invitatio
     with open_new(folder / KEY, private=True) as file:
         file.write(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                      serialization.NoEncryption()))
+    if invitation.config.privacy.masks:
+        create_key(folder / member_file.KEY)
     invitation.write(folder / INVITATION, private=True)
     write_about(folder, About(name, model))
     return ClientState(folder)

@@ -21,10 +21,10 @@ from fedms.federated.client import Message, Share
 from fedms.federated.devices import device_of
 from fedms.federated.method import BroadcastPolicy, Method
 from fedms.federated.server import STAGES, RejectedReply, Server, ServerState
-from fedms.privacy.accounting import multiplier_for
+from fedms.privacy.accounting import combined, epsilon_of, multiplier_for
 from fedms.privacy.clipping import Layout, within_bound
 from fedms.privacy.key_file import KeyFileError, Stream, derive, read_key
-from fedms.privacy.ledger import Ledger, Release
+from fedms.privacy.ledger import Ledger, Price, Release
 from fedms.privacy.noise import LARGEST_SIGMA, draw
 from fedms.privacy.secure_sum import Terms, threshold_of
 from fedms.privacy.statement import statement
@@ -161,7 +161,7 @@ class PrivateServer(Server):
                 if updates:
                     with_update.append(others)
                 elif any(others):
-                    beside.append(sum(z**-2 for z in others if z) ** -0.5)
+                    beside.append(combined(*others))
         return with_update, [*beside, *([self._score_noise] if self._score_noise else [])]
 
     @cached_property
@@ -242,6 +242,22 @@ class PrivateServer(Server):
         sections = self.sums_of(message).sections(least)
         return Terms(f"seed {self.config.run.seed}", message.stage, message.round, attempt, least, sections)
 
+    def price(self, message: Message) -> Price | None:
+        """What the sum of the clients that get this message costs each of them; None if it has no noise."""
+        if not self.settings.adds_noise:
+            return None
+        return Price(*self.sums_of(message).noise, self.settings.delta, self.settings.accountant, self.agreed_epsilon)
+
+    @cached_property
+    def agreed_epsilon(self) -> float:
+        """The budget that a client agrees to: `privacy.epsilon`, or what the planned releases with `privacy.noise` cost."""
+        if self.settings.epsilon is not None:
+            return self.settings.epsilon
+        with_update, beside = self.planned()
+        planned = [*beside, *(combined(self.noise.update, *others) for others in with_update)]
+        rounding = 1 + 1e-9         # the ledger adds up the same costs in another order
+        return rounding * epsilon_of(planned, self.settings.delta, self.settings.accountant, self.rate)
+
     def sample(self, stage: str, round: int, busy: Collection[int] = ()) -> tuple[int, ...]:
         if self.rate is None:
             return super().sample(stage, round, busy)
@@ -281,10 +297,7 @@ class PrivateServer(Server):
             total = total + draw(derive(self.key, "noise", *names), sums.sections())
             tag = derive(self.key, "release", *names).hex()
         if ledger is not None and sums.parts:
-            noise = {part.name: part.noise for part in sums.parts}
-            score = noise.get("score") or noise.get("accuracy")
-            collected.epsilon = ledger.charge(Release(tag, state.stage, state.round, attempt, noise.get("update"), score,
-                                                      noise.get("counts")))
+            collected.epsilon = ledger.charge(Release(tag, state.stage, state.round, attempt, *sums.noise))
         clients = self.config.clients.count if state.stage == "done" else self.expected
         collected.means = sums.decode(total, {name: self.trainers(name) for name, _ in sums.layout.shapes}, clients)
 

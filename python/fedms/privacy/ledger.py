@@ -55,6 +55,24 @@ class Release:
         return combined(self.update, self.score, self.counts)
 
 
+@dataclass(frozen=True)
+class Price:
+    """What one sum costs a client that helps to reveal it, and the budget that the client has agreed to.
+
+    Args:
+        update, score, counts: see `Release`.
+        delta, accountant: see `fedms.privacy.accounting.epsilon_of`.
+        budget: the epsilon that all sums together must not exceed.
+    """
+
+    update: float | None
+    score: float | None
+    counts: float | None
+    delta: float
+    accountant: str
+    budget: float
+
+
 class Ledger:
     """The releases of a run.
 

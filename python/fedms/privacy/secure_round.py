@@ -11,12 +11,13 @@ or an answer is a dict of buffers of known lengths and, in questions, a list of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fedms.privacy import secure_sum as ss
+from fedms.privacy.ledger import Price
 from fedms.privacy.secure_sum import Member, Promises, ProtocolError, Terms
 
 PHASES = ("share", "mask", "reveal")
@@ -105,12 +106,14 @@ class Held:
     Args:
         terms: which sum it is.
         vector: (size,) what it adds.
+        price: what the sum costs, where it is noised.
         promises: what it has agreed to.
         keys, inbox: what it was told in the phases so far.
     """
 
     terms: Terms
     vector: np.ndarray
+    price: Price | None = None
     promises: Promises = field(default_factory=Promises)
     keys: dict[int, bytes] = field(default_factory=dict)
     inbox: dict[int, bytes] = field(default_factory=dict)
@@ -157,6 +160,7 @@ def write_held(held: Held) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What is held as plain data and arrays, to be kept on disk, without the promises, which outlast the sum."""
     terms = held.terms
     plain = {"terms": [terms.run, terms.stage, terms.round, terms.attempt, terms.threshold, [list(s) for s in terms.sections]],
+             "price": None if held.price is None else asdict(held.price),
              "keys": {str(i): key.hex() for i, key in held.keys.items()},
              "inbox": {str(i): box.hex() for i, box in held.inbox.items()}}
     return plain, {"vector": np.asarray(held.vector, np.int64)}
@@ -166,6 +170,7 @@ def read_held(plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promis
     """The inverse of `write_held`."""
     run, stage, round, attempt, threshold, sections = plain["terms"]
     terms = Terms(run, stage, round, attempt, threshold, tuple((length, sigma) for length, sigma in sections))
-    return Held(terms, arrays["vector"], promises,
+    price = None if plain["price"] is None else Price(**plain["price"])
+    return Held(terms, arrays["vector"], price, promises,
                 {int(i): bytes.fromhex(key) for i, key in plain["keys"].items()},
                 {int(i): bytes.fromhex(box) for i, box in plain["inbox"].items()})

@@ -58,6 +58,12 @@ class Sums:
         """Length of the vector."""
         return sum(part.length for part in self.parts)
 
+    @property
+    def noise(self) -> tuple[float | None, float | None, float | None]:
+        """The noise multipliers of the update, of the score or accuracy, and of the counts; None: not part of it, or none."""
+        noise = {part.name: part.noise for part in self.parts}
+        return noise.get("update"), noise.get("score") or noise.get("accuracy"), noise.get("counts")
+
     def sections(self, sharers: int = 1) -> tuple[tuple[int, int], ...]:
         """For each part its length and its noise in steps, rounded up to whole ones: all of the noise, or one client's
         share where at least `sharers` add theirs. 0 without noise."""

@@ -7,6 +7,7 @@
     ROOT/RUN/final/              what every client has in the end (`fedms.storage.final`)
     ROOT/RUN/ended.json          that the run has ended here, and the hash of the private state that goes with it
     ROOT/promises.json           what it has agreed to in secure sums, of all runs
+    ROOT/privacy.jsonl           the noised sums that it has helped to reveal, of all runs (`fedms.privacy.ledger`)
 
 The server says which visit was the last to count, by the hash of what was saved then. So a visit whose reply was lost,
 late or refused leaves no trace, and a server that goes on from an older checkpoint finds clients as they were then.

@@ -233,7 +233,7 @@ def check_same_config(path: Path, config: RunConfig) -> None:
         config = config.model_copy(update={
             "clients": config.clients.model_copy(update={"count": earlier.clients.count})})
     there, here = (_flat(of_method(c.model_dump(exclude_none=True))) for c in (earlier, config))
-    for key in ("run.device", "run.workers"):       # a run may go on elsewhere, and in other processes
+    for key in ("run.device", "run.workers", "privacy.key"):        # a run may go on elsewhere, and in other processes
         here[key] = there[key]
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         raise ConfigError([f"{key}: {here.get(key, 'unset')!r}, but the run in {path} has {there.get(key, 'unset')!r}; "

@@ -18,11 +18,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedms.errors import DataError
 from fedms.deployment import DeploymentError, join, server, service
-from fedms.deployment.invitation import Invitation, read_invitation, tables_of
+from fedms.deployment.invitation import Invitation, read_invitation
 from fedms.deployment.node import Node, Worker
 from fedms.deployment.policy import Journal, Policy, Refusal, check, default_policy, read_policy, write_policy
 from fedms.deployment.state import ClientState
 from fedms.engines.flower import transport
+from fedms.engines.flower.transport import tables_of
 from fedms.federated.schema import FORMAT
 from fedms.foreign import parse_toml
 from fedms.progress import Progress

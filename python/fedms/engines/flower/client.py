@@ -19,6 +19,7 @@ from fedms.engines.flower.transport import release, release_of
 from fedms.errors import FedMSError
 from fedms.federated.schema import FORMAT, GREETING, REASON, TASKS, SchemaError, shown
 from fedms.foreign import printable
+from fedms.privacy.member_file import IDENTITIES
 from fedms.storage.durable import SHARD, shard_about
 
 if TYPE_CHECKING:       # torch is imported when there is something to train
@@ -32,8 +33,6 @@ if TYPE_CHECKING:       # torch is imported when there is something to train
     from fedms.privacy.secure_sum import Member
     from fedms.storage.private_state import ClientFolder
     from fedms.training.expert_model import ExpertModel
-
-IDENTITIES = "identities.json"      # in a node's data folder, if it was set up for secure sums
 
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 
@@ -217,9 +216,9 @@ def _agreed_privacy(config: RunConfig, identity: Identity) -> None:
             name = next(name for name in agreed if told[name] != agreed[name])
             raise Disagreement(f"privacy.{name}: the server says {shown(told[name])}, but {_whose(identity)} {shown(agreed[name])}")
     if identity.data is not None and (identity.data / IDENTITIES).exists():
-        from fedms.federated.private_client import digest_of, read_policy
+        from fedms.privacy.member_file import digest_of, read_agreement
 
-        if read_policy(identity.data)["config"] != digest_of(config):
+        if read_agreement(identity.data).run_file != digest_of(config):
             raise Disagreement("privacy: the server's run file is not the one that this node was set up for; set the node up again, "
                                "or undo what was changed since")
     elif config.privacy.masks and identity.data is not None:
@@ -287,15 +286,21 @@ def _share(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, se
 
 
 def _add_up(head: dict[str, Any], parts: dict[str, bytes], identity: Identity) -> Answer:
+    from fedms.federated.private_client import answer, charge
+    from fedms.privacy.ledger import BudgetSpent
     from fedms.privacy.secure_round import Question, read_held, write_held
     from fedms.privacy.secure_sum import Promises
-    from fedms.federated.private_client import answer
     from fedms.storage.private_state import ClientFolder
 
     with ClientFolder(identity.state, head["run"], identity.client) as folder:
         held = read_held(*folder.held(), Promises(folder.promises()))
         said = answer(Question(head["phase"], head["clients"], parts), replace(held.terms, attempt=head["attempt"]),
                       _member(identity, identity.own), held)
+        if head["phase"] == "reveal":
+            try:
+                charge(identity.state, held, head["clients"])
+            except BudgetSpent as spent:
+                raise Disagreement(str(spent)) from None
         folder.hold(*write_held(held), held.promises.kept)
     return {}, said
 
@@ -306,8 +311,9 @@ def _member(identity: Identity, config: RunConfig | None) -> Member:
     Raises:
         KeyFileError: if its key is not there.
     """
+    from fedms.federated.private_client import member_of_run
     from fedms.privacy.key_file import read_key
-    from fedms.federated.private_client import member_of_run, read_member
+    from fedms.privacy.member_file import read_member
 
     if identity.data is not None:
         return read_member(identity.data, identity.client)
@@ -321,7 +327,11 @@ def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     from fedms.storage.final import SharedTensors
     from fedms.storage.private_state import ClientFolder
 
-    session, experiment = _opened(head, _agreed(head["config"], identity), identity, open_experiment)
+    config = _agreed(head["config"], identity)
+    if config.privacy.mode != "off":
+        raise Disagreement(f"an evaluation is asked for, but with privacy.mode = {config.privacy.mode!r} no client is evaluated by "
+                           "itself")
+    session, experiment = _opened(head, config, identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         private, final = Private(folder.load(head["kept"]).tensors), _message(head, parts, folder)
         if identity.data is not None:       # it may predict without the server from now on; a simulated client need not

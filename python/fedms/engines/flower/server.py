@@ -280,7 +280,7 @@ class FlowerEngine(Engine):
         """Sends a message to each client; returns what was asked, by message, and clients whose message was not
         taken."""
         head = {"format": FORMAT, "run": self.run_id, "model": self.fingerprint, "message": packed.head, **extra,
-                "config": self.config.model_dump(mode="json", exclude_none=True)}
+                "config": transport.tables_of(self.config)}
         arrays = transport.buffers(packed.parts)
         heads = {client: {**head, "kept": self.kept.get(client)} for client in clients}
         return self._push(kind, group, heads, {client: {name: arrays[name] for name in self.due_to(client, packed).parts}

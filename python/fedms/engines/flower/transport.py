@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedms.config import RunConfig
 from fedms.errors import FedMSError
 from fedms.federated import schema
 
@@ -27,6 +28,11 @@ class MailError(FedMSError):
 def buffers(parts: Mapping[str, bytes]) -> dict[str, Array]:
     """Arrays to be used in several messages."""
     return {name: Array(dtype="uint8", shape=(len(data),), stype=_FORM, data=data) for name, data in parts.items()}
+
+
+def tables_of(config: RunConfig) -> dict[str, Any]:
+    """A run file's tables as messages carry them: without the path of the secret key, which is each machine's own."""
+    return config.model_dump(mode="json", exclude_none=True, exclude={"privacy": {"key"}})
 
 
 def write(head: Mapping[str, Any], parts: Mapping[str, Array]) -> RecordDict:
