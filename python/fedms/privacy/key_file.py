@@ -6,7 +6,6 @@ two uses share random numbers, and the same use draws the same numbers after a c
 """
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import secrets
@@ -82,7 +81,7 @@ def create_key(path: Path, key: bytes | None = None) -> None:
 
 def derive(key: bytes, *names: str | int) -> bytes:
     """Return the 32-byte key for the use called `names`: HMAC-SHA256 of the names under `key`."""
-    return hmac.new(key, repr(names).encode(), hashlib.sha256).digest()
+    return hmac.digest(key, repr(names).encode(), "sha256")
 
 
 class Stream:

@@ -70,7 +70,7 @@ def collect(terms: Terms, keys: Mapping[int, bytes], ask: Ask) -> Summed:
     for client in present:
         senders = tuple(sender for sender in present if sender != client)
         questions[client] = Question("mask", senders, {"boxes": b"".join(boxes[sender][client] for sender in senders)})
-    masked = {client: np.frombuffer(b"".join(cut), "<u4") for client, cut in _cut(ask(questions), "masked", 4, terms.size)}
+    masked = {client: np.frombuffer(whole, "<u4") for client, (whole,) in _cut(ask(questions), "masked", 4 * terms.size, 1)}
 
     survivors = tuple(masked)
     _enough(survivors, terms, "sent their vectors")
@@ -108,7 +108,7 @@ class Held:
         vector: (size,) what it adds.
         price: what the sum costs, where it is noised.
         promises: what it has agreed to.
-        keys, inbox: what it was told in the phases so far.
+        keys, inbox: what it was told in the phases so far: public keys, and the shares of others.
     """
 
     terms: Terms
@@ -116,7 +116,7 @@ class Held:
     price: Price | None = None
     promises: Promises = field(default_factory=Promises)
     keys: dict[int, bytes] = field(default_factory=dict)
-    inbox: dict[int, bytes] = field(default_factory=dict)
+    inbox: ss.Shares = field(default_factory=dict)
 
     def begin(self, terms: Terms) -> None:
         """Begin another attempt with the same vector."""
@@ -139,8 +139,7 @@ def answer(question: Question, member: Member, held: Held) -> dict[str, bytes]:
         return {"boxes": b"".join(boxes.values())}
     if phase == "mask":
         inbox = dict(zip(clients, _exactly(parts, "boxes", ss.BOX_BYTES, len(clients))))
-        masked = ss.mask(member, held.terms, held.vector, held.keys, inbox, held.promises)
-        held.inbox = inbox
+        masked, held.inbox = ss.mask(member, held.terms, held.vector, held.keys, inbox, held.promises)
         return {"masked": masked.astype("<u4").tobytes()}
     if phase == "reveal":
         if parts:
@@ -162,7 +161,7 @@ def write_held(held: Held) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     plain = {"terms": [terms.run, terms.stage, terms.round, terms.attempt, terms.threshold, [list(s) for s in terms.sections]],
              "price": None if held.price is None else asdict(held.price),
              "keys": {str(i): key.hex() for i, key in held.keys.items()},
-             "inbox": {str(i): box.hex() for i, box in held.inbox.items()}}
+             "inbox": {str(i): [share.hex() for share in shares] for i, shares in held.inbox.items()}}
     return plain, {"vector": np.asarray(held.vector, np.int64)}
 
 
@@ -173,4 +172,4 @@ def read_held(plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promis
     price = None if plain["price"] is None else Price(**plain["price"])
     return Held(terms, arrays["vector"], price, promises,
                 {int(i): bytes.fromhex(key) for i, key in plain["keys"].items()},
-                {int(i): bytes.fromhex(box) for i, box in plain["inbox"].items()})
+                {int(i): (bytes.fromhex(first), bytes.fromhex(second)) for i, (first, second) in plain["inbox"].items()})

@@ -102,6 +102,11 @@ class Member:
     secret: bytes = field(repr=False)
     identities: Mapping[int, bytes]
 
+    @cached_property
+    def identity(self) -> bytes:
+        """The secret half of its identity."""
+        return derive(self.secret, "identity")
+
 
 @dataclass
 class Promises:
@@ -124,6 +129,9 @@ class Promises:
 def identity_of(secret: bytes) -> bytes:
     """The public identity (32 bytes) that belongs to a client's secret key."""
     return _public(derive(secret, "identity"))
+
+
+Shares = Mapping[int, tuple[bytes, ...]]     # by client: a share of its key for the round, and one of its own mask's seed
 
 
 # The client's side
@@ -154,8 +162,8 @@ def share(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int,
 
 
 def mask(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes], inbox: Mapping[int, bytes],
-         promises: Promises) -> np.ndarray:
-    """Phase 3: the vector with this client's noise and masks, (size,) uint32.
+         promises: Promises) -> tuple[np.ndarray, Shares]:
+    """Phase 3: the vector with this client's noise and masks, (size,) uint32, and what was in the inbox.
 
     Args:
         inbox: by sender, what the other clients that answered phase 2 encrypted for this one.
@@ -174,15 +182,16 @@ def mask(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, 
     secret = _round_secret(member, terms, vector)
     for other in others:
         _add_pair_mask(masked, member.client, other, secret, roster[other], known)
-    return masked
+    return masked, others
 
 
-def reveal(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes], inbox: Mapping[int, bytes],
+def reveal(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes], others: Shares,
            survivors: Sequence[int], promises: Promises) -> dict[int, bytes]:
     """Phase 4: for each client that answered phase 2, a share of its own mask's seed if its vector arrived, else a share of
     its key for the round; 33 bytes each.
 
     Args:
+        others: what was in this client's inbox in phase 3.
         survivors: the clients whose masked vectors arrived.
 
     Raises:
@@ -190,7 +199,6 @@ def reveal(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int
             before.
     """
     known = _check_roster(member, terms, vector, roster)
-    others = _open_inbox(member, terms, roster, known, inbox)
     alive, present = set(survivors), {member.client, *others}
     if len(alive) < terms.threshold or not alive <= present or member.client not in alive:
         raise ProtocolError(f"the server names {len(alive)} clients whose vectors arrived; expected at least {terms.threshold} "
@@ -277,12 +285,11 @@ def _round_secret(member: Member, terms: Terms, vector: np.ndarray) -> bytes:
 
 
 def _own_shares(member: Member, terms: Terms, vector: np.ndarray, known: str,
-                holders: Sequence[int]) -> dict[int, tuple[bytes, bytes]]:
+                holders: Sequence[int]) -> dict[int, tuple[bytes, ...]]:
     """By holder, shares of this client's key for the round and of its own mask's seed."""
     secrets = (_round_secret(member, terms, vector), derive(member.secret, "own mask", known))
-    first, second = (shamir.split(secret, holders, terms.threshold, Stream(derive(member.secret, "shares", known, number)))
-                     for number, secret in enumerate(secrets))
-    return {holder: (first[holder], second[holder]) for holder in holders}
+    coefficients = [Stream(derive(member.secret, "shares", known, number)) for number in range(len(secrets))]
+    return shamir.split(secrets, holders, terms.threshold, coefficients)
 
 
 def _open_inbox(member: Member, terms: Terms, roster: Mapping[int, bytes], known: str,
@@ -309,8 +316,7 @@ def _seal(member: Member, other: int, known: str, text: bytes) -> bytes:
 
 
 def _channel_key(member: Member, other: int, known: str, sender: int, receiver: int) -> bytes:
-    agreed = _exchange(derive(member.secret, "identity"), member.identities[other])
-    return _expand_key(agreed, "channel", known, sender, receiver)
+    return _expand_key(_exchange(member.identity, member.identities[other]), "channel", known, sender, receiver)
 
 
 def _add_pair_mask(vector: np.ndarray, client: int, other: int, secret: bytes, public: bytes, known: str) -> None:
@@ -327,7 +333,9 @@ def _expand(seed: bytes, size: int) -> np.ndarray:
     return Stream(seed).words(size, "<u4")
 
 
+@lru_cache(maxsize=2**15)
 def _expand_key(agreed: bytes, *names: str | int) -> bytes:
+    """A key for one use of what two clients agreed on. Where one process plays both, it serves both."""
     return HKDF(hashes.SHA256(), 32, None, repr(names).encode()).derive(agreed)
 
 
@@ -343,13 +351,14 @@ def _private(secret: bytes) -> X25519PrivateKey:
 
 
 # By both public keys: identities meet again in every round, and where one process plays both clients, an exchange serves both.
-_agreed: dict[frozenset[bytes], bytes] = {}
+_agreed: dict[tuple[bytes, bytes], bytes] = {}
 _MOST_AGREED = 2**16
 
 
 def _exchange(secret: bytes, public: bytes) -> bytes:
     """The Diffie-Hellman secret of two keys."""
-    pair = frozenset((_public(secret), public))
+    own = _public(secret)
+    pair = (own, public) if own < public else (public, own)
     if pair not in _agreed:
         if len(_agreed) >= _MOST_AGREED:
             _agreed.clear()

@@ -15,36 +15,48 @@ SECRET_BYTES = 32
 SHARE_BYTES = 33
 
 
-def split(secret: bytes, holders: Sequence[int], threshold: int, coefficients: Stream) -> dict[int, bytes]:
-    """Split a secret so that any `threshold` shares give it back and fewer say nothing about it.
+def split(secrets: Sequence[bytes], holders: Sequence[int], threshold: int,
+          coefficients: Sequence[Stream]) -> dict[int, tuple[bytes, ...]]:
+    """Split secrets so that any `threshold` shares of one give it back and fewer say nothing about it.
 
     Args:
-        secret: 32 bytes.
-        holders: who gets a share: distinct numbers from 0.
+        secrets: 32 bytes each.
+        holders: who gets a share of each: distinct numbers from 0.
         threshold: from 1 to the number of holders.
-        coefficients: random numbers for this secret alone.
+        coefficients: for each secret, random numbers for it alone.
 
     Returns:
-        A share of 33 bytes for each holder.
+        For each holder, its shares of the secrets, 33 bytes each.
 
     Raises:
         ValueError: if an argument is out of range.
     """
-    if len(secret) != SECRET_BYTES:
-        raise ValueError(f"a secret of {len(secret)} bytes, expected {SECRET_BYTES}")
+    if sizes := {len(secret) for secret in secrets} - {SECRET_BYTES}:
+        raise ValueError(f"a secret of {sizes.pop()} bytes, expected {SECRET_BYTES}")
     if threshold < 1 or len(set(holders)) < len(holders) or min(holders) < 0:
         raise ValueError(f"threshold {threshold}, holders {list(holders)}: expected a threshold from 1, and distinct holders "
                          "from 0")
-    # 384 bits modulo a prime of 257 bits: uniform up to 2^-127.
-    polynomial = [int.from_bytes(coefficients.bytes(48), "big") % PRIME for _ in range(threshold - 1)]
-    polynomial.append(int.from_bytes(secret, "big"))
+    # One integer holds a coefficient of each polynomial, so far apart that values at a holder do not meet: evaluating the
+    # integers evaluates all polynomials, in the time of one. Values are reduced once: quicker than at every step.
+    lane = PRIME.bit_length() + threshold * (max(holders) + 1).bit_length() + 1
+    polynomials = [_polynomial(*each, threshold) for each in zip(secrets, coefficients)]
+    packed = [sum(coefficient << lane * place for place, coefficient in enumerate(together)) for together in zip(*polynomials)]
     shares = {}
     for holder in holders:
         value, x = 0, holder + 1
-        for coefficient in polynomial:
-            value = value * x + coefficient         # reduced once: quicker than at every step
-        shares[holder] = (value % PRIME).to_bytes(SHARE_BYTES, "big")
+        for coefficient in packed:
+            value = value * x + coefficient
+        shares[holder] = tuple(((value >> lane * place) % 2**lane % PRIME).to_bytes(SHARE_BYTES, "big")
+                               for place in range(len(secrets)))
     return shares
+
+
+def _polynomial(secret: bytes, coefficients: Stream, threshold: int) -> list[int]:
+    """Coefficients of a random polynomial of degree threshold - 1 with the secret as its value at 0, the highest first."""
+    # 384 bits modulo a prime of 257 bits: uniform up to 2^-127.
+    drawn = coefficients.bytes(48 * (threshold - 1))
+    polynomial = [int.from_bytes(drawn[start:start + 48], "big") % PRIME for start in range(0, len(drawn), 48)]
+    return [*polynomial, int.from_bytes(secret, "big")]
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:

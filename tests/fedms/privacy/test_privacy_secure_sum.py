@@ -44,10 +44,10 @@ class Sum:
         boxes = {i: ss.share(m[i], t, v[i], self.roster, p[i]) for i in self.roster if i not in self.gone[1]}
         self.present = sorted(boxes)
         self.inbox = {j: {i: boxes[i][j] for i in boxes if i != j} for j in boxes}
-        self.masked = {i: ss.mask(m[i], t, v[i], self.roster, self.inbox[i], p[i])
-                       for i in self.present if i not in self.gone[2]}
+        answers = {i: ss.mask(m[i], t, v[i], self.roster, self.inbox[i], p[i]) for i in self.present if i not in self.gone[2]}
+        self.masked, self.opened = ({i: answer[part] for i, answer in answers.items()} for part in (0, 1))
         self.survivors = sorted(self.masked)
-        self.revealed = {i: ss.reveal(m[i], t, v[i], self.roster, self.inbox[i], self.survivors, p[i])
+        self.revealed = {i: ss.reveal(m[i], t, v[i], self.roster, self.opened[i], self.survivors, p[i])
                          for i in self.survivors if i not in self.gone[3]}
         return ss.unmask(t, self.roster, self.present, self.masked, self.revealed)
 
@@ -168,14 +168,14 @@ def honest():
 
 def asked(one, phase, **changes):
     """What client 1 says when it is asked again, with some arguments changed."""
-    values = {"roster": one.roster, "inbox": one.inbox[1], "survivors": one.survivors, "terms": one.terms,
+    values = {"roster": one.roster, "inbox": one.inbox[1], "opened": one.opened[1], "survivors": one.survivors, "terms": one.terms,
               "vector": one.vectors[1], "promises": one.promises[1]} | changes
     base = one.members[1], values["terms"], values["vector"], values["roster"]
     if phase == "share":
         return ss.share(*base, values["promises"])
     if phase == "mask":
-        return ss.mask(*base, values["inbox"], values["promises"])
-    return ss.reveal(*base, values["inbox"], values["survivors"], values["promises"])
+        return ss.mask(*base, values["inbox"], values["promises"])[0]
+    return ss.reveal(*base, values["opened"], values["survivors"], values["promises"])
 
 
 def test_same_question_same_answer(honest):
@@ -253,7 +253,7 @@ def test_shares_that_do_not_belong_together(honest):
 def test_forged_key_of_a_client_that_is_gone():
     one = Sum(group(4), terms_of(4), vectors_of(4), [(), (), (3,), ()])
     one.run()
-    forged = shamir.split(b"x" * 32, one.survivors, one.terms.threshold, Stream(bytes(32)))
+    forged = {i: share for i, (share,) in shamir.split([b"x" * 32], one.survivors, one.terms.threshold, [Stream(bytes(32))]).items()}
     with pytest.raises(ss.ProtocolError, match="client 3's key give another key"):
         ss.unmask(one.terms, one.roster, one.present, one.masked, {i: {**r, 3: forged[i]} for i, r in one.revealed.items()})
 
@@ -262,19 +262,23 @@ def test_forged_key_of_a_client_that_is_gone():
 
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 6), st.integers(0, 4), st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_shamir_any_threshold_shares_give_the_secret(secret, threshold, more, random):
+def test_shamir_any_threshold_shares_give_the_secrets(secret, threshold, more, random):
     holders = sorted(random.sample(range(50), threshold + more))
-    shares = shamir.split(secret, holders, threshold, Stream(bytes(32)))
-    chosen = random.sample(holders, threshold)
-    assert shamir.combine({holder: shares[holder] for holder in chosen}, threshold) == secret
+    secrets = [secret, b"\xff" * 32]
+    shares = shamir.split(secrets, holders, threshold, [Stream(bytes(32)), Stream(b"1" * 32)])
+    for place, wanted in enumerate(secrets):
+        chosen = random.sample(holders, threshold)
+        assert shamir.combine({holder: shares[holder][place] for holder in chosen}, threshold) == wanted
+    alone = shamir.split(secrets[1:], holders, threshold, [Stream(b"1" * 32)])
+    assert all(alone[holder] == shares[holder][1:] for holder in holders)
     if threshold > 1:
         with pytest.raises(ValueError, match="are needed"):
-            shamir.combine({holder: shares[holder] for holder in chosen[1:]}, threshold)
+            shamir.combine({holder: shares[holder][0] for holder in chosen[1:]}, threshold)
 
 
 def test_shamir_fewer_shares_say_nothing():
     """With one share short of the threshold, every secret is as likely: for any other secret there is one last share."""
-    shares = shamir.split(b"a" * 32, [0, 1, 2], 3, Stream(bytes(32)))
+    shares = {holder: share for holder, (share,) in shamir.split([b"a" * 32], [0, 1, 2], 3, [Stream(bytes(32))]).items()}
     two = {0: shares[0], 1: shares[1]}
     weights = shamir._at_zero((0, 1, 2))
     partial = sum(w * int.from_bytes(s, "big") for w, s in zip(weights, two.values()))
@@ -288,4 +292,4 @@ def test_shamir_prime_is_prime_and_bad_arguments():
     assert all(pow(a, n, shamir.PRIME) == 1 and pow(a, n // 2, shamir.PRIME) in (1, n) for a in range(2, 60))
     for arguments in ((b"short", [0, 1], 2), (bytes(32), [0, 0], 2), (bytes(32), [0, 1], 0), (bytes(32), [-1], 1)):
         with pytest.raises(ValueError):
-            shamir.split(*arguments, Stream(bytes(32)))
+            shamir.split([arguments[0]], *arguments[1:], [Stream(bytes(32))])
