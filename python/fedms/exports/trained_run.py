@@ -76,8 +76,11 @@ class TrainedRun:
             return None
         found = _ids(name, self.task.groups)
         if len(found) == 1 and found[0] in self.elsewhere:
-            raise ConfigError(f"client: the private expert of client {found[0]} is not in this export, as the client keeps "
-                              "it in a folder of its own; export the run again and name that folder by --states DIR")
+            private = self.task.config.privacy.mode != "off"
+            raise ConfigError(f"client: the private expert of client {found[0]} is not in this export, as "
+                              + ("privacy.mode does not protect it: it is the client's own" if private else
+                                 "the client keeps it in a folder of its own")
+                              + "; export the run again and name the client's folder by --states DIR")
         if len(found) == 1:
             return found[0]
         if found:
@@ -129,7 +132,8 @@ def read_trained_run(run: Path, states: Path | None = None) -> TrainedRun:
 
     Args:
         run: Run folder.
-        states: For a run on Flower, where its clients keep what is their own; None for where a simulation does.
+        states: For a run on Flower, where its clients keep what is their own; None for where a simulation does. A run with
+            privacy is read without it: one client's folder is for that client's own export.
 
     Raises:
         RunFolderError: If the run has not ended, something is missing or damaged, or a client's folder is not of this run.
@@ -144,11 +148,15 @@ def read_trained_run(run: Path, states: Path | None = None) -> TrainedRun:
     except ValueError as error:
         raise RunFolderError(f"{run}: its checkpoint is not what a run writes: {error}") from None
     private = {client: Private(tensors) for client, tensors in snapshot.private.items()}
-    private |= _private_of_nodes(nodes, states or run / "clients")
+    kept = frozenset(nodes.private_at)
+    if task.config.privacy.mode != "off":       # what leaves a run is what was summed up; who keeps something, it does not say
+        private, kept = {}, frozenset(task.groups) if kept or private else kept
+    if task.config.privacy.mode == "off" or states is not None:
+        private |= _private_of_nodes(nodes, states or run / "clients")
     if states is not None and not private:
         raise RunFolderError(f"{states}: holds no private state of a client of {run}; expected the folder that a client's "
                              "node names as state=, or one of client-0, client-1, ...")
-    return TrainedRun(task, message_of(final), private, frozenset(nodes.private_at) - private.keys())
+    return TrainedRun(task, message_of(final), private, kept - private.keys())
 
 
 def read_task(run: Path) -> Task:
@@ -163,8 +171,11 @@ def read_task(run: Path) -> Task:
     if not records.summary.get("classes"):
         raise RunFolderError(f"{run}: its summary does not say its classes, so it was made by an older version; run it again")
     prompts = records.summary["prompts"]
+    config = config_from_dict(records.config)
     groups = {client["id"]: client["group"] for client in records.clients if not client["unseen"]}
-    return Task(config_from_dict(records.config), tuple(records.summary["classes"]),
+    if config.privacy.mode != "off":        # the records name no client
+        groups = dict.fromkeys(range(config.clients.count or 0))
+    return Task(config, tuple(records.summary["classes"]),
                 None if prompts is None else tuple(tuple(texts) for texts in prompts), groups,
                 records.summary["fingerprint"])
 

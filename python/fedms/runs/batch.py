@@ -13,7 +13,7 @@ from fedms.config import RunConfig, with_run
 from fedms.errors import Interrupted
 from fedms.federated.server import STAGES
 from fedms.progress import Progress
-from fedms.runs.experiment import LoadedTasks
+from fedms.runs.experiment import LoadedTasks, data_mark
 from fedms.runs.run import opener, run_on
 from fedms.runs.workers import Work, in_processes
 from fedms.storage.records import CONFIG, RunRecords
@@ -86,7 +86,7 @@ class BatchRunner:
         open_folder = opener(run.out, overwrite, resume=not overwrite)
         task = self._tasks.of(run.config, progress)
         for other in run.beside:
-            check_same_data(other, run.config.data.name, task.dataset.fingerprint)
+            check_same_data(other, run.config.data.name, data_mark(run.config, task.dataset))
         return run_on(task, run.config, open_folder, progress, stop, tested=run.tested)
 
 

@@ -5,6 +5,7 @@ A process that plays a part in a run, as server, as client or as all of them, ne
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -148,6 +149,25 @@ def _private_server(config: RunConfig) -> type[PrivateServer]:
         raise ConfigError(f"privacy.mode: {config.privacy.mode!r} needs {error.name}, which is not installed: "
                           "pip install 'fedms[privacy]'") from None
     return PrivateServer
+
+
+def data_mark(config: RunConfig, dataset: Dataset) -> str:
+    """A hash by which a run folder knows its data again, 64 hexadecimal digits.
+
+    With privacy it is keyed by the run's secret key: a bare hash would tell whoever has guessed the clients' data that the guess
+    is right. A server of clients with data of their own has none of theirs to hash.
+
+    Raises:
+        ConfigError: If the key is not there, or not secret.
+    """
+    if config.privacy.mode == "off" or config.run.engine == "flower":
+        return dataset.fingerprint
+    from fedms.privacy.key_file import KeyFileError, derive, read_key
+
+    try:
+        return derive(read_key(Path(config.privacy.key)), "data", dataset.fingerprint).hex()
+    except KeyFileError as error:
+        raise ConfigError(str(error)) from None
 
 
 def basis(config: RunConfig) -> tuple[object, ...]:

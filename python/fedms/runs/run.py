@@ -24,7 +24,7 @@ from fedms.federated.evaluation import evaluate_unseen, shared_accuracy
 from fedms.federated.server import STAGES, ServerState
 from fedms.models import FoundationModel
 from fedms.progress import Progress
-from fedms.runs.experiment import Experiment, LoadedTask
+from fedms.runs.experiment import Experiment, LoadedTask, data_mark
 from fedms.runs.summary import accuracies, augmentation_note, mean, summarize
 from fedms.storage.final import SharedTensors, has_final, write_final
 from fedms.storage.provenance import provenance
@@ -110,7 +110,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
     folder = open_folder(experiment.config)
     try:
         device = task.device.device.type
-        began_on = folder.keep_data(task.dataset.name, task.dataset.fingerprint, device)
+        began_on = folder.keep_data(task.dataset.name, data_mark(experiment.config, task.dataset), device)
         notes = list(task.device.notes)
         if began_on != device:
             notes.append(f"the run began on {began_on} and went on on {device}: the same within rounding, not bit for bit")

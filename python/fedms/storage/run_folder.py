@@ -114,7 +114,7 @@ class RunFolder:
 
         Args:
             name: Name of the data set, for errors.
-            fingerprint: Hash of its samples, labels and groups.
+            fingerprint: Hash of its samples, labels and groups, keyed in runs with privacy.
             device: Kind of the device that computes now: "cpu", "cuda" or "mps".
 
         Returns:

@@ -1,6 +1,7 @@
 """Whole runs with privacy: the same bits on every engine and after a crash, and nothing of a single client anywhere."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,8 +24,11 @@ from fedms.data import read_shard
 from fedms.engines.flower import transport
 from fedms.errors import AllClientsFailed, ConfigError, Interrupted
 from fedms.federated.client import ClientFailure
+from fedms.federated.private_client import charge
 from fedms.privacy.key_file import create_key
-from fedms.privacy.ledger import BudgetSpent, read_ledger
+from fedms.privacy.ledger import BudgetSpent, Price, read_ledger
+from fedms.privacy.secure_round import Held
+from fedms.privacy.secure_sum import Terms
 from fedms.progress import Progress
 from fedms.report.page import render
 from fedms.runs import run
@@ -470,3 +474,47 @@ def test_clients_send_what_the_table_of_fates_says(mode, tmp_path, configure, sh
     assert seen <= allowed | told, sorted(seen - allowed - told)
     kinds = {"off": {"trained", "evaluated"}, "central": {"joined"}}.get(mode, {"joined", "summed"})
     assert {name.partition(".")[0] for name in seen if "." in name} == {"hello", *kinds}
+
+
+# Clients that count for themselves
+
+def test_a_client_pays_once_for_a_sum_and_again_for_another(tmp_path):
+    """A server that asks for a round's sum again gets the same bits or pays; what it gets is never more than was agreed."""
+    terms = Terms("seed 0", "stage1", 1, 0, 3, ((5, 9),))
+    held = Held(terms, np.zeros(5, np.int64), Price(1.4, None, None, 1e-5, "pld", 8.0), keys={i: bytes([i]) * 32 for i in range(4)})
+    for _ in range(3):
+        charge(tmp_path, held, (0, 1, 2))
+    assert len(read_ledger(tmp_path / "privacy.jsonl")) == 1
+    charge(tmp_path, held, (0, 1, 2, 3))
+    with pytest.raises(BudgetSpent, match="stage1, round 1: releasing it would bring epsilon to .*, above privacy.epsilon = 8"):
+        for attempt in range(1, 9):
+            held.begin(dataclasses.replace(terms, attempt=attempt))
+            charge(tmp_path, held, (0, 1, 2))
+    assert 2 < len(read_ledger(tmp_path / "privacy.jsonl")) < 9
+    charge(tmp_path, Held(terms, held.vector), (0, 1, 2))      # without noise there is nothing to count
+
+
+@pytest.mark.parametrize("noise", ["privacy.noise=0.5", "privacy.epsilon=12"])
+def test_sums_that_failed_after_their_last_question_count_at_the_clients(noise, tmp_path, configure, shards):
+    """Two clients stay silent when the first sum is revealed; the others have answered, and have no budget left in the end."""
+    sets, times = ["privacy.mode=distributed", noise, "stage1.rounds=2", "stage2.rounds=0"], {1: 0, 2: 0}
+
+    def silent_once(client):
+        def fault(message, answer):
+            head, _ = transport.read(message.content)
+            if head["phase"] == "reveal" and not times[client]:
+                times[client] += 1
+                return None
+            return answer(message)
+        return fault
+
+    folder = tmp_path / "shards"
+    config = configure(*sets)
+    write_shards(config, folder, Progress())
+    n_train = {i: shard_about(folder / f"client-{i}")["clients"][0]["n_train"] for i in range(COUNT)}
+    with pytest.raises(AllClientsFailed, match="stage1, round 2: no secure sum came about"):
+        deployed(configure(*sets, engine="flower"), tmp_path / "flower", (folder, n_train),
+                 {("query.sum", "stage1 1", client): silent_once(client) for client in times})
+    own = [[release.attempt for release in read_ledger(tmp_path / f"states/{client}/privacy.jsonl")] for client in range(COUNT)]
+    assert own[0] == own[3] == [0, 1]      # rounds 1 and 1; nothing is left for round 2
+    assert own[1][0] == own[2][0] == 1     # they were asked in the first attempt, and did not answer
