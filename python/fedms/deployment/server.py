@@ -159,8 +159,7 @@ def accept(folder: Path, line: str) -> Member:
     from fedms.engines.flower.link import pem_of
 
     config = read_config(folder)
-    seats = config.clients.count
-    words, masks = line.split(), config.privacy.masks
+    seats, words, masks = config.clients.count, line.split(), config.privacy.masks
     if len(words) != 3 + masks or re.fullmatch(NAME, words[2], re.ASCII) is None:
         raise DeploymentError(f"{line[:60]!r}: expected the line that `fedms client join` printed: ecdsa-sha2-nistp384 KEY NAME"
                               + " IDENTITY.PROOF" * masks)

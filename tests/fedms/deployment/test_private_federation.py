@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import stat
-import threading
 from dataclasses import replace
 
 import pytest
@@ -14,11 +12,12 @@ import torch
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from federation import NAMES, joined, nodes, run_file, write_data
+from federation import NAMES, InThisProcess, free_port, joined, nodes, run_file, write_data
 
 from fedms.config import ConfigError
 from fedms.deployment import DeploymentError, node, roster, server
 from fedms.deployment.invitation import read_invitation
+from fedms.deployment.own_model import trained_at
 from fedms.deployment.policy import Journal, Policy, PrivacyLimits, Refusal, check, default_policy
 from fedms.federated.client import ClientFailure
 from fedms.methods import fedms as method
@@ -28,6 +27,7 @@ from fedms.privacy.secure_sum import identity_of
 from fedms.progress import Progress
 from fedms.runs.run import run
 from fedms.storage.checkpoint import CheckpointFolder
+from fedms.storage.final import read_final
 from fedms.storage.records import RunRecords, comparable
 
 KEY = b"a key these tests have all alone"
@@ -36,26 +36,15 @@ MODES = {"central": ("privacy.mode=central", "privacy.noise=0.5"), "secure": ("p
          "distributed": ("privacy.mode=distributed", "privacy.noise=0.5")}
 
 
-class InThisProcess(node.Worker):
-    """Does the work at once, one client at a time, but for what `refuses` says."""
+class AtTimesGone(InThisProcess):
+    """Does the work but for what `refuses` says."""
 
-    busy = threading.Lock()
     refuses = staticmethod(lambda kind, head, client: False)
 
     def do(self, kind, head, parts, identity):
         if self.refuses(kind, head, identity.client):
             raise node.Refusal("gone for a while")
-        with self.busy:
-            done = node._work(kind, head, parts, identity)
-        if isinstance(done, str):
-            raise node.Refusal(done)
-        return done
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return super().do(kind, head, parts, identity)
 
 
 def accepted(folder, names):
@@ -72,12 +61,12 @@ def accepted(folder, names):
     return states
 
 
-def federated(folder, names, *sets, refuses=InThisProcess.refuses):
+def federated(folder, names, *sets, refuses=AtTimesGone.refuses):
     """A federation of these clients, from `init` to the end of its run; what was told to whom."""
     told = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(node, "Worker", InThisProcess)
-        patch.setattr(InThisProcess, "refuses", staticmethod(refuses))
+        patch.setattr(node, "Worker", AtTimesGone)
+        patch.setattr(AtTimesGone, "refuses", staticmethod(refuses))
         patch.setattr(node, "AGAIN", 0.3)
         create_key(folder / "key", KEY)
         server.init(folder / "server", run_file(folder, *PRIVATE, *sets, f"privacy.key={folder / 'key'}", count=len(names)), "127.0.0.1",
@@ -163,6 +152,10 @@ def test_a_client_that_drops_out_in_each_phase(tmp_path, monkeypatch):
     status = [visit["status"] for visit in there[0]["visits"] if visit["client"] == 3]
     assert status == ["failed", "failed", "ok", "failed"]
     assert [record["clients"] for record in there[0]["rounds"]] == [3, 3, 4, 3]
+    shared = read_final(tmp_path / "server/run")
+    for name in NAMES:      # each can predict without the server from now on
+        ended = trained_at(tmp_path / "clients" / name)
+        assert all(torch.equal(ended.final.tensors[key], tensor) for key, tensor in shared.tensors.items()) and ended.private
 
 
 # The list of clients

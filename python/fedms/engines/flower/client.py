@@ -281,6 +281,8 @@ def _share(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, se
             held.promises = Promises(folder.promises())
             folder.hold(*write_held(held), held.promises.kept)
         digest = folder.save(State(after.tensors, frozenset(session.model.meter.paid), salt), message.stage, message.round)
+        if message.stage == "done":
+            _keep_final(folder, identity, message, digest)
     packed = pack_share(share)
     return {"share": packed.head, "kept": digest}, packed.parts
 
@@ -324,7 +326,6 @@ def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     from fedms.data.subset import Subset
     from fedms.federated.client import Private
     from fedms.federated.evaluation import evaluate_client, own_accuracy
-    from fedms.storage.final import SharedTensors
     from fedms.storage.private_state import ClientFolder
 
     config = _agreed(head["config"], identity)
@@ -334,13 +335,20 @@ def _evaluate(head: dict[str, Any], parts: dict[str, bytes], identity: Identity,
     session, experiment = _opened(head, config, identity, open_experiment)
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         private, final = Private(folder.load(head["kept"]).tensors), _message(head, parts, folder)
-        if identity.data is not None:       # it may predict without the server from now on; a simulated client need not
-            folder.end(SharedTensors(final.stage, final.round, final.depth, final.applied_depth, final.tensors,
-                                     final.constants, final.statistics), head["kept"])
+        _keep_final(folder, identity, final, head["kept"])
     record = evaluate_client(experiment.method, session.model, experiment.client(identity.client), private, final)
     common = Subset(experiment.partition.global_test)
     return {"record": record, "on_common_test": own_accuracy(experiment.method, session.model, common, private, final)
             if head["on_common_test"] else None}, {}
+
+
+def _keep_final(folder: ClientFolder, identity: Identity, final: Message, digest: str | None) -> None:
+    """Let the client predict without the server from now on; a simulated client need not."""
+    from fedms.storage.final import SharedTensors
+
+    if identity.data is not None:
+        folder.end(SharedTensors(final.stage, final.round, final.depth, final.applied_depth, final.tensors, final.constants,
+                                 final.statistics), digest)
 
 
 def _message(head: dict[str, Any], parts: dict[str, bytes], folder: ClientFolder) -> Message:
