@@ -24,12 +24,12 @@ from fedms.engines.local import LocalEngine
 from fedms.federated.evaluation import shared_accuracy
 from fedms.privacy.key_file import create_key
 from fedms.progress import Progress
-from fedms.runs.experiment import LoadedTask
+from fedms.runs.experiment import LoadedTask, LoadedTasks
 from fedms.storage.run_folder import RunFolder
 
 METHODS = ("fedavg", "ffa_lora", "fedms")
 CURVE = ("data.max_samples=none", "data.partition=dirichlet", "clients.count=200", "clients.unseen=0", "aggregate.weights=uniform",
-         "sal.schedule=fixed", "run.threads=1", "stage1.rounds=4", "stage2.rounds=2", "stage1.epochs=5", "stage2.epochs=5",
+         "sal.schedule=fixed", "run.threads=1", "stage1.rounds=3", "stage2.rounds=1", "stage1.epochs=2", "stage2.epochs=2",
          "model.id=vit-digits-pretrained")
 COST = ("aggregate.weights=uniform", "sal.schedule=fixed", "run.threads=1", "stage2.rounds=0", "clients.unseen=0",
         "data.global_test=0", "data.partition=iid")
@@ -83,21 +83,21 @@ def cost(key: Path, clients: Sequence[int], model: str, repeats: int, rounds: in
 
 
 def curve(key: Path, epsilons: Sequence[str], seeds: Sequence[int], methods: Sequence[str], records: Path) -> None:
-    done = [(line["method"], line["epsilon"], line["seed"]) for line in read_lines(records)] if records.exists() else []
+    tasks = LoadedTasks()
     for seed in seeds:
         for epsilon in epsilons:
             for method in methods:
-                if (method, epsilon, seed) in done:
+                if any((line["method"], line["epsilon"], line["seed"]) == (method, epsilon, seed) for line in read_lines(records)):
                     continue
                 private = [] if epsilon == "off" else ["privacy.mode=central", f"privacy.epsilon={epsilon}", f"privacy.key={key}"]
                 config = load_config("digits", [*CURVE, *private, f"run.method={method}", f"run.seed={seed}"])
-                found, _ = train(config)
+                found, _ = train(config, tasks.of(config, Progress()))
                 with open(records, "a") as file:
                     file.write(json.dumps({"method": method, "epsilon": epsilon, "seed": seed, **found}) + "\n")
 
 
 def read_lines(records: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in records.read_text().splitlines()]
+    return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
 
 
 def table(records: Path) -> str:

@@ -41,6 +41,7 @@ def simulation_app(state: Path, config: RunConfig) -> ClientApp:
     app = ClientApp()
 
     @app.query()
+    @app.query("sum")
     @app.train()
     @app.evaluate()
     def answer(message: Message, context: Context) -> Message:

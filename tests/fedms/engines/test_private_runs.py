@@ -17,7 +17,8 @@ pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from fake_grid import FakeGrid
 from shards import write_shards
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedms.config import load_config, registry
 from fedms.data import read_shard
@@ -25,6 +26,7 @@ from fedms.engines.flower import transport
 from fedms.errors import AllClientsFailed, ConfigError, Interrupted
 from fedms.federated.client import ClientFailure
 from fedms.federated.private_client import charge
+from fedms.federated.schema import TASKS
 from fedms.privacy.key_file import create_key
 from fedms.privacy.ledger import BudgetSpent, Price, read_ledger
 from fedms.privacy.secure_round import Held
@@ -33,6 +35,7 @@ from fedms.progress import Progress
 from fedms.report.page import render
 from fedms.runs import run
 from fedms.runs.experiment import LoadedTask
+from fedms.runs.nodes import simulation_app
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.durable import shard_about
 from fedms.storage.records import RunRecords, comparable
@@ -120,6 +123,28 @@ def test_nodes_with_their_own_data_give_the_same_bits_and_records(mode, tmp_path
     assert read_ledger(tmp_path / "flower/privacy.jsonl") == read_ledger(tmp_path / "embedded/privacy.jsonl")
     assert len(read_ledger(tmp_path / "flower/privacy.jsonl")) == (0 if mode == "secure" else 4)
     assert not [note for note in heard.notes if "refused" in note or "drops out" in note]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_simulated_node_takes_every_kind_of_message(kind, tmp_path, configure):
+    """Flower raises an error for a kind that its app has no function for."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    message = Message(transport.write({}, {}), 1, kind)
+    message.metadata.__dict__["_message_id"] = "m"
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+    head, _ = transport.read(simulation_app(tmp_path, configure(*MODES["secure"]))(message, context).content)
+    assert "format None" in head["problem"]
+
+
+@pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="starts Ray")
+@pytest.mark.parametrize("mode", MODES)
+def test_flower_s_own_simulation_gives_the_same_bits(mode, tmp_path, configure):
+    """Flower's `run_simulation`, with its grid, its routing of messages and Ray's processes."""
+    sets = [*MODES[mode], "stage1.rounds=1"]
+    run.run(configure(*sets, engine="flower-sim"), tmp_path / "flower")
+    same(outcome(tmp_path / "flower"), embedded(configure(*sets), tmp_path / "embedded"))
+    ledgers = [read_ledger(tmp_path / engine / "privacy.jsonl") for engine in ("flower", "embedded")]
+    assert ledgers[0] == ledgers[1]
 
 
 def test_another_key_other_noise_and_without_noise_the_same_model(tmp_path, configure, key):
