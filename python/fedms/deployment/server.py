@@ -76,12 +76,11 @@ def init(folder: Path, config: RunConfig, host: str, port: int, progress: Progre
     config, key = federated(config), own_key(config)
     progress.phase(f"loading model {config.model.id}")
     foundation = models.load(config.model, config.task.kind)
-    fingerprint = data.preprocessing_fingerprint(config.data, foundation)
     private_folder(folder)
     certificates.make(folder / CERTIFICATES, [host])
     authority = (folder / CERTIFICATES / "ca.crt").read_text()
     invitation = Invitation(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", authority, config,
-                            foundation.fingerprint, fingerprint)
+                            foundation.fingerprint, data.preprocessing_fingerprint(config.data, foundation))
     if config.privacy.mode == "central":
         create_key(folder / KEY, key)
     write_durably(folder / RUN_FILE, dump_toml(config).encode())

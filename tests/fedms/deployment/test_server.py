@@ -68,7 +68,6 @@ def test_a_server_s_folder(made):
 @pytest.mark.parametrize("sets, words", [
     (["data.classes=none"], "data.classes: an invitation names the classes"), (["clients.unseen=1"], "clients.unseen"),
     (["data.client=who"], "data.client"), (["lora.start=/x"], "lora.start"), (["model.trust_remote_code=true"], "trust_remote_code"),
-    (["privacy.mode=secure", "run.method=fedavg", "sal.schedule=fixed", "aggregate.weights=uniform"], "privacy.mode: .secure. is not"),
     (['clients.budgets=[{share=1.0, max_depth=2}]'], "clients.budgets")])
 def test_a_run_file_that_is_no_federation_s_is_refused(made, sets, words):
     with pytest.raises(ConfigError, match=words):

@@ -33,7 +33,7 @@ def key(tmp_path_factory):
 @pytest.fixture
 def configure(key):
     return lambda *sets: load_config("digits", [
-        "data.max_samples=160", f"clients.count={COUNT}", "clients.unseen=0", "data.partition=iid", "run.threads=1",
+        "run.method=fedms", "data.max_samples=160", f"clients.count={COUNT}", "clients.unseen=0", "data.partition=iid", "run.threads=1",
         "sal.schedule=fixed", "aggregate.weights=uniform", f"privacy.key={key}", "stage1.rounds=1", "stage2.rounds=1", *sets])
 
 
