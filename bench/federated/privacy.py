@@ -29,7 +29,7 @@ from fedms.storage.run_folder import RunFolder
 
 METHODS = ("fedavg", "ffa_lora", "fedms")
 CURVE = ("data.max_samples=none", "data.partition=dirichlet", "clients.count=200", "clients.unseen=0", "aggregate.weights=uniform",
-         "sal.schedule=fixed", "run.threads=1", "stage1.rounds=3", "stage2.rounds=1", "stage1.epochs=2", "stage2.epochs=2",
+         "sal.schedule=fixed", "run.threads=1", "stage1.rounds=4", "stage2.rounds=2", "stage1.epochs=5", "stage2.epochs=5",
          "model.id=vit-digits-pretrained")
 COST = ("run.method=fedms", "aggregate.weights=uniform", "sal.schedule=fixed", "run.threads=1", "stage2.rounds=0", "clients.unseen=0",
         "data.global_test=0", "data.partition=iid")
