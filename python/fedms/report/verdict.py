@@ -50,7 +50,9 @@ def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -
     apart = f"{points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival}"
     if gap.may_be_zero:
         return (f"No difference shown between {first}, {best}, and {second}, {behind}. {focus} is {apart} ({gap.interval}).")
-    return f"{first} is {best}; {second} is {behind}. {focus} is {apart}{'' if gap.std is None else f' ({gap.interval})'}."
+    if gap.std is None:
+        return f"With one seed, {first} is {best}; {second} is {behind}. {focus} is {apart}."
+    return f"{first} is {best}; {second} is {behind}. {focus} is {apart} ({gap.interval})."
 
 
 def _alone(focus: str, own: Stat, methods: _Methods) -> str:

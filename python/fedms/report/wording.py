@@ -97,8 +97,8 @@ def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
     share = f"{100 * gate['mean'].mean:.0f} % local on average" if gate["mean"] else "its mean weight is unknown"
     spread = ""
     if gate["std_clients"] and gate["std_samples"]:
-        spread = (f"; standard deviation {100 * gate['std_clients'].mean:.0f} points over clients and "
-                  f"{100 * gate['std_samples'].mean:.0f} over a client's samples")
+        spread = (f"; it differs by {100 * gate['std_clients'].mean:.0f} % between clients and by "
+                  f"{100 * gate['std_samples'].mean:.0f} % between a client's samples (standard deviations)")
     if collapsed:
         side = "local" if statistics.fmean(field_of(r.summary, "gate", "mean") for r in collapsed) > 0.5 else "global"
         which = "" if len(collapsed) == len(gated) else f" in {len(collapsed)} of {len(gated)} seeds"

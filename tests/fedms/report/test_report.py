@@ -379,7 +379,7 @@ def test_a_headline_of_many_methods_is_short(tmp_path):
                          "apfl": 0.64, "feddpa": 0.58, "ffa_lora": 0.6, "fedms": 0.6}.items():
         with_accuracy(write_run(tmp_path / method, method), mean)
     assert report.headline(report.read_runs(tmp_path)[0]) == (
-        "fedrep is best of 10 methods with 70.0 % mean personalized accuracy; fedms is 7th with 60.0 %. fedms is 10.0 points behind "
+        "With one seed, fedrep is best of 10 methods with 70.0 % mean personalized accuracy; fedms is 7th with 60.0 %. fedms is 10.0 points behind "
         "fedrep. In points: behind "
         "fedrep (−10.0), fedper (−6.0) and 4 more; level with ffa_lora; ahead of feddpa (+2.0) and local (+10.0). "
         + report.ONE_SEED)
