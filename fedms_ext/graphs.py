@@ -23,7 +23,7 @@ Key = tuple[object, ...]
 
 
 def graphed(step: Step, parameters: Iterable[Tensor] = (), *, most: int = 8) -> Graphed:
-    """Make a step replay a CUDA graph where its inputs lie on a CUDA GPU and their shapes have been met before.
+    """Make a step replay a CUDA graph where its inputs lie on a CUDA GPU and their shapes have been met before::
 
         loss_of = fedms_ext.graphed(lambda x, y: F.cross_entropy(model(x), y), model.parameters())
         for x, y in batches:

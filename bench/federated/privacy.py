@@ -5,7 +5,7 @@ cost    seconds and bytes of a round of secure aggregation beside the same round
 curve   accuracy over epsilon for fedavg, ffa_lora (the rule freeze_a) and fedms on 200 simulated clients of digits, mode central. As
         the clients are simulated, their accuracies are read directly here; in a run of real ones they are not released. Each run
         is a line of the file --records; runs that it has are not repeated, so that a curve can be made in pieces.
-table   the table of such a file for docs/guide/privacy.md: mean of the seeds and largest distance from it.
+table   the table of such a file for docs/evidence/privacy.md: mean of the seeds and largest distance from it.
 """
 from __future__ import annotations
 

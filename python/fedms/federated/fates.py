@@ -1,4 +1,4 @@
-"""What becomes of each field that a client could send, in each mode of `[privacy]`: the table of docs/guide/privacy.md.
+"""What becomes of each field that a client could send, in each mode of `[privacy]`: the table of docs/reference/message_fields.md.
 
 A test compares it with the fields of `fedms.federated.schema`, and with what clients really send.
 """
