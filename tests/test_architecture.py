@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From top to bottom. A room is a folder of the package, or a module beside them.
 ROOMS = {
     "fedms": ("__init__", "__main__", "cli", "doctor", "deployment", "exports", "report", "runs", "engines", "methods", "federated",
-              "privacy", "training", "models", "data", "tasks", "storage", "config", "foreign", "tensors", "seeds", "progress",
+              "privacy", "training", "models", "data", "tasks", "storage", "config", "foreign", "tensors", "seeds", "progress", "processes",
               "errors"),
     "fedms_ext": ("__init__", "accelerate", "profiling", "budget", "sparse", "token_loss", "graphs", "nn", "operators", "backends",
                   "quantization", "reference", "_C"),

@@ -1,6 +1,7 @@
 """Work for processes of a test: without torch, so that they start at once."""
 import os
 import signal
+import time
 
 
 def start():
@@ -9,6 +10,9 @@ def start():
 
 def double(item, progress, stop):
     progress.note(f"at {item}")
+    if item == "wait":
+        print("waiting", flush=True)
+        time.sleep(600)
     if item == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     return os.environ["GPU_OF_A_TEST"] if item == "gpu" else 2 * item

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import datetime
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any
 
 from flwr.app import Message as Mail
@@ -27,6 +26,7 @@ from fedms.engines.flower import client as side
 from fedms.engines.flower.connection import Connection, Lost, serve
 from fedms.deployment.invitation import run_digest
 from fedms.privacy.member_file import IDENTITIES
+from fedms.processes import end_with_parent
 from fedms.storage.durable import FolderLock
 
 AGAIN = 5.0             # seconds before a connection is tried again
@@ -171,7 +171,7 @@ class Worker:
            identity: side.Identity) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Raises Refusal with the reason why there is no answer."""
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), _end_with_the_client)
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
         try:
             done = self._pool.submit(_work, kind, head, parts, identity).result()
         except BrokenProcessPool:
@@ -191,18 +191,6 @@ class Worker:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-
-
-def _end_with_the_client() -> None:
-    """In the worker: when the client's process is killed this one ends too, in the middle of a visit if need be."""
-    client = parent_process()
-    assert client is not None
-
-    def wait() -> None:
-        client.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, name="client", daemon=True).start()
 
 
 def _work(kind: str, head: dict[str, Any], parts: dict[str, bytes],

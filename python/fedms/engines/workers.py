@@ -20,6 +20,7 @@ from fedms.errors import FedMSError, WorkerDied
 from fedms.federated import encoding
 from fedms.federated.client import Message, Private
 from fedms.federated.packing import pack_message, unpack_message
+from fedms.processes import end_with_parent
 
 _EXACT = "fp32"     # the encoding of float32 tensors that keeps all of their bits
 
@@ -170,6 +171,7 @@ def _serve(connection: Connection, start: Callable[[], Visitor], environment: Ma
     """A worker's whole life."""
     # Ctrl-C reaches the whole group of processes; the engine alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     os.environ.update(environment)      # before torch has looked for GPUs
     try:
         visitor = start()

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from fedms.errors import WorkerDied
+from fedms.processes import end_with_parent
 from fedms.progress import Progress
 
 Item = TypeVar("Item")
@@ -78,6 +79,7 @@ class _Worker:
     def begin(start: Callable[[], Work[Any, Any]], events: Any, stopping: Any, own: Any) -> None:
         # Ctrl-C reaches the whole group of processes; the parent alone decides, and tells by `stopping`.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        end_with_parent()
         os.environ.update(own.get())    # before torch has looked for GPUs
         _Worker.current = _Worker(start(), events, stopping)
 

@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import doubling
@@ -101,6 +105,17 @@ def test_a_dead_process_is_named():
     assert sorted(in_processes(doubling.start, [1, 2, 3], 2, heard, lambda: False)) == [(1, 2), (2, 4), (3, 6)]
     with pytest.raises(WorkerDied, match="one of 2 worker processes was killed; if memory ran out, use fewer --jobs"):
         list(in_processes(doubling.start, ["die"], 2, heard, lambda: False))
+
+
+def test_processes_end_with_the_one_that_started_them():
+    code = ("import doubling; from fedms.progress import Progress; from fedms.runs.workers import in_processes; "
+            "list(in_processes(doubling.start, ['wait', 'wait'], 2, Progress(), lambda: False))")
+    path = os.pathsep.join([str(Path(doubling.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert [parent.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
+    parent.kill()
+    rest, _ = parent.communicate(timeout=60)    # whose end comes when the last process that could write to it has ended
+    assert rest == ""
 
 
 def test_processes_are_dealt_their_environments():
