@@ -170,6 +170,6 @@ class _Replay(torch.autograd.Function):
                                "run the backward pass of a step before the next call of it")
         capture.dy.copy_(dy)
         capture.backward.replay()
-        # Copies: autograd may make a parameter's `grad` of what it is given, and the next replay overwrites the graph's memory.
+        # Copies, as the next replay overwrites the graph's memory.
         found = iter([None if g is None else g.clone() for g in capture.gradients])
         return None, None, *[next(found) if asks else None for asks in ctx.asks]

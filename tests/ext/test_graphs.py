@@ -91,6 +91,19 @@ def test_the_oldest_graph_goes_and_a_moved_parameter_is_captured_anew():
         assert graphs.captured == 8
 
 
+def test_what_is_returned_is_not_overwritten_by_the_next_replay():
+    with FakeCuda(), FakeGraphs() as graphs:
+        weight = nn.Parameter(torch.ones(4, 6).to("cuda"))
+        step = graphed(lambda x: F.linear(x, weight).square().sum(), [weight])
+        found = []
+        for value in (1.0, 2.0, 3.0):
+            loss = step(torch.full((3, 6), value).to("cuda"))
+            found.append((value, loss.detach(), torch.autograd.grad(loss, weight)[0]))
+        assert graphs.replays == 4
+        for value, loss, gradient in found:      # of 3 rows, each output is 6 values, and the gradient 2 * 6 value * value a row
+            assert float(loss.cpu()) == 12 * 36 * value**2 and float(gradient.cpu()[0, 0]) == 36 * value**2
+
+
 def test_a_backward_pass_after_another_replay_is_refused():
     with FakeCuda(), FakeGraphs():
         weight = nn.Parameter(torch.ones(4, 6).to("cuda"))

@@ -101,7 +101,7 @@ MUTANTS = [
     (client_side, "_moments", '.to("cpu", copy=True)', ".clone()", "fedavg"),
     (client_side, "_load_moments", ".to(p.device, copy=True)", ".clone()", "fedavg"),
     (APFL, "_train_own", ".to(model.device)", ".clone()", "apfl"),
-    (FedMSPlus, "_shift", ".float().to(model.device)", ".float()", "fedms_plus"),
+    (FedMSPlus, "_shift", ".to(model.device)", ".clone()", "fedms_plus"),
     (surgery, "reset_expert", "device=generator.device", "device=a.device", "fedavg"),
 ]
 TRIED = [m for m in MUTANTS if FULL or m[1] in ("_copies", "_shift")]   # one that leaves the GPU, one that stays on the CPU
