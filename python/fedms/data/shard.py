@@ -70,7 +70,7 @@ def shard_of(dataset: Dataset, partition: Partition, fitting: Sequence[int | Non
         parts: dict[str, Any] = {part: torch.searchsorted(kept, getattr(split, part)) for part in _PARTS}
         return replace(split, **parts)
 
-    numbers = {name: values[kept] for name, values in _numbers(dataset).items()}
+    numbers: dict[str, Any] = {name: values[kept] for name, values in _numbers(dataset).items()}
     small = make_dataset(dataset.name, _take(dataset.inputs, kept), dataset.labels[kept], dataset.classes,
                          prompts=dataset.prompts, group_names=dataset.group_names, **numbers)
     return Shard(small, Partition(tuple(map(moved, partition.clients)), tuple(map(moved, partition.unseen)),
@@ -143,8 +143,9 @@ def _unpacked(path: Path, about: ShardAbout, tensors: Mapping[str, Tensor]) -> S
             raise ValueError(f"its scale and shift are no float32 tensors of shape {tuple(shape)}")
         inputs = ImageInputs(pixels, conform(_TOKENS, about.inputs["tokens"]), str(path), transform)
     prompts = None if about.prompts is None else tuple(map(tuple, about.prompts))
+    numbers: dict[str, Any] = {name: tensors.get(name) for name in _NUMBERS}
     dataset = make_dataset(about.name, inputs, tensors["labels"], tuple(about.classes), prompts=prompts,
-                           group_names=tuple(about.group_names), **{name: tensors.get(name) for name in _NUMBERS})
+                           group_names=tuple(about.group_names), **numbers)
 
     def split(client: ShardClient) -> ClientSplit:
         parts = [_indices(tensors, f"client/{client.id}/{part}", len(dataset)) for part in _PARTS]

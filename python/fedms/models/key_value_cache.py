@@ -16,6 +16,11 @@ FIRST_ROOM = 64     # tokens for which a layer begins with memory
 class GrowingLayer(DynamicLayer):
     """The keys and values (B, H, T, D) of one layer. `keys` and `values` are the part of the memory that is filled."""
 
+    keys: Tensor | None
+    values: Tensor | None
+    is_initialized: bool
+    _memory: list[Tensor]
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, H, new, D); return all of them."""
         start = self.get_seq_length()
