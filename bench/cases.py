@@ -46,6 +46,7 @@ class Case:
 
     def ours(self, depth: int, frozen: str = "fp32") -> nn.Module:
         model = self.module()
+        fedms_ext.use_attention(model)
         fedms_ext.attach(model, "all-linear", {"e": LoRA(RANK, 16)})
         fedms_ext.activate(model, "e", depth=depth)
         if frozen != "fp32":

@@ -24,22 +24,24 @@ def set_isa(name: str) -> None:
 
 def linear_forward(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
-    scale: Sequence[float], gate: Tensor | None, segments: Sequence[int] | None = None,
+    scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int, segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """y (..., N) and s (M, R), new tensors, or None where an operand is not plain.
 
     `weight` is (N, K) float32 with `weight_scale` None, or packed, (bytes,) uint8, with its scale: (N,) for int8, (N, groups)
-    for 4 bits. `gate` is (M, E), of any strides, or None; with an x of two dimensions alone. `segments` are the numbers of rows
-    that each expert takes alone; only without a gate, and s then is (M, 0).
+    for 4 bits. `gate` is x.shape[:-1] + (E,), of any strides, or None. `segments` are the numbers of rows that each expert takes
+    alone; only without a gate and dropout, and s then is (M, 0).
     """
 
 def linear_backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, weight_scale: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
-    scale: Sequence[float], gate: Tensor | None, s: Tensor | None, needs: Sequence[bool],
+    dy: Tensor, x: Tensor | None, k: int, weight: Tensor | None, weight_scale: Tensor | None, a: Sequence[Tensor],
+    b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int, s: Tensor | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
-    """dx, dgate (M, E), every dA and every dB, None where `needs`, in the same order, is False; or None as above.
+    """dx, dgate, every dA and every dB, None where `needs`, in the same order, is False; or None as above.
 
-    `weight` and its scale are what dx comes from: of int8 the transposed weight, quantized apart. 4 bits are declined.
+    `weight` and its scale are what dx comes from: of int8 the transposed weight, quantized apart. 4 bits are declined with
+    more than `nibbles_few_rows` rows.
     """
 
 # --- the LoRA branch beside a frozen product of others, csrc/include/fedms/lora.h
@@ -70,6 +72,23 @@ def int8_unpack(packed: Tensor, weight: Tensor) -> None:
 
 def int8_steps(packed: Tensor) -> int:
     """In how many steps x is quantized for this packed weight of 8 or 4 bits."""
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """out (batch, queries, heads, width) and the softmax's constants (rows, 2), new tensors, or None where an operand is not
+    plain. q, k and v are (batch, heads, rows, width), float32, dense along width; the mask is added and may be expanded."""
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softmax: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """dq, dk and dv, each (batch, rows, heads, width), or None as above."""
+
+def nibbles_few_rows() -> int:
+    """Up to how many rows `nibbles_input_gradient` is faster than a product with the weight written out."""
+
+def nibbles_input_gradient(dy: Tensor, packed: Tensor, scale: Tensor, dx: Tensor) -> None:
+    """Writes dx (M, K) = dy (M, N) W from a packed 4-bit weight and its scale (N, groups)."""
 
 def int8_forward(
     x: Tensor, packed: Tensor, weight_scale: Tensor | None, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],

@@ -8,8 +8,8 @@ from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import Backend, available, explain, register_backend, use_backend
 from .graphs import graphed
-from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight
-from .operators import expert_linear
+from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight, use_attention
+from .operators import attention, expert_linear
 from .quantization.quantize import dequantize, quantize
 from .reference import philox_mask
 from .sparse.activation import (
@@ -42,6 +42,7 @@ __all__ = [
     "activate",
     "activation_order",
     "attach",
+    "attention",
     "available",
     "budget",
     "build_info",
@@ -64,6 +65,7 @@ __all__ = [
     "reset_expert",
     "segmented",
     "unmerge",
+    "use_attention",
     "use_backend",
 ]
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from . import backends
 from .backends.base import Call
-from .operators.expert_linear import backward_call, forward_call
+from .operators.definition import backward_call, forward_call
 
 PYTORCH = "pytorch"  # label for operations that PyTorch computes: layers without an expert, attention, ...
 

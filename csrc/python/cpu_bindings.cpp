@@ -158,6 +158,17 @@ void nibbles_dequantize(int64_t group, py::handle packed, py::handle scale, py::
   fedms::nibbles_dequantize(to.rows(), to.columns(), group, from.data(), from.columns(), scales.data(), to.data());
 }
 
+void nibbles_input_gradient(py::handle dy, py::handle packed, py::handle scale, py::handle dx) {
+  const MatrixOf<uint8_t> from("packed", packed);
+  const Matrix dy_view("dy", dy), scales("scale", scale), to("dx", dx);
+  const int64_t m = dy_view.rows(), n = dy_view.columns(), k = to.columns();
+  to.expect(m, k);
+  scales.expect(n, scales.columns());
+  const py::gil_scoped_release unlocked;
+  fedms::nibbles_input_gradient(m, n, k, from.data(), from.columns(), scales.columns(), scales.data(), dy_view.data(),
+                                to.data());
+}
+
 // A weight of 4 bits has its scale inside.
 fedms::Int8Weight read_weight(int64_t n, py::handle packed, const py::object& scale, const py::object& bias) {
   const MatrixOf<uint8_t> view("packed", packed);
@@ -233,6 +244,9 @@ void define_packed(py::module_& m) {
   m.def("nibbles_unpack", &python::nibbles_unpack, py::arg("k"), py::arg("packed"), py::arg("q"), "The inverse: q alone.");
   m.def("nibbles_dequantize", &python::nibbles_dequantize, py::arg("group"), py::arg("packed"), py::arg("scale"),
         py::arg("weight"), "Writes the weight (n, k).");
+  m.def("nibbles_few_rows", &fedms::nibbles_few_rows, "Up to how many rows nibbles_input_gradient is faster than a product.");
+  m.def("nibbles_input_gradient", &python::nibbles_input_gradient, py::arg("dy"), py::arg("packed"), py::arg("scale"),
+        py::arg("dx"), "Writes dx (m, k) = dy (m, n) times the weight.");
   m.def("int8_forward", &python::int8_forward, py::arg("x"), py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
         py::arg("s"), py::arg("y"), "Writes s and y; see csrc/include/fedms/int8.h.");

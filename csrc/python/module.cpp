@@ -8,6 +8,7 @@ namespace fedms::python {
 
 void define_cpu(py::module_& m);    // cpu_bindings.cpp
 void define_plain(py::module_& m);  // plain_bindings.cpp
+void define_attention(py::module_& m);  // attention_bindings.cpp
 void define_cuda(py::module_ m);    // cuda_bindings.cpp
 
 namespace {
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set that CPU kernels use from now on; ValueError where it is unknown or not available.");
   define_cpu(m);
   define_plain(m);
+  define_attention(m);
   define_token_loss(m);
 #ifdef FEDMS_CUDA_ARCHS
   define_cuda(m.def_submodule("cuda"));

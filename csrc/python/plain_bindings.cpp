@@ -10,28 +10,58 @@
 namespace fedms::python {
 namespace {
 
-// The experts and, if x has two dimensions, a gate (m, E).
-bool plain_experts(const View& x, int64_t n, int64_t k, const py::sequence& a, const py::sequence& b,
-                   const py::sequence& scale, py::handle gate, Lora& lora) {
-  lora.m = x.rows();
+// The LoRA branch of a call as Python gives it.
+struct Branch {
+  py::sequence a, b, scale;
+  py::handle gate;  // of the rows' shape and one more dimension, of the experts; or None
+  double dropout_p;
+  uint64_t seed;
+};
+
+// The gate as a matrix (m, E) without gaps, whatever its strides are: where it is expanded, some are 0.
+bool plain_gate(const View& rows, const View& gate, int64_t experts, std::vector<float>& values) {
+  const int last = static_cast<int>(gate.dimensions()) - 1;
+  if (gate.dimensions() != rows.dimensions() || gate.size(last) != experts) return false;
+  for (int d = 0; d < last; ++d) {
+    if (gate.size(d) != rows.size(d)) return false;
+  }
+  values.resize(rows.rows() * experts);
+  const float* const from = gate.data<float>();
+  for (size_t i = 0; i < values.size(); ++i) {
+    int64_t rest = static_cast<int64_t>(i), at = 0;
+    for (int d = last; d >= 0; rest /= gate.size(d), --d) at += rest % gate.size(d) * gate.stride(d);
+    values[i] = from[at];
+  }
+  return true;
+}
+
+// `rows` is x or dy; `gate_values` owns the values of the gate that `lora` points to.
+bool plain_experts(const View& rows, int64_t n, int64_t k, const Branch& branch, Lora& lora, std::vector<float>& gate_values) {
+  lora.m = rows.rows();
   lora.n = n;
   lora.k = k;
+  lora.dropout_p = branch.dropout_p;
+  lora.seed = branch.seed;
+  const auto& [a, b, scale, gate, dropout_p, seed] = branch;
+  if (!(dropout_p >= 0 && dropout_p < 1)) return false;
   const size_t experts = a.size();
+  if (b.size() != experts || scale.size() != experts) return false;
   for (size_t e = 0; e < experts; ++e) {
     View view;
     if (!look<float>(a[e], view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
     const int64_t rank = view.rows();
-    float* b_data;
-    if (rank == 0 || !dense_matrix(b[e], n, rank, b_data)) return false;
-    lora.experts.push_back({rank, scale[e].cast<float>(), view.data<float>(), b_data});
+    const float* const a_data = view.data<float>();
+    if (rank == 0 || !look<float>(b[e], view) || !view.dense() || view.dimensions() != 2) return false;
+    const py::object factor = scale[e];  // a tensor's value may change before the backward pass
+    if (view.rows() != n || view.columns() != rank || !(PyFloat_Check(factor.ptr()) || PyLong_Check(factor.ptr()))) return false;
+    lora.experts.push_back({rank, factor.cast<float>(), a_data, view.data<float>()});
   }
   if (gate.is_none()) return true;
   View view;
-  if (!look<float>(gate, view) || view.dimensions() != 2 || x.dimensions() != 2) return false;
-  if (view.size(0) != lora.m || view.size(1) != static_cast<int64_t>(experts)) return false;
-  lora.gate = view.data<float>();
-  lora.gate_row_stride = view.stride(0);
-  lora.gate_expert_stride = view.stride(1);
+  if (!look<float>(gate, view) || !plain_gate(rows, view, static_cast<int64_t>(experts), gate_values)) return false;
+  lora.gate = gate_values.data();
+  lora.gate_row_stride = static_cast<int64_t>(experts);
+  lora.gate_expert_stride = 1;
   return true;
 }
 
@@ -39,7 +69,8 @@ bool plain_experts(const View& x, int64_t n, int64_t k, const py::sequence& a, c
 struct PlainWeight {
   const float* full = nullptr;
   Int8Weight packed{};
-  int64_t n = 0;
+  const float* group_scales = nullptr;  // of a weight of 4 bits
+  int64_t n = 0, groups = 0;
 
   bool read(py::handle weight, py::handle scale, int64_t k) {
     View view;
@@ -53,7 +84,9 @@ struct PlainWeight {
     if (!look<uint8_t>(weight, view) || !view.dense() || view.dimensions() != 1) return false;
     if (!look<float>(scale, scales) || !scales.dense() || scales.dimensions() > 2) return false;
     n = scales.size(0);
-    packed = {view.data<uint8_t>(), view.columns(), scales.dimensions() == 1 ? scales.data<float>() : nullptr, nullptr};
+    packed = {view.data<uint8_t>(), view.columns(), nullptr, nullptr};
+    (scales.dimensions() == 1 ? packed.scale : group_scales) = scales.data<float>();
+    groups = scales.columns();
     return true;
   }
 };
@@ -63,7 +96,7 @@ struct PlainWeight {
 bool split_by_segments(py::handle segments, Lora& lora, std::vector<Lora>& parts) {
   if (segments.is_none()) return true;
   const auto rows = segments.cast<std::vector<int64_t>>();
-  if (rows.size() != lora.experts.size() || lora.gate) return false;
+  if (rows.size() != lora.experts.size() || lora.gate || lora.dropout_p > 0) return false;
   int64_t total = 0;
   for (size_t e = 0; e < rows.size(); ++e) {
     if (rows[e] < 0) return false;
@@ -87,20 +120,27 @@ void segments_forward(const std::vector<Lora>& parts, const float* x, float* y) 
 
 // `segments`: see split_by_segments. S then is (m, 0): nothing has a gradient.
 py::object linear_forward(py::handle x, py::handle weight, py::handle weight_scale, py::handle bias, const py::sequence& a,
-                          const py::sequence& b, const py::sequence& scale, py::handle gate, py::handle segments) {
+                          const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
+                          uint64_t seed, py::handle segments) {
   View x_view;
   PlainWeight w;
   Lora lora;
   std::vector<Lora> parts;
-  float* bias_data;
-  if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() == 0) return py::none();
+  std::vector<float> gate_values;
+  float* bias_data = nullptr;
+  if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() * x_view.columns() == 0) return py::none();
   const int64_t k = x_view.columns();
-  if (!w.read(weight, weight_scale, k) || !dense_or_none(bias, 1, w.n, bias_data)) return py::none();
-  if (!plain_experts(x_view, w.n, k, a, b, scale, gate, lora)) return py::none();
+  if (!w.read(weight, weight_scale, k)) return py::none();
+  if (!bias.is_none()) {
+    View view;
+    if (!look<float>(bias, view) || !view.dense() || view.dimensions() != 1 || view.size(0) != w.n) return py::none();
+    bias_data = view.data<float>();
+  }
+  if (!plain_experts(x_view, w.n, k, {a, b, scale, gate, dropout_p, seed}, lora, gate_values)) return py::none();
   if ((w.full && lora.m > few_rows()) || !split_by_segments(segments, lora, parts)) return py::none();
   const NewTensor y = new_like(x_view, w.n), s = new_matrix(lora.m, lora.total_rank());
   const float* const from = x_view.data<float>();
-  {
+  try {
     const py::gil_scoped_release unlocked;
     if (w.full) {
       fedms::few_rows_forward(lora.m, w.n, k, from, w.full, bias_data, y.data);
@@ -110,30 +150,31 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
       fedms::int8_forward(w.packed, lora, from, s.data, y.data);
     }
     segments_forward(parts, from, y.data);
+  } catch (const std::invalid_argument&) {  // x has not as many columns as the packed weight
+    return py::none();
   }
   return py::make_tuple(y.object, s.object);
 }
 
 // `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
 // every db. The result has the same order, None for what is not needed.
-py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::handle weight_scale, const py::sequence& a,
-                           const py::sequence& b, const py::sequence& scale, py::handle gate, py::handle s,
-                           const py::sequence& needs) {
-  View dy_view, a_view;
+py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle weight, py::handle weight_scale,
+                           const py::sequence& a, const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
+                           uint64_t seed, py::handle s, const py::sequence& needs) {
+  View dy_view;
   Lora lora;
-  if (!exchange || !look<float>(dy, dy_view) || !dy_view.dense() || dy_view.rows() == 0) return py::none();
+  std::vector<float> gate_values;
+  if (!exchange || !look<float>(dy, dy_view) || !dy_view.dense() || dy_view.rows() * dy_view.columns() == 0) return py::none();
   const int64_t n = dy_view.columns(), m = dy_view.rows(), experts = static_cast<int64_t>(a.size());
-  if (experts == 0 || !look<float>(a[0], a_view)) return py::none();
-  const int64_t k = a_view.columns();
-  if (!plain_experts(dy_view, n, k, a, b, scale, gate, lora)) return py::none();
+  if (!plain_experts(dy_view, n, k, {a, b, scale, gate, dropout_p, seed}, lora, gate_values)) return py::none();
   float *x_data, *s_data;
   if (!dense_or_none(x, m, k, x_data) || !dense_or_none(s, m, lora.total_rank(), s_data)) return py::none();
 
   PlainWeight w;
   const bool needs_dx = needs[0].cast<bool>();
   if (needs_dx) {
-    if (!w.read(weight, weight_scale, weight_scale.is_none() ? k : n)) return py::none();
-    if (w.n != (w.full ? n : k) || (w.full && m > few_rows()) || (!w.full && !w.packed.scale)) return py::none();
+    if (!w.read(weight, weight_scale, k) || w.n != (w.packed.scale ? k : n)) return py::none();
+    if (m > (w.full ? few_rows() : w.group_scales ? nibbles_few_rows() : m)) return py::none();
   }
   py::tuple result(2 + 2 * experts);
   LoraGradients out;
@@ -147,7 +188,7 @@ py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::h
     return made.data;
   };
   out.dx = make(0, [&] { return new_like(dy_view, k); });
-  out.dgate = make(1, [&] { return new_matrix(m, experts); });
+  out.dgate = make(1, [&] { return new_like(dy_view, experts); });
   for (int64_t e = 0; e < experts; ++e) {
     out.da.push_back(make(2 + e, [&] { return new_matrix(lora.experts[e].rank, k); }));
     if (out.da.back() && !x_data) return py::none();
@@ -160,11 +201,14 @@ py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::h
   const float* const from = dy_view.data<float>();
   {
     const py::gil_scoped_release unlocked;
-    if (w.full) {
-      few_rows_backward(m, n, k, from, w.full, out.dx);
-      fedms::lora_backward(lora, from, x_data, s_data, out);
-    } else {
+    if (w.packed.scale) {
       fedms::int8_backward(w.packed, lora, from, x_data, s_data, out);
+    } else {
+      if (w.full) few_rows_backward(m, n, k, from, w.full, out.dx);
+      if (w.group_scales) {
+        nibbles_input_gradient(m, n, k, w.packed.packed, w.packed.packed_size, w.groups, w.group_scales, from, out.dx);
+      }
+      if (experts > 0) fedms::lora_backward(lora, from, x_data, s_data, out);
     }
   }
   return result;
@@ -174,10 +218,12 @@ py::object linear_backward(py::handle dy, py::handle x, py::handle weight, py::h
 
 void define_plain(py::module_& m) {
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"),
-        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("segments") = py::none(),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
+        py::arg("segments") = py::none(),
         "(y, s) of a plain call on a weight that is float32 (weight_scale None) or packed, or None if it is not plain.");
-  m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"),
-        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("s"), py::arg("needs"),
+  m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("weight"), py::arg("weight_scale"),
+        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"),
+        py::arg("seed"), py::arg("s"), py::arg("needs"),
         "The gradients of linear_forward: (dx, dgate, *da, *db), None for what is not needed; None if it is not plain.");
 }
 

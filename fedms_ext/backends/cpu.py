@@ -18,7 +18,7 @@ from .. import _C
 from ..quantization.formats import HALVES
 from ..reference import LEVELS
 from . import eager
-from .base import BackwardCall, Call, ForwardCall, Gradients, Lora, Needs, empty_gradients, s_dtype
+from .base import BackwardCall, Call, ForwardCall, Gradients, Lora, Needs, Weight, empty_gradients, s_dtype
 from .cpu_thresholds import LARGEST_RANK
 
 name = "cpu"
@@ -116,7 +116,7 @@ def backward(call: BackwardCall) -> Gradients:
     _, _, weight, lora, _, needs = call
     # dy may be expanded from fewer values, as the gradient of a sum is.
     dy, x, s, *pairs = _plain(call.dy, call.x, call.s, *lora.a, *lora.b)
-    dx = dy @ weight.expanded_for_dx(dy.dtype) if needs.dx else None
+    dx = _input_gradient(dy, weight) if needs.dx else None
     experts = _plain_experts(lora, pairs)
     dgate, da, db = _gradients(lora, experts, needs)
     if lora.segments is None:
@@ -124,6 +124,15 @@ def backward(call: BackwardCall) -> Gradients:
     else:
         _segments_backward(dy, x, lora, experts, s, dx, dgate, da, db)
     return dx, None if dgate is None else dgate.view(lora.gate.shape), da, db
+
+
+def _input_gradient(dy: Tensor, weight: Weight) -> Tensor:
+    """Return dy W, (..., K)."""
+    if weight.kind not in LEVELS or dy.shape[:-1].numel() > _C.nibbles_few_rows():
+        return dy @ weight.expanded_for_dx(dy.dtype)
+    dx = dy.new_empty(*dy.shape[:-1], weight.k)
+    _C.nibbles_input_gradient(dy, weight.data, weight.scale, dx)
+    return dx
 
 
 def _packed_forward(call: ForwardCall) -> tuple[Tensor, Tensor]:

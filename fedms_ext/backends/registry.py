@@ -108,7 +108,12 @@ def cpu_is_chosen() -> bool:
     for by name, and none that was registered stands before it."""
     if _forced:
         return _forced[-1][0] is cpu
-    return all(backend in (cuda, triton) for backend in _usable[: _usable.index(cpu)])
+    for backend in _usable:
+        if backend is cpu:
+            return True
+        if backend is not cuda and backend is not triton:
+            return False
+    return False
 
 
 def _check_known(name: str) -> None:

@@ -1,8 +1,9 @@
-"""Drop-in modules: a Linear with experts, one with a quantized weight, and the small network that mixes experts."""
+"""Drop-in modules: a Linear with experts, one with a quantized weight, and the small network that mixes experts. And attention."""
+from fedms_ext.nn.attention import use_attention
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.gate_adapter import GateAdapter
 from fedms_ext.nn.lora import LoRA, PairState
 from fedms_ext.nn.quantized_weight import QuantizedWeight
 
-__all__ = ["ExpertLinear", "FrozenLinear", "GateAdapter", "LoRA", "PairState", "QuantizedWeight"]
+__all__ = ["ExpertLinear", "FrozenLinear", "GateAdapter", "LoRA", "PairState", "QuantizedWeight", "use_attention"]

@@ -20,7 +20,6 @@ from fedms_ext.nn.lora import STATES, LoRA, PairState, check_experts, saved_pair
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.operators import expert_linear
-from fedms_ext.operators.plain import plain_linear
 from fedms_ext.operators.planned import Plans, planned_linear
 
 
@@ -197,41 +196,39 @@ class ExpertLinear(FrozenLinear):
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         a, b = list(modules["lora_a"]._parameters.values()), list(modules["lora_b"]._parameters.values())
         scale = [lora.scale for lora in self.experts.values()]
-        dropout = next(iter(self.experts.values())).dropout
-        drops = self.training and dropout > 0.0 and PairState.TRAINED in self.states.values()
         route = self._route() if self.routes else _EVERYWHERE
         segments = None if route.segments is None else self._segments_of_rows(x, route.segments)
         gate = None if route.gate is None else self._gate_of_rows(x, route)
         if False in active and gate is None and segments is None:
             a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
             active = [True] * len(a)
-        seed = draw_seed(x) if drops else 0
-        y = None
-        if False not in active:
-            if type(x) is Tensor and getattr(x, ON_GPU):
-                if segments is None:
-                    y = planned_linear(self.plans, x, weight, bias, a, b, scale, gate, dropout if drops else 0.0, seed)
-            elif not drops and gate is None:
-                y = plain_linear(x, weight, bias, a, b, scale, None, segments)
-        if y is not None:
-            return y
+        dropout = next(iter(self.experts.values())).dropout if self.training else 0.0
+        if dropout > 0.0 and not any([pair.requires_grad for pair in (*compress(a, active), *compress(b, active))]):
+            dropout = 0.0
+        seed = draw_seed(x) if dropout > 0.0 else None
+        if type(x) is Tensor and getattr(x, ON_GPU) and segments is None and False not in active:
+            y = planned_linear(self.plans, x, weight, bias, a, b, scale, gate, dropout, 0 if seed is None else seed)
+            if y is not None:
+                return y
         return expert_linear(
             x, weight, bias, a, b, scale,
             gate=gate,
-            active=active,
-            dropout_p=dropout if drops else 0.0,
+            active=active if False in active else None,
+            dropout_p=dropout,
             seed=seed,
             segments=segments)
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate
         columns = len(self.experts) if route.segments is None else 1
+        if gate.shape == (*x.shape[:-1], columns):
+            return gate
         if gate.dim() == 3 and gate.shape[-1] == columns and gate.shape[:2].numel() == x.shape[:-1].numel():
             return gate.reshape(*x.shape[:-1], columns)     # a gate for every token; x may be flattened to (B T, K)
         if gate.dim() != 2 or gate.shape[1] != columns or gate.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"gate must be (B, E) = ({x.shape[0]}, {columns}) for an input of shape "
                              f"{tuple(x.shape)}, got {tuple(gate.shape)}")
-        return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), gate.shape[1])
+        return gate.reshape(gate.shape[0], *([1] * (x.dim() - 2)), columns).expand(*x.shape[:-1], columns)
 
     def _segments_of_rows(self, x: Tensor, samples: Sequence[int]) -> list[int]:
         rows, total = x.shape[:-1].numel(), sum(samples)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedms_ext.nn.linear import is_conv1d, is_transposed
 from fedms_ext.nn.quantized_weight import QuantizedWeight
-from fedms_ext.operators.plain import frozen_linear
+from fedms_ext.operators import expert_linear
 
 
 class FrozenLinear(nn.Linear):
@@ -89,4 +89,4 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         frozen: Any = self._modules.get("frozen")
-        return F.linear(x, self.matrix(), self.bias) if frozen is None else frozen_linear(x, frozen, self.bias)
+        return F.linear(x, self.matrix(), self.bias) if frozen is None else expert_linear(x, frozen, self.bias)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import _C, backends
 from ..backends.base import FLOATING
+from ..backends.device import ON_GPU
 from .arguments import Quantized, settled_scale
+from .definition import run_backward
 from .dispatch import call, is_observed
-from .expert_linear import expert_linear, run_backward
 
 
 def plain_linear(
@@ -28,8 +29,10 @@ def plain_linear(
     bias: Tensor | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
-    scale: Sequence[float],
+    scale: Sequence[float] | Tensor,
     gate: Tensor | None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
 ) -> Tensor | None:
     """Return y = x W^T + bias + the experts' branch, or None where the call is not plain.
@@ -38,43 +41,43 @@ def plain_linear(
         x: (..., K).
         weight: (N, K), a tensor or a quantized weight.
         bias: (N,) or None.
-        lora_a: (r_e, K) of every applied expert.
+        lora_a: (r_e, K) of every applied expert. With none of them, a call on a weight that is not quantized is not plain.
         lora_b: (N, r_e) of every applied expert.
-        scale: a number for every applied expert.
-        gate: (rows, experts), or None; only with an x of two dimensions.
-        segments: numbers of rows, one for every applied expert, which takes these rows alone, or None; only without a gate, and
-            where nothing needs a gradient.
+        scale: a number for every applied expert; a tensor is not plain.
+        gate: x.shape[:-1] + (experts,), of any strides, or None; one that would have to be expanded is not plain.
+        dropout_p: probability that a value of x is dropped in the branch.
+        seed: of the mask, or None; a tensor is not plain.
+        segments: numbers of rows, one for every applied expert, which takes these rows alone, or None. Plain only without a gate
+            and dropout, and where nothing needs a gradient.
     """
-    if type(x) is not Tensor or is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+    if type(x) is not Tensor or getattr(x, ON_GPU) or is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+        return None
+    if isinstance(weight, Tensor):
+        quantized, data, data_scale = None, weight, None
+        if not lora_a:
+            return None  # the caller's F.linear
+    else:
+        quantized = weight
+        data, data_scale = getattr(weight, "operands", (None, None))
+    if not (isinstance(lora_a, (list, tuple)) and isinstance(lora_b, (list, tuple)) and isinstance(scale, (list, tuple))):
+        return None
+    if dropout_p if seed is None else type(seed) is not int or not 0 <= seed < 2**63:
         return None
     inputs = (x, gate, *lora_a, *lora_b)
-    needs = [tensor is not None and tensor.requires_grad for tensor in inputs] if torch.is_grad_enabled() else [False]
-    if True in needs and (segments is not None or not lora_a):
-        return None
-    quantized: Any = None if isinstance(weight, Tensor) else weight
-    data, data_scale = (weight, None) if isinstance(weight, Tensor) else quantized.operands
-    for tensor in (x, bias, gate, *lora_a, *lora_b, data):
-        if tensor is not None and tensor.is_neg():
+    for tensor in (*inputs, bias, data):
+        if isinstance(tensor, Tensor) and tensor.is_neg():
             return None
-    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate, segments)
-    if found is None:
+    needs = [isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs] if torch.is_grad_enabled() else [False]
+    trains = True in needs
+    if trains and segments is not None:
         return None
-    if True in needs:
-        if quantized is not None:
-            data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-        return _Plain.apply((*found, data, data_scale, quantized, scale, needs), *inputs)
-    return found[0]
-
-
-def frozen_linear(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
-    """Return y = x W^T + bias, (..., N), for a quantized weight (N, K), whether the call is plain or not.
-
-    Raises:
-        TypeError, ValueError: what `expert_linear` raises.
-    """
-    fits = x.shape[-1:] == weight.shape[1:]
-    y = plain_linear(x, weight, bias, (), (), (), None) if fits else None
-    return expert_linear(x, weight, bias) if y is None else y
+    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed or 0, segments)
+    if found is None or not trains:
+        return None if found is None else found[0]
+    if quantized is not None:
+        data, data_scale = quantized.for_dx() if needs[0] else (None, None)
+    branch = (tuple(scale), dropout_p, seed or 0)
+    return _Plain.apply((*found, data, data_scale, quantized, branch, needs), *inputs)
 
 
 class _Plain(torch.autograd.Function):
@@ -82,12 +85,12 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
-        y, s, weight, weight_scale, ctx.quantized, ctx.scale, needs = call
+        y, s, weight, weight_scale, ctx.quantized, ctx.branch, needs = call
         experts = len(pairs) // 2
         keep_x = True in needs[2 : 2 + experts]
         keep_s = needs[1] or True in needs[2 + experts :]
         ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, weight, weight_scale, *pairs)
-        ctx.needs = needs
+        ctx.k, ctx.needs = x.shape[-1], needs
         return y
 
     @staticmethod
@@ -102,7 +105,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     experts = len(pairs) // 2
     a, b = pairs[:experts], pairs[experts:]
     if not is_observed() and not dy.is_neg():
-        found = _C.linear_backward(dy, x, weight, weight_scale, a, b, ctx.scale, gate, s, ctx.needs)
+        scale, dropout_p, seed = ctx.branch
+        found = _C.linear_backward(dy, x, ctx.k, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, ctx.needs)
         if found is not None:
             return None, *found
     return None, *_general_gradients(ctx, dy, x, s, gate, weight, weight_scale, a, b)
@@ -116,11 +120,12 @@ def _general_gradients(
     weight_scale: Tensor | None, a: list[Tensor], b: list[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients by the operator, which takes everything: a dy that is expanded from fewer values, say."""
-    needs, quantized, k = ctx.needs, ctx.quantized, a[0].shape[1]
+    needs, quantized, (scale, dropout_p, seed) = ctx.needs, ctx.quantized, ctx.branch
     kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
     found = call(
-        torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, k, weight, weight_scale, kind, group, a, b,
-        settled_scale(ctx.scale), gate, None, 0.0, 0, None, s, needs[0], needs[1], needs[2 : 2 + len(a)], needs[2 + len(a) :],
+        torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, ctx.k, weight, weight_scale, kind, group, a, b,
+        settled_scale(scale), gate, None, dropout_p, seed, None, s, needs[0], needs[1], needs[2 : 2 + len(a)],
+        needs[2 + len(a) :],
     )  # fmt: skip
     gradients = iter(found)
     return [next(gradients) if needed else None for needed in needs]

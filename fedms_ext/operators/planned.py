@@ -18,7 +18,7 @@ from ..backends import cuda, cuda_plan, device
 from ..backends.base import FLOATING, BackwardCall, ForwardCall, Lora, Needs, Scales, Weight, scale_on
 from .arguments import Quantized
 from .dispatch import call, is_observed
-from .expert_linear import run_backward
+from .definition import run_backward
 
 
 class Planned:

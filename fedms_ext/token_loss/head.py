@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedms_ext.nn.quantized_weight import QuantizedWeight
-from fedms_ext.operators.plain import frozen_linear
+from fedms_ext.operators import expert_linear
 
 
 class FrozenHead(nn.Module):
@@ -66,6 +66,6 @@ class FrozenHead(nn.Module):
         if self.quantized is None:
             logits = F.linear(hidden, self.weight, bias)
         else:
-            logits = frozen_linear(hidden, self.quantized, bias)
+            logits = expert_linear(hidden, self.quantized, bias)
         logits = logits * self.scale if self.scale != 1 else logits
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)

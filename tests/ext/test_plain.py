@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, LoRA, QuantizedWeight, _C, expert_linear, reference, use_backend
-from fedms_ext.nn import FrozenLinear
+from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantizedWeight, _C, expert_linear, reference, use_backend
 from fedms_ext.operators.plain import plain_linear
 
+OPERATOR = import_module("fedms_ext.operators.expert_linear")
 EXCHANGE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 needs_exchange = pytest.mark.skipif(not EXCHANGE, reason="this torch has no DLPack exchange API")
 
 
-def layer_of(k, n, ranks=(3, 1), kind=None, bias=True):
-    layer = ExpertLinear(k, n, bias, experts={f"e{i}": LoRA(rank, 2 * rank + i) for i, rank in enumerate(ranks)})
+def layer_of(k, n, ranks=(3, 1), kind=None, bias=True, dropout=0.0):
+    layer = ExpertLinear(k, n, bias, experts={f"e{i}": LoRA(rank, 2 * rank + i, dropout) for i, rank in enumerate(ranks)})
     for name, b in layer.lora_b.items():
         nn.init.normal_(b)
         layer.set_state(name, "trained")
@@ -35,7 +38,7 @@ def passes(layer, x, dy):
 
 def generally(monkeypatch, layer, x, dy):
     with monkeypatch.context() as patch:
-        patch.setattr("fedms_ext.nn.expert_linear.plain_linear", lambda *_: None)
+        patch.setattr(OPERATOR, "plain_linear", lambda *_: None)
         return passes(layer, x, dy)
 
 
@@ -57,23 +60,57 @@ def test_the_same_as_the_general_way(monkeypatch, kind, rows, k, n):
 
 @needs_exchange
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 1), (2, 3)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gates_and_dropout_are_the_same_as_the_general_way(monkeypatch, kind, rows, dropout):
+    layer = layer_of(70, 50, kind=kind, dropout=dropout)
+    x, dy = torch.randn(*rows, 70, requires_grad=True), torch.randn(*rows, 50)
+    gate = torch.rand(2, rows[0]).T.requires_grad_()  # of strides that are not a row's
+    seen = []
+    general = OPERATOR.run_forward
+    monkeypatch.setattr(OPERATOR, "run_forward", lambda *args: seen.append(args) or general(*args))
+
+    def found():
+        torch.manual_seed(5)
+        with fedms_ext.gated([layer], gate):
+            y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, gate, *layer.lora_a.values(), *layer.lora_b.values()], dy)]
+
+    got = found()
+    few = {"avx512": 4, "avx2": 1, "avxvnni": 1}.get(fedms_ext.build_info()["isa_used"], 0)
+    assert bool(seen) == (kind is None and torch.Size(rows).numel() > few)
+    monkeypatch.setattr(OPERATOR, "plain_linear", lambda *_: None)
+    close(got, found())
+
+
+@needs_exchange
+def test_a_frozen_layer_without_experts_is_plain(monkeypatch):
+    frozen = fedms_ext.FrozenLinear(QuantizedWeight(torch.randn(9, 21), "int8"), torch.randn(9))
+    x, dy = torch.randn(2, 21, requires_grad=True), torch.randn(2, 9)
+    close(passes(frozen, x, dy), generally(monkeypatch, frozen, x, dy))
+    with pytest.raises(ValueError, match=r"x has the shape \(2, 20\), expected"):
+        frozen(x[:, :20])
+
+
+@needs_exchange
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 @pytest.mark.parametrize("segments", [(1, 1), (2, 1), (0, 3), (3, 0)])
 def test_segments_are_one_call_and_equal_the_general_way(monkeypatch, kind, segments):
     layer, x = layer_of(13, 9, kind=kind), torch.randn(sum(segments), 1, 13)
     frozen = layer.weight if kind is None else layer.frozen
     operands = frozen, layer.bias, list(layer.lora_a.values()), list(layer.lora_b.values()), [l.scale for l in layer.experts.values()]
     with torch.no_grad(), fedms_ext.segmented([layer], segments):
-        found = plain_linear(x, *operands, None, segments)
+        found = plain_linear(x, *operands, None, segments=segments)
         if kind or sum(segments) <= 1:
             assert found is not None
         y = layer(x)
         assert found is None or torch.equal(y, found)
         with monkeypatch.context() as patch:
-            patch.setattr("fedms_ext.nn.expert_linear.plain_linear", lambda *_: None)
+            patch.setattr(OPERATOR, "plain_linear", lambda *_: None)
             close([y], [layer(x)])
         for wrong in ((1,), (1, 1, 1), (4, -1), (9, 9)):
-            assert plain_linear(x, *operands, None, wrong) is None
-    assert plain_linear(x, *operands, None, segments) is None        # where A and B have gradients
+            assert plain_linear(x, *operands, None, segments=wrong) is None
+    assert plain_linear(x, *operands, None, segments=segments) is None        # where A and B have gradients
 
 
 @needs_exchange
@@ -103,12 +140,12 @@ def test_few_rows_in_float64(rows, k, n, isa):
     a, b = layer.lora_a["e0"], layer.lora_b["e0"]
     try:
         _C.set_isa(isa)
-        found = _C.linear_forward(x, layer.weight, None, layer.bias, [a], [b], [2.5], None)
+        found = _C.linear_forward(x, layer.weight, None, layer.bias, [a], [b], [2.5], None, 0.0, 0)
         if rows > {"avx512": 4, "avx2": 1, "avxvnni": 1}.get(isa, 0):
             assert found is None  # PyTorch's product is faster there
             return
         y, s = found
-        grads = _C.linear_backward(dy, x, layer.weight, None, [a], [b], [2.5], None, s, [True, False, True, True])
+        grads = _C.linear_backward(dy, x, k, layer.weight, None, [a], [b], [2.5], None, 0.0, 0, s, [True, False, True, True])
     finally:
         _C.set_isa(before)
     wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
@@ -150,12 +187,38 @@ def test_a_plain_call_is_one_cpp_call_a_pass(monkeypatch):
 
 
 @needs_exchange
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("case", ["alone", "two experts", "gate", "dropout"])
+def test_how_many_functions_a_row_calls(kind, case):
+    """At one row the functions around a product take longer than the product: no case may fall back to the general way."""
+    layer = layer_of(64, 64, (8, 4) if case in ("two experts", "gate") else (8,), kind, dropout=0.1 if case == "dropout" else 0.0)
+    x, dy, gate = torch.randn(1, 64, requires_grad=True), torch.randn(1, 64), torch.rand(1, 2)
+
+    def count(run):
+        calls = []
+        sys.setprofile(lambda frame, event, argument: calls.append(event) if event == "call" else None)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+
+    with fedms_ext.gated([layer] if case == "gate" else [], gate):
+        layer(x).backward(dy)
+        with torch.no_grad():
+            forward = count(lambda: layer(x))
+        both = count(lambda: layer(x).backward(dy))
+    assert forward <= 34 and both <= 76  # measured: 30 and 70; by the general way 80 and 166
+
+
+@needs_exchange
 def test_what_is_not_plain_is_declined():
     layer, x = layer_of(16, 8, kind="int8"), torch.randn(2, 16)
 
-    def call(x, frozen=layer.frozen, weight=None, bias=layer.bias, a=layer.lora_a["e0"], b=layer.lora_b["e0"]):
+    def call(x, frozen=layer.frozen, weight=None, bias=layer.bias, a=layer.lora_a["e0"], b=layer.lora_b["e0"], scale=(1.0,),
+             gate=None, dropout_p=0.0, seed=None):  # fmt: skip
         with torch.no_grad():
-            return plain_linear(x, frozen if weight is None else weight, bias, [a], [b], [1.0], None)
+            return plain_linear(x, frozen if weight is None else weight, bias, [a], [b], scale, gate, dropout_p, seed)
 
     assert call(x) is not None
 
@@ -169,7 +232,15 @@ def test_what_is_not_plain_is_declined():
     ):  # fmt: skip
         assert call(odd) is None
     assert call(x, a=layer.lora_a["e0"].double()) is None and call(x, b=layer.lora_b["e0"][:7]) is None
-    assert call(x, bias=torch.randn(9)) is None
+    assert call(x, bias=torch.randn(9)) is None and call(x, bias=torch.randn(1, 8)) is None
+    assert call(x, b=layer.lora_b["e0"].unsqueeze(0)) is None
+    assert call(x, scale=torch.ones(1)) is None and call(x, scale=[torch.tensor(1.0)]) is None and call(x, scale=[1.0, 2.0]) is None
+    assert call(x, gate=torch.ones(2, 1)) is not None and call(x, gate=torch.ones(1, 1)) is None
+    assert call(x, gate=torch.ones(2)) is None and call(x, gate=torch.ones(2, 2)) is None
+    assert call(x, dropout_p=0.5, seed=3) is not None and call(x, dropout_p=1.0, seed=3) is None
+    assert call(x, dropout_p=0.5) is None and call(x, dropout_p=0.5, seed=-1) is None
+    assert call(x, dropout_p=0.5, seed=torch.tensor(3)) is None
+    assert plain_linear(x, layer.matrix(), layer.bias, [], [], [], None, 0.0, None) is None  # F.linear, bit for bit
     assert call(x, frozen=QuantizedWeight(torch.randn(8, 16), "fp16")) is None
     assert call(torch.randn(5, 16), weight=torch.randn(8, 16)) is None  # more rows than the fp32 product is for
     with use_backend("eager"):

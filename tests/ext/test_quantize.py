@@ -297,7 +297,7 @@ def test_state_dict_holds_the_logical_form():
 
 def steps(model: nn.Module) -> list[int]:
     """Of the inputs, which int8 takes in more steps where the CPU multiplies 16-bit values."""
-    return [m.steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
+    return [m.largest_level for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,8 @@
 // AVX-512 with VNNI: vpdpbusd multiplies unsigned bytes of x by signed bytes of the weight.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 #define FEDMS_UNROLL _Pragma("GCC unroll 16")
@@ -49,15 +51,22 @@ void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const 
   }
 }
 
-void decode(const uint8_t* nibbles, const float* levels, float* to) {
-  const __m512 table = _mm512_loadu_ps(levels);
-  for (int half = 0; half < 2; ++half) {
-    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles + 16 * half));
-    const __m512i codes = _mm512_cvtepu8_epi32(both);  // the permutation looks at the low four bits alone
-    _mm512_storeu_ps(to + 16 * half, _mm512_permutexvar_ps(codes, table));
-    _mm512_storeu_ps(to + 32 + 16 * half, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table));
-  }
+typedef __m512 Vec;
+constexpr int LANES = 16, FOLDED_ROWS = 8;
+
+struct Table {
+  __m512 levels;
+  explicit Table(const float* from) : levels(_mm512_loadu_ps(from)) {}
+};
+
+template <int SHIFT>
+inline Vec levels_of(const uint8_t* bytes, const Table& table) {
+  __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  if constexpr (SHIFT > 0) codes = _mm512_srli_epi32(codes, SHIFT);
+  return _mm512_permutexvar_ps(codes, table.levels);  // looks at the low four bits alone
 }
+
+#include "levels.inc"
 
 inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
@@ -200,6 +209,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, expand, decode};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, expand, decode, fold};
 
 }  // namespace fedms

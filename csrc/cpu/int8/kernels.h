@@ -47,15 +47,13 @@ struct Int8Kernels {
   void (*expand)(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to);
   // The levels of 64 codes, in their order.
   void (*decode)(const uint8_t* nibbles, const float* levels, float* to);
+  // Sums along the columns of a panel, for the gradient of x. The codes of a panel come `panel * group` at a time, of `group`
+  // values of k; every such step has 16 sums of its own, to each of which belong the codes that lie a multiple of 16 apart:
+  //   sums[row][16 * step + i % 16] += levels[code i of the step] * factors[row][i],   i < panel * group
+  // `count` codes are a multiple of 32 * panel; factors is (rows, panel * group).
+  void (*fold)(int64_t rows, int64_t count, const uint8_t* nibbles, const float* levels, const float* factors, float* sums,
+               int64_t sums_stride);
 };
-
-// `decode` for instruction sets without a permutation of 16 floats.
-inline void decode_by_table(const uint8_t* nibbles, const float* levels, float* to) {
-  for (int i = 0; i < 32; ++i) {
-    to[i] = levels[nibbles[i] & 15];
-    to[32 + i] = levels[nibbles[i] >> 4];
-  }
-}
 
 // How a row is quantized, from the bits of its floats: `largest` as signed integers, at least 0, which is its largest
 // positive value, and as unsigned ones, which is its lowest negative value if there is one. (Without the sign, floats

@@ -26,8 +26,9 @@ inline const LoraKernels& lora_kernels() {
 // An uninitialized buffer.
 inline std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
 
-// to (r, n) = b^T, b (n, r). In blocks that are one cache line wide where they are written.
-inline void transpose(int64_t n, int64_t r, const float* b, float* to) {
+// to (r, n) = b^T, b (n, r) with `stride` values from one row to the next. In blocks that are one cache line wide where they are
+// written.
+inline void transpose(int64_t n, int64_t r, const float* b, int64_t stride, float* to) {
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t last = std::min(first + 16, n);
     for (int64_t j = 0; j < r; j += 4) {
@@ -35,13 +36,13 @@ inline void transpose(int64_t n, int64_t r, const float* b, float* to) {
 #ifdef FEDMS_X86  // SSE, which all of these have, takes a fourth of the time
       for (; j + 4 <= r && c + 4 <= last; c += 4) {
         __m128 row[4];
-        for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(b + (c + i) * r + j);
+        for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(b + (c + i) * stride + j);
         _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
         for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (j + i) * n + c, row[i]);
       }
 #endif
       for (; c < last; ++c)
-        for (int64_t i = j; i < std::min(j + 4, r); ++i) to[i * n + c] = b[c * r + i];
+        for (int64_t i = j; i < std::min(j + 4, r); ++i) to[i * n + c] = b[c * stride + i];
     }
   }
 }
@@ -54,7 +55,7 @@ struct TransposedB {
   explicit TransposedB(const Lora& lora) : data(buffer(lora.total_rank() * lora.n)) {
     float* to = data.get();
     for (const LoraExpert& expert : lora.experts) {
-      transpose(lora.n, expert.rank, expert.b, to);
+      transpose(lora.n, expert.rank, expert.b, expert.rank, to);
       for (int64_t j = 0; j < expert.rank; ++j, to += lora.n) rows.push_back(to);
     }
   }

@@ -60,6 +60,12 @@ void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_
 void nibbles_dequantize(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
                         const float* scale, float* w);
 
+// dx (m, k) = dy (m, n) w, written, from a weight of 4 bits and its scale (n, groups) as nibbles_dequantize takes it. Each code is read
+// once for up to nibbles_few_rows() rows; with more, a product of PyTorch's with a weight that was written out is faster.
+int64_t nibbles_few_rows();
+void nibbles_input_gradient(int64_t m, int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size,
+                            int64_t groups, const float* scale, const float* dy, float* dx);
+
 // Packed by int8_pack or nibbles_pack.
 struct Int8Weight {
   const uint8_t* packed;

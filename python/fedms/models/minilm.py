@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedms.config import ModelTable
 from fedms.errors import ModelError
+from fedms_ext import use_attention
 
 from .base import import_transformers, quiet_transformers
 from .text_model import TextModel
@@ -25,14 +26,15 @@ class MiniLM(TextModel):
         transformers = import_transformers()
         try:
             with quiet_transformers():
-                # The pooler is not part of the sentence embedding. Eager and sdpa attention take the same
-                # time at batch 32 on a CPU; sdpa keeps no (T, T) attention weights for the backward pass.
+                # The pooler is not part of the sentence embedding. Neither sdpa nor what takes its place keeps (T, T)
+                # attention weights for the backward pass.
                 module = transformers.AutoModel.from_pretrained(
                     folder,
                     local_files_only=True,
                     add_pooling_layer=False,
                     attn_implementation="sdpa",
                 ).float()
+                use_attention(module)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a damaged installation shows itself in many types
             raise ModelError(

@@ -292,6 +292,45 @@ def test_weights_of_4_bits(kind, group, m, n, k):
     assert_close("y", y, case.want())
 
 
+@pytest.mark.parametrize("kind, group", [("nf4", 64), ("int4", 32)])
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 33])
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (65, 97), (130, 200), (100, 768), (431, 63)])
+def test_dx_of_4_bit_weights(kind, group, m, n, k):
+    """Against dy W in float64, and bit for bit the same alone and on any number of threads."""
+    codes, scale = reference.quantize_groups(torch.randn(n, k) * torch.rand(n, 1), kind, group)
+    data = torch.full((_C.nibbles_packed_size(n, k, group),), 85, dtype=torch.uint8)
+    _C.nibbles_pack(k, group, reference.LEVELS[kind], reference.pack_nibbles(codes), scale, data)
+    dy, threads = torch.randn(m, n), torch.get_num_threads()
+
+    def dx(dy):
+        out = torch.full((len(dy), k), NAN)
+        _C.nibbles_input_gradient(dy, data, scale, out)
+        return out
+
+    got = dx(dy)
+    assert_close("dx", got, dy.double() @ reference.dequantize_groups(codes, scale, kind, group).double())
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(dx(dy), got)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(dx(dy[-1:]), got[-1:])
+    bad = dy.clone()
+    bad[0, n // 2] = NAN
+    assert dx(bad)[0].isnan().any() and torch.equal(dx(bad)[1:], got[1:])
+
+
+def test_dx_of_4_bit_weights_refuses_another_scale():
+    data = torch.empty(_C.nibbles_packed_size(8, 70, 64), dtype=torch.uint8)
+    codes, scale = reference.quantize_groups(torch.randn(8, 70), "nf4", 64)
+    _C.nibbles_pack(70, 64, reference.LEVELS["nf4"], reference.pack_nibbles(codes), scale, data)
+    dy, dx = torch.randn(2, 8), torch.empty(2, 70)
+    with pytest.raises(ValueError, match="the packed weight has another group"):
+        _C.nibbles_input_gradient(dy, data, torch.ones(8, 3), dx)
+    with pytest.raises(ValueError, match="this is a packed int8 weight"):
+        _C.nibbles_input_gradient(dy, packed(torch.zeros(8, 70)), scale, dx)
+
+
 def test_sums_of_4_bit_weights_do_not_saturate():
     # All products of one sign, and the largest that there are: 255 * 63.
     for k in (4, 64, 3072):

@@ -1,0 +1,14 @@
+#include <cstring>
+
+#include "rows.h"
+
+namespace fedms {
+namespace {
+
+#include "rows.inc"
+
+}  // namespace
+
+const AttentionRows attention_rows_avx2 = {exponentials, gradients};
+
+}  // namespace fedms
