@@ -37,7 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
         RuntimeError: for shapes that do not fit, from PyTorch.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _is_short(q, k, v, mask) and not is_observed():
+    if not is_observed() and _is_short(q, k, v, mask):
         added = mask if mask is None or mask.dtype != torch.bool else _added(mask)
         out = _Attention.apply(q, k, v, added, scale)
         if out is not None:

@@ -136,6 +136,12 @@ def test_what_is_left_to_pytorch():
         attention(q, k[..., :3], v)
 
 
+def test_a_compiled_call_has_one_graph_and_is_pytorchs():
+    q, k, v, _ = operands(1, 2, 5, 6, 4)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v) * 2, fullgraph=True, backend="eager")
+    close([compiled(q, k, v)], [2 * F.scaled_dot_product_attention(q, k, v).double()])
+
+
 def test_a_transformers_model_uses_it(monkeypatch):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32, vocab_size=50)
