@@ -1,7 +1,7 @@
 """What privacy costs: `python -m bench.federated.privacy --help`, from the root of the project.
 
-cost    seconds and bytes of a round of secure aggregation beside the same round without it, on the embedded engine: runs with
-        [privacy] off and secure in turn, several times; the medians of their rounds and of the ratios.
+cost    seconds, processor seconds and bytes of a round of secure aggregation beside the same round without it, on the embedded
+        engine: runs with [privacy] off and secure in turn, several times; medians of their rounds, and ratios.
 curve   accuracy over epsilon for fedavg, ffa_lora (the rule freeze_a) and fedms on 200 simulated clients of digits, mode central. As
         the clients are simulated, their accuracies are read directly here; in a run of real ones they are not released. Each run
         is a line of the file --records; runs that it has are not repeated, so that a curve can be made in pieces.
@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,16 @@ COST = ("run.method=fedms", "aggregate.weights=uniform", "sal.schedule=fixed", "
 
 
 class Rounds(Progress):
-    """Keeps what is told of each round."""
+    """Keeps what is told of each round, and the processor time since the one before."""
 
     def __init__(self) -> None:
         self.rounds: list[dict[str, Any]] = []
+        self.since = time.process_time()
 
     def round(self, stage: str, round: int, **metrics: Any) -> None:
-        self.rounds.append(metrics)
+        now = time.process_time()
+        self.rounds.append({**metrics, "processor": now - self.since})
+        self.since = now
 
 
 def train(config: RunConfig, task: LoadedTask | None = None, evaluated: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -69,16 +73,19 @@ def train(config: RunConfig, task: LoadedTask | None = None, evaluated: bool = T
 def cost(key: Path, clients: Sequence[int], model: str, repeats: int, rounds: int) -> None:
     for count in clients:
         ratios, seconds, traffic = [], {"off": [], "secure": []}, {}
+        processor: dict[str, list[float]] = {"off": [], "secure": []}
         for _ in range(repeats):
             for mode in ("off", "secure"):
                 config = load_config(model, [*COST, f"clients.count={count}", f"stage1.rounds={rounds}", f"privacy.key={key}",
                                              f"privacy.mode={mode}"])
                 _, told = train(config, evaluated=False)
                 seconds[mode].append(statistics.median(line["seconds"] for line in told[1:]))      # the first one builds constants
+                processor[mode] += [line["processor"] for line in told[1:]]
                 traffic[mode] = sum(told[-1][name] for name in ("bytes_up", "bytes_down"))
             ratios.append(seconds["secure"][-1] / seconds["off"][-1])
         print(json.dumps({"run file": model, "clients": count, **{f"seconds {m}": statistics.median(s) for m, s in seconds.items()},
-                          "time ratio": statistics.median(ratios), **{f"bytes {m}": b for m, b in traffic.items()},
+                          "time ratio": statistics.median(ratios), **{f"processor {m}": statistics.median(s) for m, s in processor.items()},
+                          "processor ratio": statistics.median(processor["secure"]) / statistics.median(processor["off"]), **{f"bytes {m}": b for m, b in traffic.items()},
                           "bytes ratio": traffic["secure"] / traffic["off"]}), flush=True)
 
 
