@@ -129,9 +129,9 @@ def test_four_strangers(tmp_path, machines):
     for name in NAMES:
         folder = tmp_path / name
         write_data(folder, name)
-        shutil.copytree(tmp_path / "model", folder / "model")
+        shutil.copytree(tmp_path / "model", folder / "base")
         shutil.copy(server / "federation/invite.toml", folder)
-        words = join.replace("cases.csv", FORMS[name]).replace("clinic-7", name) + " --model model"
+        words = join.replace("cases.csv", FORMS[name]).replace("clinic-7", name) + " --model base"
         (lines[name],) = [line for line in type_in(name, folder, words, b"y\n").splitlines() if line.startswith("ecdsa-")]
     for name, line in lines.items():
         type_in("server", server, accept.replace("ecdsa-sha2-nistp384 AAAA... clinic-7", line))
