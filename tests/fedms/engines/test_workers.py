@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import errands
 import pytest
@@ -11,13 +12,14 @@ from fedms.config import ConfigError, load_config, with_run
 from fedms.engines.workers import WorkerFailed, Workers
 from fedms.errors import Interrupted, WorkerDied
 from fedms.federated.client import Message, Private
+from fedms.privacy.key_file import create_key
 from fedms.runs.run import run
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords, comparable
 
-CONFIG = load_config("digits", ["data.max_samples=100", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
-                                "data.partition=iid", "clients.optimizer=kept", "lora.dropout=0.1", "run.threads=1",
-                                "run.method=fedms_plus", "run.device=cpu"])
+SETS = ["data.max_samples=100", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
+        "data.partition=iid", "clients.optimizer=kept", "lora.dropout=0.1", "run.threads=1", "run.method=fedms_plus", "run.device=cpu"]
+CONFIG = load_config("digits", SETS)
 
 
 def everything(path):
@@ -37,6 +39,17 @@ def test_two_workers_go_on_with_a_run_of_none_and_give_its_bits(tmp_path):
         run(CONFIG, tmp_path / "two", stop=lambda: next(asked))
     assert run(with_run(CONFIG, workers=2), tmp_path / "two", resume=True)["method"] == "fedms_plus"
     assert everything(tmp_path / "two") == everything(tmp_path / "none")
+
+
+@pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="two more processes: make test-full")
+def test_two_workers_of_a_run_with_privacy_give_the_bits_of_none(tmp_path):
+    create_key(tmp_path / "privacy.key", b"a key these tests have all alone")
+    sets = ["run.method=fedms", "clients.count=4", "stage1.rounds=1", "clients.optimizer=fresh", "sal.schedule=fixed",
+            "aggregate.weights=uniform", "privacy.mode=distributed", "privacy.noise=0.5", "privacy.score_noise=5",
+            f"privacy.key={tmp_path / 'privacy.key'}"]
+    for count in (1, 2):
+        run(load_config("digits", [*SETS, *sets, f"run.workers={count}"]), tmp_path / str(count))
+    assert everything(tmp_path / "1") == everything(tmp_path / "2")
 
 
 def message(round):
