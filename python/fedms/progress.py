@@ -38,25 +38,25 @@ class Progress:
     """
 
     def start(self, total_visits: int, title: str) -> None:
-        """A run begins that visits clients `total_visits` times."""
+        """Called when a run begins. Clients will be visited `total_visits` times."""
 
     def visit(self, stage: str, round: int, client: int | None, **metrics: Any) -> None:
-        """A client was visited (None: which one is secret); rounds count from 1 within a stage."""
+        """Called after a visit. The client is None if it is secret; rounds count from 1 in each stage."""
 
     def round(self, stage: str, round: int, **metrics: Any) -> None:
-        """A round ended."""
+        """Called after a round."""
 
     def note(self, text: str) -> None:
-        """Something was found that is worth a line of its own."""
+        """Called with a note for the user."""
 
     def done(self, text: str) -> None:
-        """One of several runs that are carried out side by side has ended."""
+        """Called when one of several parallel runs has ended."""
 
     def phase(self, text: str) -> None:
-        """Something else is done now, such as "loading MiniLM"."""
+        """Called when another phase begins, such as "loading MiniLM"."""
 
     def close(self) -> None:
-        """The run ended, well or badly."""
+        """Called at the end of a run, whether it succeeded or failed."""
 
 
 class Listeners(Progress):

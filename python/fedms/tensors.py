@@ -1,4 +1,4 @@
-"""Named tensors: what travels between server and clients, and what a client keeps.
+"""Named tensors, which are sent between server and clients and kept by clients.
 
 Their names are `expert/<layer>.lora_a`, `expert/<layer>.lora_b`, `head/<name>`, `gate/<name>`, and with exact aggregation
 `correction/<layer>`.
@@ -14,17 +14,17 @@ Tensors = dict[str, Tensor]
 
 
 def is_a(name: str) -> bool:
-    """Whether a tensor is the A of a pair."""
+    """Return whether the name of a tensor is that of the A of a pair."""
     return name.endswith(".lora_a")
 
 
 def freeze_none(name: str) -> bool:
-    """Accepts no name: training changes all that is active."""
+    """Return False: no tensor is kept from training."""
     return False
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """sha256 (hex) of the values of tensors, wherever they are."""
+    """Return the SHA-256, in hexadecimal, of the values of tensors on any device."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().numpy())  # type: ignore[arg-type]  # numpy's stubs: a buffer from 3.12 on

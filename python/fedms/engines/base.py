@@ -1,5 +1,7 @@
-"""What every engine does alike: the rounds of a run, their records and their checkpoints. An engine of its own says how
-a message reaches clients and what comes back."""
+"""The base class of engines: the rounds of a run, their records and their checkpoints.
+
+An engine defines how a message reaches clients and how their replies come back.
+"""
 from __future__ import annotations
 
 import time
@@ -29,11 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What came back from a client, or why nothing did.
+    """The result of sending a message to a client.
 
-    visit:   as the client tells it; None if it said nothing that can be used, `reason` then says what happened.
-    after:   the engine's own: how the client's private state is found, if the visit counts.
-    share:   in a run with privacy, what the client sent, in the place of a visit.
+    Attributes:
+        client: Id of the client.
+        visit: The visit as the client reports it, or None if nothing usable came back.
+        bytes_up, bytes_down: Bytes received and sent.
+        reason: Why there is no visit, or None.
+        after: Private to the engine: where to find the client's private state if the visit is accepted.
+        share: The client's reply in a run with privacy, which takes the place of a visit.
     """
 
     client: int
@@ -47,20 +53,21 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A client's line of `clients.jsonl`, and what it answers on the common test set where that was asked."""
+    """A client's record in `clients.jsonl`, and its score on the common test set if that was requested."""
 
     record: dict[str, Any]
     on_common_test: float | None
 
 
 class Engine(ABC):
-    """Runs the rounds of one run, with a checkpoint after each.
+    """Runs the rounds of a run and writes a checkpoint after each.
 
     Args:
-        server: the server's side of the method.
-        fm_params: parameters of the foundation model, of which trained ones are a share.
-        folder: where rounds and visits are recorded, and checkpoints kept.
-        stop: asked between clients whether the run shall stop.
+        server: The server.
+        fm_params: Number of parameters of the foundation model, for the share of trained ones.
+        folder: The run folder, which holds the records and the checkpoints.
+        progress: Shows the progress.
+        stop: Called between clients; returns whether to stop the run.
     """
 
     def __init__(self, server: Server, fm_params: int, folder: RunFolder, progress: Progress,
@@ -90,19 +97,23 @@ class Engine(ABC):
         assert self.private_rounds is not None
         return self.private_rounds.server
 
-    # What engines differ in
+    # What an engine implements
 
     @abstractmethod
     def prepare(self, message: Message) -> Mapping[int, Participant]:
-        """A round begins: those of its clients that can be reached."""
+        """Begin a round and return those of its clients that can be reached."""
 
     @abstractmethod
     def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
-        """Has these clients (ids, ascending) do what the message, as it arrives or packed, says; yields what came of
-        each, in that order.
+        """Send a message to clients and yield their results in the given order.
+
+        Args:
+            message: The message as it arrives at a client.
+            packed: The same message, encoded.
+            clients: Ids, in ascending order.
 
         Raises:
-            Interrupted: if asked to stop.
+            Interrupted: If the run was asked to stop.
         """
 
     @abstractmethod
@@ -116,51 +127,57 @@ class Engine(ABC):
     @abstractmethod
     def exchange(self, message: Message, attempt: int,
                  questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
-        """Asks clients (by id, ascending) the questions of one phase of a secure sum; returns the answers that came in time.
+        """Send the questions of one phase of a secure sum to clients, and return the answers that arrive in time, by id.
 
         Raises:
-            Interrupted: if asked to stop.
+            Interrupted: If the run was asked to stop.
         """
 
     @abstractmethod
     def keep(self, arrival: Arrival) -> None:
-        """A visit counts: from now on its client's private state is the one after it."""
+        """Accept a visit: from now on the client has the private state from after it."""
 
     @abstractmethod
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
-        """Has all clients evaluate what they have in the end, in ascending order of their ids; `on_common_test`: on
-        the common test set too.
+        """Let all clients evaluate their final model, in ascending order of their ids.
+
+        Args:
+            final: The server's last message.
+            on_common_test: Whether to evaluate on the common test set, too.
 
         Raises:
-            Interrupted: if asked to stop.
+            Interrupted: If the run was asked to stop.
         """
 
     @abstractmethod
     def own_state(self) -> dict[str, Any]:
-        """What the engine itself must keep in checkpoints: plain data."""
+        """Return the state of the engine itself for a checkpoint, as plain data."""
 
     @abstractmethod
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
-        """The counterpart of `own_state` and `private`."""
+        """Restore what `own_state` and `private` returned."""
 
     def members(self) -> Sequence[int]:
-        """Ids of the clients that take part, of whom those of a round are drawn; they may change between rounds."""
+        """Return the ids of the participating clients, from which those of a round are sampled. They may change between
+        rounds."""
         return range(self.server.config.clients.count)
 
     def private(self) -> Mapping[int, Tensors]:
-        """The clients' private tensors, where this process is the one that keeps them."""
+        """Return the clients' private tensors, if this process keeps them."""
         return {}
 
     # The rounds
 
     def run(self, tensors: Tensors) -> ServerState:
-        """All rounds, from the folder's checkpoint if it has one, else from these initial tensors; returns the state
-        after the last round.
+        """Run all rounds, from the checkpoint in the run folder if there is one, otherwise from the initial tensors.
+
+        Returns:
+            The state after the last round.
 
         Raises:
-            AllClientsFailed: if too few clients of a round could train.
-            Interrupted: if asked to stop.
-            CheckpointError, RunFolderError: if the folder cannot be written, or its checkpoints cannot be read.
+            AllClientsFailed: If too few clients of a round could train.
+            Interrupted: If the run was asked to stop.
+            CheckpointError, RunFolderError: If the folder cannot be written, or its checkpoints cannot be read.
         """
         state, collected = self._restore() or self._begin(tensors)
         # What the server collects is of the kind that these rounds fill: a PrivateServer, too, goes with its PrivateRounds.
@@ -189,17 +206,17 @@ class Engine(ABC):
         return state, self.server.collect(state)
 
     def final_message(self, state: ServerState) -> Message:
-        """What a client has in the end: the server's tensors as they arrive."""
+        """Return the final message as it arrives at a client."""
         return unpack_message(pack_message(self.server.message(state), self.encoding))
 
     def check_stop(self, message: Message) -> None:
-        """Raises Interrupted if the run shall stop."""
+        """Raise Interrupted if the run was asked to stop."""
         if self.stop():
             raise Interrupted("all rounds are done, evaluation is not" if message.stage == "done" else
                               f"{message.stage}, round {message.round}, {self.visited} clients visited")
 
     def due_to(self, client: int, packed: Packed) -> Packed:
-        """What a client must be sent: constants that it has are left out."""
+        """Return the message without the constants if the client has them already."""
         return packed.without("constants") if (packed.head.get("constants"), client) in self.received else packed
 
     def note_received(self, client: int, packed: Packed) -> None:
@@ -305,7 +322,7 @@ class Engine(ABC):
             state, tensors = unpack_server(saved["server"], snapshot.tensors)
             collected = self.server.restore(state, saved["server"]["collected"], tensors)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{self.folder.path}: its checkpoint is not what a run writes ({type(error).__name__}: "
+            raise CheckpointError(f"{self.folder.path}: its checkpoint was not written by a run ({type(error).__name__}: "
                                   f"{error}); start the run again") from None
         where = "all rounds are done" if state.stage == "done" else f"{state.stage}, round {state.round}"
         self.progress.note(f"going on from the checkpoint: {where}")

@@ -1,6 +1,5 @@
-"""Which replies count, and why the others do not. `fedms.federated.schema` has seen to it that a reply is one; here it is compared with
-what was asked: the tensors that were sent, the blocks that this client trains, what training can have changed, and what
-the client told of itself before.
+"""Decide which replies are accepted. `fedms.federated.schema` has checked the form of a reply; here it is compared with the
+message, the blocks that the client trains, the change that training can cause, and what the client reported before.
 """
 from __future__ import annotations
 
@@ -21,18 +20,18 @@ ROUNDING = 0.05     # share of a tensor's norm that its encoding may change (`[w
 
 
 class RejectedReply(FedMSError):
-    """A reply that must not enter the average; the message says what is wrong with it."""
+    """A reply was not accepted; the message is the reason."""
 
 
 class Admission:
-    """Judges replies one by one; keeps nothing.
+    """Checks replies. It has no state.
 
     Args:
-        config: the run file.
-        order: block numbers in the order of their activation.
-        block_of: block number of each tensor under `expert/`.
-        method: says how far a visit can change a tensor.
-        statistics: statistics that a client may send once a run, as zeros; each counts samples by class.
+        config: The run file.
+        order: Block numbers in the order of activation.
+        block_of: Block number of each tensor whose name begins with `expert/`.
+        method: Determines how much a visit can change a tensor.
+        statistics: The statistics that a client may send once in a run, as zeros. Each counts samples by class.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int], method: Method,
@@ -40,10 +39,10 @@ class Admission:
         self.config, self.order, self.block_of, self.method, self.statistics = config, order, block_of, method, statistics
 
     def check(self, reply: Reply, message: Message, participant: Participant, counted: Collection[int]) -> None:
-        """Raises RejectedReply unless this client can have given this reply to this message.
+        """Raise RejectedReply unless this client can have computed this reply from this message.
 
         Args:
-            counted: clients whose statistics have been added up already.
+            counted: Ids of the clients whose statistics have been added already.
         """
         if reply.client != participant.id:
             raise RejectedReply(f"it is client {reply.client}'s, expected client {participant.id}'s")
@@ -69,7 +68,7 @@ class Admission:
             _check_form(name, tensor, message.tensors[name])
 
     def _check_change(self, tensors: Tensors, message: Message, participant: Participant) -> None:
-        """Tensor by tensor: what is small beside the rest could otherwise be replaced."""
+        """Check the change of each tensor, since a bound on all of them would allow any change of a small tensor."""
         names = list(tensors)
         sent = [self.method.received(name, message.tensors[name], participant) for name in names]
         changes = _norms(torch._foreach_sub([tensors[name] for name in names], sent) if names else [])
@@ -94,14 +93,19 @@ class Admission:
 
 
 def farthest(method: Method, participant: Participant, name: str, elements: int, norm: float) -> float:
-    """About the largest norm of a tensor's change that a visit's training can reach.
+    """Return approximately the largest norm of the change of a tensor that training in a visit can cause.
 
-    AdamW moves an element by about its learning rate at most, whatever the gradients are, besides the decay of weights;
-    so the bound is the learning rate times the visit's steps times the root of the number of elements. Honest clients stay
-    below it, the closer the fewer steps they make; it grows with a client's samples as its weight in the mean does.
+    Besides weight decay, a step of AdamW changes an element by at most about the learning rate, whatever the gradients are.
+    The bound therefore is the learning rate times the number of steps times the square root of the number of elements. Honest
+    clients stay below it, and come closest with few steps. It grows with a client's samples, as does the client's weight in
+    the mean.
 
     Args:
-        norm: of the tensor as it was sent.
+        method: The method, which gives the learning rate and the number of epochs.
+        participant: The client.
+        name: Name of the tensor.
+        elements: Its number of elements.
+        norm: Its norm in the message.
     """
     stages = (method.config.stage1, method.config.stage2)
     lr, epochs = method.most_training(name)
@@ -111,7 +115,7 @@ def farthest(method: Method, participant: Participant, name: str, elements: int,
 
 
 def plausible_validation(config: RunConfig, n_train: int) -> int:
-    """Most validation samples of a client with so many training samples, generously: both are shares of the same data."""
+    """Return a generous upper bound for the validation samples of a client with this number of training samples."""
     train, validation, _ = config.data.split
     return 10 + math.ceil(2 * (n_train + 1) * validation / train)
 
@@ -124,5 +128,5 @@ def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
 
 
 def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> list[float]:
-    """Of each. They are many and small: one operation on all of them takes as long as on one."""
+    """Return the norm of each tensor, computed in one operation, because the tensors are many and small."""
     return torch.stack(torch._foreach_norm(list(tensors))).tolist() if tensors else []

@@ -1,4 +1,4 @@
-"""The steps a client is made of: plain data in, plain data out. Methods compose them; engines carry the messages."""
+"""A client's data, its visits, and local training. Methods are composed of these functions; engines carry the messages."""
 from __future__ import annotations
 
 import math
@@ -29,20 +29,21 @@ from fedms.training.expert_model import ExpertModel
 
 
 class ClientFailure(FedMSError):
-    """A client's visit failed; the message is the reason that goes into the records. The run goes on without it."""
+    """A client's visit failed. The run continues without it, and the error message is recorded as the reason."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What the server sends to a client.
+    """A message from the server to the clients of a round.
 
-    stage, round: where the run stands (round counts from 1 within its stage).
-    clients:      ids of the clients sampled this round, ascending.
-    depth:        number of blocks of the activation order that are trained.
-    applied_depth: number of blocks whose pairs are applied, at least `depth`.
-    tensors:      sent to every sampled client.
-    constants:    sent to a client once a stage and kept by it: what does not change any more.
-    statistics:   statistics that the server added up over clients.
+    Attributes:
+        stage, round: The round; rounds count from 1 in each stage.
+        clients: Ids of the clients that are sampled for this round, in ascending order.
+        depth: Number of blocks of the activation order that are trained.
+        applied_depth: Number of blocks of the activation order whose pairs are applied, at least `depth`.
+        tensors: Tensors that are sent in every round.
+        constants: Tensors that no longer change; they are sent to a client once in each stage, and it keeps them.
+        statistics: Sums of the clients' statistics.
     """
 
     stage: str
@@ -57,9 +58,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sends back: the tensors to be averaged, statistics to be added up, and numbers for the records.
+    """A client's reply: tensors to be averaged, statistics to be added up, and numbers for the records.
 
-    `score` in [0, 1] is the validation score of the model it received (None without validation samples)."""
+    Attributes:
+        score: Validation score of the received model in [0, 1], or None if the client has no validation samples.
+    """
 
     client: int
     tensors: Tensors
@@ -72,12 +75,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Share:
-    """What a client sends in a round with privacy.
+    """A client's reply in a round with privacy.
 
     Args:
-        client: its id.
-        steps: (size,) int32, its vector, where the server adds the noise.
-        key: its public key for the round (32 bytes), under which it will add a masked vector.
+        client: Id of the client.
+        steps: (size,) int32 vector, in central mode, in which the server adds the noise.
+        key: Public key for the round (32 bytes), in the other modes, in which a masked vector follows.
     """
 
     client: int
@@ -87,7 +90,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Private:
-    """A client's own state between visits; it never leaves the client."""
+    """The private state of a client between visits. It never leaves the client."""
 
     tensors: Tensors = field(default_factory=dict)
 
@@ -97,7 +100,7 @@ class Private:
 
 
 class Participant:
-    """What the server knows of a client: its id, its numbers of training and validation samples, and its device."""
+    """What the server knows about a client: its id, its numbers of training and validation samples, and its device."""
 
     id: int
 
@@ -118,9 +121,11 @@ class Participant:
 
 
 class Client(Participant):
-    """One client's data, its device and its share of the settings. `fitting`: see `device_of`.
+    """A client's data, device and settings.
 
-    Of a hundred thousand clients most are never visited: what a visit needs is made by the first one."""
+    Attributes that only a visit needs are created at the first visit, because most of a hundred thousand registered clients
+    may never be visited. `device_of` describes `fitting`.
+    """
 
     n_train: int
     n_validation: int
@@ -152,8 +157,13 @@ class Client(Participant):
 
 @dataclass(frozen=True)
 class Visit:
-    """What came of a visit, as the client tells it: its reply, or the reason why there is none; operations, seconds,
-    and peak memory in bytes."""
+    """The result of a visit as the client reports it.
+
+    Attributes:
+        reply: The reply, or None if the visit failed.
+        reason: Why the visit failed, or None.
+        flops, seconds, peak_memory_bytes: What the visit cost.
+    """
 
     reply: Reply | None
     reason: str | None
@@ -167,7 +177,7 @@ ClientStep = Callable[[ExpertModel, Client, Private, Message], tuple[Reply, Priv
 
 def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private,
           message: Message) -> tuple[Visit, Private]:
-    """Carries out a method's step and measures it. A client that fails keeps the private state that it had."""
+    """Carry out a method's step and measure it. A client that fails keeps its previous private state."""
     flops, started = model.meter.flops, time.perf_counter()
     reset_peak(model.device)
     model.clear()
@@ -183,7 +193,7 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """A client that runs out of memory fails; the run goes on without it."""
+    """Turn an out-of-memory error into a ClientFailure, so that the run continues without the client."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:        # torch's CPU allocator raises a plain RuntimeError
@@ -193,26 +203,26 @@ def memory_errors() -> Iterator[None]:
 
 
 def validate(model: ExpertModel, client: Client, expert: str) -> Score:
-    """Validation score of one expert's stream as it stands in the model."""
+    """Return the validation score of an expert that is loaded in the model."""
     return model.task.score(model.opinions(expert, client.validation), model.targets(client.validation))
 
 
-# Gradients in fp16 are those of the loss times a number, so that small ones do not become zero. It starts here, is halved where
-# one overflows, and a visit fails where that happens more often than this in a row.
+# In fp16 the loss is scaled, so that small gradients do not become zero. The scale starts at FIRST_SCALE and is halved whenever
+# a gradient overflows. A visit fails after more than MOST_SKIPPED overflows in a row.
 FIRST_SCALE, MOST_SKIPPED = 2.0**12, 12
 
-Loss = Callable[[Tensor], Tensor]               # mean over the units of rows (B,) of a part
+Loss = Callable[[Tensor], Tensor]               # mean loss over the units of the rows (B,) of a subset
 LossOn = Callable[[Subset], Loss]
 
 
 def own_loss_of(model: ExpertModel, expert: str) -> LossOn:
-    """Loss of one expert's own opinion."""
+    """Return the loss of a single expert's opinion."""
     return lambda part: lambda rows: model.task.loss(model.opinion(expert, part, rows), model.targets(part, rows))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, by the names under which their optimizer state is kept, and their learning rate."""
+    """Parameters with one learning rate, by the names under which their optimizer state is kept."""
 
     params: Mapping[str, Tensor]
     lr: float
@@ -221,21 +231,26 @@ class Group:
 def train(model: ExpertModel, client: Client, message: Message, private: Private, groups: list[Group],
           loss_on: LossOn, part: Subset | None = None, rows: Tensor | None = None,
           epochs: int | None = None, after_epoch: Callable[[], None] | None = None) -> tuple[float, Tensors]:
-    """Local epochs of AdamW over a part of the client's samples.
+    """Train the given parameters with AdamW on a subset of the client's samples.
 
     Args:
-        private: holds the optimizer's state of the last visit, if `[clients] optimizer = "kept"`.
-        loss_on: given the part once; with `[data] augment`, at every step the batch's images as they are then.
-        part: default the training part.
-        rows: (n,) rows of it; default all.
-        epochs: default the stage's.
-        after_epoch: called after each epoch; at the end, too, where steps end within one.
+        model: The model, with the client's tensors loaded.
+        client: The client.
+        message: The message of the round.
+        private: Holds the optimizer's state of the last visit if `[clients] optimizer = "kept"`.
+        groups: The parameters and their learning rates.
+        loss_on: Called once with the subset; with `[data] augment`, called in each step with the augmented images of the
+            batch.
+        part: The subset; the default is the training samples.
+        rows: (n,) rows of the subset; the default is all.
+        epochs: Number of epochs; the default is that of the stage.
+        after_epoch: Called after each epoch, and at the end if the last epoch is incomplete.
 
     Returns:
-        Mean training loss over all units seen, and the optimizer's state to keep (empty when it starts afresh).
+        The mean training loss over all units, and the optimizer's state (empty if it is not kept).
 
     Raises:
-        ClientFailure: when a loss or a gradient norm is NaN or infinite.
+        ClientFailure: If a loss or a gradient norm is NaN or infinite.
     """
     settings = getattr(client.config, message.stage)
     part = client.train if part is None else part
@@ -282,8 +297,10 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
 
 def _batches(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, shuffle: torch.Generator,
              epochs: int | None) -> Iterator[Tensor]:
-    """The batches of a visit: `epochs` over the rows, or with `[stage] steps` so many batches, in an order drawn anew in every
-    epoch. With `[data] group_by_length` samples of like length come together, and the batches in any order."""
+    """Yield the batches of a visit: those of `epochs` epochs, or `[stage] steps` batches. Every epoch has a new random order.
+
+    With `[data] group_by_length` a batch holds samples of similar length, and the batches are in random order.
+    """
     steps = settings.steps if epochs is None else None
     done = 0
     for _ in range(epochs or settings.epochs) if steps is None else count():
@@ -302,8 +319,13 @@ def _batches(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, sh
 
 def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[Tensor], int] = len,
                scaler: torch.amp.GradScaler | None = None) -> float:
-    """Gradients of the mean loss of a batch (B,), added up over parts of `micro_batch` samples, each weighted by its number of
-    `units`, and multiplied by what the scaler says; returns that loss."""
+    """Add the gradients of the mean loss of a batch (B,) to the parameters, in micro-batches of `micro_batch` samples.
+
+    A micro-batch is weighted by its number of `units`, and the loss is scaled by `scaler` before the backward pass.
+
+    Returns:
+        The mean loss of the batch, unscaled.
+    """
     total = 0.0
     for part in batch.split(micro_batch):
         loss = loss_of(part) * (units(part) / units(batch))

@@ -1,5 +1,5 @@
-"""What came out: test accuracies, per client and in all. The only place that reads test labels, after every choice
-has been made on training and validation data."""
+"""Evaluate clients on their test samples. Only this module reads test labels, after all choices have been made on training
+and validation data."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -42,7 +42,7 @@ def evaluate_client(method: Method, model: ExpertModel, client: Client, private:
 
 
 def _mixture_accuracies(task: Task, prediction: Prediction, targets: Tensor) -> dict[str, float | None]:
-    """The gate's mixture, beside a fixed half-half mix and an oracle that picks the right expert for each sample."""
+    """Return the accuracies of the mixture, of equal weights, and of an oracle that picks the right expert for each sample."""
     if prediction.weights is None:
         return {}
     shared, own = prediction.global_, prediction.local
@@ -54,8 +54,7 @@ def _mixture_accuracies(task: Task, prediction: Prediction, targets: Tensor) -> 
 
 
 def validate_client(method: Method, model: ExpertModel, client: Client, private: Private, final: Message) -> dict[str, Any]:
-    """What a client answers in the end about its validation samples: with the last aggregate, by the method's own prediction.
-    This is what constants are chosen by; no test label is read."""
+    """Return the score of a client's final predictions on its validation samples, by which `fedms tune` chooses constants."""
     record: dict[str, Any] = {"id": client.id, "n_validation": len(client.validation), "accuracy": None, "loss": None}
     if len(client.validation):
         model.clear()
@@ -67,8 +66,8 @@ def validate_client(method: Method, model: ExpertModel, client: Client, private:
 
 def evaluate_unseen(method: Method, model: ExpertModel, client: Client, final: Message,
                     rounds: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """An unseen client, twice: with what arrives, and after `rounds` visits of stage 2 that it makes on its own (it
-    sends nothing; None without such visits, or if training failed)."""
+    """Return two records of an unseen client: with the received tensors, and after `rounds` visits of stage 2 in which it sends
+    nothing (None without such visits, or if training failed)."""
     as_it_arrives = evaluate_client(method, model, client, Private(), final, unseen=True)
     if rounds == 0 or len(client.train) == 0:
         return as_it_arrives, None
@@ -83,7 +82,7 @@ def evaluate_unseen(method: Method, model: ExpertModel, client: Client, final: M
 
 
 def shared_accuracy(method: Method, model: ExpertModel, part: Subset, final: Message) -> float | None:
-    """Accuracy of the global expert on the common test set; None for a method without one."""
+    """Return the accuracy of the global expert on the common test set, or None for a method without one."""
     if len(part) == 0:
         return None
     model.clear()
@@ -91,7 +90,7 @@ def shared_accuracy(method: Method, model: ExpertModel, part: Subset, final: Mes
 
 
 def own_accuracy(method: Method, model: ExpertModel, part: Subset, private: Private, final: Message) -> float | None:
-    """Accuracy on the common test set of what a client answers."""
+    """Return the accuracy of a client's predictions on the common test set."""
     if len(part) == 0:
         return None
     model.clear()

@@ -1,7 +1,7 @@
-"""What a federated method must answer: what travels, what a client does with a message, and how a client predicts.
+"""The base class of federated methods.
 
-All methods run the same two stages with the same rounds, local epochs and learning rates, so that they differ in what they
-share and keep, and in nothing else.
+A method defines which tensors are sent, what a client does with a message, and how a client predicts. All methods run the
+same two stages with the same rounds, local epochs and learning rates, so that they differ only in what they share and keep.
 """
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from fedms.training.expert_model import ExpertModel
 
 
 class BroadcastPolicy(Enum):
-    """How a tensor of the server goes to clients."""
+    """How the server sends a tensor to clients."""
 
-    EVERY_ROUND = "with the message of every round"
-    ONCE = "once a stage: a client keeps it"
-    NEVER = "not at all"
+    EVERY_ROUND = "sent with the message of every round"
+    ONCE = "sent once in each stage, and kept by the client"
+    NEVER = "never sent"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a client answers about samples with U units: see `fedms.tasks.Task`; of a classification, logits of n samples.
+    """A client's predictions for samples with U units; `fedms.tasks.Task` defines units and opinions.
 
-    personalized: (U, K) opinion that the method answers.
-    global_, local: (U, K) opinions of the shared and of the private expert, where the method has them.
-    weights: (U, 2) weights of the shared and of the private expert, where they are mixed.
+    For classification a unit is a sample, and an opinion is its logits.
+
+    Attributes:
+        personalized: (U, K) opinion of the method.
+        global_, local: (U, K) opinions of the shared and of the private expert, if the method has them.
+        weights: (U, 2) weights of the shared and of the private expert, if the method mixes them.
     """
 
     personalized: Tensor
@@ -44,17 +47,17 @@ class Prediction:
 
 
 class Method(ABC):
-    """Base of all methods. An instance holds settings alone: all state is in messages, replies and `Private`.
+    """Base class of all methods. An instance only holds settings; all state is in messages, replies and `Private`.
 
-    A method answers three questions, in `broadcast_policy`, `client_step` and `predict`; the other members have defaults.
-    `fedms.methods.steps` has the steps that most methods are composed of.
+    A method implements `broadcast_policy`, `client_step` and `predict`; the other members have defaults. Most methods are
+    composed of the functions in `fedms.methods.steps`.
 
     Attributes:
-        config: the run file.
-        settings: the table of the method's own constants in it; None for a method without one.
-        name: what run files call the method.
-        personal: stages in whose visits a client trains something of its own. A client that is never visited in them answers
-            as all others do, which the run's summary says.
+        config: The run file.
+        settings: The method's own table in the run file, or None.
+        name: The method's name in run files.
+        personal: Stages in which a visited client trains something of its own. The summary of a run counts the clients that
+            were never visited in such a stage, since they predict with the shared tensors only.
     """
 
     personal: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +68,7 @@ class Method(ABC):
 
     @property
     def trains_gate(self) -> bool:
-        """Whether the weights of the mixed experts come from a gate that is trained."""
+        """Whether the weights of the experts come from a trained gate."""
         return False
 
     @property
@@ -75,26 +78,30 @@ class Method(ABC):
         return self.config.method_row.two_stages
 
     def initial(self, model: ExpertModel) -> Tensors:
-        """Returns all tensors that the server starts with, by name."""
+        """Return the initial tensors of the server, by name."""
         return model.initial(self.config.run.seed)
 
     @abstractmethod
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
-        """Says how the server's tensor of this name goes to clients in a stage, "stage1" or "stage2"."""
+        """Return how the server sends the tensor of this name to clients in a stage, "stage1" or "stage2"."""
 
     def statistics(self, classes: int) -> Tensors:
-        """Returns the statistics that clients send for the server to add up, as zeros."""
+        """Return the statistics that clients send to be added up, as zeros."""
         return {}
 
     def most_training(self, name: str) -> tuple[float, int]:
-        """The highest learning rate, and the most epochs, that a visit trains a tensor with. The server refuses a reply in
-        which a tensor has changed by more than such training can change it (`[clients] max_change`)."""
+        """Return the highest learning rate and the largest number of epochs with which a visit trains a tensor.
+
+        The server rejects a reply in which a tensor has changed by more than such training can change it (`[clients]
+        max_change`).
+        """
         stages = (self.config.stage1, self.config.stage2)
         lr = self.config.gate.lr if name.startswith("gate/") else max(stage.lr for stage in stages)
         return lr, max(stage.epochs for stage in stages)
 
     def received(self, name: str, tensor: Tensor, participant: Participant) -> Tensor:
-        """Returns what a client begins to train from, of a tensor that was sent to it: all of it, unless it can train a part only."""
+        """Returns what a client begins to train from, of a tensor that was sent to it: all of it, unless it can train a part
+        only."""
         return tensor
 
     def assembled(self, model: ExpertModel, tensors: Tensors) -> Tensors:
@@ -108,31 +115,32 @@ class Method(ABC):
     @abstractmethod
     def client_step(self, model: ExpertModel, client: Client, private: Private,
                     message: Message) -> tuple[Reply, Private]:
-        """Carries out a client's visit.
+        """Carry out a client's visit.
 
         Args:
-            model: the one model of this process; the method loads into it what the client has.
-            client: its samples, device and seeds.
-            private: what the client kept after its last visit; empty at the first one.
-            message: what the server sent.
+            model: The model of this process. The method loads the client's tensors into it.
+            client: Its samples, device and seeds.
+            private: The client's private state after its last visit; empty at the first one.
+            message: The server's message.
 
         Returns:
-            What the client sends back, and what it keeps until its next visit.
+            The client's reply, and its private state until its next visit.
 
         Raises:
-            ClientFailure: if the client must be left out of this round.
+            ClientFailure: If the client has to be left out of this round.
         """
 
     @abstractmethod
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
-        """Answers about samples once training is over.
+        """Predict after training.
 
         Args:
-            part: the samples, in the model's data set.
-            private: what the client kept; empty for one that was never visited.
-            final: the server's last message, of the stage "done".
+            model: The model of this process.
+            part: The samples, in the model's data set.
+            private: The client's private state; empty if it was never visited.
+            final: The server's last message, of the stage "done".
         """
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
-        """Loads what the client with this private state answers with, for tasks whose answers are generated."""
+        """Load a client's tensors and return a generator of answers, for tasks whose answers are generated."""
         raise NotImplementedError(f"{self.name} generates no answers")

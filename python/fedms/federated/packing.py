@@ -1,7 +1,6 @@
-"""Messages and replies as they travel: plain data for the head, and the tensors as buffers of `fedms.federated.encoding`.
+"""Pack messages and replies for sending: plain data in a head, and tensors in buffers of `fedms.federated.encoding`.
 
-Every engine sends what is packed here and reads it back, so that all of them lose the same bits to an encoding and
-count the same bytes.
+Every engine sends these packed forms, so that all of them have the same rounding and count the same bytes.
 """
 from __future__ import annotations
 
@@ -20,7 +19,12 @@ from fedms.tensors import Tensors
 
 @dataclass(frozen=True)
 class Packed:
-    """head: plain data, whatever JSON holds. parts: buffers by name; what holds no tensor is left out."""
+    """A packed message or reply.
+
+    Attributes:
+        head: Plain data that JSON can hold.
+        parts: Buffers by name. Parts without tensors are omitted.
+    """
 
     head: dict[str, Any]
     parts: dict[str, bytes]
@@ -38,7 +42,7 @@ class Packed:
 
 
 def pack_message(message: Message, encoding: str) -> Packed:
-    """Who else was sampled stays with the server."""
+    """Pack a message. It does not say which other clients were sampled."""
     head = {"stage": message.stage, "round": message.round, "depth": message.depth,
             "applied_depth": message.applied_depth}
     parts = {**_pack({"tensors": message.tensors, "constants": message.constants}, encoding),
@@ -49,10 +53,10 @@ def pack_message(message: Message, encoding: str) -> Packed:
 
 
 def unpack_message(packed: Packed) -> Message:
-    """The message as it arrives.
+    """Unpack a message.
 
     Raises:
-        SchemaError, WireError: if it is none.
+        SchemaError, WireError: If it is not valid.
     """
     head = schema.MESSAGE.read(packed.head)
     _check_parts(packed, {"tensors", "constants", "sums"})
@@ -61,17 +65,17 @@ def unpack_message(packed: Packed) -> Message:
 
 
 def pack_reply(reply: Reply, encoding: str) -> Packed:
-    """Return a client's reply as it travels; encoding: that of its tensors (`[wire] dtype`). Statistics stay exact."""
+    """Pack a reply. Its tensors are encoded by `[wire] dtype`; statistics are exact."""
     head = {"client": reply.client, "n_train": reply.n_train, "n_validation": reply.n_validation, "score": reply.score,
             "metrics": reply.metrics}
     return Packed(head, _pack({"tensors": reply.tensors}, encoding) | _pack({"sums": reply.statistics}))
 
 
 def unpack_reply(packed: Packed) -> Reply:
-    """The reply as it arrives.
+    """Unpack a reply. `Server.admit` then checks whether it matches the message.
 
     Raises:
-        SchemaError, WireError: if it is none. Whether it answers what was asked is for `Server.admit` to say.
+        SchemaError, WireError: If it is not valid.
     """
     head = schema.REPLY.read(packed.head)
     _check_parts(packed, {"tensors", "sums"})

@@ -1,4 +1,4 @@
-"""When Sparsely Activated LoRA activates the next blocks (definition, section 2).
+"""Schedules that decide when Sparsely Activated LoRA activates the next blocks.
 
 A schedule is a pure function from a `SalState` and a round's score to the next `SalState`; the state is plain data and
 goes into checkpoints. Depth d means the first d blocks of the activation order.
@@ -15,7 +15,7 @@ from fedms.errors import ConfigError
 
 @dataclass(frozen=True)
 class SalState:
-    """Where the activation stands: active depth, rounds since the start, the queue of recent scores."""
+    """State of a schedule: the active depth, the number of rounds since the start, and the queue of recent scores."""
 
     depth: int
     rounds: int = 0
@@ -26,11 +26,16 @@ class Schedule(Protocol):
     """Decides how many blocks are active in each round. All state is in `SalState`."""
 
     def start(self) -> SalState:
-        """State before the first round."""
+        """Return the state before the first round."""
 
     def advance(self, state: SalState, score: float | None) -> SalState:
-        """State after a round. `score`: the clients' weighted mean validation score of the model they received,
-        higher is better; None if no client could tell."""
+        """Return the state after a round.
+
+        Args:
+            state: The state before the round.
+            score: Weighted mean of the validation scores of the model that the clients received, higher is better; None if no
+                client has validation samples.
+        """
 
 
 @dataclass(frozen=True)

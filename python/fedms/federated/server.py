@@ -1,5 +1,7 @@
-"""The server's side: plain data in, plain data out. It knows no model; it averages what arrives, decides which blocks
-are active, and words the next message."""
+"""The server: it averages the replies of a round, decides which blocks are active, and makes the next message.
+
+It works on plain data and needs no model.
+"""
 from __future__ import annotations
 
 import math
@@ -26,20 +28,21 @@ from fedms_ext import LoRA
 __all__ = ["STAGES", "AllClientsFailed", "Collected", "RejectedReply", "Server", "ServerState"]
 
 STAGES = ("stage1", "stage2")
-HEAVIEST = 10       # times the median: what a client's validation samples weigh at most in the score that activates blocks
+HEAVIEST = 10       # largest weight of a client in the score that activates blocks, in multiples of the median weight
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server knows between rounds.
+    """The complete state of the server between two rounds.
 
-    stage, round: of the round that comes next; stage is "done" when none does.
-    tensors:      the current global tensors (expert, head, gate).
-    statistics:   statistics added up over clients.
-    counted:      clients whose statistics are in them.
-    sal:          where the activation stands in this stage.
-    applied_depth: number of blocks of the activation order whose pairs are applied.
-    final_depth:  depth reached at the end of each stage that is over.
+    Attributes:
+        stage, round: The next round. The stage is "done" after the last one.
+        tensors: The current shared tensors: expert, head and gate.
+        sal: State of the activation schedule in this stage.
+        applied_depth: Number of blocks of the activation order whose pairs are applied.
+        statistics: Sums of the clients' statistics.
+        final_depth: Depth at the end of each finished stage.
+        counted: Ids of the clients whose statistics are included in the sums.
     """
 
     stage: str
@@ -53,13 +56,14 @@ class ServerState:
 
 
 class Collected:
-    """What has come back in a round so far. Replies are added in ascending order of their clients' ids, so that every
-    engine gives the same bits.
+    """The replies of a round so far.
+
+    Replies are added in ascending order of the clients' ids, so that all engines give the same bits.
 
     Args:
-        weights: "samples" weighs a reply by its training samples, "uniform" all alike.
-        streams: whether replies are added to a running mean; otherwise all are kept until the round ends.
-        counted: clients whose statistics have been added up, in this round or before.
+        weights: "samples" weights a reply by its number of training samples; "uniform" weights all replies equally.
+        streams: Whether replies are added to a running mean. Otherwise all of them are kept until the round ends.
+        counted: Ids of the clients whose statistics have been added, in this round or an earlier one.
     """
 
     def __init__(self, weights: str, streams: bool = True, counted: Iterable[int] = ()) -> None:
@@ -67,7 +71,7 @@ class Collected:
         self.mean, self.residual = WeightedMean(), Residual()
         self.replies: list[Tensors] = []
         self.statistics: Tensors = {}
-        self.numbers: list[dict[str, float | None]] = []        # one dict a reply
+        self.numbers: list[dict[str, float | None]] = []        # one dict for each reply
 
     def add(self, reply: Reply) -> None:
         weight = float(reply.n_train) if self.weights == "samples" else 1.0
@@ -84,17 +88,19 @@ class Collected:
                              "n_validation": reply.n_validation})
 
     def average(self, name: str, by: str = "n_validation") -> float | None:
-        """Mean of a number over the clients that have it, weighted by another one."""
+        """Return the mean of one of the numbers over the clients that sent it, weighted by another number."""
         pairs = [(numbers[by], numbers[name]) for numbers in self.numbers if numbers.get(name) is not None]
         total = sum(weight for weight, _ in pairs)
         return sum(weight * value for weight, value in pairs) / total if total else None
 
     def score(self, robust: bool) -> float | None:
-        """The validation score of the model that clients received, by which blocks are activated; None if none could tell.
+        """Return the validation score of the model that the clients received, or None if no client has validation samples.
+
+        The activation schedule uses it.
 
         Args:
-            robust: take the median over clients. Otherwise the mean: weighted by validation samples, of which no client has
-                more than HEAVIEST times the median, or uniformly as the replies are.
+            robust: Take the median over clients. Otherwise take the mean, weighted like the replies: by validation samples,
+                limited to HEAVIEST times the median of the clients, or uniformly.
         """
         told = [(n["n_validation"], n["score"]) for n in self.numbers if n["score"] is not None]
         if not told:
@@ -141,37 +147,37 @@ def _under(prefix: str, tensors: Tensors) -> Tensors:
 
 
 class Server:
-    """One run's server: its settings, and what it needs to know of the model (names of tensors by block).
+    """The server of a run.
 
     Args:
-        config: the run file.
-        order: block numbers in the order of their activation.
-        block_of: block number of each tensor under `expert/`.
-        method: says how tensors go to clients, and how far a visit can change them.
-        statistics: the method's statistics, which clients may send to be added up, as zeros.
+        config: The run file.
+        order: Block numbers in the order of activation.
+        block_of: Block number of each tensor whose name begins with `expert/`.
+        method: Determines how tensors are sent to clients, and how much a visit can change them.
+        statistics: The statistics that clients send to be added up, as zeros.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
                  method: Method, statistics: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self.config, self.order, self.block_of, self.method, self.statistics = config, order, block_of, method, statistics
-        self.members: Sequence[int] = range(config.clients.count)     # ids of whom a round's clients are drawn
+        self.members: Sequence[int] = range(config.clients.count)     # ids from which the clients of a round are drawn
         self.schedule = schedule.from_config(config.sal, len(order))
         self.admission = Admission(config, order, block_of, method, statistics)
 
     def check(self) -> None:
-        """See that the run can begin, before anything is written. Raises ConfigError if it cannot."""
+        """Raise a ConfigError if the run cannot begin. Called before anything is written."""
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
-        """What the method says; but an A that stays as it was drawn never travels: every client draws the same."""
+        """Return the method's policy for a tensor, except that a frozen A is never sent: every client draws the same A."""
         if self.config.aggregation == "freeze_a" and is_a(name):
             return BroadcastPolicy.NEVER
         return self.method.broadcast_policy(stage, name)
 
     def start(self, tensors: Tensors) -> ServerState:
-        """State before the first round of the first stage that has rounds."""
+        """Return the state before the first round of the first stage that has rounds."""
         sal = self.schedule.start()
         first = next(stage for stage in STAGES if getattr(self.config, stage).rounds)
-        # An expert that was trained before (`[lora] start`) is applied wherever it does something.
+        # An expert that was trained before (`[lora] start`) is applied in every block where its B is not zero.
         active = [self.order.index(block) + 1 for name, block in self.block_of.items()
                   if self.config.lora.start is not None and name.endswith("lora_b") and tensors[name].any()]
         return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
@@ -206,13 +212,13 @@ class Server:
         collected.add(reply if now is None else carried(reply, message, now))
 
     def step(self, state: ServerState, collected: Collected) -> tuple[ServerState, dict[str, Any]]:
-        """One round: averages what its clients sent.
+        """Finish a round: average the replies of its clients.
 
         Returns:
-            The next state, and the round's record.
+            The next state, and the record of the round.
 
         Raises:
-            AllClientsFailed: if no reply came, or fewer than `[clients] quorum` or the rule asks for.
+            AllClientsFailed: If there are fewer replies than `[clients] quorum` or the aggregation rule requires, or none.
         """
         count, sampled = len(collected.numbers), self.awaited()
         if not collected.numbers:
@@ -222,8 +228,8 @@ class Server:
                                    f"than clients.quorum = {self.config.clients.quorum:g} asks for; see visits.jsonl")
         if count < (least := self._least_of_rule(sampled)):
             raise AllClientsFailed(f"{state.stage}, round {state.round}: {count} of {sampled} clients could train, fewer "
-                                   f"than the {least} without which aggregate.rule = {self.config.aggregation!r} protects "
-                                   "from nothing; see visits.jsonl")
+                                   f"than the {least} that aggregate.rule = {self.config.aggregation!r} needs to give any "
+                                   "protection; see visits.jsonl")
         last = self._ends_activation(state)
         after = replace(state, tensors={**state.tensors, **self._combine(collected, state.tensors)},
                         statistics={**state.statistics, **{n: state.statistics.get(n, 0) + t for n, t in collected.statistics.items()}},
@@ -239,18 +245,18 @@ class Server:
         return self._next_round(after), record
 
     def _event(self, before: ServerState, after: ServerState) -> str | None:
-        """What a round's record says of blocks that were activated after it."""
+        """Return the text in a round's record about the blocks that were activated after it, or None."""
         activated = [str(block) for block in self.order[before.sal.depth:after.sal.depth]]
         return f"activated block{'s' * (len(activated) > 1)} {', '.join(activated)}" if activated else None
 
     def _ends_activation(self, state: ServerState) -> bool:
-        """Whether blocks that are activated after this round would never train."""
+        """Return whether no round follows in which blocks that are activated after this one would be trained."""
         goes_on = state.stage == "stage1" and self.config.stage2.rounds and not self.method.restarts_depth
         return not goes_on and state.round == getattr(self.config, state.stage).rounds
 
     def _least_of_rule(self, sampled: int) -> int:
-        """Replies that a robust rule needs to be one: krum's bound, or the first value that a trimmed mean cuts, if it
-        were to cut any had all clients replied."""
+        """Return the number of replies that a robust rule needs to be robust: the bound of Krum, or the number from which
+        a trimmed mean trims at least one value, if it would trim any with the replies of all sampled clients."""
         settings = self.config.aggregate
         if self.config.aggregation == "krum":
             return 2 * settings.byzantine + 3
@@ -259,20 +265,20 @@ class Server:
         return 1
 
     def collect(self, state: ServerState | None = None) -> Collected:
-        """An empty round, the next after this state."""
+        """Return an empty round that follows this state."""
         return Collected(self.config.aggregate.weights, self._streams, state.counted if state else ())
 
     def restore(self, state: ServerState, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
-        """A round that was under way, from a checkpoint."""
+        """Return an unfinished round from a checkpoint."""
         return Collected.restore(plain, tensors)
 
     @property
     def _streams(self) -> bool:
-        """Whether the rule is a mean; the others are robust, and need all replies at once."""
+        """Whether the rule is a mean. The robust rules need all replies at once."""
         return self.config.aggregation in ("mean", "exact", "freeze_a", "svd")
 
     def _combine(self, collected: Collected, current: Tensors) -> Tensors:
-        """What the server has after a round in the place of what clients sent (`[aggregate] rule`)."""
+        """Aggregate the tensors of the replies by `[aggregate] rule`."""
         rule, settings = self.config.aggregation, self.config.aggregate
         if rule == "median":
             return median(collected.replies)

@@ -57,5 +57,5 @@ class FedMS(Method):
         return self.mixture.speaker(model, private, final, self._new_gate(model))
 
     def _new_gate(self, model: ExpertModel) -> Tensors:
-        """What a gate begins as that a client keeps to itself."""
+        """Return the initial tensors of a private gate."""
         return self.initial(model) if self.mixture.keeps_gate else {}

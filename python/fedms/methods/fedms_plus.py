@@ -1,4 +1,6 @@
-"""FedMS with what validation data asked for. Each piece is a setting of `[plus]`; docs/method/fedms.md says what each gains.
+"""FedMS with extensions that were chosen on validation data.
+
+Each is a setting in `[plus]`; docs/method/fedms.md gives what each gains.
 
 The clients' class priors. Clients differ most in how often they see a class. The shift log p_client(y) - log p_all(y) is
 added to both experts' logits, so that the local expert need not spend its few samples on learning it (balanced softmax:
@@ -39,7 +41,7 @@ COUNTS = "class_counts"
 
 
 class FedMSPlus(Method):
-    """The mixture with further pieces, each with a switch in `[plus]` (see the module)."""
+    """FedMS with extensions, each with a setting in `[plus]` (see the module)."""
 
     personal = ("stage2",)
 
@@ -92,8 +94,8 @@ class FedMSPlus(Method):
 
     def _visit(self, model: ExpertModel, client: Client, private: Private, message: Message,
                counts: Tensor) -> tuple[Reply, Private]:
-        """In stage 1 that of federated averaging. In stage 2 the same for the global expert, if it goes on, and then one for
-        the mixture."""
+        """Carry out a visit: federated averaging in stage 1; in stage 2 the same if the global expert is trained on, then the
+        mixture."""
         shared, after_shared = None, Private()
         if message.stage == "stage1" or self.settings.global_in_stage2:
             self._shift(model, "stage1", counts, message.statistics)
@@ -125,7 +127,7 @@ class FedMSPlus(Method):
         return self.initial(model) if self.mixture.keeps_gate or not self.mixture.sees_features else {}
 
     def _shift(self, model: ExpertModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
-        """Adds the client's class prior to its experts' logits. Before the first sum has come, all classes count alike."""
+        """Add the client's class prior to the logits of its experts. It is uniform until the server has sent the first sum."""
         if not self._uses_prior:
             return
         plus, shift = self.settings, self._prior(counts, statistics).to(model.device)
@@ -146,7 +148,7 @@ class FedMSPlus(Method):
 
     def _train_gate_after(self, mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message,
                           expert: Group, gate: Group) -> Fitted:
-        """Trains the local expert, keeps the better one, and then trains the gate on samples that the expert has not seen."""
+        """Train the local expert, keep the best one, and then train the gate on samples that the expert has not seen."""
         rows, part, gate_rows = self._split(client)
         best = BestEpoch(model, client, validate(model, client, "local"))
         loss, moments = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows,
@@ -165,8 +167,8 @@ class FedMSPlus(Method):
                 Group(few, self.settings.confidence_lr)]
 
     def _split(self, client: Client) -> tuple[Tensor, Subset, Tensor]:
-        """Rows of the training part for the local expert; the part that the gate is trained on, and its rows there. The same
-        at every visit."""
+        """Return the rows of the training samples for the local expert, the subset for the gate, and the gate's rows of it.
+        They are the same at every visit."""
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
         if self.settings.gate_on == "validation":
             return rows, client.validation, torch.arange(len(client.validation))

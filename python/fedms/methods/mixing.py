@@ -1,4 +1,4 @@
-"""The mixture of the global and a local expert, which `fedms` and `fedms_plus` both call.
+"""The mixture of the global and a local expert, used by `fedms` and `fedms_plus`.
 
     z(x) = G_0(x) z_global(x) + G_1(x) z_local(x),      G = softmax(gate(features(x)) / temperature)
 """
@@ -44,17 +44,17 @@ class Mixture:
 
     @property
     def trains_gate(self) -> bool:
-        """Whether a gate decides, in the place of a fixed weight."""
+        """Whether the weights come from a gate. Otherwise they are fixed."""
         return self.config.gate.weight is None
 
     @property
     def shares_gate(self) -> bool:
-        """Whether the clients' gates are averaged."""
+        """Whether the gates of the clients are averaged."""
         return self.trains_gate and self.config.gate.training == "aggregated"
 
     @property
     def keeps_gate(self) -> bool:
-        """Whether each client keeps a gate of its own."""
+        """Whether each client has a private gate."""
         return self.config.gate.training == "private"
 
     def trains(self, name: str) -> bool:
@@ -63,10 +63,10 @@ class Mixture:
         return self.sees_features or is_few(name)
 
     def load(self, model: ExpertModel, private: Private, message: Message, depth: int, gate: Tensors) -> None:
-        """Loads the message's global expert, the client's local one, to be trained at a depth, and the gate.
+        """Load the global expert of the message, the client's local expert, trained at the given depth, and the gate.
 
         Args:
-            gate: what a gate begins as that a client keeps to itself.
+            gate: Initial tensors of a private gate.
         """
         shared = shared_expert(model, message, self.config)
         model.load("global", shared, depth=0, applied_depth=message.applied_depth)
@@ -75,16 +75,16 @@ class Mixture:
             model.load_gate({**gate, **private.tensors, **message.tensors})
 
     def gate_group(self, model: ExpertModel) -> Group:
-        """The gate's parameters with their learning rate; none where the weight is fixed."""
+        """Return the gate's parameters with their learning rate; empty if the weight is fixed."""
         params = {f"gate/{n}": p for n, p in model.gate.named_parameters() if self.trains_gate and self.trains(f"gate/{n}")}
         return Group(params, self.config.gate.lr)
 
     def weights(self, model: ExpertModel, features: Tensor, shared: Tensor | None = None,
                 own: Tensor | None = None) -> Tensor:
-        """Weights (U, 2) of both experts for units of which the gate sees features (U, D).
+        """Return the weights (U, 2) of both experts for units with features (U, D).
 
         Args:
-            shared, own: (U, K) the experts' opinions there, where they are known before the gate decides.
+            shared, own: (U, K) the experts' opinions, if they are known before the gate is computed.
         """
         fixed = self.config.gate.weight
         if fixed is not None:
@@ -95,8 +95,10 @@ class Mixture:
         return model.gate(features, torch.cat([sure(shared), sure(own.detach())], 1))
 
     def opinion_on(self, model: ExpertModel, part: Subset) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns a function from rows (B,) of a part and the local expert's opinion (U, K) there to the mixture's opinion. The
-        global expert's opinion and the gate's features are constants of a sample."""
+        """Return a function of rows (B,) of a subset and the local expert's opinion (U, K) that returns the mixture's opinion.
+
+        The global expert's opinion and the gate's features are constant for each sample and cached.
+        """
         features = self._features(model, part)
         if self.config.gate.mixing == "layers":
             return lambda rows, _: model.layer_mixture(part, rows, self.weights(model, features[model.units(part, rows)]))
@@ -109,7 +111,7 @@ class Mixture:
         return mixture
 
     def joint_loss(self, model: ExpertModel) -> LossOn:
-        """Mean over a batch of loss(mixture) + own_loss * loss(local), by which the local expert and the gate are trained."""
+        """Return the training loss of the local expert and the gate: the mean of loss(mixture) + own_loss * loss(local)."""
         own_loss, loss_of = self.config.stage2.own_loss, model.task.loss
 
         def on(part: Subset) -> Loss:
@@ -122,7 +124,7 @@ class Mixture:
         return on
 
     def gate_loss(self, model: ExpertModel) -> LossOn:
-        """Mean over a batch of the mixture's loss with both experts constant, by which the gate alone is trained."""
+        """Return the training loss of the gate alone: the mean loss of the mixture with both experts constant."""
         def on(part: Subset) -> Loss:
             mixture, own = self.opinion_on(model, part), model.opinions("local", part)
             return lambda rows: model.task.loss(mixture(rows, own[model.units(part, rows)]), model.targets(part, rows))
@@ -131,10 +133,10 @@ class Mixture:
     @torch.no_grad()
     def on_all(self, model: ExpertModel, part: Subset,
                streams: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Opinion (U, K) of the mixture and the weights (U, 2) for a whole part.
+        """Return the opinion (U, K) of the mixture and the weights (U, 2) for a whole subset.
 
         Args:
-            streams: the opinions (U, K) of the global and the local expert, where they are known already.
+            streams: Opinions (U, K) of the global and the local expert, if they are known already.
         """
         features = self._features(model, part)
         if self.config.gate.mixing == "layers":
@@ -145,12 +147,12 @@ class Mixture:
         return model.task.mix(weights, shared, own, self.config.gate.on), weights
 
     def validate(self, model: ExpertModel, client: Client) -> tuple[Score, Tensor]:
-        """The mixture's score on the client's validation samples, and the weights (U, 2) there."""
+        """Return the score of the mixture on the client's validation samples, and the weights (U, 2) there."""
         opinion, weights = self.on_all(model, client.validation)
         return model.task.score(opinion, model.targets(client.validation)), weights
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message, gate: Tensors) -> Prediction:
-        """What a client answers; one without a local expert answers with the global one alone. gate: as of `load`."""
+        """Return a client's predictions, by the global expert alone if it has no local one. `gate`: see `load`."""
         if not private.has_expert:
             model.load("global", shared_expert(model, final, self.config), depth=final.depth,
                        applied_depth=final.applied_depth)
@@ -164,7 +166,7 @@ class Mixture:
         return Prediction(mixed, *both, weights)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message, gate: Tensors) -> Speaker:
-        """Loads what a client answers with, where answers are generated. gate: as of `load`."""
+        """Load a client's experts and gate for generating answers. `gate`: see `load`."""
         if not private.has_expert:
             model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
             return Speaker(("global",))
@@ -184,8 +186,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training a mixture gives: the mean training loss, the local expert's tensors that the client keeps, and the
-    optimizer's state."""
+    """The result of training a mixture: the mean training loss, the local expert's tensors, and the optimizer's state."""
 
     loss: float
     kept: Tensors
@@ -198,7 +199,7 @@ Fit = Callable[[Mixture, ExpertModel, Client, Private, Message, Group, Group], F
 
 def train_mixture(mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message,
                   fit: Fit) -> tuple[Reply, Private]:
-    """A visit of stage 2, once both experts and the gate are loaded: trains what is the client's own and sends the gate."""
+    """Carry out a visit of stage 2 after both experts and the gate are loaded: train the private tensors and send the gate."""
     received, _ = mixture.validate(model, client)
     expert, gate = Group(model.trainable("local"), private_lr_of(client, message)), mixture.gate_group(model)
     fitted = fit(mixture, model, client, private, message, expert, gate)
@@ -212,8 +213,10 @@ def train_mixture(mixture: Mixture, model: ExpertModel, client: Client, private:
 
 def train_together(mixture: Mixture, model: ExpertModel, client: Client, private: Private, message: Message, expert: Group,
                    gate: Group) -> Fitted:
-    """Trains the local expert and the gate on the same samples at once. They belong together: both are kept, or both are as
-    they came, by the validation loss of their mixture."""
+    """Train the local expert and the gate together on the same samples.
+
+    By the validation loss of their mixture, either both are kept as trained or both are restored.
+    """
     received, _ = mixture.validate(model, client)
     best = BestEpoch(model, client, received, lambda: mixture.validate(model, client)[0],
                      model.read_gate if mixture.trains_gate else dict)
@@ -225,14 +228,14 @@ def train_together(mixture: Mixture, model: ExpertModel, client: Client, private
 
 
 class GateNumbers(TypedDict):
-    """Mean weight of the local expert and mean entropy (nats; at most log 2) of a gate's weights; None on no units."""
+    """Mean weight of the local expert, and mean entropy of the weights in nats (at most log 2); None without units."""
 
     gate_mean: float | None
     gate_entropy: float | None
 
 
 def gate_numbers(weights: Tensor) -> GateNumbers:
-    """What records say of weights (U, 2) of the global and the local expert."""
+    """Return the numbers for the records from the weights (U, 2) of the global and the local expert."""
     if len(weights) == 0:
         return {"gate_mean": None, "gate_entropy": None}
     entropy = torch.special.entr(weights).sum(1).mean()

@@ -1,7 +1,7 @@
-"""The steps of a visit that methods are composed of.
+"""The functions of which methods compose a client's visit.
 
-`train_shared` is federated averaging's visit, `train_private` one that trains an expert which stays with the client; both
-take a `penalty` and are made of the smaller steps below them.
+`train_shared` is the visit of federated averaging, and `train_private` trains an expert that stays at the client. Both accept
+a `penalty` and are composed of the smaller functions below.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Penalty = Callable[[Mapping[str, Tensor]], Tensor]      # of what is trained, by
 
 
 def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Tensors:
-    """The global expert as a client has it: what the message brings and, where A stays as it was drawn (`[aggregate]
-    rule = "freeze_a"`), A from the run's seed: it never travels."""
+    """Return the tensors of the global expert at a client: those of the message and, with `[aggregate] rule = "freeze_a"`, A,
+    which each client draws from the run's seed."""
     brought = {**message.constants, **message.tensors}
     if config.aggregation != "freeze_a":
         return brought
@@ -35,10 +35,10 @@ def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Te
 def train_shared(model: ExpertModel, client: Client, private: Private, message: Message, *,
                  start: Mapping[str, Tensor] = MappingProxyType({}),
                  penalty: Penalty | None = None) -> tuple[Reply, Private]:
-    """Federated averaging's visit: load the shared expert, judge it, train it, send what was trained.
+    """Carry out the visit of federated averaging: load the shared expert, validate it, train it, and send the result.
 
-    What the message does not bring is the client's own: it begins as in `start`, is trained with the rest, and stays. Early
-    stopping (`[stage2] keep = "best"`) takes it back to what it was, if training raised the validation loss.
+    Tensors that the message does not contain are private: they start as in `start`, are trained with the others, and stay at
+    the client. Early stopping (`[stage2] keep = "best"`) restores them if training raised the validation loss.
     """
     frozen_a = client.config.aggregation == "freeze_a"
     model.load("global", {**start, **private.tensors, **shared_expert(model, message, client.config)},
@@ -57,7 +57,7 @@ def train_shared(model: ExpertModel, client: Client, private: Private, message: 
 
 def train_private(model: ExpertModel, client: Client, private: Private, message: Message,
                   start: Mapping[str, Tensor], penalty: Penalty | None = None) -> tuple[Reply, Private]:
-    """A visit that trains a private expert and sends nothing. `start`: what it begins as, at the first visit."""
+    """Carry out a visit that trains a private expert and sends nothing. At the first visit the expert starts as `start`."""
     load_private(model, client, private, message, start)
     received = validate(model, client, "local")
     best = BestEpoch(model, client, received)
@@ -70,8 +70,8 @@ def train_private(model: ExpertModel, client: Client, private: Private, message:
 def fit(model: ExpertModel, client: Client, private: Private, message: Message, expert: str,
         penalty: Penalty | None = None,
         after_epoch: Callable[[], None] | None = None) -> tuple[float, Tensors, int]:
-    """Trains a loaded expert on its own loss; returns the mean loss, the optimizer's state to keep, and the number of
-    parameters trained."""
+    """Train a loaded expert on its own loss; return the mean loss, the optimizer's state, and the number of trained
+    parameters."""
     params, own = model.trainable(expert), own_loss_of(model, expert)
     prefix, lr_here = ("local/", private_lr_of) if expert == "local" else ("", lr_of)
     loss, moments = train(model, client, message, private,
@@ -87,7 +87,7 @@ def penalized(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> 
 
 
 def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.device) -> Penalty:
-    """strength / 2 * squared distance of what is trained, which is on this device, from its anchors."""
+    """Return a penalty: strength / 2 times the squared distance of the trained parameters from their anchors."""
     there = {name: tensor.to(device) for name, tensor in anchors.items()}
     return lambda params: strength / 2 * cast(
         Tensor, sum((p - there[name]).square().sum() for name, p in params.items()))
@@ -95,23 +95,28 @@ def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.devic
 
 def load_private(model: ExpertModel, client: Client, private: Private, message: Message,
                  start: Mapping[str, Tensor]) -> None:
-    """Loads the client's private expert. Pairs it does not have yet are those of `start`; the blocks that are not
-    active stay frozen, so activating never changes the function."""
+    """Load a client's private expert. Pairs that it does not have yet are taken from `start`.
+
+    Pairs in blocks that are not active are frozen, so that activating a block does not change the output.
+    """
     model.load("local", {**start, **private.tensors}, depth=client.trained_depth(message),
                applied_depth=message.applied_depth)
 
 
 class BestEpoch:
-    """Early stopping (`[stage2] keep = "best"`): of the private expert as it came and as each epoch of training left it, the one
-    with the lowest validation loss is kept.
+    """Early stopping of a private expert (`[stage2] keep = "best"`).
+
+    It keeps the expert with the lowest validation loss among the one before training and the ones after each epoch.
 
     Args:
-        received: the score of what is in the model now.
-        judge: scores what is in the model; default the local expert alone.
-        further: reads what belongs to the expert and is kept with it, by name.
+        received: Score of the expert that is in the model now.
+        judge: Computes the score of the expert in the model; the default scores the local expert alone.
+        further: Reads further tensors that belong to the expert, by name.
 
     Attributes:
-        kept: the tensors that are kept. score: their score. further: what belongs to them.
+        kept: Tensors of the best expert.
+        score: Its score.
+        further: The further tensors that belong to it.
     """
 
     def __init__(self, model: ExpertModel, client: Client, received: Score, judge: Callable[[], Score] | None = None,
@@ -123,21 +128,21 @@ class BestEpoch:
         self._is_last = True
 
     def after_epoch(self) -> None:
-        """Judges what is in the model now."""
+        """Score the expert in the model, and remember it if it is the best one."""
         trained = self._judge()
         self._is_last = improves(self._client, self.score, trained)
         if self._is_last:
             self.kept, self.score, self.further = self._model.read_applied("local"), trained, self._read()
 
     def load(self, message: Message) -> None:
-        """Loads the expert that is kept into the model, unless it is there."""
+        """Load the best expert into the model, unless it is there already."""
         if not self._is_last:
             self._model.load("local", {**self.kept, **self._model.corrections.tensors}, depth=self._client.trained_depth(message),
                              applied_depth=message.applied_depth)
 
 
 def improves(client: Client, received: Score, trained: Score) -> bool:
-    """Whether what was trained is kept: always, or with `[stage2] keep = "best"` if it lowered the validation loss."""
+    """Return whether to keep the trained tensors: always, or with `[stage2] keep = "best"` only if the validation loss fell."""
     return client.config.stage2.keep == "last" or received.loss is None or trained.loss < received.loss
 
 
@@ -147,7 +152,7 @@ def lr_of(client: Client, message: Message) -> float:
 
 
 def private_lr_of(client: Client, message: Message) -> float:
-    """The learning rate of what is a client's own (`[stage2] decay`)."""
+    """Return the learning rate of private tensors, which `[stage2] decay` lowers from round to round."""
     stage = client.config.stage2
     falls = message.stage == "stage2" and stage.decay == "linear"
     return lr_of(client, message) * (1 - (message.round - 1) / max(stage.rounds, 1) if falls else 1)
@@ -155,11 +160,11 @@ def private_lr_of(client: Client, message: Message) -> float:
 
 def make_reply(client: Client, tensors: Tensors, score: float | None, reached: Score, *, statistics: Tensors | None = None,
                **metrics: float | None) -> Reply:
-    """A reply whose records say what validation score the client `reached`."""
+    """Return a reply whose metrics hold the validation score that the client reached."""
     return Reply(client.id, tensors, len(client.train), len(client.validation), score,
                  {"validation_accuracy": reached.accuracy, "validation_loss": reached.loss, **metrics}, statistics or {})
 
 
 def class_counts(model: ExpertModel, part: Subset) -> Tensor:
-    """(C,) float64 number of samples of each class."""
+    """Return the number of samples of each class, (C,) float64."""
     return torch.bincount(model.dataset.labels[part.indices], minlength=len(model.dataset.classes)).double()

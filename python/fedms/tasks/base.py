@@ -1,4 +1,4 @@
-"""`Task`: what a task must answer."""
+"""`Task`: the interface of a task."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Score:
-    """How good an expert is on some samples; None on no samples.
+    """The quality of an expert on some samples. Both values are None without samples.
 
-    accuracy: in [0, 1], higher is better: what the server's schedule follows. loss: mean over the units, in nats.
+    Attributes:
+        accuracy: In [0, 1], higher is better. The server's activation schedule uses it.
+        loss: Mean over the units, in nats.
     """
 
     accuracy: float | None
@@ -44,71 +46,78 @@ class Task(ABC):
 
     @abstractmethod
     def new_head(self) -> nn.Module:
-        """A new head of an expert; without parameters if the head is frozen."""
+        """Return a new head for an expert, without parameters if heads are frozen."""
 
     def reset_head(self, head: nn.Module, generator: torch.Generator) -> None:
-        """Draws a head's parameters anew."""
+        """Initialize the parameters of a head again."""
 
     @abstractmethod
     def opinion(self, head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
-        """(U, K) opinion from features (U, D) of the units and their targets (U, ...), differentiable by the features and
-        the head. `targets` serve tasks whose answers are too many to hold them all."""
+        """Return the opinion (U, K) for features (U, D), differentiable by the features and by the head.
+
+        Tasks with very many possible answers use the targets (U, ...) to avoid an opinion about each answer.
+        """
 
     @abstractmethod
     def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
-        """(U, K) opinion of the mixture of two by weights (U, 2); on: "logits" or "probabilities"."""
+        """Mix two opinions with weights (U, 2) on "logits" or "probabilities", and return the opinion (U, K)."""
 
     def blend(self, logit: Tensor, own: Tensor, shared: Tensor) -> Tensor:
-        """(U, K) opinion of the mixture in which the own expert has the weight sigmoid(logit), one () for all units."""
+        """Mix two opinions with the weight sigmoid(logit) for the own expert; logit () is the same for all units."""
         weight = logit.sigmoid()
         return self.mix(torch.stack([1 - weight, weight]).expand(len(own), 2), shared, own, self.blends_on)
 
     def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-        """(U, K) opinion of the mixture from both experts' features (U, D), where `mix` cannot say all of it."""
+        """Return the opinion (U, K) of a mixture from both experts' features (U, D), if `mixes_opinions` is False."""
         raise NotImplementedError
 
     def layer_opinion(self, heads: Mapping[str, nn.Module], shifts: Mapping[str, Tensor | None], features: Tensor,
                       targets: Tensor, weights: Tensor) -> Tensor:
-        """(U, K) opinion where the experts were mixed inside the layers; their heads are mixed by weights (U, 2) too."""
+        """Return the opinion (U, K) for experts that were mixed inside the layers; their heads are mixed by weights (U, 2)."""
         opinions = torch.stack([shifted(self.opinion(heads[e], features, targets), shifts[e]) for e in heads], dim=1)
         return (weights.unsqueeze(-1) * opinions).sum(1)
 
     @abstractmethod
     def loss(self, opinion: Tensor, targets: Tensor) -> Tensor:
-        """() mean loss of an opinion (U, K)."""
+        """Return the mean loss () of an opinion (U, K)."""
 
     @abstractmethod
     def accuracy(self, opinion: Tensor, targets: Tensor) -> float:
-        """Share of the units that are answered right."""
+        """Return the fraction of units with a right answer."""
 
     def right(self, opinion: Tensor, targets: Tensor) -> Tensor:
-        """(U,) bool, which units are answered right."""
+        """Return for each unit whether its answer is right, (U,) bool."""
         raise NotImplementedError
 
     def score(self, opinion: Tensor, targets: Tensor) -> Score:
-        """On no units: none."""
+        """Return the score of an opinion; without units both of its values are None."""
         if len(targets) == 0:
             return Score(None, None)
         return Score(self.accuracy(opinion, targets), float(self.loss(opinion, targets)))
 
     @abstractmethod
     def confidences(self, opinion: Tensor) -> Tensor:
-        """(U, 2) how sure an expert is: what a gate may see beside the features."""
+        """Return two measures of an expert's confidence, (U, 2), as further inputs of a gate."""
 
     def zero_shot(self, features: Tensor, targets: Tensor) -> Tensor | None:
-        """(U, K) opinion of the foundation model without any training, from its own features; None if it has none."""
+        """Return the opinion (U, K) of the untrained foundation model for its features, or None if it has none."""
         return None
 
     def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
-        """Further fields of a client's record. opinions: by "personalized", "global", "local" and "zero_shot", about its test
-        samples; samples: their data set and `Subset`."""
+        """Return further fields for the record of a client.
+
+        Args:
+            opinions: Opinions about its test samples, by "personalized", "global", "local" and "zero_shot".
+            targets: Targets of the test samples.
+            samples: Their data set and `Subset`.
+        """
         return {}
 
     def head_flops(self, units: int, training: bool) -> int:
-        """Operations of a frozen head on so many units; 0 for one that is small."""
+        """Return the operations of a frozen head for a number of units; 0 for a small head, which is not counted."""
         return 0
 
 
 def shifted(opinion: Tensor, shift: Tensor | None) -> Tensor:
-    """An opinion (U, K) with a shift (K,) added, if there is one."""
+    """Return an opinion (U, K) plus a shift (K,), or the opinion if the shift is None."""
     return opinion if shift is None else opinion + shift

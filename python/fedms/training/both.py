@@ -1,4 +1,4 @@
-"""The global and the local expert's streams side by side: as one batch above the prefix that they share."""
+"""Run the streams of the global and the local expert as one batch above the prefix that they share."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,11 @@ from fedms_ext import budget, segmented
 
 @torch.no_grad()
 def both_opinions(model: ExpertModel, part: Subset) -> tuple[Tensor, Tensor]:
-    """`opinions` of the global and of the local expert. Where both start from the same prefix, the two streams run
-    as one batch above it: through one frozen product a layer, each half of the rows with its own expert."""
+    """Return `opinions` of the global and of the local expert.
+
+    If both start from the same prefix, the two streams run as one batch above it: each layer computes one frozen product, and
+    each half of the rows uses its own expert.
+    """
     if not share_prefix(model):
         return model.opinions("global", part), model.opinions("local", part)
 
@@ -31,8 +34,8 @@ def both_opinions(model: ExpertModel, part: Subset) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def mixed_opinions(model: ExpertModel, part: Subset, weights: Tensor) -> Tensor:
-    """(U, K) opinion of the mixture by weights (U, 2) about a whole part: all of it, for tasks where `Task.mix` of both
-    experts' opinions leaves something out."""
+    """Return the complete opinion (U, K) of the mixture with weights (U, 2) for a whole subset, for tasks whose `Task.mix`
+    cannot compute all of it from the experts' opinions."""
     def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
         shared, own = halves
         return model.task.mixed_opinion(model.heads["global"], shared, own, weights[model.units(part, rows)],
@@ -41,7 +44,7 @@ def mixed_opinions(model: ExpertModel, part: Subset, weights: Tensor) -> Tensor:
 
 
 def share_prefix(model: ExpertModel) -> bool:
-    """Whether both experts are the same up to the end of the local one's constant prefix."""
+    """Return whether both experts are equal up to the end of the local expert's constant prefix."""
     keys = []
     for expert in EXPERTS:
         with model.stream(expert) as stream:
@@ -50,7 +53,7 @@ def share_prefix(model: ExpertModel) -> bool:
 
 
 def _side_by_side(model: ExpertModel, part: Subset, say: Callable[[Tensor, Sequence[Tensor]], Tensor], width: int) -> Tensor:
-    """(U, width) of what is said of both experts' features of the same rows, for a whole part."""
+    """Apply `say` to both experts' features of the same rows, and return the results for a whole subset as (U, width)."""
     if not share_prefix(model):
         def one_by_one(rows: Tensor) -> Tensor:
             halves = []

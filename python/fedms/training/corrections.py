@@ -1,4 +1,4 @@
-"""What exact aggregation adds to frozen weights."""
+"""The corrections that exact aggregation adds to frozen weights."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from fedms_ext import ExpertLinear
 
 
 class Corrections:
-    """`correction/<layer>` (N, K) beside the frozen weights of layers: added to them while an expert's stream runs."""
+    """Tensors `correction/<layer>` (N, K) that are added to frozen weights while the stream of an expert runs."""
 
     def __init__(self, layers: Mapping[str, ExpertLinear]) -> None:
         self.layers = layers
@@ -19,10 +19,10 @@ class Corrections:
         self.originals: Tensors = {}    # the weights of those layers without it
 
     def replace(self, tensors: Tensors) -> None:
-        """Takes other corrections in the place of those that were; they are not shown yet.
+        """Replace the corrections, without adding them to the weights yet.
 
         Raises:
-            ValueError: if the weight of a layer is quantized: exact aggregation needs one that it can be added to.
+            ValueError: If the weight of a layer is quantized, so that nothing can be added to it.
         """
         if tensors.keys() == self.tensors.keys() and all(t is self.tensors[n] for n, t in tensors.items()):
             return
@@ -36,12 +36,12 @@ class Corrections:
 
     @torch.no_grad()
     def show(self, shown: bool) -> None:
-        """Puts the weights with, or without, what is added to them into the layers."""
+        """Set the weights of the layers with or without their corrections."""
         for name, original in self.originals.items():
             self._weight(name).copy_(original + self.tensors[name].to(original.device) if shown else original)
 
     def below(self, depth: int) -> list[Tensor]:
-        """The corrections of layers in the first `depth` blocks."""
+        """Return the corrections of layers in the first `depth` blocks."""
         return [tensor for name, tensor in self.tensors.items() if self._layer(name).block <= depth]
 
     def _layer(self, name: str) -> ExpertLinear:

@@ -21,23 +21,27 @@ ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 @dataclass(frozen=True)
 class Choice:
-    """device: where to compute. notes: which GPU that is, and why not on another one that is there; none for the CPU of a
-    machine without a GPU."""
+    """The chosen device.
+
+    Attributes:
+        device: The device.
+        notes: Which GPU it is, and why other GPUs are not used; empty on a machine without a GPU.
+    """
 
     device: torch.device
     notes: tuple[str, ...] = ()
 
 
 def choose(asked: str, frozen: str = "fp32") -> Choice:
-    """The device that `[run] device` names: "auto" is the first CUDA GPU that computes frozen weights of this storage right,
-    else the CPU.
+    """Choose the device for `[run] device`.
 
     Args:
-        asked: "auto", "cpu", "cuda" (the first GPU), "cuda:N", or "mps".
-        frozen: `[model] frozen`, the storage of the frozen weights.
+        asked: "cpu", "cuda" (the first GPU), "cuda:N", "mps", or "auto": the first CUDA GPU that passes the self-check with
+            this format of frozen weights, otherwise the CPU.
+        frozen: `[model] frozen`, the format of the frozen weights.
 
     Raises:
-        ConfigError: if a device is asked for by name that is not there, or fails; the message says what to use instead.
+        ConfigError: If a device was named that does not exist or fails the self-check; the message gives an alternative.
     """
     if asked == "cpu":
         return Choice(torch.device("cpu"))
@@ -65,7 +69,7 @@ def _absent(device: torch.device) -> str | None:
 
 
 def obstacle(device: torch.device, frozen: str = "fp32") -> str | None:
-    """Why a GPU that is there cannot compute with frozen weights of this storage, or None."""
+    """Return why an existing GPU cannot compute with frozen weights of this format, or None if it can."""
     if frozen in QUANTIZED and (device.type != "cuda" or backends.explain("triton") is not None):
         why = "on CUDA GPUs alone" if device.type != "cuda" else f"by Triton: {backends.explain('triton')}"
         return f'model.frozen = "{frozen}" is computed there {why}; "bf16" and "fp32" work'
@@ -73,10 +77,10 @@ def obstacle(device: torch.device, frozen: str = "fp32") -> str | None:
 
 
 def self_check(device: torch.device) -> str | None:
-    """Computes a layer with two experts and its gradients on a device, and compares both with the float64 reference.
+    """Compute a layer with two experts and its gradients on a device, and compare them with the float64 reference.
 
     Returns:
-        None if all agree within `TOLERANCE`, else what is wrong.
+        None if they agree within `TOLERANCE`, otherwise a text that says what differs.
     """
     draw = torch.Generator().manual_seed(0)
     x, weight, bias, gate = (torch.randn(shape, generator=draw) for shape in ((48, 64), (80, 64), (80,), (48, 2)))
@@ -103,7 +107,7 @@ def _layer_and_gradients(operator, tensors: list[torch.Tensor]) -> list[torch.Te
 
 
 def _prepared(device: torch.device) -> torch.device:
-    """Same seed, same bits: of two algorithms the one that adds in a fixed order."""
+    """Make PyTorch choose deterministic algorithms on a device, so that the same seed gives the same bits."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -111,7 +115,7 @@ def _prepared(device: torch.device) -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """For people: "cpu", "mps", or the number and the name of a GPU."""
+    """Return a name for people: "cpu", "mps", or the number and the model name of a GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
@@ -130,7 +134,7 @@ def one_gpu_each(*asked: str) -> list[dict[str, str]]:
 # Clock and memory
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done what was asked of it, so that the time is that of its work."""
+    """Wait until a GPU has finished its work, so that measured times include it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -138,7 +142,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new stretch of `peak`."""
+    """Restart the measurement of `peak`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -146,6 +150,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Largest memory of this process since `reset_peak`, bytes: on a CUDA GPU what PyTorch has allocated there, elsewhere the
-    resident size of the process (a GPU of Apple's shares the machine's memory)."""
+    """Return the peak memory in bytes since `reset_peak`.
+
+    On a CUDA GPU it is the memory allocated by PyTorch, otherwise the resident size of the process (GPUs of Apple share the
+    memory of the machine).
+    """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

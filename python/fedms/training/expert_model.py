@@ -1,9 +1,9 @@
-"""The one resident model of a process, and the data that it reads.
+"""The model of a process, with two experts and a gate, and the data set that it reads.
 
-A client is a set of small tensors that are copied into this model in place, never a model of its own. The model holds
-two experts, `global` and `local`, each with a head, and the gate adapter; one *stream* runs at a time.
-Whatever is constant for a sample (the prefix's output, a frozen expert's opinion, the frozen model's features) is
-computed once and cached. All of it lives on one device; what is read is on the CPU.
+There is one model for all clients: a client's small tensors are copied into it for each visit. The model holds the experts
+`global` and `local`, each with a head, and the gate adapter. It runs one *stream* at a time. Values that are constant for a
+sample (the output of the prefix, the opinion of a frozen expert, the features of the frozen model) are computed once and
+cached. The model is on one device; tensors that are read from it are copied to the CPU.
 """
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class ExpertModel:
     """A frozen foundation model with two experts, two heads and a gate, bound to one data set.
 
     Args:
-        foundation: the frozen model; experts are attached to it in place, and it is moved to the device.
-        dataset: what `Subset`s index into; it stays on the CPU.
-        config: the run file; the tables [task], [model], [lora], [sal] and [gate] are read.
-        task: what is learned; default what the run file says.
-        device: where the model, its experts, heads and gate, and all constants live.
+        foundation: The frozen model. Experts are attached to it in place, and it is moved to the device.
+        dataset: The data set into which `Subset`s index. It stays on the CPU.
+        config: The run file. Its tables [task], [model], [lora], [sal] and [gate] are used.
+        task: The task; the default is that of the run file.
+        device: Device of the model, its experts, heads and gate, and of cached values.
 
     Raises:
-        ConfigError: if the targets match nothing, the order does not fit the model's blocks, what is to be augmented
-            is no image, or model and data do not suit the task.
+        ConfigError: If the targets match no layer, the order does not match the model's blocks, samples to be augmented are
+            not images, or the model or the data do not suit the task.
     """
 
     # Samples are sorted by length and run in chunks of this size, always the same ones: padding is then the same at
@@ -111,7 +111,7 @@ class ExpertModel:
         return GateAdapter(width, len(EXPERTS), gate.bottleneck, gate.temperature, side).to(self.device)
 
     def freeze(self, frozen: str) -> None:
-        """Stores the frozen weights of Linear layers as `[model] frozen` says; from full precision only."""
+        """Quantize the frozen weights of Linear layers as `[model] frozen` says. They must be in full precision before."""
         if frozen != "fp32":
             quantize(self.foundation.module, frozen)
             # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantized.
@@ -121,7 +121,7 @@ class ExpertModel:
     # Tensors in and out
 
     def initial(self, seed: int) -> Tensors:
-        """All tensors of a fresh global expert, its head and the gate, drawn from the run's seed."""
+        """Return the tensors of a newly initialized global expert, its head and the gate, drawn from the run's seed."""
         reset_expert(self.foundation.module, "global", generator(seed, "init", "expert"))
         head = self.task.new_head()
         self.task.reset_head(head, generator(seed, "init", "head"))
@@ -133,13 +133,13 @@ class ExpertModel:
         return {**self.read("global"), **self.read_gate(), **self.imported}
 
     def start(self) -> None:
-        """The start of a run: nothing is counted yet."""
+        """Reset the counters at the start of a run."""
         self.meter.restart()
         self.corrections.replace({})
         self.clear()
 
     def clear(self) -> None:
-        """Forgets which experts are loaded, and what they answered: the start of every visit."""
+        """Forget the loaded experts and their opinions. Called at the start of every visit."""
         self.opinions_cache = {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
@@ -150,12 +150,13 @@ class ExpertModel:
 
     def load(self, expert: str, tensors: Mapping[str, Tensor], *, depth: int, applied_depth: int,
              keep: Callable[[str], bool] = freeze_none) -> None:
-        """Copies an expert into the model: its pairs and its head, and the corrections of the frozen weights that
-        come with it. The first `depth` blocks of the order will be trained, those up to `applied_depth` applied;
-        pairs of the others are off. Training leaves tensors whose names `keep` accepts as they are.
+        """Copy an expert into the model: its pairs, its head, and corrections of the frozen weights that belong to it.
+
+        The first `depth` blocks of the order are trained, and those up to `applied_depth` are applied; pairs in other blocks
+        are off. Tensors whose names `keep` accepts are not trained.
 
         Raises:
-            KeyError: if a tensor of an applied pair, or of the head, is missing.
+            KeyError: If a tensor of an applied pair or of the head is missing.
         """
         self.depths[expert], self.kept[expert] = (depth, applied_depth), keep
         self.boundary = self.untrained_below(max(trained for trained, _ in self.depths.values()))
@@ -166,15 +167,15 @@ class ExpertModel:
             self.corrections.replace({name: t for name, t in tensors.items() if name.startswith("correction/")})
 
     def untrained_below(self, depth: int) -> int:
-        """Number of blocks below the lowest one that a depth trains; all of them at depth 0."""
+        """Return the number of blocks below the lowest block that is trained at a depth; all blocks at depth 0."""
         return min(self.order[:depth], default=self.blocks + 1) - 1
 
     def read(self, expert: str) -> Tensors:
-        """Copies of all of an expert's pairs and of its head."""
+        """Return copies of all pairs of an expert and of its head."""
         return _copies(self._targets(expert, range(1, self.blocks + 1)))
 
     def load_gate(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies a gate into the model; whether it has further inputs is seen from its tensors."""
+        """Copy a gate into the model. Its tensors show whether it has further inputs."""
         side = tensors["gate/side.weight"].shape[1] if "gate/side.weight" in tensors else 0
         if side != self.gate.side_inputs:
             self.gate = self._new_gate(side)
@@ -190,13 +191,13 @@ class ExpertModel:
         return {**pairs, **{f"head/{name}": p for name, p in self.heads[expert].named_parameters()}}
 
     def trainable(self, expert: str) -> dict[str, nn.Parameter]:
-        """What training this expert changes, by name: its trained pairs, and its head if that is trained."""
+        """Return the parameters that training an expert changes, by name: its trained pairs, and its head if it is trained."""
         with self.stream(expert):
             blocks = self.order[:self.depths[expert][0]]
             return {name: p for name, p in self._targets(expert, blocks).items() if p.requires_grad}
 
     def _freeze_kept(self, expert: str) -> None:
-        """Heads are not parts of blocks, so what trains in them is set here; of active blocks, what stays."""
+        """Set which parameters of the head, and of pairs in active blocks, are not trained."""
         head = self.config.model.head == "linear" or self.config.model.learn_temperature
         for name, p in self._targets(expert, self.order[:self.depths[expert][0]]).items():
             if name.startswith("head/") or self.kept[expert](name):
@@ -204,19 +205,19 @@ class ExpertModel:
                 p.grad = None
 
     def read_applied(self, expert: str) -> Tensors:
-        """Copies of an expert's applied pairs and of its head."""
+        """Return copies of the applied pairs of an expert and of its head."""
         return _copies(self._targets(expert, self.order[:self.depths[expert][1]]))
 
     def read_trained(self, expert: str) -> Tensors:
-        """Copies of what training this expert changed."""
+        """Return copies of the parameters that training an expert changes."""
         return _copies(self.trainable(expert))
 
     # Samples
 
     @contextmanager
     def augmented_batches(self, part: Subset, rows: Tensor) -> Iterator[Subset]:
-        """Within the context the data set is a random variation (`[data] augment`) of the samples of a part at the rows
-        (B,), and the part that it gives is all of them, in that order. What is constant for them is kept as long."""
+        """Replace the data set by augmented copies (`[data] augment`) of the rows (B,) of a subset, within the context, and
+        yield the subset of all copies. Their cached values are dropped at the end."""
         kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache
         indices, images = part.indices[rows], cast(ImageInputs, self.dataset.inputs)
         self.dataset = replace(self.dataset, inputs=images.augmented(indices, self.config.data.augment),
@@ -228,11 +229,11 @@ class ExpertModel:
             self.dataset, self.cache, self.meter.paid, self.opinions_cache = kept
 
     def targets(self, part: Subset, rows: Tensor | slice = slice(None)) -> Tensor:
-        """(U, ...) what is to be answered in the rows of a part."""
+        """Return the targets (U, ...) of the rows of a subset."""
         return self.dataset.targets(part.indices[rows]).to(self.device)
 
     def units(self, part: Subset, rows: Tensor) -> Tensor:
-        """(U,) int64 places of the rows (B,) of a part among all units of the part, one row after the other."""
+        """Return the positions (U,) int64 of the units of the rows (B,) among all units of a subset, row by row."""
         if not self.task.per_token:
             return rows
         counts = self.dataset.units(part.indices)
@@ -240,15 +241,15 @@ class ExpertModel:
         return torch.repeat_interleave(ends - own.cumsum(0), own) + torch.arange(int(own.sum()))
 
     def count_units(self, part: Subset, rows: Tensor) -> int:
-        """Number of units of the rows (B,) of a part."""
+        """Return the number of units in the rows (B,) of a subset."""
         return int(self.dataset.units(part.indices[rows]).sum()) if self.task.per_token else len(rows)
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments of the foundation model's forward for samples (B,)."""
+        """Return the keyword arguments of the foundation model's forward method for samples (B,)."""
         return {name: tensor.to(self.device) for name, tensor in self.dataset.inputs.batch(indices).items()}
 
     def chunks(self, part: Subset) -> Sequence[Tensor]:
-        """The rows of a part in chunks of samples of like length."""
+        """Return the rows of a subset in chunks of samples with similar length."""
         if len(part) == 0:
             return ()
         return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(self.CHUNK)
@@ -256,13 +257,13 @@ class ExpertModel:
     # Streams
 
     def precision(self) -> AbstractContextManager[object]:
-        """Within it the foundation model's activations have `[run] dtype`; experts, sums and norms stay in float32."""
+        """Compute activations in `[run] dtype`, within the context; experts, sums and norms stay in float32."""
         dtype = self.config.run.dtype
         return nullcontext() if dtype == "fp32" else torch.autocast(self.device.type, ACTIVATIONS[dtype])
 
     @contextmanager
     def stream(self, name: str | None) -> Iterator[Stream]:
-        """Sets all pairs for a stream (see `Stream.name`); at the end those of the stream around it are set again."""
+        """Set all pairs for a stream (see `Stream.name`), within the context, and afterwards for the outer stream again."""
         around = self._live
         self._live = self._opened(name)
         try:
@@ -295,8 +296,7 @@ class ExpertModel:
         return self._open
 
     def opinion(self, expert: str, part: Subset, rows: Tensor) -> Tensor:
-        """(U, K) opinion of one expert about the rows (B,) of a part. Differentiable with respect to the expert's trained
-        tensors."""
+        """Return the opinion (U, K) of an expert for the rows (B,) of a subset, differentiable by its trained parameters."""
         with self.stream(expert) as stream:
             return stream.opinion(part, rows)
 
@@ -311,7 +311,7 @@ class ExpertModel:
         return self.task.layer_opinion(dict(self.heads.items()), self.shifts, features, self.targets(part, rows), weights)
 
     def _gates(self, part: Subset, rows: Tensor, weights: Tensor) -> Tensor:
-        """Weights as the layers take them: (B, 2), or (B, T, 2) from those of each unit (U, 2)."""
+        """Return the weights in the shape that layers expect: (B, 2), or (B, T, 2) made from the weights of units (U, 2)."""
         if not self.task.per_token:
             return weights
         indices = part.indices[rows]
@@ -322,8 +322,8 @@ class ExpertModel:
 
     @torch.no_grad()
     def opinions(self, expert: str, part: Subset) -> Tensor:
-        """(U, K) opinion of one expert about a whole part, as it stands now. A visit judges the same expert on
-        the same samples several times: they are computed once."""
+        """Return the opinion (U, K) of an expert for a whole subset. It is kept until the expert changes, because a visit
+        validates the same expert several times."""
         key = (expert, part.key, self._digest(expert))
         if key not in self.opinions_cache:
             self.opinions_cache[key] = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows),
@@ -332,25 +332,25 @@ class ExpertModel:
 
     @torch.no_grad()
     def all_layer_mixture(self, part: Subset, weights: Tensor) -> Tensor:
-        """(U, K) opinion of `layer_mixture` about a whole part, by weights (U, 2)."""
+        """Return the opinion (U, K) of `layer_mixture` for a whole subset, with weights (U, 2)."""
         return self.in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[self.units(part, rows)]),
                                self.task.columns)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
-        """`opinions` of an expert that does not change: computed once for the tensors that it has."""
+        """Return `opinions` of an expert that does not change; cached by a hash of its tensors."""
         def flops() -> int:
             with self.stream(expert) as stream:
                 return stream.live_flops(part)
         return self.constant((part.key, "logits", self._digest(expert)), lambda: self.opinions(expert, part), flops)
 
     def _digest(self, expert: str) -> str:
-        """Names an expert's applied tensors by what they hold."""
+        """Return a hash of the applied tensors of an expert."""
         shift = self.shifts[expert]
         return digest_of((*self.read_applied(expert).values(), *self.corrections.tensors.values(),
                           *(() if shift is None else (shift,))))
 
     def features(self, part: Subset) -> Tensor:
-        """(U, D) features of the foundation model alone, all experts off: constant for ever."""
+        """Return the features (U, D) of the foundation model without experts, which never change."""
         def compute() -> Tensor:
             with torch.no_grad(), self.stream(None) as stream:
                 return self.in_chunks(part, lambda rows: stream.features(part, rows), self.foundation.feature_dim)
@@ -361,7 +361,7 @@ class ExpertModel:
         return self.constant((part.key, "features"), compute, flops)
 
     def gate_features(self, part: Subset) -> Tensor:
-        """(U, D) what the gate sees: `[gate] features`."""
+        """Return the features (U, D) that the gate gets, as `[gate] features` says."""
         if self.config.gate.features == "final" or len(part) == 0:
             return self.features(part)
         with self.stream("local" if self.config.gate.mixing == "outputs" else "mixture") as stream:
@@ -369,17 +369,17 @@ class ExpertModel:
 
     @torch.no_grad()
     def zero_shot(self, part: Subset) -> Tensor | None:
-        """(U, K) opinion of the foundation model without any training; None if it has none."""
+        """Return the opinion (U, K) of the untrained foundation model, or None if it has none."""
         return self.task.zero_shot(self.features(part), self.targets(part))
 
     def constant(self, key: Key, compute: Callable[[], Constant], flops: Callable[[], int]) -> Constant:
-        """A value that depends on its key alone; see `FlopMeter.constant`. Tensors are on the device; rows of different lengths
-        stay in the CPU's memory, and a batch of them is moved when it is used."""
+        """Return a value that depends only on its key; see `FlopMeter.constant`. Tensors are on the device; rows of different
+        lengths stay on the CPU, and each batch is moved when it is used."""
         value = self.meter.constant(self.cache, key, compute, flops)
         return value.to(self.device) if isinstance(value, Tensor) else value
 
     def in_chunks(self, part: Subset, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
-        """(U, width) of what `compute` says about the rows of each chunk of a part."""
+        """Apply `compute` to the rows of each chunk of a subset and return the results as one tensor (U, width)."""
         out = torch.empty(self.count_units(part, torch.arange(len(part))), width, device=self.device)
         for rows in self.chunks(part):
             out[self.units(part, rows)] = compute(rows)
@@ -387,13 +387,13 @@ class ExpertModel:
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Copies on the CPU."""
+    """Return copies of tensors on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 @contextmanager
 def _blamed_on(key: str) -> Iterator[None]:
-    """What the model refuses is a mistake in this key of the run file."""
+    """Turn a ValueError of the model into a ConfigError that names this key of the run file."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Operations of a run, and the constants that it has paid for."""
+"""Count the operations of a run, including those for cached values."""
 from __future__ import annotations
 
 import hashlib
@@ -14,14 +14,19 @@ Constant = TypeVar("Constant", Tensor, Ragged)
 
 
 class FlopMeter:
-    """flops: operations on the clients' devices so far. paid: names of the constants that are counted already."""
+    """Counts operations on the clients' devices.
+
+    Attributes:
+        flops: Operations so far.
+        paid: Names of the cached values whose operations are counted already.
+    """
 
     def __init__(self) -> None:
         self.flops = 0
         self.paid: set[str] = set()
 
     def restart(self) -> None:
-        """The start of a run: nothing is counted yet."""
+        """Reset the counters at the start of a run."""
         self.flops, self.paid = 0, set()
 
     def add(self, flops: int) -> None:
@@ -29,10 +34,10 @@ class FlopMeter:
 
     def constant(self, cache: ConstantCache | DiskCache, key: Key, compute: Callable[[], Constant],
                  flops: Callable[[], int]) -> Constant:
-        """A value that depends on its key alone, from the cache or computed now.
+        """Return a value that depends only on its key, from the cache or by calling `compute`.
 
-        A client's device computes each once in a run, so that is what the run is charged: whatever this process
-        still has from another run, has had to drop, or must compute again after a restart.
+        A client's device would compute each value once in a run, so its operations are counted once, even if this process
+        has the value from an earlier run, or has to compute it again after dropping it or after a restart.
         """
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         due = name not in self.paid

@@ -1,4 +1,4 @@
-"""Memory of this process: how it is handed back, its peak by stretch of work, and what it has now."""
+"""Memory of this process: returning it to the system, and measuring its present and its largest size."""
 from __future__ import annotations
 
 import ctypes
@@ -29,8 +29,10 @@ def hand_back_large_blocks() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Starts a new stretch, with all memory that is free handed back to the system. Where the system cannot forget a
-    peak (anything but Linux), the peak is the process's."""
+    """Return free memory to the system and restart the measurement of `peak_memory`.
+
+    Only Linux can reset the peak; elsewhere it is the peak since the start of the process.
+    """
     if _malloc_trim is not None:
         _malloc_trim(0)
     try:
@@ -40,7 +42,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Largest resident size, bytes, since the last reset."""
+    """Return the largest resident size in bytes since the last reset."""
     try:
         with open("/proc/self/status", "rb", buffering=0) as status:     # at each visit: a third of the time of read_text
             return int(_PEAK.search(status.read())[1]) * 1024
@@ -50,5 +52,5 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Resident size now, bytes."""
+    """Return the present resident size in bytes."""
     return psutil.Process().memory_info().rss

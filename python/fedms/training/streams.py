@@ -1,4 +1,4 @@
-"""`Stream`: one way to run the model, and what it costs."""
+"""`Stream`: a configuration in which the model runs, and its cost."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stream:
-    """A way to run the model: whose pairs are applied, and up to which block nothing of it can change.
+    """A configuration in which the model runs: which pairs are applied, and how many blocks are constant.
 
-    name:         an expert, "mixture" (the global expert frozen, the local one where it is trained), "streams" (each expert as
-                  it was loaded, for segments of the rows), or None (the foundation model alone).
-    costs:        of each block.
-    untrained:    blocks below the first trained pair.
-    prefix_depth: blocks of the constant prefix, which are not run again.
-    prefix_hash:  what the prefix depends on besides the sample.
+    Attributes:
+        name: An expert; "mixture" (the global expert frozen, and the local one where it is trained); "streams" (each expert
+            as it was loaded, for segments of rows); or None (the foundation model alone).
+        costs: Cost of each block.
+        untrained: Number of blocks below the first trained pair.
+        prefix_depth: Number of blocks in the constant prefix, which are not run again.
+        prefix_hash: Hash of everything but the sample that the output of the prefix depends on.
     """
 
     model: ExpertModel
@@ -40,17 +41,17 @@ class Stream:
 
     @property
     def replays(self) -> bool:
-        """Whether it starts from a cached prefix."""
+        """Whether the stream starts from a cached prefix."""
         return self.prefix_depth > 0 and self.model.cache.max_bytes > 0
 
     def opinion(self, part: Subset, rows: Tensor) -> Tensor:
-        """(U, K) opinion of the expert about the rows (B,) of a part. Differentiable with respect to its trained tensors."""
+        """Return the opinion (U, K) of the expert for the rows (B,) of a subset, differentiable by its trained parameters."""
         model = self.model
         opinion = model.task.opinion(model.heads[self.name], self.features(part, rows), model.targets(part, rows))
         return shifted(opinion, model.shifts[self.name])
 
     def features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
-        """(U, D) features of the rows (B,) of a part: the cached prefix (`prefix`, if given), then the live blocks."""
+        """Return the features (U, D) of the rows (B,) of a subset, computed from the cached prefix (or from `prefix`)."""
         model = self.model
         indices = part.indices[rows]
         if model.config.lora.dropout:       # on where something is trained; the foundation model's own never is
@@ -72,7 +73,8 @@ class Stream:
         return features
 
     def _live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(B, D) or per token (B, T, D) float32 features of inputs by name: from the prefix's output (B, T, D) on, if there is one."""
+        """(B, D) or per token (B, T, D) float32 features of inputs by name: from the prefix's output (B, T, D) on, if there
+        is one."""
         model, names = self.model, tuple(inputs)
 
         def live(hidden: Tensor | None, *values: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class Stream:
         return tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
 
     def prefix(self, part: Subset) -> Ragged:
-        """Output of the constant prefix for every sample of a part, each (T_i, D)."""
+        """Return the output of the constant prefix for every sample of a subset, each (T_i, D)."""
         model = self.model
 
         def compute() -> Ragged:
@@ -109,7 +111,8 @@ class Stream:
                               lambda: self.chunk_flops(part, last=self.prefix_depth))
 
     def prefix_at_units(self, part: Subset) -> Tensor:
-        """(U, D) output of the constant prefix at each position from which a token is foretold, or its mean over a sample."""
+        """Return the output of the constant prefix at each position that predicts a token, or its mean over a sample, (U,
+        D)."""
         model = self.model
 
         def compute() -> Tensor:
@@ -121,16 +124,16 @@ class Stream:
         return model.constant((part.key, "prefix features", self.prefix_depth, self.prefix_hash), compute, lambda: 0)
 
     def forward_flops(self, samples: int, length: int, first: int = 0, last: int | None = None) -> int:
-        """As `budget.forward_flops`; the layers are walked once for many batches."""
+        """Return `budget.forward_flops` without visiting the layers again for every batch."""
         return sum(cost.forward(samples * length, length) for cost in self.costs[first:last])
 
     def chunk_flops(self, part: Subset, **blocks: int) -> int:
-        """Operations of running a whole part in chunks."""
+        """Return the operations of running a whole subset in chunks."""
         lengths = self.model.dataset.inputs.lengths[part.indices]
         return sum(self.forward_flops(len(rows), int(lengths[rows].max()), **blocks) for rows in self.model.chunks(part))
 
     def live_flops(self, part: Subset) -> int:
-        """Operations of running a whole part, without the prefix where that is cached."""
+        """Return the operations of running a whole subset, without a cached prefix."""
         if self.replays and len(part):
             self.prefix(part)       # charged on its own
         head = self.model.task.head_flops(int(self.model.dataset.units(part.indices).sum()), False)
