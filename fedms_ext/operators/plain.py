@@ -71,12 +71,13 @@ def plain_linear(
     trains = True in needs
     if trains and segments is not None:
         return None
-    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed or 0, segments)
+    seed_number = seed if isinstance(seed, int) else 0
+    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed_number, segments)
     if found is None or not trains:
         return None if found is None else found[0]
     if quantized is not None:
         data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-    branch = (tuple(scale), dropout_p, seed or 0)
+    branch = (tuple(scale), dropout_p, seed_number)
     return _Plain.apply((*found, data, data_scale, quantized, branch, needs), *inputs)
 
 

@@ -184,7 +184,7 @@ def _backward_call(
     a: list[Tensor], b: list[Tensor], room: Tensor, seed: int | Tensor,
 ) -> BackwardCall:  # fmt: skip
     kind, group = (FLOATING, 0) if ctx.quantized is None else (ctx.quantized.kind, ctx.quantized.group)
-    needs = Needs(*ctx.needs[:2], ctx.needs[2 : 2 + len(a)], ctx.needs[2 + len(a) :])
+    needs = Needs(ctx.needs[0], ctx.needs[1], ctx.needs[2 : 2 + len(a)], ctx.needs[2 + len(a) :])
     lora = Lora(a, b, Scales(ctx.scale), gate, None, ctx.dropout_p, seed)
     plan = ctx.planned.plan
     s = room[plan.room_size :].view(plan.shape.m, plan.rank)

@@ -159,7 +159,7 @@ def test_two_towers_train_at_once():
     model = transformers.CLIPModel(transformers.CLIPConfig(
         text_config=dict(**sizes, vocab_size=50, max_position_embeddings=16, eos_token_id=1, bos_token_id=0),
         vision_config=dict(**sizes, image_size=16, patch_size=8), projection_dim=16)).requires_grad_(False)
-    with pytest.raises(ValueError, match="several lists of 2 blocks.*attach to each one on its own"):
+    with pytest.raises(ValueError, match="several lists of 2 blocks.*attach to each tower separately"):
         attach(model, "all-linear", {"g": LoRA(4, 8)})
     towers = (model.text_model, model.vision_model)
     for tower in towers:

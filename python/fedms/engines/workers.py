@@ -89,7 +89,7 @@ class Workers:
         """Gives every idle worker what is next, waits until one has done something, and adds what that is."""
         for worker in self._workers:
             worker.go_on()
-        busy = {worker.connection: worker for worker in self._workers if worker.busy}
+        busy: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers if worker.busy}
         for connection in wait(list(busy)):
             result = busy[connection].result()
             if result is not None:

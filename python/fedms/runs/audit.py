@@ -159,7 +159,7 @@ def _masked(target: np.ndarray) -> Callable[[bool, int], np.ndarray]:
                  for client, member in members.items()}
         inbox = {sender: boxes[sender][0] for sender in (1, 2)}
         masked = secure_sum.mask(members[0], terms, vectors[0], roster, inbox, promises[0])
-        return masked.view(np.int32).astype(float)
+        return masked[0].view(np.int32).astype(float)
     return release
 
 

@@ -28,8 +28,8 @@ def checks() -> dict[str, doctor.Check]:
 def test_this_machine_can_run_the_smoke_case():
     found = checks()
     assert list(found) == ["python", "fedms", "packages", "cpu", "threads", "kernels", *(f"backend {name}" for name in backends.known()),
-                           "gpu", "cache", "model minilm", "model vit-digits-pretrained", "model vit-fashion", "data sentiment",
-                           "data digits", "data fashion-mnist"]
+                           "gpu", "cache", "model minilm", "model vit-digits-pretrained", "model vit-fashion", "model vit-small",
+                           "data sentiment", "data digits", "data fashion-mnist"]
     assert not [c for c in found.values() if c.state == "problem"]
     assert "torch" in found["packages"].text and "cores" in found["cpu"].text
     assert found["backend eager"].state == "ok"

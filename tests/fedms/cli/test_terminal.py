@@ -49,10 +49,14 @@ def test_a_name_that_is_no_unicode_can_be_shown(tmp_path):
 
 
 def test_a_closed_terminal_stops_a_run_as_kill_does():
-    with polite_stop() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # the tests themselves may run under nohup
+    try:
+        with polite_stop() as stop:
+            assert not stop()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_nohup_is_respected():

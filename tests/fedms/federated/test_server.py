@@ -269,5 +269,5 @@ def test_a_robust_rule_that_could_not_be_one_is_a_missed_quorum(sets, least):
     tensors = dict(s.message(state).tensors)
     step(s, state, [reply(i, tensors) for i in range(least)])
     if least > 1:
-        with pytest.raises(AllClientsFailed, match=f"{least - 1} of 4 clients could train, fewer than the {least} without"):
+        with pytest.raises(AllClientsFailed, match=f"{least - 1} of 4 clients could train, fewer than the {least} that"):
             step(s, state, [reply(i, tensors) for i in range(least - 1)])

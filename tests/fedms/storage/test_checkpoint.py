@@ -212,7 +212,8 @@ def test_every_durable_write_may_be_the_last(tmp_path, undisturbed, monkeypatch,
         run.run(CONFIG, path, resume=True)
         assert outcome(path) == undisturbed, at
         assert not [p for p in path.rglob("*") if p.name.endswith(".tmp")]
-    writes = 2 + 4 * 3 + 3      # configuration, data; two objects and a manifest a round; final tensors, outcome, summary
+    # Configuration, data; two objects and a manifest for each round; final tensors, outcome, validation, summary.
+    writes = 2 + 4 * 3 + 4
     assert at == writes + 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flwr.app import Message as Mail
 
 from fedms.engines.flower import transport
+from fedms.errors import FedMSError
 from fedms.federated.client import Visit
 from fedms.federated.encoding import WireError
 from fedms.federated.packing import Packed, unpack_reply
@@ -44,8 +45,8 @@ def not_taken(client: int) -> Answer:
     return Answer(client, None, None, "the SuperLink did not take its message")
 
 
-class Unusable(Exception):
-    """There is no answer that could be used; the message says why."""
+class Unusable(FedMSError):
+    """A client sent no answer that can be used; the message is the reason."""
 
 
 class Pauses:

@@ -62,10 +62,10 @@ def _cost(runs: Sequence[RunRecords], cost: Callable[[RunRecords], Optional[floa
     """
     points = []
     for method, group in by_method([run for run in runs if run.summary]).items():
-        y = Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
-        x = Stat.of(cost(r) for r in group)
-        if x and y:
-            points.append((x.mean, y.mean, method))
+        accuracy = Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
+        spent = Stat.of(cost(r) for r in group)
+        if spent and accuracy:
+            points.append((spent.mean, accuracy.mean, method))
     if len({x for x, _, _ in points}) < 2:
         return None
     longest = max(x for x, _, _ in points)
