@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import is_linear, is_transposed, obstacle, reader, replaced_forward
+from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.quantized_weight import QuantizedWeight, tensor_sha256
 from fedms_ext.quantization.formats import KINDS
 from fedms_ext.reference import GROUP
@@ -106,7 +107,8 @@ def _quantized(name: str, layer: nn.Module, kind: str, group: int) -> QuantizedW
 
 def _warn_of_unquantized(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     quantized = {id(layer.weight) for layer in layers.values()}
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    experts = {id(p) for module in model.modules() if isinstance(module, Pairs) for p in module.parameters()}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and id(p) not in experts}
     stays = {name: p.nbytes for name, p in frozen.items() if id(p) not in quantized}
     share = sum(stays.values()) / sum(p.nbytes for p in frozen.values())
     if share > 0.5:
