@@ -160,10 +160,11 @@ def test_a_client_that_drops_out_in_each_phase(tmp_path, monkeypatch):
 
 # The list of clients
 
-@pytest.fixture(scope="module")
-def listed(tmp_path_factory):
+@pytest.fixture
+def listed(tmp_path):
     """A federation of three for secure sums, all accepted."""
-    folder = tmp_path_factory.mktemp("listed")
+    folder = tmp_path / "listed"
+    folder.mkdir()
     server.init(folder / "server", run_file(folder, *PRIVATE, *MODES["secure"], count=3), "127.0.0.1", 9091, Progress())
     return folder, accepted(folder, NAMES[:3])
 
