@@ -1,10 +1,15 @@
 """Causal language models of many architectures with random weights and few tokens, and a tokenizer of single bytes."""
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fedms.config import RunConfig, load_config
 from fedms.models.causal_lm import CausalModel
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
@@ -60,3 +65,21 @@ def whole(kind: str = "llama"):
 
 def model(kind: str = "llama") -> CausalModel:
     return CausalModel(f"tiny-{kind}", whole(kind), tokenizer())
+
+
+SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.unseen=0",
+        "stage1.rounds=1", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2", "sal.schedule=fixed",
+        "run.threads=1"]
+
+
+def write_federation(folder: Path, clients: Sequence[str], samples: int, answer: Callable[[str, int], str]) -> Path:
+    """Write a model and `samples` numbered questions for each client, answered by `answer(client, number)`; return the folder."""
+    model().save(folder / "model")
+    lines = [{"q": f"number {i}?", "a": answer(who, i), "who": who} for who in clients for i in range(samples)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def configuration(folder: Path, *sets: str) -> RunConfig:
+    """Return the configuration of a run on what `write_federation` wrote; later settings win over earlier ones."""
+    return load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS, *sets])

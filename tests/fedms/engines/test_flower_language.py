@@ -9,7 +9,6 @@ import torch
 from fake_grid import FakeGrid
 from shards import write_shards
 
-from fedms.config import load_config
 from fedms.data import DataError, read_shard
 from fedms.data.dataset import make_dataset
 from fedms.data.inputs import TextInputs
@@ -21,23 +20,16 @@ from fedms.storage.durable import shard_about
 from fedms.storage.records import RunRecords, comparable
 
 CLIENTS = 2
-SETS = ["task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "stage1.rounds=1",
-        "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2", "sal.schedule=fixed",
-        "data.global_test=0.2", "data.partition=natural", f"clients.count={CLIENTS}", "clients.unseen=0", "run.threads=1"]
+SETS = ["data.global_test=0.2", "data.partition=natural", f"clients.count={CLIENTS}"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("language")
-    tiny.model().save(made / "model")
-    lines = [{"q": f"number {i}?", "a": f"{who}{i % 3} {who * 2}", "who": who} for who in "ab" for i in range(12)]
-    (made / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return made
+    return tiny.write_federation(tmp_path_factory.mktemp("language"), "ab", 12, lambda who, i: f"{who}{i % 3} {who * 2}")
 
 
 def config(folder, engine, *sets):
-    return load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS, *sets,
-                                     f"run.engine={engine}"])
+    return tiny.configuration(folder, *SETS, *sets, f"run.engine={engine}")
 
 
 def outcome(path):

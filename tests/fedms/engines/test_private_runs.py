@@ -16,11 +16,12 @@ import torch
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
 
 from fake_grid import FakeGrid
+from private_runs import COUNT, MODES, SETS, configuration, new_key
 from shards import write_shards
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedms.config import load_config, registry
+from fedms.config import registry
 from fedms.data import read_shard
 from fedms.engines.flower import transport
 from fedms.errors import AllClientsFailed, ConfigError, Interrupted
@@ -40,24 +41,17 @@ from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.durable import shard_about
 from fedms.storage.records import RunRecords, comparable
 
-COUNT = 4
-SMALL = ["run.method=fedms", "data.max_samples=160", f"clients.count={COUNT}", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
-         "data.partition=iid", "run.threads=1", "clients.round_timeout=0.3", "sal.schedule=fixed", "aggregate.weights=uniform"]
-MODES = {"central": ["privacy.mode=central", "privacy.noise=0.5", "privacy.score_noise=5"],
-         "secure": ["privacy.mode=secure"],
-         "distributed": ["privacy.mode=distributed", "privacy.noise=0.5", "privacy.score_noise=5"]}
+ROUNDS = ["stage1.rounds=2", "stage2.rounds=1", "clients.round_timeout=0.3"]
 
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory):
-    path = tmp_path_factory.mktemp("key") / "privacy.key"
-    create_key(path, b"a key these tests have all alone")
-    return path
+    return new_key(tmp_path_factory.mktemp("key"))
 
 
 @pytest.fixture
 def configure(key):
-    return lambda *sets, engine="local": load_config("digits", [*SMALL, f"privacy.key={key}", *sets, f"run.engine={engine}"])
+    return lambda *sets, engine="local": configuration(key, *ROUNDS, *sets, f"run.engine={engine}")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,7 @@ def shards(tmp_path_factory, key):
     def of(mode, *sets):
         if (mode, *sets) not in made:
             folder = tmp_path_factory.mktemp("shards")
-            write_shards(load_config("digits", [*SMALL, f"privacy.key={key}", *MODES[mode], *sets]), folder, Progress())
+            write_shards(configuration(key, *ROUNDS, *MODES[mode], *sets), folder, Progress())
             made[(mode, *sets)] = folder, {i: shard_about(folder / f"client-{i}")["clients"][0]["n_train"] for i in range(COUNT)}
         return made[(mode, *sets)]
     return of
@@ -231,7 +225,7 @@ run(load_config("digits", sys.argv[2:]), Path(sys.argv[1]), resume=True)
 def test_kill_9_and_resume(mode, tmp_path, configure, key):
     """Killed once the ledger has a line; the round may be repeated, and then it is the same release."""
     whole = embedded(configure(*MODES[mode]), tmp_path / "whole")
-    sets = [*SMALL, f"privacy.key={key}", *MODES[mode], "run.engine=local"]
+    sets = [*SETS, *ROUNDS, f"privacy.key={key}", *MODES[mode], "run.engine=local"]
     ledger = tmp_path / "killed/privacy.jsonl"
     process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "killed"), *sets])
     deadline = time.monotonic() + 120

@@ -11,7 +11,6 @@ import tiny_language_models as tiny
 import torch
 from typer.testing import CliRunner
 
-from fedms.config import load_config
 from fedms.data.inputs import TextInputs
 from fedms.errors import ConfigError
 from fedms.exports import export
@@ -21,26 +20,20 @@ from fedms.exports.predict import predict
 from fedms.models.generation import Sampling
 from fedms.runs import run
 
-SETS = ["run.method=fedms", "task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=2",
-        "clients.unseen=0", "stage1.rounds=1", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
-        "sal.schedule=fixed", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "run.threads=1", "stage1.lr=0.02",
+SETS = ["run.method=fedms", "clients.count=2", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "stage1.lr=0.02",
         "stage2.lr=0.02", "gate.lr=0.3"]
 QUESTION = "number 3?"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("language")
-    tiny.model().save(made / "model")
-    lines = [{"q": f"number {i}?", "a": f"{who}{i % 3} {who * 2}", "who": who} for who in ("ann", "bob") for i in range(12)]
-    (made / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return made
+    return tiny.write_federation(tmp_path_factory.mktemp("language"), ("ann", "bob"), 12, lambda who, i: f"{who}{i % 3} {who * 2}")
 
 
 def finished(folder, *sets):
     path = folder / ("run-" + "-".join(sets).replace("=", "-"))
     if not path.exists():
-        run.run(load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS, *sets]), path)
+        run.run(tiny.configuration(folder, *SETS, *sets), path)
     return path
 
 
@@ -138,8 +131,7 @@ def test_a_merged_model_gives_the_same_logits(folder, tmp_path):
 def test_an_adapter_comes_in_again(folder, tmp_path):
     path = finished(folder, "run.method=fedavg")
     export(path, tmp_path / "adapters", "peft")
-    settings = load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS,
-                                         "stage1.rounds=0", f"lora.start={tmp_path / 'adapters' / 'global'}"])
+    settings = tiny.configuration(folder, *SETS, "stage1.rounds=0", f"lora.start={tmp_path / 'adapters' / 'global'}")
     summary = run.run(settings, tmp_path / "again")
     first = json.loads((path / "summary.json").read_text())["language"]
     assert summary["language"]["nats_global"] == pytest.approx(first["nats_global"], rel=1e-4)

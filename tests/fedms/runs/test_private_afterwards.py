@@ -4,9 +4,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from private_runs import COUNT, MODES, configuration, new_key
 from rich.console import Console
 
-from fedms.config import load_config
 from fedms.errors import ConfigError
 from fedms.exports import export
 from fedms.exports.trained_run import read_trained_run
@@ -19,22 +19,14 @@ from fedms.runs.experiment import LoadedTask
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords
 
-COUNT = 4
-MODES = {"central": ["privacy.mode=central", "privacy.noise=0.5", "privacy.score_noise=5"], "secure": ["privacy.mode=secure"]}
-
-
 @pytest.fixture(scope="module")
 def key(tmp_path_factory):
-    path = tmp_path_factory.mktemp("key") / "privacy.key"
-    create_key(path, b"a key these tests have all alone")
-    return path
+    return new_key(tmp_path_factory.mktemp("key"))
 
 
 @pytest.fixture
 def configure(key):
-    return lambda *sets: load_config("digits", [
-        "run.method=fedms", "data.max_samples=160", f"clients.count={COUNT}", "clients.unseen=0", "data.partition=iid", "run.threads=1",
-        "sal.schedule=fixed", "aggregate.weights=uniform", f"privacy.key={key}", "stage1.rounds=1", "stage2.rounds=1", *sets])
+    return lambda *sets: configuration(key, "stage1.rounds=1", "stage2.rounds=1", *sets)
 
 
 @pytest.mark.parametrize("mode", ["central", "secure"])

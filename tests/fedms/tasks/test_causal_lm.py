@@ -1,7 +1,6 @@
 """The language modelling task on a tiny model: opinions, gradients, mixtures and whole runs, against plain PyTorch."""
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fedms import data, methods, models
-from fedms.config import ConfigError, load_config
+from fedms.config import ConfigError
 from fedms.data.subset import Subset
 from fedms.federated.visit_costs import CostModel
 from fedms.models.causal_lm import CausalModel
@@ -20,22 +19,16 @@ from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
 from fedms_ext import budget
 
-SETS = ["run.method=fedms", "task.kind=causal_lm", "data.question=q", "data.answer=a", "data.client=who", "data.max_tokens=60", "clients.count=3",
-        "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1", "gate.on=probabilities", "gate.features=prefix", "sal.depth=2",
-        "sal.schedule=fixed", "data.global_test=0", "stage1.batch=4", "stage2.batch=4", "run.threads=1"]
+SETS = ["run.method=fedms", "clients.count=3", "stage1.rounds=2", "data.global_test=0", "stage1.batch=4", "stage2.batch=4"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("language")
-    tiny.model().save(made / "model")
-    lines = [{"q": f"number {i}?", "a": f"{who}{i % 3} {who * (1 + i % 4)}", "who": who} for who in "abc" for i in range(20)]
-    (made / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return made
+    return tiny.write_federation(tmp_path_factory.mktemp("language"), "abc", 20, lambda who, i: f"{who}{i % 3} {who * (1 + i % 4)}")
 
 
 def config(folder, *sets):
-    return load_config("sentiment", [f"model.id={folder / 'model'}", f"data.name={folder / 'data.jsonl'}", *SETS, *sets])
+    return tiny.configuration(folder, *SETS, *sets)
 
 
 def loaded(folder, *sets) -> ExpertModel:
