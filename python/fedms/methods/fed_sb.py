@@ -92,6 +92,7 @@ class Core:
     def __init__(self, b: torch.nn.Parameter, frame: Tensor, values: Tensor) -> None:
         self._b, self._frame = b, frame.to(b.device)
         self.values = values.to(b.device, copy=True).requires_grad_()
+        b.grad = None       # Another training of this B may have left its last gradient, to which the first one would be added.
         self.close: Callable[[], None] = b.register_post_accumulate_grad_hook(self._pass_on).remove
 
     @torch.no_grad()
