@@ -1,11 +1,10 @@
 // The linear layer on few rows: how its columns are shared among threads. The products are in lora/kernels.inc.
 #include "fedms/half.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "lora/operands.h"
+#include "threads.h"
 
 namespace fedms {
 namespace {
@@ -15,16 +14,10 @@ using Dots = void (*)(int64_t, int64_t, int64_t, const float*, int64_t, const Ha
 
 constexpr int64_t COLUMNS = 64;
 
-int64_t threads_for(int64_t multiply_adds, int64_t parts) {
-  // Waking a thread costs about as much as this many multiply-adds.
-  constexpr int64_t work_per_thread = 1 << 18;
-  return std::max<int64_t>(1, std::min({multiply_adds / work_per_thread, parts, int64_t{omp_get_max_threads()}}));
-}
-
 template <class Half>
 void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const Half* w, const float* bias, float* y) {
   const int64_t parts = (n + COLUMNS - 1) / COLUMNS;
-  const int threads = static_cast<int>(threads_for(m * n * k, parts));
+  const int threads = threads_for(m * n * k, parts);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = part * COLUMNS, count = std::min(COLUMNS, n - first);
@@ -53,9 +46,9 @@ void few_rows_forward(int64_t m, int64_t n, int64_t k, const float* x, const flo
 
 void few_rows_backward(int64_t m, int64_t n, int64_t k, const float* dy, const float* w, float* dx) {
   // Every thread takes columns of its own, a multiple of the tiles' width.
-  const int64_t threads = threads_for(m * n * k, (k + COLUMNS - 1) / COLUMNS);
+  const int threads = threads_for(m * n * k, (k + COLUMNS - 1) / COLUMNS);
   const int64_t part = ((k + threads - 1) / threads + COLUMNS - 1) / COLUMNS * COLUMNS;
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t first = 0; first < k; first += part) {
     const int64_t count = std::min(part, k - first);
     for (int64_t i = 0; i < m; ++i) std::fill_n(dx + i * k + first, count, 0.0f);

@@ -5,12 +5,12 @@
 // 32 values, forward and backward: from the rate of fp32 products 10 ms were expected of PyTorch's 21.5 ms.
 #include "fedms/attention.h"
 
-#include <omp.h>
-
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../lora/operands.h"
+#include "../threads.h"
 #include "rows.h"
 
 namespace fedms {
@@ -55,7 +55,7 @@ const float* mask_row(const Attention& a, int64_t b, int64_t h, int64_t i) {
   return mask.data ? mask.data + b * mask.batch_stride + h * mask.head_stride + i * mask.row_stride : nullptr;
 }
 
-// to (count, columns) = x (count, rows) times the rows; dense.
+// to (count, columns) = x (count, rows) times the rows, of `columns` values each. Strides are values from one row to the next.
 void product(int64_t count, const float* x, int64_t x_stride, const std::vector<const float*>& rows, int64_t columns, float* to,
              int64_t to_stride) {
   for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * to_stride, columns, 0.0f);
@@ -112,11 +112,8 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
 template <class Function>
 void for_heads(const Attention& a, Function function) {
   const int64_t all = a.batch * a.heads;
-  // Waking a thread costs about as much as this many multiply-adds.
-  constexpr int64_t work_per_thread = 1 << 18;
-  const int64_t useful = all * a.queries * a.keys * a.width / work_per_thread;
-  const int64_t threads = std::max<int64_t>(1, std::min({useful, all, int64_t{omp_get_max_threads()}}));
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  const int threads = threads_for(all * a.queries * a.keys * a.width, all);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < all; ++i) function(i / a.heads, i % a.heads, i * a.queries);
 }
 

@@ -1,10 +1,9 @@
 // dx = dy W of few rows, from a weight of 4 bits as it is packed: each code is read once, and W is never written out.
-#include <omp.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
 
+#include "../threads.h"
 #include "fedms/int8.h"
 #include "fedms/isa.h"
 #include "layout.h"
@@ -72,10 +71,8 @@ void nibbles_input_gradient(int64_t m, int64_t n, int64_t k, const uint8_t* pack
   const Packed layout = nibble_layout_of(n, k, packed, packed_size);
   if (layout.groups() != groups) throw std::invalid_argument("the packed weight has another group");
   const InputGradient gradient{layout, m, n, k, packed, scale, dy, dx};
-  // Waking a thread costs about as much as this many multiply-adds.
-  constexpr int64_t work_per_thread = 1 << 18;
-  const int64_t threads = std::max<int64_t>(1, std::min({m * n * k / work_per_thread, groups, int64_t{omp_get_max_threads()}}));
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  const int threads = threads_for(m * n * k, groups);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t g = 0; g < groups; ++g) one_group(gradient, g);
 }
 
