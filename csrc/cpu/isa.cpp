@@ -40,10 +40,14 @@ Isa& current() {
 }
 
 #ifdef FEDMS_X86
-// CPUID leaf 7.1: GCC 10's __builtin_cpu_supports does not know AVX-VNNI.
+// CPUID leaf 7.1: GCC 10's __builtin_cpu_supports does not know AVX-VNNI. The instruction is executed once, since in a virtual
+// machine it takes some 20 us, and attention asks for the instruction set at every call.
 bool cpu_has_avxvnni() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4));
+  static const bool found = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4));
+  }();
+  return found;
 }
 #endif
 
