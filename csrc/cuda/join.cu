@@ -6,11 +6,6 @@
 namespace fedms::cuda {
 namespace {
 
-constexpr int EXPERTS_A_LAUNCH = 32;
-struct Experts {
-  Expert expert[EXPERTS_A_LAUNCH];
-};
-
 template <class T>
 struct JoinArguments {
   int n, k, ranks, pitch;
@@ -20,8 +15,8 @@ struct JoinArguments {
 // A row of blocks for each expert, of which each thread makes one number of A or of B.
 template <class T, class From>
 __global__ void __launch_bounds__(256) join_experts_kernel(__grid_constant__ const JoinArguments<T> g,
-                                                           __grid_constant__ const Experts experts) {
-  const Expert& e = experts.expert[ptx::block_y()];
+                                                           __grid_constant__ const Items<Expert> experts) {
+  const Expert& e = experts.item[ptx::block_y()];
   const int width = e.end - e.first;
   const int64_t of_a = int64_t(width) * g.k, i = int64_t(ptx::block_x()) * 256 + ptx::thread();
   if (i >= of_a + int64_t(g.n) * width) return;
@@ -45,16 +40,14 @@ __global__ void __launch_bounds__(256) join_experts_kernel(__grid_constant__ con
 void join_experts(const JoinExperts& g, const std::vector<Expert>& experts, const Stream& stream) {
   const Launch what{"join_experts", 0, g.n, g.k, g.ranks, stream};
   if (g.n < 1 || g.k < 1 || g.ranks < 1 || g.pitch < g.ranks) fail(what, "a size is out of range");
-  for (size_t first = 0; first < experts.size(); first += EXPERTS_A_LAUNCH) {
-    Experts some{};
-    const int count = int(std::min(experts.size() - first, size_t(EXPERTS_A_LAUNCH)));
+  for_items(experts, [&](const Items<Expert>& some, int count) {
     int64_t most = 0;
     for (int i = 0; i < count; ++i) {
-      const Expert& e = some.expert[i] = experts[first + i];
+      const Expert& e = some.item[i];
       if (e.rank < 0 || e.first < 0 || e.end < e.first + e.rank || e.end > g.pitch) fail(what, "an expert's ranks are out of place");
       most = std::max(most, (e.end - e.first) * (g.n + g.k));
     }
-    if (most == 0) continue;
+    if (most == 0) return;
     for_element(g.element, [&](auto* null) {
       using T = std::remove_pointer_t<decltype(null)>;
       const JoinArguments<T> arguments{int(g.n), int(g.k), int(g.ranks), int(g.pitch), static_cast<T*>(g.a), static_cast<T*>(g.b),
@@ -66,7 +59,7 @@ void join_experts(const JoinExperts& g, const std::vector<Expert>& experts, cons
         launch(what, join_experts_kernel<T, T>, grid, 256, 0, arguments, some);
       }
     });
-  }
+  });
 }
 
 }  // namespace fedms::cuda

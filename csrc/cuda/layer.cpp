@@ -214,8 +214,8 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
   void* const ds = room(at.ds);
   std::vector<PartialSum> sums;
 
-  if (!call.joined_is_there) join(of, stream);
-  if (needs.db && !call.t_is_there) {
+  if (!call.room_is_filled) join(of, stream);
+  if (needs.db && !call.room_is_filled) {
     apply_scale_and_gate({shape_.element, shape_.m, rank_, call.s, of.t, t_pitch_, factors(of), segments_}, stream);
   }
   // One pass over dy: dB from T, and U = dy B, from which dS and the gate's gradient come.

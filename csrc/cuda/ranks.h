@@ -5,7 +5,9 @@
 // no atomics, so the bits repeat.
 #pragma once
 
+#include <algorithm>
 #include <climits>
+#include <vector>
 
 #include "mma.h"
 #include "philox.h"
@@ -39,6 +41,24 @@ FEDMS_DEVICE void drop_tile(const Mask& mask, uint32_t tile, int row, int column
 template <class Start>
 void for_element(Element element, Start start) {
   element == Element::bf16 ? start(static_cast<Bf16*>(nullptr)) : start(static_cast<Fp16*>(nullptr));
+}
+
+// What a launch does for each of several items, which travel in its arguments: a row of blocks for each.
+constexpr int ITEMS_A_LAUNCH = 32;
+template <class Item>
+struct Items {
+  Item item[ITEMS_A_LAUNCH];
+};
+
+// Calls start(items, count) for every ITEMS_A_LAUNCH of them, in their order.
+template <class Item, class Start>
+void for_items(const std::vector<Item>& all, Start start) {
+  for (size_t first = 0; first < all.size(); first += ITEMS_A_LAUNCH) {
+    Items<Item> items{};
+    const size_t count = std::min<size_t>(all.size() - first, ITEMS_A_LAUNCH);
+    std::copy_n(all.begin() + first, count, items.item);
+    start(items, static_cast<int>(count));
+  }
 }
 
 inline void check_sizes(const Launch& what, int64_t m, int64_t columns, int64_t r) {

@@ -63,16 +63,10 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// The sums of a launch; a row of blocks for each.
-constexpr int SUMS_A_LAUNCH = 32;
-struct PartialSums {
-  PartialSum sum[SUMS_A_LAUNCH];
-};
-
 // A block has whole rows of one of the sums.
 template <class T>
-__global__ void __launch_bounds__(256) reduce_partials_kernel(int r, __grid_constant__ const PartialSums sums) {
-  const PartialSum& g = sums.sum[ptx::block_y()];
+__global__ void __launch_bounds__(256) reduce_partials_kernel(int r, __grid_constant__ const Items<PartialSum> sums) {
+  const PartialSum& g = sums.item[ptx::block_y()];
   const int rows_of_block = 256 / g.count, of_block = ptx::thread() / g.count, column = ptx::thread() % g.count;
   const int row = ptx::block_x() * rows_of_block + of_block;
   if (of_block >= rows_of_block || row >= g.c) return;
@@ -122,24 +116,22 @@ void finalize_row_grads(const RowGrads& g, const Stream& stream) {
 }
 
 void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream) {
-  for (size_t first = 0; first < sums.size(); first += SUMS_A_LAUNCH) {
-    PartialSums some{};
-    const int count = int(std::min(sums.size() - first, size_t(SUMS_A_LAUNCH)));
+  for_items(sums, [&](const Items<PartialSum>& some, int count) {
     int blocks = 0;
     for (int i = 0; i < count; ++i) {
-      const PartialSum& sum = some.sum[i] = sums[first + i];
+      const PartialSum& sum = some.item[i];
       const Launch what{"reduce_partials", sum.c, 0, 0, r, stream};
       check_sizes(what, sum.c, r, r);
       if (sum.first < 0 || sum.count < 1 || sum.first + sum.count > r) fail(what, "the columns are out of range");
       blocks = std::max(blocks, blocks_of_rows(sum.c, sum.count).x);
     }
-    const Launch what{"reduce_partials", some.sum[0].c, 0, 0, r, stream};
+    const Launch what{"reduce_partials", some.item[0].c, 0, 0, r, stream};
     const auto start = [&](auto* null) {
       using T = std::remove_pointer_t<decltype(null)>;
       launch(what, reduce_partials_kernel<T>, {blocks, count}, 256, 0, int(r), some);
     };
     fp32 ? start(static_cast<float*>(nullptr)) : for_element(element, start);
-  }
+  });
 }
 
 }  // namespace fedms::cuda

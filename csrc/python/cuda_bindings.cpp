@@ -57,7 +57,7 @@ class Plan {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerBackward call{};
     call.of = operands(a, b, scale, gate, dropout_p, seed, room);
-    call.t_is_there = call.joined_is_there = room_is_filled;
+    call.room_is_filled = room_is_filled;
     const DeviceTensor dy_tensor("dy", dy);
     call.dy = dy_tensor.expect(device_, type_).data();
     call.dy_stride = dy_tensor.rows(shape.m, shape.n);

@@ -47,7 +47,7 @@ struct LayerForward {
 // A gradient that is null is not needed. Then x may be null if no dA is needed, and s if neither dgate nor a dB is.
 struct LayerBackward {
   LayerOperands of;
-  bool t_is_there, joined_is_there;  // written by the forward pass
+  bool room_is_filled;  // of.t and of.joined: the forward pass wrote them
   const void* dy;
   int64_t dy_stride;
   const void* x;
