@@ -90,6 +90,7 @@ class Lora(NamedTuple):
 
     @property
     def ranks(self) -> list[int]:
+        """The rank r_e of each expert."""
         return [a.shape[0] for a in self.a]
 
     @property
@@ -121,6 +122,11 @@ class Needs(NamedTuple):
     dgate: bool
     da: Sequence[bool]
     db: Sequence[bool]
+
+    @property
+    def kinds(self) -> tuple[bool, bool, bool, bool]:
+        """Whether the gradient of x, of the gate, of any A and of any B is needed."""
+        return self.dx, self.dgate, any(self.da), any(self.db)
 
 
 class ForwardCall(NamedTuple):

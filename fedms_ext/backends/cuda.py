@@ -90,9 +90,9 @@ def backward(call: BackwardCall) -> Gradients:
     dgate = dy.new_empty(len(rows), lora.gate.shape[-1], dtype=torch.float32) if needs.dgate else None
     da, db = empty_gradients(lora, needs)
     plan.backward(
-        rows, (needs.dx, needs.dgate, any(needs.da), any(needs.db)), _aligned_rows(x) if any(needs.da) else None, _aligned_rows(weight.data) if needs.dx else None, weight.scale,
-        *_branch(plan, lora, dy.device), None if s is None else s.contiguous(),
-        dy.new_empty(plan.room_size), False, dx, dgate, da, db,
+        rows, needs.kinds, _aligned_rows(x) if any(needs.da) else None, _aligned_rows(weight.data) if needs.dx else None,
+        weight.scale, *_branch(plan, lora, dy.device), None if s is None else s.contiguous(), dy.new_empty(plan.room_size), False,
+        dx, dgate, da, db,
     )  # fmt: skip
     return dx, None if dgate is None else dgate.view(lora.gate.shape).to(lora.gate.dtype), da, db
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import device as devices
 from .autotune import Choices
-from .base import Lora, Needs, Weight, made_once
+from .base import Lora, Weight, made_once
 
 _kernels: Any = devices.cuda_kernels()
 

@@ -10,7 +10,6 @@ from itertools import compress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedms_ext.backends.device import ON_GPU

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.base import BackwardCall, ForwardCall, Lora, Needs, Scales, Weight, s_dtype
+from .dispatch import call
 
 _library = torch.library.Library("fedms_ext", "DEF")
 
-# Only the applied experts reach these operators. They have no autograd formula of their own: a call that needs gradients goes
-# through an autograd function of `expert_linear`. The seed is a SymInt and the scale a tensor so that a new value of either never recompiles a compiled
-# model; `seed_tensor`, if it is given, takes the place of the seed. A floating weight has no `weight_scale`, and its kind is
-# "float"; of a quantized one they are its data and scale, and in the backward pass what its `for_dx` gives.
+# Only the applied experts reach these operators. They have no autograd formula: a call that needs gradients goes through an
+# autograd function, which runs the backward operator by `gradients`. The seed is a SymInt and the scale a tensor, so that a new
+# value of either never recompiles a compiled model; a `seed_tensor` is used instead of the seed. A floating weight has the kind
+# "float" and no `weight_scale`. A quantized weight is passed as its data and scale, and to the backward operator as what its
+# `for_dx` returns.
 _library.define(
     "expert_linear(Tensor x, Tensor weight, Tensor? weight_scale, str kind, int group, Tensor? bias, Tensor[] lora_a, "
     "Tensor[] lora_b, Tensor scale, Tensor? gate, SymInt[]? segments, float dropout_p, SymInt seed, Tensor? seed_tensor) "
@@ -81,6 +83,30 @@ def run_backward(*args: Any) -> list[Tensor]:
     found = backward_call(*args)
     dx, dgate, da, db = backends.choose(found).backward(found)
     return [gradient for gradient in (dx, dgate, *da, *db) if gradient is not None]
+
+
+def gradients(
+    dy: Tensor, x: Tensor | None, k: int, weight: Tensor | None, weight_scale: Tensor | None, kind: str, group: int,
+    pairs: Sequence[Tensor], scale: Scales | Tensor, gate: Tensor | None, segments: Sequence[int] | None, dropout_p: float,
+    seed: int, seed_tensor: Tensor | None, s: Tensor | None, needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Run the backward operator, skipping PyTorch's dispatcher if nothing observes it.
+
+    Args:
+        pairs: every A, then every B.
+        needs: whether the gradient of x, of the gate, of every A and of every B is needed.
+        The others are those of the operator.
+
+    Returns:
+        The gradients in the order of `needs`, None for those that are not needed.
+    """
+    experts = len(pairs) // 2
+    found = iter(call(
+        torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, k, weight, weight_scale, kind, group, pairs[:experts],
+        pairs[experts:], scale, gate, segments, dropout_p, seed, seed_tensor, s, needs[0], needs[1], needs[2 : 2 + experts],
+        needs[2 + experts :],
+    ))  # fmt: skip
+    return [next(found) if needed else None for needed in needs]
 
 
 _library.impl("expert_linear", run_forward, "CompositeExplicitAutograd")

@@ -21,7 +21,7 @@ from .arguments import (
     settled_scale,
     under_autocast,
 )
-from .definition import run_backward, run_forward
+from .definition import gradients, run_forward
 from .dispatch import call, is_transformed
 from .plain import plain_linear
 
@@ -63,16 +63,10 @@ class _ExpertLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, gate, weight, weight_scale, scale, seed_tensor, *lora = ctx.saved_tensors
         scale = ctx.numbers if scale is None else scale
-        experts = len(lora) // 2
-        needs = ctx.needs
-        found = iter(
-            call(
-                torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group,
-                lora[:experts], lora[experts:], scale, gate, ctx.segments, *ctx.dropout, seed_tensor, s, needs[0], needs[1],
-                needs[2 : 2 + experts], needs[2 + experts :],
-            )
+        dx, dgate, *dlora = gradients(
+            dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora, scale, gate, ctx.segments, *ctx.dropout, seed_tensor, s,
+            ctx.needs,
         )  # fmt: skip
-        dx, dgate, *dlora = [next(found) if needed else None for needed in needs]
         return dx, dgate, *[None] * 6, *dlora
 
 

@@ -19,8 +19,8 @@ from .. import _C, backends
 from ..backends.base import FLOATING
 from ..backends.device import ON_GPU
 from .arguments import Quantized, settled_scale
-from .definition import run_backward
-from .dispatch import call, is_observed
+from .definition import gradients
+from .dispatch import is_observed
 
 
 def plain_linear(
@@ -104,29 +104,18 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the call (None), x, the gate, every A and every B."""
     x, s, gate, weight, weight_scale, *pairs = ctx.saved_tensors
     experts = len(pairs) // 2
-    a, b = pairs[:experts], pairs[experts:]
+    scale, dropout_p, seed = ctx.branch
     if not is_observed() and not dy.is_neg():
-        scale, dropout_p, seed = ctx.branch
-        found = _C.linear_backward(dy, x, ctx.k, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, ctx.needs)
+        found = _C.linear_backward(
+            dy, x, ctx.k, weight, weight_scale, pairs[:experts], pairs[experts:], scale, gate, dropout_p, seed, s, ctx.needs
+        )
         if found is not None:
             return None, *found
-    return None, *_general_gradients(ctx, dy, x, s, gate, weight, weight_scale, a, b)
+    # The operator accepts every dy, even one whose values share memory, such as the gradient of a sum.
+    kind, group = (FLOATING, 0) if ctx.quantized is None else (ctx.quantized.kind, ctx.quantized.group)
+    return None, *gradients(
+        dy, x, ctx.k, weight, weight_scale, kind, group, pairs, settled_scale(scale), gate, None, dropout_p, seed, None, s, ctx.needs
+    )
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)
-
-
-def _general_gradients(
-    ctx: Any, dy: Tensor, x: Tensor | None, s: Tensor | None, gate: Tensor | None, weight: Tensor | None,
-    weight_scale: Tensor | None, a: list[Tensor], b: list[Tensor],
-) -> list[Tensor | None]:  # fmt: skip
-    """Return the gradients by the operator, which takes everything: a dy that is expanded from fewer values, say."""
-    needs, quantized, (scale, dropout_p, seed) = ctx.needs, ctx.quantized, ctx.branch
-    kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
-    found = call(
-        torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, ctx.k, weight, weight_scale, kind, group, a, b,
-        settled_scale(scale), gate, None, dropout_p, seed, None, s, needs[0], needs[1], needs[2 : 2 + len(a)],
-        needs[2 + len(a) :],
-    )  # fmt: skip
-    gradients = iter(found)
-    return [next(gradients) if needed else None for needed in needs]

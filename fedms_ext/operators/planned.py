@@ -17,8 +17,8 @@ from .. import backends
 from ..backends import cuda, cuda_plan, device
 from ..backends.base import FLOATING, BackwardCall, ForwardCall, Lora, Needs, Scales, Weight, scale_on
 from .arguments import Quantized
-from .dispatch import call, is_observed
-from .definition import run_backward
+from .definition import gradients
+from .dispatch import is_observed
 
 
 class Planned:
@@ -150,56 +150,51 @@ class _Planned(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the call (None), x, the gate, every A and every B."""
-    x, gate, room, weight, weight_scale, seed, *pairs = ctx.saved_tensors
-    planned, needs, p = ctx.planned, ctx.needs, ctx.dropout_p
-    seed = ctx.seed if seed is None else seed
+    saved = ctx.saved_tensors  # read only once, as activation checkpointing requires
+    x, gate, room, weight, weight_scale, seed, *pairs = saved
+    planned, needs = ctx.planned, ctx.needs
     experts = len(pairs) // 2
-    a, b = pairs[:experts], pairs[experts:]
     if needs not in planned.backward:
-        found = _backward_call(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
-        kinds = (found.needs.dx, found.needs.dgate, True in found.needs.da, True in found.needs.db)
-        planned.backward[needs] = kinds if backends.choose(found) is cuda else None
+        found = _backward_call(ctx, dy, saved)
+        planned.backward[needs] = found.needs.kinds if backends.choose(found) is cuda else None
     kinds = planned.backward[needs]
     if kinds is None or is_observed():
-        return None, *_general_gradients(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
+        return None, *_general_gradients(ctx, dy, saved)
     dx = dy.new_empty(*dy.shape[:-1], planned.plan.shape.k) if needs[0] else None
     dgate = gate.new_empty(gate.shape) if needs[1] else None
     made = [torch.empty_like(pair, memory_format=torch.contiguous_format) if needed else None
             for pair, needed in zip(pairs, needs[2:])]
     try:
         planned.plan.backward(
-            dy, kinds, x, weight, weight_scale, a, b, planned.scale, gate, p, seed, None, room, True, dx, dgate,
-            made[:experts], made[experts:],
+            dy, kinds, x, weight, weight_scale, pairs[:experts], pairs[experts:], planned.scale, gate, ctx.dropout_p,
+            ctx.seed if seed is None else seed, None, room, True, dx, dgate, made[:experts], made[experts:],
         )  # fmt: skip
-    except cuda_plan.Declined:  # a dy that is expanded from fewer values, say
-        return None, *_general_gradients(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
+    except cuda_plan.Declined:  # a dy whose values share memory, such as the gradient of a sum
+        return None, *_general_gradients(ctx, dy, saved)
     return None, dx, dgate, *made
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 
-def _backward_call(
-    ctx: Any, dy: Tensor, x: Tensor | None, gate: Tensor | None, weight: Tensor | None, weight_scale: Tensor | None,
-    a: list[Tensor], b: list[Tensor], room: Tensor, seed: int | Tensor,
-) -> BackwardCall:  # fmt: skip
+def _backward_call(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> BackwardCall:
+    """Return what a backend is given for this backward pass; `saved` is what `_Planned.forward` saved."""
+    x, gate, room, weight, weight_scale, seed, *pairs = saved
+    experts = len(pairs) // 2
     kind, group = (FLOATING, 0) if ctx.quantized is None else (ctx.quantized.kind, ctx.quantized.group)
-    needs = Needs(ctx.needs[0], ctx.needs[1], ctx.needs[2 : 2 + len(a)], ctx.needs[2 + len(a) :])
-    lora = Lora(a, b, Scales(ctx.scale), gate, None, ctx.dropout_p, seed)
+    needs = Needs(ctx.needs[0], ctx.needs[1], ctx.needs[2 : 2 + experts], ctx.needs[2 + experts :])
+    seed = ctx.seed if seed is None else seed
+    lora = Lora(pairs[:experts], pairs[experts:], Scales(ctx.scale), gate, None, ctx.dropout_p, seed)
     plan = ctx.planned.plan
     s = room[plan.room_size :].view(plan.shape.m, plan.rank)
-    return BackwardCall(dy, x, Weight(weight, weight_scale, kind, group, dy.shape[-1], a[0].shape[1]), lora, s, needs)
+    return BackwardCall(dy, x, Weight(weight, weight_scale, kind, group, dy.shape[-1], plan.shape.k), lora, s, needs)
 
 
-def _general_gradients(
-    ctx: Any, dy: Tensor, x: Tensor | None, gate: Tensor | None, weight: Tensor | None, weight_scale: Tensor | None,
-    a: list[Tensor], b: list[Tensor], room: Tensor, seed: int | Tensor,
-) -> list[Tensor | None]:  # fmt: skip
-    """Return the gradients by the operator: another backend computes them, or somebody listens to PyTorch's dispatcher."""
-    found = _backward_call(ctx, dy, x, gate, weight, weight_scale, a, b, room, seed)
-    number, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
-    gradients = iter(call(
-        torch.ops.fedms_ext.expert_linear_backward, run_backward, dy, x, found.weight.k, weight, weight_scale, found.weight.kind,
-        found.weight.group, a, b, found.lora.scale, gate, None, ctx.dropout_p, number, seed_tensor, found.s, *found.needs,
-    ))  # fmt: skip
-    return [next(gradients) if needed else None for needed in ctx.needs]
+def _general_gradients(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> list[Tensor | None]:
+    """Return the gradients by the operator: another backend computes them, or PyTorch's dispatcher is observed."""
+    _, x, weight, lora, s, _ = _backward_call(ctx, dy, saved)
+    number, seed_tensor = (0, lora.seed) if isinstance(lora.seed, Tensor) else (lora.seed, None)
+    return gradients(
+        dy, x, weight.k, weight.data, weight.scale, weight.kind, weight.group, [*lora.a, *lora.b], lora.scale, lora.gate, None,
+        lora.dropout_p, number, seed_tensor, s, ctx.needs,
+    )  # fmt: skip
