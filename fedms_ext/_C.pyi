@@ -44,6 +44,19 @@ def linear_backward(
     more than `nibbles_few_rows` rows.
     """
 
+# --- attention of short sequences, csrc/include/fedms/attention.h
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """out (batch, queries, heads, width) and the softmax's constants (rows, 2), new tensors, or None where an operand is not
+    plain. q, k and v are (batch, heads, rows, width), float32, dense along width; the mask is added and may be expanded."""
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softmax: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """dq, dk and dv, each (batch, rows, heads, width), or None as above."""
+
 # --- the LoRA branch beside a frozen product of others, csrc/include/fedms/lora.h
 
 def lora_forward(
@@ -72,17 +85,6 @@ def int8_unpack(packed: Tensor, weight: Tensor) -> None:
 
 def int8_steps(packed: Tensor) -> int:
     """In how many steps x is quantized for this packed weight of 8 or 4 bits."""
-
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor] | None:
-    """out (batch, queries, heads, width) and the softmax's constants (rows, 2), new tensors, or None where an operand is not
-    plain. q, k and v are (batch, heads, rows, width), float32, dense along width; the mask is added and may be expanded."""
-
-def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softmax: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """dq, dk and dv, each (batch, rows, heads, width), or None as above."""
 
 def nibbles_few_rows() -> int:
     """Up to how many rows `nibbles_input_gradient` is faster than a product with the weight written out."""

@@ -1,8 +1,8 @@
-"""CUDA graphs of a computation whose shapes repeat, with gradients.
+"""CUDA graphs, with gradients, of a computation whose shapes repeat.
 
-In eager mode the CPU launches every kernel of a pass, and a small layer takes the GPU less time than that. A CUDA graph is launched
-as a whole. It reads and writes the memory that it was captured with: inputs are copied there before a replay, outputs from there
-after it.
+In eager mode the CPU launches each kernel of a pass separately, which takes longer than the kernels of a small layer. A CUDA graph
+is launched as a whole. It always reads and writes the memory with which it was captured, so inputs are copied to that memory
+before a replay, and outputs from it after the replay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Key = tuple[object, ...]
 
 
 def graphed(step: Step, parameters: Iterable[Tensor] = (), *, most: int = 8) -> Graphed:
-    """Make a step replay a CUDA graph where its inputs lie on a CUDA GPU and their shapes have been met before::
+    """Let a step replay a CUDA graph if its inputs are on a GPU and their shapes have occurred before::
 
         loss_of = fedms_ext.graphed(lambda x, y: F.cross_entropy(model(x), y), model.parameters())
         for x, y in batches:
@@ -31,21 +31,28 @@ def graphed(step: Step, parameters: Iterable[Tensor] = (), *, most: int = 8) -> 
             loss_of(x, y).backward()
             optimizer.step()
 
-    The first call of a shape computes as always. The second one captures the pass, and with gradients the backward pass too; it and
-    all later ones are replays. Results are those of the step, bit for bit: what is chosen by measurement is chosen before the
-    capture, and the random numbers of a replay are those that the step would have drawn then. Dropout of this package's layers
-    draws its seeds on the GPU, in plain calls of the step too. On a CPU, below `torch.compile`, in a transform of `torch.func` and
-    while a graph is being captured, calling it is calling the step.
+    The first call with a shape runs the step. The second call captures the forward pass and, if gradients are needed, the backward
+    pass; this call and all later ones replay the graph. The results are bit for bit those of the step: everything that is chosen by
+    measurement is chosen before the capture, and a replay uses the random numbers that the step would have drawn at that time. The
+    layers of this package draw their dropout seeds on the GPU, even in calls that run the step. On a CPU, inside `torch.compile`, in
+    a transform of `torch.func` and during the capture of another graph, a call always runs the step.
 
-    A replay repeats kernels and no Python: the step must do the same for all values of its inputs, must not wait for the GPU
-    (`.item()`, `.cpu()`), and must read what changes between calls from its arguments, or from tensors whose memory stays, such as
-    parameters that an optimizer updates.
+    A replay repeats kernels, not Python code. The step must run the same kernels for all values of its inputs, must not wait for the
+    GPU (`.item()`, `.cpu()`), and must read everything that changes between calls from its arguments or from tensors that keep their
+    memory, such as parameters that an optimizer updates.
 
     Args:
-        step: takes tensors, or None, as positional arguments and returns one tensor.
-        parameters: what else gets a gradient. Ones that do not ask for a gradient, or lie in other memory than before, are no error:
-            the step is captured anew.
-        most: graphs that are kept; the one used longest ago goes first. Each has memory of its own for all that its pass makes.
+        step: A function of positional arguments, each a tensor or None, that returns one tensor.
+        parameters: Other tensors that get gradients. If one of them moves to other memory, or `requires_grad` of one changes, the
+            step is captured again.
+        most: Largest number of graphs that are kept. The least recently used graph is dropped first. Each graph has its own memory
+            for the tensors that its passes create.
+
+    Returns:
+        A callable with the arguments and the result of `step`.
+
+    Raises:
+        ValueError: If `most` is less than 1.
     """
     return Graphed(step, parameters, most)
 
@@ -54,7 +61,7 @@ class Graphed:
     """A step that replays CUDA graphs; see `graphed`.
 
     Attributes:
-        captures: The graphs, by shapes; the one used last is the last.
+        captures: The graphs by shape, the most recently used one last.
     """
 
     def __init__(self, step: Step, parameters: Iterable[Tensor], most: int) -> None:
@@ -65,10 +72,11 @@ class Graphed:
         self._met: set[Key] = set()
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """Compute the step, or replay it.
+        """Run the step, or replay its graph.
 
         Raises:
-            RuntimeError: In the backward pass, if the same graph was replayed again in between, which overwrote what that needs.
+            RuntimeError: In the backward pass, if the same graph was replayed after the forward pass, so that the tensors that the
+                backward pass needs were overwritten.
         """
         if not _fits(inputs):
             return self.step(*inputs)
@@ -91,7 +99,7 @@ def _shape(tensor: Tensor | None) -> object:
 
 
 def _fits(inputs: Sequence[Tensor | None]) -> bool:
-    """Whether inputs can be those of a graph: all on one CUDA GPU, where nothing is captured now."""
+    """Return whether a graph can be used: all inputs are on one GPU, and no graph is being captured there."""
     found = {t.device for t in inputs if t is not None}
     if torch.compiler.is_compiling() or len(found) != 1 or is_transformed():
         return False
@@ -100,7 +108,7 @@ def _fits(inputs: Sequence[Tensor | None]) -> bool:
 
 
 class _Capture:
-    """The graphs of a pass and of its backward pass, and the memory that they read and write.
+    """The graphs of a forward pass and its backward pass, and the memory that they read and write.
 
     Attributes:
         turn: Number of replays of the forward pass.
@@ -111,7 +119,7 @@ class _Capture:
         self.wanted = [t for t in (*self.inputs, *parameters) if t is not None and t.requires_grad]
         self.turn = 0
         (device,) = {t.device for t in inputs if t is not None}
-        # Neither measuring nor capturing uses up random numbers.
+        # The warm-up and the capture must not advance the random number generators.
         with devices.guard(device), seeds_on_device(), torch.random.fork_rng([device]):
             self._warm_up(step, device)
             pool = torch.cuda.graph_pool_handle()
@@ -127,7 +135,7 @@ class _Capture:
                     self.gradients = self._gradients(out, self.dy)
 
     def _warm_up(self, step: Step, device: torch.device) -> None:
-        """Run both passes once, on another stream, as PyTorch asks for: libraries start, caches fill, choices are measured."""
+        """Run both passes once on another stream, as PyTorch requires, to initialize libraries, fill caches and measure choices."""
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -140,14 +148,14 @@ class _Capture:
         return [None if g is None else g.detach() for g in torch.autograd.grad(out, self.wanted, dy, allow_unused=True)]
 
     def fill(self, inputs: Sequence[Tensor | None]) -> None:
-        """Copy inputs to where the graph reads them."""
+        """Copy inputs to the memory that the graph reads."""
         for there, here in zip(self.inputs, inputs):
             if there is not None and here is not None:
                 there.detach().copy_(here)
 
 
 class _Replay(torch.autograd.Function):
-    """A replay of a capture's graphs."""
+    """Replays the graphs of a capture."""
 
     @staticmethod
     def forward(ctx: Any, capture: _Capture, count: int, *tensors: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A layer's passes on the CUDA kernels: one call from Python to C++ each, by a plan that is made once for a shape."""
+"""Plans: the forward and backward pass of a layer on the CUDA kernels, one C++ call each, prepared once for each shape."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .base import Lora, Weight, made_once
 
 _kernels: Any = devices.cuda_kernels()
 
-# What a pass raises for a tensor that the kernels cannot read where it is; a ValueError.
+# The error of a pass for a tensor that the kernels cannot read in place. It is a ValueError.
 Declined: type[ValueError] = _kernels.Declined if _kernels is not None else ValueError
 
-# Output columns from which on the shrink is fused into the GEMM where nothing was measured.
+# Smallest number of output columns for which the shrink is fused into the GEMM, if nothing was measured.
 _WIDE = 2048
 
 
 class Shape(NamedTuple):
-    """What a plan is made for. Names of shapes are those of `base`.
+    """The properties of a call that a plan depends on. The module `base` explains the names of sizes.
 
     Attributes:
-        device: where all tensors are.
-        dtype: of x, y and dy, bf16 or fp16.
-        fp32_experts: whether A and B are float32 rather than of `dtype`.
-        int8: whether the weight is int8.
-        has_dropout: whether the LoRA branch has dropout.
-        m, n, k: rows, output features and input features.
-        ranks: of each expert.
-        segments: rows of each expert, or None: every row takes all experts.
+        device: Device of all tensors.
+        dtype: Dtype of x, y and dy: bf16 or fp16.
+        fp32_experts: Whether A and B are float32; otherwise they have `dtype`.
+        int8: Whether the weight is int8.
+        has_dropout: Whether the LoRA branch has dropout.
+        m, n, k: Number of rows, output features and input features.
+        ranks: Rank of each expert.
+        segments: Number of rows of each expert, or None if every row uses all experts.
     """
 
     device: torch.device
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(x: Tensor, weight: Weight, lora: Lora) -> Shape:
-    """Return the shape of a call with this input, (..., K) or (..., N)."""
+    """Return the shape of a call. `x` is its input: x (..., K) of a forward pass, dy (..., N) of a backward pass."""
     segments = None if lora.segments is None else tuple(lora.segments)
     return Shape(
         x.device, x.dtype, lora.a[0].dtype == torch.float32, weight.scale is not None, lora.dropout_p > 0,
@@ -58,20 +58,23 @@ def shape_of(x: Tensor, weight: Weight, lora: Lora) -> Shape:
 
 
 class Plan:
-    """The passes of a layer for all calls of one shape: workspace sizes, tensor maps, and how its two GEMMs run.
+    """The forward and backward pass for all calls of one shape: workspace sizes, tensor maps and configurations of the two GEMMs.
 
-    The GEMMs are measured at the first call on a GPU. A plan that is used by one layer alone keeps its tensor maps from call to
-    call; otherwise they are made again, which costs microseconds.
+    The configurations are chosen by measurement at the first call on a GPU. The tensor maps of a plan that belongs to one layer
+    are reused from call to call. A plan that several layers share makes them again when their addresses change, which takes
+    microseconds.
 
     Attributes:
-        rank: columns of S.
-        room_size: values of the input's dtype that T and the experts side by side take. The forward pass writes them, and a
-            backward pass that gets them need not compute them again.
-        reads_expert_in_place: whether the only expert is not copied, so that its rows must begin at multiples of 16 bytes.
+        shape: The shape of all calls.
+        rank: Number of columns of S.
+        room_size: Size of the buffer `room`, in values of the dtype of x: T, followed by the experts side by side. The forward
+            pass fills it. A backward pass that is given the filled buffer does not compute them again.
+        reads_expert_in_place: Whether the kernels read the only expert without a copy, so that its rows have to begin at multiples
+            of 16 bytes.
     """
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape  # of all calls
+        self.shape = shape
         owner = [e for e, rank in enumerate(shape.ranks) for _ in range(rank)]
         self._kernels = _kernels.Plan(
             bf16=shape.dtype == torch.bfloat16, fp32_experts=shape.fp32_experts, int8=shape.int8, m=shape.m, n=shape.n, k=shape.k,
@@ -85,14 +88,14 @@ class Plan:
         self._workspace_sizes: dict[tuple[bool, ...], int] = {}
 
     def forward(self, x: Tensor, *args: Any) -> None:
-        """Write y, S, and what belongs into the room.
+        """Write y and S, and fill the room.
 
         Args:
             x: (M, K), or (..., K) if dense.
-            args: the others of `_C.cuda.Plan.forward`, in their order.
+            args: The other arguments of `_C.cuda.Plan.forward`, in order.
 
         Raises:
-            Declined: for a tensor that the kernels cannot read where it is.
+            Declined: If the kernels cannot read a tensor in place.
         """
         if not self._forward_is_chosen:
             self._choose_forward(lambda: self._kernels.forward(x, *args))
@@ -103,11 +106,12 @@ class Plan:
 
         Args:
             dy: (M, N), or (..., N) if dense.
-            needs: whether the gradient of x, of the gate, of any A and of any B is needed.
-            args: the others of `_C.cuda.Plan.backward` but for the workspace, in their order.
+            needs: Whether the gradient of x, of the gate, of any A and of any B is needed; see `Needs.kinds`.
+            args: The other arguments of `_C.cuda.Plan.backward` except for the workspace, in order. The last three are the
+                gradients of the gate, of every A and of every B.
 
         Raises:
-            Declined: for a tensor that the kernels cannot read where it is.
+            Declined: If the kernels cannot read a tensor in place.
         """
         size = self._workspace_sizes.get(needs)
         if size is None:
@@ -119,7 +123,7 @@ class Plan:
         self._kernels.backward(dy, *args, workspace)
 
     def _choose_forward(self, run: Callable[[], None]) -> None:
-        # The tiles that can compute S take neither dropout nor an int8 W. In a forward pass dropout concerns S alone.
+        # Tiles that compute S too support neither dropout nor an int8 W. In a forward pass dropout affects only S.
         may_fuse = not (self.shape.has_dropout or self.shape.int8)
         self._forward_is_chosen = self._choose(
             "forward", self.shape.n, self.shape.k, False, may_fuse, run,
@@ -136,9 +140,10 @@ class Plan:
         self, name: str, n: int, k: int, has_dropout: bool, may_fuse: bool, run: Callable[[], None],
         take: Callable[[GemmConfig], None],
     ) -> bool:  # fmt: skip
-        """Take the fastest configuration of a GEMM (M, N) with the reduction K; return whether it is final.
+        """Set the fastest configuration of a GEMM (M, N) with the reduction K, and return whether it is final.
 
-        Rows count up to a power of two. A shape that is first met while a CUDA graph is captured is measured after it.
+        Numbers of rows are rounded up to a power of two. A shape that first occurs while a CUDA graph is captured is measured at
+        its next call.
         """
         shape = self.shape
         m = 1 << (shape.m - 1).bit_length()
@@ -160,7 +165,7 @@ class Plan:
 
 @made_once(1024)
 def shared_plan(shape: Shape) -> Plan:
-    """Return the plan of all calls of a shape whose layer has none of its own."""
+    """Return the plan for calls of a shape that do not come from a layer with its own plans."""
     return Plan(shape)
 
 
@@ -174,7 +179,7 @@ def chip_of(device: torch.device) -> Any:
 
 @lru_cache(maxsize=None)
 def choices(capability: tuple[int, int]) -> Choices[GemmConfig]:
-    """Return the file of the fastest configurations on GPUs of a compute capability."""
+    """Return the file that stores the fastest configurations for GPUs of a compute capability."""
     major, minor = capability
     return Choices(f"cuda-gemm-sm{major}{minor}-{devices.build_id()[:16]}.json")
 
@@ -183,8 +188,8 @@ class GemmConfig(NamedTuple):
     """A configuration of the GEMM.
 
     Attributes:
-        tile: the number of its tile.
-        fuses_shrink: whether the tiles of the first columns compute S on the way.
+        tile: Number of the tile.
+        fuses_shrink: Whether the tiles of the first columns also compute S.
     """
 
     tile: int
@@ -197,19 +202,19 @@ class GemmConfig(NamedTuple):
 def gemm_configs(
     chip: object, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, may_fuse: bool
 ) -> list[GemmConfig]:
-    """Return the legal configurations of a GEMM, first the one that the cost model expects to be the fastest.
+    """Return the valid configurations of a GEMM. The first one is the fastest according to the cost model.
 
     Args:
-        chip: the C++ object that describes the GPU.
-        m, n, k: rows, output columns and reduction.
-        rank: total rank.
-        int8: whether the weight is int8.
-        has_dropout: whether the output is masked.
-        full_tiles: whether no segment is shorter than a tile of wgmma.
-        may_fuse: whether S may be computed on the way.
+        chip: The C++ object that describes the GPU.
+        m, n, k: Number of rows, output columns and terms of each sum.
+        rank: Total rank.
+        int8: Whether the weight is int8.
+        has_dropout: Whether the output is masked.
+        full_tiles: Whether every segment has at least as many rows as a tile of wgmma, or none.
+        may_fuse: Whether the GEMM may also compute S.
     """
     tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, has_dropout, full_tiles)
     apart = [GemmConfig(tile, False) for tile in tiles]
-    # The tiles that compute S take longer, so there must be many others.
+    # Tiles that compute S take longer, which pays only if there are many other tiles.
     fused = [GemmConfig(tile, True) for tile in tiles if may_fuse and _kernels.shrinks_inside(tile, rank)]
     return fused + apart if n >= _WIDE else apart + fused

@@ -42,9 +42,8 @@ class DeviceProperties(NamedTuple):
 
 _STAND_IN = DeviceProperties((9, 0), multiprocessors=4, shared_memory=232448)
 
-
-# The attribute of a tensor that says whether it lies where the CUDA kernels take it from. It is asked at every call of a layer, so
-# without a call of Python's; and by its name, since torch.compile cannot trace an attrgetter.
+# The attribute of a tensor that tells whether it is on a device of the CUDA kernels. Each call of a layer reads it with `getattr`,
+# which costs no Python call; torch.compile cannot trace an `operator.attrgetter`.
 ON_GPU = "is_cpu" if _EMULATOR else "is_cuda"
 
 

@@ -99,7 +99,11 @@ def choose(call: Call) -> Backend:
 
 
 def preference() -> tuple[Backend | None, int]:
-    """Return what a choice depends on besides the call: the backend asked for by name, or None, and how many there are."""
+    """Return what the choice of a backend depends on besides the call.
+
+    Returns:
+        The backend that was requested by name, or None, and the number of registered backends.
+    """
     return _forced[-1][0] if _forced else None, len(_backends)
 
 

@@ -1,4 +1,4 @@
-"""Drop-in modules: a Linear with experts, one with a quantized weight, and the small network that mixes experts. And attention."""
+"""Drop-in modules: a Linear with experts, a Linear with a quantized weight, the small network that mixes experts, and attention."""
 from fedms_ext.nn.attention import use_attention
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear

@@ -1,4 +1,4 @@
-"""Gives models of the transformers library the attention of this package."""
+"""Let models of the transformers library use the attention of this package."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ NAME = "fedms_ext"
 
 
 def use_attention(model: nn.Module) -> bool:
-    """Let a model of the transformers library compute attention by `fedms_ext.attention` where it is faster.
+    """Let a model of the transformers library compute attention with `fedms_ext.attention`.
 
-    Only models whose attention is PyTorch's ("sdpa") are changed, and only what that computes: calls with dropout, a causal
-    mask that is not written out, grouped heads or a position bias stay with it.
+    Only models that use PyTorch's attention ("sdpa") are changed. Calls with dropout, an implicit causal mask, grouped heads, a
+    position bias or a soft cap are still computed by the library's "sdpa" function.
 
     Args:
-        model: any module.
+        model: Any module.
 
     Returns:
-        Whether the model was changed; it is not if it is of no such library or has another attention.
+        Whether the model was changed. It is not changed if it is not a model of the library, uses another attention, or comes from
+        a version of the library in which attention cannot be registered.
     """
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
         return False
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
-    except ImportError:  # of a version without interfaces for attention
+    except ImportError:  # a version of the library in which attention cannot be registered
         return False
 
     AttentionInterface.register(NAME, _attend)
@@ -41,7 +42,14 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention as the library asks for it: q, k and v (batch, heads, tokens, width); out (batch, tokens, heads, width)."""
+    """Compute attention with the signature of the library.
+
+    Args:
+        query, key, value: (batch, heads, tokens, width); the others are those of the library's "sdpa" function.
+
+    Returns:
+        The output (batch, tokens, heads, width), and None instead of the probabilities.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     other = [name for name in ("position_bias", "softcap") if options.get(name) is not None]
     if dropout > 0.0 or other or key.shape[1] != query.shape[1] or (causal and attention_mask is None and query.shape[2] > 1):

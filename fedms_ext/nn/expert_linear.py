@@ -166,10 +166,12 @@ class ExpertLinear(FrozenLinear):
 
     @property
     def gate(self) -> Tensor | None:
+        """The gate of the calling thread, or None; see the class."""
         return self._route().gate
 
     @property
     def segments(self) -> Sequence[int] | None:
+        """The segments of the calling thread, or None; see the class."""
         return self._route().segments
 
     def _route(self) -> Route:

@@ -1,4 +1,4 @@
-"""What one LoRA expert of a layer is: its shape and scale, and what its pair of tensors does."""
+"""The shape and scale of a LoRA expert in a layer, and the state of its pair of parameters."""
 from __future__ import annotations
 
 import enum
@@ -27,13 +27,13 @@ class LoRA:
     """Shape and scale of one LoRA expert (Hu et al. 2021; rsLoRA: Kalajdzievski 2023).
 
     Args:
-        rank: inner dimension r, at least 1.
-        alpha: numerator of the scale, which is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`.
-        dropout: probability in [0, 1) of dropping an input of the LoRA branch while it is trained.
-        rslora: rank-stabilized scale.
+        rank: Inner dimension r, at least 1.
+        alpha: Numerator of the scale, which is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`.
+        dropout: Probability in [0, 1) of dropping an input of the LoRA branch while it is trained.
+        rslora: Whether the scale is rank-stabilized.
 
     Raises:
-        ValueError: if a value lies outside its range.
+        ValueError: If a value is outside its range.
     """
 
     rank: int
@@ -51,6 +51,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
+        """The factor of B A in the layer's output."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

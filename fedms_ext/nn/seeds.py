@@ -1,4 +1,4 @@
-"""Seeds of dropout masks: numbers, or within `seeds_on_device` tensors in the GPU's memory."""
+"""Seeds of dropout masks: numbers, or tensors in the GPU's memory inside `seeds_on_device`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def draw_seed(x: Tensor) -> int | Tensor:
     """Draw the seed of a mask for x from torch's default generator.
 
     Returns:
-        A number, from the CPU's generator; for an x on a GPU within `seeds_on_device`, and while a CUDA graph is captured, an int64
-        tensor (1,) beside it, from the GPU's generator. A number would be a constant of the graph: every replay would drop the same
-        values.
+        A number from the CPU's generator. If x is on a GPU, and the call is inside `seeds_on_device` or a CUDA graph is being
+        captured, an int64 tensor (1,) on that GPU from the GPU's generator: a number would be a constant of the graph, and every
+        replay would drop the same values.
     """
     if devices.is_real(x.device) and (_ON_DEVICE.get() or devices.is_capturing(x.device)):
         return torch.randint(_MOST, (1,), device=x.device)
@@ -30,7 +30,7 @@ def draw_seed(x: Tensor) -> int | Tensor:
 
 @contextmanager
 def seeds_on_device() -> Iterator[None]:
-    """Within the context seeds for layers on a GPU are drawn there."""
+    """Draw the seeds of layers on a GPU from the GPU's generator, within the context."""
     token = _ON_DEVICE.set(True)
     try:
         yield

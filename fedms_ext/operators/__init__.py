@@ -1,4 +1,4 @@
-"""The PyTorch operator `expert_linear`: schema, fake kernels, autograd, checks of its arguments, and the way past the dispatcher."""
+"""The functions `expert_linear` and `attention`: PyTorch operators, autograd, checks of arguments, and shortcuts past the dispatcher."""
 
 from .attention import attention
 from .expert_linear import expert_linear

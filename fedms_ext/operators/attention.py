@@ -1,7 +1,8 @@
-"""Attention of short sequences on a CPU, forward and backward, in one C++ call a pass; everything else is PyTorch's own.
+"""Attention on short sequences on a CPU, one C++ call for the forward and one for the backward pass; PyTorch computes the rest.
 
-PyTorch's kernel is made for long sequences: of a training step with one block on a cached int8 prefix it takes a fifth. On a Zen 4
-with AVX-512 this one takes 0.7 of its time at 64 tokens and 0.8 at 197; with AVX2 it was slower, so it is not used there.
+PyTorch's kernel is designed for long sequences. It takes a fifth of a training step with one block on a cached int8 prefix. On a
+Zen 4 with AVX-512 the kernel of this package takes 0.7 of its time at 64 tokens and 0.8 at 197. With AVX2 it was slower than
+PyTorch's, so it is not used there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from .. import _C
 from .dispatch import is_observed
 
-# A block of rows of the probabilities and all keys and values of a head should stay in the L2 cache.
+# Largest number of keys: all keys and values of a head and a block of rows of the probabilities should fit into the L2 cache.
 LONGEST = 512
 
 
@@ -26,15 +27,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
         q: (batch, heads, queries, width), floating.
         k: (batch, heads, keys, width).
         v: (batch, heads, keys, width).
-        mask: (batch or 1, heads or 1, queries or 1, keys), floating (added) or bool (True: take part), or None.
-        scale: a number; None means 1 / sqrt(width).
+        mask: (batch or 1, heads or 1, queries or 1, keys), or None. A floating mask is added to the logits; a bool mask is True
+            for each key that a query attends to.
+        scale: A number; None means 1 / sqrt(width).
 
     Returns:
-        (batch, heads, queries, width), as `torch.nn.functional.scaled_dot_product_attention` gives it, in float32 up to its
-        rounding. Gradients flow to q, k and v; a second one is a RuntimeError where the C++ kernel ran.
+        (batch, heads, queries, width), equal to the result of `torch.nn.functional.scaled_dot_product_attention` up to rounding.
+        Gradients flow to q, k and v. Differentiating a gradient of the C++ kernel again raises a RuntimeError.
 
     Raises:
-        RuntimeError: for shapes that do not fit, from PyTorch.
+        RuntimeError: If the shapes do not fit; the error is PyTorch's.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not is_observed() and _is_short(q, k, v, mask):
@@ -46,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
 
 
 def _is_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the kernel is made for a call; what it does not take for other reasons it declines itself."""
+    """Return whether to try the C++ kernel. It still declines shapes, strides and dtypes that it does not support."""
     tensors = (q, k, v) if mask is None else (q, k, v, mask)
     return (
         all([type(tensor) is Tensor and tensor.is_cpu and not tensor.is_neg() for tensor in tensors])
@@ -58,11 +60,12 @@ def _is_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 def _added(mask: Tensor) -> Tensor:
+    """Return a bool mask as one that is added to the logits, in float32."""
     return torch.zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
 
 
 class _Attention(torch.autograd.Function):
-    """The kernel with its gradients; None where it declines."""
+    """The C++ kernel with its gradients. The result is None if the kernel declines the call."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:

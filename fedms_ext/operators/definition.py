@@ -1,4 +1,4 @@
-"""The operator as PyTorch's dispatcher sees it: schemas, implementations, fakes. One for floating and for quantized weights."""
+"""Register the operators with PyTorch: schemas, implementations, fakes. Floating and quantized weights share one operator."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _lora(
 def forward_call(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, kind: str, group: int, bias: Tensor | None, *lora: Any
 ) -> ForwardCall:
-    """Return what a backend is given for the arguments of the operator."""
+    """Return the call of a backend for the arguments of the forward operator."""
     n = (weight if weight_scale is None else weight_scale).shape[0]
     return ForwardCall(x, Weight(weight, weight_scale, kind, group, n, x.shape[-1]), bias, _lora(*lora))
 
@@ -52,13 +52,13 @@ def backward_call(
     dy: Tensor, x: Tensor | None, k: int, weight: Tensor | None, weight_scale: Tensor | None, kind: str, group: int,
     *rest: Any,
 ) -> BackwardCall:  # fmt: skip
-    """Return what a backend is given for the arguments of the operator's backward pass."""
+    """Return the call of a backend for the arguments of the backward operator."""
     weight_of_call = Weight(weight, weight_scale, kind, group, dy.shape[-1], k)
     return BackwardCall(dy, x, weight_of_call, _lora(*rest[:8]), rest[8], Needs(*rest[9:]))
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The dtypes are settled before an operator is called; autocast must not change them again in a backend.
+    # The dtypes are chosen before an operator is called, and autocast must not change them again in a backend.
     @wraps(function)
     def wrapper(first: Tensor, *args: Any) -> Any:
         device = first.device.type
@@ -72,14 +72,14 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_without_autocast
 def run_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """Compute the operator on the backend that is chosen; return y and S."""
+    """Compute y and S with the chosen backend."""
     found = forward_call(*args)
     return backends.choose(found).forward(found)
 
 
 @_without_autocast
 def run_backward(*args: Any) -> list[Tensor]:
-    """Compute the operator's backward pass on the backend that is chosen; return the gradients that are needed, in order."""
+    """Compute the gradients that are needed with the chosen backend, and return them in order."""
     found = backward_call(*args)
     dx, dgate, da, db = backends.choose(found).backward(found)
     return [gradient for gradient in (dx, dgate, *da, *db) if gradient is not None]

@@ -1,4 +1,4 @@
-"""`expert_linear`, the function: a plain call in one C++ call a pass, every other one through the operator and autograd."""
+"""The function `expert_linear`. Plain calls take one C++ call for each pass; all others use the operator and autograd."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""The plain case of `expert_linear` on a CPU: one C++ call a pass.
+"""A shortcut for plain calls of `expert_linear` on a CPU: one C++ call for each pass.
 
-At one row the kernels take a few microseconds, and the general way to them, which checks and converts every operand and goes
-through the choice of a backend, takes several times as long. Here a call goes straight to `_C.linear_forward`, which declines
-(None) whatever is not plain: a tensor that is not float32, not dense, of a subclass or elsewhere, and shapes that do not fit.
-Views whose values are to be negated when they are read are declined here. The caller then takes the general way, which computes
-the same, or names what is wrong.
+For one row the kernels take a few microseconds. The general path, which checks and converts every operand and chooses a backend,
+takes several times as long. Here a call goes directly to `_C.linear_forward`, which returns None if the call is not plain: a
+tensor is not float32, not dense, of a subclass or on another device, or shapes do not fit. Lazily negated views are declined
+here. The caller then takes the general path, which computes the same result or reports what is wrong.
 """
 
 from __future__ import annotations
@@ -35,27 +34,27 @@ def plain_linear(
     seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """Return y = x W^T + bias + the experts' branch, or None where the call is not plain.
+    """Return y = x W^T + bias + the LoRA branch, or None if the call is not plain.
 
     Args:
         x: (..., K).
         weight: (N, K), a tensor or a quantized weight.
         bias: (N,) or None.
-        lora_a: (r_e, K) of every applied expert. With none of them, a call on a weight that is not quantized is not plain.
-        lora_b: (N, r_e) of every applied expert.
-        scale: a number for every applied expert; a tensor is not plain.
-        gate: x.shape[:-1] + (experts,), of any strides, or None; one that would have to be expanded is not plain.
-        dropout_p: probability that a value of x is dropped in the branch.
-        seed: of the mask, or None; a tensor is not plain.
-        segments: numbers of rows, one for every applied expert, which takes these rows alone, or None. Plain only without a gate
-            and dropout, and where nothing needs a gradient.
+        lora_a: (r_e, K) for each applied expert. Without experts, only calls with a quantized weight are plain.
+        lora_b: (N, r_e) for each applied expert.
+        scale: A number for each applied expert; a tensor is not plain.
+        gate: x.shape[:-1] + (experts,), with any strides, or None; a gate that has to be expanded is not plain.
+        dropout_p: Probability that a value of x is dropped in the branch.
+        seed: Seed of the dropout mask, or None; a tensor is not plain.
+        segments: Number of rows of each applied expert, which alone applies to them, or None. Plain only without a gate, without
+            dropout and if no gradient is needed.
     """
     if type(x) is not Tensor or getattr(x, ON_GPU) or is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
         return None
     if isinstance(weight, Tensor):
         quantized, data, data_scale = None, weight, None
         if not lora_a:
-            return None  # the caller's F.linear
+            return None  # the caller calls F.linear
     else:
         quantized = weight
         data, data_scale = getattr(weight, "operands", (None, None))
@@ -82,7 +81,7 @@ def plain_linear(
 
 
 class _Plain(torch.autograd.Function):
-    """Joins what `_C.linear_forward` has computed to autograd's graph."""
+    """Adds the result of `_C.linear_forward` to autograd's graph."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:

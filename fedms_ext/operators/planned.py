@@ -1,8 +1,8 @@
-"""The short way of a layer to the CUDA kernels: one call from Python to C++ a pass, by plans that the layer keeps.
+"""A shortcut from a layer to the CUDA kernels: one C++ call for each pass, with plans that the layer keeps.
 
-The general way checks and converts every operand, goes through the choice of a backend, and takes several hundred Python calls,
-for which a small layer on a GPU waits longer than for its kernels. Here all of that is done once for a shape. The kernels decline
-a tensor that they cannot read where it is; the call then takes the general way, which computes the same, or names what is wrong.
+The general path checks and converts every operand and chooses a backend. That takes several hundred Python calls, and more time
+than the kernels of a small layer. Here it is done once for each shape. If the kernels cannot read a tensor in place, they decline
+the call, which then takes the general path: it computes the same result or reports what is wrong.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .dispatch import is_observed
 
 
 class Planned:
-    """What a layer keeps for calls of one shape.
+    """What a layer keeps for its calls of one shape.
 
     Attributes:
-        plan: of the passes, or None if another backend computes such calls.
-        y_shape: of the output.
-        room: values of x's dtype for what the forward pass keeps, S at the end.
-        scale: the experts' scales on the GPU, float32 (E,).
-        backward: by which gradients are needed: whether any of x's, the gate's, A's and B's are, or None if another backend
-            computes the backward pass.
+        plan: The plan of both passes, or None if another backend computes such calls.
+        y_shape: Shape of the output.
+        room: Size of the buffer that the forward pass fills for the backward pass, in values of the dtype of x. S is at its end.
+        scale: Scales of the experts on the GPU, float32 (E,).
+        backward: For each combination of needed gradients its `Needs.kinds`, or None if another backend computes that backward
+            pass.
     """
 
     def __init__(self, found: ForwardCall) -> None:
@@ -43,12 +43,12 @@ class Planned:
 
 
 class Plans(dict[tuple[object, ...], Planned]):
-    """What a layer keeps, by shape. A copy of the layer, or one that is loaded, starts without any."""
+    """The plans of a layer by shape. Copies of the layer and loaded layers start without plans."""
 
     MOST = 64
 
     def keep(self, key: tuple[object, ...], planned: Planned) -> None:
-        """Keep a plan, in the place of the oldest one if there are many."""
+        """Keep a plan; if there are `MOST` plans already, drop the oldest one."""
         if len(self) >= self.MOST:
             self.pop(next(iter(self)), None)
         self[key] = planned
@@ -67,19 +67,19 @@ def planned_linear(
     plans: Plans, x: Tensor, weight: Tensor | Quantized, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
     scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int | Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Return y = x W^T + bias + the experts' branch, or None where the CUDA kernels do not compute the call in this way.
+    """Return y = x W^T + bias + the LoRA branch, or None if the call cannot take this shortcut.
 
     Args:
-        plans: of the layer.
+        plans: The plans of the layer.
         x: (..., K).
         weight: (N, K), a tensor or a quantized weight.
         bias: (N,) or None.
-        a: (r_e, K) of every applied expert.
-        b: (N, r_e) of every applied expert.
-        scale: a number for every applied expert.
-        gate: a weight for every row and expert, broadcastable to x.shape[:-1] + (E,), or None.
-        dropout_p: probability that a value of x is dropped in the branch.
-        seed: of the dropout mask; see `expert_linear`.
+        a: (r_e, K) for each applied expert.
+        b: (N, r_e) for each applied expert.
+        scale: A number for each applied expert.
+        gate: A weight for each row and expert, broadcastable to x.shape[:-1] + (E,), or None.
+        dropout_p: Probability that a value of x is dropped in the branch.
+        seed: Seed of the dropout mask; see `expert_linear`.
     """
     if is_observed() or torch.is_autocast_enabled(x.device.type):
         return None
@@ -112,7 +112,7 @@ def planned_linear(
 
 
 def _gate_of_rows(gate: Tensor, x: Tensor) -> Tensor:
-    """Return the gate as float32 (M, E), without a copy where it is that already."""
+    """Return the gate as float32 (M, E), without a copy if possible."""
     shape = (*x.shape[:-1], gate.shape[-1])
     return (gate if gate.shape == shape else gate.expand(shape)).reshape(-1, shape[-1]).to(torch.float32)
 
@@ -122,7 +122,7 @@ def _plan(
     a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None, dropout_p: float,
     seed: int | Tensor,
 ) -> Planned:  # fmt: skip
-    """Return what is kept for calls of a new shape. What is made while a CUDA graph is captured belongs to the graph."""
+    """Plan calls of a new shape. A plan that is made while a CUDA graph is captured is not kept: its memory is the graph's."""
     kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
     n, k = data.shape if quantized is None else quantized.shape
     lora = Lora(a, b, Scales(scale), gate, None, dropout_p, seed)
@@ -133,12 +133,12 @@ def _plan(
 
 
 class _Planned(torch.autograd.Function):
-    """Joins what a plan has computed to autograd's graph."""
+    """Adds the result of a plan to autograd's graph."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
         y, ctx.planned, kept, ctx.quantized, ctx.scale, ctx.dropout_p, ctx.seed, ctx.needs = call
-        # x is kept for the gradients of A alone.
+        # x is needed only for the gradients of A.
         ctx.save_for_backward(x if True in ctx.needs[2 : 2 + len(pairs) // 2] else None, gate, *kept, *pairs)
         return y
 

@@ -82,6 +82,7 @@ class Ragged:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in memory."""
         return sum(tensor.nbytes for tensor in self.tensors().values()) + self.offsets.nbytes
 
     def row(self, i: int) -> Tensor:
@@ -103,6 +104,7 @@ class Ragged:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Ragged:
+        """Return the rows that `tensors` described, without a copy."""
         self = cls.__new__(cls)
         self.scales = tensors.get("scales")
         self._set(tensors["values"], tensors["lengths"])
@@ -169,6 +171,7 @@ class DiskCache:
 
     @property
     def nbytes(self) -> int:
+        """Total size of the files in the folder, in bytes."""
         return sum(file.stat().st_size for file in self.folder.glob("*" + self.SUFFIX))
 
     def _read(self, path: Path) -> Tensor | Ragged | None:

@@ -31,15 +31,18 @@ def row_block(blocks_ptr, number, M, R, SIZE, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def gate_of(gate_ptr, gate_stride_m, gate_stride_e, rows, expert, end):
-    # gate_e of each row and rank, (rows, ranks) in fp32, with `expert` that of each rank.
+    """Load gate_e for each row and rank, (rows, ranks) in fp32; `expert` holds the number of each rank's expert."""
     gate = gate_ptr + rows.to(tl.int64)[:, None] * gate_stride_m + expert[None, :] * gate_stride_e
     return tl.load(gate, mask=rows[:, None] < end, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def factor_of(scale_ptr, expert_ptr, gate_ptr, gate_stride_m, gate_stride_e, rows, ranks, end, R, GATE: tl.constexpr):
-    # scale_e * gate_e of each row and rank, (rows or 1, ranks) in fp32. The scales may be fp64 (a Python number
-    # that a compiler turned into a tensor): they become fp32 here, or all that follows would be fp64.
+    """Load scale_e * gate_e for each row and rank, (rows, ranks) in fp32; without a gate (1, ranks).
+
+    The scales may be fp64, where a compiler has turned Python numbers into a tensor. They are converted to fp32 here, since
+    everything computed with them would be fp64 otherwise.
+    """
     expert = tl.load(expert_ptr + ranks, mask=ranks < R, other=0)
     factor = tl.load(scale_ptr + expert).to(tl.float32)[None, :]
     if GATE:
