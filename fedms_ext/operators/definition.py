@@ -93,9 +93,9 @@ def gradients(
     """Run the backward operator, skipping PyTorch's dispatcher if nothing observes it.
 
     Args:
-        pairs: every A, then every B.
-        needs: whether the gradient of x, of the gate, of every A and of every B is needed.
-        The others are those of the operator.
+        pairs: Every A, then every B.
+        needs: Whether the gradient of x, of the gate, of each A and of each B is needed.
+        The other arguments are those of the operator.
 
     Returns:
         The gradients in the order of `needs`, None for those that are not needed.
