@@ -63,9 +63,10 @@ class _ExpertLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, gate, weight, weight_scale, scale, seed_tensor, *lora = ctx.saved_tensors
         scale = ctx.numbers if scale is None else scale
+        dropout_p, seed = ctx.dropout
         dx, dgate, *dlora = gradients(
-            dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora, scale, gate, ctx.segments, *ctx.dropout, seed_tensor, s,
-            ctx.needs,
+            dy, x, ctx.k, weight, weight_scale, ctx.kind, ctx.group, lora, scale, gate, ctx.segments, dropout_p, seed, seed_tensor,
+            s, ctx.needs,
         )  # fmt: skip
         return dx, dgate, *[None] * 6, *dlora
 
