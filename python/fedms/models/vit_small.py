@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from fedms.config import ModelTable
-from fedms.data.cache import cache_dir, made_cache_dir, new_folder, verify
-from fedms.data.pypi import fetch
-from fedms.errors import DataError, ModelError
+from fedms.data.cache import cache_dir, made_cache_dir, new_folder
+from fedms.errors import ModelError
 
 from . import huggingface
 from .base import FoundationModel, import_transformers, quiet_transformers
+from .wheel import verified_wheel
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -41,10 +41,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of ImageNet's 
 
 
 def load(table: ModelTable) -> FoundationModel:
-    """The model, as its row in the catalogue calls it.
+    """Load the model.
 
     Raises:
-        ModelError: if the weights cannot be fetched or converted.
+        ModelError: If the weights cannot be fetched or converted.
     """
     model = huggingface.load(table.model_copy(update={"id": str(converted()), "trust_remote_code": False}))
     model.name = "vit-small"
@@ -52,13 +52,13 @@ def load(table: ModelTable) -> FoundationModel:
 
 
 def status() -> tuple[str, str]:
-    """What `fedms doctor` says: whether the weights are here, or can be fetched."""
+    """Return the state and the words with which `fedms doctor` reports on vit-small."""
     return ("ok", str(_folder())) if _folder().exists() else (
         "note", "not fetched yet; the first run that needs it does that with pip (90 MB)")
 
 
 def converted() -> Path:
-    """The folder of the model in Hugging Face's format, made at the first call."""
+    """Return the folder of the model in Hugging Face's format, which the first call makes."""
     folder = _folder()
     if not folder.exists():
         made_cache_dir()
@@ -80,8 +80,11 @@ def converted() -> Path:
 
 
 def state_of(graph: GraphProto) -> dict[str, Tensor]:
-    """The state of a transformers.Dinov2Model from the constants of an ONNX graph. Those of Linear layers have lost their names: a
-    layer is a MatMul with the weight, then an Add of a bias that still has its own."""
+    """Return the state of a transformers.Dinov2Model, by name, from the constants of an ONNX graph.
+
+    The weights of Linear layers have lost their names in the graph. They are found by their biases, which have kept theirs: a
+    layer is a MatMul with the weight, and then an Add of the bias.
+    """
     from onnx import numpy_helper
 
     constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
@@ -118,16 +121,10 @@ def _folder() -> Path:
 
 
 def _graph(scratch: Path) -> GraphProto:
-    """The graph of the ONNX file out of the wheel, which is taken from the cache folder, or fetched."""
+    """Return the graph of the ONNX file in the wheel."""
     try:
         import onnx
     except ImportError as error:
         raise ModelError("model.id: to convert the weights of vit-small once, the package onnx is needed; pip install onnx") from error
-    wheel = cache_dir() / WHEEL
-    try:
-        wheel = wheel if wheel.exists() else fetch(PACKAGE, WHEEL, WHEEL_SHA256, scratch)
-        verify(wheel, WHEEL_SHA256, f"delete {wheel} and run again")
-        with zipfile.ZipFile(wheel) as archive:
-            return onnx.load(io.BytesIO(archive.read(FILE))).graph
-    except (OSError, DataError) as error:
-        raise ModelError(f"model.id: vit-small could not be fetched: {error}\ncheck the network, or put {WHEEL} into {cache_dir()}") from None
+    with zipfile.ZipFile(verified_wheel("vit-small", PACKAGE, WHEEL, WHEEL_SHA256, scratch)) as archive:
+        return onnx.load(io.BytesIO(archive.read(FILE))).graph
