@@ -17,13 +17,14 @@ LARGEST_NATS = 700.0      # whose exponential is still a number
 
 
 class CausalLM(Task):
-    """An opinion is four numbers a token: the log-probability of the token that comes, the entropy, the largest
-    log-probability, and 1 where the token that comes is the most probable one. Units are the tokens of answers, targets the
-    tokens (U,). Two experts' probabilities are mixed.
+    """Predicting the tokens of answers; a mixture mixes the probabilities of two experts.
+
+    A unit is a token of an answer, and its target is that token, (U,). An opinion is four numbers for each token: its
+    log-probability; the entropy and the largest log-probability over all tokens; and 1 if it is the most probable token, else 0.
 
     Args:
-        head: of the foundation model; no expert has its own.
-        chunk: positions whose logits exist at the same time.
+        head: The head of the foundation model; experts have none of their own.
+        chunk: Number of positions whose logits are in memory at the same time.
     """
 
     columns = 4
@@ -42,18 +43,24 @@ class CausalLM(Task):
         return torch.cat([found.log_p[:, None], found.confidence, (found.best == targets).to(found.log_p.dtype)[:, None]], 1)
 
     def opinion_of(self, log_p: Tensor) -> Tensor:
-        """(U, K) opinion from all tokens' log-probabilities (U, V), of tokens that are not known yet."""
-        unknown = torch.full_like(log_p[:, :1], float("nan"))
-        return torch.cat([unknown, -(log_p.exp() * log_p).sum(-1, keepdim=True), log_p.amax(-1, keepdim=True), unknown], 1)
+        """Return the opinion (U, 4) about tokens that are not known yet from the log-probabilities (U, V) of all tokens. What
+        depends on the token is NaN."""
+        unknown = torch.full_like(log_p[:, 0], float("nan"))
+        return torch.stack([unknown, _entropy(log_p), log_p.amax(-1), unknown], 1)
 
     def next_log_p(self, hidden: Tensor, log_p: Tensor, weights: Tensor) -> Tensor:
-        """(V,) log-probabilities of the next token under the mixture by weights (2,), from both experts' hidden states (2, D)
-        and log-probabilities (2, V)."""
-        return torch.logsumexp(log_p + weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None], 0)
+        """Return the log-probabilities (V,) of the next token under a mixture.
+
+        Args:
+            hidden: (2, D) hidden states of both experts.
+            log_p: (2, V) log-probabilities of both experts.
+            weights: (2,) weights of both experts.
+        """
+        return _mixed(log_p, weights)
 
     def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
-        """On "probabilities" alone: the logarithm of the mixed probability of the token; NaN for what only all tokens'
-        probabilities say."""
+        """Mix on "probabilities", the only kind that is supported. The opinion (U, 4) holds the log-probability of the token;
+        its other columns need the probabilities of all tokens and are NaN."""
         log_p = mixture_log_prob(torch.stack([shared[:, LOG_P], own[:, LOG_P]], 1), weights)
         return torch.cat([log_p[:, None], torch.full_like(own[:, 1:], float("nan"))], 1)
 
@@ -62,10 +69,9 @@ class CausalLM(Task):
         parts = zip(shared.split(self.chunk), own.split(self.chunk), weights.split(self.chunk), targets.split(self.chunk))
         found = []
         for ours, mine, gate, wanted in parts:
-            log_p = torch.logsumexp(torch.stack([self.head(ours).log_softmax(-1), self.head(mine).log_softmax(-1)], 1) +
-                                    gate.clamp_min(torch.finfo(gate.dtype).tiny).log().unsqueeze(-1), 1)
+            log_p = _mixed(torch.stack([self.head(ours).log_softmax(-1), self.head(mine).log_softmax(-1)], 1), gate)
             best = log_p.max(-1)
-            found.append(torch.stack([log_p.gather(1, wanted[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1), best.values,
+            found.append(torch.stack([log_p.gather(1, wanted[:, None]).squeeze(1), _entropy(log_p), best.values,
                                       (best.indices == wanted).to(log_p.dtype)], 1))
         return torch.cat(found) if found else own.new_empty(0, self.columns)
 
@@ -99,9 +105,12 @@ class CausalLM(Task):
         return self.opinion(nn.Identity(), features, targets)
 
     def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
-        """Under "language": nats a token of each opinion, and of the personalized one its exponential, the perplexity; bits
-        a byte of the answers' text, which compare models with different tokens; and the share of the answers that the most
-        probable tokens give exactly, which are those that greedy generation writes."""
+        """Return the fields of a client's record under "language".
+
+        They are the loss of each opinion in nats a token; and of the personalized opinion the perplexity, the bits for each byte
+        of the answers' text, which compare models with different tokens, and the share of answers that greedy generation would
+        give exactly.
+        """
         dataset, part = samples
         nats = {name: -float(opinion[:, LOG_P].double().mean()) for name, opinion in opinions.items() if opinion is not None}
         own = nats.pop("personalized")
@@ -117,12 +126,17 @@ class CausalLM(Task):
 
 
 class LogitMixingLM(CausalLM):
-    """The same with mixtures of logits in the place of probabilities. The head is linear and one for all, so the mixed logits are
-    those of the mixed hidden states, which are kept in the place of all logits: an opinion has further columns for the token that
-    comes and for the hidden state (D,).
+    """Predicting the tokens of answers; a mixture mixes the logits of two experts.
+
+    All experts have the same linear head, so mixed logits are the logits of mixed hidden states. Opinions therefore hold hidden
+    states instead of all logits: in addition to those of `CausalLM` they have columns for the token and its hidden state (D,).
+
+    Args:
+        head: As in `CausalLM`.
+        chunk: As in `CausalLM`.
 
     Raises:
-        ValueError: for a head that caps its logits, which is not linear.
+        ValueError: If the head caps its logits, because it is not linear then.
     """
 
     mixes_opinions = True
@@ -140,9 +154,19 @@ class LogitMixingLM(CausalLM):
         return torch.cat([super().opinion(head, features, targets), targets[:, None].to(features.dtype), features], 1)
 
     def mix(self, weights: Tensor, shared: Tensor, own: Tensor, on: str) -> Tensor:
-        """On "logits" alone."""
+        """Mix on "logits", the only kind that is supported, and return the opinion (U, 5 + D)."""
         hidden = weights[:, :1] * shared[:, HIDDEN:] + weights[:, 1:] * own[:, HIDDEN:]
         return self.opinion(nn.Identity(), hidden, own[:, TOKEN].long())
 
     def next_log_p(self, hidden: Tensor, log_p: Tensor, weights: Tensor) -> Tensor:
         return self.head(weights @ hidden).log_softmax(-1)
+
+
+def _mixed(log_p: Tensor, weights: Tensor) -> Tensor:
+    """Return the log-probabilities (..., V) of a mixture from those of experts (..., E, V) and their weights (..., E)."""
+    return torch.logsumexp(log_p + weights.clamp_min(torch.finfo(weights.dtype).tiny).log().unsqueeze(-1), -2)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    """Return the entropy (...), in nats, of log-probabilities (..., V)."""
+    return -(log_p.exp() * log_p).sum(-1)
