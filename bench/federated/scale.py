@@ -17,7 +17,6 @@ STARTED = time.perf_counter()       # before the imports, which belong to a star
 import argparse
 import hashlib
 import json
-import os
 import statistics
 import subprocess
 import sys

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class FedSB(FedAvg):
 
     def initial(self, model: ExpertModel) -> Tensors:
         rank = self.config.lora.rank
-        return {name: torch.zeros(rank, rank) if is_core(name) else self._frame(name, tensor.shape) if is_a(name) else tensor
+        return {name: torch.zeros(rank, rank) if is_core(name) else
+                frame(self.config.run.seed, name, tensor.shape).clone() if is_a(name) else tensor
                 for name, tensor in super().initial(model).items()}
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
@@ -40,15 +42,16 @@ class FedSB(FedAvg):
         found = dict(tensors)
         for name in filter(is_core, tensors):
             layer = model.layers[name.removeprefix("expert/").removesuffix(".lora_b")]
-            found[name] = self._frame(name, layer.lora_b["global"].shape) @ tensors[name]
-            found[a_of(name)] = self._frame(a_of(name), layer.lora_a["global"].shape)
+            found[name] = frame(self.config.run.seed, name, layer.lora_b["global"].shape) @ tensors[name]
+            found[a_of(name)] = frame(self.config.run.seed, a_of(name), layer.lora_a["global"].shape)
         return found
 
     def client_step(self, model: ExpertModel, client: Client, private: Private, message: Message) -> tuple[Reply, Private]:
         model.load("global", self.assembled(model, {**message.constants, **message.tensors}),
                    depth=client.trained_depth(message), applied_depth=message.applied_depth, keep=is_a)
         received, params = validate(model, client, "global"), model.trainable("global")
-        cores = {name: Core(p, self._frame(name, p.shape), message.tensors[name]) for name, p in params.items() if is_core(name)}
+        cores = {name: Core(p, frame(self.config.run.seed, name, p.shape), message.tensors[name])
+                 for name, p in params.items() if is_core(name)}
         trained = {**params, **{name: core.values for name, core in cores.items()}}
 
         def loss_on(part: Subset) -> Loss:
@@ -73,31 +76,25 @@ class FedSB(FedAvg):
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
         return super().speaker(model, private, replace(final, tensors=self.assembled(model, final.tensors)))
 
-    def _frame(self, name: str, shape: torch.Size) -> Tensor:
-        """The frozen A (r, K) or B (N, r) of a pair, with orthonormal rows or columns as far as there are dimensions for them."""
-        drawn = torch.randn(max(shape), min(shape), generator=generator(self.config.run.seed, "frame", name), dtype=torch.float64)
-        frame = torch.linalg.qr(drawn).Q.float()
-        return frame if frame.shape == shape else frame.T.contiguous()
-
 
 class Core:
-    """The trained square of one pair, whose product with the frame is the B that the model holds.
+    """The trained core of one pair. Its product with the frozen frame is the B that the model holds.
 
     Args:
-        b: the model's B (N, r). Its gradient becomes that of the core: dR = frame^T dB.
-        frame: (N, r), frozen.
-        values: (r, r), what the core begins as.
+        b: The model's B (N, r). Its gradient is turned into that of the core: dR = frame^T dB.
+        frozen: The frame (N, r).
+        values: The initial core (r, r).
     """
 
-    def __init__(self, b: torch.nn.Parameter, frame: Tensor, values: Tensor) -> None:
-        self._b, self._frame = b, frame.to(b.device)
+    def __init__(self, b: torch.nn.Parameter, frozen: Tensor, values: Tensor) -> None:
+        self._b, self._frame = b, frozen.to(b.device)
         self.values = values.to(b.device, copy=True).requires_grad_()
         b.grad = None       # Another training of this B may have left its last gradient, to which the first one would be added.
         self.close: Callable[[], None] = b.register_post_accumulate_grad_hook(self._pass_on).remove
 
     @torch.no_grad()
     def show(self) -> None:
-        """Puts the product into the model."""
+        """Copy the product into the model."""
         self._b.copy_(self._frame @ self.values)
 
     def _pass_on(self, b: Tensor) -> None:
@@ -106,11 +103,27 @@ class Core:
         b.grad = None
 
 
+@lru_cache(maxsize=1024)        # each visit needs the frames of all pairs
+def frame(seed: int, name: str, shape: torch.Size) -> Tensor:
+    """Draw the frozen A (r, K) or B (N, r) of a pair. The tensor is shared: do not change it in place.
+
+    Its rows or columns, whichever are fewer, are orthonormal.
+
+    Args:
+        seed: The seed of the run.
+        name: Name of the A or B.
+        shape: Its shape.
+    """
+    drawn = torch.randn(max(shape), min(shape), generator=generator(seed, "frame", name), dtype=torch.float64)
+    found = torch.linalg.qr(drawn).Q.float()
+    return found if found.shape == shape else found.T.contiguous()
+
+
 def is_core(name: str) -> bool:
-    """Whether a tensor is the core of a pair."""
+    """Return whether a tensor is the core of a pair."""
     return name.endswith(".lora_b")
 
 
 def a_of(name: str) -> str:
-    """The name of the A beside a core."""
+    """Return the name of the A of the pair that a core belongs to."""
     return f"{name.removesuffix('.lora_b')}.lora_a"

@@ -18,7 +18,6 @@ from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg_ft import FedAvgFT
-from fedms.methods.steps import shared_expert
 from fedms.seeds import generator
 from fedms.training.expert_model import ExpertModel
 
