@@ -35,14 +35,6 @@ class Interval:
         return "no difference shown" if abs(self.mean) <= self.half else "better" if self.mean > 0 else "worse"
 
 
-    def __str__(self) -> str:
-        """The interval in points, such as "95 % interval −0.2 to +1.2 over 3 seeds"."""
-        if math.isinf(self.half):
-            return "one seed, so no interval"
-        low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in (self.mean - self.half, self.mean + self.half))
-        return f"95 % interval {low} to {high} over {self.seeds} seeds"
-
-
 def half_width(deviation: float | None, seeds: int) -> float:
     """Return half the width of the 95 % interval of a mean (Student's t); infinite for a single value.
 

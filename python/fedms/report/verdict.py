@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedms.report.numbers import Stat, by_method, client_gap, field_of, focus_method, paired_gap
-from fedms.report.wording import is_zero, percent, points, signed
+from fedms.report.wording import ends, is_zero, percent, points, signed
 from fedms.storage.records import RunRecords
 
 ONE_SEED = "One seed: a difference of a few points may be chance."
@@ -38,7 +38,7 @@ def headline(runs: Sequence[RunRecords]) -> str:
 
 
 def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
-    """Say who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
+    """Return who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
     own, rival = scores[focus], max(gaps, key=lambda m: scores[m].mean)
     other, gap = scores[rival], gaps[rival]
     if own.mean == other.mean:
@@ -49,14 +49,14 @@ def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -
     behind = f"{place} with {percent(scores[second])} %"
     apart = f"{points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival}"
     if gap.may_be_zero:
-        return (f"No difference shown between {first}, {best}, and {second}, {behind}. {focus} is {apart} ({gap.interval}).")
+        return f"No difference shown between {first}, {best}, and {second}, {behind}. {focus} is {apart} ({ends(gap.interval)})."
     if gap.std is None:
         return f"With one seed, {first} is {best}; {second} is {behind}. {focus} is {apart}."
-    return f"{first} is {best}; {second} is {behind}. {focus} is {apart} ({gap.interval})."
+    return f"{first} is {best}; {second} is {behind}. {focus} is {apart} ({ends(gap.interval)})."
 
 
 def _alone(focus: str, own: Stat, methods: _Methods) -> str:
-    """The outcome of the only method that there is."""
+    """Return the outcome of runs of a single method."""
     text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
     if found := _language(methods[focus]):
         text = f"{focus} reaches {found}; {percent(own)} % of the tokens are the most probable ones"
@@ -73,7 +73,7 @@ def _perplexity(runs: Sequence[RunRecords]) -> str:
 
 
 def _language(runs: Sequence[RunRecords]) -> str:
-    """The perplexity of a language model beside that before training; nothing for other tasks."""
+    """Return the perplexity of a language model, with the one before training; empty for other tasks."""
     perplexity = Stat.of(field_of(r.summary, "language", "perplexity") for r in runs)
     before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
     if not perplexity:
@@ -82,7 +82,7 @@ def _language(runs: Sequence[RunRecords]) -> str:
 
 
 def _groups(gaps: Mapping[str, Stat]) -> str:
-    """Name the methods that the one in focus is behind, not clearly apart from, level with, and ahead of."""
+    """Return the methods that the one in focus is behind, not clearly apart from, level with, and ahead of."""
     groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
     for m in sorted(gaps, key=lambda m: gaps[m].mean):
         gap = gaps[m]

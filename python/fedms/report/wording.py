@@ -18,7 +18,7 @@ GATE_CONSTANT = 0.01  # a gate whose weights spread by less than this mixes as a
 
 
 def statements(runs: Sequence[RunRecords]) -> list[str]:
-    """What the runs guarantee their clients, each sentence once."""
+    """Return what the runs guarantee their clients, each sentence once."""
     told = [field_of(r.summary, "privacy", "statement") for r in runs if r.summary]
     return list(dict.fromkeys(text for text in told if text))
 
@@ -190,8 +190,14 @@ def signed(gap: float) -> str:
 
 
 def interval(found: Interval) -> str:
-    """Write half the width of an interval in points; a dash for a single seed, which has none."""
+    """Return half the width of an interval in points; a dash for a single seed, which has none."""
     return "–" if math.isinf(found.half) else f"± {100 * found.half:.1f}"
+
+
+def ends(found: Interval) -> str:
+    """Return the ends of an interval in points, such as "95 % interval −0.2 to +1.2 over 3 seeds"."""
+    low, high = found.mean - found.half, found.mean + found.half
+    return f"95 % interval {signed(low)} to {signed(high)} over {found.seeds} seeds"
 
 
 def p_value(p: float) -> str:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
-from fedms.report.figures.style import (GAIN, INK, LOSS, MUTED, SURFACE, client_label, group_color, mark, method_color, new_axes,
-                                        percent_axis)
+from fedms.report.figures.style import (GAIN, INK, LOSS, MUTED, SURFACE, client_label, group_color, mark, method_color,
+                                        name_rows, new_axes, percent_axis)
 from fedms.report.numbers import OURS, by_method, client_values, field_of, focus_method, local_only, participants, worst_tenth
 from fedms.storage.records import RunRecords
 
@@ -37,13 +37,9 @@ def clients_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
               *axes.plot([worst], [y], marker="|", color=color, markersize=12, markeredgewidth=1.4, zorder=3),
               axes.annotate(f"{100 * mean:.1f}", (mean, y - 0.32), (0, 1.5), textcoords="offset points", ha="center",
                             va="bottom", color=color, fontsize=9, fontweight="bold")], [method])
-    axes.set_yticks(range(len(rows)), [r[0] for r in rows])
-    for label, row in zip(axes.get_yticklabels(), rows):
-        label.set_color(row[1])
-        label.set_fontweight("bold" if row[0] in OURS else "normal")
-        mark([label], [row[0]])
+    names = [method for method, _, _ in rows]
+    name_rows(axes, names, [color for _, color, _ in rows], names, bold=OURS)
     axes.set_ylim(len(rows) - 0.5, -0.75)
-    axes.grid(axis="y", visible=False)
     percent_axis(axes.xaxis)
     axes.set_xlabel("test accuracy of a client (%)")
     return figure
@@ -80,17 +76,14 @@ def gain_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         mark([*axes.plot([x, y], [row, row], color=color, linewidth=2, zorder=2),
               *axes.plot([x], [row], marker="o", color=color, markerfacecolor=SURFACE, markersize=5.5, zorder=3),
               *axes.plot([y], [row], marker="o", color=color, markersize=5.5, zorder=4)], [number], "client")
-    axes.set_yticks(range(len(shown)), [client_label(groups[number], number) for number in shown])
-    for label, number in zip(axes.get_yticklabels(), shown):
-        label.set_color(group_color(names, groups[number]))
-        mark([label], [number], "client")
+    name_rows(axes, [client_label(groups[number], number) for number in shown],
+              [group_color(names, groups[number]) for number in shown], shown, "client")
     axes.set_ylim(len(shown) - 0.4, -0.6)
     better, worse = (sum(sign * (y - x) > 0 for x, y in steps.values()) for sign in (1, -1))
     title = f"better for {better} of {len(steps)}, worse for {worse}"
     if len(shown) < len(steps):
         title += f"; shown: {len(shown)} with the largest gains and losses"
     axes.set_title(title, loc="left", color=INK, fontsize=9.5, fontweight="bold")
-    axes.grid(axis="y", visible=False)
     percent_axis(axes.xaxis)
     axes.set_xlabel(f"○ {'local-only' if compared else 'its own local expert'}   ● {focus[0].method}: test accuracy (%)")
     return figure

@@ -56,7 +56,7 @@ def clock_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 def accuracy_over_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw validation accuracy over the bytes that all clients have sent and received so far."""
-    return _accuracy_over(runs, lambda run: [_sum_known(r.get("bytes_up"), r.get("bytes_down")) for r in run.rounds],
+    return _accuracy_over(runs, lambda run: [sum_known(r.get("bytes_up"), r.get("bytes_down")) for r in run.rounds],
                           "sent and received by clients so far", decimal("B"))
 
 
@@ -199,7 +199,7 @@ def _draw(axes: Any, lines: Sequence[_Line], first: int, scale: float) -> None:
             xs, color = [x / scale for x in piece.xs], MUTED if common else piece.color
             lows, highs = [min(y) for y in piece.ys], [max(y) for y in piece.ys]
             if lows != highs:
-                axes.fill_between(xs, lows, highs, color=color, alpha=0.13, linewidth=0).set_gid(f"of-{' of-'.join(methods)}")
+                mark([axes.fill_between(xs, lows, highs, color=color, alpha=0.13, linewidth=0)], methods)
             mark(axes.plot(xs, piece.means, color=color, linewidth=2.4 if has_ours(piece) and not common else 1.7,
                            marker="o", markersize=4, markeredgecolor=SURFACE, markeredgewidth=0.8), methods)
             if common:
@@ -218,6 +218,7 @@ def _values(curve: Curve) -> tuple[Any, ...]:
     return tuple(curve.xs), tuple(map(tuple, curve.ys))
 
 
-def _sum_known(*values: Optional[float]) -> Optional[float]:
+def sum_known(*values: Optional[float]) -> Optional[float]:
+    """Return the sum of the values that are known, or None if none is."""
     known = [v for v in values if v is not None]
     return sum(known) if known else None

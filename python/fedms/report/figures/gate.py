@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 from fedms.report.figures.clients import MOST_CLIENTS
-from fedms.report.figures.style import MUTED, SURFACE, client_label, group_color, mark, new_axes
+from fedms.report.figures.style import MUTED, SURFACE, client_label, group_color, mark, name_rows, new_axes
 from fedms.report.numbers import by_method, focus_method, participants
 from fedms.storage.records import RunRecords
 
@@ -39,13 +39,10 @@ def gate_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
                              linewidth=4 if len(gated) == 1 else 2.5, solid_capstyle="round", zorder=2),
                   *axes.plot([mean], [y], marker="o", color=color, markersize=6 if len(gated) == 1 else 4,
                              markeredgecolor=SURFACE, markeredgewidth=0.8, zorder=3)], [client["id"]], "client")
-    axes.set_yticks(range(len(clients)), [client_label(g, i, sizes[g, i]) for g, i in clients])
-    for label, (group, number) in zip(axes.get_yticklabels(), clients):
-        label.set_color(group_color(groups, group))
-        mark([label], [number], "client")
+    name_rows(axes, [client_label(g, i, sizes[g, i]) for g, i in clients], [group_color(groups, g) for g, _ in clients],
+              [i for _, i in clients], "client")
     axes.set_ylim(len(clients) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
-    axes.grid(axis="y", visible=False)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nglobal expert", "25", "50\nhalf", "75", "100\nlocal expert"])
     axes.set_xlabel("weight of the local expert (%)")
     return figure

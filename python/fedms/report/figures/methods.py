@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Optional
 
-from fedms.report.figures.curves import Unit, decimal
-from fedms.report.figures.style import INK, MUTED, SURFACE, mark, method_color, new_axes, percent_axis
+from fedms.report.figures.curves import Unit, decimal, sum_known
+from fedms.report.figures.style import INK, MUTED, SURFACE, mark, method_color, name_rows, new_axes, percent_axis
 from fedms.report.numbers import OURS, Stat, by_method, field_of, focus_method
 from fedms.report.significance import differences
 from fedms.storage.records import RunRecords
@@ -29,12 +29,9 @@ def gaps_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
         mark([*axes.plot([gap - half, gap + half], [y, y], color=color, linewidth=2.2, solid_capstyle="round", zorder=2),
               *axes.plot([gap], [y], marker="o", color=color, markerfacecolor=color if shown else SURFACE, markersize=6.5,
                          zorder=3)], [row.against])
-    axes.set_yticks(range(len(rows)), [row.against for row in rows])
-    for label, row in zip(axes.get_yticklabels(), rows):
-        label.set_color(method_color(row.against))
-        mark([label], [row.against])
+    others = [row.against for row in rows]
+    name_rows(axes, others, [method_color(method) for method in others], others)
     axes.set_ylim(len(rows) - 0.5, -0.7)
-    axes.grid(axis="y", visible=False)
     focus = focus_method(by_method([run for run in runs if run.summary]))
     axes.set_xlabel(f"points ahead of {focus} (right of 0) or behind it (left)")
     return figure
@@ -42,11 +39,8 @@ def gaps_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 def accuracy_by_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw the personalized accuracy of each method over the bytes that all clients sent and received."""
-    def traffic(run: RunRecords) -> Optional[float]:
-        known = [v for name in ("bytes_up", "bytes_down") if (v := field_of(run.summary, name)) is not None]
-        return sum(known) if known else None
-
-    return _cost(runs, traffic, "sent and received by all clients", decimal("B"))
+    return _cost(runs, lambda run: sum_known(field_of(run.summary, "bytes_up"), field_of(run.summary, "bytes_down")), "sent and received by all clients",
+                 decimal("B"))
 
 
 def accuracy_by_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:

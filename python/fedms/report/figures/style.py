@@ -5,7 +5,7 @@ import contextlib
 import io
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def mark(artists: Iterable[Any], of: Iterable[object], kind: str = "of") -> None:
-    """Say which methods or clients some artists stand for, so that the page can show one of them alone.
+    """Note which methods or clients some artists stand for, so that the page can show one of them alone.
 
     Args:
         artists: Parts of a figure.
@@ -98,6 +98,26 @@ def mark(artists: Iterable[Any], of: Iterable[object], kind: str = "of") -> None
 def client_label(group: str, number: int, samples: Any = None) -> str:
     """Return how a chart names a client: by its group and number, and its number of samples if it is given."""
     return f"{group or 'client'} {number}" + (f" ({samples:g})" if samples is not None else "")
+
+
+def name_rows(axes: Any, names: Sequence[str], colors: Sequence[str], of: Sequence[object], kind: str = "of",
+              bold: Collection[object] = ()) -> None:
+    """Write the name of each row of a chart in its color, and mark it; rows get no grid lines.
+
+    Args:
+        axes: The axes, whose row i is at y = i.
+        names: The names.
+        colors: Their colors.
+        of: The method or client of each row.
+        kind: As in :func:`mark`.
+        bold: Those of `of` whose names are bold.
+    """
+    axes.set_yticks(range(len(names)), names)
+    for label, color, each in zip(axes.get_yticklabels(), colors, of):
+        label.set_color(color)
+        label.set_fontweight("bold" if each in bold else "normal")
+        mark([label], [each], kind)
+    axes.grid(axis="y", visible=False)
 
 
 def new_axes(height: float) -> tuple[Any, Any]:
@@ -188,5 +208,5 @@ def _style(curve: Curve) -> dict[str, Any]:
 
 
 def has_ours(curve: Curve) -> bool:
-    """Tell whether a curve stands for a method of ours, alone or among methods that share it."""
+    """Return whether a curve stands for a method of ours, alone or among methods that share it."""
     return any(name in OURS for name in curve.methods)
