@@ -93,10 +93,11 @@ def init(
     if data is None and not asks:
         raise ConfigError("--data: without a terminal to ask on, name the data: fedms init --data mail.csv")
     data = data or _ask("1. Where are your data? A table, a folder, or a hub data set", None)
-    answers = _written(Answers(data, None, None, None, ""), delimiter, encoding)
-    columns, images = _columns(answers)
-    answers = replace(answers, images=images)
-    if columns:
+    tables, images = _tables(data)
+    answers = Answers(data, None, None, None, "", images)
+    if tables:
+        answers = _written(tables[0], answers, delimiter, encoding)
+    if columns := _columns(tables[0], answers) if tables else []:
         content = content or _choose("2. Which column holds the texts or images?", columns, (*TEXTS, *IMAGES), asks)
         label = label or _choose("3. Which column holds the label?", [c for c in columns if c != content], LABELS, asks)
         rest = [c for c in columns if c not in (content, label)]
@@ -144,23 +145,38 @@ def _choose(question: str, names: list[str], likely: tuple[str, ...], asks: bool
     return answer
 
 
-def _written(answers: Answers, delimiter: Optional[str], encoding: Optional[str]) -> Answers:
-    """Note how the tables are written: as the options say, else as their first lines suggest, which is said.
+def _tables(data: str) -> tuple[list[Path], bool]:
+    """Return the tables of the data, and whether they are a folder of images instead.
+
+    Data that are not on this machine have neither.
 
     Raises:
-        DataError: If there are no data of that name here, though it is no id of the hub.
+        DataError: If the name is that of a file or folder that does not exist, or that holds neither tables nor images.
     """
-    data = answers.data
     path = Path(data).expanduser()
     if not path.exists():
         if data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1:
             raise DataError(f"--data: {path}: no such file or folder (seen from {Path.cwd()})")
-        return answers
+        return [], False
     say(f"looking at {path} ...")
-    from fedms.data.guess import Format, guess_format
+    from fedms.data.image_folder import scan
+    from fedms.data.tables import table_kind
 
-    tables = _tables(path)
-    guess = guess_format(tables[0]) if tables else Format()
+    if path.is_dir():
+        tree = scan(path)
+        tables, images = sorted(tree.tables), not tree.tables and bool(tree.images)
+    else:
+        tables, images = [path] if table_kind(path) else [], False
+    if not tables and not images:
+        raise DataError(f"--data: {path} is neither a table (.csv, .tsv, .parquet, .jsonl) nor a folder of tables or images")
+    return tables, images
+
+
+def _written(table: Path, answers: Answers, delimiter: Optional[str], encoding: Optional[str]) -> Answers:
+    """Note the format of the tables: as the options say, otherwise as guessed from one of the tables. Guesses are printed."""
+    from fedms.data.guess import guess_format
+
+    guess = guess_format(table)
     for key, option, found in (("delimiter", delimiter, guess.delimiter),
                                ("encoding", encoding, guess.encoding if guess.encoding != "utf-8" else None)):
         if option is None and found is not None:
@@ -168,35 +184,16 @@ def _written(answers: Answers, delimiter: Optional[str], encoding: Optional[str]
     return replace(answers, delimiter=delimiter or guess.delimiter, encoding=encoding or guess.encoding)
 
 
-def _tables(path: Path) -> list[Path]:
-    """Return the tables at a path, itself or those in a folder."""
-    from fedms.data.image_folder import scan
-    from fedms.data.tables import table_kind
-
-    return ([path] if table_kind(path) else []) if path.is_file() else sorted(scan(path).tables)
-
-
-def _columns(answers: Answers) -> tuple[list[str], bool]:
-    """Return the names of the columns of the data, and whether they are a folder of images.
-
-    The list is empty for a folder of images, and for what is not on this machine.
+def _columns(table: Path, answers: Answers) -> list[str]:
+    """Return the names of the columns of a table.
 
     Raises:
-        DataError: If the data cannot be read.
+        DataError: If the table cannot be read.
     """
-    path = Path(answers.data).expanduser()
-    if not path.exists():
-        return [], False
-    from fedms.data.image_folder import scan
     from fedms.data.tables import read_table
 
-    tables = _tables(path)
-    if not tables and path.is_dir() and scan(path).images:
-        return [], True
-    if not tables:
-        raise DataError(f"--data: {path} is neither a table (.csv, .tsv, .parquet, .jsonl) nor a folder of tables or images")
-    table = load_config("sentiment").data.model_copy(update={"delimiter": answers.delimiter, "encoding": answers.encoding})
-    return list(read_table(tables[0], table, {}).names), False
+    config = load_config("sentiment").data.model_copy(update={"delimiter": answers.delimiter, "encoding": answers.encoding})
+    return list(read_table(table, config, {}).names)
 
 
 def _reads_images(model: str) -> bool:
