@@ -280,7 +280,7 @@ class ClientsTable(Table):
         return self.awaited_of(self.count or CLIENTS)
 
     def awaited_of(self, count: int) -> int:
-        """Replies that a round waits for where `count` clients take part."""
+        """Return the number of replies that a round waits for if `count` clients take part."""
         sampled = self.sampled_of(count)
         if not self.asynchronous:
             return sampled
@@ -292,8 +292,8 @@ class AggregateTable(Table):
 
     rule: Optional[Literal["mean", "exact", "freeze_a", "svd", "median", "trimmed_mean", "krum"]] = Field(
         None, description="mean: A and B averaged apart; exact: what that loses is added to the frozen weights; freeze_a: "
-        "A stays as drawn, B is averaged; svd: the mean of the products, factored anew; median, trimmed_mean: by element; krum: the one reply nearest to the others. "
-        "unset: the method's, else mean")
+        "A stays as drawn, B is averaged; svd: the mean of the products, factored anew; median, trimmed_mean: by element; krum: the "
+        "one reply nearest to the others. unset: the method's, else mean")
     weights: Literal["samples", "uniform"] = Field(
         "samples", description="weight of a client's reply; median, trimmed_mean and krum count each once")
     trim: float = Field(0.1, ge=0, lt=0.5, description="rule trimmed_mean: share of the values cut at either end")

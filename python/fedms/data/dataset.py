@@ -166,12 +166,12 @@ def evenly_spaced(n: int, total: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def strata_of(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """(n, 1) or (n, 2) int64: group, where there are groups, and class of each sample."""
+    """Return the class of each sample, and its group before it if there are groups, (n, 1) or (n, 2) int64."""
     return labels[:, None] if groups is None else np.stack([groups, labels], axis=1)
 
 
 def _check_answers(name: str, inputs: TextInputs | ImageInputs, answers: Tensor, answer_bytes: Tensor | None) -> None:
-    """Raises DataError unless each sample is a text with a token before its answer, and one of the answer at least."""
+    """Raise a DataError unless the samples are texts, and each has a token before its answer and one of the answer."""
     for what, numbers in (("answers", answers), ("answer_bytes", answer_bytes)):
         if numbers is not None and (numbers.dtype != torch.int64 or numbers.shape != (len(inputs),)):
             raise DataError(f"{name}: {what} are {numbers.dtype} of shape {tuple(numbers.shape)}, expected int64 ({len(inputs)},)")

@@ -8,8 +8,11 @@ from pathlib import Path
 
 
 def unpack_packages(packages: Sequence[str], folder: Path) -> None:
-    """Downloads packages with apt-get, which any user may, and unpacks them into a folder with dpkg. OSError if either
-    fails."""
+    """Download packages with apt-get, which any user may do, and unpack them into a folder with dpkg.
+
+    Raises:
+        OSError: If a command fails.
+    """
     run(["apt-get", "download", *packages], folder)
     found = sorted(folder.glob("*.deb"))
     if len(found) < len(packages):
@@ -19,7 +22,11 @@ def unpack_packages(packages: Sequence[str], folder: Path) -> None:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """OSError, with the last lines of the output, if the command is missing, fails or takes over ten minutes."""
+    """Run a command in a folder.
+
+    Raises:
+        OSError: If the command is missing, fails, or takes over ten minutes; the message ends with its last lines of output.
+    """
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
-"""How a table of text is written, guessed from its first lines: for `fedms init`, which says what it guessed and writes it down.
+"""Guess the format of a table of text from its first lines. `fedms init` prints the guess and writes it into the run file.
 
-Training guesses nothing: :mod:`fedms.data.tables` reads what the run file says, and refuses the rest.
+Training does not guess: :mod:`fedms.data.tables` reads tables as the run file says, and refuses others.
 """
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ BYTES = 1 << 20         # that are looked at for both
 
 @dataclass(frozen=True)
 class Format:
-    """How a table of text is written.
+    """The format of a table of text.
 
     Attributes:
         encoding: Name of its encoding, such as "utf-8" or "cp1252".
-        delimiter: Character between its fields; None where it is the one that its name stands for, or it has none.
+        delimiter: Character between fields; None if it is the usual one for the name of the file, or the file has none.
     """
 
     encoding: str = "utf-8"
@@ -33,10 +33,10 @@ class Format:
 
 
 def guess_format(path: Path) -> Format:
-    """Guess how a table is written. Parquet files, and what cannot be read, give the defaults.
+    """Guess the format of a table. The result is the default for Parquet files and for files that cannot be read.
 
     Args:
-        path: A table, also compressed as .gz.
+        path: The table, possibly compressed as .gz.
     """
     kind = table_kind(path)
     if kind in (None, ".parquet"):
@@ -54,7 +54,7 @@ def guess_format(path: Path) -> Format:
 
 
 def _encoding(raw: bytes) -> str:
-    """UTF-8 where the bytes are; UTF-16 by its mark; else what Windows and Excel write."""
+    """Return "utf-8" if the bytes are valid; "utf-16" if they begin with its mark; otherwise an encoding of Windows."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     lines = raw[:raw.rfind(b"\n") + 1] or raw       # the last line may be cut in the middle of a character
@@ -68,7 +68,7 @@ def _encoding(raw: bytes) -> str:
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """The candidate that divides the first rows into the same number of fields, of which there are most; else the usual one."""
+    """Return the candidate with which the first rows have equally many, and the most, fields; otherwise the usual one."""
     fields = {}
     for candidate in sorted(CANDIDATES, key=lambda each: each != usual):
         try:

@@ -86,11 +86,17 @@ def read_images(content: Sequence[Any], places: Sequence[str], model, source: st
 
 
 def gray_inputs(pixels: Tensor, model, source: str) -> ImageInputs:
-    """Small gray images as a model reads them: as they are where they have its size, else brought to it by its image processor.
+    """Return small gray images as a model reads them.
 
-    pixels: (n, 1, H, W) float32 in [0, 1]. source: named in errors.
+    If they have not the size that the model reads, its image processor brings them to it.
 
-    Raises DataError if they hold NaN or infinity.
+    Args:
+        pixels: (n, 1, H, W) float32 in [0, 1].
+        model: The foundation model.
+        source: Where the images come from, for error messages.
+
+    Raises:
+        DataError: If the images hold NaN or infinity.
     """
     inputs = ImageInputs(pixels, model.image_tokens, source)
     if model.pixel_shape == pixels.shape[1:]:

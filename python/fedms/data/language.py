@@ -51,7 +51,11 @@ def load(config, model, seed: int) -> Dataset:
 
 
 def as_tokens(exchanges: Sequence[Exchange], config, model) -> Encoded:
-    """Return exchanges as the [data] table says that this `CausalModel` reads them. DataError as `encode` raises it."""
+    """Encode exchanges for a `CausalModel` as the [data] table says.
+
+    Raises:
+        DataError: As `encode` does.
+    """
     return encode(exchanges, model.tokenizer, max_tokens=_max_tokens(config, model), template=config.template,
                   loss_on=config.loss_on, long_answers=config.long_answers, stop_tokens=model.stop_tokens)
 

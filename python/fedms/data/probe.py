@@ -36,15 +36,16 @@ def probe(config, model) -> tuple[TextInputs | ImageInputs, Tensor | None]:
 
 
 def preprocessing_fingerprint(config, model) -> str:
-    """SHA-256 (hex) of `probe`: the same where the same sample becomes the same tokens or pixels."""
+    """Return the SHA-256, in hexadecimal, of `probe`. It is equal if the same sample becomes the same tokens or pixels."""
     return hashlib.sha256(probe(config, model)[0].digest()).hexdigest()
 
 
 def without_samples(config, model) -> Shard:
-    """What a server has that sees nobody's data: the names of the classes, and no sample.
+    """Return the shard of a server that has no data: the names of the classes, and no samples.
 
     Args:
-        config: the run file's [data] table; its classes must be named, if labels are learned.
+        config: The [data] table of the run file. It must name the classes if labels are learned.
+        model: The foundation model.
     """
     inputs, answers = probe(config, model)
     classes = config.classes if answers is None else UNLABELED

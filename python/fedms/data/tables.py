@@ -142,7 +142,7 @@ def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, r
 
 
 def _all_columns(tables: Sequence[Table]) -> dict[str, list[Any]]:
-    """Every column of some tables, one table below the other; a cell is None where its table lacks the column."""
+    """Return every column of several tables in order. Cells of columns that a table lacks are None."""
     names = dict.fromkeys(name for table in tables for name in table.names if name in table.columns)
     return {name: [cell for table in tables for cell in table.columns.get(name, [None] * len(table.places))] for name in names}
 

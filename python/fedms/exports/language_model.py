@@ -21,9 +21,15 @@ from fedms.training.expert_model import ExpertModel
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated: text; log_p: the sum of its tokens' log-probabilities at temperature 1; tokens: how many;
-    gate_weight: mean weight of the client's own expert, None where one expert answers alone; stopped: whether it ended by
-    itself, or for want of room."""
+    """A generated answer.
+
+    Attributes:
+        text: The text.
+        log_p: Sum of the log-probabilities of its tokens at temperature 1.
+        tokens: Number of tokens.
+        gate_weight: Mean weight of the client's own expert; None if one expert answers alone.
+        stopped: Whether a stop token ended the answer. Otherwise it was cut off.
+    """
 
     text: str
     log_p: float
@@ -33,7 +39,7 @@ class Answer:
 
 
 class LanguageModel:
-    """The experts of a finished run on their language model. One answer is made at a time."""
+    """A causal language model with the experts of a finished run. It generates one answer at a time."""
 
     def __init__(self, model: ExpertModel, trained: TrainedRun) -> None:
         config, foundation = trained.task.config, model.foundation
@@ -46,34 +52,35 @@ class LanguageModel:
 
     @property
     def clients(self) -> Mapping[str, int]:
-        """Names of clients that answer, by which they are asked for, and their ids."""
+        """The ids of the clients that answer, by the names by which they are addressed."""
         groups = self.trained.task.groups
         names = list(groups.values())
         return {name if name is not None and names.count(name) == 1 else str(i): i for i, name in groups.items()}
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
-        """The tokens of a question, or of a conversation whose last message is to be answered."""
+        """Return the tokens of a question, or of a conversation whose last message is to be answered."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return prompt_tokens(self.tokenizer, messages, self.trained.task.config.data.template)
 
     def stream(self, messages: str | Sequence[Message], client: str | int | None = None,
                sampling: Sampling = Sampling()) -> Iterator[str]:
-        """The answer in pieces of text, as they come."""
+        """Yield an answer in pieces of text, as they are generated."""
         tokens, _ = self._tokens(messages, client, sampling)
         return text_pieces(self.tokenizer, tokens, self.stop_tokens)
 
     def answer(self, messages: str | Sequence[Message], client: str | int | None = None,
                sampling: Sampling = Sampling()) -> Answer:
-        """The whole answer.
+        """Generate an answer.
 
         Args:
-            messages: a question, or messages with a role and a content.
-            client: id or name; None: the global expert.
+            messages: A question, or messages with a role and a content.
+            client: Id or name of the client; None for the global expert.
+            sampling: How tokens are chosen.
 
         Raises:
-            ConfigError: if there is no such client, or no global expert.
-            ValueError: for a prompt that leaves no room for an answer.
+            ConfigError: If there is no such client, or no global expert.
+            ValueError: If the prompt leaves no room for an answer.
         """
         tokens, answerer = self._tokens(messages, client, sampling)
         found = list(tokens)
@@ -93,7 +100,10 @@ class LanguageModel:
         return tokens(), answerer
 
     def answerer(self, number: int | None) -> Answerer:
-        """What answers for the client of this id, or for none in particular; it is not to be used by two threads at once."""
+        """Return what generates the answers of a client, or of the global expert if `number` is None.
+
+        Two threads must not use it at the same time.
+        """
         with self._alone:
             if self._loaded is None or self._loaded[0] != number:
                 private = Private() if number is None else self.trained.private.get(number, Private())
@@ -105,13 +115,14 @@ class LanguageModel:
 
 
 def open_language_model(folder: Path, states: Path | None = None) -> LanguageModel:
-    """The language model of a run folder, or of a folder that `fedms export --format mixture` wrote.
+    """Open the language model of a run folder, or of a folder that `fedms export --format mixture` wrote.
 
     Args:
-        states: of a run on Flower, where clients keep what is their own.
+        folder: The folder.
+        states: For a run on Flower, the folder in which clients keep their private experts.
 
     Raises:
-        RunFolderError, CheckpointError, ConfigError, ModelError: as `fedms export` and `fedms.load` do.
+        RunFolderError, CheckpointError, ConfigError, ModelError: As `fedms export` and `fedms.load` do.
     """
     if (folder / MANIFEST).is_file():
         from fedms.exports.mixture import load

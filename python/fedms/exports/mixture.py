@@ -149,7 +149,7 @@ class Mixture:
         return pd.DataFrame(self.columns_of_file(source, columns))
 
     def columns_of_file(self, source: str, columns: Mapping[str, str | None] = {}) -> Columns:
-        """Return the columns of :meth:`predict_file` by name. It needs no pandas, which a client of a federation lacks."""
+        """Return the columns of :meth:`predict_file` by name, without pandas, which the clients of a federation need not have."""
         reads, samples = self._read(source, {key: value for key, value in columns.items() if value is not None})
         found, table = self._columns(samples.content, samples.places), samples.columns
         if table is None or reads != "text":
@@ -159,7 +159,7 @@ class Mixture:
         return {**table, **{f"predicted_{name}" if name in table else name: cells for name, cells in found.items()}}
 
     def _read(self, source: str, columns: Mapping[str, str]) -> tuple[str, Samples]:
-        """Read the samples of a file. Returns what they are, "text" or "images", and the samples."""
+        """Read the samples of a file. Return what they are, "text" or "images", and the samples."""
         data, reads = self.trained.task.config.data, self.model.foundation.reads
         config_from_dict({"data": {"name": "./table.csv", **columns}})      # refuses what no run file may say
         data = data.model_copy(update={**columns, "name": source})
@@ -258,7 +258,7 @@ def _tensors(path: Path) -> Tensors:
 
 
 def csv_of(table: Columns) -> str:
-    """Return columns as CSV with a header; what is missing is empty."""
+    """Return columns as CSV with a header. Cells without a value are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table)
@@ -267,11 +267,11 @@ def csv_of(table: Columns) -> str:
 
 
 def write_table(table: Columns, path: Path) -> None:
-    """Write columns as .csv or .parquet, whole or not at all.
+    """Write columns as .csv or .parquet; the file is either written completely or not at all.
 
     Raises:
-        DataError: If a column holds values of several kinds, which a .parquet file cannot.
-        RunFolderError: If it cannot be written.
+        DataError: If a column holds values of several kinds, which a .parquet file does not allow.
+        RunFolderError: If the file cannot be written.
     """
     if path.suffix == ".csv":
         data = csv_of(table).encode()

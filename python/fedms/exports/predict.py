@@ -61,8 +61,10 @@ def predict(model: ExpertModel, trained: TrainedRun, client: int | None, inputs:
 
 
 def _unlabeled(task: Task, inputs: Any, count: int) -> Dataset:
-    """Return a data set of `count` samples whose labels nobody knows: all are 0. The answers of a language model begin at the
-    second token: it is asked about every token."""
+    """Return a data set of `count` samples without known labels: all labels are 0.
+
+    For a language model the answers begin at the second token, so that it is asked about every token.
+    """
     answers = torch.ones(count, dtype=torch.int64) if task.config.task.kind == "causal_lm" else None
     return Dataset("new", inputs, torch.zeros(count, dtype=torch.int64), task.classes, task.prompts, None, (), "",
                    answers=answers)

@@ -36,7 +36,7 @@ class _Message(BaseModel):
 
 
 class _Question(BaseModel):
-    """What a request may say; further fields of OpenAI's are ignored."""
+    """The fields of a request. Further fields of OpenAI's interface are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     model: Annotated[str, Field(max_length=200)]
@@ -59,7 +59,12 @@ assert set(ROLES) == {"system", "user", "assistant", "tool"}
 
 
 def endpoint(language: LanguageModel, token: str) -> Starlette:
-    """The application. token: what a request must bring as `Authorization: Bearer TOKEN`."""
+    """Return the application.
+
+    Args:
+        language: The language model that answers.
+        token: The token that each request must bring as `Authorization: Bearer TOKEN`.
+    """
     async def models(request: Request) -> Response:
         if (refused := _refusal(request, token)) is not None:
             return refused

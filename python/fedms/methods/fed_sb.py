@@ -27,7 +27,10 @@ from fedms.training.expert_model import ExpertModel
 
 
 class FedSB(FedAvg):
-    """Federated averaging of the cores between frozen frames (see the module). Under a pair's name for B travels its core."""
+    """Federated averaging of the cores between frozen frames (see the module).
+
+    Messages and replies hold the core of a pair under the name of its B.
+    """
 
     def initial(self, model: ExpertModel) -> Tensors:
         rank = self.config.lora.rank

@@ -57,7 +57,7 @@ class FedMSPlus(Method):
 
     @property
     def restarts_depth(self) -> bool:
-        """A global expert that goes on keeps the depth that it has reached."""
+        """Whether the depth begins again in stage 2. It does not if the global expert is trained on."""
         return not self.settings.global_in_stage2
 
     @property
@@ -123,7 +123,7 @@ class FedMSPlus(Method):
         return self.mixture.speaker(model, private, final, self._new_gate(model))
 
     def _new_gate(self, model: ExpertModel) -> Tensors:
-        """What a gate begins as of which a client is not sent all."""
+        """Return the initial tensors of the gate if clients are not sent all of them, otherwise nothing."""
         return self.initial(model) if self.mixture.keeps_gate or not self.mixture.sees_features else {}
 
     def _shift(self, model: ExpertModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
@@ -142,7 +142,7 @@ class FedMSPlus(Method):
         return self._prior(private.tensors[COUNTS], final.statistics)
 
     def _prior(self, counts: Tensor, statistics: Tensors) -> Tensor:
-        """(C,) float32 log-prior of a client's classes over everybody's."""
+        """Return the log-prior (C,) float32 of a client's classes relative to those of all clients."""
         everyone, smoothing = statistics.get(COUNTS, torch.zeros_like(counts)), self.settings.smoothing
         return (log_prior(counts, smoothing) - log_prior(everyone, smoothing)).float()
 
@@ -161,7 +161,7 @@ class FedMSPlus(Method):
         return Fitted(loss, best.kept, moments)
 
     def _gate_groups(self, gate: Group) -> list[Group]:
-        """Hundreds of features need small steps, a handful of other numbers larger ones."""
+        """Return the gate's parameters in two groups: those behind the features, and the few others with a larger learning rate."""
         few = {name: p for name, p in gate.params.items() if is_few(name)}
         return [Group({name: p for name, p in gate.params.items() if name not in few}, gate.lr),
                 Group(few, self.settings.confidence_lr)]

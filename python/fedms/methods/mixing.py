@@ -25,8 +25,10 @@ from fedms.training.expert_model import ExpertModel
 
 
 def is_few(name: str) -> bool:
-    """Whether a gate's tensor is one of a handful of numbers, which may take larger steps than the many behind its features: its
-    bias, and its weights of the experts' confidences."""
+    """Return whether a tensor of a gate is its bias, or its weights of the experts' confidences.
+
+    These are a handful of numbers, and may take larger steps than the many weights behind the features.
+    """
     return name == "gate/out.bias" or name.startswith("gate/side.")
 
 
@@ -34,8 +36,10 @@ def is_few(name: str) -> bool:
 class Mixture:
     """How two experts are mixed, by the tables [gate] and [stage2].
 
-    sees_confidences: whether the gate sees how sure both experts are.
-    sees_features: whether it sees the frozen model's features.
+    Attributes:
+        config: The run file.
+        sees_confidences: Whether the gate gets the experts' confidences.
+        sees_features: Whether the gate gets the features of the frozen model.
     """
 
     config: RunConfig
@@ -58,8 +62,11 @@ class Mixture:
         return self.config.gate.training == "private"
 
     def trains(self, name: str) -> bool:
-        """Whether this tensor of the gate is trained. One that sees no features is left with a bias and its weights of the
-        confidences; what leads from the features stays as it was drawn, and leads to weights of zero."""
+        """Return whether a tensor of the gate is trained.
+
+        Without features only the bias and the weights of the confidences are: the layer behind the features stays as it was drawn,
+        and leads to weights of zero.
+        """
         return self.sees_features or is_few(name)
 
     def load(self, model: ExpertModel, private: Private, message: Message, depth: int, gate: Tensors) -> None:

@@ -19,20 +19,21 @@ from fedms_ext.sparse.surgery import block_list
 
 
 class FoundationModel:
-    """A frozen pretrained encoder.
+    """A frozen pretrained model, and what is known of it.
 
-    name:                  as in the run file's model.id.
-    module:                any module: eval mode, no parameter requires grad.
-    blocks:                dotted name, inside `module`, of the list of transformer blocks.
-    width:                 width of the hidden state that enters a block.
-    feature_dim:           D, width of the pooled features.
-    reads:                 "text" or "images".
-    image_tokens:          tokens per image that the blocks see; None for text.
-    pixel_shape:           (C, H, W) of an image as the model reads it; None for text.
-    zero_shot_temperature: temperature of the cosine logits of a zero-shot text head; None where class prompts
-                           cannot be embedded.
-    pretrained_on:         the data set whose public half it was pretrained on, which its clients therefore do not have.
-    fingerprint:           sha256 (hex) of the weights: names, dtypes, shapes, bytes.
+    Attributes:
+        name: Its name, as in `model.id` of the run file.
+        module: The module, in evaluation mode; no parameter requires a gradient.
+        blocks: Dotted name, inside `module`, of the list of transformer blocks.
+        width: Width of the hidden state that enters a block.
+        feature_dim: Width D of the pooled features.
+        reads: "text", "images" or "conversations".
+        image_tokens: Number of tokens for each image in the blocks; None for text.
+        pixel_shape: Shape (C, H, W) of an image as the model reads it; None for text.
+        zero_shot_temperature: Temperature of the cosine logits of a zero-shot text head; None if the model cannot embed class
+            prompts.
+        pretrained_on: The data set on whose public half the model was pretrained; clients do not get that half.
+        fingerprint: SHA-256, in hexadecimal, of the names, dtypes, shapes and bytes of the weights.
     """
 
     reads: str
@@ -54,21 +55,23 @@ class FoundationModel:
 
     @property
     def parameter_count(self) -> int:
-        """Number of parameters of the model, its own head included where it has one."""
+        """Number of parameters of the model, including those of its own head."""
         return sum(p.numel() for p in self.module.parameters())
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights as they are stored, the attached experts and the model's own head included."""
+        """Bytes of the stored weights, including those of attached experts and of the model's own head."""
         return budget.weight_bytes(self.module)
 
     def to(self, device: torch.device) -> None:
-        """Moves the weights to a device."""
+        """Move the weights to a device."""
         self.module.to(device)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Pooled features (B, D) float32 of a batch made by `Dataset.inputs.batch`. Gradients flow through:
-        what is trained inside `module`, and the caller's autograd mode, decide."""
+        """Return the pooled features (B, D) float32 of a batch that `Dataset.inputs.batch` made.
+
+        They are differentiable by the trained parameters inside `module`, unless the caller turned gradients off.
+        """
         raise NotImplementedError
 
     def tokenize(self, texts: list[str], max_tokens: int) -> TextInputs:
@@ -76,37 +79,47 @@ class FoundationModel:
         raise ModelError(f"model.id: {self.name} reads {self.reads}, not text")
 
     def prepare(self, images: Sequence[Any]) -> Tensor:
-        """Bring PIL images to the size and channels that the model sees: (n, C, H, W), uint8 where
-        `pixel_transform` does the rest, else float32. Image models only."""
+        """Bring PIL images to the size and number of channels that the model reads. Image models only.
+
+        Returns:
+            (n, C, H, W), uint8 if `pixel_transform` does the rest, otherwise float32.
+        """
         raise ModelError(f"model.id: {self.name} reads {self.reads}, not images")
 
     # (scale, shift), each (C, 1, 1): what the model sees of uint8 pixels is pixels * scale + shift.
     pixel_transform: tuple[Tensor, Tensor] | None = None
 
     def class_embeddings(self, prompts: tuple[tuple[str, ...], ...], max_tokens: int = 64) -> Tensor:
-        """Unit vectors (C, D): per class the mean of its prompts' features, normalized (prompt ensembling as
-        in CLIP, arXiv 2103.00020, section 3.1.4). Zero-shot logits are features @ class_embeddings.T /
-        temperature.
+        """Return a unit vector for each class, (C, D): the normalized mean of the features of its prompts.
+
+        This is the prompt ensembling of CLIP (arXiv 2103.00020, section 3.1.4). Zero-shot logits are
+        features @ class_embeddings.T / temperature.
         """
         with torch.no_grad():
             rows = [self.embed_texts(list(texts), max_tokens).mean(dim=0) for texts in prompts]
             return nn.functional.normalize(torch.stack(rows), dim=-1)
 
     def embed_texts(self, texts: list[str], max_tokens: int) -> Tensor:
-        """(n, D) features of texts in the space of `features`."""
+        """Return the features (n, D) of texts, in the space of `features`."""
         inputs = self.tokenize(texts, max_tokens)
         return self.features(inputs.batch(torch.arange(len(inputs))))
 
     def save(self, folder: Path) -> None:
-        """Write the model, before experts are attached, into a folder that `load` reads. ModelError where the
-        module cannot be told from its weights."""
+        """Write the model, before experts are attached, into a folder that `load` reads.
+
+        Raises:
+            ModelError: If the weights alone do not define the module.
+        """
         raise ModelError(
             f"{self.name}: a {type(self.module).__name__} given as an object cannot be made again from files"
         )
 
 
 def _block_list(module: nn.Module) -> str:
-    """Its name differs between versions of transformers ("encoder.layer", "layers"), its length does not."""
+    """Return the dotted name of the list of blocks: one as long as the model has layers, otherwise one found by inspection.
+
+    Its name differs between versions of transformers ("encoder.layer", "layers").
+    """
     count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) == count:
@@ -128,7 +141,7 @@ def _width(module: nn.Module, blocks: str) -> int:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 (hex) of a module's weights and persistent buffers."""
+    """Return the SHA-256, in hexadecimal, of the weights and persistent buffers of a module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -137,7 +150,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def import_transformers():
-    """transformers, or a ModelError that names the extra. Imported late: it takes seconds."""
+    """Import transformers, which takes seconds. Raise a ModelError that names the extra if it is not installed."""
     try:
         import transformers
     except ImportError as error:
@@ -147,7 +160,7 @@ def import_transformers():
 
 @contextmanager
 def quiet_transformers():
-    """No load report and no progress bar: weights that we leave out on purpose are no news."""
+    """Show no load report and no progress bar of transformers within the context."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

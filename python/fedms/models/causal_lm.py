@@ -22,17 +22,18 @@ _CAP = "final_logit_softcapping"
 
 
 class CausalModel(FoundationModel):
-    """A decoder with its head, which predicts the next token.
+    """A decoder with a head that predicts the next token.
 
-    `module` is the decoder without the head: what experts are attached to. Padding stands on the right, where no earlier
-    position sees it, so the decoder gets no mask.
+    `module` is the decoder without the head; experts are attached to it. Padding is on the right, where no earlier position
+    attends to it, so the decoder needs no mask.
 
-    tokenizer:   of transformers.
-    head:        `FrozenHead` on the model's own weight, tied or not, with its bias, scale and cap.
-    prefix:      dotted name of the decoder inside the whole model ("model", "transformer").
-    stop_tokens: tokens that end an answer.
-    max_tokens:  longest sequence.
-    dequantized: whether the weights were read from a quantized file.
+    Attributes:
+        tokenizer: A tokenizer of transformers.
+        head: A `FrozenHead` that shares the model's weight, with its bias, scale and cap.
+        prefix: Dotted name of the decoder in the complete model ("model", "transformer").
+        stop_tokens: Tokens that end an answer.
+        max_tokens: Length of the longest sequence.
+        dequantized: Whether the weights were read from a quantized file.
     """
 
     reads = "conversations"
@@ -69,7 +70,7 @@ class CausalModel(FoundationModel):
         return FrozenHead(linear.weight, linear.bias, scale=scale, cap=getattr(config, _CAP, None), dtype=dtype)
 
     def _check_head(self, whole: Any) -> None:
-        """ModelError if the model makes its logits in another way than the head does."""
+        """Raise a ModelError if the model computes its logits in another way than the head."""
         tokens = torch.arange(1, 6).unsqueeze(0) % len(self.head.weight)
         with torch.no_grad():
             out = whole(input_ids=tokens, use_cache=False, output_hidden_states=False).logits
@@ -80,13 +81,13 @@ class CausalModel(FoundationModel):
                              "another model")
 
     def quantize_head(self, dtype: str) -> None:
-        """Computes the logits from a copy of the head in this dtype, "fp32" or "int8"; gradients come from the original."""
+        """Compute the logits from a copy of the head in a dtype, "fp32" or "int8". Gradients use the original weight."""
         old = self.head
         self.head = FrozenHead(old.weight, old.bias, scale=old.scale, cap=old.cap, dtype=dtype)
 
     @property
     def ties_head(self) -> bool:
-        """Whether the head's weight is that of the embedding, which is part of `module`."""
+        """Whether the head shares its weight with the embedding, which is a part of `module`."""
         return any(self.head.weight is p for p in self.module.state_dict(keep_vars=True).values())
 
     @property
@@ -95,7 +96,7 @@ class CausalModel(FoundationModel):
 
     @property
     def weight_bytes(self) -> int:
-        """The head's copy in int8 counts too."""
+        """Bytes of the stored weights of the decoder and the head, including the head's copy in int8."""
         return super().weight_bytes + budget.weight_bytes(self.head) + (0 if self.ties_head else self.head.weight.nbytes)
 
     def to(self, device: torch.device) -> None:
@@ -103,7 +104,7 @@ class CausalModel(FoundationModel):
         self.head.to(device)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) last hidden states of a batch {"input_ids": (B, T)}, padded on the right."""
+        """Return the last hidden states (B, T, D) of a batch {"input_ids": (B, T)}, padded on the right."""
         return self.module(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -113,7 +114,7 @@ class CausalModel(FoundationModel):
         _save_whole(folder, self)
 
     def recipe(self, base: str, max_tokens: int, adapted: str | None) -> list[str]:
-        """Code that answers a question without this package."""
+        """Return lines of code that answer a question without this package."""
         model = f"transformers.AutoModelForCausalLM.from_pretrained({base})"
         loaded = [f"base = {model}", f"model = {adapted}.eval()"] if adapted else [f"model = {model}.eval()"]
         ask = 'tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, ' \
@@ -125,7 +126,7 @@ class CausalModel(FoundationModel):
 
 
 def whole_model(model: CausalModel, state: dict[str, Tensor]) -> Any:
-    """A fresh model of transformers with this state of the decoder (names as in `model.module`), and the head."""
+    """Return a new model of transformers with a state of the decoder (names as in `model.module`) and the head."""
     with quiet_transformers():
         transformers = import_transformers()
         config = type(model.config).from_dict(model.config.to_dict())
@@ -153,8 +154,7 @@ def _save_whole(folder: Path, model: CausalModel) -> None:
 
 
 def _linear_instead_of_conv1d(decoder: nn.Module) -> bool:
-    """Replaces GPT-2's Conv1D layers, Linear layers whose weight is transposed, by Linear layers, in place; returns whether
-    there were any."""
+    """Replace Conv1D layers of GPT-2 by Linear layers with the transposed weight, in place. Return whether there were any."""
     from transformers.pytorch_utils import Conv1D
 
     found = [(name, layer) for name, layer in decoder.named_modules() if isinstance(layer, Conv1D)]
@@ -175,8 +175,13 @@ def _stop_tokens(whole: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def load(table) -> CausalModel:
-    """The causal language model that the [model] table names by `id`: a folder in Hugging Face's format, a hub id, or a
-    GGUF file (whose weights are dequantized). ModelError if it cannot be had."""
+    """Load the causal language model that `id` of the [model] table names.
+
+    It is a folder in Hugging Face's format, a hub id, or a GGUF file, whose weights are dequantized.
+
+    Raises:
+        ModelError: If the model cannot be loaded.
+    """
     path = Path(table.id).expanduser()
     if path.suffix == ".gguf":
         return from_gguf(table.id, path, table.blocks)
@@ -190,7 +195,11 @@ def load(table) -> CausalModel:
 
 
 def from_gguf(name: str, path: Path, blocks: str | None = None) -> CausalModel:
-    """A model of a GGUF file, in float32. ModelError if the file or the package gguf is missing."""
+    """Load a model from a GGUF file, in float32.
+
+    Raises:
+        ModelError: If the file cannot be read, or the package gguf is not installed.
+    """
     if not path.is_file():
         raise ModelError(f"model.id: {path}: no such file")
     try:

@@ -29,10 +29,11 @@ Mixture = Callable[[Tensor], Tensor]
 class Sampling:
     """How tokens are chosen.
 
-    max_new_tokens: most tokens of an answer, at least 1.
-    temperature:    0: always the most probable token; else it divides the log-probabilities.
-    top_p:          draw from the fewest tokens that hold this share of the probability, in (0, 1].
-    seed:           of the draws.
+    Attributes:
+        max_new_tokens: Largest number of tokens in an answer, at least 1.
+        temperature: 0 chooses the most probable token; otherwise log-probabilities are divided by it.
+        top_p: Tokens are drawn from the smallest set that has at least this probability, in (0, 1].
+        seed: Seed of the draws.
     """
 
     max_new_tokens: int = 64
@@ -58,13 +59,13 @@ class Token:
 
 
 class Decoder:
-    """The decoder of a model with its key-value cache: tokens in, the last hidden state of every expert out.
+    """The decoder of a model with its key-value cache. It reads tokens and returns the last hidden state of every expert.
 
     Args:
-        model: its experts are set as they are to run.
-        layers: those of the blocks that differ between experts.
-        shared: number of blocks below them.
-        experts: 1, or the number of experts of each layer, which then run side by side.
+        model: The model; its experts are set as they are to run.
+        layers: Layers of the blocks in which the experts differ.
+        shared: Number of blocks below them.
+        experts: 1, or the number of experts of each layer, which then run as one batch.
     """
 
     def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1) -> None:
@@ -78,7 +79,7 @@ class Decoder:
 
     @torch.inference_mode()     # beside what no_grad leaves out, no tensor counts its versions: 12 % of a step
     def step(self, ids: Tensor) -> Tensor:
-        """Takes the next tokens (T,) int64; returns the hidden states (experts, D) after the last of them."""
+        """Read the next tokens (T,) int64, and return the hidden states (experts, D) after the last one."""
         ids = ids.to(next(self.model.module.parameters()).device)
         if self.before is not None:
             self.before(ids)
@@ -102,9 +103,10 @@ class Decoder:
 
 def generate(decoder: Decoder, prompt: Sequence[int], mixture: Mixture, stop_tokens: Sequence[int],
              sampling: Sampling) -> Iterator[Token]:
-    """Yields the answer to a prompt token by token, a stop token last where there is one.
+    """Yield the answer to a prompt token by token. A stop token is the last one, if there is one.
 
-    Raises ValueError for an empty prompt, or one that leaves no room for an answer in the model's longest sequence.
+    Raises:
+        ValueError: If the prompt is empty, or leaves no room for an answer within the longest sequence of the model.
     """
     longest = decoder.model.max_tokens
     if not 1 <= len(prompt) < longest:
@@ -121,7 +123,7 @@ def generate(decoder: Decoder, prompt: Sequence[int], mixture: Mixture, stop_tok
 
 
 def choose(log_p: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token () by its log-probabilities (V,)."""
+    """Return the next token (), chosen by log-probabilities (V,)."""
     if sampling.temperature == 0:
         return log_p.argmax()
     p = (log_p / sampling.temperature).softmax(-1)
@@ -133,7 +135,7 @@ def choose(log_p: Tensor, sampling: Sampling, generator: torch.Generator) -> Ten
 
 
 def text_pieces(tokenizer: Any, tokens: Iterator[Token], stop_tokens: Sequence[int]) -> Iterator[str]:
-    """The text of tokens as it grows. A character that takes several tokens is held back until it is whole."""
+    """Yield the text of tokens piece by piece. A character that consists of several tokens is held back until it is complete."""
     ids: list[int] = []
     shown = ""
     for token in tokens:

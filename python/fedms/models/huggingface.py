@@ -24,10 +24,14 @@ from .vision_model import TWO_TOWERS, TwoTowerModel, VisionModel
 
 
 def load(table) -> FoundationModel:
-    """The model that the [model] table names by `id`, a hub id or a folder (id, pooling, blocks, trust_remote_code).
+    """Load the model that `id` of the [model] table names: a hub id or a folder.
 
-    Raises ModelError: no such folder or id, weights that are not safetensors or are damaged, a missing
-    tokenizer or image processor, an architecture of another kind.
+    Args:
+        table: The [model] table, for `id`, `pooling`, `blocks` and `trust_remote_code`.
+
+    Raises:
+        ModelError: If there is no such folder or id, the weights are damaged or not in safetensors, the tokenizer or image
+            processor is missing, or the architecture is of another kind.
     """
     transformers = import_transformers()
     source = source_of(table.id)
@@ -41,10 +45,14 @@ def load(table) -> FoundationModel:
 
 def wrap(module: nn.Module, processors: Sequence[Any], *, name: str, pooling: str = "auto",
          blocks: str | None = None) -> FoundationModel:
-    """A foundation model of a transformers module that is loaded already.
+    """Return a foundation model for a module of transformers that is loaded already.
 
-    processors: the tokenizer, the image processor, or both (tokenizer first) for a pair of towers.
-    pooling:    see `TextModel` and `VisionModel`. blocks: dotted name of the list of transformer blocks.
+    Args:
+        module: The module.
+        processors: The tokenizer or the image processor; both, tokenizer first, for a pair of towers.
+        name: Name of the model.
+        pooling: See `TextModel` and `VisionModel`.
+        blocks: Dotted name of the list of transformer blocks; None to find it.
     """
     if cast(Any, module.config).model_type in TWO_TOWERS:
         if pooling != "auto":
@@ -93,7 +101,7 @@ def _processors(transformers, source: str, model_id: str, module: nn.Module, opt
 
 
 def _pooling(source: str, wanted: str) -> str:
-    """A sentence encoder says in a file of its own how its tokens are pooled."""
+    """Return the wanted pooling. For "auto" it is the one that a sentence encoder names in a file, if it names one."""
     if wanted != "auto":
         return wanted
     from transformers.utils import cached_file

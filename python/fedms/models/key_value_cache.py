@@ -1,7 +1,7 @@
-"""Keys and values of the tokens that a decoder has read, in memory that is written in place.
+"""A cache of keys and values that is written in place.
 
-A cache of transformers (`DynamicCache`) copies all of them for every token. Here the memory of a layer doubles when it is full,
-so that a token costs the writing of its own keys and values.
+A `DynamicCache` of transformers copies all keys and values for every token. Here the memory of a layer is doubled when it is
+full, so that a token costs only the writing of its own keys and values.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST_ROOM = 64     # tokens for which a layer begins with memory
 
 
 class GrowingLayer(DynamicLayer):
-    """The keys and values (B, H, T, D) of one layer. `keys` and `values` are the part of the memory that is filled."""
+    """The keys and values (B, H, T, D) of one layer. `keys` and `values` are views of the filled part of the memory."""
 
     keys: Tensor | None
     values: Tensor | None
@@ -22,7 +22,7 @@ class GrowingLayer(DynamicLayer):
     _memory: list[Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, H, new, D); return all of them."""
+        """Append keys and values (B, H, new, D), and return all keys and values (B, H, T, D)."""
         start = self.get_seq_length()
         count = key_states.shape[-2]
         if not self.is_initialized or start + count > self._memory[0].shape[-2]:
@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _grown(old: Tensor | None, new: Tensor, start: int) -> Tensor:
-    """Memory of twice the room that is needed, with the first `start` tokens of the old one in it."""
+    """Return memory for twice as many tokens as needed, which begins with the first `start` tokens of the old memory."""
     *batch_and_heads, count, width = new.shape
     memory = new.new_empty(*batch_and_heads, max(FIRST_ROOM, 2 * (start + count)), width)
     if start:
@@ -45,5 +45,5 @@ def _grown(old: Tensor | None, new: Tensor, start: int) -> Tensor:
 
 
 def growing_cache() -> Cache:
-    """Return an empty cache, as models of transformers take it."""
+    """Return an empty cache for a model of transformers."""
     return Cache(layer_class_to_replicate=GrowingLayer)

@@ -45,17 +45,21 @@ class MiniLM(TextModel):
 
 
 def load(table: ModelTable) -> MiniLM:
-    """The model, as its row in the catalogue calls it."""
+    """Load the model."""
     return MiniLM()
 
 
 def status() -> tuple[str, str]:
-    """What `fedms doctor` says: where the weights are."""
+    """Return the state and the words with which `fedms doctor` reports on minilm."""
     return "ok", str(model_folder())
 
 
 def model_folder() -> Path:
-    """Folder of weights and tokenizer inside the installed package. ModelError if it is not installed."""
+    """Return the folder of the weights and the tokenizer inside the installed package.
+
+    Raises:
+        ModelError: If the package is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     folders = [Path(place) / "model" for place in (spec.submodule_search_locations or [])] if spec else []
     for folder in folders:

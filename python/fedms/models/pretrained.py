@@ -1,5 +1,4 @@
-"""What all models in Hugging Face's format share: where they are read from, what is said when they cannot be had, how they are
-saved, and code that loads them without this package."""
+"""What all models in Hugging Face's format share: finding, explaining errors, saving, and code that loads them elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +16,11 @@ from .base import quiet_transformers
 
 
 def source_of(model_id: str) -> str:
-    """A folder with safetensors in it, or a hub id."""
+    """Return where transformers loads a model from: a folder that holds safetensors, or the hub id as it is.
+
+    Raises:
+        ModelError: If the folder does not exist, or holds no model in Hugging Face's format with safetensors.
+    """
     folder = Path(model_id).expanduser()
     if not folder.is_dir():
         if folder.exists() or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
@@ -41,7 +44,7 @@ def _convert(where: str | Path) -> str:
 
 @contextmanager
 def explained(model_id: str) -> Iterator[None]:
-    """What transformers raises for a model that cannot be had, as a ModelError in our words."""
+    """Turn any error of transformers, within the context, into a ModelError that says what to do."""
     try:
         yield
     except ModelError:
@@ -63,13 +66,20 @@ def explained(model_id: str) -> Iterator[None]:
 
 
 def save_pretrained(folder: Path, *parts: Any) -> None:
+    """Save parts of a model, such as the module and its tokenizer, into one folder in Hugging Face's format."""
     with quiet_transformers():
         for part in parts:
             part.save_pretrained(folder)
 
 
 def first_lines(module: nn.Module, base: str, adapted: str | None) -> list[str]:
-    """First lines of code that, without this package, makes `features` of `texts` or `images`: the model."""
+    """Return the lines that load the model in a script that computes features without this package.
+
+    Args:
+        module: The model.
+        base: Code of the path of the saved model.
+        adapted: Code that makes the adapted model of the variable `base`; None if the model is used as it was saved.
+    """
     kind = type(module)
     bare = ", add_pooling_layer=False" if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else ""
     loaded = f"transformers.{kind.__name__}.from_pretrained({base}{bare}).float()"

@@ -43,12 +43,12 @@ class SmolLM2(CausalModel):
 
 
 def load(table: ModelTable) -> SmolLM2:
-    """The model, as its row in the catalogue calls it."""
+    """Load the model."""
     return SmolLM2()
 
 
 def converted() -> Path:
-    """The folder of the dequantized model, made at the first call (a minute)."""
+    """Return the folder of the dequantized model, which the first call makes in a minute."""
     folder = cache_dir() / f"smollm2-{SHA256[:16]}"
     if not folder.exists():
         made_cache_dir()

@@ -17,11 +17,17 @@ from .pretrained import first_lines, save_pretrained
 
 
 class TextModel(FoundationModel):
-    """A text encoder, or a decoder read as one.
+    """A text encoder, or a decoder that is used as one.
 
-    pooling: "mean" over real tokens, "cls" (the first token) or "last" (the last real token); "auto" is what
-             a decoder needs, "last", and "mean" otherwise. Pooled features are L2-normalized, as sentence
-             encoders do, so that class prompts can be compared with them.
+    Features are L2-normalized, as those of sentence encoders are, so that class prompts can be compared with them.
+
+    Args:
+        name: Name of the model.
+        module: A text model of transformers.
+        tokenizer: Its tokenizer.
+        pooling: "mean" over real tokens, "cls" (the first token) or "last" (the last real token); "auto" is "last" for a
+            decoder and "mean" otherwise.
+        blocks: Dotted name of the list of its blocks; None to find it.
     """
 
     reads = "text"
@@ -39,7 +45,7 @@ class TextModel(FoundationModel):
         self.accepted = set(inspect.signature(module.forward).parameters)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) float32, L2-normalized."""
+        """Return the pooled features (B, D) float32, L2-normalized."""
         hidden, mask = self.module(**inputs).last_hidden_state, inputs["attention_mask"]
         if self.pooling == "mean":
             weights = mask.unsqueeze(-1).to(hidden.dtype)
@@ -90,7 +96,7 @@ class TextModel(FoundationModel):
 
 
 def _is_decoder(config) -> bool:
-    """Whether a model reads from left to right: it is made for causal language modeling and for nothing masked."""
+    """Return whether a model reads from left to right: it is made for causal, and not for masked, language modeling."""
     from transformers.models.auto import modeling_auto
 
     kind = config.model_type
@@ -99,6 +105,7 @@ def _is_decoder(config) -> bool:
 
 
 def most_tokens(module: nn.Module, tokenizer: Any) -> int:
+    """Return the length in tokens of the longest text that a model and its tokenizer can read."""
     most = getattr(module.config, "max_position_embeddings", None) or tokenizer.model_max_length
     for name, child in module.named_modules():
         # RoBERTa's positions begin after the padding index.

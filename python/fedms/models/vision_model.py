@@ -26,8 +26,16 @@ TWO_TOWERS = {
 class VisionModel(FoundationModel):
     """A vision model.
 
-    pooling: "mean" over patches, "cls" (the class token); "auto" is the model's own pooled output, else the
-             class token, else the mean.
+    Args:
+        name: Name of the model.
+        module: A vision model of transformers.
+        processor: Its image processor.
+        pooling: "mean" over patches, or "cls" (the class token); "auto" is the model's own pooled output if it has one,
+            otherwise the class token, otherwise the mean.
+        blocks: Dotted name of the list of its blocks; None to find it.
+
+    Raises:
+        ModelError: If the model does not suit the pooling, or cannot read the images that its processor makes.
     """
 
     reads = "images"
@@ -49,7 +57,7 @@ class VisionModel(FoundationModel):
         self.pixel_transform = self._transform()
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) float32, not normalized."""
+        """Return the pooled features (B, D) float32, not normalized."""
         out = self.module(**inputs)
         pooled = getattr(out, "pooler_output", None)
         if self.pooling == "auto" and pooled is not None:
@@ -69,7 +77,7 @@ class VisionModel(FoundationModel):
         return processed["pixel_values"]
 
     def _probe(self) -> int:
-        """Width of the features, learned by running one gray image."""
+        """Return the width of the features, found by running a gray image."""
         from PIL import Image
 
         pixels = self._process([Image.new("L", (32, 32), 128)])
@@ -111,8 +119,10 @@ class VisionModel(FoundationModel):
 
 
 class TwoTowerModel(VisionModel):
-    """A CLIP-like model: images are read by the image tower, which is what experts are attached to; class
-    prompts are embedded by the text tower. The zero-shot temperature is the one that the model has learned."""
+    """A model like CLIP. Its image tower reads images, and experts are attached to it; its text tower embeds class prompts.
+
+    The zero-shot temperature is the one that the model has learned.
+    """
 
     def __init__(self, name: str, pair: Any, tokenizer: Any, processor: Any, *, blocks: str | None = None) -> None:
         transformers = import_transformers()
@@ -129,7 +139,7 @@ class TwoTowerModel(VisionModel):
         self.zero_shot_temperature = math.exp(-float(pair.logit_scale))
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) float32, L2-normalized, in the space that both towers share."""
+        """Return the features (B, D) float32, L2-normalized, in the space that both towers share."""
         out = self.module(**inputs)
         pooled = out.image_embeds if "image_embeds" in out else out.pooler_output
         return nn.functional.normalize(pooled, dim=-1)
@@ -167,7 +177,7 @@ def _array(image: Any):
 
 
 def _tokens_in_blocks(model: VisionModel) -> int:
-    """Length of the sequence that enters the first block, for one image."""
+    """Return the length of the sequence that enters the first block for one image."""
     seen = []
     block = cast(nn.ModuleList, model.module.get_submodule(model.blocks))[0]
     handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape) if args else None)

@@ -16,7 +16,7 @@ SEED = 2010_11929
 
 
 class ViTDigits(VisionModel):
-    """A small vision transformer with random weights, for 8 x 8 digits; a model for trying things out."""
+    """A small vision transformer with random weights for 8 x 8 digits, for trying things out."""
 
     def __init__(self) -> None:
         transformers = import_transformers()
@@ -38,5 +38,5 @@ class ViTDigits(VisionModel):
 
 
 def load(table: ModelTable) -> ViTDigits:
-    """The model, as its row in the catalogue calls it."""
+    """Load the model."""
     return ViTDigits()

@@ -120,9 +120,12 @@ def describe(device: torch.device) -> str:
 
 
 def one_gpu_each(*asked: str) -> list[dict[str, str]]:
-    """The environment variables that show a process one of the machine's GPUs alone, for each GPU.
+    """Return, for each GPU of the machine, the environment variables with which a process sees that GPU alone.
 
-    None where there are fewer than two, or where one of these `[run] device` names the device that it is for.
+    The list is empty with fewer than two GPUs, or if a device is named.
+
+    Args:
+        asked: Values of `[run] device` of the processes.
     """
     if any(name not in ("auto", "cuda") for name in asked):
         return []

@@ -18,9 +18,9 @@ Live = Callable[..., Tensor]
 
 
 class StepGraphs:
-    """The graphs of one model: of the pass through its blocks and back, where an expert is trained on its own.
+    """CUDA graphs of the passes through a model's blocks, forward and backward, in which one expert is trained.
 
-    A pass with gates or segments inside of the layers is not captured: they are no arguments of it.
+    Passes with gates or segments inside the layers are not captured, because these are not arguments of the pass.
     """
 
     # Ways to run the model of which graphs are kept, each with those of its shapes; activation makes new ones.
@@ -31,7 +31,12 @@ class StepGraphs:
         self.kept: OrderedDict[object, Live] = OrderedDict()
 
     def of(self, stream: Stream, live: Live) -> Live:
-        """What computes a pass of a stream: `live` itself, or the graphs of an equal pass."""
+        """Return the graphs of a pass of a stream, captured at their first call; or `live` if the pass is not captured.
+
+        Args:
+            stream: The stream.
+            live: Computes the pass.
+        """
         model = self.model
         trains = torch.is_grad_enabled() and stream.name in model.depths
         if not (model.config.run.graphs and trains) or any(layer.routes for layer in model.layers.values()):

@@ -73,8 +73,12 @@ class Stream:
         return features
 
     def _live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(B, D) or per token (B, T, D) float32 features of inputs by name: from the prefix's output (B, T, D) on, if there
-        is one."""
+        """Compute the features, (B, D) or per token (B, T, D) float32.
+
+        Args:
+            hidden: Output (B, T, D) of the prefix, from which to go on; None to start from the inputs.
+            inputs: Inputs of the model by name.
+        """
         model, names = self.model, tuple(inputs)
 
         def live(hidden: Tensor | None, *values: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ class Stream:
 
     @cached_property
     def states(self) -> tuple[tuple[PairState, ...], ...]:
-        """What each pair of each layer does."""
+        """The state of each pair of each layer."""
         return tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
 
     def prefix(self, part: Subset) -> Ragged:
