@@ -43,12 +43,12 @@ class Part:
     y: Tensor
 
     def rows(self, rows: Tensor) -> Part:
-        """The samples at each client's rows (C, m)."""
+        """Return the samples at each client's rows (C, m)."""
         return Part(self.x.gather(1, rows[..., None].expand(*rows.shape, self.x.shape[-1])), self.y.gather(1, rows))
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
-    """Features (n, D), labels and domains of sentences that the study leaves."""
+    """Return features (n, D), labels and domains of sentences that no run of the study uses."""
     def unused(strata: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
         rest = np.setdiff1d(np.arange(len(strata)), stratified_sample(strata, OF_THE_STUDY, rng))
         return rest[stratified_sample(strata[rest], total, rng)]
@@ -60,7 +60,7 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def deal(x: Tensor, y: Tensor, domains: Tensor, clients: int, alpha: float | None, seed: int) -> dict[str, Part]:
-    """Training, validation and test samples: a domain a client, or classes by Dirichlet."""
+    """Return training, validation and test samples: each client has one domain, or classes drawn from Dirichlet(alpha)."""
     sizes = (120, 45, 200) if alpha is None else (72, 27, 150)
     rng, chosen = np.random.default_rng(seed), []
     for client in range(clients):
@@ -76,24 +76,26 @@ def deal(x: Tensor, y: Tensor, domains: Tensor, clients: int, alpha: float | Non
 
 
 def fresh(clients: int, width: int, draw: torch.Generator) -> Expert:
+    """Return a new expert for all clients: A and the head at random, B and the bias zero."""
     a = (2 * torch.rand(RANK, width, generator=draw) - 1) / math.sqrt(width)
     head = 0.02 * (2 * torch.rand(CLASSES, width, generator=draw) - 1)
     return [t.repeat(clients, 1, 1) for t in (a[None], torch.zeros(1, width, RANK), head[None], torch.zeros(1, 1, CLASSES))]
 
 
 def logits(expert: Expert, x: Tensor) -> Tensor:
+    """Return the logits (C, n, K) of an expert for features (C, n, D)."""
     a, b, head, bias = expert
     hidden = x + SCALE * F.gelu(x @ a.mT) @ b.mT
     return F.layer_norm(hidden, hidden.shape[-1:]) @ head.mT + bias
 
 
 def loss_of(z: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy (C,) of each client."""
+    """Return the cross-entropy (C,) of each client."""
     return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
 
 
 def descend(params: Expert, lr: float, batches: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> None:
-    """AdamW over batches of rows (C, b), each client's gradient clipped at norm 1."""
+    """Train with AdamW over batches of rows (C, b), with the gradient of each client clipped at norm 1."""
     optimizer = torch.optim.AdamW(params, lr, weight_decay=0.0)
     for rows in batches:
         optimizer.zero_grad()
@@ -105,11 +107,12 @@ def descend(params: Expert, lr: float, batches: Sequence[Tensor], loss: Callable
 
 
 def shuffled(rows: Tensor, draw: torch.Generator) -> Sequence[Tensor]:
+    """Return each client's rows (C, m) as batches (C, b), in random order."""
     return rows.gather(1, torch.rand(rows.shape, generator=draw).argsort(1)).split(BATCH, 1)
 
 
 def fedavg(train: Part, rounds: int, rows: Tensor, draw: torch.Generator) -> list[Expert]:
-    """The averaged expert before the first round and after each."""
+    """Return the averaged expert before the first round and after each round."""
     history = [fresh(len(train.y), train.x.shape[-1], draw)]
     for _ in range(rounds):
         own = [t.clone().requires_grad_() for t in history[-1]]
@@ -172,6 +175,7 @@ def private(idea: Idea, data: Mapping[str, Part], rows: Tensor, start: Expert, o
 
 
 def confidences(*experts: Tensor) -> Tensor:
+    """Return for each expert's logits the largest log-probability and its distance to the second, (C, n, 2 E)."""
     top = [z.log_softmax(-1).topk(2, -1).values for z in experts]
     return torch.cat([part for t in top for part in (t[..., :1], t[..., :1] - t[..., 1:])], -1)
 
@@ -202,11 +206,12 @@ def gate(shared: Tensor, own: Tensor, y: Tensor, x: Tensor, sees: str) -> Callab
 
 
 def accuracy(z: Tensor, y: Tensor) -> float:
+    """Return the accuracy over all clients of logits (C, n, K) for labels (C, n)."""
     return float((z.argmax(-1) == y).float().mean())
 
 
 def one_seed(setting: str, everything: tuple[Tensor, Tensor, Tensor], seed: int) -> dict[str, float]:
-    """Test accuracy of each idea, of the reference, of its two experts, and of two rivals."""
+    """Return the test accuracy of each idea, of the reference, of its two experts, and of two rivals."""
     clients, alpha, rounds = SETTINGS[setting]
     data, draw = deal(*everything, clients, alpha, seed), torch.Generator().manual_seed(seed)
     train, test, y = data["train"], data["test"], data["test"].y

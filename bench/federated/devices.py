@@ -19,7 +19,7 @@ WAYS = {"cuda": {"device": "cuda"}, "cuda, graphs": {"device": "cuda", "graphs":
 
 
 def row(folders: list[Path]) -> str:
-    """The cells of one way, from its run folders."""
+    """Return the cells of one way to run, from its run folders."""
     records = [RunRecords.read(folder) for folder in folders]
     accuracies = [f"{100 * each.summary['personalized_accuracy']['mean']:.1f}" for each in records]
     later = [line["seconds"] for each in records for line in each.rounds if line["round"] > 1]

@@ -71,6 +71,7 @@ def train(config: RunConfig, task: LoadedTask | None = None, evaluated: bool = T
 
 
 def cost(key: Path, clients: Sequence[int], model: str, repeats: int, rounds: int) -> None:
+    """Print a line for each number of clients: seconds, processor seconds and bytes of a round, without and with secure sums."""
     for count in clients:
         ratios, seconds, traffic = [], {"off": [], "secure": []}, {}
         processor: dict[str, list[float]] = {"off": [], "secure": []}
@@ -85,30 +86,34 @@ def cost(key: Path, clients: Sequence[int], model: str, repeats: int, rounds: in
             ratios.append(seconds["secure"][-1] / seconds["off"][-1])
         print(json.dumps({"run file": model, "clients": count, **{f"seconds {m}": statistics.median(s) for m, s in seconds.items()},
                           "time ratio": statistics.median(ratios), **{f"processor {m}": statistics.median(s) for m, s in processor.items()},
-                          "processor ratio": statistics.median(processor["secure"]) / statistics.median(processor["off"]), **{f"bytes {m}": b for m, b in traffic.items()},
-                          "bytes ratio": traffic["secure"] / traffic["off"]}), flush=True)
+                          "processor ratio": statistics.median(processor["secure"]) / statistics.median(processor["off"]),
+                          **{f"bytes {m}": b for m, b in traffic.items()}, "bytes ratio": traffic["secure"] / traffic["off"]}), flush=True)
 
 
 def curve(key: Path, epsilons: Sequence[str], seeds: Sequence[int], methods: Sequence[str], records: Path) -> None:
+    """Train each method with each budget and seed, and append a line to the file of records; runs that it has are left out."""
     tasks = LoadedTasks()
+    done = {(line["method"], line["epsilon"], line["seed"]) for line in read_lines(records)}
     for seed in seeds:
         for epsilon in epsilons:
             for method in methods:
-                if any((line["method"], line["epsilon"], line["seed"]) == (method, epsilon, seed) for line in read_lines(records)):
+                if (method, epsilon, seed) in done:
                     continue
                 private = [] if epsilon == "off" else ["privacy.mode=central", f"privacy.epsilon={epsilon}", f"privacy.key={key}"]
                 config = load_config("digits", [*CURVE, *private, f"run.method={method}", f"run.seed={seed}"])
                 found, _ = train(config, tasks.of(config, Progress()))
                 with open(records, "a") as file:
                     file.write(json.dumps({"method": method, "epsilon": epsilon, "seed": seed, **found}) + "\n")
+                done.add((method, epsilon, seed))
 
 
 def read_lines(records: Path) -> list[dict[str, Any]]:
+    """Return the runs in a file of records; none if there is no such file."""
     return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
 
 
 def table(records: Path) -> str:
-    """Markdown: a row for each method and budget, largest budget first."""
+    """Return a table in Markdown with a row for each method and budget, the largest budget first."""
     lines = read_lines(records)
     rows = sorted({(line["method"], line["epsilon"]) for line in lines},
                   key=lambda row: (row[0], -float("inf" if row[1] == "off" else row[1])))
@@ -122,6 +127,7 @@ def table(records: Path) -> str:
 
 
 def spread(runs: Sequence[dict[str, Any]], name: str) -> str:
+    """Return the mean of an accuracy over seeds, in percent, and the largest distance from it."""
     values = [100 * run[name] for run in runs]
     mean = statistics.fmean(values)
     return f"{mean:.1f} % ± {max(abs(value - mean) for value in values):.1f}"

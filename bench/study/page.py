@@ -223,7 +223,7 @@ def _ranks_part(done: Sequence[StudyRecord]) -> list[str]:
 
 
 def _all_blocks_part(done: Sequence[StudyRecord]) -> list[str]:
-    """What activating blocks one after the other does to each method, beside training all of them from the start."""
+    """Return the part that compares activating blocks one after the other with training all of them from the start."""
     rows = []
     for setting in dict.fromkeys(run.setting for run, _ in done):
         here = [line for run, line in done if run.setting == setting]

@@ -35,7 +35,7 @@ class FedMS(Method):
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         if name.startswith("gate/"):
-            shared = stage != "stage1" and self.mixture.shares_gate
+            shared = stage != "stage1" and self.mixture.shares_gate and self.mixture.trains(name)
             return BroadcastPolicy.EVERY_ROUND if shared else BroadcastPolicy.NEVER
         return BroadcastPolicy.EVERY_ROUND if stage == "stage1" else BroadcastPolicy.ONCE
 
@@ -57,5 +57,5 @@ class FedMS(Method):
         return self.mixture.speaker(model, private, final, self._new_gate(model))
 
     def _new_gate(self, model: ExpertModel) -> Tensors:
-        """Return the initial tensors of a private gate."""
-        return self.initial(model) if self.mixture.keeps_gate else {}
+        """Return the initial tensors of the gate if clients are not sent all of them, otherwise nothing."""
+        return self.initial(model) if self.mixture.keeps_gate or not self.mixture.sees_features else {}

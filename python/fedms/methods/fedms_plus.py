@@ -28,32 +28,26 @@ from torch import Tensor
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
-from fedms.federated.method import BroadcastPolicy, Method, Prediction
+from fedms.federated.method import BroadcastPolicy, Prediction
 from fedms.methods.fedavg_prior import log_prior
+from fedms.methods.fedms import FedMS
 from fedms.methods.mixing import Fitted, Mixture, is_few, train_mixture, train_together
 from fedms.methods.steps import BestEpoch, class_counts, train_shared
 from fedms.seeds import generator
 from fedms.tensors import Tensors
-from fedms.training.answering import Speaker
 from fedms.training.expert_model import EXPERTS, ExpertModel
 
 COUNTS = "class_counts"
 
 
-class FedMSPlus(Method):
+class FedMSPlus(FedMS):
     """FedMS with extensions, each with a setting in `[plus]` (see the module)."""
-
-    personal = ("stage2",)
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         by_outputs = config.gate.mixing == "outputs"
-        self.mixture = Mixture(config, sees_confidences=self.settings.confidences and by_outputs,
+        self.mixture = replace(self.mixture, sees_confidences=self.settings.confidences and by_outputs,
                                sees_features=self.settings.features or not by_outputs)
-
-    @property
-    def trains_gate(self) -> bool:
-        return self.mixture.trains_gate
 
     @property
     def restarts_depth(self) -> bool:
@@ -68,11 +62,8 @@ class FedMSPlus(Method):
         return {COUNTS: torch.zeros(classes, dtype=torch.float64)} if self._uses_prior else {}
 
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
-        if name.startswith("gate/"):
-            shared = stage != "stage1" and self.mixture.shares_gate and self.mixture.trains(name)
-            return BroadcastPolicy.EVERY_ROUND if shared else BroadcastPolicy.NEVER
-        goes_on = stage == "stage1" or self.settings.global_in_stage2
-        return BroadcastPolicy.EVERY_ROUND if goes_on else BroadcastPolicy.ONCE
+        goes_on = self.settings.global_in_stage2 and not name.startswith("gate/")
+        return BroadcastPolicy.EVERY_ROUND if goes_on else super().broadcast_policy(stage, name)
 
     def most_training(self, name: str) -> tuple[float, int]:
         lr, epochs = super().most_training(name)
@@ -117,14 +108,7 @@ class FedMSPlus(Method):
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         if COUNTS in private.tensors:                    # a client that was never visited has no counts
             self._shift(model, "stage2", private.tensors[COUNTS], final.statistics)
-        return self.mixture.predict(model, part, private, final, self._new_gate(model))
-
-    def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
-        return self.mixture.speaker(model, private, final, self._new_gate(model))
-
-    def _new_gate(self, model: ExpertModel) -> Tensors:
-        """Return the initial tensors of the gate if clients are not sent all of them, otherwise nothing."""
-        return self.initial(model) if self.mixture.keeps_gate or not self.mixture.sees_features else {}
+        return super().predict(model, part, private, final)
 
     def _shift(self, model: ExpertModel, stage: str, counts: Tensor, statistics: Tensors) -> None:
         """Add the client's class prior to the logits of its experts. It is uniform until the server has sent the first sum."""

@@ -39,8 +39,8 @@ def gaps_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 def accuracy_by_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw the personalized accuracy of each method over the bytes that all clients sent and received."""
-    return _cost(runs, lambda run: sum_known(field_of(run.summary, "bytes_up"), field_of(run.summary, "bytes_down")), "sent and received by all clients",
-                 decimal("B"))
+    return _cost(runs, lambda run: sum_known(field_of(run.summary, "bytes_up"), field_of(run.summary, "bytes_down")),
+                 "sent and received by all clients", decimal("B"))
 
 
 def accuracy_by_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
