@@ -1,16 +1,31 @@
-"""What processes that this package starts have in common. Imports no torch: an idle client is a small process."""
-
+"""What the worker processes of this package have in common. This module does not import torch, so an idle client stays small."""
 from __future__ import annotations
 
 import os
+import signal
 import threading
+from collections.abc import Mapping
 from multiprocessing import parent_process
 
 
-def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, killed or not, whatever is being done here then.
+def begin_worker(environment: Mapping[str, str]) -> None:
+    """Make a process that `multiprocessing` has started a worker of its parent. Call it first in the process.
 
-    To be called once in a process that `multiprocessing` started.
+    Ctrl-C reaches the whole group of processes. A worker ignores it, because its parent alone decides when to stop. The worker
+    ends with its parent.
+
+    Args:
+        environment: Environment variables to set, such as which GPU is visible. Torch must not have looked for GPUs yet.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    os.environ.update(environment)
+
+
+def end_with_parent() -> None:
+    """End this process as soon as its parent has ended or was killed, whatever this process is doing then.
+
+    Call it once in a process that `multiprocessing` has started.
     """
     parent = parent_process()
     assert parent is not None

@@ -7,8 +7,6 @@ clients, so a run does not depend on how many workers there are.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from fedms.errors import FedMSError, WorkerDied
 from fedms.federated import encoding
 from fedms.federated.client import Message, Private
 from fedms.federated.packing import pack_message, unpack_message
-from fedms.processes import end_with_parent
+from fedms.processes import begin_worker
 
 _EXACT = "fp32"     # the encoding of float32 tensors that keeps all of their bits
 
@@ -168,11 +166,8 @@ class _Elsewhere(Exception):
 
 
 def _serve(connection: Connection, start: Callable[[], Visitor], environment: Mapping[str, str]) -> None:
-    """A worker's whole life."""
-    # Ctrl-C reaches the whole group of processes; the engine alone decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    os.environ.update(environment)      # before torch has looked for GPUs
+    """Load the model, then do what the engine sends until the connection ends. This is the main function of a worker."""
+    begin_worker(environment)
     try:
         visitor = start()
         connection.send(("loaded", None))

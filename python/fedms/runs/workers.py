@@ -2,16 +2,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from fedms.errors import WorkerDied
-from fedms.processes import end_with_parent
+from fedms.processes import begin_worker
 from fedms.progress import Progress
 
 Item = TypeVar("Item")
@@ -77,10 +75,7 @@ class _Worker:
 
     @staticmethod
     def begin(start: Callable[[], Work[Any, Any]], events: Any, stopping: Any, own: Any) -> None:
-        # Ctrl-C reaches the whole group of processes; the parent alone decides, and tells by `stopping`.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_with_parent()
-        os.environ.update(own.get())    # before torch has looked for GPUs
+        begin_worker(own.get())
         _Worker.current = _Worker(start(), events, stopping)
 
     @staticmethod
