@@ -4,18 +4,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fedms.config import ConfigError, RunConfig
+from fedms.engines.base import Arrival, Engine
 from fedms.engines.buffered import Courier, Sent
 from fedms.federated.client import Message
 from fedms.seeds import generator
 from fedms.storage.records import RunRecords
-
-if TYPE_CHECKING:
-    from fedms.engines.base import Arrival, Engine
 
 
 class Order(ABC):
@@ -111,8 +109,6 @@ class Simulated(Courier):
         self.order.sent(sent.message, clients)
 
     def receive(self, at_work: Mapping[int, Sent], now: Message) -> Arrival:
-        from fedms.engines.base import Arrival
-
         client, reason = self.order.next(at_work, now)
         if reason is not None:
             return Arrival(client, None, 0, 0, reason)

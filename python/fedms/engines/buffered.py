@@ -25,7 +25,7 @@ import torch
 from fedms.federated.client import Message
 from fedms.federated.packing import Packed, pack_message, unpack_message
 from fedms.federated.server import Collected, Server, ServerState
-from fedms.tensors import Tensors
+from fedms.tensors import Tensors, under
 
 if TYPE_CHECKING:
     from fedms.engines.base import Arrival, Engine
@@ -140,7 +140,6 @@ class BufferedRounds:
         self.at_work = {int(client): number for client, number in plain["at_work"].items()}
         self.sent = {}
         for number, head in plain["sent"].items():
-            packed = Packed(dict(head), {name.partition("/")[2]: data.numpy().tobytes() for name, data in tensors.items()
-                                         if name.startswith(f"{number}/")})
+            packed = Packed(dict(head), {name: data.numpy().tobytes() for name, data in under(f"{number}/", tensors).items()})
             self.sent[int(number)] = Sent(packed, unpack_message(packed))
         self.courier.restore(plain["courier"])

@@ -10,7 +10,7 @@ from fedms.data.subset import Subset
 from fedms.engines.arrivals import Simulated
 from fedms.engines.base import Arrival, Engine, Evaluation
 from fedms.engines.buffered import Courier
-from fedms.engines.visitor import Visitor, Visits
+from fedms.engines.visitor import Errand, Visitor, Visits
 from fedms.federated.client import Client, Message, Participant, Private, Share
 from fedms.federated.method import Method
 from fedms.federated.packing import Packed, pack_share, unpack_reply, unpack_share
@@ -101,24 +101,23 @@ class LocalEngine(Engine):
         self.states[arrival.client] = arrival.after
 
     def evaluate(self, final: Message, on_common_test: bool) -> Iterator[Evaluation]:
-        ids = [client.id for client in self.clients]
-        evaluations = self.visitor.each("evaluate", final, ids, self._state, on_common_test=on_common_test)
-        for _ in ids:
-            self.check_stop(final)
-            yield next(evaluations)[0]
+        yield from self._of_all("evaluate", final, on_common_test=on_common_test)
 
     def validate(self, final: Message) -> list[dict[str, Any]]:
-        """What each client answers in the end about its validation samples, see `validate_client`.
+        """Return the record of each client's validation samples with the final model, see `validate_client`.
 
         Raises:
-            Interrupted: if asked to stop.
+            Interrupted: If the run was asked to stop.
         """
+        return list(self._of_all("validate", final))
+
+    def _of_all(self, errand: Errand, final: Message, **further: Any) -> Iterator[Any]:
+        """Yield what an errand returns for each client, in ascending order of their ids."""
         ids = [client.id for client in self.clients]
-        answers, found = self.visitor.each("validate", final, ids, self._state), []
+        results = self.visitor.each(errand, final, ids, self._state, **further)
         for _ in ids:
             self.check_stop(final)
-            found.append(next(answers)[0])
-        return found
+            yield next(results)[0]
 
     def _state(self, client: int) -> Private:
         return self.states.get(client, Private())

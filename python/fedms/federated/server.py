@@ -22,7 +22,7 @@ from fedms.federated.aggregation import Residual, WeightedMean, krum, median, tr
 from fedms.federated.client import Message, Participant, Reply
 from fedms.federated.method import BroadcastPolicy, Method
 from fedms.seeds import generator
-from fedms.tensors import Tensors, is_a
+from fedms.tensors import Tensors, is_a, prefixed, under
 from fedms_ext import LoRA
 
 __all__ = ["STAGES", "AllClientsFailed", "Collected", "RejectedReply", "Server", "ServerState"]
@@ -124,8 +124,7 @@ class Collected:
         pairs = {f"residual/{layer}/{i}/{x}": t for layer, pairs in self.residual.pairs.items()
                  for i, pair in enumerate(pairs) for x, t in zip("ab", pair[:2])}
         replies = {f"replies/{i}/{n}": t for i, reply in enumerate(self.replies) for n, t in reply.items()}
-        return {**{f"mean/{n}": t for n, t in self.mean.sums.items()}, **{f"sums/{n}": t for n, t in self.statistics.items()},
-                **pairs, **replies}
+        return {**prefixed("mean/", self.mean.sums), **prefixed("sums/", self.statistics), **pairs, **replies}
 
     @classmethod
     def restore(cls, plain: Mapping[str, Any], tensors: Tensors) -> Collected:
@@ -137,13 +136,9 @@ class Collected:
             layer: [(tensors[f"residual/{layer}/{i}/a"], tensors[f"residual/{layer}/{i}/b"], weight)
                     for i, weight in enumerate(weights)]
             for layer, weights in plain["residual_weights"].items()}
-        self.statistics = _under("sums/", tensors)
-        self.replies = [_under(f"replies/{i}/", tensors) for i in range(plain["replies"])]
+        self.statistics = under("sums/", tensors)
+        self.replies = [under(f"replies/{i}/", tensors) for i in range(plain["replies"])]
         return self
-
-
-def _under(prefix: str, tensors: Tensors) -> Tensors:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 class Server:
