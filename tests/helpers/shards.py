@@ -23,10 +23,11 @@ def write_shards(config: RunConfig, folder: Path, progress: Progress) -> RunConf
         data.write_shard(folder / name, data.shard_of(task.dataset, part, experiment.fitting.depths))
     if config.privacy.masks:
         from fedms.federated.private_client import member_of_run
-        from fedms.privacy.member_file import Agreement, digest_of, write_agreement, write_secret
+        from fedms.privacy.key_file import create_key
+        from fedms.privacy.member_file import KEY, Agreement, digest_of, write_agreement
 
         for split in experiment.partition.clients:
             member = member_of_run(experiment.server.key, split.id, config.clients.count)
-            write_secret(folder / f"client-{split.id}", member.secret)
+            create_key(folder / f"client-{split.id}" / KEY, member.secret)
             write_agreement(folder / f"client-{split.id}", Agreement(digest_of(config), member.identities))
     return config

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 from fedms.deployment.server import RUN, STATUS, members, read_config
 from fedms.foreign import all_printable, parse_json, read_regular
 from fedms.storage.durable import owner
-from fedms.storage.records import SUMMARY
+from fedms.storage.records import SUMMARY, RunFolderError, RunRecords
 
 LAST_ROUNDS = 200       # rounds that the page draws
 
@@ -43,14 +43,13 @@ def state(folder: Path) -> dict[str, Any]:
                 "connected": running and bool(seen.get(member.number, {}).get("connected")),
                 "last": seen.get(member.number, {}).get("last")} for member in members(folder)]
     return all_printable({
-        "running": running, "ended": (folder / RUN / SUMMARY).is_file(), "address": told.get("address"), "phase": told.get("phase"), "at": told.get("at"),
+        "running": running, "ended": (folder / RUN / SUMMARY).is_file(), "address": told.get("address"),
+        "phase": told.get("phase"), "at": told.get("at"),
         "method": config.run.method, "model": config.model.id, "rounds_wanted": config.stage1.rounds + config.stage2.rounds,
         "seats": config.clients.count, "clients": clients, "rounds": _rounds(folder / RUN), "notes": told.get("notes", [])})
 
 
 def _rounds(folder: Path) -> list[dict[str, Any]]:
-    from fedms.storage.records import RunFolderError, RunRecords
-
     try:
         rounds = RunRecords.read(folder, whole=False).rounds[-LAST_ROUNDS:]
     except RunFolderError:

@@ -6,6 +6,7 @@ next message meets the new one. Nothing in it can allow code of a server: that i
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ class Refusal(FedMSError):
 def default_policy(config: RunConfig) -> Policy:
     """What an invitation asks for, and limits that a machine's other work can live with."""
     required = None if config.privacy.mode == "off" else [config.privacy.mode]
-    return Policy(privacy=PrivacyLimits(required=required), models=[config.model.id], methods=[config.run.method], frozen=[config.model.frozen],
+    return Policy(models=[config.model.id], methods=[config.run.method], frozen=[config.model.frozen],
                   most_epochs=max(config.stage1.epochs, config.stage2.epochs), rounds_a_day=1000, bytes_a_day="10GiB",
-                  hours="00:00-24:00", battery=30.0, disk="1GiB")
+                  hours="00:00-24:00", battery=30.0, disk="1GiB", privacy=PrivacyLimits(required=required))
 
 
 def write_policy(path: Path, policy: Policy) -> None:
@@ -117,8 +118,6 @@ class Journal:
         return self
 
     def add(self, rounds: int, amount: int, now: datetime.datetime) -> None:
-        import json
-
         self.today(now)
         self.rounds, self.bytes = self.rounds + rounds, self.bytes + amount
         write_durably(self.path, json.dumps({"day": self.day, "rounds": self.rounds, "bytes": self.bytes}).encode(), private=True)

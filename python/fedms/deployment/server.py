@@ -28,6 +28,7 @@ from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, lo
 from fedms.deployment import NAME, DeploymentError, roster
 from fedms.deployment.invitation import Invitation, read_invitation
 from fedms.engines.flower.transport import tables_of
+from fedms.errors import Interrupted
 from fedms.foreign import conform, parse_json, read_regular
 from fedms.privacy.key_file import create_key, read_key
 from fedms.progress import Progress
@@ -35,7 +36,6 @@ from fedms.storage.durable import FolderLock, private_folder, write_durably
 
 RUN_FILE, INVITATION, CLIENTS, RUN, STATUS, CERTIFICATES, KEY = (
     "run.toml", "invite.toml", "clients.json", "run", "status.json", "certificates", "privacy.key")
-PORT = 9091
 SEATS = 100             # clients.count where a run file leaves it open: the most that may be accepted
 NOTES = 20              # last lines of what happened that a status keeps
 
@@ -184,7 +184,7 @@ def accept(folder: Path, line: str) -> Member:
         member = Member(len(listed), name, key, False, identity, proof)
         listed.append(member)
     if masks and len(listed) == seats:
-        clients = tuple(roster.read({name: getattr(each, name) for name in roster.FIELDS}) for each in listed)
+        clients = tuple(roster.read({field: getattr(each, field) for field in roster.FIELDS}) for each in listed)
         replace(read_invitation(folder / INVITATION), clients=clients).write(folder / INVITATION)
     return member
 
@@ -309,8 +309,6 @@ def start(folder: Path, bind: str, progress: Progress, stop: Callable[[], bool],
 
 
 def _wait(door: Door, wait_for: int | None, progress: Progress, stop: Callable[[], bool]) -> None:
-    from fedms.engines.base import Interrupted
-
     said = None
     while True:
         accepted, there = door.members(), door.connected()

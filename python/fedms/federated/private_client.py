@@ -19,6 +19,7 @@ from fedms.privacy.secure_sum import Member, ProtocolError, Terms, advertise, id
 from fedms.federated.private_server import PrivateServer
 from fedms.training.expert_model import ExpertModel
 
+
 def contribute(server: PrivateServer, method: Method, model: ExpertModel, client: Client, private: Private,
                message: Message) -> tuple[np.ndarray, Private, str | None]:
     """A visit: what the client adds to the round's sum, (size,) int32, its private state from now on, and why it adds nothing.

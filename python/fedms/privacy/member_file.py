@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedms.config import RunConfig
 from fedms.foreign import parse_json, read_regular
-from fedms.privacy.key_file import KeyFileError, create_key, read_key
+from fedms.privacy.key_file import KeyFileError, read_key
 from fedms.privacy.secure_sum import PUBLIC_BYTES, Member, identity_of
 from fedms.storage.durable import write_durably
 
@@ -42,18 +42,6 @@ def digest_of(config: RunConfig) -> str:
     for name in ("engine", "threads", "workers", "device"):
         tables["run"].pop(name)
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
-
-
-def write_secret(folder: Path, secret: bytes) -> None:
-    """Write a client's secret key, or see that it is there already.
-
-    Raises:
-        KeyFileError: if another one is there, or it cannot be written.
-    """
-    if not (folder / KEY).exists():
-        create_key(folder / KEY, secret)
-    elif read_key(folder / KEY) != secret:
-        raise KeyFileError(f"{folder / KEY}: is another client's or run's key; remove it, or write to another folder")
 
 
 def write_agreement(folder: Path, agreement: Agreement) -> None:
