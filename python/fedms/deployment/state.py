@@ -142,15 +142,8 @@ class ClientState:
                 f"fingerprint {invitation.run_sha256[:16]}",
                 f"served    {'no (fedms client start)' if process is None else f'by process {process}'}",
                 f"today     {journal.rounds} rounds, {journal.bytes / 1e6:.2f} MB sent and received",
-                *self._sums(),
+                *_sums(invitation),
                 *(["waiting   the server asks for another run file: fedms client accept"] if self.offered() is not None else [])]
-
-    def _sums(self) -> list[str]:
-        invitation = self.invitation
-        if not invitation.config.privacy.masks:
-            return []
-        return [f"sums      with {roster.told(invitation.clients)}" if invitation.clients else
-                "waiting   for the list of all clients, in a second invitation: fedms client accept --invitation FILE"]
 
     def accept(self, invitation: Invitation) -> None:
         """From now on this is what the owner agreed to.
@@ -171,9 +164,9 @@ class ClientState:
     def _agree_on(self, invitation: Invitation) -> None:
         """Keep the list of clients for secure sums, with this one in its place."""
         identities = {number: bytes.fromhex(client.identity) for number, client in enumerate(invitation.clients)}
-        own = identity_of(read_key(self.folder / member_file.KEY))
+        own = (self.about.name, _openssh(self.key()), identity_of(read_key(self.folder / member_file.KEY)))
         places = [number for number, client in enumerate(invitation.clients)
-                  if (client.name, client.key, identities[number]) == (self.about.name, _openssh(self.key()), own)]
+                  if (client.name, client.key, identities[number]) == own]
         if not places or self.about.number not in (None, *places):
             raise DeploymentError(f"the list of clients does not have {self.about.name} with this client's keys"
                                   + (f" as number {self.about.number}" if places else "") + "; ask the server's operator")
@@ -184,6 +177,14 @@ class ClientState:
         if (process := self.process()) is not None:
             raise DeploymentError(f"{self.folder}: process {process} serves this client; end it first (fedms client leave)")
         shutil.rmtree(self.folder)
+
+
+def _sums(invitation: Invitation) -> list[str]:
+    """Return the line about the clients of secure sums, if the run has such sums."""
+    if not invitation.config.privacy.masks:
+        return []
+    return [f"sums      with {roster.told(invitation.clients)}" if invitation.clients else
+            "waiting   for the list of all clients, in a second invitation: fedms client accept --invitation FILE"]
 
 
 def _openssh(key: ec.EllipticCurvePrivateKey) -> str:

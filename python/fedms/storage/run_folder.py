@@ -19,7 +19,8 @@ from fedms.foreign import parse_json, read_regular
 from fedms.storage.durable import LOCK, TEMPORARY, FolderLock, write_durably
 from fedms.storage.final import FINAL
 from fedms.storage.records import (ACCURACY_FIELDS, CLIENT_FIELDS, CLIENTS, CONFIG, DATA, OPTIONAL, OUTCOME, OUTCOME_FIELDS,
-                                   PROVENANCE, PROVENANCE_FIELDS, ROUND_FIELDS, ROUNDS, SAMPLES, SUMMARY, SUMMARY_FIELDS, VISIT_FIELDS, VISITS, RunRecords)
+                                   PROVENANCE, PROVENANCE_FIELDS, ROUND_FIELDS, ROUNDS, SAMPLES, SUMMARY, SUMMARY_FIELDS,
+                                   VISIT_FIELDS, VISITS, RunRecords)
 from fedms.storage.validation import VALIDATION
 
 _LINES = (ROUNDS, VISITS, CLIENTS)      # files that grow line by line
@@ -182,9 +183,9 @@ class RunFolder:
 
     def append_provenance(self, record: Mapping[str, Any]) -> None:
         """Add a line to `provenance.jsonl`: fields of `PROVENANCE_FIELDS`."""
-        line = json.dumps(_plain(_complete(record, PROVENANCE_FIELDS)), sort_keys=True, ensure_ascii=False) + "\n"
         there = self.path / PROVENANCE
-        self._write(PROVENANCE, (there.read_text(encoding="utf-8") if there.is_file() else "") + line)
+        before = there.read_text(encoding="utf-8") if there.is_file() else ""
+        self._write(PROVENANCE, before + _line(_complete(record, PROVENANCE_FIELDS)))
 
     def write_outcome(self, outcome: Mapping[str, Any]) -> None:
         """Write `outcome.json` as a whole: fields of `OUTCOME_FIELDS`."""
@@ -204,14 +205,13 @@ class RunFolder:
             raise _unwritable(self.path / name, error) from error
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        line = json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         self._changed.add(name)
         try:
             file = os.open(self.path / name, os.O_WRONLY | os.O_APPEND)     # a removed folder is not made anew
             try:
                 end = os.fstat(file).st_size
                 try:
-                    _write_all(file, line.encode())
+                    _write_all(file, _line(record).encode())
                 except OSError:
                     os.ftruncate(file, end)     # a full disk takes a part of the line
                     raise
@@ -312,6 +312,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _pretty(plain: Any) -> str:
