@@ -133,7 +133,7 @@ class FlowerEngine(Engine):
 
     def _evaluate(self, clients: Sequence[int], final: Message, packed: Packed,
                   on_common_test: bool) -> Iterator[Evaluation]:
-        self._meet()
+        self._greet_nodes()
         reached = [client for client in clients if client in self.node_of]
         asked, lost = self.send("evaluate", "evaluation", reached, packed, {"on_common_test": on_common_test})
         for answer in self._answers(asked, lost, final):
@@ -174,7 +174,7 @@ class FlowerEngine(Engine):
     def _wait_for_nodes(self, clients: Collection[int], message: Message) -> None:
         """Until the nodes of these clients are there, or the deadline has passed. A client that was waited for once is only
         looked at from then on, until it is there again; unless nobody else is left."""
-        self._meet()
+        self._greet_nodes()
         if all(client in self.away for client in clients):
             self.away.clear()
         started, pauses, told = time.monotonic(), Pauses(), False
@@ -189,12 +189,12 @@ class FlowerEngine(Engine):
                 self.progress.note(f"waiting for the nodes of the clients {few(missing, 8)}")
             self.check_stop(message)
             pauses.sleep()
-            self._meet()
+            self._greet_nodes()
 
     def _is_waited_for(self, client: int) -> bool:
         return client not in self.away or time.monotonic() - self.asked_again.get(client, float("-inf")) < GRACE
 
-    def _meet(self) -> None:
+    def _greet_nodes(self) -> None:
         """Asks new nodes which client they are; forgets nodes that have left."""
         nodes = {node.node_id: node.name or "" for node in self.grid.get_nodes()}
         # Flower names the keys that were registered with it, and no others: one name says that authentication is on.
@@ -265,7 +265,7 @@ class FlowerEngine(Engine):
             self.away.add(client)
             self.asked_again[client] = time.monotonic()
             self.greeted.pop(node, None)
-            self._meet()
+            self._greet_nodes()
 
     def _tell_once(self, text: str) -> None:
         """A note that strangers can cause: the same one is not repeated, and there is an end of them."""
