@@ -1,4 +1,4 @@
-"""A federation of strangers: a server that sees nobody's data or keys, and clients that know and decide what they run.
+"""A federation of independent participants: a server that sees no data or keys of clients, and clients that decide what they run.
 
 `server` and `invitation` are the server's side; `join`, `policy`, `state` and `node` the client's. `page` shows a server's
 state in a browser. The rounds themselves are the distributed engine's (`fedms.engines.flower`).
@@ -15,16 +15,21 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"       # of a client
 
 
 class DeploymentError(FedMSError):
-    """A server's or a client's folder, an invitation or a line of a client is not what it should be."""
+    """A server's or client's folder, an invitation or a client's line is missing, damaged or does not fit the federation."""
 
     title = "deployment"
 
 
 def check_versions(theirs: str, their_format: int, whose: str) -> None:
-    """Raises DeploymentError unless the other side's release and message format are this one's.
+    """Check that the other side has this machine's release and message format.
 
     Args:
-        whose: of the other side, such as "the server".
+        theirs: Release of the other side.
+        their_format: Its message format.
+        whose: A name for the other side in errors, such as "the server".
+
+    Raises:
+        DeploymentError: If they differ.
     """
     if their_format != FORMAT or release_of(theirs) != release_of(release()):
         raise DeploymentError(f"{whose} runs fedms {theirs} with messages of format {their_format}, this machine runs fedms "
@@ -32,7 +37,7 @@ def check_versions(theirs: str, their_format: int, whose: str) -> None:
 
 
 def check_name(name: str) -> str:
-    """A client's name. Raises DeploymentError if it cannot be one."""
+    """Return a client's name, or raise DeploymentError if it is not valid."""
     if re.fullmatch(NAME, name, re.ASCII) is None:
         raise DeploymentError(f"--name {name!r}: expected up to 64 letters, digits and . _ -, the first a letter or a digit")
     return name

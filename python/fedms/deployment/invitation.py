@@ -55,7 +55,7 @@ _FILE = TypeAdapter(_File)
 
 @dataclass(frozen=True)
 class Invitation:
-    """What a server asks clients to take part in; see the module for the fields."""
+    """An invitation to a federation. The module describes the fields."""
 
     address: str
     authority: str
@@ -66,14 +66,16 @@ class Invitation:
 
     @property
     def run_sha256(self) -> str:
+        """The hash of the run file, see `run_digest`."""
         return run_digest(tables_of(self.config))
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; none where no label is learned."""
+        """Names of the classes. Empty for tasks without labels."""
         return self.config.data.classes or ()
 
     def dump(self) -> str:
+        """Return the invitation as the text of a TOML file."""
         tables = {"format": FORMAT_OF_FILE, "fedms": release(), "messages": FORMAT, "address": self.address,
                   "authority": self.authority, "run_sha256": self.run_sha256, "model_sha256": self.model_sha256,
                   "preprocessing_sha256": self.preprocessing_sha256, "run_file": tables_of(self.config)}
@@ -83,16 +85,21 @@ class Invitation:
                 + tomli_w.dumps(tables))
 
     def write(self, path: Path, *, private: bool = False) -> None:
+        """Write the invitation to a file, which with `private` only its owner can read."""
         write_durably(path, self.dump().encode(), private=private)
 
 
 def run_digest(tables: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a run file's tables."""
+    """Return the SHA-256, in hexadecimal, of the tables of a run file."""
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 
 
 def read_invitation(path: Path) -> Invitation:
-    """Raises DeploymentError if it is none, was changed, or is of another release."""
+    """Read an invitation.
+
+    Raises:
+        DeploymentError: If the file is not a valid invitation, was changed, or comes from another release.
+    """
     try:
         tables = parse_toml(read_regular(path, MOST_BYTES))
         if isinstance(tables.get("fedms"), str) and isinstance(tables.get("messages"), int):
@@ -120,7 +127,7 @@ def read_invitation(path: Path) -> Invitation:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each key of a run file's tables that differs: "stage1.epochs: 1 -> 5"."""
+    """Return a line for each key that differs between the tables of two run files, such as "stage1.epochs: 1 -> 5"."""
     flat_before, flat_after = dict(_flat(before)), dict(_flat(after))
     return [f"{key}: {flat_before.get(key, 'unset')} -> {flat_after.get(key, 'unset')}"
             for key in sorted(flat_before.keys() | flat_after.keys()) if flat_before.get(key) != flat_after.get(key)]

@@ -17,6 +17,7 @@ from fedms.deployment.invitation import Invitation, read_invitation
 from fedms.deployment.policy import default_policy, write_policy
 from fedms.deployment.state import POLICY, ClientState, make_state
 from fedms.errors import DataError
+from fedms.foreign import few
 from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.runs.plan import Plan, plan
@@ -26,7 +27,7 @@ PARTS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Joining:
-    """What joining would mean, before anything is written."""
+    """A client that is ready to join: its data and the measured costs. Nothing is written yet."""
 
     invitation: Invitation
     name: str
@@ -37,20 +38,24 @@ class Joining:
 
     @property
     def samples(self) -> dict[str, int]:
+        """Numbers of training, validation and test samples."""
         split = self.partition.clients[0]
         return {part: len(getattr(split, part)) for part in PARTS}
 
 
 def prepare(invitation: Invitation, source: str, name: str, progress: Progress, model: str | None = None) -> Joining:
-    """Reads the client's data and measures a round.
+    """Read the client's data and measure a round.
 
     Args:
-        source: a table, a folder of images or a data set of the hub; what `data.name` of a run file may be.
-        model: folder with the model on this machine; None: where the invitation's `model.id` says.
+        invitation: The invitation.
+        source: A table, a folder of images or a data set of the hub: any value of `data.name` in a run file.
+        name: The client's name.
+        progress: Shows the progress.
+        model: Folder of the model on this machine, or None to load the invitation's `model.id`.
 
     Raises:
-        DeploymentError: if model or preprocessing here are not the server's, or the name is none.
-        DataError, ModelError: if data or model cannot be read; the message names the sample, column or file.
+        DeploymentError: If the model or the preprocessing differs from the server's, or the name is not valid.
+        DataError, ModelError: If the data or the model cannot be read. The message names the sample, column or file.
     """
     config = with_data(invitation.config, source, check_name(name), model)
     if config.model.trust_remote_code:
@@ -73,7 +78,7 @@ def prepare(invitation: Invitation, source: str, name: str, progress: Progress, 
 
 
 def write(joining: Joining, folder: Path) -> ClientState:
-    """The client's folder; it appears whole, or not at all."""
+    """Write the client's folder, whole or not at all."""
     state = make_state(folder, joining.name, joining.model, joining.invitation)
     try:
         data.write_shard(folder, Shard(joining.dataset, joining.partition, ()))
@@ -85,7 +90,7 @@ def write(joining: Joining, folder: Path) -> ClientState:
 
 
 def with_data(config: RunConfig, source: str, name: str, model: str | None) -> RunConfig:
-    """The invitation's run file for this client's data alone."""
+    """Return the invitation's run file, changed to a run on the data of this client only."""
     path = Path(source).expanduser()
     at = str(Path(model).expanduser().absolute()) if model else config.model.id
     return config.model_copy(update={
@@ -95,7 +100,7 @@ def with_data(config: RunConfig, source: str, name: str, model: str | None) -> R
 
 
 def check_model(invitation: Invitation, foundation: FoundationModel) -> None:
-    """Raises DeploymentError unless the model and what it makes of inputs are those of the invitation."""
+    """Raise DeploymentError unless the model's weights and its preprocessing are those of the invitation."""
     config = invitation.config
     if foundation.fingerprint != invitation.model_sha256:
         raise DeploymentError(f"model.id {config.model.id}: the weights here ({foundation.fingerprint[:12]}) are not the "
@@ -106,17 +111,17 @@ def check_model(invitation: Invitation, foundation: FoundationModel) -> None:
 
 
 def own_dataset(dataset: Dataset, name: str) -> Dataset:
-    """All of it belongs to this client, however many files or groups it came in."""
+    """Return the data set as one group, which belongs to this client, whatever groups it had."""
     return replace(dataset, groups=torch.zeros(len(dataset), dtype=torch.int64), group_names=(name,))
 
 
 def alone(dataset: Dataset, config: RunConfig) -> Partition:
-    """Training, validation and test samples; the same as where all clients' data are in one process."""
+    """Divide the client's samples for training, validation and test, as a run with all clients in one process does."""
     return data.partition(dataset, config.data, SimpleNamespace(count=1, unseen=0), config.run.seed)
 
 
 def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float], str]) -> Sequence[str]:
-    """What is trained, sent and kept, and what a round costs, in lines."""
+    """Return lines that tell the owner what is trained, sent and kept, and what a round costs."""
     config, samples = joining.invitation.config, joining.samples
     sent = {
         "off": "the trained tensors of each round, numbers of samples, losses, accuracies, seconds, bytes of memory",
@@ -141,4 +146,4 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
 
 
 def _classes(classes: Sequence[str]) -> str:
-    return f"; classes: {', '.join(classes[:8])}{' ...' if len(classes) > 8 else ''}" if classes else ""
+    return f"; classes: {few(classes, 8)}" if classes else ""

@@ -35,8 +35,14 @@ IDLE = 300.0            # seconds after which a process that did the last visit 
 
 @dataclass
 class Node:
-    """One client's node. `tell`: takes a line for its owner. `now`: local time, for tests. `device`: where it computes, a name as
-    `run.device` takes it; the server has no say in it."""
+    """The node of a client.
+
+    Attributes:
+        state: The client's folder.
+        tell: Called with each line for the client's owner.
+        now: Returns the local time; tests replace it.
+        device: The device that computes, a value of `run.device`. The server does not decide it.
+    """
 
     state: ClientState
     tell: Callable[[str], None]
@@ -48,10 +54,10 @@ class Node:
         self.worker = Worker()
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Serves until told to stop; a server that is away is tried again and again.
+        """Serve the client until `stop` returns True. Connect again whenever the connection is lost.
 
         Raises:
-            DeploymentError: if another process serves this client, or it has left.
+            DeploymentError: If another process serves this client, or the client has left.
         """
         if self.state.about.left:
             raise DeploymentError(f"{self.state.folder}: this client has left; `fedms client join` makes another one")
@@ -77,17 +83,17 @@ class Node:
             lock.release()
 
     def answer(self, message: Mail) -> Mail:
-        """The reply to a message. It never raises: what goes wrong is its content."""
+        """Return the reply to a message. Errors become the content of the reply and are never raised."""
         self.worker.end_if_idle()
         if message.metadata.message_type == "query":
             return side.greet(message, self._identity_for)
         return side.guarded(message, self.state.about.number, self._obey)
 
     def _identity_for(self, told: int) -> side.Identity:
-        """Who this client is by the number that a greeting tells; the first one holds.
+        """Return the client's identity under the number that the server's greeting gives. The first number is kept.
 
         Raises:
-            Refusal: if it is another one than before.
+            Refusal: If the number is not the one from before.
         """
         known = self.state.about.number
         if known is None:
@@ -101,10 +107,10 @@ class Node:
                              self.state.about.model, self.device)
 
     def _obey(self, kind: str, head: dict[str, Any], parts: dict[str, bytes]) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Does what a message says, if the owner's agreement and policy allow it.
+        """Obey a message, if the owner's agreement and policy allow it.
 
         Raises:
-            Refusal: saying what does not.
+            Refusal: If they do not; the message says which of them.
         """
         number = self.state.about.number
         if number is None:
@@ -133,7 +139,7 @@ class Node:
         return answer, sent
 
     def _add_up(self, head: dict[str, Any], parts: dict[str, bytes], number: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """A phase of a secure sum. It belongs to a visit that was allowed, so limits of time and load do not end it."""
+        """Answer a phase of a secure sum. It belongs to a visit that was allowed, so the policy is not checked again."""
         if not self.invitation.config.privacy.masks:
             raise Refusal("secure sums are not part of what this client's owner agreed to")
         answer, sent = self.worker.do("query.sum", head, parts, self._identity(number))
@@ -141,7 +147,7 @@ class Node:
         return answer, sent
 
     def _agreed(self, tables: dict[str, Any]) -> RunConfig:
-        """The run file of a message, if it is the one that the owner has agreed to."""
+        """Return the run file of a message, or raise Refusal if the owner has not agreed to it."""
         self._reread()
         if run_digest(tables) != self.invitation.run_sha256:
             changed = self.state.offer(tables)
@@ -152,16 +158,16 @@ class Node:
         return config_from_dict(tables)
 
     def _reread(self) -> None:
-        """What was accepted by another process meanwhile."""
+        """Read the invitation again, since another process may have accepted a new one."""
         self.invitation = self.state.invitation
 
     def _changed(self) -> bool:
-        """Whether the owner has left by another process."""
+        """Return whether the owner has left the federation, in another process."""
         return ClientState(self.state.folder).about.left
 
 
 class Worker:
-    """A process that visits the client's data. It is started when there is something to do, and started anew if it died."""
+    """A process that carries out visits. It is started for the first visit, and again after it has died or was idle."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
@@ -169,7 +175,7 @@ class Worker:
 
     def do(self, kind: str, head: dict[str, Any], parts: dict[str, bytes],
            identity: side.Identity) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Raises Refusal with the reason why there is no answer."""
+        """Return the answer to a message, or raise Refusal with the reason why there is none."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
         try:
@@ -184,10 +190,12 @@ class Worker:
         return done
 
     def end_if_idle(self) -> None:
+        """End the process if its last visit was more than IDLE seconds ago."""
         if self._pool is not None and time.monotonic() - self._used > IDLE:
             self.end()
 
     def end(self) -> None:
+        """End the process, if there is one."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
@@ -195,7 +203,7 @@ class Worker:
 
 def _work(kind: str, head: dict[str, Any], parts: dict[str, bytes],
           identity: side.Identity) -> tuple[dict[str, Any], dict[str, bytes]] | str:
-    """In the worker: the answer, or the reason why there is none; errors may not be ones that can be sent."""
+    """Return the answer or, as text, the reason why there is none, because not every error can be sent to another process."""
     from fedms.runs.nodes import open_experiment
 
     try:

@@ -1,5 +1,5 @@
-"""What a client has when its federation's run has ended: the shared tensors, its own expert and the gate between them. With
-them it predicts on its own machine, without the server: `fedms export CLIENT --out DIR`, then `fedms predict DIR FILE`."""
+"""The model that a client has after its federation's run: the shared tensors, its own expert and the gate between them. The
+client predicts with it on its own machine, without the server: `fedms export CLIENT --out DIR`, then `fedms predict DIR FILE`."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,7 +16,7 @@ def trained_at(folder: Path) -> TrainedRun:
     """Read what a federation trained, as this client has it.
 
     Args:
-        folder: The client's.
+        folder: The client's folder.
 
     Raises:
         DeploymentError: If no run has ended here, or the folder is damaged.

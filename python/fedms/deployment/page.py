@@ -27,10 +27,10 @@ LAST_ROUNDS = 200       # rounds that the page draws
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """Plain data: configuration in short, clients, rounds, notes, and whether a server runs.
+    """Return the state of a server as plain data: its run, clients, rounds and notes, and whether it runs.
 
     Raises:
-        DeploymentError: if the folder is no server's.
+        DeploymentError: If the folder does not belong to a server.
     """
     config = read_config(folder)
     try:
@@ -59,7 +59,7 @@ def _rounds(folder: Path) -> list[dict[str, Any]]:
 
 
 def lines(told: dict[str, Any]) -> list[str]:
-    """The same for a terminal."""
+    """Return the lines that show a server's state, as `state` returns it, in a terminal."""
     rounds = told["rounds"]
     last = rounds[-1] if rounds else None
     where = (f"listening on {told['address']}" if told["running"] else "the run has ended" if told["ended"] else
@@ -85,7 +85,7 @@ def _percent(share: float | None) -> str:
 
 @contextmanager
 def serve(folder: Path, port: int = 0) -> Iterator[str]:
-    """Serves the page on a thread; yields its address, whose token is new each time."""
+    """Serve the page in a thread, and yield its address, which has a new token each time."""
     state(folder)       # a folder that is none is said at once
     token = secrets.token_urlsafe(24)
     html = resources.files("fedms.deployment").joinpath("page.html").read_bytes()
@@ -118,7 +118,7 @@ def serve(folder: Path, port: int = 0) -> Iterator[str]:
             self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
-            """Says nothing: the address holds the token."""
+            """Log nothing, since the address contains the token."""
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     hosts = {f"127.0.0.1:{server.server_port}", f"localhost:{server.server_port}"}
@@ -131,7 +131,7 @@ def serve(folder: Path, port: int = 0) -> Iterator[str]:
 
 
 def wait() -> None:
-    """Until Ctrl-C."""
+    """Wait for Ctrl-C."""
     try:
         while True:
             time.sleep(3600)

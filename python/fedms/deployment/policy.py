@@ -35,7 +35,11 @@ Share = Annotated[float, Field(ge=0, le=100)]
 
 
 class PrivacyLimits(BaseModel):
-    """required: the modes of privacy of which one must be on; None: none must."""
+    """The owner's limits on privacy.
+
+    Attributes:
+        required: Values of `privacy.mode` that are allowed, or None to allow any, "off" included.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -43,7 +47,7 @@ class PrivacyLimits(BaseModel):
 
 
 class Policy(BaseModel):
-    """The owner's limits; None: none."""
+    """The owner's limits, as `_HEAD` describes them. A limit that is None does not apply."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -64,13 +68,13 @@ _POLICY = TypeAdapter(Policy)
 
 
 class Refusal(FedMSError):
-    """The owner's policy, or what the owner agreed to, does not allow what a message asks; the error says what."""
+    """A message was refused because of the owner's policy or agreement. The error gives the reason."""
 
     title = "refused by this machine's policy"
 
 
 def default_policy(config: RunConfig) -> Policy:
-    """What an invitation asks for, and limits that a machine's other work can live with."""
+    """Return a policy that allows what the run file requires, with generous limits on the use of the machine."""
     required = None if config.privacy.mode == "off" else [config.privacy.mode]
     return Policy(models=[config.model.id], methods=[config.run.method], frozen=[config.model.frozen],
                   most_epochs=max(config.stage1.epochs, config.stage2.epochs), rounds_a_day=1000, bytes_a_day="10GiB",
@@ -83,7 +87,7 @@ def write_policy(path: Path, policy: Policy) -> None:
 
 
 def read_policy(path: Path) -> Policy:
-    """Raises DeploymentError if it is missing or says something that no policy does."""
+    """Read a policy, or raise DeploymentError if it is missing or not valid."""
     try:
         policy = conform(_POLICY, parse_toml(read_regular(path)))
         for size in (policy.bytes_a_day, policy.disk):
@@ -96,7 +100,7 @@ def read_policy(path: Path) -> Policy:
 
 @dataclass
 class Journal:
-    """What was done today, in a file: rounds, and bytes sent and received."""
+    """A file that counts today's rounds, and today's bytes sent and received."""
 
     path: Path
     day: str = ""
@@ -105,7 +109,7 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path) -> Journal:
-        """An unreadable journal counts as empty: it only keeps the owner's own limits."""
+        """Read a journal. One that cannot be read counts as empty, because only the owner's own limits depend on it."""
         try:
             told = parse_json(read_regular(path))
             return cls(path, str(told["day"]), int(told["rounds"]), int(told["bytes"]))
@@ -113,11 +117,13 @@ class Journal:
             return cls(path)
 
     def today(self, now: datetime.datetime) -> Journal:
+        """Return the journal, reset to zeros if it is of an earlier day than `now`."""
         if self.day != now.date().isoformat():
             self.day, self.rounds, self.bytes = now.date().isoformat(), 0, 0
         return self
 
     def add(self, rounds: int, amount: int, now: datetime.datetime) -> None:
+        """Add rounds and an amount of bytes to today's, and write the file."""
         self.today(now)
         self.rounds, self.bytes = self.rounds + rounds, self.bytes + amount
         write_durably(self.path, json.dumps({"day": self.day, "rounds": self.rounds, "bytes": self.bytes}).encode(), private=True)
@@ -125,13 +131,18 @@ class Journal:
 
 def check(policy: Policy, config: RunConfig, journal: Journal, folder: Path, now: datetime.datetime,
           machine: Mapping[str, Any] | None = None) -> None:
-    """Raises Refusal if the policy does not allow a round of this run now.
+    """Check that the policy allows a round of this run now.
 
     Args:
-        folder: on whose disk there must be room.
-        now: local time.
-        machine: battery (percent, None while plugged in or without one), load (a core) and disk (free bytes); None: this
-            machine's.
+        policy: The owner's limits.
+        config: The run file.
+        journal: What was done today.
+        folder: A folder on the disk that must have free space.
+        now: The local time.
+        machine: A mapping with the keys of `machine_state`, or None to look at this machine.
+
+    Raises:
+        Refusal: If the policy does not allow it. The message names the limit.
     """
     found = machine_state(folder) if machine is None else machine
     today = journal.today(now)
@@ -162,7 +173,13 @@ def check(policy: Policy, config: RunConfig, journal: Journal, folder: Path, now
 
 
 def machine_state(folder: Path) -> dict[str, Any]:
-    """Battery, load and free disk of this machine, as far as it tells."""
+    """Return the state of this machine.
+
+    Returns:
+        battery: Charge in percent, or None while plugged in or without a battery.
+        load: Load average per core.
+        disk: Free bytes on the disk of `folder`.
+    """
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     return {"battery": None if battery is None or battery.power_plugged else battery.percent,
             "load": psutil.getloadavg()[0] / (psutil.cpu_count() or 1), "disk": shutil.disk_usage(folder).free}

@@ -46,15 +46,15 @@ _LISTED = TypeAdapter(Listed)
 
 
 def sign(key: ec.EllipticCurvePrivateKey, name: str, identity: bytes) -> str:
-    """A client's proof that an identity is its own, see `Listed`."""
+    """Return a client's proof that an identity is its own: `Listed.proof`."""
     return key.sign(_signed(name, identity.hex()), _SIGNS).hex()
 
 
 def read(values: Mapping[str, Any]) -> Listed:
-    """A client of the list, from plain data of strangers.
+    """Read a client of the list from untrusted plain data.
 
     Raises:
-        DeploymentError: if it is none, or the owner of its key has not signed its identity.
+        DeploymentError: If the data do not describe a client, or its key has not signed its identity.
     """
     try:
         listed = conform(_LISTED, dict(values))
@@ -73,7 +73,7 @@ def read(values: Mapping[str, Any]) -> Listed:
 
 
 def check_list(clients: Sequence[Listed], config: RunConfig) -> None:
-    """Raises DeploymentError unless a list can be that of a run: one client for each seat, all different."""
+    """Raise DeploymentError unless a list has one client for each of the run's `clients.count`, and all are different."""
     if len(clients) != config.clients.count:
         raise DeploymentError(f"the list of clients names {len(clients)}, but clients.count is {config.clients.count}")
     for field in ("name", "key", "identity"):
@@ -82,17 +82,17 @@ def check_list(clients: Sequence[Listed], config: RunConfig) -> None:
 
 
 def fingerprint(clients: Sequence[Listed]) -> str:
-    """16 hexadecimal digits that owners can compare by telephone."""
+    """Return a hash of the list, 16 hexadecimal digits, which owners can compare by telephone."""
     return hashlib.sha256(repr(plain(clients)).encode()).hexdigest()[:16]
 
 
 def told(clients: Sequence[Listed]) -> str:
-    """The list in a line."""
+    """Return a line with the clients' names and the fingerprint of the list."""
     return f"{', '.join(client.name for client in clients)}; fingerprint {fingerprint(clients)}"
 
 
 def plain(clients: Sequence[Listed]) -> list[dict[str, Any]]:
-    """The list as plain data."""
+    """Return the list as plain data."""
     return [client.model_dump() for client in clients]
 
 

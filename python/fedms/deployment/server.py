@@ -42,8 +42,8 @@ NOTES = 20              # last lines of what happened that a status keeps
 
 @dataclass(frozen=True)
 class Member:
-    """A client that was accepted. number: its own for ever. key: public, in OpenSSH's form. removed: takes part no longer.
-    identity, proof: for secure sums, see `fedms.deployment.roster`."""
+    """A client that was accepted. Its `number` never changes, `key` is its public key in OpenSSH's format, and `removed` says that
+    it no longer takes part. `identity` and `proof` are for secure sums, see `fedms.deployment.roster.Listed`."""
 
     number: Annotated[int, Field(ge=0)]
     name: str
@@ -59,14 +59,14 @@ _MEMBERS = TypeAdapter(list[Member])
 # Beginning
 
 def init(folder: Path, config: RunConfig, host: str, port: int, progress: Progress) -> Invitation:
-    """Writes a server's folder.
+    """Write a server's folder.
 
     Args:
-        host: name or address by which clients reach the server.
+        host: Name or address by which clients reach the server.
 
     Raises:
-        ConfigError, ModelError: if the run file cannot be a federation's, or its model cannot be loaded.
-        DeploymentError: if the folder is not empty.
+        ConfigError, ModelError: If the run file does not suit a federation, or its model cannot be loaded.
+        DeploymentError: If the folder is not empty.
     """
     from fedms import data, models
     from fedms.engines.flower import certificates
@@ -90,20 +90,20 @@ def init(folder: Path, config: RunConfig, host: str, port: int, progress: Progre
 
 
 def own_key(config: RunConfig) -> bytes | None:
-    """The key that a run file with noise of the server names, if it is there; None for a new one.
+    """Return the key in the file `privacy.key` if the server adds the noise and the file exists, otherwise None.
 
     Raises:
-        KeyFileError: if it is there and is none, or not secret.
+        KeyFileError: If the file does not hold a key, or other users can read it.
     """
     path = Path(config.privacy.key)
     return read_key(path) if config.privacy.mode == "central" and path.exists() else None
 
 
 def federated(config: RunConfig) -> RunConfig:
-    """A run file for clients that bring their own data.
+    """Return the run file, changed for clients that bring their own data.
 
     Raises:
-        ConfigError: naming what it must have, or must not.
+        ConfigError: If keys are missing, or have no meaning for such clients; the message names all of them.
     """
     problems = []
     if config.data.classes is None and config.task.kind == "classification":
@@ -127,7 +127,7 @@ def federated(config: RunConfig) -> RunConfig:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Raises DeploymentError if the folder is no server's."""
+    """Return the run file of a server, or raise DeploymentError if the folder does not belong to one."""
     if not (folder / INVITATION).is_file():
         raise DeploymentError(f"{folder}: no server's folder; `fedms server init {folder} RUNFILE --host NAME` makes one")
     config = load_config(str(folder / RUN_FILE))
@@ -137,7 +137,7 @@ def read_config(folder: Path) -> RunConfig:
 # Who takes part
 
 def members(folder: Path) -> list[Member]:
-    """Who was accepted, by number. Raises DeploymentError if the list cannot be read."""
+    """Return all clients that were accepted, by number. Raise DeploymentError if the list cannot be read."""
     path = folder / CLIENTS
     try:
         listed = parse_json(read_regular(path))
@@ -150,10 +150,10 @@ def members(folder: Path) -> list[Member]:
 
 
 def accept(folder: Path, line: str) -> Member:
-    """Takes in the client whose owner sent this line. Whoever is in the list already stays, under the same number.
+    """Accept the client whose owner sent this line. A client that was accepted before keeps its number.
 
     Raises:
-        DeploymentError: if it is no such line, the name or key is another's, or there is no seat left.
+        DeploymentError: If the line is not valid, another client has its name or key, or all seats are taken.
     """
     from fedms.engines.flower.link import pem_of
 
@@ -190,7 +190,7 @@ def accept(folder: Path, line: str) -> Member:
 
 
 def remove(folder: Path, name: str) -> Member:
-    """Lets a client take part no longer, from the next round on. Raises DeploymentError if there is none of this name."""
+    """Exclude a client from the next round on. Raise DeploymentError if no client has this name."""
     with _changing(folder) as listed:
         for member in listed:
             if member.name == name and not member.removed:
@@ -202,7 +202,7 @@ def remove(folder: Path, name: str) -> Member:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[list[Member]]:
-    """The list, to be changed by one process at a time, and written whole."""
+    """Yield the list of members, for one process at a time to change, and write it at the end."""
     lock = _lock(private_folder(folder / ".changing"), "its list of clients is being changed by process")
     try:
         listed = members(folder)
@@ -226,7 +226,7 @@ def _lock(folder: Path, words: str) -> FolderLock:
 # Running
 
 class Door:
-    """Keeps the nodes that a SuperLink lets in equal to the list of members, also while a run is under way."""
+    """Registers the members, and only them, at a SuperLink. It follows changes of the list while a run is under way."""
 
     def __init__(self, folder: Path, link: Any) -> None:
         self.folder, self.link = folder, link
@@ -243,7 +243,7 @@ class Door:
         self._ended.set()
 
     def members(self) -> list[int]:
-        """Numbers of the clients that take part now. Raises DeploymentError if the list cannot be read."""
+        """Return the numbers of the clients that take part now. Raise DeploymentError if the list cannot be read."""
         at = os.stat(self.folder / CLIENTS)
         with self._lock:
             if (at.st_mtime_ns, at.st_ino) != self._seen:
@@ -271,16 +271,16 @@ class Door:
 
 def start(folder: Path, bind: str, progress: Progress, stop: Callable[[], bool], *, port: int | None = None,
           wait_for: int | None = None) -> dict[str, Any]:
-    """Serves clients and carries out the run, or goes on with it where it stopped; returns its summary.
+    """Serve clients, carry out the run or continue it where it stopped, and return its summary.
 
     Args:
-        bind: address on which to listen.
-        port: None: the invitation's.
-        wait_for: clients that must be connected before the first round; None: all that are accepted, at least one.
+        bind: Address on which to listen.
+        port: Port on which to listen, or None for the invitation's.
+        wait_for: Number of clients to wait for before the first round, or None for all accepted ones, at least one.
 
     Raises:
-        DeploymentError: if the folder is no server's, is in use, or a certificate has expired.
-        What `fedms.runs.run.run` raises.
+        DeploymentError: If the folder does not belong to a server or is in use, or a certificate has expired.
+        FedMSError: See `fedms.runs.run.run`.
     """
     from fedms import data, models
     from fedms.engines.flower.link import SuperLink
@@ -330,8 +330,8 @@ def _address(folder: Path) -> tuple[str, int]:
 
 
 def renew(folder: Path) -> list[str]:
-    """Renews certificates that expire within a month, with the same keys, and the invitation if the authority's is among them;
-    returns their names. Raises DeploymentError if that cannot be done."""
+    """Renew certificates that expire within a month, with the same keys, and the invitation if the authority's is among them.
+    Return the names of the renewed files. Raise DeploymentError if a file cannot be read or written."""
     from fedms.engines.flower import certificates
 
     keys = folder / CERTIFICATES
@@ -345,7 +345,7 @@ def renew(folder: Path) -> list[str]:
 
 
 def check_certificates(folder: Path) -> list[str]:
-    """Lines of certificates that expire within a month. Raises DeploymentError if one has, or cannot be read."""
+    """Return a line for each certificate that expires within a month. Raise DeploymentError if one has expired or is unreadable."""
     from datetime import datetime, timezone
 
     from fedms.engines.flower import certificates
@@ -361,7 +361,7 @@ def check_certificates(folder: Path) -> list[str]:
 
 
 class Status(Progress):
-    """Writes where a server stands into its folder, for `fedms server status` and the page."""
+    """Writes the state of a running server into its folder, for `fedms server status` and the page."""
 
     def __init__(self, folder: Path, door: Door, address: str) -> None:
         self.folder, self.door = folder, door

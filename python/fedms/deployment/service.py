@@ -30,13 +30,21 @@ WantedBy=default.target
 
 
 def unit_path(state: ClientState) -> Path:
-    """Where the unit of this client is, or will be; its name is made of the client's folder."""
+    """Return the path of the client's unit. Its name is derived from the client's folder."""
     tag = hashlib.sha256(str(state.folder.absolute()).encode()).hexdigest()[:8]
     return Path.home() / ".config/systemd/user" / f"fedms-client-{tag}.service"
 
 
 def unit_text(state: ClientState, device: str = "auto") -> str:
-    """The unit of a client that computes on a device. Raises DeploymentError if the folder's path cannot stand in a unit."""
+    """Return the text of the client's unit.
+
+    Args:
+        state: The client's folder.
+        device: The device that computes, a value of `run.device`.
+
+    Raises:
+        DeploymentError: If the path of the folder has characters that a unit cannot hold.
+    """
     folder = str(state.folder.absolute())
     if any(c in folder for c in '"\\\n%$'):
         raise DeploymentError(f"{folder}: a service needs a path without quotation marks, backslashes, % and $")
@@ -44,7 +52,7 @@ def unit_text(state: ClientState, device: str = "auto") -> str:
 
 
 def install(state: ClientState, device: str = "auto") -> str:
-    """Writes the unit and starts it, where systemd runs; returns what was done."""
+    """Write the client's unit and start it, if systemd runs here. Return a text that says what was done."""
     path, text = unit_path(state), unit_text(state, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.encode())
@@ -57,7 +65,7 @@ def install(state: ClientState, device: str = "auto") -> str:
 
 
 def remove(state: ClientState) -> None:
-    """Ends and removes the unit, if there is one."""
+    """Stop and remove the client's unit, if there is one."""
     path = unit_path(state)
     if path.exists():
         _systemctl("disable", "--now", path.name)
@@ -65,7 +73,7 @@ def remove(state: ClientState) -> None:
 
 
 def _systemctl(*words: str) -> str | None:
-    """None if it worked, else why not."""
+    """Call `systemctl --user`. Return None if it succeeded, otherwise the reason why it did not."""
     if shutil.which("systemctl") is None:
         return "there is no systemctl here"
     done = subprocess.run(["systemctl", "--user", *words], capture_output=True, text=True, timeout=60)

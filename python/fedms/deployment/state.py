@@ -44,8 +44,14 @@ BOUND = ("model", "data", "lora", "privacy")        # tables of a run file that 
 
 @dataclass(frozen=True)
 class About:
-    """name: as its owner chose it. model: folder with the model on this machine; None: where `model.id` says. number: the
-    server's for it, None until it was told. left: takes part no longer."""
+    """What a client's folder says about the client.
+
+    Attributes:
+        name: The name that its owner chose.
+        model: Folder of the model on this machine, or None to load the run file's `model.id`.
+        number: The number that the server gave it, or None before the first connection.
+        left: Whether it has left the federation.
+    """
 
     name: str
     model: str | None = None
@@ -60,7 +66,7 @@ class ClientState:
     """The folder of a client that has joined.
 
     Raises:
-        DeploymentError: if it is none.
+        DeploymentError: If the folder does not belong to a client.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,9 +83,11 @@ class ClientState:
 
     @property
     def invitation(self) -> Invitation:
+        """The invitation that the owner has agreed to, read from the folder each time."""
         return read_invitation(self.folder / INVITATION)
 
     def key(self) -> ec.EllipticCurvePrivateKey:
+        """Return the private key, or raise DeploymentError if it cannot be read."""
         path = self.folder / KEY
         try:
             key = serialization.load_ssh_private_key(path.read_bytes(), None)
@@ -90,7 +98,7 @@ class ClientState:
         return key
 
     def line(self) -> str:
-        """What the owner sends to the server: the public key and the name; for secure sums also the signed identity."""
+        """Return the line that the owner sends to the server: public key, name and, for secure sums, the signed identity."""
         key, name = self.key(), self.about.name
         if not self.invitation.config.privacy.masks:
             return f"{_openssh(key)} {name}"
@@ -98,21 +106,23 @@ class ClientState:
         return f"{_openssh(key)} {name} {identity.hex()}.{roster.sign(key, name, identity)}"
 
     def process(self) -> int | None:
-        """The process that serves this client now."""
+        """Return the id of the process that serves this client now, or None."""
         return owner(self.folder)
 
     def change(self, **values: Any) -> None:
+        """Change fields of `about`, here and in the folder."""
         self.about = replace(self.about, **values)
         write_about(self.folder, self.about)
 
     # A changed run file
 
     def offer(self, tables: dict[str, Any]) -> list[str]:
-        """Keeps what a server asks for beyond what was agreed to; returns what would change."""
+        """Keep the tables of another run file that the server asks for. Return a line for each change, see `changes`."""
         write_durably(self.folder / OFFERED, json.dumps(tables).encode(), private=True)
         return changes(tables_of(self.invitation.config), tables)
 
     def offered(self) -> dict[str, Any] | None:
+        """Return the tables that `offer` kept, or None. Raise DeploymentError if they cannot be read."""
         path = self.folder / OFFERED
         try:
             tables = parse_json(read_regular(path))
@@ -123,7 +133,7 @@ class ClientState:
             raise DeploymentError(f"{path}: cannot be read: {error}; remove it") from None
 
     def offer_as_invitation(self) -> Invitation | None:
-        """What the server has asked for, as an invitation to it. Raises DeploymentError if it is no run file."""
+        """Return the offered run file as an invitation, or None. Raise DeploymentError if it is not a valid run file."""
         if (tables := self.offered()) is None:
             return None
         try:
@@ -132,7 +142,7 @@ class ClientState:
             raise DeploymentError(f"{self.folder / OFFERED}: no run file: {error}") from None
 
     def lines(self) -> list[str]:
-        """Where this client stands, for a terminal."""
+        """Return lines that show the state of this client in a terminal."""
         invitation, process = self.invitation, self.process()
         journal = Journal.read(self.folder / JOURNAL).today(datetime.datetime.now())
         number = "not yet known" if self.about.number is None else str(self.about.number)
@@ -146,10 +156,10 @@ class ClientState:
                 *(["waiting   the server asks for another run file: fedms client accept"] if self.offered() is not None else [])]
 
     def accept(self, invitation: Invitation) -> None:
-        """From now on this is what the owner agreed to.
+        """Agree to an invitation in place of the earlier one.
 
         Raises:
-            DeploymentError: if the data here would have to be read anew for it, or its list of clients has not this one.
+            DeploymentError: If the folder's data would have to be read again for it, or its list of clients lacks this client.
         """
         before, after = (tables_of(each.config) for each in (self.invitation, invitation))
         bound = [line for line in changes(before, after) if line.split(".")[0] in BOUND]
@@ -162,7 +172,7 @@ class ClientState:
         (self.folder / OFFERED).unlink(missing_ok=True)
 
     def _agree_on(self, invitation: Invitation) -> None:
-        """Keep the list of clients for secure sums, with this one in its place."""
+        """Check that the list of clients for secure sums has this client in its place, and keep the list."""
         identities = {number: bytes.fromhex(client.identity) for number, client in enumerate(invitation.clients)}
         own = (self.about.name, _openssh(self.key()), identity_of(read_key(self.folder / member_file.KEY)))
         places = [number for number, client in enumerate(invitation.clients)
@@ -173,7 +183,7 @@ class ClientState:
         member_file.write_agreement(self.folder, member_file.Agreement(member_file.digest_of(invitation.config), identities))
 
     def forget(self) -> None:
-        """Removes all of it: key, data, private expert. Raises DeploymentError while a process serves the client."""
+        """Remove the folder with key, data and private expert. Raise DeploymentError while a process serves the client."""
         if (process := self.process()) is not None:
             raise DeploymentError(f"{self.folder}: process {process} serves this client; end it first (fedms client leave)")
         shutil.rmtree(self.folder)
@@ -197,11 +207,11 @@ def write_about(folder: Path, about: About) -> None:
 
 
 def make_state(folder: Path, name: str, model: str | None, invitation: Invitation) -> ClientState:
-    """A new folder with a new key.
+    """Make a client's folder with a new key.
 
     Raises:
-        DeploymentError: if there is something in the folder already.
-        OSError: if it cannot be written.
+        DeploymentError: If the folder exists and is not empty.
+        OSError: If it cannot be written.
     """
     if folder.exists() and any(folder.iterdir()):
         raise DeploymentError(f"{folder}: exists and is not empty; choose another folder by --state, or remove this one by "
