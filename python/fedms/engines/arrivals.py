@@ -1,4 +1,4 @@
-"""Whose reply arrives next where no network decides it: buffered rounds in one process."""
+"""Buffered rounds in one process: the order in which replies arrive, which no network decides here."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from fedms.storage.records import RunRecords
 
 
 class Order(ABC):
-    """An order of arrivals."""
+    """Decides in which order the replies of clients arrive."""
 
     def sent(self, message: Message, clients: Sequence[int]) -> None:
         """Note that clients were sent a round's message."""
@@ -27,16 +27,16 @@ class Order(ABC):
         """Return the client that answers next, and the reason why its answer does not count; None if it may."""
 
     def plain(self) -> dict[str, Any]:
-        """Return what must be in a checkpoint."""
+        """Return the state for a checkpoint, as plain data."""
         return {}
 
     def restore(self, plain: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore what `plain` returned."""
 
 
 class Drawn(Order):
-    """Each visit takes |x| of time, x drawn from a standard normal distribution by `run.seed`: Nguyen et al. (2022) found that
-    the times of a fleet of devices are distributed like this."""
+    """Draws the time of each visit by `run.seed`: |x|, where x has a standard normal distribution. Nguyen et al. (2022) report
+    that the times of a fleet of devices are distributed like this."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.clock = seed, 0.0
@@ -60,14 +60,14 @@ class Drawn(Order):
 
 
 class Recorded(Order):
-    """As another run's records have it, with its failures: what a federation has done can be computed again.
+    """Repeats the order of another run's records, with its failures, so that a run of a federation can be computed again.
 
     Args:
         folder: The run folder.
 
     Raises:
-        RunFolderError: If it cannot be read.
-        ConfigError: If its rounds were not buffered.
+        RunFolderError: If the folder cannot be read.
+        ConfigError: If the rounds of that run were not buffered.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Recorded(Order):
 
 
 class Simulated(Courier):
-    """Visits clients of this process when it is their turn to answer."""
+    """Visits the clients of this process, each when its reply is the next one to arrive."""
 
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine, arrivals = engine, config.clients.arrivals

@@ -118,11 +118,11 @@ class Engine(ABC):
 
     @abstractmethod
     def courier(self) -> Courier:
-        """How messages and replies of buffered rounds are carried."""
+        """Return the courier that carries the messages and replies of buffered rounds."""
 
     @abstractmethod
     def participant(self, client: int) -> Participant:
-        """What the server knows of a client that has been reached."""
+        """Return what the server knows about a client that has been reached."""
 
     @abstractmethod
     def exchange(self, message: Message, attempt: int,
@@ -243,7 +243,7 @@ class Engine(ABC):
             self.note_visit(visit)
 
     def note_visit(self, visit: Mapping[str, Any]) -> None:
-        """Records a visit, and adds its traffic to the round's."""
+        """Record a visit, and add its traffic to that of the round."""
         self.visited += 1
         for key in self.sent:
             self.sent[key] += visit[key]
@@ -251,15 +251,18 @@ class Engine(ABC):
         self.progress.visit(**visit)
 
     def absent(self, message: Message, client: int, participant: Participant | None) -> dict[str, Any]:
-        """The record of a client that was not asked: it could not be reached, or has nothing to train on."""
+        """Return the record of a client that was not visited, because it could not be reached or has no training samples."""
         if participant is None:
             return self._record(message, client, None, status="failed", reason="it could not be reached")
         return self._record(message, client, participant, status="skipped", reason="no training samples", seconds=0.0)
 
     def judge(self, arrival: Arrival, message: Message, participant: Participant, collected: Collected,
               now: Message | None = None) -> dict[str, Any]:
-        """Takes what came back into the round, if it may be; returns the visit's record. The record is whole before a
-        reply is admitted, so that nothing in a reply can stop the run halfway. `now`: see `Server.admit`."""
+        """Add a client's reply to the round if the server admits it, and return the record of the visit.
+
+        The record is complete before the reply is admitted, so that nothing in a reply can stop the run halfway.
+        `Server.admit` describes `now`.
+        """
         record = self._record(message, arrival.client, participant, status="failed", bytes_down=arrival.bytes_down,
                               reason=None if arrival.reason is None else printable(arrival.reason, REASON))
         visit = arrival.visit

@@ -1,16 +1,16 @@
-"""Buffered rounds, on any engine (`[clients] asynchronous`): a round goes on after so many replies, whoever they are from.
+"""Buffered rounds, on any engine (`[clients] asynchronous`): a round ends after a given number of replies from any clients.
 
 Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022 (FedBuff). As many clients as a
-round samples are at work at a time. When `clients.buffer` of them have answered, the server averages their replies, and
-draws others for the seats that are free; who is still at work answers in a later round, with a weight that falls with its
-age (`fedms.federated.server.carried`). The same order of arrivals gives the same bits, on every engine.
+round samples are at work at a time. When `clients.buffer` of them have answered, the server averages their replies and
+samples new clients for the free seats. A client that is still at work answers in a later round, and the weight of its reply
+decreases with its age (`fedms.federated.server.carried`). The same order of arrivals gives the same bits on every engine.
 
-What the paper leaves open is our choice:
-- clients are drawn for free seats when a round begins, not one by one as replies come;
-- a client that fails, or does not answer in time, leaves its seat free until the next round; a round that nobody is left
-  to answer ends with the replies that it has, if `clients.quorum`, here a share of the buffer, is content with them;
-- replies to messages of stage 1 are dropped when stage 2 begins: what they trained is frozen then;
-- the score that activates blocks is of the model that each client received, whatever its age.
+The paper leaves these points open, and we decide them as follows:
+- Clients are sampled for free seats when a round begins, not one by one as replies arrive.
+- A client that fails, or does not answer in time, leaves its seat free until the next round. A round in which no client is at
+  work any more ends with the replies that it has, if they satisfy `clients.quorum`, here a share of the buffer.
+- Replies to messages of stage 1 are dropped when stage 2 begins, because the tensors that they trained are frozen then.
+- The score that activates blocks is that of the model that each client received, whatever its age.
 """
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sent:
-    """A round's message, as it was packed and as it arrives."""
+    """The message of a round, packed and as it arrives at a client."""
 
     packed: Packed
     message: Message
 
 
 class Courier(ABC):
-    """Brings messages to clients, and their replies in the order in which they arrive."""
+    """Carries messages to clients, and returns their replies in the order in which they arrive."""
 
     @abstractmethod
     def send(self, sent: Sent, clients: Sequence[int]) -> None:
@@ -51,28 +51,28 @@ class Courier(ABC):
         """Return the next reply of one of the clients at work, or the reason why there will be none from it.
 
         Args:
-            at_work: Their messages, by client.
+            at_work: The message that each client works on, by client.
             now: The message of the round that is under way.
 
         Raises:
-            Interrupted: If asked to stop.
+            Interrupted: If the run was asked to stop.
         """
 
     def plain(self) -> dict[str, Any]:
-        """Return what must be in a checkpoint: plain data."""
+        """Return the state for a checkpoint, as plain data."""
         return {}
 
     def restore(self, plain: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the counterpart of :meth:`plain`."""
+        """Restore what :meth:`plain` returned."""
 
 
 class BufferedRounds:
-    """The rounds of one run.
+    """The buffered rounds of a run.
 
     Args:
-        engine: Carries the messages.
-        server: The server's side.
-        courier: The engine's.
+        engine: The engine.
+        server: The server.
+        courier: Carries the engine's messages and replies.
     """
 
     def __init__(self, engine: Engine, server: Server, courier: Courier) -> None:
@@ -82,10 +82,10 @@ class BufferedRounds:
         self.begun: tuple[str, int] | None = None   # the round under way
 
     def visit_clients(self, state: ServerState, collected: Collected) -> None:
-        """Take in replies until the round has as many as it waits for, or nobody is at work.
+        """Collect replies until the round has as many as it waits for, or no client is at work.
 
         Raises:
-            Interrupted: If asked to stop.
+            Interrupted: If the run was asked to stop.
         """
         if self.begun != (state.stage, state.round):
             self._begin(state)
@@ -98,7 +98,7 @@ class BufferedRounds:
             self._note(visit, now, message)
 
     def _begin(self, state: ServerState) -> None:
-        """Draw clients for the free seats, and send them the round's message."""
+        """Sample clients for the free seats, and send them the message of the round."""
         engine, server = self.engine, self.server
         if self.begun is not None and self.begun[0] != state.stage and self.at_work:
             engine.progress.note(f"{state.stage} begins: replies of clients {', '.join(map(str, sorted(self.at_work)))} to "
@@ -125,17 +125,17 @@ class BufferedRounds:
     # Checkpoints
 
     def plain(self) -> dict[str, Any]:
-        """Return what must be in a checkpoint: plain data."""
+        """Return the state for a checkpoint, as plain data, without the buffers of messages."""
         return {"begun": self.begun, "at_work": {str(client): number for client, number in self.at_work.items()},
                 "sent": {str(number): sent.packed.head for number, sent in self.sent.items()}, "courier": self.courier.plain()}
 
     def tensors(self) -> Tensors:
-        """Return what must be in a checkpoint: the messages' buffers, as bytes."""
+        """Return the buffers of the messages for a checkpoint, as uint8 tensors."""
         return {f"{number}/{name}": torch.from_numpy(np.frombuffer(data, np.uint8).copy())
                 for number, sent in self.sent.items() for name, data in sent.packed.parts.items()}
 
     def restore(self, plain: Mapping[str, Any], tensors: Tensors) -> None:
-        """Go on from a checkpoint; the counterpart of :meth:`plain` and :meth:`tensors`."""
+        """Restore what :meth:`plain` and :meth:`tensors` returned."""
         self.begun = None if plain["begun"] is None else (plain["begun"][0], plain["begun"][1])
         self.at_work = {int(client): number for client, number in plain["at_work"].items()}
         self.sent = {}

@@ -1,5 +1,7 @@
-"""The embedded engine: the server and all clients on this machine. Clients are visited one after the other on the resident model
-of this process, or side by side by worker processes."""
+"""The embedded engine: the server and all clients on this machine.
+
+This process visits the clients one after the other on its resident model, or worker processes visit them in parallel.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
 
 class LocalEngine(Engine):
-    """Args:
-        method, server, model: what to run, and on which resident model.
-        clients: participating clients; client i has id i.
-        common_test: the common test set.
-        folder, progress, stop: see `Engine`.
-        workers: who visits the clients in the place of this process.
+    """The engine whose clients are on this machine.
+
+    Args:
+        method: The method.
+        server: The server.
+        model: The resident model, on which clients are visited.
+        clients: The participating clients; client i has id i.
+        common_test: The common test set.
+        folder, progress, stop: See `Engine`.
+        workers: Worker processes that visit the clients, or None if this process does.
     """
 
     def __init__(self, method: Method, server: Server, model: ExpertModel, clients: Sequence[Client],
@@ -57,7 +63,7 @@ class LocalEngine(Engine):
             yield Arrival(client, came, 0 if answer is None else answer.size, bytes_down, after=after)
 
     def _shares(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
-        """What clients of a run with privacy send, and what they hold until the sum is over."""
+        """Yield the shares of clients in a run with privacy. What they hold until the sum is over is kept in `held`."""
         from fedms.federated.private_client import join
 
         for client, (vector, after) in zip(clients, self.visitor.each("contribute", message, clients, self._state)):
@@ -77,7 +83,7 @@ class LocalEngine(Engine):
         return self.clients[client]
 
     def _received(self, client: int, packed: Packed) -> int:
-        """Bytes that a client had to be sent."""
+        """Note that a client has received a message, and return the bytes that it had to be sent."""
         size = self.due_to(client, packed).size
         self.note_received(client, packed)
         return size

@@ -1,4 +1,4 @@
-"""What the embedded engine asks of clients, done on one resident model: in the engine's own process, or in a worker's."""
+"""Visits of the embedded engine on a resident model, in the engine's own process or in a worker process."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ Errand = Literal["visit", "contribute", "evaluate", "validate"]
 
 
 class Visits(Protocol):
-    """Whoever does an errand for many clients.
+    """Does errands for clients, in this process or in others.
 
     Attributes:
         paid: Names of the constants that clients have paid for; see `FlopMeter.paid`.
@@ -34,17 +34,17 @@ class Visits(Protocol):
 
     def each(self, errand: Errand, message: Message, clients: Sequence[int], state: Callable[[int], Private],
              **further: Any) -> Iterator[tuple[Any, Private]]:
-        """Does an errand for each client.
+        """Do an errand for each client.
 
         Args:
             errand: What to do.
             message: What the clients receive.
             clients: Their ids.
             state: Returns the private state that a client of this id has.
-            further: Passed on to the errand.
+            further: Further arguments of the errand.
 
         Yields:
-            What the errand returns, and the client's private state after it, in the order of `clients`.
+            The result of the errand, and the client's private state after it, in the order of `clients`.
         """
 
 
@@ -52,7 +52,9 @@ class Visitor:
     """Visits clients one after the other on one resident model.
 
     Args:
-        method, server, model: What to run, and on which resident model. Of the server only what clients know of it is used.
+        method: The method.
+        server: The server, of which only settings that clients know are used.
+        model: The resident model.
         clients: Participating clients; client i has id i.
         common_test: The common test set.
     """
@@ -62,6 +64,7 @@ class Visitor:
 
     @property
     def paid(self) -> set[str]:
+        """See :class:`Visits`."""
         return self.model.meter.paid
 
     @paid.setter
@@ -70,35 +73,37 @@ class Visitor:
 
     def each(self, errand: Errand, message: Message, clients: Sequence[int], state: Callable[[int], Private],
              **further: Any) -> Iterator[tuple[Any, Private]]:
-        """See :meth:`Visits.each`. A client is visited when its turn to be yielded comes."""
+        """See :meth:`Visits.each`. Each client is visited just before its result is yielded."""
         for client in clients:
             yield self.do(errand, message, client, state(client), **further)
 
     def do(self, errand: Errand, message: Message, client: int, private: Private, **further: Any) -> tuple[Any, Private]:
-        """Does an errand for one client; returns what it returns, and the client's private state after it."""
+        """Do an errand for one client. Return the errand's result, and the client's private state after it."""
         return getattr(self, errand)(message, self.clients[client], private, **further)
 
     # The errands
 
     def visit(self, message: Message, client: Client, private: Private) -> tuple[tuple[Visit, Packed | None], Private]:
-        """A visit, and its reply apart from it as it is sent; None if there is none."""
+        """Visit a client. Return the visit without its reply, and the packed reply, or None if there is none."""
         came, after = visit(self.method.client_step, self.model, client, private, message)
         packed = None if came.reply is None else pack_reply(came.reply, self.server.config.wire.dtype)
         return (replace(came, reply=None), packed), after
 
     def contribute(self, message: Message, client: Client, private: Private) -> tuple[np.ndarray, Private]:
-        """What a client of a run with privacy adds to the round's sum, (size,) int32. Why it adds nothing is its own: no record
-        and no log of the server says so."""
+        """Return the vector (size,) int32 that a client adds to the round's sum in a run with privacy.
+
+        The reason why a client adds nothing stays with the client: no record and no log of the server has it.
+        """
         from fedms.federated.private_client import contribute
 
         vector, after, _ = contribute(cast("PrivateServer", self.server), self.method, self.model, client, private, message)
         return vector, after
 
     def evaluate(self, message: Message, client: Client, private: Private, on_common_test: bool) -> tuple[Evaluation, Private]:
-        """A client's accuracies on its test data in the end, and where that is asked on the common test set."""
+        """Return a client's accuracies on its test samples with the final model, and on the common test set if requested."""
         own = own_accuracy(self.method, self.model, self.common_test, private, message) if on_common_test else None
         return Evaluation(evaluate_client(self.method, self.model, client, private, message), own), private
 
     def validate(self, message: Message, client: Client, private: Private) -> tuple[dict[str, Any], Private]:
-        """What a client answers in the end about its validation samples, see `validate_client`."""
+        """Return the record of a client's validation samples with the final model, see `validate_client`."""
         return validate_client(self.method, self.model, client, private, message), private

@@ -1,8 +1,7 @@
-"""Worker processes that visit clients side by side, each on a resident model of its own; on a GPU of its own, where there are
-several.
+"""Worker processes that visit clients in parallel, each with its own resident model and, if there are several, its own GPU.
 
-A client always goes to the same worker, which keeps what is constant for it. What comes back is handed on in the order of the
-clients, so a run does not depend on how many workers there are.
+A client is always visited by the same worker, which keeps the client's constants. Results are yielded in the order of the
+clients, so a run does not depend on the number of workers.
 """
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ _EXACT = "fp32"     # the encoding of float32 tensors that keeps all of their bi
 
 
 class WorkerFailed(FedMSError):
-    """A worker process ended with an error, which its message names."""
+    """A worker process failed with an error, which the message contains."""
 
     title = "a worker process failed"
     resumable = True
@@ -33,8 +32,8 @@ class WorkerFailed(FedMSError):
 class Workers:
     """Does errands for clients in several processes; see :class:`fedms.engines.visitor.Visits`.
 
-    The processes are spawned, not forked: a fork would copy the threads of torch in an unknown state. They end when this process
-    does, however it does.
+    The processes are spawned, not forked, because a fork would copy the threads of torch in an unknown state. They end when this
+    process ends or is killed.
 
     Args:
         start: Called once in each process; returns its visitor. It must be importable by name.
@@ -51,6 +50,7 @@ class Workers:
 
     @property
     def paid(self) -> set[str]:
+        """See :class:`fedms.engines.visitor.Visits`."""
         return self._paid
 
     @paid.setter
@@ -84,7 +84,7 @@ class Workers:
         return self._workers[client % len(self._workers)]
 
     def _work(self, done: dict[int, tuple[Any, set[str], bytes]]) -> None:
-        """Gives every idle worker what is next, waits until one has done something, and adds what that is."""
+        """Give every idle worker its next task, wait until a worker has a result, and add it to `done`."""
         for worker in self._workers:
             worker.go_on()
         busy: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers if worker.busy}
@@ -95,17 +95,17 @@ class Workers:
                 done[client] = tuple(rest)
 
     def close(self) -> None:
-        """Ends the processes, those too that are in the middle of a visit."""
+        """End all processes, including those in the middle of a visit."""
         for worker in self._workers:
             worker.end()
 
 
 class _Worker:
-    """One of the processes, as the engine sees it.
+    """The engine's side of a worker process.
 
     Attributes:
-        queue: What it is to do next, as (kind, content).
-        busy: Whether it owes an answer; from the beginning it owes one that says that it has loaded its model.
+        queue: What to send next, as (kind, content).
+        busy: Whether the process has yet to answer. Its first answer says that it has loaded its model.
     """
 
     def __init__(self, name: str, start: Callable[[], Visitor], environment: Mapping[str, str]) -> None:
@@ -120,7 +120,7 @@ class _Worker:
         there.close()       # so that the end of the process is the end of the connection
 
     def go_on(self) -> None:
-        """Sends what is next, unless the worker is busy. Nothing but a "do" is answered."""
+        """Send from the queue until the worker is busy. Only a "do" makes it busy and is answered."""
         try:
             while self.queue and not self.busy:
                 kind, content = self.queue.popleft()
@@ -131,7 +131,10 @@ class _Worker:
             raise self._died() from None
 
     def result(self) -> tuple[int, Any, set[str], bytes] | None:
-        """The answer that it owes: client, result, constants that were paid for, private state. None: the model is loaded.
+        """Receive the worker's answer.
+
+        Returns:
+            The client, the result, the constants that were paid for, and the private state; or None once the model is loaded.
 
         Raises:
             WorkerDied, WorkerFailed: If there will be none.
@@ -151,7 +154,7 @@ class _Worker:
                           "the last checkpoint, with any number of workers")
 
     def end(self) -> None:
-        """An idle process ends as soon as its connection does; a visit under way is broken off."""
+        """End the process. An idle one ends when its connection is closed; a busy one is killed."""
         self.connection.close()
         if self.busy:
             self._process.kill()

@@ -1,4 +1,4 @@
-"""What is asked of clients, and what they answer, before anything in it is believed."""
+"""Messages that clients were sent, and their answers, which are checked here before they are used."""
 from __future__ import annotations
 
 import time
@@ -21,7 +21,15 @@ POLL = (0.01, 0.5)          # seconds between looks for replies, at first and at
 
 @dataclass(frozen=True)
 class Asked:
-    """A message under way: to which client, what its answer must repeat, its bytes, which round it is of, and when it left."""
+    """A message that waits for its answer.
+
+    Attributes:
+        client: Id of the client.
+        nonce: Text that the answer must repeat.
+        size: Bytes that were sent.
+        group: Stage and round of the message, such as "stage1 3", or "evaluation".
+        since: Time of sending, by `time.monotonic`.
+    """
 
     client: int
     nonce: str
@@ -32,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a message, or the reason why nothing did."""
+    """The answer to a message, or the reason why there is none."""
 
     client: int
     asked: Asked | None
@@ -41,27 +49,28 @@ class Answer:
 
 
 def not_taken(client: int) -> Answer:
-    """The answer in the place of one to a message that could not be sent."""
+    """Return the answer that stands for a message that could not be sent."""
     return Answer(client, None, None, "the SuperLink did not take its message")
 
 
 class Unusable(FedMSError):
-    """A client sent no answer that can be used; the message is the reason."""
+    """A client's answer is missing or cannot be used; the message gives the reason."""
 
 
 class Pauses:
-    """Waits that grow, so that quick answers are seen quickly and slow ones cost nothing."""
+    """Pauses of increasing length, so that quick answers are noticed soon and slow ones cost little."""
 
     def __init__(self) -> None:
         self.next, self.most = POLL
 
     def sleep(self) -> None:
+        """Pause. The next pause is longer, up to the second value of POLL."""
         time.sleep(self.next)
         self.next = min(1.5 * self.next, self.most)
 
 
 def read(reply: Mail, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The head and the buffers of a reply of at most `limit` bytes. Raises Unusable if it has none."""
+    """Return the head and the buffers of a reply of at most `limit` bytes, or raise Unusable if it is not valid."""
     if reply.has_error():
         raise Unusable(f"no answer: {printable(reply.error.reason, NAME)} (Flower's error {reply.error.code})")
     try:
@@ -71,7 +80,7 @@ def read(reply: Mail, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def visit_of(head: Mapping[str, Any], parts: dict[str, bytes]) -> tuple[Visit, int]:
-    """The visit that an answer tells of, and the bytes of its reply."""
+    """Return the visit in an answer's head and buffers, and the size of its reply in bytes."""
     told = head["visit"]
     if told["reason"] is not None:
         return Visit(None, **told), 0

@@ -1,4 +1,4 @@
-"""Buffered rounds over Flower: replies count in the order in which they arrive."""
+"""Buffered rounds over Flower, where replies are used in the order in which they arrive."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 class FlowerCourier(Courier):
-    """Sends by an engine's grid. What is under way is lost with the server's process: a server that goes on sends the same
-    messages again, to which the same clients give the same replies."""
+    """Sends messages through the grid of an engine.
+
+    Messages under way are lost with the server's process. A server that continues sends them again to the same clients, which
+    then compute the same replies.
+    """
 
     def __init__(self, engine: FlowerEngine) -> None:
         self.engine = engine

@@ -48,14 +48,17 @@ class Registered(Participant):
 
 
 class FlowerEngine(Engine):
-    """Args:
-        server, fm_params, folder, progress, stop: see `Engine`.
-        fingerprint: of the foundation model, which must be the same everywhere.
+    """The engine whose clients are nodes of Flower.
+
+    Args:
+        server, fm_params, folder, progress, stop: See `Engine`.
+        fingerprint: Fingerprint of the foundation model, which must be the same on all machines.
         grid: Flower's access to the nodes.
-        fitting: see `fedms.federated.devices.device_of`.
-        samples: numbers of training and validation samples by client, where this process knows them; else clients tell, once.
-        timeout: seconds in which a client must answer; None: however long it takes.
-        members: ids of the clients that take part now, asked before each round; None: all of `clients.count`.
+        fitting: See `fedms.federated.devices.device_of`.
+        samples: Numbers of training and validation samples of the clients that this process knows. Other clients state theirs
+            once, when they are first met.
+        timeout: Seconds in which a client must answer, or None to wait without a limit.
+        members: Returns the ids of the clients that take part now; called before each round. None means all of `clients.count`.
     """
 
     def __init__(self, server: Server, fm_params: int, fingerprint: str, grid: Grid, fitting: Fitting,
@@ -63,8 +66,7 @@ class FlowerEngine(Engine):
                  stop: Callable[[], bool] = lambda: False, members: Callable[[], Sequence[int]] | None = None) -> None:
         super().__init__(server, fm_params, folder, progress, stop)
         self.fingerprint, self.grid, self.fitting, self.timeout = fingerprint, grid, fitting, timeout
-        self.config: RunConfig = server.config
-        self._members = members
+        self.config, self._members = server.config, members
         self.join_timeout = None if timeout is None else self.config.clients.join_timeout or timeout
         self.samples = dict(samples)
         self.run_id = uuid.uuid4().hex
@@ -88,7 +90,7 @@ class FlowerEngine(Engine):
         return self.meet(message.clients[self.visited:], message)
 
     def meet(self, clients: Sequence[int], message: Message) -> Mapping[int, Participant]:
-        """Those of these clients whose nodes are there, or come in time."""
+        """Wait for the nodes of these clients, and return the participants whose nodes are there in time."""
         self._wait_for_nodes(clients, message)
         return {client: self.participant(client) for client in clients if client in self.node_of}
 
@@ -154,8 +156,8 @@ class FlowerEngine(Engine):
         return record
 
     def own_state(self) -> dict[str, Any]:
-        return {"run": self.run_id, "members": list(self.server.members), "kept": {str(client): digest for client, digest in self.kept.items()},
-                "private_at": sorted(self.private_at),
+        return {"run": self.run_id, "members": list(self.server.members), "private_at": sorted(self.private_at),
+                "kept": {str(client): digest for client, digest in self.kept.items()},
                 "samples": {str(client): list(counts) for client, counts in self.samples.items()}}
 
     def restore_own(self, state: Mapping[str, Any], private: Mapping[int, Tensors]) -> None:
@@ -195,7 +197,7 @@ class FlowerEngine(Engine):
         return client not in self.away or time.monotonic() - self.asked_again.get(client, float("-inf")) < GRACE
 
     def _greet_nodes(self) -> None:
-        """Asks new nodes which client they are; forgets nodes that have left."""
+        """Ask new nodes which client they are, and forget nodes that have left."""
         nodes = {node.node_id: node.name or "" for node in self.grid.get_nodes()}
         # Flower names the keys that were registered with it, and no others: one name says that authentication is on.
         self.authenticated = self.authenticated or any(nodes.values())
@@ -230,13 +232,13 @@ class FlowerEngine(Engine):
             raise Unusable(f"its answer is refused: {error}") from None
         if transport.release_of(told["release"]) != transport.release_of(transport.release()):
             raise Unusable(f"it runs fedms {told['release']}, this server fedms {transport.release()}; install the same release on "
-                            "both")
+                           "both")
         client, n_train = told["client"], told["n_train"]
         if client >= self.config.clients.count:
             raise Unusable(f"it says it is client {client}; there are clients 0 to {self.config.clients.count - 1}")
         if self.authenticated and name != f"client-{client}":
             raise Unusable(f"it says it is client {client}, but its key is registered as {shown(name) if name else 'nobody'}"
-                            f"; register it by --name client-{client}")
+                           f"; register it by --name client-{client}")
         if client in self.node_of:
             raise Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
         known = self.samples.get(client)
@@ -249,10 +251,10 @@ class FlowerEngine(Engine):
             raise Unusable(f"client {client} says how many samples it has of one kind alone")
         elif known is not None and known != (n_train, told["n_validation"]):
             raise Unusable(f"client {client} says it has {n_train} training and {told['n_validation']} validation samples; "
-                            f"before it had {known[0]} and {known[1]}")
+                           f"before it had {known[0]} and {known[1]}")
         elif told["n_validation"] > (most := plausible_validation(self.config, n_train)):
             raise Unusable(f"client {client} says it has {told['n_validation']} validation samples; beside {n_train} for "
-                            f"training data.split leaves it {most} at most")
+                           f"training data.split leaves it {most} at most")
         else:
             self.samples[client] = (n_train, told["n_validation"])
         self.node_of[client] = node
@@ -276,9 +278,8 @@ class FlowerEngine(Engine):
     # Messages and their answers
 
     def send(self, kind: str, group: str, clients: Sequence[int], packed: Packed,
-              extra: Mapping[str, Any]) -> tuple[dict[str, Asked], list[int]]:
-        """Sends a message to each client; returns what was asked, by message, and clients whose message was not
-        taken."""
+             extra: Mapping[str, Any]) -> tuple[dict[str, Asked], list[int]]:
+        """Send a message to each client. Return what waits for an answer, by message, and clients whose message was lost."""
         head = {"format": FORMAT, "run": self.run_id, "model": self.fingerprint, "message": packed.head, **extra,
                 "config": transport.tables_of(self.config)}
         arrays = transport.buffers(packed.parts)
@@ -288,7 +289,7 @@ class FlowerEngine(Engine):
 
     def _push(self, kind: str, group: str, heads: Mapping[int, Mapping[str, Any]],
               parts: Mapping[int, Mapping[str, Array]]) -> tuple[dict[str, Asked], list[int]]:
-        """Sends each client its head, with a nonce, and its buffers; returns what `send` does."""
+        """Send each client its head, with a nonce, and its buffers. Return the same as `send`."""
         nonces = {client: secrets.token_hex(8) for client in heads}
         contents = {client: transport.write({**head, "nonce": nonces[client]}, parts[client]) for client, head in heads.items()}
         mails = {client: Mail(content, self.node_of[client], kind, group_id=group) for client, content in contents.items()}
@@ -300,7 +301,7 @@ class FlowerEngine(Engine):
         return under_way, [client for client, number in numbers.items() if number not in taken]
 
     def _answers(self, asked: Mapping[str, Asked], lost: Sequence[int], message: Message) -> Iterator[Answer]:
-        """Answers in ascending order of the clients' ids, those that did not come in time included."""
+        """Yield an answer of each client, in ascending order of their ids; of late ones it is the reason that there is none."""
         due = sorted([*(what.client for what in asked.values()), *lost])
         came, waiting, pauses = {client: not_taken(client) for client in lost}, dict(asked), Pauses()
         while due:
@@ -316,7 +317,7 @@ class FlowerEngine(Engine):
                 pauses.sleep()
 
     def arrived(self, waiting: dict[str, Asked]) -> list[Answer]:
-        """Answers that have come by now, those whose time is over included; all are taken out of `waiting`."""
+        """Return the answers that have arrived or whose time is over, and remove them from `waiting`."""
         found = []
         for reply in self._pull([*waiting, *self.overdue]) if waiting else []:
             number = reply.metadata.reply_to_message_id
@@ -333,7 +334,7 @@ class FlowerEngine(Engine):
         return found + [Answer(what.client, what, None, f"no answer within {self.timeout:g} s") for what in silent]
 
     def give_up(self, waiting: dict[str, Asked], number: str) -> Asked:
-        """Waits no longer for an answer; if it comes it is dropped, and said."""
+        """Stop waiting for an answer. If it arrives later, it is dropped with a note."""
         what = waiting.pop(number)
         self.overdue[number] = f"client {what.client} ({what.group.replace(' ', ', round ')})"
         return what
