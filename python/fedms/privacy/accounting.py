@@ -20,26 +20,24 @@ ACCOUNTANTS = ("pld", "rdp")
 
 
 def combined(*multipliers: float | None) -> float:
-    """The noise multiplier of one release of several sums, each with noise of its own; None: not released.
+    """Return the noise multiplier of one release of several sums, each with its own noise; None marks a sum that is not released.
 
-    A Gaussian mechanism costs by 1 / z^2, and costs add up. Returns infinity if nothing is released.
+    The cost of a Gaussian mechanism with multiplier z is proportional to 1 / z^2, and costs add up. The result is infinity if
+    nothing is released.
     """
     cost = sum(z**-2 for z in multipliers if z is not None)
     return cost**-0.5 if cost else math.inf
 
 
 def epsilon_of(multipliers: Iterable[float], delta: float, accountant: str = "pld", rate: float | None = None) -> float:
-    """The epsilon that releases with these noise multipliers have cost.
+    """Return the epsilon that releases with these noise multipliers have cost; 0 without releases.
 
     Args:
-        multipliers: one for each release, above 0; infinity for a release that costs nothing.
-        delta: the delta of (epsilon, delta) differential privacy.
+        multipliers: One for each release, above 0; infinity for a release that costs nothing.
+        delta: The delta of (epsilon, delta) differential privacy.
         accountant: "pld" (privacy loss distributions: tight) or "rdp" (Renyi differential privacy).
-        rate: with what probability each client took part in a release, independently and secretly (Poisson sampling);
-            None: all of them count as taking part in every release.
-
-    Returns:
-        The epsilon; 0 without releases.
+        rate: The probability with which each client took part in a release, independently and secretly (Poisson sampling), or
+            None if all clients count as taking part in every release.
     """
     finite = [z for z in multipliers if math.isfinite(z)]
     if not finite:
@@ -56,19 +54,19 @@ def epsilon_of(multipliers: Iterable[float], delta: float, accountant: str = "pl
 
 def multiplier_for(epsilon: float, others: Sequence[Sequence[float | None]], delta: float, accountant: str = "pld",
                    rate: float | None = None, beside: Sequence[float] = ()) -> float:
-    """The least noise multiplier of the updates with which a planned run stays within an epsilon.
+    """Return the least noise multiplier of the updates with which a planned run stays within an epsilon.
 
     Args:
-        epsilon: the budget, above 0.
-        others: for each planned release of an update, at least one, the given noise multipliers of what is released with it.
-        delta, accountant, rate: see `epsilon_of`.
-        beside: the given noise multipliers of planned releases without an update.
+        epsilon: The budget, above 0.
+        others: For each planned release of an update, at least one, the given noise multipliers of what is released with it.
+        delta, accountant, rate: See `epsilon_of`.
+        beside: The given noise multipliers of planned releases without an update.
 
     Returns:
-        The multiplier, to six digits, such that the budget holds.
+        The multiplier, rounded up to six digits, so that the budget holds.
 
     Raises:
-        ValueError: if what is released beside the updates uses up the budget alone.
+        ValueError: If what is released beside the updates uses up the budget alone.
     """
     def cost(z: float) -> float:
         return epsilon_of([*beside, *(combined(z, *other) for other in others)], delta, accountant, rate)

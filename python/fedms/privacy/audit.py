@@ -21,12 +21,12 @@ from scipy.stats import beta
 
 @dataclass(frozen=True)
 class Distinguished:
-    """How well an attacker tells whether a client took part.
+    """How well an attacker can tell whether a client took part.
 
-    Args:
-        accuracy: the share of right answers, at the threshold that is best on the first half of the trials; 0.5 is a guess.
-        epsilon: with 95 % confidence, the mechanism's epsilon is at least this; limited by the number of trials.
-        largest_epsilon: what a perfect attacker would have shown with as many trials.
+    Attributes:
+        accuracy: Share of right answers at the threshold that is best on the first half of the trials; 0.5 is guessing.
+        epsilon: Lower bound of the mechanism's epsilon, with 95 % confidence. The number of trials limits it.
+        largest_epsilon: The bound that a perfect attacker would have shown in as many trials.
     """
 
     accuracy: float
@@ -38,9 +38,10 @@ def distinguish(seen_with: np.ndarray, seen_without: np.ndarray, delta: float, c
     """Judge an attacker by its scores in trials with and without the client; higher scores mean "it took part".
 
     Args:
-        seen_with, seen_without: (n,) scores each. The threshold is chosen on the first half, everything else comes from the
-            second half, so that the bound is valid.
-        delta: the delta of the guarantee that is audited.
+        seen_with, seen_without: (n,) scores each. The threshold is chosen on the first half, and everything else is computed from
+            the second half, so that the bound is valid.
+        delta: The delta of the guarantee that is audited.
+        confidence: The confidence of the bound.
     """
     half = len(seen_with) // 2
     choices = np.unique(np.concatenate([seen_with[:half], seen_without[:half]]))
@@ -55,7 +56,7 @@ def distinguish(seen_with: np.ndarray, seen_without: np.ndarray, delta: float, c
 
 
 def _epsilon(seen_with: np.ndarray, seen_without: np.ndarray, threshold: float, delta: float, confidence: float) -> float:
-    """The least epsilon that fits the error rates at a threshold, by Clopper-Pearson bounds of each."""
+    """Return the least epsilon that fits the error rates at a threshold, with a Clopper-Pearson bound of each rate."""
     n, m = len(seen_with), len(seen_without)
     hits, false_alarms = int((seen_with >= threshold).sum()), int((seen_without >= threshold).sum())
     tail = (1 - confidence) / 2
@@ -70,12 +71,12 @@ def _epsilon(seen_with: np.ndarray, seen_without: np.ndarray, threshold: float, 
 
 
 def trials(release: Callable[[bool, int], np.ndarray], target: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of an attacker that looks for a client's vector in what is released.
+    """Return the scores of an attacker that looks for a client's vector in what is released.
 
     Args:
-        release: `release(present, trial)` is what the attacker sees (d,), all that it knows subtracted.
+        release: `release(present, trial)` returns what the attacker sees (d,), with all that it knows subtracted.
         target: (d,) the client's vector.
-        count: trials of each kind.
+        count: Number of trials of each kind.
 
     Returns:
         Scores with and without the client, (count,) each: the component along the client's vector.
@@ -89,11 +90,11 @@ def trials(release: Callable[[bool, int], np.ndarray], target: np.ndarray, count
 class Inverted:
     """How well an attacker finds a client's samples from the change of a layer's weights.
 
-    Args:
-        found: the share of recovered directions whose best fitting sample is one of the client's.
-        chance: what guessing would give: the share of the client's samples among all.
-        cosine: the largest absolute cosine of a recovered direction with a sample of the client.
-        cosine_others: the same with the samples of others.
+    Attributes:
+        found: Share of the recovered directions whose best fitting sample belongs to the client.
+        chance: The same share for an attacker that guesses: the share of the client's samples among all samples.
+        cosine: Largest absolute cosine of a recovered direction with a sample of the client.
+        cosine_others: The same with the samples of others.
     """
 
     found: float
@@ -107,9 +108,9 @@ def invert(change: np.ndarray, own: np.ndarray, others: np.ndarray, directions: 
 
     Args:
         change: (outputs, inputs) the change that the attacker sees.
-        own: (n, inputs) what the layer was given for the client's samples.
-        others: (m, inputs) the same for samples of others.
-        directions: how many singular vectors are taken for inputs.
+        own: (n, inputs) inputs of the layer for the client's samples.
+        others: (m, inputs) inputs of the layer for samples of others.
+        directions: Number of singular vectors that are taken for inputs.
     """
     center = np.concatenate([own, others]).mean(0)
     _, _, right = np.linalg.svd(change, full_matrices=False)

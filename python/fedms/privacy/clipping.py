@@ -27,7 +27,7 @@ class NotFinite(FedMSError, ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor stands in the vector.
+    """The place of each tensor in the vector.
 
     Args:
         shapes: (name, shape) of each tensor, in the vector's order.
@@ -37,7 +37,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray]) -> Layout:
-        """The layout of named arrays, in the order of their names."""
+        """Return the layout of named arrays, in the order of their names."""
         return cls(tuple((name, tuple(tensors[name].shape)) for name in sorted(tensors)))
 
     @cached_property
@@ -58,7 +58,7 @@ class Layout:
         """Return the vector (size,) float64 of these arrays; a tensor that is missing counts as zeros.
 
         Raises:
-            ValueError: if a tensor is not of the layout, or has another shape.
+            ValueError: If a tensor is not in the layout, or has another shape.
         """
         shapes = dict(self.shapes)
         vector = np.zeros(self.size)
@@ -80,14 +80,14 @@ def quantize(vector: np.ndarray, clip: float, bits: int) -> np.ndarray:
 
     Args:
         vector: (d,) finite floats.
-        clip: the largest norm C, above 0.
-        bits: logarithm of the number of steps between 0 and C, from 1 to 20.
+        clip: The largest norm C, above 0.
+        bits: Logarithm to base 2 of the number of steps between 0 and C, from 1 to 20.
 
     Returns:
-        (d,) int32, the multiples; their squares sum to at most `4**bits`, exactly.
+        (d,) int32, the multiples. The sum of their squares is at most `4**bits`, exactly.
 
     Raises:
-        NotFinite: if a value is NaN or infinite.
+        NotFinite: If a value is NaN or infinite.
     """
     norm = float(np.sqrt(np.add.reduce(np.square(vector, dtype=np.float64))))
     if not math.isfinite(norm):
@@ -103,7 +103,7 @@ def dequantize(total: np.ndarray, clip: float, bits: int) -> np.ndarray:
 
 
 def within_bound(steps: np.ndarray, bits: int) -> bool:
-    """Whether a vector (d,) of integers has a norm of at most `2**bits`; exact for any integers."""
+    """Return whether a vector (d,) of integers has a norm of at most `2**bits`. The answer is exact for any integers."""
     values = steps.astype(np.int64)
     if len(values) and max(int(values.max()), -int(values.min())) > 2**bits:
         return False

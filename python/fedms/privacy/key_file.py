@@ -31,7 +31,7 @@ def read_key(path: Path) -> bytes:
     """Return the 32 bytes of a key file.
 
     Raises:
-        KeyFileError: if the file is missing, has another length, or can be read by other users.
+        KeyFileError: If the file is missing, has another length, or can be read by other users.
     """
     remedy = f"create one by `(umask 077; head -c {KEY_BYTES} /dev/urandom > {path})`"
     try:
@@ -60,7 +60,7 @@ def create_key(path: Path, key: bytes | None = None) -> None:
     """Write a new key, from the operating system's generator unless `key` is given, with mode 0600.
 
     Raises:
-        KeyFileError: if the path exists already (a key is never replaced) or cannot be written.
+        KeyFileError: If the path exists already (a key is never replaced) or cannot be written.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

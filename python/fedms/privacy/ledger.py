@@ -35,10 +35,10 @@ class BudgetSpent(FedMSError):
 class Release:
     """One noised sum that leaves the server.
 
-    Args:
-        tag: a name that depends on everything that was summed, in hexadecimal, and says nothing about it.
-        stage, round, attempt: where it belongs.
-        update, score, counts: the noise multipliers of what it holds; None: not part of it.
+    Attributes:
+        tag: A hash of everything that was summed, in hexadecimal. It reveals nothing about it.
+        stage, round, attempt: The round that the sum belongs to.
+        update, score, counts: The noise multipliers of the parts of the sum; None for a part that it does not have.
     """
 
     tag: str
@@ -59,10 +59,10 @@ class Release:
 class Price:
     """What one sum costs a client that helps to reveal it, and the budget that the client has agreed to.
 
-    Args:
-        update, score, counts: see `Release`.
-        delta, accountant: see `fedms.privacy.accounting.epsilon_of`.
-        budget: the epsilon that all sums together must not exceed.
+    Attributes:
+        update, score, counts: See `Release`.
+        delta, accountant: See `fedms.privacy.accounting.epsilon_of`.
+        budget: The epsilon that all sums together must not exceed.
     """
 
     update: float | None
@@ -77,12 +77,12 @@ class Ledger:
     """The releases of a run.
 
     Args:
-        path: the file; it is created by the first release.
-        delta, accountant, rate: see `fedms.privacy.accounting.epsilon_of`.
-        budget: the epsilon that must not be exceeded; None: no limit.
+        path: The file, which the first release creates.
+        delta, accountant, rate: See `fedms.privacy.accounting.epsilon_of`.
+        budget: The epsilon that must not be exceeded, or None for no limit.
 
     Raises:
-        LedgerError: if the file is there and cannot be read.
+        LedgerError: If the file exists and cannot be read.
     """
 
     def __init__(self, path: Path, delta: float, accountant: str, rate: float | None, budget: float | None) -> None:
@@ -91,11 +91,11 @@ class Ledger:
         self.epsilon = self._epsilon(self.releases)
 
     def charge(self, release: Release) -> float:
-        """Write a release down, durably; it may leave once this returns. Returns the epsilon spent until then.
+        """Write a release to the file, durably, and return the epsilon spent so far. The release may leave once this returns.
 
         Raises:
-            BudgetSpent: if it would exceed the budget; it is then not written, and must not leave.
-            LedgerError: if the file cannot be written.
+            BudgetSpent: If it would exceed the budget. Then it is not written, and must not leave.
+            LedgerError: If the file cannot be written.
         """
         if any(release.tag == earlier.tag for earlier in self.releases):
             return self.epsilon
@@ -137,11 +137,12 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[Release]:
-    """The releases in a ledger, in their order; none if there is no file. A last line that a crash cut off is left out, as
-    its release did not leave.
+    """Return the releases in a ledger, in their order; none if there is no file.
+
+    A last line that a crash cut off is left out, because its release did not leave.
 
     Raises:
-        LedgerError: naming the file and the line that is not one.
+        LedgerError: If a line is not a release. The message names the file and the line.
     """
     try:
         data = path.read_bytes()

@@ -26,9 +26,9 @@ KEY, IDENTITIES = "privacy.key", "identities.json"
 class Agreement:
     """What a client has agreed to before a run of secure sums.
 
-    Args:
-        run_file: hash of the run file, see `digest_of`.
-        identities: the public identity of every client, by its number.
+    Attributes:
+        run_file: Hash of the run file, see `digest_of`.
+        identities: The public identity of every client, by its number.
     """
 
     run_file: str
@@ -36,7 +36,7 @@ class Agreement:
 
 
 def digest_of(config: RunConfig) -> str:
-    """A hash of all of a run file that decides what a client sends."""
+    """Return a SHA-256, in hexadecimal, of all settings of a run file that decide what a client sends."""
     tables = config.model_dump(mode="json")
     tables["privacy"].pop("key")
     for name in ("engine", "threads", "workers", "device"):
@@ -45,16 +45,20 @@ def digest_of(config: RunConfig) -> str:
 
 
 def write_agreement(folder: Path, agreement: Agreement) -> None:
-    """Write what a client has agreed to, in the place of what it agreed to before. OSError if that cannot be done."""
+    """Write what a client has agreed to, in place of an earlier agreement.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     listed = {str(number): identity.hex() for number, identity in agreement.identities.items()}
     write_durably(folder / IDENTITIES, json.dumps({"config": agreement.run_file, "identities": listed}).encode(), private=True)
 
 
 def read_agreement(folder: Path) -> Agreement:
-    """The counterpart of `write_agreement`.
+    """Read what `write_agreement` wrote.
 
     Raises:
-        KeyFileError: if the file is not there as it was written.
+        KeyFileError: If the file is missing or damaged.
     """
     path = folder / IDENTITIES
     try:
@@ -69,10 +73,10 @@ def read_agreement(folder: Path) -> Agreement:
 
 
 def read_member(folder: Path, client: int) -> Member:
-    """Who the client with this number is.
+    """Return the client with this number as a participant of secure sums.
 
     Raises:
-        KeyFileError: if its key or the list is not there, or they do not belong together.
+        KeyFileError: If its key or the list of identities is missing, or they do not belong together.
     """
     secret, identities = read_key(folder / KEY), read_agreement(folder).identities
     if identities.get(client) != identity_of(secret):

@@ -28,19 +28,19 @@ UNCERTAIN = 2.0**-40            # distance below which float64 does not decide
 
 
 def discrete_gaussian(key: bytes, sigma: int, count: int) -> np.ndarray:
-    """Draw noise from a key of its own.
+    """Draw noise with its own key.
 
     Args:
         key: 32 bytes. The same key, `sigma` and `count` give the same values on every machine. Draws that differ in
             `sigma` or `count` are independent.
-        sigma: the parameter s, from 1 to 2^28; from 2 on the standard deviation equals it to 15 digits.
-        count: number of values.
+        sigma: The parameter s, from 1 to 2^28. From 2 on the standard deviation equals it to 15 digits.
+        count: Number of values.
 
     Returns:
         (count,) int64.
 
     Raises:
-        ValueError: if `sigma` is out of range.
+        ValueError: If `sigma` is out of range.
     """
     if not 1 <= sigma <= LARGEST_SIGMA:
         raise ValueError(f"sigma is {sigma}, expected an integer from 1 to 2^28")
@@ -91,7 +91,7 @@ class _Sampler:
         return np.where(negative, -value, value)[keep]
 
     def _blocks(self, words: np.ndarray, first: int) -> np.ndarray:
-        """Blocks k >= 0 (n,) int64 with probabilities proportional to exp(-k^2 / 2)."""
+        """Return blocks k >= 0, (n,) int64, with probabilities proportional to exp(-k^2 / 2)."""
         limits = np.array(_limits(), np.uint64)
         found = np.searchsorted(limits, words, side="right").astype(np.int64)
         # A word equal to a limit rounded down may lie on either side of it.
@@ -103,8 +103,11 @@ class _Sampler:
         return found
 
     def _below(self, word: int, candidate: int, purpose: str, value: Callable[[], Decimal]) -> bool:
-        """Whether the uniform number in [0, 1) whose binary digits begin with the 64 of `word` is below `value()`, which
-        is computed with as many digits as it takes."""
+        """Return whether a uniform number in [0, 1) is below `value()`.
+
+        The first 64 binary digits of the number are those of `word`; further ones are drawn, and `value` is computed with as many
+        digits, until the answer is certain.
+        """
         digits, more = 64, Stream(derive(self.more, purpose, candidate))
         while True:
             word, digits = word << 128 | int.from_bytes(more.bytes(16), "big"), digits + 128
@@ -120,7 +123,7 @@ class _Sampler:
 
 @lru_cache(maxsize=64)
 def _share_up_to(block: int, digits: int) -> Decimal:
-    """The probability of the blocks 0 ... `block`, to the `digits` of the current context."""
+    """Return the probability of the blocks 0 ... `block`, to the `digits` of the current context."""
     reached, total, k = Decimal(0), Decimal(0), 0
     while (raised := total + (Decimal(-k * k) / 2).exp()) != total:
         total, k = raised, k + 1
@@ -131,7 +134,7 @@ def _share_up_to(block: int, digits: int) -> Decimal:
 
 @lru_cache(maxsize=1)
 def _limits() -> tuple[int, ...]:
-    """2^64 times the probability of the blocks 0 ... k, rounded down, for each k up to where it no longer changes."""
+    """Return 2^64 times the probability of the blocks 0 ... k, rounded down, for each k until it no longer changes."""
     limits: list[int] = []
     with localcontext() as context:
         context.prec = 80

@@ -12,12 +12,12 @@ from fedms.privacy.accounting import multiplier_for
 class PrivacyPlan:
     """The noise of a planned run.
 
-    Args:
-        epsilon, delta: the guarantee.
-        rounds: number of releases.
-        clients: expected number of clients a round.
-        parameters: number of values in a client's update.
-        multiplier: the noise multiplier z of the updates.
+    Attributes:
+        epsilon, delta: The guarantee.
+        rounds: Number of releases.
+        clients: Expected number of clients in a round.
+        parameters: Number of values in a client's update.
+        multiplier: The noise multiplier z of the updates.
     """
 
     epsilon: float
@@ -29,13 +29,15 @@ class PrivacyPlan:
 
     @property
     def noise_to_clip(self) -> float:
-        """Expected norm of the noise in the mean update, as a multiple of the clip C: z sqrt(d) / m. No client's update
-        is longer than C, so above 1 the noise is longer than the mean can be."""
+        """Expected norm of the noise in the mean update, as a multiple of the clip C: z sqrt(d) / m.
+
+        No client's update is longer than C, so above 1 the noise is longer than the mean can be.
+        """
         return self.multiplier * math.sqrt(self.parameters) / self.clients
 
     @property
     def clients_needed(self) -> int:
-        """The least number of clients a round with which the noise is as long as the clip."""
+        """The least number of clients in a round for which the noise is at most as long as the clip."""
         return math.ceil(self.multiplier * math.sqrt(self.parameters))
 
     @property
@@ -50,15 +52,15 @@ class PrivacyPlan:
 
 def plan(epsilon: float, delta: float, accountant: str, others: Sequence[Sequence[float | None]], clients: float,
          parameters: int, rate: float | None = None, beside: Sequence[float] = ()) -> PrivacyPlan:
-    """The noise with which a run stays within an epsilon.
+    """Plan the noise with which a run stays within an epsilon.
 
     Args:
-        epsilon, delta, accountant, others, rate, beside: see `fedms.privacy.accounting.multiplier_for`.
-        clients: expected number of clients a round.
-        parameters: number of values in a client's update.
+        epsilon, delta, accountant, others, rate, beside: See `fedms.privacy.accounting.multiplier_for`.
+        clients: Expected number of clients in a round.
+        parameters: Number of values in a client's update.
 
     Raises:
-        ValueError: if no noise suffices.
+        ValueError: If no noise suffices.
     """
     multiplier = multiplier_for(epsilon, others, delta, accountant, rate, beside)
     return PrivacyPlan(epsilon, delta, len(others), clients, parameters, multiplier)

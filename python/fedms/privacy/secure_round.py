@@ -25,7 +25,13 @@ PHASES = ("share", "mask", "reveal")
 
 @dataclass(frozen=True)
 class Question:
-    """What the server asks one client. clients: see the table above, ascending. parts: buffers by name."""
+    """What the server asks one client.
+
+    Attributes:
+        phase: One of PHASES.
+        clients: The list of clients in the module's table, in ascending order.
+        parts: The buffers in the module's table, by name.
+    """
 
     phase: str
     clients: tuple[int, ...]
@@ -34,8 +40,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Summed:
-    """The result of a secure sum. survivors: the clients whose vectors are in the total (size,) int64. tag: a hash of all
-    that the total depends on."""
+    """The result of a secure sum.
+
+    Attributes:
+        total: The sum, (size,) int64.
+        survivors: The clients whose vectors are in the total.
+        tag: A hash of all that the total depends on.
+    """
 
     total: np.ndarray
     survivors: tuple[int, ...]
@@ -50,11 +61,12 @@ def collect(terms: Terms, keys: Mapping[int, bytes], ask: Ask) -> Summed:
     """Carry out the three phases that follow the clients' public keys.
 
     Args:
-        keys: the public key of each client that answered the first phase.
-        ask: asks clients and returns their answers.
+        terms: The sum.
+        keys: The public key of each client that answered the first phase.
+        ask: Asks clients and returns their answers.
 
     Raises:
-        ProtocolError: if fewer clients than the threshold answer a phase. An answer of another form counts as none.
+        ProtocolError: If fewer clients than the threshold answer a phase. An answer of another form does not count.
     """
     roster = {client: key for client, key in sorted(keys.items()) if len(key) == ss.PUBLIC_BYTES}
     everyone = tuple(roster)
@@ -87,7 +99,7 @@ def _enough(clients: Sequence[int], terms: Terms, what: str) -> None:
 
 
 def _cut(answers: Mapping[int, Mapping[str, bytes]], name: str, length: int, count: int) -> Iterator[tuple[int, list[bytes]]]:
-    """Answers that hold `count` values of `length` bytes under this name and nothing else, in ascending order of clients."""
+    """Return, in ascending order of clients, the answers that hold `count` values of `length` bytes and nothing else."""
     for client, parts in sorted(answers.items()):
         if set(parts) == {name} and len(parts[name]) == length * count:
             yield client, _pieces(parts[name], length)
@@ -103,12 +115,12 @@ def _pieces(data: bytes, length: int) -> list[bytes]:
 class Held:
     """What a client keeps while a secure sum is under way.
 
-    Args:
-        terms: which sum it is.
-        vector: (size,) what it adds.
-        price: what the sum costs, where it is noised.
-        promises: what it has agreed to.
-        keys, inbox: what it was told in the phases so far: public keys, and the shares of others.
+    Attributes:
+        terms: The sum.
+        vector: (size,) what the client adds.
+        price: What the sum costs the client, or None for a sum without noise.
+        promises: What the client has agreed to.
+        keys, inbox: The public keys, and the shares of others, that the client was sent in the phases so far.
     """
 
     terms: Terms
@@ -124,10 +136,10 @@ class Held:
 
 
 def answer(question: Question, member: Member, held: Held) -> dict[str, bytes]:
-    """A client's answer; `held` is brought up to date and must be kept before the answer leaves.
+    """Return a client's answer to a question, and update `held`, which must be saved before the answer is sent.
 
     Raises:
-        ProtocolError: if the question has another form than it should, or must not be answered.
+        ProtocolError: If the question is not of the form in the module's table, or must not be answered.
     """
     phase, clients, parts = question.phase, question.clients, question.parts
     if list(clients) != sorted(set(clients)):
@@ -156,7 +168,10 @@ def _exactly(parts: Mapping[str, bytes], name: str, length: int, count: int) -> 
 
 
 def write_held(held: Held) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What is held as plain data and arrays, to be kept on disk, without the promises, which outlast the sum."""
+    """Return what is held as plain data and arrays, to be saved on disk.
+
+    The promises are not part of it, because they outlast the sum.
+    """
     terms = held.terms
     plain = {"terms": [terms.run, terms.stage, terms.round, terms.attempt, terms.threshold, [list(s) for s in terms.sections]],
              "price": None if held.price is None else asdict(held.price),
@@ -166,7 +181,7 @@ def write_held(held: Held) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def read_held(plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promises: Promises) -> Held:
-    """The inverse of `write_held`."""
+    """Return what is held from the plain data and arrays of `write_held`."""
     run, stage, round, attempt, threshold, sections = plain["terms"]
     terms = Terms(run, stage, round, attempt, threshold, tuple((length, sigma) for length, sigma in sections))
     price = None if plain["price"] is None else Price(**plain["price"])

@@ -56,7 +56,7 @@ class ProtocolError(FedMSError):
 
 
 def threshold_of(clients: int) -> int:
-    """The least number of clients that must answer the last phase: above two thirds of those that are asked."""
+    """Return the least number of clients that must answer the last phase: more than two thirds of those that are asked."""
     return 2 * clients // 3 + 1
 
 
@@ -64,11 +64,11 @@ def threshold_of(clients: int) -> int:
 class Terms:
     """What all participants of one secure sum agree on.
 
-    Args:
-        run, stage, round, attempt: which sum it is; a sum that failed is tried again as the next attempt.
-        threshold: the least number of clients that must answer the last phase.
-        sections: (length, sigma) of each part of the vector: each client adds discrete Gaussian noise with this parameter
-            to it; 0: none.
+    Attributes:
+        run, stage, round, attempt: Which sum it is. A sum that failed is tried again as the next attempt.
+        threshold: The least number of clients that must answer the last phase.
+        sections: (length, sigma) of each part of the vector. Each client adds discrete Gaussian noise with the parameter sigma;
+            0 means no noise.
     """
 
     run: str
@@ -92,10 +92,10 @@ class Terms:
 class Member:
     """A client in a secure sum.
 
-    Args:
-        client: its id.
-        secret: its own 32-byte key, which never leaves it.
-        identities: the public identity of every client, by id, as agreed before the run.
+    Attributes:
+        client: Its id.
+        secret: Its own 32-byte key, which never leaves it.
+        identities: The public identity of every client, by id, as agreed before the run.
     """
 
     client: int
@@ -110,16 +110,18 @@ class Member:
 
 @dataclass
 class Promises:
-    """What a client has agreed to, by the digest of an attempt's terms and phase; to be kept on disk for as long as the
-    client's secret key is used."""
+    """What a client has agreed to, by the digest of an attempt's terms and the phase.
+
+    It must be kept on disk for as long as the client's secret key is used.
+    """
 
     kept: dict[str, str] = field(default_factory=dict)
 
     def keep(self, terms: Terms, phase: str, digest: str) -> None:
-        """Agree to what a phase is about.
+        """Agree to the content of a phase.
 
         Raises:
-            ProtocolError: if the client has agreed to something else in this phase.
+            ProtocolError: If the client has agreed to other content in this phase.
         """
         if self.kept.setdefault(f"{terms.digest} {phase}", digest) != digest:
             raise ProtocolError(f"phase {phase}: this client has answered another question in this attempt; a client that "
@@ -127,7 +129,7 @@ class Promises:
 
 
 def identity_of(secret: bytes) -> bytes:
-    """The public identity (32 bytes) that belongs to a client's secret key."""
+    """Return the public identity (32 bytes) that belongs to a client's secret key."""
     return _public(derive(secret, "identity"))
 
 
@@ -147,13 +149,13 @@ def advertise(member: Member, terms: Terms, vector: np.ndarray) -> bytes:
 
 def share(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes],
           promises: Promises) -> dict[int, bytes]:
-    """Phase 2: shares of this client's two secrets, encrypted for each other client of the roster, 82 bytes each.
+    """Compute a client's answer to phase 2: shares of its two secrets, encrypted for each other client, 82 bytes each.
 
     Args:
-        roster: the public keys of the clients that answered phase 1.
+        roster: The public keys of the clients that answered phase 1.
 
     Raises:
-        ProtocolError: if the roster cannot be one, or another one was agreed to before.
+        ProtocolError: If the roster is not valid, or the client has agreed to another one before.
     """
     known = _check_roster(member, terms, vector, roster)
     promises.keep(terms, "share", known)
@@ -163,14 +165,14 @@ def share(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int,
 
 def mask(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes], inbox: Mapping[int, bytes],
          promises: Promises) -> tuple[np.ndarray, Shares]:
-    """Phase 3: the vector with this client's noise and masks, (size,) uint32, and what was in the inbox.
+    """Compute a client's answer to phase 3: its vector with noise and masks, (size,) uint32. Return also the decrypted inbox.
 
     Args:
-        inbox: by sender, what the other clients that answered phase 2 encrypted for this one.
+        inbox: By sender, what the other clients that answered phase 2 encrypted for this one.
 
     Raises:
-        ProtocolError: if too few answered, if a text was not encrypted for this client in this round, or if another inbox
-            was agreed to before.
+        ProtocolError: If too few clients answered, a text was not encrypted for this client in this round, or the client has
+            agreed to another inbox before.
     """
     known = _check_roster(member, terms, vector, roster)
     others = _open_inbox(member, terms, roster, known, inbox)
@@ -187,16 +189,17 @@ def mask(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, 
 
 def reveal(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes], others: Shares,
            survivors: Sequence[int], promises: Promises) -> dict[int, bytes]:
-    """Phase 4: for each client that answered phase 2, a share of its own mask's seed if its vector arrived, else a share of
-    its key for the round; 33 bytes each.
+    """Compute a client's answer to phase 4: a share of 33 bytes for each client that answered phase 2.
+
+    It is a share of the seed of that client's own mask if its vector arrived, otherwise a share of its key for the round.
 
     Args:
-        others: what was in this client's inbox in phase 3.
-        survivors: the clients whose masked vectors arrived.
+        others: The inbox of this client in phase 3.
+        survivors: The clients whose masked vectors arrived.
 
     Raises:
-        ProtocolError: if they are too few, are not those of the round, lack this client, or differ from those agreed to
-            before.
+        ProtocolError: If the survivors are too few, do not belong to the round, lack this client, or differ from those that the
+            client has agreed to before.
     """
     known = _check_roster(member, terms, vector, roster)
     alive, present = set(survivors), {member.client, *others}
@@ -214,16 +217,16 @@ def reveal(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int
 
 def unmask(terms: Terms, roster: Mapping[int, bytes], present: Sequence[int], masked: Mapping[int, np.ndarray],
            revealed: Mapping[int, Mapping[int, bytes]]) -> np.ndarray:
-    """The sum of the vectors that arrived, each value as a signed integer, (size,) int64.
+    """Return the sum of the vectors that arrived, with values as signed integers, (size,) int64.
 
     Args:
-        roster: the public keys of the clients that answered phase 1.
-        present: the clients that answered phase 2.
-        masked: the masked vectors, by client: answers to phase 3.
-        revealed: the shares, by the client that revealed them: answers to phase 4.
+        roster: The public keys of the clients that answered phase 1.
+        present: The clients that answered phase 2.
+        masked: The masked vectors, by client: answers to phase 3.
+        revealed: The shares, by the client that revealed them: answers to phase 4.
 
     Raises:
-        ProtocolError: if too few clients answered, or shares do not belong together.
+        ProtocolError: If too few clients answered, or shares do not belong together.
     """
     for what, clients in (("vectors", masked), ("shares", revealed)):
         if len(clients) < terms.threshold:
@@ -248,7 +251,7 @@ def unmask(terms: Terms, roster: Mapping[int, bytes], present: Sequence[int], ma
 
 
 def tag_of(terms: Terms, roster: Mapping[int, bytes], survivors: Sequence[int]) -> str:
-    """A name for a sum, 64 hexadecimal digits: it is another one if any vector, client or term is."""
+    """Return a hash of a sum, 64 hexadecimal digits, which differs if any vector, client or term differs."""
     return _members_digest(_roster_digest(terms, roster), set(survivors))
 
 
@@ -267,7 +270,7 @@ def _members_digest(known: str, members: set[int]) -> str:
 
 
 def _check_roster(member: Member, terms: Terms, vector: np.ndarray, roster: Mapping[int, bytes]) -> str:
-    """The digest of a roster that this client may take part in."""
+    """Return the digest of a roster, or raise a ProtocolError if this client must not take part in it."""
     if np.shape(vector) != (terms.size,):
         raise ProtocolError(f"a vector of shape {np.shape(vector)}, expected ({terms.size},)")
     if len(roster) < terms.threshold:
@@ -286,7 +289,7 @@ def _round_secret(member: Member, terms: Terms, vector: np.ndarray) -> bytes:
 
 def _own_shares(member: Member, terms: Terms, vector: np.ndarray, known: str,
                 holders: Sequence[int]) -> dict[int, tuple[bytes, ...]]:
-    """By holder, shares of this client's key for the round and of its own mask's seed."""
+    """Return, by holder, shares of this client's key for the round and of the seed of its own mask."""
     secrets = (_round_secret(member, terms, vector), derive(member.secret, "own mask", known))
     coefficients = [Stream(derive(member.secret, "shares", known, number)) for number in range(len(secrets))]
     return shamir.split(secrets, holders, terms.threshold, coefficients)
@@ -294,7 +297,7 @@ def _own_shares(member: Member, terms: Terms, vector: np.ndarray, known: str,
 
 def _open_inbox(member: Member, terms: Terms, roster: Mapping[int, bytes], known: str,
                 inbox: Mapping[int, bytes]) -> dict[int, tuple[bytes, bytes]]:
-    """The two shares from each sender."""
+    """Decrypt the two shares from each sender."""
     if len(inbox) + 1 < terms.threshold or not set(inbox) <= set(roster) - {member.client}:
         raise ProtocolError(f"shares of {len(inbox)} clients arrived, but {terms.threshold - 1} of the round's others are needed")
     opened = {}
@@ -335,7 +338,7 @@ def _expand(seed: bytes, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=2**15)
 def _expand_key(agreed: bytes, *names: str | int) -> bytes:
-    """A key for one use of what two clients agreed on. Where one process plays both, it serves both."""
+    """Derive a key for one use from the secret that two clients share. The result is cached for a process that plays both."""
     return HKDF(hashes.SHA256(), 32, None, repr(names).encode()).derive(agreed)
 
 
@@ -346,7 +349,7 @@ def _public(secret: bytes) -> bytes:
 
 @lru_cache(maxsize=2**10)
 def _private(secret: bytes) -> X25519PrivateKey:
-    """A key is used with every other client; making it takes as long as an exchange."""
+    """Return the key object of a secret. It is cached, because making it takes as long as an exchange with another client."""
     return X25519PrivateKey.from_private_bytes(secret)
 
 
@@ -356,7 +359,7 @@ _MOST_AGREED = 2**16
 
 
 def _exchange(secret: bytes, public: bytes) -> bytes:
-    """The Diffie-Hellman secret of two keys."""
+    """Return the Diffie-Hellman secret of two keys."""
     own = _public(secret)
     pair = (own, public) if own < public else (public, own)
     if pair not in _agreed:

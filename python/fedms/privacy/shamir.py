@@ -17,19 +17,19 @@ SHARE_BYTES = 33
 
 def split(secrets: Sequence[bytes], holders: Sequence[int], threshold: int,
           coefficients: Sequence[Stream]) -> dict[int, tuple[bytes, ...]]:
-    """Split secrets so that any `threshold` shares of one give it back and fewer say nothing about it.
+    """Split secrets so that any `threshold` shares of one give it back, and fewer reveal nothing about it.
 
     Args:
         secrets: 32 bytes each.
-        holders: who gets a share of each: distinct numbers from 0.
-        threshold: from 1 to the number of holders.
-        coefficients: for each secret, random numbers for it alone.
+        holders: Who gets a share of each secret: distinct numbers from 0.
+        threshold: From 1 to the number of holders.
+        coefficients: For each secret, random numbers for it alone.
 
     Returns:
         For each holder, its shares of the secrets, 33 bytes each.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
     if sizes := {len(secret) for secret in secrets} - {SECRET_BYTES}:
         raise ValueError(f"a secret of {sizes.pop()} bytes, expected {SECRET_BYTES}")
@@ -52,7 +52,7 @@ def split(secrets: Sequence[bytes], holders: Sequence[int], threshold: int,
 
 
 def _polynomial(secret: bytes, coefficients: Stream, threshold: int) -> list[int]:
-    """Coefficients of a random polynomial of degree threshold - 1 with the secret as its value at 0, the highest first."""
+    """Return the coefficients, highest first, of a random polynomial of degree threshold - 1 whose value at 0 is the secret."""
     # 384 bits modulo a prime of 257 bits: uniform up to 2^-127.
     drawn = coefficients.bytes(48 * (threshold - 1))
     polynomial = [int.from_bytes(drawn[start:start + 48], "big") % PRIME for start in range(0, len(drawn), 48)]
@@ -60,10 +60,10 @@ def _polynomial(secret: bytes, coefficients: Stream, threshold: int) -> list[int
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """Return the secret that at least `threshold` shares belong to.
+    """Return the secret to which at least `threshold` shares belong.
 
     Raises:
-        ValueError: if there are too few shares, or they are not the shares of one 32-byte secret.
+        ValueError: If there are too few shares, or they are not the shares of one 32-byte secret.
     """
     if len(shares) < threshold:
         raise ValueError(f"{len(shares)} shares, but {threshold} are needed")
@@ -77,7 +77,7 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
 
 @lru_cache(maxsize=16)
 def _at_zero(holders: tuple[int, ...]) -> tuple[int, ...]:
-    """The weights with which the values at `holder + 1` give the polynomial's value at 0 (Lagrange interpolation)."""
+    """Return the weights with which the values at `holder + 1` give the polynomial's value at 0 (Lagrange interpolation)."""
     points, weights = [holder + 1 for holder in holders], []
     for x in points:
         above = below = 1

@@ -5,7 +5,11 @@ from typing import Any
 
 
 def statement(privacy: dict[str, Any]) -> str:
-    """The guarantee of a run whose summary holds these values."""
+    """Return the guarantee of a run in one or a few sentences.
+
+    Args:
+        privacy: The values under "privacy" in the summary of the run.
+    """
     mode, clients = privacy["mode"], privacy["clients"]
     masked = (f"the server sees the sum of at least {privacy['threshold']} clients' updates and no single one, as long as fewer than "
               "a third of a round's clients help it")

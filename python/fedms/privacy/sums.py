@@ -26,11 +26,11 @@ SCALARS = ("score", "accuracy")
 class Section:
     """One part of the vector.
 
-    Args:
+    Attributes:
         name: "update", "score", "counts" or "accuracy".
-        length: number of values.
-        bound: the largest L2 norm of one client's share.
-        noise: the noise multiplier; None: no noise.
+        length: Number of values.
+        bound: The largest L2 norm of one client's share.
+        noise: The noise multiplier, or None for no noise.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Section:
 class Sums:
     """The vector of one round.
 
-    Args:
-        parts: its parts, in their order.
-        layout: where each tensor stands in the part "update".
-        bits: logarithm of the number of steps between 0 and a part's bound.
+    Attributes:
+        parts: Its parts, in order.
+        layout: The place of each tensor in the part "update".
+        bits: Logarithm to base 2 of the number of steps between 0 and a part's bound.
     """
 
     parts: tuple[Section, ...]
@@ -65,21 +65,23 @@ class Sums:
         return noise.get("update"), noise.get("score") or noise.get("accuracy"), noise.get("counts")
 
     def sections(self, sharers: int = 1) -> tuple[tuple[int, int], ...]:
-        """For each part its length and its noise in steps, rounded up to whole ones: all of the noise, or one client's
-        share where at least `sharers` add theirs. 0 without noise."""
+        """Return for each part its length and its noise in steps, rounded up to a whole number; 0 without noise.
+
+        The noise is that of the sum, or one client's share of it if at least `sharers` clients add theirs.
+        """
         return tuple((part.length, 0 if part.noise is None else math.ceil(part.noise * 2**self.bits / math.sqrt(sharers)))
                      for part in self.parts)
 
     def encode(self, update: Mapping[str, np.ndarray], score: float | None = None,
                counts: Sequence[float] | np.ndarray | None = None, accuracy: float | None = None) -> np.ndarray:
-        """A client's vector (size,) int32: every part clipped to its bound and rounded toward zero.
+        """Return a client's vector (size,) int32: every part clipped to its bound and rounded toward zero.
 
         Args:
-            update: the change of each tensor that the client trained; tensors that are missing count as zeros.
-            score, counts, accuracy: what it has to say; None counts as zeros.
+            update: The change of each tensor that the client trained. Tensors that are missing count as zeros.
+            score, counts, accuracy: The client's values of the other parts; None counts as zeros.
 
         Raises:
-            ValueError: if a value is NaN or infinite, or the update holds another tensor than the layout.
+            ValueError: If a value is NaN or infinite, or the update holds a tensor that is not in the layout.
         """
         values = {"score": [score or 0.0], "accuracy": [accuracy or 0.0]}
         vectors = [np.zeros(0, np.int32)]
@@ -94,11 +96,11 @@ class Sums:
         return np.concatenate(vectors)
 
     def nothing(self) -> np.ndarray:
-        """The vector of a client that has nothing to add, (size,) int32: zeros."""
+        """Return the vector (size,) int32 of a client that has nothing to add: zeros."""
         return np.zeros(self.size, np.int32)
 
     def split(self, total: np.ndarray) -> dict[str, np.ndarray]:
-        """The parts (length,) of a vector (size,), by name."""
+        """Return the parts (length,) of a vector (size,), by name."""
         found, start = {}, 0
         for part in self.parts:
             found[part.name] = total[start:start + part.length]
@@ -106,13 +108,13 @@ class Sums:
         return found
 
     def decode(self, total: np.ndarray, expected: Mapping[str, float], clients: float) -> Means:
-        """What a sum of the vectors, with its noise, says.
+        """Return the means over clients that a sum of their vectors, with its noise, stands for.
 
         Args:
             total: (size,) int64.
-            expected: for each tensor, the number of clients that are expected to train it. It is known before the round:
-                dividing by the number that did would tell whether one client took part.
-            clients: the number of clients that are expected.
+            expected: For each tensor, the number of clients that are expected to train it. It is known before the round:
+                dividing by the number that did train it would reveal whether one client took part.
+            clients: The number of clients that are expected.
         """
         found = {part.name: dequantize(values, part.bound, self.bits)
                  for part, values in zip(self.parts, self.split(total).values())}
@@ -125,12 +127,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Means:
-    """What a round's sum says of its clients together.
+    """What a round's sum says about its clients together.
 
-    Args:
-        changes: the mean change of each tensor, float64.
-        score, accuracy: means in [0, 1]; None: not part of the sum.
-        classes: (C,) the share of each class, summing to 1; None: not part of the sum.
+    Attributes:
+        changes: The mean change of each tensor, float64.
+        score, accuracy: Means in [0, 1], or None if they are not part of the sum.
+        classes: (C,) the share of each class, which sum to 1, or None if they are not part of the sum.
     """
 
     changes: Mapping[str, np.ndarray]
@@ -140,7 +142,7 @@ class Means:
 
 
 def _distribution(counts: np.ndarray) -> np.ndarray:
-    """Noisy counts (C,) as shares that sum to 1: noise can make them negative, and their total is none of anything."""
+    """Return noisy counts (C,) as shares that sum to 1. Noise can make counts negative, and their total is arbitrary."""
     counts = np.maximum(counts, 0)
     total = counts.sum()
     return counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
