@@ -16,11 +16,13 @@ __all__ = ["FoundationModel", "ModelError", "ModuleModel", "load", "wrap"]
 
 
 def load(table: ModelTable, task: str = "classification") -> FoundationModel:
-    """Loads the frozen model `table.id`: a registered one by its name, else what `huggingface.load`, or for the task
-    "causal_lm" `causal_lm.load`, finds in a folder or on the hub.
+    """Load the frozen model `table.id`.
+
+    A registered model is loaded by its name. Any other is loaded from a folder or from the hub, by `causal_lm.load` for the task
+    "causal_lm" and by `huggingface.load` for the others.
 
     Raises:
-        ModelError: if it cannot be had.
+        ModelError: If the model cannot be loaded.
     """
     row = registry.models().get(table.id)
     if row is not None:

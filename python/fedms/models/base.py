@@ -45,7 +45,17 @@ class FoundationModel:
     pretrained_on: str | None = None
 
     def __init__(self, name: str, module: nn.Module, feature_dim: int, blocks: str | None = None) -> None:
-        """blocks: None finds the list by inspection. Raises ModelError if there is none."""
+        """Wrap a module.
+
+        Args:
+            name: Its name, as in `model.id` of the run file.
+            module: The module, which is set to evaluation mode and frozen.
+            feature_dim: Width D of the pooled features.
+            blocks: Dotted name of the list of transformer blocks, or None to find it by inspection.
+
+        Raises:
+            ModelError: If there is no list of blocks.
+        """
         self.name = name
         self.module = module.eval().requires_grad_(False)
         self.blocks = blocks or _block_list(module)

@@ -40,8 +40,18 @@ class CausalModel(FoundationModel):
 
     def __init__(self, name: str, whole: Any, tokenizer: Any, *, blocks: str | None = None,
                  dequantized: bool = False) -> None:
-        """whole: a `transformers` model with a language modeling head. Raises ModelError if its head is no Linear layer, or
-        it does more to the logits than to scale and cap them."""
+        """Wrap a language model.
+
+        Args:
+            name: Its name, as in `model.id` of the run file.
+            whole: A model of transformers with a language modeling head.
+            tokenizer: Its tokenizer.
+            blocks: Dotted name of the list of blocks in the decoder, or None to find it.
+            dequantized: Whether the weights were read from a quantized file.
+
+        Raises:
+            ModelError: If the head is not a Linear layer, or the model does more to the logits than scale and cap them.
+        """
         config = whole.config
         whole.eval().requires_grad_(False)
         self.whole_class, self.prefix = type(whole), f"{whole.base_model_prefix}."

@@ -1,4 +1,4 @@
-"""What turns pooled features into class logits: frozen class prompts (`text`) or a trained layer (`linear`)."""
+"""Heads, which compute class logits from pooled features: by frozen class prompts (`text`) or by a trained layer (`linear`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 
 class TextHead(nn.Module):
-    """CLIP-style zero-shot head: cosine of the features with frozen class embeddings, over a temperature.
+    """A zero-shot head as in CLIP: the cosine of the features with frozen class embeddings, divided by a temperature.
 
     Args:
-        class_embeddings: (C, D), one per class, of unit length.
-        temperature: above 0.
-        learn_temperature: train the logarithm of the temperature with the expert (Radford et al. 2021).
+        class_embeddings: (C, D), one for each class, of unit length.
+        temperature: Above 0.
+        learn_temperature: Whether the logarithm of the temperature is trained with the expert (Radford et al. 2021).
     """
 
     class_embeddings: Tensor
@@ -28,20 +28,21 @@ class TextHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (B, D) -> logits (B, C)."""
+        """Return the logits (B, C) of features (B, D)."""
         return F.normalize(features, dim=-1) @ self.class_embeddings.T / self.log_temperature.exp()
 
 
 class LinearHead(nn.Linear):
-    """A trained linear layer, part of the expert.
+    """A trained linear layer, which is a part of the expert.
 
-    Where the model can embed class prompts it starts as the zero-shot head (Wortsman et al. 2022 start fine-tuning
-    there too), so that round 0 is the zero-shot model; otherwise at random from `generator`.
+    If the model can embed class prompts, the head starts as the zero-shot head, so that round 0 is the zero-shot model (Wortsman et
+    al. 2022 start fine-tuning in the same way). Otherwise `reset` draws its weights.
 
     Args:
-        features: D. classes: C.
+        features: Width D of the features.
+        classes: Number C of classes.
         class_embeddings: (C, D), of unit length, or None.
-        temperature: of the zero-shot head it starts as.
+        temperature: Temperature of the zero-shot head.
     """
 
     def __init__(
@@ -52,7 +53,11 @@ class LinearHead(nn.Linear):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Starts the head afresh."""
+        """Set the initial weight and bias.
+
+        Args:
+            generator: Draws the weight if there are no class embeddings.
+        """
         if self.class_embeddings is None:
             bound = 1 / math.sqrt(self.in_features)
             self.weight.uniform_(-bound, bound, generator=generator)

@@ -15,18 +15,19 @@ from .base import FoundationModel
 
 
 class ModuleModel(FoundationModel):
-    """A module of the user's own.
+    """A user's own module.
 
     Args:
-        module: its blocks are called one after the other, each with the hidden state (B, T, width) as first argument.
-        blocks: dotted name of its `nn.ModuleList` or `nn.Sequential` of blocks.
-        features: `features(module, inputs)` -> (B, D) float32. For images `inputs` holds "pixel_values" (B, C, H, W),
-            for text what `tokenize` makes.
-        prepare: PIL images -> (n, C, H, W) float32, for a module that reads images.
-        tokenize: (texts, max_tokens) -> `TextInputs`, for one that reads text.
+        module: The module. It calls its blocks one after the other, each with the hidden state (B, T, width) as first argument.
+        blocks: Dotted name of its `nn.ModuleList` or `nn.Sequential` of blocks.
+        features: `features(module, inputs)` returns the features (B, D) float32. For images `inputs` holds "pixel_values"
+            (B, C, H, W), for text what `tokenize` returned.
+        prepare: For a module that reads images: takes PIL images, returns (n, C, H, W) float32.
+        tokenize: For a module that reads text: takes texts and the largest number of tokens, returns `TextInputs`.
+        name: Name of the model.
 
     Raises:
-        ModelError: if not one of prepare and tokenize is given, or there is no list of blocks of that name.
+        ModelError: If not exactly one of `prepare` and `tokenize` is given, or there is no list of blocks with that name.
     """
 
     def __init__(self, module: nn.Module, *, blocks: str, features: Callable[[nn.Module, dict[str, Tensor]], Tensor],

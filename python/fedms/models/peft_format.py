@@ -33,7 +33,12 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class Shape:
-    """rank, alpha, rslora: as in the run file's [lora]. base: the model that the adapter names, if it does."""
+    """The shape of an adapter.
+
+    Attributes:
+        rank, alpha, rslora: As in the [lora] table of the run file.
+        base: The model that the adapter names as its base, or None.
+    """
 
     rank: int
     alpha: float
@@ -43,8 +48,16 @@ class Shape:
 
 def config_json(shape: Shape, layers: Iterable[str], module: str, library: str, task: str | None = None,
                 transposed: bool = False) -> str:
-    """adapter_config.json for LoRA on these layers of a module of the class `module` in `library`. task: PEFT's name of
-    it, or None; transposed: whether that module keeps the weights of its Linear layers so (GPT-2's Conv1D)."""
+    """Return the text of adapter_config.json for LoRA.
+
+    Args:
+        shape: Shape of the adapter.
+        layers: Names of the layers with LoRA.
+        module: Name of the class of the module that holds them.
+        library: Name of the library that defines the class.
+        task: PEFT's name of the task, or None.
+        transposed: Whether the module stores the weights of its Linear layers transposed, as GPT-2's Conv1D does.
+    """
     return json.dumps({
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": shape.base, "inference_mode": True,
         "auto_mapping": {"base_model_class": module, "parent_library": library},
@@ -54,17 +67,22 @@ def config_json(shape: Shape, layers: Iterable[str], module: str, library: str, 
 
 
 def peft_names(expert: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Our names of an expert's pairs (`expert/<layer>.lora_a`) as PEFT's. prefix: of the layers' names in the whole model."""
+    """Return an expert's pairs, named `expert/<layer>.lora_a` by us, under PEFT's names.
+
+    Args:
+        expert: Tensors of the expert by our names.
+        prefix: Prefix of the layers' names in the whole model.
+    """
     names = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
     return {PREFIX + prefix + name.removeprefix("expert/").removesuffix(name[-7:]) + names[name[-7:]]: tensor
             for name, tensor in expert.items() if name.startswith("expert/")}
 
 
 def read_shape(folder: Path) -> Shape:
-    """What adapter_config.json says. It is read without torch.
+    """Read the shape of an adapter from its adapter_config.json. This does not import torch.
 
     Raises:
-        ConfigError: if it is missing, damaged, or describes more than plain LoRA.
+        ConfigError: If the file is missing, damaged, or describes more than plain LoRA.
     """
     path = folder / CONFIG
     try:
@@ -95,14 +113,17 @@ def read_shape(folder: Path) -> Shape:
 
 
 def read_pairs(folder: Path, layers: Iterable[str]) -> dict[str, Any]:
-    """An adapter's tensors by our names, for a model whose layers with experts have these names; and `head/weight`,
-    `head/bias` where it has a head.
+    """Read an adapter's tensors, by our names; with `head/weight` and `head/bias` if it has a head.
 
-    An adapter of a model with a head, or of one around ours, names the same layers behind a longer prefix: the end of
-    the name decides.
+    An adapter of a model with a head, or of a model that contains ours, has a longer prefix before the names of the layers. Only
+    the end of a name is compared.
+
+    Args:
+        folder: The folder of the adapter.
+        layers: Names of the layers that have experts.
 
     Raises:
-        ConfigError: if the weights are missing, damaged or no safetensors, or a layer is not among `layers`.
+        ConfigError: If the weights are missing, damaged or not in safetensors, or a layer is not among `layers`.
     """
     if not (folder / WEIGHTS).is_file():
         advice = "; adapter_model.bin is a pickle and is not read: load it with peft and save it again" if (

@@ -33,10 +33,17 @@ Report = Callable[[int, int, float], None]      # (step, steps, loss)
 
 
 def ensure(name: str, path: str | None = None, *, force: bool = False, report: Report | None = None) -> tuple[Path, bool]:
-    """The file with the weights of the model `name`, and whether it was made now. path: of its data, as `data.path`.
+    """Pretrain the model `name` unless its weights exist. Return their file, and whether it was made now.
+
+    Args:
+        name: A key of `RECIPES`.
+        path: Path of the model's data, as `data.path` of a run file.
+        force: Whether to pretrain even if the weights exist.
+        report: Called after each step with the step, the number of steps and the loss.
 
     Raises:
-        DataError: if the data is not there. OSError: if the file cannot be written.
+        DataError: If the data are missing.
+        OSError: If the file cannot be written.
     """
     recipe = RECIPES[name]
     file = recipe.weights(name)
@@ -53,7 +60,7 @@ def ensure(name: str, path: str | None = None, *, force: bool = False, report: R
 
 
 def pretrain(recipe: Recipe, images: Tensor, report: Report | None = None) -> dict[str, Tensor]:
-    """Weights of the network after `recipe.epochs` passes over images (n, 1, H, W) with pixels in [0, 1]."""
+    """Return the weights of the network after `recipe.epochs` passes over images (n, 1, H, W) with pixels in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = _Encoder(recipe)
@@ -79,7 +86,7 @@ def pretrain(recipe: Recipe, images: Tensor, report: Report | None = None) -> di
 
 
 def _rate(done: float) -> float:
-    """Share of the largest rate when a share of the steps is done: a linear rise, then half a cosine."""
+    """Return the learning rate, as a share of the largest, after a share of the steps: a linear rise, then half a cosine."""
     if done < WARM_UP:
         return done / WARM_UP + 1e-3
     return (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
@@ -94,7 +101,7 @@ class _Encoder(nn.Module):
         self.blocks = next(c for c in self.module.modules() if isinstance(c, nn.ModuleList) and len(c) == recipe.blocks)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 1, H, W) -> tokens of the visible patches (B, k, width) and their places (B, k)."""
+        """Return the tokens (B, k, width) of the visible patches of images (B, 1, H, W), and their places (B, k)."""
         visible = max(1, round(self.recipe.keep * self.recipe.patches))
         places = torch.rand(len(images), self.recipe.patches).argsort(1)[:, :visible]
         hidden = self.module.embeddings(images)
@@ -143,8 +150,7 @@ class _Views(nn.Module):
         return F.cross_entropy(likeness, torch.arange(len(views)).roll(len(images)))
 
     def _view(self, images: Tensor) -> Tensor:
-        """Each image cropped to 55 to 100 % of its side, sheared a little, perhaps mirrored, its contrast and brightness
-        changed."""
+        """Return each image cropped to 55 to 100 % of its side, sheared, perhaps mirrored, with changed contrast and brightness."""
         n, black = len(images), -self.encoder.recipe.mean / self.encoder.recipe.std
 
         def between(low: float, high: float) -> Tensor:
@@ -161,5 +167,5 @@ class _Views(nn.Module):
 
 
 def _take(tokens: Tensor, places: Tensor) -> Tensor:
-    """tokens (B, N, D), places (B, k) -> (B, k, D)."""
+    """Return the tokens (B, k, D) at places (B, k) of tokens (B, N, D)."""
     return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -105,7 +105,7 @@ def _is_decoder(config) -> bool:
 
 
 def most_tokens(module: nn.Module, tokenizer: Any) -> int:
-    """Return the length in tokens of the longest text that a model and its tokenizer can read."""
+    """Return the length, in tokens, of the longest text that a model and its tokenizer can read."""
     most = getattr(module.config, "max_position_embeddings", None) or tokenizer.model_max_length
     for name, child in module.named_modules():
         # RoBERTa's positions begin after the padding index.

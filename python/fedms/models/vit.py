@@ -24,16 +24,19 @@ from .vision_model import VisionModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network and its pretraining.
+    """A network and how it is pretrained.
 
-    data:        whose public half it is pretrained on.
-    side, patch: width of an image and of a patch, in pixels. width, blocks, heads: of the transformer.
-    pool:        its features are the means over the patches of each cell of a pool x pool grid: where something is in an
-                 image counts.
-    mean, std:   of the pixels, which the model normalizes.
-    task:        "views" or "mae", see `fedms.models.pretrain`.
-    keep:        share of the patches that the encoder sees in training.
-    flips:       whether an image may be mirrored.
+    Attributes:
+        data: The data set on whose public half it is pretrained.
+        side, patch: Width of an image and of a patch, in pixels.
+        width, blocks, heads: Width, number of blocks and number of attention heads of the transformer.
+        pool: Features are the means over the patches of each cell of a pool x pool grid, so they depend on where something is in
+            an image.
+        mean, std: Mean and standard deviation of the pixels, by which the model normalizes them.
+        task: "views" or "mae", see `fedms.models.pretrain`.
+        keep: Share of the patches that the encoder sees in training.
+        flips: Whether an image may be mirrored.
+        epochs, batch, lr, seed: Passes over the data, images in a batch, largest learning rate and seed of the pretraining.
     """
 
     data: str
@@ -55,9 +58,11 @@ class Recipe:
 
     @property
     def patches(self) -> int:
+        """Number of patches in an image."""
         return (self.side // self.patch) ** 2
 
     def weights(self, name: str) -> Path:
+        """Return the path of the weights in the cache folder. It depends on the name and on the whole recipe."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "pretrained" / f"{name}-{digest}.safetensors"
 
@@ -71,7 +76,7 @@ RECIPES = {
 
 
 def build(recipe: Recipe):
-    """The network (transformers.ViTModel), with random weights drawn from the recipe's seed."""
+    """Return the network (transformers.ViTModel), with random weights drawn by the recipe's seed."""
     transformers = import_transformers()
     config = transformers.ViTConfig(
         image_size=recipe.side,
@@ -88,7 +93,14 @@ def build(recipe: Recipe):
 
 
 class PretrainedViT(VisionModel):
-    """name: a key of `RECIPES`. ModelError if its weights are not there yet, or damaged."""
+    """A vision transformer that `fedms pretrain` has pretrained.
+
+    Args:
+        name: A key of `RECIPES`.
+
+    Raises:
+        ModelError: If its weights do not exist yet, or are damaged.
+    """
 
     def __init__(self, name: str) -> None:
         self.origin = RECIPES[name]
@@ -101,8 +113,10 @@ class PretrainedViT(VisionModel):
         super().__init__(name, module, processor)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, pool^2 * width) float32: the means of the patch tokens of each cell, after the final LayerNorm. Pixels in
-        [0, 1]."""
+        """Return the features (B, pool^2 * width) float32: the means of the patch tokens of each cell after the final LayerNorm.
+
+        The pixels are in [0, 1].
+        """
         pixels = (inputs["pixel_values"] - self.origin.mean) / self.origin.std
         tokens = self.module(pixels).last_hidden_state[:, 1:]
         side = self.origin.side // self.origin.patch
@@ -115,7 +129,7 @@ class PretrainedViT(VisionModel):
 
 
 def load(table: ModelTable) -> PretrainedViT:
-    """The model that a run file names."""
+    """Load the model."""
     return PretrainedViT(table.id)
 
 
@@ -130,7 +144,7 @@ def status_of_fashion() -> tuple[str, str]:
 
 
 def _status(name: str) -> tuple[str, str]:
-    """What `fedms doctor` says of a model's weights."""
+    """Return the state and the words with which `fedms doctor` reports on a model's weights."""
     file = RECIPES[name].weights(name)
     return ("ok", str(file)) if file.exists() else ("note", f"not pretrained yet: fedms pretrain {name}")
 

@@ -85,7 +85,7 @@ class Ranks:
     blocks: int
 
     def alike(self, method: str) -> Collection[str]:
-        """The other methods that are not shown to differ from this one."""
+        """Return the other methods that are not shown to differ from this one."""
         return [other for other, rank in self.mean.items()
                 if other != method and abs(rank - self.mean[method]) <= self.critical]
 

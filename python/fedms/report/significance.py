@@ -12,7 +12,7 @@ from fedms.storage.records import RunRecords
 
 @dataclass(frozen=True)
 class Difference:
-    """The method in focus minus another.
+    """The comparison of the method in focus with another one, whose accuracies are subtracted.
 
     Attributes:
         against: The other method.
@@ -21,7 +21,7 @@ class Difference:
         better: Number of pairs that are better off.
         worse: Number of pairs that are worse off.
         p: p-value of Wilcoxon's signed-rank test.
-        corrected: The same, corrected for all comparisons by Holm's method.
+        corrected: The p-value, corrected for all comparisons by Holm's method.
         interval: The 95 % interval of the mean difference, by seed.
     """
 

@@ -25,10 +25,10 @@ class Sink(Protocol):
     """One run at a tracker."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of one round. ``step`` counts the rounds of both stages from 1."""
+        """Log the numbers of one round. ``step`` counts the rounds of both stages from 1."""
 
     def end(self, values: Mapping[str, float]) -> None:
-        """The numbers of the summary; the run is over. None of them: the run was stopped."""
+        """Log the numbers of the summary and end the run. They are empty if the run was stopped."""
 
 
 class TensorBoard:
