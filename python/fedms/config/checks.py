@@ -10,7 +10,47 @@ from fedms.config.run_config import RunConfig
 
 
 def problems_of(c: RunConfig) -> Iterable[str]:
-    """Problems that no single key shows, one line each, starting with the key to change."""
+    """Yield the problems that no single key shows, one line each, starting with the key to change."""
+    yield from _model_and_data_problems(c)
+    if c.sal.queue % 2:
+        yield f"sal.queue: got {c.sal.queue}; accepted: an even number, as its two halves are compared"
+    if c.sal.max_depth is not None and c.sal.depth > c.sal.max_depth:
+        yield f"sal.depth: got {c.sal.depth}, above sal.max_depth = {c.sal.max_depth}"
+    if not isinstance(c.sal.order, str) and len(set(c.sal.order)) < len(c.sal.order):
+        yield f"sal.order: got {show(c.sal.order)}; a block is named twice"
+    if c.stage1.rounds + c.stage2.rounds == 0:
+        yield "stage1.rounds: 0 in both stages leaves nothing to train"
+    if c.gate.mixing == "layers" and c.gate.features != "prefix":
+        yield ('gate.features: mixing = "layers" decides before the first mixed layer, so it cannot see '
+               f'{show(c.gate.features)} features; set gate.features to "prefix"')
+    if c.clients.count is not None and c.clients.min > c.clients.count:
+        yield f"clients.min: got {c.clients.min}, above clients.count = {c.clients.count}"
+    for name in ("stage1", "stage2"):
+        stage = getattr(c, name)
+        if stage.micro_batch is not None and stage.micro_batch > stage.batch:
+            yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
+    if c.run.workers > 1 and c.run.engine != "local":
+        yield f'run.workers: got {c.run.workers}, but run.engine = {show(c.run.engine)} has processes of its own; leave it out'
+    if c.run.workers > 1 and c.clients.asynchronous:
+        yield (f"run.workers: got {c.run.workers}, but with clients.asynchronous = true clients are visited one by one, in the order in "
+               "which they answer; leave it out")
+    yield from _task_problems(c)
+    yield from _method_problems(c)
+    yield from _privacy_problems(c)
+    yield from _asynchronous_problems(c)
+    if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
+        yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
+    for key in ("clients.load", "sal.visit_seconds"):
+        table, _, name = key.partition(".")
+        if getattr(getattr(c, table), name) and not any(tier.flops for tier in c.clients.budgets):
+            yield f"{key}: no class of clients.budgets has flops, a speed that it could act on"
+    if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
+        yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
+               "accepted: shares that sum to 1")
+
+
+def _model_and_data_problems(c: RunConfig) -> Iterable[str]:
+    """Yield the problems of the tables [model] and [data]."""
     model, data_set = registry.models().get(c.model.id), registry.data_sets().get(c.data.name)
     reads, holds = model and model.reads, data_set and data_set.holds
     if model is None and (hint := did_you_mean(c.model.id, registry.models(), cutoff=0.8)):
@@ -53,41 +93,6 @@ def problems_of(c: RunConfig) -> Iterable[str]:
     if min(c.data.split) <= 0 or abs(sum(c.data.split) - 1) > 1e-9:
         yield (f"data.split: got {show(c.data.split)}, which sums to {sum(c.data.split):g}; "
                "accepted: three numbers above 0 that sum to 1")
-    if c.sal.queue % 2:
-        yield f"sal.queue: got {c.sal.queue}; accepted: an even number, as its two halves are compared"
-    if c.sal.max_depth is not None and c.sal.depth > c.sal.max_depth:
-        yield f"sal.depth: got {c.sal.depth}, above sal.max_depth = {c.sal.max_depth}"
-    if not isinstance(c.sal.order, str) and len(set(c.sal.order)) < len(c.sal.order):
-        yield f"sal.order: got {show(c.sal.order)}; a block is named twice"
-    if c.stage1.rounds + c.stage2.rounds == 0:
-        yield "stage1.rounds: 0 in both stages leaves nothing to train"
-    if c.gate.mixing == "layers" and c.gate.features != "prefix":
-        yield ('gate.features: mixing = "layers" decides before the first mixed layer, so it cannot see '
-               f'{show(c.gate.features)} features; set gate.features to "prefix"')
-    if c.clients.count is not None and c.clients.min > c.clients.count:
-        yield f"clients.min: got {c.clients.min}, above clients.count = {c.clients.count}"
-    for name in ("stage1", "stage2"):
-        stage = getattr(c, name)
-        if stage.micro_batch is not None and stage.micro_batch > stage.batch:
-            yield f"{name}.micro_batch: got {stage.micro_batch}, above {name}.batch = {stage.batch}"
-    if c.run.workers > 1 and c.run.engine != "local":
-        yield f'run.workers: got {c.run.workers}, but run.engine = {show(c.run.engine)} has processes of its own; leave it out'
-    if c.run.workers > 1 and c.clients.asynchronous:
-        yield (f"run.workers: got {c.run.workers}, but with clients.asynchronous = true clients are visited one by one, in the order in "
-               "which they answer; leave it out")
-    yield from _task_problems(c)
-    yield from _method_problems(c)
-    yield from _privacy_problems(c)
-    yield from _asynchronous_problems(c)
-    if c.clients.spread and not any(b.has_clock for b in c.clients.budgets):
-        yield ("clients.spread: no class of clients.budgets has flops or a bandwidth that it could act on")
-    for key in ("clients.load", "sal.visit_seconds"):
-        table, _, name = key.partition(".")
-        if getattr(getattr(c, table), name) and not any(tier.flops for tier in c.clients.budgets):
-            yield f"{key}: no class of clients.budgets has flops, a speed that it could act on"
-    if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
-        yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
-               "accepted: shares that sum to 1")
 
 
 def _is_encoding(name: str) -> bool:

@@ -94,37 +94,9 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
         raise DataError(f"clients.count: expected at least one client, got {clients.count}")
 
     labels = dataset.labels.numpy()
-    groups = None if dataset.groups is None else dataset.groups.numpy()
     rng = np.random.default_rng([seed, 0])
-    every = np.arange(len(dataset))
     notes = list(dataset.notes)
-    names: list[str | None] = [None] * total
-    if data.partition in BY_GROUP and groups is None:
-        raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid', or "
-                        "give data of your own a column of clients (data.client) or a file a client")
-    if data.partition == "natural":
-        shares = _natural(every, groups, len(dataset.group_names), total, rng)
-        names = [dataset.group_names[i % len(dataset.group_names)] for i in range(total)]
-        if total < len(dataset.group_names):
-            notes.append(
-                f"{total} clients: no client holds the groups {few(dataset.group_names[total:])}"
-            )
-    elif data.partition == "own":
-        if total != len(dataset.group_names):
-            raise DataError(f"clients.count: {total} clients, but data of {len(dataset.group_names)}, and each has its own "
-                            "(data.partition)")
-        shares, names = [np.flatnonzero(groups == i) for i in range(total)], list(dataset.group_names)
-    elif data.partition in ("dirichlet", "domains"):
-        codes = labels if data.partition == "dirichlet" else groups
-        shares = _dirichlet(every, codes, data.alpha, total, seed, notes)
-    elif data.partition == "classes":
-        shares = _classes(every, labels, data.classes_per_client, total, seed)
-    elif data.partition == "quantity":
-        ends = np.cumsum(rng.dirichlet(np.full(total, data.alpha)))[:-1]
-        shares = np.split(rng.permutation(every), np.round(ends * len(every)).astype(int))
-    else:
-        shares = np.array_split(rng.permutation(every), total)
-
+    shares, names = _shares(dataset, data, total, seed, rng, notes)
     if data.partition != "own":        # real clients keep what is theirs
         shares = _at_least(data.min_samples, shares, rng)
     in_test = _common_test(shares[: clients.count], labels, data.global_test, rng)
@@ -139,6 +111,45 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     notes += _oddities(splits, shares, by_class, dataset.classes)
     notes += _duplicates(dataset, splits, in_test)
     return Partition(splits[: clients.count], splits[clients.count :], _indices(in_test), tuple(notes))
+
+
+def _shares(dataset: Dataset, data, total: int, seed: int, rng: np.random.Generator,
+            notes: list[str]) -> tuple[list[np.ndarray], list[str | None]]:
+    """Divide the samples among clients by the scheme `data.partition`; see `partition`.
+
+    Args:
+        total: Number of clients.
+        notes: What is worth telling is appended.
+
+    Returns:
+        The samples of each client, and the name of its group or None.
+    """
+    labels = dataset.labels.numpy()
+    groups = None if dataset.groups is None else dataset.groups.numpy()
+    every = np.arange(len(dataset))
+    nameless: list[str | None] = [None] * total
+    if data.partition in BY_GROUP and groups is None:
+        raise DataError(f"data.partition: {dataset.name} has no natural groups; use 'dirichlet' or 'iid', or "
+                        "give data of your own a column of clients (data.client) or a file a client")
+    if data.partition == "natural":
+        if total < len(dataset.group_names):
+            notes.append(f"{total} clients: no client holds the groups {few(dataset.group_names[total:])}")
+        return (_natural(every, groups, len(dataset.group_names), total, rng),
+                [dataset.group_names[i % len(dataset.group_names)] for i in range(total)])
+    if data.partition == "own":
+        if total != len(dataset.group_names):
+            raise DataError(f"clients.count: {total} clients, but data of {len(dataset.group_names)}, and each has its own "
+                            "(data.partition)")
+        return [np.flatnonzero(groups == i) for i in range(total)], list(dataset.group_names)
+    if data.partition in ("dirichlet", "domains"):
+        codes = labels if data.partition == "dirichlet" else groups
+        return _dirichlet(every, codes, data.alpha, total, seed, notes), nameless
+    if data.partition == "classes":
+        return _classes(every, labels, data.classes_per_client, total, seed), nameless
+    if data.partition == "quantity":
+        ends = np.cumsum(rng.dirichlet(np.full(total, data.alpha)))[:-1]
+        return np.split(rng.permutation(every), np.round(ends * len(every)).astype(int)), nameless
+    return np.array_split(rng.permutation(every), total), nameless
 
 
 def _at_least(minimum: int, shares: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
