@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, Optional, TypeVar
 
 import click
@@ -18,15 +19,26 @@ PANELS = START, COMPARE, DEPLOY, LOOK, EXPORT, MAINTAIN = (
     "Start", "Compare", "Deploy on several machines", "Look at runs", "Use what was trained", "Maintain this installation")
 
 
+LONGEST = 76        # characters of an example that a terminal of 80 columns shows in one line
+
+
 def epilog(*examples: str, notes: Sequence[str] = ()) -> str:
     """Return the end of a help page in Markdown: examples and notes, one a line.
+
+    The comment of an example that is too long for a line stands above it.
 
     typer joins what stands between empty lines by single line breaks before it is read as Markdown, so an empty line of
     Markdown is two here. Lines in a block of code are kept.
     """
-    block = ["**Examples**", "", "```", *examples, "```", ""] if examples else []
+    lines = [line for example in examples for line in _lines_of(example)]
+    block = ["**Examples**", "", "```", *lines, "```", ""] if examples else []
     said = [line for note in notes for line in (note, "")]
     return "\n\n".join([*block, *said, "`fedms exit-codes` explains how a command ends; FEDMS_DEBUG=1 shows tracebacks."])
+
+
+def _lines_of(example: str) -> list[str]:
+    code, _, comment = example.partition("  # ")
+    return [example] if len(example) <= LONGEST or not comment else [f"# {comment}", code.rstrip()]
 
 
 class _ByPanel(TyperGroup):
@@ -37,8 +49,11 @@ class _ByPanel(TyperGroup):
             getattr(self.commands[name], "rich_help_panel")))
 
 
+# click names the nearest command from 8.4 on; typer would name it a second time.
+_SUGGESTS = tuple(map(int, metadata.version("click").split(".")[:2])) < (8, 4)
+
 app = typer.Typer(
-    name="fedms", cls=_ByPanel, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    name="fedms", cls=_ByPanel, suggest_commands=_SUGGESTS, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]}, epilog=epilog(
         "fedms run digits                      # a first run: seconds, no download",
         "fedms init                            # a run file for your own data",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @command(
     COMPARE,
     "fedms compare sentiment                               # all methods, the run file's seed",
-    "fedms compare sentiment --methods fedms,fedavg_ft,local --seeds 3 --jobs 2 --out runs/demo",
+    "fedms compare sentiment --methods local,fedavg,fedms --seeds 3 --jobs 2",
     "fedms compare sentiment --tuned runs/sentiment-tuned  # each method with what `fedms tune` chose for it",
     notes=["The same command again leaves runs alone that have ended, goes on with those that were stopped, and "
            "begins what is missing; a run of other settings in OUT is refused.",

@@ -18,7 +18,7 @@ from .terminal import run_progress, show
     EXPORT,
     "fedms export runs/sentiment/fedms_plus-seed0 --out model                   # everything, for predict",
     "fedms export runs/sentiment/fedms_plus-seed0 --out adapters --format peft  # an adapter for each expert",
-    "fedms export runs/sentiment/fedms_plus-seed0 --out merged --format merged --client 7",
+    "fedms export runs/sentiment/fedms_plus-seed0 --out m7 --format merged -c 7",
     "fedms export fedms-client --out model                                 # at a client of a federation that has ended",
     notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
            "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",
@@ -32,8 +32,8 @@ def export(
         "--client", "-c", metavar="ID", help="For merged and onnx: the client whose own expert is written.",
         show_default="the global expert")] = None,
     states: Annotated[Optional[Path], typer.Option(
-        "--states", metavar="STATES", help="For a run on Flower: the folder where a client keeps its private expert "
-        "(state= of its node), or one with those of several clients (a deployment's states/).",
+        "--states", metavar="STATES", help="For a run on Flower: the folder where a client keeps its private expert, "
+        "or one with those of several clients.",
         show_default="a simulation's own")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
     trust_remote_code: Trust = False,
@@ -60,7 +60,7 @@ def export(
     EXPORT,
     "fedms predict sentiment-model new.csv --client 7 --out predicted.csv",
     "fedms predict photo-model photos/ --client plant2  # a folder of images; the table goes to the terminal",
-    "fedms predict sentiment-model export.csv --delimiter ';' --encoding cp1252 --text body",
+    "fedms predict sentiment-model export.csv --delimiter ';' --text body",
     notes=["The table: every column of yours, then label, its probability, and gate_weight, the weight of the client's own "
            "expert; predicted_label where you have a column label."])
 def predict(

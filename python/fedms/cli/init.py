@@ -19,6 +19,7 @@ from .terminal import say, show
 
 if TYPE_CHECKING:
     from fedms.data.samples import Samples
+    from fedms.data.tables import Table
 
 TEXT_MODEL, IMAGE_MODEL = "minilm", "google/vit-base-patch16-224-in21k"
 SIMULATED_CLIENTS = 10
@@ -43,6 +44,7 @@ class Answers:
         owned: Whether the data say whose a sample is, by that column or by their files or folders.
         delimiter: Character between the fields of a table, or None for the usual one.
         encoding: Encoding of a table.
+        empty: Whether a table has rows in which one of these columns is empty.
     """
 
     data: str
@@ -54,6 +56,7 @@ class Answers:
     owned: bool = True
     delimiter: Optional[str] = None
     encoding: str = "utf-8"
+    empty: bool = False
 
 
 @command(
@@ -70,7 +73,7 @@ def init(
         "--data", metavar="PATH|ID", help="A table (.csv, .tsv, .parquet, .jsonl), a folder of tables or of images "
         "(CLASS/IMAGE or CLIENT/CLASS/IMAGE), or a data set of the Hugging Face hub.", show_default="asked")] = None,
     content: Annotated[Optional[str], typer.Option(
-        "--content", metavar="NAME", help="Column of texts or of images.", show_default="asked")] = None,
+        "--text", "--image", metavar="NAME", help="Column of texts, or of images.", show_default="asked")] = None,
     label: Annotated[Optional[str], typer.Option(
         "--label", metavar="NAME", help="Column of labels.", show_default="asked")] = None,
     client: Annotated[Optional[str], typer.Option(
@@ -94,19 +97,16 @@ def init(
         raise ConfigError("--data: without a terminal to ask on, name the data: fedms init --data mail.csv")
     data = data or _ask("1. Where are your data? A table, a folder, or a hub data set", None)
     tables, images = _tables(data)
-    answers = Answers(data, None, None, None, "", images)
+    answers, table = Answers(data, None, None, None, "", images), None
     if tables:
         answers = _written(tables[0], answers, delimiter, encoding)
-    if columns := _columns(tables[0], answers) if tables else []:
-        content = content or _choose("2. Which column holds the texts or images?", columns, (*TEXTS, *IMAGES), asks)
-        label = label or _choose("3. Which column holds the label?", [c for c in columns if c != content], LABELS, asks)
-        rest = [c for c in columns if c not in (content, label)]
-        client = client or _choose("4. Which column says whose a sample is? (none: clients are simulated)",
-                                   [*rest, "none"], (*CLIENTS, "none"), asks)
+        table = _read(tables[0], answers)
+        content, label, client = _chosen_columns(table, content, label, client, asks)
     if content or label or client:
-        answers = replace(answers, content=content or "text", label=label or "label",
-                          client=None if client in (None, "none") else client,
-                          images=images or (content or "").lower() in IMAGES)
+        client = None if client in (None, "none") else client
+        answers = replace(answers, content=content or "text", label=label or "label", client=client,
+                          images=images or (content or "").lower() in IMAGES,
+                          empty=table is not None and _has_gaps(table, (content, label, client)))
     usual = IMAGE_MODEL if answers.images else TEXT_MODEL
     model = model or (_ask("5. Which foundation model? A built-in name, a folder, or a hub id", usual) if asks else usual)
     answers = _looked_at(replace(answers, model=model, images=answers.images or _reads_images(model)))
@@ -127,17 +127,63 @@ def _ask(question: str, default: Optional[str]) -> str:
     return typer.prompt(question, default=default, err=True).strip()
 
 
-def _choose(question: str, names: list[str], likely: tuple[str, ...], asks: bool) -> str:
-    """Return one of the names: the answer to a question, or the likeliest one.
+def _chosen_columns(table: Table, content: Optional[str], label: Optional[str], client: Optional[str],
+                    asks: bool) -> tuple[str, str, str]:
+    """Return the columns of texts or images, of labels, and of clients ("none" for no column): as given, asked, or guessed.
+
+    Raises:
+        ConfigError: If a column is not there, or the label cannot be guessed.
+    """
+    from fedms.data.guess import longest_texts, repeated_values
+
+    names = list(table.names)
+    guess = _named(names, TEXTS) or _named(names, IMAGES) or longest_texts(table)
+    content = content or _choose("2. Which column holds the texts or images?",
+                                 "image" if (guess or "").lower() in IMAGES else "text", names, guess, asks)
+    rest = [name for name in names if name != content]
+    values = repeated_values(table, but=(content, client or ""))
+    guess = _named(rest, LABELS) or (next(iter(values), None) if asks or len(values) == 1 else None)
+    if label is None and guess is None and not asks:
+        shown = ", ".join(f"{name} ({count} values)" for name, count in values.items()) or ", ".join(rest) or "none"
+        raise ConfigError(f"--label: no column has a usual name for labels ({', '.join(LABELS[:3])}, ...); name one of: {shown}")
+    label = label or _choose("3. Which column holds the label?", "label", rest, guess, asks)
+    rest = [name for name in rest if name != label]
+    client = client or _choose("4. Which column says whose a sample is? (none: clients are simulated)", "client",
+                               [*rest, "none"], _named(rest, CLIENTS) or "none", asks)
+    return content, label, client
+
+
+def _named(names: list[str], likely: tuple[str, ...]) -> Optional[str]:
+    """Return the name that stands first in the list of likely names, or None."""
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[word] for word in likely if word in lower), None)
+
+
+def _has_gaps(table: Table, names: tuple[Optional[str], ...]) -> bool:
+    """Return whether a cell of one of these columns is empty."""
+    from fedms.data.samples import is_missing
+
+    return any(is_missing(cell) for name in names for cell in table.columns.get(name, ()))
+
+
+def _choose(question: str, key: str, names: list[str], guess: Optional[str], asks: bool) -> str:
+    """Return one of the names: the answer to a question, or else the guess, which is said.
+
+    Args:
+        question: The question.
+        key: Key of the table [data] that the answer becomes, and the option's name.
+        names: The names to choose from.
+        guess: The likeliest one, or None.
+        asks: Whether there is somebody to ask.
 
     Raises:
         ConfigError: If the answer is none of them.
     """
-    lower = {name.lower(): name for name in reversed(names)}
-    guess = next((lower[word] for word in likely if word in lower), names[0] if names else None)
-    if guess is None:
-        raise ConfigError(f"{question} the table has no column left; a table needs one of texts or images, and one of labels")
+    if not names or (guess is None and not asks):
+        raise ConfigError(f"{question} the table has no column for it; a table needs one of texts or images, and one of labels")
     if not asks:
+        if guess != "none":
+            say(f"guessed: data.{key} = {json.dumps(guess, ensure_ascii=False)}; another one is given by --{key}")
         return guess
     answer = _ask(f"{question} {', '.join(names)}", guess)
     if answer not in names:
@@ -184,8 +230,8 @@ def _written(table: Path, answers: Answers, delimiter: Optional[str], encoding: 
     return replace(answers, delimiter=delimiter or guess.delimiter, encoding=encoding or guess.encoding)
 
 
-def _columns(table: Path, answers: Answers) -> list[str]:
-    """Return the names of the columns of a table.
+def _read(path: Path, answers: Answers) -> Table:
+    """Return a table with all its columns.
 
     Raises:
         DataError: If the table cannot be read.
@@ -193,7 +239,7 @@ def _columns(table: Path, answers: Answers) -> list[str]:
     from fedms.data.tables import read_table
 
     config = load_config("sentiment").data.model_copy(update={"delimiter": answers.delimiter, "encoding": answers.encoding})
-    return list(read_table(table, config, {}).names)
+    return read_table(path, config, {}, every=True)
 
 
 def _reads_images(model: str) -> bool:
@@ -224,7 +270,7 @@ def _found(samples: Samples) -> str:
     labels, clients = Counter(map(str, samples.labels)), set(samples.clients or ())
     shown = ", ".join(f"{label} ({count:,})" for label, count in labels.most_common(5))
     return (f"{len(samples.content):,} samples; {len(labels)} labels: {shown}{', ...' if len(labels) > 5 else ''}; "
-            + (f"{len(clients)} clients" if clients else "nobody is named as their owner, so clients are simulated"))
+            + (f"{len(clients)} clients" if clients else "no column is named as their owner (--client), so clients are simulated"))
 
 
 def _check(text: str, file: Path) -> RunConfig:
@@ -256,6 +302,8 @@ def run_file(answers: Answers) -> str:
         lines.append(f"encoding = {json.dumps(answers.encoding)}  # of the table's text")
     if answers.client is not None:
         lines.append(f"client = {quoted['client']}  # column that says whose a sample is; each value is one client")
+    if answers.empty:
+        lines.append('empty = "drop"  # rows without one of these are left out; "error": they are refused')
     if not answers.owned:
         lines += ['partition = "dirichlet"  # nobody owns the samples, so they are dealt to simulated clients',
                   "alpha = 0.5  # the smaller, the more do the clients' classes differ"]

@@ -33,11 +33,20 @@ def _complete_list(words: Iterable[str]) -> Callable[[str], list[str]]:
     return complete
 
 
+def _complete_key(incomplete: str) -> list[str]:
+    """Complete the key of a `TABLE.KEY=VALUE`."""
+    if "=" in incomplete:
+        return []
+    tables = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return [f"{name}.{key}=" for name, table in tables.items() for key in getattr(table, "model_fields", ())
+            if f"{name}.{key}".startswith(incomplete)]
+
+
 Source = Annotated[str, typer.Argument(
     metavar="SOURCE", autocompletion=_complete(builtin_names()),
     help=f"A run file (TOML; `fedms init` writes one) or a built-in one: {', '.join(builtin_names())}.")]
 Sets = Annotated[Optional[list[str]], typer.Option(
-    "--set", "-s", metavar="TABLE.KEY=VALUE",
+    "--set", "-s", metavar="TABLE.KEY=VALUE", autocompletion=_complete_key,
     help="Override one key of the run file; may be repeated. The value is TOML, other text is taken as a string, "
          "and none unsets an optional key.")]
 RunOut = Annotated[Optional[Path], typer.Option(

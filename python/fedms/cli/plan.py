@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     START,
     "fedms plan sentiment --memory 512MiB",
     "fedms plan sentiment --epsilon 8          # the noise of a run with differential privacy, and what is left under it",
-    "fedms plan my-run.toml --memory 1GiB --flops 5G --bandwidth 1MB --out plan.png",
+    "fedms plan my-run.toml --memory 1GiB --flops 5G --out plan.png",
     notes=["Nothing is trained: memory is traced on two samples, operations and bytes are counted."])
 def plan(
     source: Source,

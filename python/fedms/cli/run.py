@@ -19,7 +19,7 @@ from .terminal import console, run_progress, show_results
     START,
     "fedms run sentiment",
     "fedms run sentiment --method fedavg --seed 1",
-    "fedms run sentiment --set stage1.rounds=12 --set data.partition=dirichlet --out runs/skewed",
+    "fedms run sentiment --set data.partition=dirichlet --out runs/skewed",
     "fedms run my-run.toml --dry-run  # check a run file and print it with every default filled in",
     notes=["The output folder holds config.toml, data.json, rounds.jsonl, visits.jsonl, clients.jsonl, summary.json, "
            "report.html, and what was trained: `fedms export` reads it."])

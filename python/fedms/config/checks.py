@@ -65,7 +65,7 @@ def _model_and_data_problems(c: RunConfig) -> Iterable[str]:
                '"linear"')
     for table, names in (("model", ("pooling", "blocks", "trust_remote_code")),
                          ("data", ("text", "image", "label", "client", "classes", "prompt", "delimiter", "encoding", "quoting",
-                                                      "subset", "part"))):
+                                   "empty", "subset", "part"))):
         values, builtin = getattr(c, table), reads if table == "model" else holds
         for name in names:
             if builtin and getattr(values, name) != type(values).model_fields[name].default:

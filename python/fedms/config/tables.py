@@ -61,6 +61,9 @@ class DataTable(Table):
     quoting: Literal["standard", "none"] = Field(
         "standard", description='standard: a field in "quotation marks" may hold delimiters and line breaks; none: quotation '
         "marks mean nothing")
+    empty: Literal["error", "drop"] = Field(
+        "error", description="what becomes of rows of a table in which a needed cell (text or image, label, client) is empty; "
+        "drop: training leaves them out, and says how many; prediction refuses them always")
     messages: Optional[str] = Field(
         None, description="causal_lm: column of conversations, lists of messages with a role and a content")
     question: Optional[str] = Field(None, description="causal_lm: column of prompts; with data.answer")

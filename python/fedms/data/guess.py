@@ -1,4 +1,4 @@
-"""Guess the format of a table of text from its first lines. `fedms init` prints the guess and writes it into the run file.
+"""Guess how a table is written and what its columns hold. `fedms init` prints each guess and writes it into the run file.
 
 Training does not guess: :mod:`fedms.data.tables` reads tables as the run file says, and refuses others.
 """
@@ -8,15 +8,18 @@ import csv
 import gzip
 import io
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from .tables import DELIMITERS, table_kind
+from .samples import is_missing
+from .tables import DELIMITERS, Table, table_kind
 
 CANDIDATES = (",", ";", "\t", "|")
 ROWS = 50               # that are looked at for the delimiter
 BYTES = 1 << 20         # that are looked at for both
+VALUES = 100            # that a column of labels has at most
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,27 @@ def _delimiter(text: str, usual: str) -> str:
         if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
             fields[candidate] = len(rows[0])
     return max(fields, key=lambda candidate: fields[candidate], default=usual)
+
+
+def longest_texts(table: Table) -> str | None:
+    """Return the column whose cells are the longest on average, which is likely that of texts; None if none holds texts."""
+    lengths = {name: sum(len(cell) for cell in cells if isinstance(cell, str)) for name, cells in table.columns.items()}
+    return max((name for name in lengths if lengths[name]), key=lambda name: lengths[name], default=None)
+
+
+def repeated_values(table: Table, but: Sequence[str] = ()) -> dict[str, int]:
+    """Return the columns that could hold labels, with the number of their values, the fewest first.
+
+    Such a column has 2 to `VALUES` values, and each of them occurs five times on average.
+
+    Args:
+        table: A table with all its columns.
+        but: Columns that are left out.
+    """
+    counts = {}
+    for name, cells in table.columns.items():
+        there = [cell for cell in cells if not is_missing(cell) and isinstance(cell, (str, int, float, bool))]
+        found = len(set(there))
+        if name not in but and 2 <= found <= VALUES and 5 * found <= len(there):
+            counts[name] = found
+    return dict(sorted(counts.items(), key=lambda item: item[1]))

@@ -18,7 +18,7 @@ from .dataset import Dataset, make_dataset, stratified_sample
 from .image_folder import scan
 from .labels import groups_of, name_of, natural
 from .samples import is_missing, normal
-from .tables import TABLES, Table, read_table, table_kind, table_stem
+from .tables import TABLES, Table, complete_rows, read_table, table_kind, table_stem
 
 UNLABELED = ("text",)       # what is in the place of class names where samples have no category
 BUILT_IN = {"dictionaries": dictionaries.read, "projects": projects.read}
@@ -90,6 +90,8 @@ def read(config) -> tuple[list[Exchange], list[str] | None, list[str] | None]:
     categories: list[str] = []
     for file in tables:
         table = read_table(file, config, wanted)
+        if config.empty == "drop":
+            table = complete_rows(table, wanted.values())
         _check(table, wanted)
         for row, place in enumerate(table.places):
             found = _exchanges(table, content, row, place)

@@ -13,8 +13,8 @@ import json
 import sys
 import unicodedata
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,8 @@ def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, r
         DataError: If a column is missing, a table has no samples, a cell is empty, or class names differ.
     """
     wanted = wanted_columns(config, reads, labeled)
+    if labeled and config.empty == "drop":
+        tables = [complete_rows(table, wanted.values()) for table in tables]
     for table in tables:
         _check(table, wanted)
     content_column, label, client = (wanted.get(key) for key in (f"data.{'text' if reads == 'text' else 'image'}",
@@ -147,6 +149,19 @@ def _all_columns(tables: Sequence[Table]) -> dict[str, list[Any]]:
     return {name: [cell for table in tables for cell in table.columns.get(name, [None] * len(table.places))] for name in names}
 
 
+def complete_rows(table: Table, names: Iterable[str]) -> Table:
+    """Return a table without the rows in which one of the columns `names` has nothing, and with a note that counts them."""
+    columns = [table.columns[name] for name in names if name in table.columns]
+    kept = [row for row, cells in enumerate(zip(*columns)) if not any(map(is_missing, cells))]
+    if not columns or len(kept) == len(table.places):
+        return table
+    first = next(row for row in range(len(table.places)) if row == len(kept) or kept[row] != row)
+    note = (f"{table.source}: {len(table.places) - len(kept):,} of {counted(len(table.places), 'row')} left out, as a cell that is "
+            f"needed is empty (the first: {table.places[first]})")
+    return replace(table, columns={name: [cells[row] for row in kept] for name, cells in table.columns.items()},
+                   places=[table.places[row] for row in kept], notes=(*table.notes, note))
+
+
 def _check(table: Table, wanted: Mapping[str, str]) -> None:
     for key, name in wanted.items():
         if table.names.count(name) > 1:
@@ -159,7 +174,8 @@ def _check(table: Table, wanted: Mapping[str, str]) -> None:
         missing = [i for i, value in enumerate(table.columns[name]) if is_missing(value)]
         if missing:
             raise DataError(f"{table.places[missing[0]]} has nothing in column {name!r} ({len(missing)} of "
-                            f"{len(table.places)} rows); fill or remove these rows")
+                            f"{len(table.places)} rows); fill or remove these rows, or leave them out by "
+                            'data.empty = "drop"')
 
 
 def _content(table: Table, name: str, reads: str) -> Iterator[Any]:

@@ -74,7 +74,7 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
             say(f"{run.method}, seed {run.seed}: {len(lost)} of {len(run.visits)} visits did not train"
                 + (f" ({few(reasons, most=3)})." if reasons else "."), "bad")
         for note in (field_of(run.summary, "notes") or []):
-            say((f"Seed {run.seed}: {note}" if len({r.seed for r in runs}) > 1 else note[:1].upper() + note[1:]) + ".")
+            say((f"Seed {run.seed}: {note}" if len({r.seed for r in runs}) > 1 else _sentence(note)) + ".")
         for note in run.notes:
             say(f"{run.path.name}: {note}.", "bad")
     for note in notes:
@@ -138,7 +138,7 @@ def _depth_findings(ended: Sequence[RunRecords]) -> Iterable[str]:
             seeds[f"{text}; no visit trained more than {share:.2f} % of the foundation model's number of parameters"
                   ].append(str(run.seed))
     for text, which in seeds.items():
-        yield (f"Seed {', '.join(which)}: {text}." if len(seeds) > 1 else f"{text[0].upper()}{text[1:]}.")
+        yield (f"Seed {', '.join(which)}: {text}." if len(seeds) > 1 else f"{_sentence(text)}.")
 
 
 def _how_far(run: RunRecords) -> str:
@@ -212,3 +212,8 @@ def is_zero(gap: float) -> bool:
 
 def _stage(stage: str) -> str:
     return stage.replace("stage", "stage ")
+
+
+def _sentence(note: str) -> str:
+    """Return a note with a capital first letter, unless it begins with the name of a file, which is shown as it is."""
+    return note if note.partition(" ")[0].endswith(":") else note[:1].upper() + note[1:]

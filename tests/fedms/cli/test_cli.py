@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fedms import cli, errors
 from fedms.cli import stopping
-from fedms.cli.command import PANELS
+from fedms.cli.command import LONGEST, PANELS, epilog
 from fedms.config import load_config, with_run, registry
 from fedms.doctor import Check
 from fedms.progress import Progress, TerminalProgress
@@ -78,6 +78,27 @@ def test_commands_are_in_panels():
     places = [text.index(f"─ {panel} ─") for panel in PANELS]
     assert places == sorted(places) and "--install-completion" in text
     assert places[2] < text.index("│ client ") < places[3] < text.index("│ watch ") < places[4] < text.index("│ predict ")
+
+
+def test_a_long_example_has_its_comment_above_it():
+    assert "# the noise of a run with differential privacy" in said(fedms("plan", "--help"))
+    long, note = "fedms x" + 60 * "y", 40 * "z"
+    lines = epilog(f"{long}   # {note}", "fedms a  # b").split("\n\n")
+    assert lines[lines.index("```") + 1:][:3] == [f"# {note}", long, "fedms a  # b"] and len(long) < LONGEST
+
+
+def test_the_nearest_command_is_named_once():
+    assert said(fedms("rnu")).count("Did you mean") == 1
+
+
+def test_bash_completes_commands_methods_and_keys(tmp_path):
+    """As bash does it: with the words of the line, and the number of the one under the cursor."""
+    cases = {"fedms com": ["compare"], "fedms run dig": ["digits"], "fedms run digits --method fedms_": ["fedms_plus"],
+             "fedms compare digits --methods local,fedpe": ["local,fedper"], "fedms run digits --set stage1.rou": ["stage1.rounds="]}
+    for line, expected in cases.items():
+        result = CliRunner().invoke(cli.app, [], prog_name="fedms", env={
+            "_FEDMS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)})
+        assert result.stdout.split() == expected, line
 
 
 def test_help_names_what_can_be_chosen():

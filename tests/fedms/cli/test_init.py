@@ -91,5 +91,17 @@ def test_delimiter_and_encoding_are_guessed_said_and_written(tmp_path):
     assert 'guessed: data.delimiter = ";"; another one is given by --delimiter' in result.stderr
     assert 'guessed: data.encoding = "cp1252"' in result.stderr and "found: 40 samples; 2 labels" in result.stderr
     told = fedms("other.toml", "--data", "excel.csv", "--label", "folder", "--yes", "--encoding", "latin-1", "--delimiter", ";")
-    assert told.exit_code == 0 and "guessed" not in told.stderr
+    assert told.exit_code == 0 and "data.delimiter" not in told.stderr and "data.encoding" not in told.stderr
     assert load_config(tmp_path / "other.toml").data.encoding == "latin-1"
+
+
+def test_columns_are_guessed_by_what_they_hold_and_rows_with_gaps_are_left_out(tmp_path):
+    rows = [f"{i};please answer this message, number {i};{'' if i % 8 == 0 else 'AB'[i % 2]};{'NS'[i % 4 // 2]}" for i in range(40)]
+    (tmp_path / "desk.csv").write_text("Nr;Nachricht;Kategorie;Filiale\n" + "\n".join(rows) + "\n;;;\n")
+    refused = fedms("--data", "desk.csv", "--yes")
+    assert refused.exit_code == errors.USAGE and "Kategorie (2 values), Filiale (2 values)" in refused.stderr
+    result = fedms("--data", "desk.csv", "--label", "Kategorie", "--client", "Filiale", "--yes")
+    assert result.exit_code == 0, result.output
+    assert 'guessed: data.text = "Nachricht"; another one is given by --text' in result.stderr
+    assert "desk.csv: 6 of 41 rows left out, as a cell that is needed is empty (the first: desk.csv, line 2)" in result.stderr
+    assert load_config(tmp_path / "my-run.toml").data.empty == "drop"

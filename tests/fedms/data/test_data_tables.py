@@ -48,6 +48,20 @@ def refused(path, **keys) -> str:
     return str(caught.value)
 
 
+def test_rows_with_empty_cells_are_refused_or_left_out_and_counted(tmp_path):
+    path = put(tmp_path / "t.csv", "text,label\ngood,pos\n ,neg\nbad,\nfine,neg\n")
+    assert 'data.empty = "drop"' in refused(path)
+    config = DataTable(name=str(path), empty="drop")
+    samples = user_data.read(config, "text")
+    assert (samples.content, samples.labels) == (["good", "fine"], ["pos", "neg"])
+    assert samples.places == [f"{path}, line 2", f"{path}, line 5"]
+    assert samples.notes == (f"{path}: 2 of 4 rows left out, as a cell that is needed is empty (the first: {path}, line 3)",)
+    assert "nothing in column" in refused(put(tmp_path / "none.csv", "text,label\n,a\n"))
+    assert "holds no samples" in refused(put(tmp_path / "none.csv", "text,label\n,a\n"), empty="drop")
+    with pytest.raises(DataError, match="nothing in column 'text'"):
+        user_data.read(config, "text", labeled=False)
+
+
 # Delimited text
 
 @pytest.mark.parametrize("content, message", [
