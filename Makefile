@@ -80,7 +80,7 @@ study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most
 	$(BIN)/python -m bench.study --jobs 2 --hours 7.9
 
 study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick.md
-	$(BIN)/python -m bench.study --quick --jobs 2 --out runs/study-quick
+	$(BIN)/python -m bench.study --size quick --jobs 2 --out runs/study-quick
 
 docs: $(INSTALLED) ## docs/reference/configuration.md, from the code, and all pages with the API: build/docs/index.html
 	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/reference/configuration.md
