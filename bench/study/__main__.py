@@ -31,10 +31,10 @@ PAGE = Path("docs/evidence/study.md")
            " runs/study."]))
 def study(
     size: Annotated[str, typer.Option("--size", metavar="|".join(SIZES), help=(
-        "small: eight methods, two settings, five seeds, an hour or two of one core. full: every method, four settings, five "
+        "small: eight methods, three settings, five seeds, an hour of one core. full: every method, four settings, five "
         "seeds, and ablations. quick: one seed, short runs, to see that all works."))] = "small",
     settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
-        "Settings to run: fashion-small, sentiment-small; of the full study fashion-0.1, sentiment-natural, fashion-0.5 (with "
+        "Settings to run: fashion-small, sentiment-small, digits-small; of the full study fashion-0.1, sentiment-natural, fashion-0.5 (with "
         "the ablations), sentiment-0.3."))] = "all",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = OUT,
     page: Annotated[Optional[Path], typer.Option(
