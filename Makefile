@@ -79,10 +79,10 @@ roofline: $(INSTALLED) ## every CPU kernel beside its floor, on this machine: do
 study: $(INSTALLED) ## eight methods on three small settings, five seeds, or what is missing of that: docs/evidence/study.md
 	$(BIN)/python -m bench.study --jobs $(JOBS)
 
-study-full: $(INSTALLED) ## all methods on four settings, at most eight hours a call: runs/study-full.md
-	$(BIN)/python -m bench.study --size full --out runs/study-full --jobs $(JOBS) --hours 7.9
+study-full: $(INSTALLED) ## all methods on four settings, at most eight hours a call: bench/study/full.md
+	$(BIN)/python -m bench.study --size full --jobs $(JOBS) --hours 7.9
 
-study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick.md
+study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick/quick.md
 	$(BIN)/python -m bench.study --size quick --jobs 2 --out runs/study-quick
 
 docs: $(INSTALLED) ## docs/reference/configuration.md, from the code, and all pages with the API: build/docs/index.html

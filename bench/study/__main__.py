@@ -24,8 +24,8 @@ PAGE = Path("docs/evidence/study.md")
 @app.command(epilog=epilog(
     "python -m bench.study                                 # the small study, or what is missing of it: docs/evidence/study.md",
     "python -m bench.study --page-only                     # make that page again from the records",
-    "python -m bench.study --size full --out runs/study-full --jobs 2 --hours 8  # all methods, as far as that; called again it "
-    "goes on. Its page names the `fedms tune` commands that choose each method's constants before",
+    "python -m bench.study --size full --jobs 2 --hours 8  # all methods, as far as that; called again it goes on. Its page names "
+    "the `fedms tune` commands that choose each method's constants before",
     "python -m bench.study --size quick --out runs/study-quick  # six methods, two settings, one seed",
     notes=["OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in"
            " runs/study."]))
@@ -38,7 +38,7 @@ def study(
         "the ablations), sentiment-0.3."))] = "all",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = OUT,
     page: Annotated[Optional[Path], typer.Option(
-        "--page", metavar="FILE", help="The page.", show_default=f"{PAGE}; of another OUT: OUT.md, beside it")] = None,
+        "--page", metavar="FILE", help="The page.", show_default=f"{PAGE} of the small study in {OUT}; else OUT/SIZE.md")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs at a time, one thread each.")] = 1,
     hours: Annotated[Optional[float], typer.Option(
         "--hours", min=0, metavar="H", help="Stop then, wherever the runs are; the next call goes on.",
@@ -58,7 +58,7 @@ def study(
             with polite_stop() as stop:
                 carry_out(chosen, records, Path("runs") / out.name, jobs=jobs, say=say,
                           stop=lambda: stop() or (end is not None and time.monotonic() > end))
-        page = page or (PAGE if out == OUT else out.with_suffix(".md"))
+        page = page or (PAGE if (out, size) == (OUT, "small") else out / f"{size}.md")
         write_page(page, planned, records, size)
         show(f"page: {page}")
 
