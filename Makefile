@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml requirements.lock setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench roofline study study-quick docs
+.PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench roofline study study-full study-quick docs
 .PHONY: lock wheel types clean missing-packages check-system
 
 help: ## this list
@@ -76,11 +76,14 @@ bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 roofline: $(INSTALLED) ## every CPU kernel beside its floor, on this machine: docs/evidence/cpu_roofline.md
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python bench/kernels/roofline.py --write docs/evidence/cpu_roofline.md
 
-study: $(INSTALLED) ## all methods on four settings, two runs at a time, at most eight hours a call: docs/evidence/study.md
-	$(BIN)/python -m bench.study --jobs 2 --hours 7.9
+study: $(INSTALLED) ## eight methods on three small settings, five seeds, or what is missing of that: docs/evidence/study.md
+	$(BIN)/python -m bench.study --jobs $(JOBS)
 
-study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick.md
-	$(BIN)/python -m bench.study --quick --jobs 2 --out runs/study-quick
+study-full: $(INSTALLED) ## all methods on four settings, at most eight hours a call: bench/study/full.md
+	$(BIN)/python -m bench.study --size full --jobs $(JOBS) --hours 7.9
+
+study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick/quick.md
+	$(BIN)/python -m bench.study --size quick --jobs 2 --out runs/study-quick
 
 docs: $(INSTALLED) ## docs/reference/configuration.md, from the code, and all pages with the API: build/docs/index.html
 	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/reference/configuration.md

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from bench.study.page import write_page
-from bench.study.plan import plan, within
+from bench.study.plan import SIZES, plan, within
 from bench.study.records import carry_out
 from fedms.cli.command import epilog
 from fedms.cli.stopping import polite_stop, reported_errors
@@ -22,28 +22,32 @@ PAGE = Path("docs/evidence/study.md")
 
 
 @app.command(epilog=epilog(
-    "python -m bench.study --quick --out runs/study-quick  # six methods, two settings, one seed",
-    "python -m bench.study --jobs 2 --hours 8              # the whole study, or as much of it as fits; called again it goes on",
-    "python -m bench.study --page-only                     # make the page again from the records; it names the `fedms tune` "
-    "commands that choose each method's constants before a study",
+    "python -m bench.study                                 # the small study, or what is missing of it: docs/evidence/study.md",
+    "python -m bench.study --page-only                     # make that page again from the records",
+    "python -m bench.study --size full --jobs 2 --hours 8  # all methods, as far as that; called again it goes on. Its page names "
+    "the `fedms tune` commands that choose each method's constants before",
+    "python -m bench.study --size quick --out runs/study-quick  # six methods, two settings, one seed",
     notes=["OUT holds records.jsonl, one line a run, and in OUT/tuned what fedms tune chose; run folders stay in"
            " runs/study."]))
 def study(
-    quick: Annotated[bool, typer.Option("--quick", help="A small study: two settings, one seed, short runs.")] = False,
+    size: Annotated[str, typer.Option("--size", metavar="|".join(SIZES), help=(
+        "small: eight methods, three settings, five seeds, an hour of one core. full: every method, four settings, five "
+        "seeds, and ablations. quick: one seed, short runs, to see that all works."))] = "small",
     settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
-        "Settings to run: fashion-0.1, sentiment-natural, fashion-0.5 (with the ablations), sentiment-0.3."))] = "all",
+        "Settings to run: fashion-small, sentiment-small, digits-small; of the full study fashion-0.1, sentiment-natural, fashion-0.5 (with "
+        "the ablations), sentiment-0.3."))] = "all",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = OUT,
     page: Annotated[Optional[Path], typer.Option(
-        "--page", metavar="FILE", help="The page.", show_default=f"{PAGE}; of another OUT: OUT.md, beside it")] = None,
+        "--page", metavar="FILE", help="The page.", show_default=f"{PAGE} of the small study in {OUT}; else OUT/SIZE.md")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs at a time, one thread each.")] = 1,
     hours: Annotated[Optional[float], typer.Option(
         "--hours", min=0, metavar="H", help="Stop then, wherever the runs are; the next call goes on.",
         show_default="no limit")] = None,
     page_only: Annotated[bool, typer.Option("--page-only", help="Run nothing.")] = False,
 ) -> None:
-    """Run the study of all methods on four settings, and write its page from the records."""
+    """Run the study of methods on several settings, and write its page from the records."""
     with reported_errors():
-        planned, records = plan(quick, out / "tuned"), out / "records.jsonl"
+        planned, records = plan(size, out / "tuned"), out / "records.jsonl"
         chosen = within(planned, settings)
         if not page_only:
             needed = {run.config.model.id for run in chosen}
@@ -54,8 +58,8 @@ def study(
             with polite_stop() as stop:
                 carry_out(chosen, records, Path("runs") / out.name, jobs=jobs, say=say,
                           stop=lambda: stop() or (end is not None and time.monotonic() > end))
-        page = page or (PAGE if out == OUT else out.with_suffix(".md"))
-        write_page(page, planned, records)
+        page = page or (PAGE if (out, size) == (OUT, "small") else out / f"{size}.md")
+        write_page(page, planned, records, size)
         show(f"page: {page}")
 
 

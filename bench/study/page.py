@@ -1,22 +1,21 @@
 """The page of the study, from its records: equal records give an equal page."""
 from __future__ import annotations
 
-import math
 import shlex
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, PERSONALIZED, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
+from bench.study.diagram import ranks_figure
+from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap
+from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
 from bench.study.records import key_of, read_records
 from fedms import report
 from fedms.config import registry
 from fedms.errors import RunFolderError
-from fedms.report.intervals import average_ranks, by_seed
+from fedms.report.numbers import OURS
 from fedms.report.wording import p_value
 from fedms.storage.durable import write_durably
-from fedms.storage.records import RunRecords
 
 CLAIM = """\
 ## The paper's claim
@@ -30,34 +29,42 @@ over another row here, by client and seed:
 
 READING = """\
 Accuracies in %, mean ± standard deviation over seeds; each client counts the same. *Worst 10 %*: the mean of the worst
-tenth of clients. *Below local*: the share of clients that would be better off alone. `fedms` is the method as defined,
-`fedms_plus` with the pieces that `docs/method/fedms.md` explains. What a run costs lies in its training samples, what it says in
-its test samples: so clients have more of the latter. Sentences cost several times what images do: they are cut to 32
-tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4. Cost is operations (TFLOP), not seconds: runs share the
-machine. Differences are paired by client and averaged within a seed, in points, with a 95 % interval of the seeds' means, since
-clients of one seed share an expert and a partition; where that interval holds 0 no difference is shown, marked by ~.
-
-**What five seeds can show.** In the records of [the earlier laboratory](earlier_study.md) the difference of `fedms_plus` to other
-personalized methods varied between seeds with a standard deviation of 0.6, 0.9, 1.3 and 1.7 points (median over methods;
-Fashion-MNIST 0.1 and 0.5, sentiment by domain and by Dirichlet 0.3). With five seeds the interval reaches 1.24 times that to either
-side, and a true difference of 1.7 times that, so of 1.1 to 2.9 points, is found four times in five. Smaller ones need more seeds:
-`SEEDS` in `bench/study/plan.py`.
+tenth of clients. *Better off alone*: the share of clients whose own training would give more. `fedms` is the method as defined,
+`fedms_plus` with the pieces that `docs/method/fedms.md` explains. Cost is operations (TFLOP), not seconds: runs share the
+machine. Differences are paired by client and averaged within a seed, in points, with a 95 % interval of the seeds' means (Student's
+t), since clients of one seed share an expert and a partition; where that interval holds 0 no difference is shown, marked by ~.
 """
 
+OF_SIZE = {
+    "small": """\
+This is the small study: two settings, the six methods that claims rest on and two rivals that train a private expert in all rounds,
+`ditto` and `apfl`; 1,000 images and 1,200 sentences, half of them for testing. All methods have the run file's constants, the same
+learning rates in the same stages, and no method is tuned: what is compared is methods at equal rates, not each at its best.
+The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings, tuned, with ablations); it takes
+some ten hours of two cores and has not been made.
+""",
+    "full": """\
+What a run costs lies in its training samples, what it says in its test samples: so clients have more of the latter. Sentences cost
+several times what images do: they are cut to 32 tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4.
+""",
+    "quick": "One seed and short runs, to see that all works. Nothing can be read off it.\n",
+}
 
-def write_page(page: Path, planned: Sequence[StudyRun], records: Path) -> None:
+
+def write_page(page: Path, planned: Sequence[StudyRun], records: Path, size: str = "full") -> None:
     """Write the page, and its pictures into a folder of the page's name.
 
     Args:
         page: The file to write.
         planned: The runs of the study.
         records: The file with their records.
+        size: The size of the study, which the page explains.
 
     Raises:
         RunFolderError: If the records are damaged, or a file cannot be written.
     """
     lines, folder = read_records(records), page.with_suffix("")
-    text = render(planned, lines, str(records), folder.name)
+    text = render(planned, lines, str(records), folder.name, size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in _pictures(planned, lines).items():
@@ -73,28 +80,32 @@ def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -
     found = {}
     with report.plain_style():
         for setting in dict.fromkeys(run.setting for run in planned):
-            if figure := report.clients_figure([_as_run(line) for run, line in done
+            if figure := report.clients_figure([as_run(line) for run, line in done
                                                 if run.setting == setting and run.id in registry.methods()]):
                 found[f"{setting.name}.svg"] = report.as_svg(figure, setting.name)
+        if (ranks := ranks_of(done)) is not None:
+            found["ranks.svg"] = report.as_svg(ranks_figure(ranks), "ranks")
     return found
 
 
-def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], source: str, pictures: str) -> str:
+def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], source: str, pictures: str,
+           size: str = "full") -> str:
     """Return the page as Markdown. Equal records give an equal page.
 
     Args:
         planned: The runs of the study.
         lines: Their records.
         source: The file of the records, as the page names it.
-        pictures: The folder with a picture of each setting, as the page names it.
+        pictures: The folder with the pictures, as the page names it.
+        size: The size of the study, which the page explains.
     """
     of_run = {key_of(line): line for line in lines}
     done, mixed = _one_model(planned, of_run)
-    parts = ["# The study", f"{len(done)} of {len(planned)} runs are done. Made by `python -m bench.study --page-only` from `{source}`, "
-             "one line a run with its command, commit, seed and every client's accuracy; `python -m bench.study` goes on where the "
-             "records end.", READING]
+    parts = ["# The study", f"{len(done)} of {len(planned)} runs are done. Made by `python -m bench.study --size {size} --page-only` "
+             f"from `{source}`, one line a run with its command, commit, seed and every client's accuracy; without `--page-only` it goes "
+             "on where the records end.", *findings_part(done), OF_SIZE[size], READING, *power_part(done)]
     if left_out := len(lines) - len(done) - mixed:
-        parts.append(f"{left_out} record{'s' * (left_out > 1)} of earlier settings "
+        parts.append(f"{left_out} record{'s' * (left_out > 1)} of other settings "
                      f"{'are' if left_out > 1 else 'is'} left out.")
     if mixed:
         parts.append(f"{mixed} record{'s' * (mixed > 1)} with other weights of the pretrained model "
@@ -110,15 +121,12 @@ def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], sour
             parts.append("*One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth.*")
             if missing:
                 parts.append(f"Not run yet: {missing}.")
-    parts += _ranks_part(done)
+    parts += _ranks_part(done, pictures)
     parts += _all_blocks_part(done)
     parts += _ablation_part(done, planned, of_run)
     parts.append(CLAIM.rstrip())
     parts.append("\n".join(f"- {text}" for _, text in sorted(margins, reverse=True)[:4]) or "No two rows to compare yet.")
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-StudyRecord = tuple[StudyRun, Mapping[str, Any]]
 
 
 def _one_model(planned: Sequence[StudyRun], of_run: Mapping[Any, Mapping[str, Any]]) -> tuple[list[StudyRecord], int]:
@@ -148,41 +156,26 @@ def _missing(planned: Iterable[StudyRun], of_run: Mapping[Any, Any]) -> str:
 
 
 def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[tuple[float, str]]) -> list[str]:
-    runs = [_as_run(line) for _, line in done]
+    runs = [as_run(line) for _, line in done]
     rows = report.comparison(runs)
     header, cells = report.table(rows)
     seeds = [str(row["seeds"]) for row in rows]
     header, cells = [header[0], "seeds", *header[1:]], [[c[0], n, *c[1:]] for c, n in zip(cells, seeds)]
     parts = [_provenance(setting, done), _table(header, cells)]
+    methods = [row["method"] for row in rows if row["method"] in registry.methods()]
     scores = {row["method"]: row["personalized"].mean for row in rows}
-    sentences = []
-    for ours in ("fedms", "fedms_plus"):
-        best = max((m for m in PERSONALIZED if m in scores), key=scores.get, default=None)
-        against = [m for m in ("fedavg", best, "local") if m in scores]
-        if ours not in scores or not against:
-            continue
-        gaps = {m: _gap(runs, ours, m) for m in against}
-        known = {m: gap for m, gap in gaps.items() if gap is not None}
-        place = 1 + sum(scores[m] > scores[ours] for m in scores)
-        sentences.append(f"- `{ours}` is number {place} of {len(scores)}: " + ", ".join(
-            f"{_signed(gap)} against `{m}`" + (" (the best other personalized method)" if m == best else "")
-            for m, gap in known.items()) + ".")
-        if ours == "fedms":
-            margins += [(gap[0], f"{_signed(gap)} points against `{m}` ({setting.title}; {100 * scores[ours]:.1f} against "
-                         f"{100 * scores[m]:.1f} %, {100 * (scores[ours] / scores[m] - 1):+.1f} % relative)")
-                        for m in scores if m not in ("fedms", "fedms_plus") and (gap := _gap(runs, ours, m)) is not None]
-    sentences += [_gate(label, gates) for label in ("fedms", "fedms_plus")
-                  if (gates := [line["gate"] for run, line in done if run.id == label and line.get("gate")])]
-    return parts + (["\n".join(sentences)] if sentences else [])
-
-
-def _gate(label: str, gates: Sequence[Mapping[str, float]]) -> str:
-    """Say what a method's gate does in the mean over seeds, and what it could have gained."""
-    weight, entropy, half, oracle = (statistics.fmean(gate[key] for gate in gates) for key in (
-        "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
-    return (f"- The gate of `{label}` gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
-            f"{math.log(2):.2f}). Half and half would have {100 * half:.1f} %; the right expert for each sample, which no gate "
-            f"can know, {100 * oracle:.1f} %.")
+    gaps = {ours: {m: gap for m in methods if m != ours and (gap := gap_of(runs, ours, m)) is not None}
+            for ours in OURS if ours in methods}
+    if len(methods) > 1 and gaps:
+        parts += ["Points ahead of the method of each row (behind it: negative):",
+                  _table(["against", *(f"`{ours}`" for ours in gaps)],
+                         [[m, *(str_gap(of[m]) if m in of else "–" for of in gaps.values())] for m in methods])]
+    margins += [(gap.mean, f"{str_gap(gap)} points against `{m}` ({setting.title}; {100 * scores['fedms']:.1f} against "
+                 f"{100 * scores[m]:.1f} %, {100 * (scores['fedms'] / scores[m] - 1):+.1f} % relative)")
+                for m, gap in gaps.get("fedms", {}).items() if m not in OURS]
+    gates = [gate_line(ours, found) for ours in OURS
+             if (found := [line for run, line in done if run.id == ours and line.get("gate")])]
+    return parts + (["\n".join(gates)] if gates else [])
 
 
 def _provenance(setting: Setting, done: Sequence[StudyRecord]) -> str:
@@ -205,13 +198,8 @@ def _constants(runs: Sequence[StudyRun]) -> str:
             + (f", but for {', '.join(rest)}." if rest else "."))
 
 
-def _ranks_part(done: Sequence[StudyRecord]) -> list[str]:
-    blocks: dict[tuple[str, int], dict[str, float]] = {}
-    for run, line in done:
-        if run.id in registry.methods():
-            blocks.setdefault((run.setting.name, line["seed"]), {})[run.id] = line["personalized_accuracy"]["mean"]
-    ranks = average_ranks(list(blocks.values()))
-    if ranks is None:
+def _ranks_part(done: Sequence[StudyRecord], pictures: str) -> list[str]:
+    if (ranks := ranks_of(done)) is None:
         return []
     best = next(iter(ranks.mean))
     alike = ", ".join(ranks.alike(best)) or "none"
@@ -219,6 +207,8 @@ def _ranks_part(done: Sequence[StudyRecord]) -> list[str]:
             f"Ranks of the mean personalized accuracy in {ranks.blocks} settings and seeds, 1 being best. Friedman's test that all "
             f"methods are alike has the p-value {p_value(ranks.p)}. Methods closer than the critical difference, {ranks.critical:.1f} "
             f"(Nemenyi, 95 %), are not shown to differ; from the first one these are {alike}.",
+            f"![Critical-difference diagram: average rank of each method, and bars over those that are not shown to differ]"
+            f"({pictures}/ranks.svg)",
             _table(["method", "average rank"], [[name, f"{rank:.1f}"] for name, rank in ranks.mean.items()])]
 
 
@@ -227,13 +217,13 @@ def _all_blocks_part(done: Sequence[StudyRecord]) -> list[str]:
     rows = []
     for setting in dict.fromkeys(run.setting for run, _ in done):
         here = [line for run, line in done if run.setting == setting]
-        runs = [_as_run(line) for line in here]
+        runs = [as_run(line) for line in here]
         for each in WITH_ALL_BLOCKS.values():
             pair = [[line for line in here if line["id"] == id] for id in (each.method, each.id)]
-            if (gap := _gap(runs, each.method, each.id)) is not None:
+            if (gap := gap_of(runs, each.method, each.id)) is not None:
                 means, work = ([report.Stat.of(value(line) for line in lines) for lines in pair] for value in (
                     lambda line: line["personalized_accuracy"]["mean"], lambda line: line["flops"]))
-                rows.append([setting.title, each.method, *map(report.percent, means), _signed(gap),
+                rows.append([setting.title, each.method, *map(report.percent, means), str_gap(gap),
                              f"{work[0].mean / work[1].mean:.2f}"])
     return ["## Blocks one after the other, and all from the start",
             _table(["setting", "method", "progressive %", "all blocks %", "points", "share of the operations"], rows)] if rows else []
@@ -245,49 +235,21 @@ def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_
         return []
     parts = [f"## What the pieces are worth: {ABLATED.title}"]
     here = [line for run, line in done if run.setting == ABLATED]
-    runs = [_as_run(line) for line in here]
+    runs = [as_run(line) for line in here]
     rows = []
     for ablation in ABLATIONS.values():
         own = [line for line in here if line["id"] == ablation.id]
-        gap = _gap(runs, ablation.id, ablation.method if ablation.method == "fedms_plus" else "fedms")
+        gap = gap_of(runs, ablation.id, ablation.method if ablation.method == "fedms_plus" else "fedms")
         if own:
             mean, worst = (report.Stat.of(line["personalized_accuracy"][key] for line in own) for key in ("mean", "worst10"))
             rows.append([ablation.label, str(len(own)), report.percent(mean), report.percent(worst),
-                         _signed(gap) if gap else "–"])
+                         str_gap(gap) if gap else "–"])
     if not rows:
         return [*parts, "No run is done yet."]
     parts.append(_table(["run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
     if missing := _missing(wanted, of_run):
         parts.append(f"Not run yet: {missing}.")
     return parts
-
-
-def _as_run(line: Mapping[str, Any]) -> RunRecords:
-    """Return a record as reports read it, without its seconds: runs side by side slow each other down."""
-    return RunRecords(Path(line["id"]), {"run": {"method": line["id"], "seed": line["seed"]}}, [], [],
-                      list(line["clients"]), {**line, "seconds": None})
-
-
-def _gap(runs: Sequence[RunRecords], ours: str, theirs: str) -> tuple[float, float] | None:
-    """Return the mean difference of two methods' accuracies over clients and seeds.
-
-    Returns:
-        The mean over seeds, and half the width of its 95 % interval, infinite for a single seed; None without pairs.
-    """
-    def scores(method: str) -> dict[tuple[int, int], float]:
-        return {(run.seed, client["id"]): client["accuracy"]["personalized"] for run in runs if run.method == method
-                for client in run.clients if not client["unseen"] and "personalized" in client["accuracy"]}
-
-    first, second = scores(ours), scores(theirs)
-    found = by_seed({key: first[key] - second[key] for key in sorted(first.keys() & second.keys())})
-    return None if found is None else (found.mean, found.half)
-
-
-def _signed(gap: tuple[float, float]) -> str:
-    mean, half = gap
-    if math.isinf(half):
-        return f"{100 * mean:+.1f} (one seed)"
-    return f"{'~' if abs(mean) <= half else ''}{100 * mean:+.1f} ± {100 * half:.1f}"
 
 
 def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:

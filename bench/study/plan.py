@@ -1,5 +1,8 @@
-"""Which runs the study consists of: every method on four settings and five seeds, the methods that claims rest on with all blocks
-trained as well, and what each piece is worth."""
+"""Which runs the study consists of, in each of its sizes.
+
+`small` fits into an hour of one core: the methods that claims rest on and two rivals, three settings, five seeds. `full` has
+every method on four settings, the methods that claims rest on with all blocks trained as well, and what each piece is worth.
+"""
 from __future__ import annotations
 
 import json
@@ -14,9 +17,10 @@ from fedms.config import RunConfig, config_from_dict, dump_toml, load_config, of
 from fedms.errors import ConfigError
 
 SEEDS = (0, 1, 2, 3, 4)
+SIZES = ("small", "full", "quick")
 FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
-PERSONALIZED = ("fedavg_prior", "fedavg_ft", "fedper", "fedrep", "ditto", "apfl", "fedsa_lora", "feddpa")
 REST = tuple(method for method in registry.methods() if method not in FIRST)
+RIVALS = ("ditto", "apfl")              # private experts that train in all rounds: the best others of the earlier laboratory
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 COMMON = ("run.threads=1",)
@@ -51,6 +55,18 @@ FASHION = Setting("fashion-0.5", "Fashion-MNIST with vit-small, Dirichlet 0.5, 2
 SENTIMENT_SKEWED = Setting("sentiment-0.3", "Sentiment, Dirichlet 0.3, 20 clients", "sentiment",
                            (*SENTENCES, "data.partition=dirichlet", "data.alpha=0.3", "clients.count=20"))
 SETTINGS = (FASHION_SKEWED, NATURAL, FASHION, SENTIMENT_SKEWED)
+
+# Few samples, in batches small enough that a client makes several steps a round; for those the rate of stage 1 is half of that in the
+# run files of MiniLM and vit-small, whose batches are four times as large. No clients are kept for the end.
+SMALL = ("data.split=[0.35, 0.15, 0.5]", "clients.unseen=0", "stage1.rounds=6", "stage1.batch=8", "stage2.rounds=3",
+         "stage2.batch=8")
+SMALL_FASHION = Setting("fashion-small", "Fashion-MNIST with vit-small, Dirichlet 0.3, 10 clients", "fashion",
+                        ("model.id=vit-small", "data.max_samples=700", "data.alpha=0.3", "clients.count=10", "stage1.lr=2e-3", *SMALL))
+SMALL_SENTIMENT = Setting("sentiment-small", "Sentiment with MiniLM, four domains, 12 clients", "sentiment",
+                          ("data.max_samples=800", "data.max_tokens=24", "stage1.lr=2e-3", *SMALL))
+SMALL_DIGITS = Setting("digits-small", "Digits with a small pretrained ViT, Dirichlet 0.3, 10 clients", "digits",
+                       ("model.id=vit-digits-pretrained", "data.alpha=0.3", "clients.count=10", *SMALL))
+SMALL_SETTINGS = (SMALL_FASHION, SMALL_SENTIMENT, SMALL_DIGITS)
 
 # The methods' own papers train all blocks from the start: what progressive activation does to each is seen beside that.
 ALL_BLOCKS = ("sal.schedule=all",)
@@ -141,19 +157,28 @@ class StudyRun:
         return f"{self.setting.name}, {self.id}, seed {self.config.run.seed}"
 
 
-def plan(quick: bool = False, tuned: Path | None = None) -> list[StudyRun]:
-    """Return all runs, in the order in which they tell most.
+def plan(size: str = "full", tuned: Path | None = None) -> list[StudyRun]:
+    """Return all runs of a size, in the order in which they tell most.
 
-    These are every method on every setting with one seed, and the first ones with all blocks; then the other seeds; then the
-    ablations. In each part those come first that the claims rest on.
+    A study that is stopped has whole seeds first. The full one has every method on every setting and the first ones with all
+    blocks, seed by seed; then the ablations. In each part those come first that the claims rest on.
 
     Args:
-        quick: Plan six methods on two settings with one seed instead.
+        size: `full`; `small`: three settings with few samples, and eight methods; or `quick`: six methods on two settings with
+            one seed, to see that all works.
         tuned: Folder with SOURCE/METHOD.toml, as `fedms tune --out TUNED/SOURCE` writes them. A method without such a file
-            has the run file's constants.
+            has the run file's constants. The small study has those in any case.
+
+    Raises:
+        ConfigError: If there is no such size.
     """
-    _planned = partial(_plan_one, tuned=tuned)
-    if quick:
+    if size not in SIZES:
+        raise ConfigError(f"--size: got {size!r}; accepted: {', '.join(SIZES)}")
+    _planned = partial(_plan_one, tuned=None if size == "small" else tuned)
+    if size == "small":
+        return [_planned(setting, method, method, seed) for seed in SEEDS for setting in SMALL_SETTINGS
+                for method in (*FIRST, *RIVALS)]
+    if size == "quick":
         short = ("stage1.rounds=4", "stage2.rounds=2")
         return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]
     # Runs that follow each other share the model, the data and the clients' constants.

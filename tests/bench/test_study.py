@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.study import diagram, findings
 from bench.study import page as pages
 from bench.study import plan as plans
 from bench.study import records as studies
@@ -72,6 +73,49 @@ def test_settings_are_chosen_by_name():
         plans.within(runs, "fashion")
 
 
+def test_the_small_study_has_equal_rates_paired_seeds_and_whole_seeds_first():
+    runs = plans.plan("small")
+    methods = (*plans.FIRST, *plans.RIVALS)
+    assert len({run.key for run in runs}) == len(runs) == len(methods) * len(plans.SMALL_SETTINGS) * len(plans.SEEDS)
+    assert {run.config.run.seed for run in runs[:len(methods) * len(plans.SMALL_SETTINGS)]} == {0}
+    for setting in plans.SMALL_SETTINGS:
+        here = [run for run in runs if run.setting == setting]
+        assert {run.id for run in here} == set(methods)
+        assert len({(run.config.stage1, run.config.stage2.lr, run.config.stage2.batch, run.config.sal) for run in here}) == 1
+    with pytest.raises(ConfigError, match="--size: got 'tiny'; accepted: small, full, quick"):
+        plans.plan("tiny")
+
+
+def test_the_first_part_of_the_page_says_what_the_intervals_of_seeds_say():
+    runs = planned(*((method, seed) for method in ("fedavg_ft", "fedms", "fedms_plus") for seed in range(3)))
+    means = {"fedavg_ft": (0.50, 0.60, 0.70), "fedms": (0.50, 0.62, 0.69), "fedms_plus": (0.70, 0.81, 0.89)}
+    lines = [line(run, means[run.id][run.config.run.seed]) for run in runs]
+    for each in lines:
+        if each["id"] == "fedms":
+            each["gate"] = {"mean": 0.9, "entropy": 0.25, "half_mix_accuracy": each["personalized_accuracy"]["mean"] - 0.01,
+                            "oracle_accuracy": 0.8}
+    [_, text] = findings.findings_part(list(zip(runs, lines)))
+    assert "`fedms_plus`, by the interval of seeds. Digits: ahead of fedavg_ft, fedms." in text
+    assert "`fedms`, by the interval of seeds. Digits: behind fedms_plus; no difference shown to fedavg_ft." in text
+    assert "no gate, in points: Digits ~+0.3 ± 3.8." in text       # the seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3)
+    assert "The gate of `fedms` over half and half, in points: Digits +1.0 ± 0.0." in text
+
+
+def test_what_seeds_can_show_agrees_with_the_power_of_the_paired_t_test():
+    """Tables of the t test (Cohen, 1988) give a standardized effect of 1.68 for five pairs and 1.00 for ten, at a power of 0.8."""
+    for seeds, effect in ((5, 1.68), (10, 1.00)):
+        half = findings.by_seed({(seed, 0): value for seed, value in enumerate([1.0, -1.0] * (seeds // 2) + [0.0] * (seeds % 2))}).half
+        deviation = (2 * (seeds // 2) / (seeds - 1)) ** 0.5
+        assert findings.detectable(seeds) * half / deviation == pytest.approx(effect, abs=0.01)
+
+
+def test_bars_of_the_diagram_join_methods_that_are_not_shown_to_differ():
+    ranks = diagram.Ranks({"a": 1.0, "b": 1.5, "c": 2.2, "d": 4.0}, critical=1.0, p=0.01, blocks=9)
+    assert diagram.cliques(ranks) == [(1.0, 1.5), (1.5, 2.2)]
+    texts = [text.get_text() for text in diagram.ranks_figure(ranks).axes[0].texts]
+    assert "critical difference 1.00" in texts and "a  1.0" in texts and "4.0  d" in texts
+
+
 def test_constants_that_were_tuned_are_used_and_said(tmp_path):
     (tmp_path / "fashion").mkdir()
     (tmp_path / "fashion" / "ditto.toml").write_text("[ditto]\npull = 0.5\n[stage1]\nlr = 0.001\n")
@@ -107,8 +151,9 @@ def test_the_page_says_what_was_run_and_what_was_not():
     assert page == pages.render(RUNS, lines[:4][::-1], "records.jsonl", "study")
     assert "4 of 5 runs are done" in page and "Not run yet: fedms (seed 1)." in page
     assert "The gate of `fedms` gives the local expert 90 % of the weight (entropy 0.25, at most 0.69)." in page
-    assert "Half and half would have 70.0 %; the right expert for each sample, which no gate can know, 80.0 %." in page
-    assert "`fedms` is number 1 of 4: +12.0 (one seed) against `fedavg`, +2.0 (one seed) against `fedavg_ft`" in page
+    assert "Half and half of the same experts would have 70.0 %" in page and "no gate can know, would have 80.0 %." in page
+    assert "| fedavg | +12.0 (one seed) |" in page and "| fedavg_ft | +2.0 (one seed) |" in page and "| fedms | – |" in page
+    assert "the gate is +2.0 (one seed) points ahead of it" in page
     assert "commit abc1234" in page and "+44.0 % relative" in page
 
 
@@ -117,7 +162,7 @@ def test_records_of_another_setting_or_model_are_left_out():
     old = {**lines[0], "config": {**lines[0]["config"], "stage1": {**lines[0]["config"]["stage1"], "lr": 0.5}}}
     page = pages.render(RUNS, [old, *lines[1:4], {**lines[4], "model_fingerprint": "other"}], "records.jsonl", "study")
     assert "3 of 5 runs are done" in page
-    assert "1 record of earlier settings is left out" in page
+    assert "1 record of other settings is left out" in page
     assert "1 record with other weights of the pretrained model is left out" in page
     assert "Not run yet: local (seed 0)" in page
 
@@ -157,7 +202,7 @@ def test_the_committed_records_are_of_the_runs_that_are_planned():
     """A default that changes would leave them out without a word but that of the page. Those of the earlier laboratory are of other
     runs, and none of them may be taken for one of these."""
     folder = Path(plans.__file__).parent
-    planned = {run.key for run in plans.plan(tuned=folder / "tuned")}
+    planned = {run.key for size in plans.SIZES for run in plans.plan(size, folder / "tuned")}
     assert {studies.key_of(line) for line in studies.read_records(folder / "records.jsonl")} <= planned
     earlier = studies.read_records(folder / "earlier/records.jsonl")
     assert len(earlier) == 237 and not {studies.key_of(line) for line in earlier} & planned

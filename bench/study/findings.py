@@ -1,0 +1,137 @@
+"""What the records of the study show: differences by seed, ranks, and what differences could have been found."""
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.study.plan import StudyRun
+from fedms.config import registry
+from fedms.report.intervals import LEVEL, Interval, Ranks, average_ranks, by_seed
+from fedms.report.numbers import OURS
+from fedms.storage.records import RunRecords
+
+StudyRecord = tuple[StudyRun, Mapping[str, Any]]
+POWER = 0.8
+
+
+def as_run(line: Mapping[str, Any]) -> RunRecords:
+    """Return a record as reports read it, without its seconds: runs side by side slow each other down."""
+    return RunRecords(Path(line["id"]), {"run": {"method": line["id"], "seed": line["seed"]}}, [], [],
+                      list(line["clients"]), {**line, "seconds": None})
+
+
+def gap_of(runs: Sequence[RunRecords], ours: str, theirs: str) -> Interval | None:
+    """Return the difference of two methods' accuracies, paired by client and clustered by seed; None without pairs."""
+    def scores(method: str) -> dict[tuple[int, int], float]:
+        return {(run.seed, client["id"]): client["accuracy"]["personalized"] for run in runs if run.method == method
+                for client in run.clients if not client["unseen"] and "personalized" in client["accuracy"]}
+
+    first, second = scores(ours), scores(theirs)
+    return by_seed({key: first[key] - second[key] for key in sorted(first.keys() & second.keys())})
+
+
+def str_gap(gap: Interval) -> str:
+    """Return a difference in points, with ~ before it where none is shown."""
+    if math.isinf(gap.half):
+        return f"{100 * gap.mean:+.1f} (one seed)"
+    return f"{'~' if abs(gap.mean) <= gap.half else ''}{100 * gap.mean:+.1f} ± {100 * gap.half:.1f}"
+
+
+def ranks_of(done: Sequence[StudyRecord]) -> Ranks | None:
+    """Rank the methods in each setting and seed. A seed that lacks a method is left out, so that methods keep their places."""
+    blocks: dict[tuple[str, int], dict[str, float]] = {}
+    for run, line in done:
+        if run.id in registry.methods():
+            blocks.setdefault((run.setting.name, line["seed"]), {})[run.id] = line["personalized_accuracy"]["mean"]
+    most = max(map(len, blocks.values()), default=0)
+    return average_ranks([block for block in blocks.values() if len(block) == most])
+
+
+def gate_line(label: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say what a method's gate does in the mean over seeds, what it gains over a fixed mix, and what it could have gained."""
+    weight, entropy, half, oracle = (statistics.fmean(line["gate"][key] for line in lines) for key in (
+        "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
+    return (f"- The gate of `{label}` gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
+            f"{math.log(2):.2f}). Half and half of the same experts would have {100 * half:.1f} %: the gate is "
+            f"{str_gap(_over_half(lines))} points ahead of it. The right expert for each sample, which no gate can know, would have "
+            f"{100 * oracle:.1f} %.")
+
+
+def _over_half(lines: Sequence[Mapping[str, Any]]) -> Interval:
+    found = by_seed({(line["seed"], 0): line["personalized_accuracy"]["mean"] - line["gate"]["half_mix_accuracy"] for line in lines})
+    assert found is not None
+    return found
+
+
+def findings_part(done: Sequence[StudyRecord]) -> list[str]:
+    """Return what the page says first: where our methods stand, and where no difference is shown."""
+    settings = {run.setting: [line for other, line in done if other.setting == run.setting and other.id in registry.methods()]
+                for run, _ in done}
+    runs = {setting: [as_run(line) for line in lines] for setting, lines in settings.items()}
+    found = []
+    if ranks := ranks_of(done):
+        places = [f"{name} {rank:.1f}" for name, rank in ranks.mean.items()]
+        found.append(f"- Average ranks over {ranks.blocks} settings and seeds: {', '.join(places)}. Ranks that are closer than "
+                     f"{ranks.critical:.1f} are not shown to differ.")
+    for ours in OURS:
+        sentences = []
+        for setting, each in runs.items():
+            gaps = {m: gap for m in dict.fromkeys(run.method for run in each) if m != ours and (gap := gap_of(each, ours, m))}
+            if any(not math.isinf(gap.half) for gap in gaps.values()):
+                groups = (("ahead of", "better"), ("behind", "worse"), ("no difference shown to", "no difference shown"))
+                named = [f"{words} {', '.join(names)}" for words, verdict in groups
+                         if (names := [m for m, gap in gaps.items() if gap.shows == verdict])]
+                sentences.append(f"{setting.title}: {'; '.join(named)}.")
+        if sentences:
+            found.append(f"- `{ours}`, by the interval of seeds. " + " ".join(sentences))
+    for text, gap in (("`fedms` against `fedavg_ft`, which has the same experts and no gate", _ft_gap),
+                      ("The gate of `fedms` over half and half", _half_gap("fedms")),
+                      ("The gate of `fedms_plus` over half and half", _half_gap("fedms_plus"))):
+        each = [f"{setting.title} {str_gap(known)}" for setting in runs
+                if (known := gap(settings[setting], runs[setting])) is not None]
+        if each:
+            found.append(f"- {text}, in points: {'; '.join(each)}.")
+    return ["## What it shows", "\n".join(found)] if found else []
+
+
+_Lines = Sequence[Mapping[str, Any]]
+
+
+def _ft_gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:
+    return gap_of(runs, "fedms", "fedavg_ft")
+
+
+def _half_gap(method: str) -> Callable[[_Lines, Sequence[RunRecords]], Interval | None]:
+    def gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:
+        own = [line for line in lines if line["id"] == method and line.get("gate")]
+        return _over_half(own) if own else None
+    return gap
+
+
+def power_part(done: Sequence[StudyRecord]) -> list[str]:
+    """Say which differences these seeds could have shown, from how much differences vary between them."""
+    sentences = []
+    for setting in dict.fromkeys(run.setting for run, _ in done):
+        runs = [as_run(line) for run, line in done if run.setting == setting and run.id in registry.methods()]
+        gaps = [gap for m in dict.fromkeys(run.method for run in runs)
+                if m != OURS[0] and (gap := gap_of(runs, OURS[0], m)) and gap.seeds > 2]
+        if gaps:
+            half, seeds = statistics.median(gap.half for gap in gaps), min(gap.seeds for gap in gaps)
+            sentences.append(f"{setting.title}: the interval reaches {100 * half:.1f} points to either side (median over methods, "
+                             f"{seeds} seeds), and a true difference of {100 * half * detectable(seeds):.1f} points would have been found "
+                             "four times in five.")
+    return [f"**What these seeds can show**, for differences to `{OURS[0]}`. " + " ".join(sentences)
+            + " Smaller ones need more seeds or more test samples: `SEEDS` in `bench/study/plan.py`."] if sentences else []
+
+
+def detectable(seeds: int) -> float:
+    """Return the true difference that a paired t test finds with probability `POWER`, in half widths of its interval."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    bound = float(t.ppf((1 + LEVEL) / 2, seeds - 1))
+    shift = brentq(lambda delta: nct.sf(bound, seeds - 1, delta) - POWER, 0.1, 20 * bound)
+    return float(shift) / bound
