@@ -34,25 +34,23 @@ def headline(runs: Sequence[RunRecords]) -> str:
     gaps = {m: paired_gap(methods[focus], methods[m]) or Stat(scores[focus].mean - scores[m].mean, None)  # no seed in common
             for m in scores if m != focus}
     one_seed = " " + ONE_SEED if any(gap.std is None for gap in gaps.values()) else ""
-    return f"{_verdict(focus, scores, gaps)}{_perplexity(methods[focus])} In points: {_groups(gaps)}.{one_seed}"
+    return f"{_verdict(focus, scores, gaps)}{_perplexity(methods[focus])} In points, {focus} is {_groups(gaps)}.{one_seed}"
 
 
 def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
     """Return who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
     own, rival = scores[focus], max(gaps, key=lambda m: scores[m].mean)
     other, gap = scores[rival], gaps[rival]
+    best = f"clients answer {percent(max(own, other, key=lambda each: each.mean))} % of their own test data right on average"
     if own.mean == other.mean:
-        return f"{focus} and {rival} are level and best of {len(scores)} methods: {percent(own)} % mean personalized accuracy."
+        return f"{focus} and {rival} are level and best of {len(scores)} methods: {best}."
     first, second = (focus, rival) if own.mean > other.mean else (rival, focus)
     place = _ordinal(1 + sum(each.mean > scores[second].mean for each in scores.values()))
-    best = f"best of {len(scores)} methods with {percent(scores[first])} % mean personalized accuracy"
-    behind = f"{place} with {percent(scores[second])} %"
-    apart = f"{points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival}"
-    if gap.may_be_zero:
-        return f"No difference shown between {first}, {best}, and {second}, {behind}. {focus} is {apart} ({ends(gap.interval)})."
+    outcome = (f"ith {first}, best of {len(scores)} methods, {best}; {second} is {place} with {percent(scores[second])} %")
     if gap.std is None:
-        return f"With one seed, {first} is {best}; {second} is {behind}. {focus} is {apart}."
-    return f"{first} is {best}; {second} is {behind}. {focus} is {apart} ({ends(gap.interval)})."
+        return f"W{outcome}, {points(gap.mean)} behind, which may be chance."
+    apart = f"{focus} is {points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival} ({ends(gap.interval)})."
+    return f"No difference shown: w{outcome}. {apart}" if gap.may_be_zero else f"W{outcome}, more than chance explains. {apart}"
 
 
 def _alone(focus: str, own: Stat, methods: _Methods) -> str:

@@ -359,9 +359,9 @@ def test_a_headline_of_three_seeds_tells_gaps_from_noise(study):
     runs, _ = report.read_runs(study)
     text = report.headline(runs)
     ours = [r.summary["personalized_accuracy"]["mean"] for r in runs if r.method == "fedms"]
-    assert f"fedms, best of 5 methods with {100 * statistics.fmean(ours):.1f} ± {100 * statistics.stdev(ours):.1f} %" in text
-    assert text.startswith("No difference shown between fedms, ") and "fedavg_ft, 2nd with" in text
-    points = re.fullmatch(r".* over 3 seeds\)\. In points: (.*)\.", text)[1]
+    assert text.startswith(f"No difference shown: with fedms, best of 5 methods, clients answer {100 * statistics.fmean(ours):.1f} ± "
+                           f"{100 * statistics.stdev(ours):.1f} % of their own test data right on average; fedavg_ft is 2nd with")
+    points = re.fullmatch(r".* over 3 seeds\)\. In points, fedms is (.*)\.", text)[1]
     parts = dict(re.fullmatch("(not clearly apart from|ahead of) (.*)", part).groups() for part in points.split("; "))
     for method in METHODS[:-1]:
         theirs = [r.summary["personalized_accuracy"]["mean"] for r in runs if r.method == method]
@@ -379,8 +379,8 @@ def test_a_headline_of_many_methods_is_short(tmp_path):
                          "apfl": 0.64, "feddpa": 0.58, "ffa_lora": 0.6, "fedms": 0.6}.items():
         with_accuracy(write_run(tmp_path / method, method), mean)
     assert report.headline(report.read_runs(tmp_path)[0]) == (
-        "With one seed, fedrep is best of 10 methods with 70.0 % mean personalized accuracy; fedms is 7th with 60.0 %. fedms is 10.0 points behind "
-        "fedrep. In points: behind "
+        "With fedrep, best of 10 methods, clients answer 70.0 % of their own test data right on average; fedms is 7th with 60.0 %, 10.0 "
+        "points behind, which may be chance. In points, fedms is behind "
         "fedrep (−10.0), fedper (−6.0) and 4 more; level with ffa_lora; ahead of feddpa (+2.0) and local (+10.0). "
         + report.ONE_SEED)
 
