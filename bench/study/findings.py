@@ -87,7 +87,7 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
                 sentences.append(f"{setting.title}: {'; '.join(named)}.")
         if sentences:
             found.append(f"- `{ours}`, by the interval of seeds. " + " ".join(sentences))
-    for text, gap in (("`fedms` against `fedavg_ft`, which has the same experts and no gate", _ft_gap),
+    for text, gap in (("`fedms` against `fedavg_ft`, which fine-tunes the same global expert and mixes nothing", _ft_gap),
                       ("The gate of `fedms` over half and half", _half_gap("fedms")),
                       ("The gate of `fedms_plus` over half and half", _half_gap("fedms_plus"))):
         each = [f"{setting.title} {str_gap(known)}" for setting in runs

@@ -2,20 +2,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.study.diagram import ranks_figure
 from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap
-from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
+from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, SETTINGS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
 from bench.study.records import key_of, read_records
 from fedms import report
 from fedms.config import registry
 from fedms.errors import RunFolderError
+from fedms.report.figures import accuracy_by_bytes_figure, accuracy_by_flops_figure
 from fedms.report.numbers import OURS
 from fedms.report.wording import p_value
 from fedms.storage.durable import write_durably
+from fedms.storage.records import RunRecords
 
 CLAIM = """\
 ## The paper's claim
@@ -37,17 +39,29 @@ t), since clients of one seed share an expert and a partition; where that interv
 
 OF_SIZE = {
     "small": """\
-This is the small study: two settings, the six methods that claims rest on and two rivals that train a private expert in all rounds,
-`ditto` and `apfl`; 1,000 images and 1,200 sentences, half of them for testing. All methods have the run file's constants, the same
-learning rates in the same stages, and no method is tuned: what is compared is methods at equal rates, not each at its best.
-The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings, tuned, with ablations); it takes
-some ten hours of two cores and has not been made.
+This is the small study: three settings, the six methods that claims rest on, and two rivals that train a private expert in all
+rounds, `ditto` and `apfl`; 700 images, 800 sentences and 900 digits a seed, half of them for testing, so that a client has 19 to 32
+samples to train on. The model of the digits is a small one that was pretrained on other digits; the other two are foundation models
+of 22 million parameters. All methods have the same learning rates in the same stages, and none is tuned: methods are compared at
+equal rates, not each at its best. The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings,
+tuned, with ablations); it takes some ten hours of two cores and has not been made.
 """,
     "full": """\
 What a run costs lies in its training samples, what it says in its test samples: so clients have more of the latter. Sentences cost
 several times what images do: they are cut to 32 tokens, which one in four exceeds, and have 6 + 3 rounds for 8 + 4.
 """,
     "quick": "One seed and short runs, to see that all works. Nothing can be read off it.\n",
+}
+
+
+# Of each setting, by the end of their names: the function that draws it, what it shows, and how it is read.
+PICTURES: dict[str, tuple[Callable[[Sequence[RunRecords]], Any], str, str]] = {
+    "": (report.clients_figure, "Personalized test accuracy of each client, by method",
+         "One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth."),
+    "-operations": (accuracy_by_flops_figure, "Accuracy of each method over the operations of all clients",
+                    "Equal rounds cost different numbers of operations. The dashed line joins methods that no other beats in both."),
+    "-bytes": (accuracy_by_bytes_figure, "Accuracy of each method over the bytes of all clients",
+               "The same over the bytes that all clients sent and received."),
 }
 
 
@@ -75,14 +89,16 @@ def write_page(page: Path, planned: Sequence[StudyRun], records: Path, size: str
 
 
 def _pictures(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return a picture of each setting with records, by the name of its file: every client's accuracy, by method."""
+    """Return the pictures of each setting with records, by the names of their files, and the diagram of ranks."""
     done, _ = _one_model(planned, {key_of(line): line for line in lines})
     found = {}
     with report.plain_style():
         for setting in dict.fromkeys(run.setting for run in planned):
-            if figure := report.clients_figure([as_run(line) for run, line in done
-                                                if run.setting == setting and run.id in registry.methods()]):
-                found[f"{setting.name}.svg"] = report.as_svg(figure, setting.name)
+            runs = [as_run(line) for run, line in done if run.setting == setting and run.id in registry.methods()]
+            for ending, (draw, _, _) in PICTURES.items():
+                if figure := draw(runs):
+                    name = f"{setting.name}{ending}"
+                    found[f"{name}.svg"] = report.as_svg(figure, name)
         if (ranks := ranks_of(done)) is not None:
             found["ranks.svg"] = report.as_svg(ranks_figure(ranks), "ranks")
     return found
@@ -117,8 +133,10 @@ def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], sour
         parts.append(f"## {setting.title}")
         parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
         if here:
-            parts.append(f"![Personalized test accuracy of each client, by method]({pictures}/{setting.name}.svg)")
-            parts.append("*One dot is a client and seed, the bar the mean, the tick the mean of the worst tenth.*")
+            runs = [as_run(line) for _, line in here]
+            for ending, (draw, title, caption) in PICTURES.items():
+                if draw(runs):
+                    parts += [f"![{title}]({pictures}/{setting.name}{ending}.svg)", f"*{caption}*"]
             if missing:
                 parts.append(f"Not run yet: {missing}.")
     parts += _ranks_part(done, pictures)
@@ -189,7 +207,7 @@ def _provenance(setting: Setting, done: Sequence[StudyRecord]) -> str:
 
 def _constants(runs: Sequence[StudyRun]) -> str:
     tuned = {run.id: run.tuned for run in runs}
-    setting = next((each for each in TUNED_ON if each.source == runs[0].setting.source), None)
+    setting = next((each for each in TUNED_ON if each.source == runs[0].setting.source and runs[0].setting in SETTINGS), None)
     if not any(tuned.values()):
         return ("All methods have the run file's constants: their learning rates are the same, and not tuned one by one"
                 + (f" yet; `{tuning(setting)}` would." if setting else "."))

@@ -97,7 +97,7 @@ def test_the_first_part_of_the_page_says_what_the_intervals_of_seeds_say():
     [_, text] = findings.findings_part(list(zip(runs, lines)))
     assert "`fedms_plus`, by the interval of seeds. Digits: ahead of fedavg_ft, fedms." in text
     assert "`fedms`, by the interval of seeds. Digits: behind fedms_plus; no difference shown to fedavg_ft." in text
-    assert "no gate, in points: Digits ~+0.3 ± 3.8." in text       # the seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3)
+    assert "mixes nothing, in points: Digits ~+0.3 ± 3.8." in text       # the seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3)
     assert "The gate of `fedms` over half and half, in points: Digits +1.0 ± 0.0." in text
 
 
