@@ -73,7 +73,7 @@ class FlowerEngine(Engine):
         self.kept: dict[int, str] = {}              # by client: its private state after the last visit that counted
         self.private_at: set[int] = set()           # clients that have something of their own in it
         self.node_of: dict[int, int] = {}           # by client
-        self.greeted: dict[int, tuple[str, float]] = {}     # nodes that were asked who they are: connected since when, asked when
+        self.greeted: dict[int, tuple[str, float]] = {}     # nodes that were asked who they are: connected since when, due when
         self.away: set[int] = set()                 # clients that were waited for in vain
         self.asked_again: dict[int, float] = {}     # when those of them that were silent were asked whether they are there
         self.authenticated = False                  # whether nodes have registered keys
@@ -206,13 +206,12 @@ class FlowerEngine(Engine):
         # A node that has connected anew, because its process died, has lost what it was asked.
         self.greeted = {node: asked for node, asked in self.greeted.items() if node in nodes and nodes[node].last_activated_at == asked[0]}
         again = 30.0        # seconds after which a node that did not answer is asked once more
-        known = set(self.node_of.values())
-        new = [node for node in nodes if node not in known and time.monotonic() - self.greeted.get(node, ("", float("-inf")))[1] > again]
+        new = [node for node in nodes if node not in self.node_of.values() and time.monotonic() > self.greeted.get(node, ("", 0.0))[1]]
         letters = [Mail(transport.write({"format": FORMAT, "release": transport.release(), "client": _number(nodes[node].name)}, {}),
                         node, "query", group_id="hello") for node in new]
         if letters:
             self.grid.push_messages(letters)
-            self.greeted |= {node: (nodes[node].last_activated_at, time.monotonic()) for node in new}
+            self.greeted |= {node: (nodes[node].last_activated_at, time.monotonic() + again) for node in new}
             self.greetings |= {letter.metadata.message_id: node for letter, node in zip(letters, new)}
         for reply in self._pull(list(self.greetings)):
             node = self.greetings.pop(reply.metadata.reply_to_message_id, None)
