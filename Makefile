@@ -48,10 +48,10 @@ test: $(INSTALLED) ## all tests
 # before the environment's own packages.
 check-triton36: $(INSTALLED) ## the checks of the GPU kernels on Triton 3.6
 	test -d $(VENV)/triton36 || $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/kernels/triton/test_processes.py
+	FEDMS_FULL=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/kernels/triton/test_processes.py
 
 check-cuda: $(INSTALLED) ## the CUDA kernels without a GPU: all on an emulator, index logic, machine code where nvcc is
-	FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/kernels/cuda
+	FEDMS_FULL=1 FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/kernels/cuda
 
 # No environment is made: the machine may have no network, and PYTHON has PyTorch already.
 DEST ?= runs/gpu
@@ -66,7 +66,7 @@ sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined be
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/int8_check
 
-test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30 full disks, 20 runs within limits of memory
+test-full: $(INSTALLED) ## all tests: examples, pages and all cases of the kernels too, 30 killed runs, 30 full disks, 20 runs within limits of memory
 	$(BIN)/python -c 'import mlflow, tensorboard, wandb' 2>/dev/null || $(PIP) install --no-build-isolation --editable '.[track]'
 	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(PYTEST) tests
 
