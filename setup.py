@@ -7,6 +7,7 @@ targets, "80;90-real"), FEDMS_BUILD_TYPE (Release), FEDMS_SANITIZE (e.g. address
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ class CMakeBuild(build_ext):
 
         # The build folder is fixed, so that editable installs rebuild only what changed. The module is copied to
         # where setuptools wants it: pip's folder is temporary, and CMake would remember it.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        target_machine = "" if self.plat_name.endswith(platform.machine()) else f"-{self.plat_name}"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{target_machine}"
         # An environment's own cmake and ninja, also when it is not activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake, ninja = (shutil.which(tool, path=path) or tool for tool in ("cmake", "ninja"))

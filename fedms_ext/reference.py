@@ -202,7 +202,7 @@ def frozen_linear(
     steps: int = 255,
 ) -> Tensor:
     """`expert_linear` on an int8 weight: x is quantized row by row for the frozen product, and only for that, in 255 steps
-    or, where the kernels multiply 16-bit values, in up to 4095 (`QuantizedWeight.largest_level`).
+    or, where the kernels multiply 16-bit values, in up to 4095 (`QuantizedWeight.int8_steps`).
 
     `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
     is the result, (..., N). The gradient of x is that of the function before quantization, which is

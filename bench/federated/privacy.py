@@ -6,6 +6,7 @@ curve   accuracy over epsilon for fedavg, ffa_lora (the rule freeze_a) and fedms
         the clients are simulated, their accuracies are read directly here; in a run of real ones they are not released. Each run
         is a line of the file --records; runs that it has are not repeated, so that a curve can be made in pieces.
 table   the table of such a file for docs/evidence/privacy.md: mean of the seeds and largest distance from it.
+picture the picture of such a file, docs/evidence/img/privacy_curve.svg: means, and bars from the lowest to the highest seed.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedms.config import RunConfig, load_config
+from fedms.config import RunConfig, load_config, registry
 from fedms.data.subset import Subset
 from fedms.engines.local import LocalEngine
 from fedms.federated.evaluation import shared_accuracy
@@ -126,6 +127,35 @@ def table(records: Path) -> str:
     return "\n".join(out) + "\n"
 
 
+def picture(records: Path, path: Path) -> None:
+    """Accuracy over epsilon, a line for each method; what it is without noise as a dashed line."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    lines, rows = read_lines(records), registry.methods()
+    with matplotlib.rc_context({"svg.hashsalt": "fedms"}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), (("shared", "common test"), ("personalized", "mean of the clients"))):
+            for method in dict.fromkeys(line["method"] for line in lines):
+                found: dict[str, list[float]] = {}
+                for line in lines:
+                    if line["method"] == method:
+                        found.setdefault(line["epsilon"], []).append(100 * line[name])
+                without, color = found.pop("off", None), rows[method].color
+                x = sorted(found, key=float)
+                means = [statistics.fmean(found[epsilon]) for epsilon in x]
+                ends = [[mean - min(found[e]) for e, mean in zip(x, means)], [max(found[e]) - mean for e, mean in zip(x, means)]]
+                axes.errorbar([float(e) for e in x], means, ends, color=color, marker="o", capsize=3, label=method)
+                if without:
+                    axes.axhline(statistics.fmean(without), color=color, linestyle="--", linewidth=1)
+            axes.set(xscale="log", xlabel="epsilon of the run", title=title)
+            axes.set_xticks(ticks := sorted({float(line["epsilon"]) for line in lines if line["epsilon"] != "off"}), [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
+        figure.axes[0].set_ylabel("accuracy, %")
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
 def spread(runs: Sequence[dict[str, Any]], name: str) -> str:
     """Return the mean of an accuracy over seeds, in percent, and the largest distance from it."""
     values = [100 * run[name] for run in runs]
@@ -135,7 +165,7 @@ def spread(runs: Sequence[dict[str, Any]], name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cost", "curve", "table"))
+    parser.add_argument("what", choices=("cost", "curve", "table", "picture"))
     parser.add_argument("--clients", default="16,100", help="cost: numbers of clients (16,100)")
     parser.add_argument("--run-file", default="digits", help="cost: run file (digits)")
     parser.add_argument("--repeats", type=int, default=3, help="cost: runs of each mode, in turn (3)")
@@ -143,10 +173,13 @@ def main() -> int:
     parser.add_argument("--epsilons", default="off,32,8,2", help="curve: budgets (off,32,8,2)")
     parser.add_argument("--seeds", default="0,1,2", help="curve: seeds (0,1,2)")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"curve: methods ({','.join(METHODS)})")
-    parser.add_argument("--records", type=Path, default=Path("bench/results/privacy_curve.jsonl"), help="curve and table: the file")
+    parser.add_argument("--records", type=Path, default=Path("bench/results/privacy_curve.jsonl"), help="curve, table, picture: the file")
     arguments = parser.parse_args()
     if arguments.what == "table":
         print(table(arguments.records), end="")
+        return 0
+    if arguments.what == "picture":
+        picture(arguments.records, Path("docs/evidence/img/privacy_curve.svg"))
         return 0
     with tempfile.TemporaryDirectory() as place:
         key = Path(place) / "privacy.key"

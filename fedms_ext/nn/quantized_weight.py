@@ -78,8 +78,8 @@ class QuantizedWeight(nn.Module):
         return unpacked(self.data, self.kind, *self._shape)
 
     @property
-    def largest_level(self) -> int:
-        """Largest level of an input on the CPU: x is quantized to the integers from 0 to this one; see
+    def int8_steps(self) -> int:
+        """Number of steps in which the CPU kernels quantize an input: to the integers from 0 to this one, see
         `reference.quantize_rows`."""
         return _C.int8_steps(self.data)
 

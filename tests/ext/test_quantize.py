@@ -50,7 +50,7 @@ def layer_reference(layer: ExpertLinear, x: Tensor) -> Tensor:
     applied = layer.applied
     return reference.frozen_linear(
         x, layer.frozen.q, layer.frozen.scale, layer.bias, [layer.lora_a[e] for e in applied],
-        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.largest_level)
+        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.int8_steps)
 
 
 @pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (2, 3, 2, 48), (0, 48)])
@@ -59,7 +59,7 @@ def test_a_frozen_linear_computes_the_reference(shape):
     layer = FrozenLinear(QuantizedWeight(linear.weight), linear.bias)
     x = torch.randn(shape)
     want = reference.frozen_linear(x, layer.frozen.q, layer.frozen.scale, linear.bias, [], [], [],
-                                   steps=layer.frozen.largest_level)
+                                   steps=layer.frozen.int8_steps)
     y = layer(x)
     assert y.shape == (*shape[:-1], 70)
     assert torch.allclose(y.double(), want, rtol=1e-5, atol=1e-5)
@@ -135,7 +135,7 @@ def test_4_bit_layers_compute_the_reference(kind):
     q, scale = reference.groups_as_int8(codes, layer.frozen.scale, kind)
     want = reference.frozen_linear(x, q, scale, layer.bias, [layer.lora_a[e] for e in "ab"],
                                    [layer.lora_b[e] for e in "ab"], [layer.experts[e].scale for e in "ab"],
-                                   steps=layer.frozen.largest_level)
+                                   steps=layer.frozen.int8_steps)
     assert error(layer(x), want) < 1e-6
 
 
@@ -182,7 +182,7 @@ def test_dropout_in_training():
     seed = int(torch.randint(2**63 - 1, ()))
     torch.manual_seed(1)
     want = reference.frozen_linear(x, layer.frozen.q, layer.frozen.scale, layer.bias, list(layer.lora_a.values()),
-                                   list(layer.lora_b.values()), [2.0], None, None, 0.5, seed, steps=layer.frozen.largest_level)
+                                   list(layer.lora_b.values()), [2.0], None, None, 0.5, seed, steps=layer.frozen.int8_steps)
     assert error(layer(x), want) < 1e-6
 
 
@@ -297,7 +297,7 @@ def test_state_dict_holds_the_logical_form():
 
 def steps(model: nn.Module) -> list[int]:
     """Of the inputs, which int8 takes in more steps where the CPU multiplies 16-bit values."""
-    return [m.largest_level for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
+    return [m.int8_steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

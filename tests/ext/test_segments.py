@@ -123,7 +123,7 @@ def test_a_quantized_weight(segments, dropout_p, active):
     got = expert_linear(x1, frozen, bias, lora1[:e], lora1[e:], scale, gate1, active, dropout_p, 5, segments)
     x2, gate2, *lora2 = leaves(*(t.double() for t in (x, gate, *a, *b)))
     want = reference.frozen_linear(x2, frozen.q, frozen.scale, bias, lora2[:e], lora2[e:], scale, gate2, active, dropout_p, 5,
-                                   segments, frozen.largest_level)
+                                   segments, frozen.int8_steps)
     assert error(got, want) < 1e-5
     # The gradient of x: what goes through the frozen weight, which is that without experts, and the experts' part.
     through = x.clone().requires_grad_()

@@ -127,10 +127,11 @@ def fedms(cwd, env, *words):
 
 
 def test_another_package_is_tuned_and_compared_in_two_processes(installed, tmp_path):
-    names = ("--methods", "fedavg,halving", "--jobs", "2")
+    names = ("--methods", "fedavg,halving")
     fedms(tmp_path, installed, "tune", "mine.toml", *names, "--trials", "2", "--out", "tuned")
     assert "[halving]" in (tmp_path / "tuned/halving.toml").read_text()
-    said = fedms(tmp_path, installed, "compare", "mine.toml", *names, "--tuned", "tuned", "--seeds", "1", "--out", "compared")
+    said = fedms(tmp_path, installed, "compare", "mine.toml", *names, "--jobs", "2", "--tuned", "tuned", "--seeds", "1",
+                 "--out", "compared")
     assert "halving" in said
     found = {}
     for method in ("fedavg", "halving"):

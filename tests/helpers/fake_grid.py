@@ -39,7 +39,7 @@ class FakeGrid:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1      # Message() asks for them
 
     def get_nodes(self):
-        return [SimpleNamespace(node_id=node, name=self.names.get(node, "")) for node, i in self.nodes.items()
+        return [SimpleNamespace(node_id=node, name=self.names.get(node, ""), last_activated_at="") for node, i in self.nodes.items()
                 if i not in self.down]
 
     def push_messages(self, messages):

@@ -1,7 +1,7 @@
 """Kills runs and fills disks, resumes, and compares with the undisturbed run: `python crashes.py --help`.
 
-Every run is a process forked from this one, which imports everything and computes nothing, so that a trial costs no
-more than the run itself.
+Every run is a process forked from this one, which has imported everything and trained nothing, so that a trial costs no more than
+the run itself.
 """
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import traceback
 from pathlib import Path
 
 from fedms.config import load_config
+from fedms.progress import Progress
 from fedms.runs import run
+from fedms.runs.experiment import LoadedTask
 from fedms.storage.checkpoint import CheckpointError, CheckpointFolder
 from fedms.errors import RunFolderError
 from fedms.storage.records import RunRecords, comparable
@@ -137,6 +139,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
+    # Most modules are imported where a run first needs them: here, and not in each of its processes.
+    LoadedTask(CONFIG, Progress()).experiment(CONFIG)
     with tempfile.TemporaryDirectory() as folder:
         right = kill_runs(Path(folder), arguments.kills, draw) if arguments.kills else True
         if arguments.disks:

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import html
+import importlib.util
 import os
 import re
+import sys
+from collections import Counter
 
 import pytest
 from pages import ELSEWHERE, PAGES, ROOT, blocks, check_predictions, run_page
@@ -94,3 +97,15 @@ def test_the_map_of_the_rooms_is_whole():
         table = page.partition(f"## `{package}`,")[2].partition("\n## ")[0]
         listed = [name for row in re.findall(r"^\| (`[^|]+) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)]
         assert listed == [name for name in names if not name.startswith("_")], package
+
+
+def test_the_summary_of_a_benchmark_page_shows_the_numbers_of_its_table():
+    spec = importlib.util.spec_from_file_location("summaries", ROOT / "docs/evidence/summaries.py")
+    summaries = sys.modules["summaries"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(summaries)
+    for summary in summaries.SUMMARIES:
+        _, rows = summaries.rows(summary)
+        drawn = re.findall(r">([^<>]+)</text>", (ROOT / f"docs/evidence/img/{summary.page}-summary.svg").read_text())
+        shown = [f"{number:g}" for _, numbers in rows for number in numbers if number == number]
+        assert rows and not Counter(shown) - Counter(drawn), f"{summary.page}: run: python docs/evidence/summaries.py"
+        assert {html.escape(label, quote=False) for label, _ in rows} <= set(drawn)

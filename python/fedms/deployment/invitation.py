@@ -22,11 +22,12 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedms.config import ConfigError, RunConfig, config_from_dict
+from fedms.config.explain import keys
 from fedms.deployment import DeploymentError, check_versions, roster
 from fedms.deployment.roster import Listed
 from fedms.engines.flower.transport import release, tables_of
 from fedms.federated.schema import FORMAT
-from fedms.foreign import conform, parse_toml, read_regular
+from fedms.foreign import conform, few, parse_toml, read_regular
 from fedms.storage.durable import write_durably
 
 FORMAT_OF_FILE = 1
@@ -105,7 +106,7 @@ def read_invitation(path: Path) -> Invitation:
         if isinstance(tables.get("fedms"), str) and isinstance(tables.get("messages"), int):
             check_versions(tables["fedms"], tables["messages"], "the server that wrote this invitation")
         file = conform(_FILE, tables)
-        config = config_from_dict(file.run_file)
+        config = foreign_run_file(file.run_file, f"the server that wrote this invitation runs fedms {file.fedms}")
         clients = tuple(map(roster.read, file.clients))
         if clients:
             roster.check_list(clients, config)
@@ -124,6 +125,31 @@ def read_invitation(path: Path) -> Invitation:
     if config.data.classes is None and config.task.kind == "classification":
         raise DeploymentError(f"{path}: it names no classes (run_file.data.classes)")
     return found
+
+
+def foreign_run_file(tables: dict[str, Any], whose: str) -> RunConfig:
+    """Validate the tables of a run file that another installation has written.
+
+    Args:
+        whose: The other side and its release, such as "the server runs fedms 0.1.0", for the message.
+
+    Raises:
+        DeploymentError: If its keys are not those of this installation: both are of one release, but of different commits.
+        ConfigError: If a value is not valid.
+    """
+    theirs, ours = _names(tables), {f"{table}.{key}" for table, fields in keys().items() for key in fields}
+    differ = [f"it has {few(unknown, 8)}, which this one does not know"] if (unknown := sorted(theirs - ours)) else []
+    if not unknown:
+        config = config_from_dict(tables)
+        differ = [f"it lacks {few(missing, 8)}"] if (missing := sorted(_names(tables_of(config)) - theirs)) else []
+    if differ:
+        raise DeploymentError(f"{whose}, this machine runs fedms {release()} of another commit, or with other plugins: the run file has other "
+                              f"keys there ({differ[0]}); install the same commit on both")
+    return config
+
+
+def _names(tables: dict[str, Any]) -> set[str]:
+    return {f"{table}.{key}" for table, values in tables.items() for key in (values if isinstance(values, dict) else [""])}
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -17,14 +17,15 @@ from typing import Any
 
 from flwr.app import Message as Mail
 
-from fedms.config import RunConfig, config_from_dict
+from fedms.config import ConfigError, RunConfig, config_from_dict
 from fedms.deployment import DeploymentError
 from fedms.deployment import policy as limits
+from fedms.deployment.invitation import foreign_run_file, run_digest
 from fedms.deployment.policy import Journal, Refusal
 from fedms.deployment.state import JOURNAL, POLICY, PRIVATE, ClientState
 from fedms.engines.flower import client as side
 from fedms.engines.flower.connection import Connection, Lost, serve
-from fedms.deployment.invitation import run_digest
+from fedms.engines.flower.transport import release, release_of
 from fedms.privacy.member_file import IDENTITIES
 from fedms.processes import end_with_parent
 from fedms.storage.durable import FolderLock
@@ -150,6 +151,11 @@ class Node:
         """Return the run file of a message, or raise Refusal if the owner has not agreed to it."""
         self._reread()
         if run_digest(tables) != self.invitation.run_sha256:
+            try:
+                foreign_run_file(tables, f"the server runs fedms {release_of(release())}")
+            except (DeploymentError, ConfigError) as problem:
+                self.tell(str(problem))
+                raise Refusal(str(problem)) from None
             changed = self.state.offer(tables)
             self.tell("the server asks for another run file than you agreed to; look at it and accept it by `fedms client "
                       f"accept {self.state.folder}`: " + "; ".join(changed))

@@ -87,6 +87,25 @@ def test_an_invitation_that_is_wrong_is_refused(invited, tmp_path, change, words
         join.prepare(read_invitation(path), str(write_data(tmp_path / "data", "anna")), "anna", Progress())
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda tables: tables["run"].update(warp=9), "it has run.warp, which this one does not know"),
+    (lambda tables: tables.update(later={"on": True}), "it has later.on, which"),
+    (lambda tables: tables["run"].pop("seed"), "it lacks run.seed")])
+def test_another_commit_of_the_same_release_is_refused_with_both_versions(invited, node, tmp_path, change, words):
+    """Its run file has other keys."""
+    tables = parse_toml((invited / "server/invite.toml").read_bytes())
+    change(tables["run_file"])
+    path = tmp_path / "invite.toml"
+    path.write_text(tomli_w.dumps(tables))
+    here = transport.release()
+    with pytest.raises(DeploymentError, match=f"runs fedms {here}, this machine runs fedms {here} of another commit.*{words}"):
+        read_invitation(path)
+    said(node, greeting(0))
+    asks = {**task(node.invitation.config), "config": tables["run_file"]}
+    problem = said(node, asked("train", asks))["problem"]
+    assert words in problem and f"this machine runs fedms {here}" in problem and not (node.state.folder / "offered.json").exists()
+
+
 def test_names_are_plain(invited, tmp_path):
     for name in ("", "a b", "../x", "x" * 65, "-x", "é"):
         with pytest.raises(DeploymentError, match="--name"):

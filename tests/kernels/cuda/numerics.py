@@ -24,6 +24,7 @@ from layers import (
     check_more_than_two_to_the_31_values,
     check_not_applied,
 )
+from sampled import FULL, combined
 
 if reason := fedms_ext.explain("cuda"):
     pytest.skip(reason, allow_module_level=True)
@@ -33,10 +34,19 @@ CHIP = cuda_plan.chip_of(torch.empty(0, device=DEVICE).device)
 
 
 def tiles(int8=False, has_dropout=False):
-    numbers = sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, has_dropout, True))
-    return [pytest.param(tile, id=backend._kernels.gemm_tile_name(tile)) for tile in numbers]
+    return sorted(backend._kernels.gemm_tiles(CHIP, 4096, 4096, 4096, 32, int8, has_dropout, True))
 
 
+def cases(names, *values):
+    """Parametrize a test by all combinations of values on a GPU, which is fast, and by some of them on the emulator."""
+    ids = [backend._kernels.gemm_tile_name if name == "tile" else str for name in names.split(", ")]
+    found = [pytest.param(*case, id="-".join(of(value) for of, value in zip(ids, case)))
+             for case in combined(*values, full=FULL or DEVICE != "cpu")]
+    return pytest.mark.parametrize(names, found)
+
+
+DTYPES = [torch.bfloat16, torch.float16]
+APART, INSIDE = False, True  # where S is made
 SMALL = 1  # 64 x 64: where the tile is not what is tested
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
 
@@ -61,7 +71,6 @@ def use_tile(monkeypatch, tile, inside=False):
     monkeypatch.setattr(cuda_plan, "gemm_configs", configs)
 
 
-inside_or_apart = pytest.mark.parametrize("inside", [False, True], ids=["S apart", "S inside"])
 check = partial(layers.check, backend="cuda")
 check_quantized = partial(layers.check_quantized, backend="cuda")
 
@@ -78,24 +87,21 @@ def test_the_gemm_alone_as_the_benchmark_times_it(transposed):
         assert layers.error(y, want) < 0.01
 
 
-@inside_or_apart
 # Sizes that end inside a tile, a step of the reduction and a step of the ranks.
-@pytest.mark.parametrize("tile", tiles())
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_tile(monkeypatch, inside, tile, dtype):
+@cases("tile, inside, dtype", tiles(), [APART, INSIDE], DTYPES)
+def test_every_tile(monkeypatch, tile, inside, dtype):
     use_tile(monkeypatch, tile, inside)
     check(Layer(150, 200, 264, [17, 3], "row and expert", dtype))
 
 
-@inside_or_apart
-@pytest.mark.parametrize("tile", [tile for tile in tiles() if tile.id.startswith("wgmma")])
+@cases("tile, inside", [tile for tile in tiles() if backend._kernels.gemm_tile_name(tile).startswith("wgmma")], [APART, INSIDE])
 def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, inside, tile):
     # The emulated chip has four multiprocessors.
     use_tile(monkeypatch, tile, inside)
     check(Layer(390, 520, 520, [70], "row"), needs=[0])
 
 
-@pytest.mark.parametrize("tile", tiles(has_dropout=True))
+@cases("tile", tiles(has_dropout=True))
 def test_dropout(monkeypatch, tile):
     use_tile(monkeypatch, tile)
     check(Layer(70, 136, 72, [9], "row", dropout_p=0.3, seed=2**40 + 3))
@@ -113,9 +119,9 @@ def test_ranks(monkeypatch, ranks):
     check(Layer(33, 72, 136, ranks, "row and expert"))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 15, 63, 65])
-@pytest.mark.parametrize("k, n", [(8, 8), (8, 72), (136, 8)])
-def test_small_shapes(monkeypatch, rows, k, n):
+@cases("rows, k_and_n", [1, 2, 15, 63, 65], [(8, 8), (8, 72), (136, 8)])
+def test_small_shapes(monkeypatch, rows, k_and_n):
+    k, n = k_and_n
     use_tile(monkeypatch, SMALL)
     check(Layer(rows, k, n, [5, 2], "row", bias=n == 8))
 
@@ -152,21 +158,16 @@ def test_nan_stays_in_its_row(monkeypatch):
     assert y[7].isnan().all() and y[:7].isfinite().all() and y[8:].isfinite().all()
 
 
-@pytest.mark.parametrize("tile", tiles(int8=True))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_int8_weight(monkeypatch, tile, dtype, p):
+@cases("dtype_and_p, tile", list(itertools.product(DTYPES, [0.0, 0.3])), tiles(int8=True))
+def test_int8_weight(monkeypatch, dtype_and_p, tile):
+    dtype, p = dtype_and_p
     use_tile(monkeypatch, tile)
     check_quantized(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
 
 
-@inside_or_apart
-@pytest.mark.parametrize("tile", tiles())
-@pytest.mark.parametrize("segments, ranks, gate", [
-    ((128, 150), [8, 8], "none"),
-    ((131, 0, 140), [3, 17, 40], "row"),
-], ids=str)  # fmt: skip
-def test_segments(monkeypatch, inside, tile, segments, ranks, gate):
+@cases("tile, inside, layer", tiles(), [APART, INSIDE], [((128, 150), [8, 8], "none"), ((131, 0, 140), [3, 17, 40], "row")])
+def test_segments(monkeypatch, inside, tile, layer):
+    segments, ranks, gate = layer
     use_tile(monkeypatch, tile, inside)
     check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
 
@@ -207,8 +208,7 @@ def test_a_call_that_the_kernels_cannot_compute_is_refused_by_name(layer, reason
         layer().run(expert_linear)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ranks", [[8], [3, 17]], ids=str)
+@cases("dtype, ranks", DTYPES, [[8], [3, 17]])
 def test_experts_in_float32(monkeypatch, dtype, ranks):
     use_tile(monkeypatch, SMALL)
     layers.check_wide_experts(Layer(70, 72, 136, ranks, "row", dtype, dropout_p=0.2), "cuda")
@@ -219,13 +219,11 @@ def test_bits_repeat(monkeypatch):
     check_bits_repeat(Layer(150, 72, 136, [9, 8], "row and expert", dropout_p=0.1), 1, "cuda")
 
 
-@inside_or_apart
 @on_gpu
-@pytest.mark.parametrize("tile", tiles())
-@pytest.mark.parametrize("rows, k, n", [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
-def test_large(monkeypatch, inside, tile, rows, k, n):
+@cases("tile, inside, sizes", tiles(), [APART, INSIDE], [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
+def test_large(monkeypatch, tile, inside, sizes):
     use_tile(monkeypatch, tile, inside)
-    check(Layer(rows, k, n, [16, 16], "row and expert"))
+    check(Layer(*sizes, [16, 16], "row and expert"))
 
 
 @on_gpu

@@ -12,6 +12,7 @@ import itertools
 import pytest
 import torch
 from layers import GATES, Layer, check, check_not_applied, check_quantized, check_wide_experts
+from sampled import FULL, combined
 
 import fedms_ext
 from fedms_ext import expert_linear
@@ -22,6 +23,9 @@ from fedms_ext.backends.triton.operands import Dropout, concatenate
 from fedms_ext.backends.triton.tiles import Tile
 
 SMALL = {kind: Tile(kind, 64, 64, 64, 4, 3) for kind in ("pointer", "descriptor", "inline")}
+DTYPES = [torch.bfloat16, torch.float16]
+SAME = [("pointer", "pointer"), ("descriptor", "descriptor")]  # the tiles of the forward pass and of dx
+KINDS = [*SAME, ("inline", "descriptor"), ("cublas", "cublas")]
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +48,14 @@ def forced(monkeypatch):
     return force
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "descriptor"),
-                                   ("cublas", "cublas")])
+@pytest.mark.parametrize("kinds, gate", combined(KINDS, GATES))
 def test_gates(forced, kinds, gate):
     forced(*kinds)
     check(Layer(67, 72, 136, [3, 8], gate))
 
 
-@pytest.mark.parametrize("ranks", [[1], [2], [3], [7], [8], [16], [17], [64], [128], [1, 17], [8, 8, 8], [40, 2, 64]])
-@pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor")])
+@pytest.mark.parametrize("kinds, ranks", combined(
+    SAME, [[1], [2], [3], [7], [8], [16], [17], [64], [128], [1, 17], [8, 8, 8], [40, 2, 64]]))
 def test_ranks(forced, kinds, ranks):
     forced(*kinds)
     check(Layer(70, 104, 72, ranks, "row and expert", torch.float16))
@@ -66,21 +68,21 @@ def test_ranks_inline(forced, ranks):
 
 
 # Every number of rows and every pair of sides, but not all of them together: the interpreter pays for each tile.
-@pytest.mark.parametrize("rows, k, n", [
-    (65, 1, 8), (127, 8, 1), (128, 100, 431), (197, 431, 100), (127, 264, 128), (197, 1, 8), (65, 100, 431), (65, 431, 100),
-    (70, 768, 72), (66, 72, 768), (65, 3072, 8), (66, 8, 4104),
-])
+ODD = [(65, 1, 8), (127, 8, 1), (128, 100, 431), (197, 431, 100), (65, 3072, 8), (66, 8, 4104)]
+MORE_ODD = [(127, 264, 128), (197, 1, 8), (65, 100, 431), (65, 431, 100), (70, 768, 72), (66, 72, 768)]
+
+
+@pytest.mark.parametrize("rows, k, n", [*ODD, *MORE_ODD] if FULL else ODD)
 def test_odd_shapes(forced, rows, k, n):
     forced("pointer")
     check(Layer(rows, k, n, [5, 2], "row", bias=n % 2 == 0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k, n", [(72, 136), (101, 131), (90, 66)])
-@pytest.mark.parametrize("kind", ["pointer", "descriptor"])
-def test_dropout(forced, kind, k, n, dtype):
-    if kind == "descriptor" and k % 8:
-        pytest.skip("descriptors need aligned rows")
+# Descriptors need aligned rows.
+@pytest.mark.parametrize("kind_and_sizes, dtype", combined(
+    [("pointer", 72, 136), ("descriptor", 72, 136), ("pointer", 101, 131), ("pointer", 90, 66)], DTYPES))
+def test_dropout(forced, kind_and_sizes, dtype):
+    kind, k, n = kind_and_sizes
     forced(kind, kind)
     check(Layer(70, k, n, [3, 8], "row and expert", dtype, dropout_p=0.3, seed=2**62 + 2**31 + 7))
 
@@ -137,9 +139,8 @@ def test_few_rows_are_left_to_cublas():
         assert fedms_ext.backends.choose(call).name == chosen
 
 
-@pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "pointer"), ("cublas", "cublas")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ranks", [[8], [3, 17]])
+@pytest.mark.parametrize("kinds, dtype, ranks", combined(
+    [*SAME, ("inline", "pointer"), ("cublas", "cublas")], DTYPES, [[8], [3, 17]]))
 def test_experts_in_float32(forced, kinds, dtype, ranks):
     forced(*kinds)
     check_wide_experts(Layer(70, 72, 136, ranks, "row", dtype))
@@ -260,16 +261,15 @@ def test_opcheck():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("tile", ["pointer", "cublas"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("kind, group", [("int8", 64), ("nf4", 32), ("nf4", 64), ("int4", 64)])
-@pytest.mark.parametrize("rows, k, n", [(70, 72, 136), (65, 131, 101)])
-def test_quantized_weight(monkeypatch, rows, k, n, kind, group, dropout_p, tile):
+# cuBLAS cannot mask the ranks' part of dx.
+@pytest.mark.parametrize("sizes, quantized, tile_and_dropout", combined(
+    [(70, 72, 136), (65, 131, 101)], [("int8", 64), ("nf4", 32), ("nf4", 64), ("int4", 64)],
+    [("pointer", 0.0), ("pointer", 0.3), ("cublas", 0.0)]))
+def test_quantized_weight(monkeypatch, sizes, quantized, tile_and_dropout):
     """The frozen weight made wide where a tile is loaded, forward and dx, against its exact values."""
-    if tile == "cublas" and dropout_p:
-        pytest.skip("cuBLAS cannot mask the ranks' part of dx")
+    tile, dropout_p = tile_and_dropout
     monkeypatch.setattr(backend, "_choose", lambda *arguments: SMALL.get(tile))
-    check_quantized(Layer(rows, k, n, [3, 8], "row and expert", dropout_p=dropout_p), kind, group)
+    check_quantized(Layer(*sizes, [3, 8], "row and expert", dropout_p=dropout_p), *quantized)
 
 
 def test_quantized_weight_in_segments(monkeypatch):
@@ -277,16 +277,15 @@ def test_quantized_weight_in_segments(monkeypatch):
     check_quantized(Layer(140, 72, 136, [3, 8], "row", segments=(75, 65)), "nf4", 64)
 
 
-@pytest.mark.parametrize("kinds", [("pointer", "pointer"), ("descriptor", "descriptor"), ("inline", "descriptor"),
-                                   ("cublas", "cublas")])
-@pytest.mark.parametrize("segments, ranks, gate", [
+@pytest.mark.parametrize("kinds, layer", combined(KINDS, [
     ((100, 97), [8, 8], "none"),
     ((70, 0, 127), [3, 17, 8], "row"),
     ((64, 128), [16, 16], "scalar"),
     ((0, 131), [8, 8], "strided"),
-])
-def test_segments(forced, kinds, segments, ranks, gate):
+]))
+def test_segments(forced, kinds, layer):
     forced(*kinds)
+    segments, ranks, gate = layer
     check(Layer(sum(segments), 72, 136, ranks, gate, segments=segments))
 
 
@@ -295,10 +294,10 @@ def test_short_segments(segments):
     check(Layer(70, 104, 72, [2, 40, 7][: len(segments)], "row", segments=segments))
 
 
-@pytest.mark.parametrize("kind", ["pointer", "descriptor"])
-@pytest.mark.parametrize("segments, ranks", [((65, 70), [8, 8]), ((64, 71), [3, 33])])
-def test_segments_with_dropout(forced, kind, segments, ranks):
-    forced(kind, kind)
+@pytest.mark.parametrize("kinds, segments_and_ranks", combined(SAME, [((65, 70), [8, 8]), ((64, 71), [3, 33])]))
+def test_segments_with_dropout(forced, kinds, segments_and_ranks):
+    forced(*kinds)
+    segments, ranks = segments_and_ranks
     check(Layer(135, 72, 136, ranks, "row", dropout_p=0.3, segments=segments))
 
 

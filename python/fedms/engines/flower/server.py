@@ -73,7 +73,7 @@ class FlowerEngine(Engine):
         self.kept: dict[int, str] = {}              # by client: its private state after the last visit that counted
         self.private_at: set[int] = set()           # clients that have something of their own in it
         self.node_of: dict[int, int] = {}           # by client
-        self.greeted: dict[int, float] = {}         # nodes that were asked who they are, and when
+        self.greeted: dict[int, tuple[str, float]] = {}     # nodes that were asked who they are: connected since when, due when
         self.away: set[int] = set()                 # clients that were waited for in vain
         self.asked_again: dict[int, float] = {}     # when those of them that were silent were asked whether they are there
         self.authenticated = False                  # whether nodes have registered keys
@@ -198,27 +198,26 @@ class FlowerEngine(Engine):
 
     def _greet_nodes(self) -> None:
         """Ask new nodes which client they are, and forget nodes that have left."""
-        nodes = {node.node_id: node.name or "" for node in self.grid.get_nodes()}
+        nodes = {node.node_id: node for node in self.grid.get_nodes()}
         # Flower names the keys that were registered with it, and no others: one name says that authentication is on.
-        self.authenticated = self.authenticated or any(nodes.values())
+        self.authenticated = self.authenticated or any(node.name for node in nodes.values())
         self.node_of = {client: node for client, node in self.node_of.items()
-                        if node in nodes and (not self.authenticated or nodes[node] == f"client-{client}")}
-        self.greeted = {node: when for node, when in self.greeted.items() if node in nodes}
+                        if node in nodes and (not self.authenticated or nodes[node].name == f"client-{client}")}
+        # A node that has connected anew, because its process died, has lost what it was asked.
+        self.greeted = {node: asked for node, asked in self.greeted.items() if node in nodes and nodes[node].last_activated_at == asked[0]}
         again = 30.0        # seconds after which a node that did not answer is asked once more
-        known = set(self.node_of.values())
-        new = [node for node in nodes if node not in known
-               and time.monotonic() - self.greeted.get(node, float("-inf")) > again]
-        letters = [Mail(transport.write({"format": FORMAT, "release": transport.release(), "client": _number(nodes[node])}, {}),
+        new = [node for node in nodes if node not in self.node_of.values() and time.monotonic() > self.greeted.get(node, ("", 0.0))[1]]
+        letters = [Mail(transport.write({"format": FORMAT, "release": transport.release(), "client": _number(nodes[node].name)}, {}),
                         node, "query", group_id="hello") for node in new]
         if letters:
             self.grid.push_messages(letters)
-            self.greeted |= dict.fromkeys(new, time.monotonic())
+            self.greeted |= {node: (nodes[node].last_activated_at, time.monotonic() + again) for node in new}
             self.greetings |= {letter.metadata.message_id: node for letter, node in zip(letters, new)}
         for reply in self._pull(list(self.greetings)):
             node = self.greetings.pop(reply.metadata.reply_to_message_id, None)
             if node is not None and node in nodes:
                 try:
-                    self._register(node, nodes[node], reply)
+                    self._register(node, nodes[node].name, reply)
                 except Unusable as problem:
                     self._tell_once(f"node {node} is refused: {problem}")
 
@@ -239,7 +238,7 @@ class FlowerEngine(Engine):
         if self.authenticated and name != f"client-{client}":
             raise Unusable(f"it says it is client {client}, but its key is registered as {shown(name) if name else 'nobody'}"
                            f"; register it by --name client-{client}")
-        if client in self.node_of:
+        if self.node_of.get(client, node) != node:
             raise Unusable(f"it says it is client {client}, which node {self.node_of[client]} is already")
         known = self.samples.get(client)
         if self.private_rounds is not None:
