@@ -17,9 +17,6 @@ def set_tensor_types(tensor: type, parameter: type, use_exchange: bool = True) -
 def build_info() -> dict[str, Any]:
     """version, cuda (targets or None), isa_detected, isa_used, isa_available and openmp (its date) of this build."""
 
-def isa() -> str:
-    """Returns the name of the instruction set that the CPU kernels use."""
-
 def set_isa(name: str) -> None:
     """Sets the instruction set of the CPU kernels. ValueError where it is unknown or not available here."""
 

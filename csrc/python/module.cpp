@@ -60,7 +60,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_tensor_types", &set_tensor_types, py::arg("tensor"), py::arg("parameter"), py::arg("use_exchange") = true,
         "Tells torch.Tensor and nn.Parameter; returns whether tensors come in through the exchange API.");
   m.def("build_info", &build_info, "The version, the CUDA targets, the instruction sets and OpenMP's date of this build.");
-  m.def("isa", [] { return fedms::name(fedms::isa()); }, "The instruction set that CPU kernels use.");
   m.def("set_isa", [](const std::string& name) { fedms::set_isa(name.c_str()); }, py::arg("name"),
         "The instruction set that CPU kernels use from now on; ValueError where it is unknown or not available.");
   define_cpu(m);

@@ -55,7 +55,7 @@ def _is_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         and k.shape[-2] <= LONGEST
         and not (mask is not None and mask.requires_grad)
         and not is_autocast_enabled()
-        and _C.isa() == "avx512"
+        and _C.build_info()["isa_used"] == "avx512"
     )
 
 

@@ -73,8 +73,7 @@ def plain_linear(
         return None if found is None else found[0]
     if quantized is not None:
         data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-    y, s = found
-    return _apply(y, (s, data, data_scale), (x.shape[-1], quantized, tuple(scale), dropout_p, seed_number, needs), *inputs)
+    return _apply((*found, data, data_scale), (x.shape[-1], quantized, tuple(scale), dropout_p, seed_number, needs), *inputs)
 
 
 class _Plain(torch.autograd.Function):
@@ -82,10 +81,10 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, kept: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
+        ctx: Any, made: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
     ) -> Tensor:
         ctx.call, needs = call, call[-1]
-        s, weight, weight_scale = kept
+        y, s, weight, weight_scale = made  # in a tuple: of y itself autograd would return a view
         experts = len(pairs) // 2
         keep_x = True in needs[2 : 2 + experts]
         keep_s = needs[1] or True in needs[2 + experts :]
@@ -102,7 +101,7 @@ _apply = untransformed_apply(_Plain)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of y, the two tuples (all three None), x, the gate, every A and every B."""
+    """Return the gradients of the two tuples (both None), x, the gate, every A and every B."""
     x, s, gate, weight, weight_scale, *pairs = ctx.saved_tensors
     k, quantized, scale, dropout_p, seed, needs = ctx.call
     experts = len(pairs) // 2
@@ -111,10 +110,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dy, x, k, weight, weight_scale, pairs[:experts], pairs[experts:], scale, gate, dropout_p, seed, s, needs
         )
         if found is not None:
-            return None, None, None, *found
+            return None, None, *found
     # The operator accepts every dy, even one whose values share memory, such as the gradient of a sum.
     kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
-    return None, None, None, *gradients(
+    return None, None, *gradients(
         dy, x, k, weight, weight_scale, kind, group, pairs, settled_scale(scale), gate, None, dropout_p, seed, None, s, needs
     )
 

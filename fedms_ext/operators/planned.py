@@ -109,8 +109,8 @@ def planned_linear(
         return y
     if quantized is not None:
         data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-    kept = (room, data, data_scale, seed if isinstance(seed, Tensor) else None)
-    return _apply(y, kept, (planned, quantized, scale, dropout_p, seed, needs), x, gate, *a, *b)
+    made = (y, room, data, data_scale, seed if isinstance(seed, Tensor) else None)
+    return _apply(made, (planned, quantized, scale, dropout_p, seed, needs), x, gate, *a, *b)
 
 
 def _gate_of_rows(gate: Tensor, x: Tensor) -> Tensor:
@@ -139,9 +139,10 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, kept: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
+        ctx: Any, made: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
     ) -> Tensor:
         ctx.call = call
+        y, *kept = made  # in a tuple: of y itself autograd would return a view
         # x is needed only for the gradients of A.
         ctx.save_for_backward(x if True in call[-1][2 : 2 + len(pairs) // 2] else None, gate, *kept, *pairs)
         return y
@@ -156,7 +157,7 @@ _apply = untransformed_apply(_Planned)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of y, the two tuples (all three None), x, the gate, every A and every B."""
+    """Return the gradients of the two tuples (both None), x, the gate, every A and every B."""
     saved = ctx.saved_tensors  # read only once, as activation checkpointing requires
     x, gate, room, weight, weight_scale, seed, *pairs = saved
     planned, _, _, dropout_p, number, needs = ctx.call
@@ -164,7 +165,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs not in planned.backward:
         planned.backward[needs] = backends.choose(_backward_call(ctx.call, dy, saved)) is cuda
     if is_observed() or not planned.backward[needs]:
-        return None, None, None, *_general_gradients(ctx.call, dy, saved)
+        return None, None, *_general_gradients(ctx.call, dy, saved)
     dx = dy.new_empty(*planned.x_shape) if needs[0] else None
     dgate = gate.new_empty(gate.shape) if needs[1] else None
     made = [torch.empty_like(pair, memory_format=torch.contiguous_format) if needed else None
@@ -175,8 +176,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             number if seed is None else seed, None, room, dx, dgate, made[:experts], made[experts:],
         )  # fmt: skip
     except cuda_plan.Declined:  # a dy whose values share memory, such as the gradient of a sum
-        return None, None, None, *_general_gradients(ctx.call, dy, saved)
-    return None, None, None, dx, dgate, *made
+        return None, None, *_general_gradients(ctx.call, dy, saved)
+    return None, None, dx, dgate, *made
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)

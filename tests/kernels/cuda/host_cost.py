@@ -40,15 +40,15 @@ def cases() -> dict[str, Callable[[], object]]:
     return {
         "forward": forward,
         "forward and backward": lambda: torch.autograd.grad(layer(inputs[0]), inputs, dy),
-        "an empty function": lambda: torch.autograd.grad(_Empty.apply(x.detach(), *inputs), inputs, dy),
+        "an empty function": lambda: torch.autograd.grad(_Empty.apply((x.detach(),), *inputs), inputs, dy),
     }
 
 
 class _Empty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, made: tuple[torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         ctx.inputs = inputs
-        return y
+        return made[0]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
