@@ -114,7 +114,7 @@ def test_instructions_of_the_host(emulated, tmp_path):
         counted[name] = int(re.search(r"^totals: (\d+)$", text, re.MULTILINE)[1]) // TIMES
     print(counted)
     assert counted.keys() == cases.keys()
-    assert counted["forward"] <= 120_000 and counted["forward and backward"] <= 450_000
+    assert counted["forward"] <= 100_000 and counted["forward and backward"] <= 400_000
 
 
 def test_machine_code():
