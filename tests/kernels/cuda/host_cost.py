@@ -2,8 +2,8 @@
 
     FEDMS_CUDA_EMULATED=FILE FEDMS_EMULATOR=none python tests/kernels/cuda/host_cost.py [TOGGLE]
 
-The launchers return at once, so that only the work of the host is left. "an empty function" is PyTorch's own part of a forward
-and a backward pass: an autograd function that computes nothing. One line of JSON for each case. TOGGLE is a compiled
+The launchers return at once, so that only the work of the host is left. PyTorch's own part of it are "an empty module", called
+without gradients, and "an empty function", the forward and backward pass of an autograd function that computes nothing. One line of JSON for each case. TOGGLE is a compiled
 callgrind_toggle.cpp: under `valgrind --tool=callgrind --instr-atstart=no` each case then writes a profile of its own.
 """
 
@@ -33,12 +33,14 @@ def cases() -> dict[str, Callable[[], object]]:
     inputs = [x.clone().requires_grad_(), layer.lora_a["only"], layer.lora_b["only"]]
     dy = torch.randn(80, 16, dtype=torch.bfloat16)
 
-    def forward() -> torch.Tensor:
+    def forward(module: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return layer(x)
+            return module(x)
 
+    empty = nn.Identity()
     return {
-        "forward": forward,
+        "forward": lambda: forward(layer),
+        "an empty module": lambda: forward(empty),
         "forward and backward": lambda: torch.autograd.grad(layer(inputs[0]), inputs, dy),
         "an empty function": lambda: torch.autograd.grad(_Empty.apply((x.detach(),), *inputs), inputs, dy),
     }
