@@ -41,10 +41,13 @@ def interleaved(
     for name, call in candidates.items():
         start = clock()
         call()
-        if clock() - start < 50 * seconds_per_turn:      # what takes so long need not be repeated, however warm
+        once = clock() - start
+        # What takes long need not be repeated, however warm. Of the rest one slow call would say that one a turn is enough.
+        for _ in range(5 if once < 50 * seconds_per_turn else 0):
             start = clock()
             call()
-        repeats[name] = max(1, round(seconds_per_turn / max(clock() - start, 1e-7)))
+            once = min(once, clock() - start)
+        repeats[name] = max(1, round(seconds_per_turn / max(once, 1e-7)))
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     for turn in range(101):

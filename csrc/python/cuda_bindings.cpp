@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <vector>
 
 #include "device_tensor.h"
@@ -39,25 +40,28 @@ class Plan {
                py::handle room) const {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerForward call{};
-    call.of = operands(a, b, scale, gate, dropout_p, seed, room);
+    std::optional<Scratch> own_room;
+    void* const place = find_room(room, x, s.is_none(), own_room);
+    call.of = operands(a, b, scale, gate, dropout_p, seed, place);
     read_weight(call.of, w, w_scale, shape.n, shape.k);
     const DeviceTensor x_tensor("x", x);
     call.x = x_tensor.expect(device_, type_).data();
     call.x_stride = x_tensor.rows(shape.m, shape.k);
     if (!bias.is_none()) call.bias = dense("bias", bias, type_, shape.n);
     call.y = own("y", y, type_, shape.m * shape.n);
-    call.s = read_s(s, room);
+    call.s = read_s(s, place);
     plan_.forward(call, forward_choice, current_stream(device_));
   }
 
   void backward(py::handle dy, py::handle x, py::handle w, py::handle w_scale, const py::sequence& a, const py::sequence& b,
                 py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle s,
-                py::handle room, bool room_is_filled, py::handle dx, py::handle dgate, const py::sequence& da,
-                const py::sequence& db, py::handle workspace) const {
+                py::handle room, py::handle dx, py::handle dgate, const py::sequence& da, const py::sequence& db) const {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerBackward call{};
-    call.of = operands(a, b, scale, gate, dropout_p, seed, room);
-    call.room_is_filled = room_is_filled;
+    std::optional<Scratch> own_room;
+    void* const place = find_room(room, dy, false, own_room);
+    call.of = operands(a, b, scale, gate, dropout_p, seed, place);
+    call.room_is_filled = !room.is_none();
     const DeviceTensor dy_tensor("dy", dy);
     call.dy = dy_tensor.expect(device_, type_).data();
     call.dy_stride = dy_tensor.rows(shape.m, shape.n);
@@ -78,13 +82,15 @@ class Plan {
       call.x = x_tensor.expect(device_, type_).data();
       call.x_stride = x_tensor.rows(shape.m, shape.k);
     }
-    if (needs.dgate || needs.db) call.s = read_s(s, room);
-    call.workspace = own("workspace", workspace, type_, plan_.workspace_size(needs));
+    if (needs.dgate || needs.db) call.s = read_s(s, place);
+    const Scratch workspace(dy, type_, device_, plan_.workspace_size(needs));
+    call.workspace = workspace.data();
     plan_.backward(call, dx_choice, current_stream(device_));
   }
 
-  // Numbers of x's type that T and, behind it, the experts side by side take.
-  int64_t room_size() const { return joined_at() + plan_.joined_size(); }
+  // Numbers of x's type that T, behind it the experts side by side, and behind them S take.
+  int64_t room_size() const { return s_at() + plan_.shape().m * plan_.rank(); }
+  int64_t s_at() const { return joined_at() + plan_.joined_size(); }
 
   cuda::GemmChoice forward_choice, dx_choice;
 
@@ -96,11 +102,15 @@ class Plan {
   void* own(const char* name, py::handle tensor, const Type& type, int64_t numbers) const {
     return DeviceTensor(name, tensor, true).expect(device_, type).dense(numbers).data();
   }
+  // The room of a call: a tensor, or (None) one that lasts as long as the call.
+  void* find_room(py::handle room, py::handle like, bool with_s, std::optional<Scratch>& own_room) const {
+    if (!room.is_none()) return own("room", room, type_, room_size());
+    return own_room.emplace(like, type_, device_, with_s ? room_size() : s_at()).data();
+  }
   // S has a tensor of its own, or (None) lies behind what else is in the room.
-  void* read_s(py::handle s, py::handle room) const {
-    const int64_t numbers = plan_.shape().m * plan_.rank();
-    if (!s.is_none()) return dense("s", s, type_, numbers);
-    return static_cast<uint16_t*>(own("room", room, type_, room_size() + numbers)) + room_size();
+  void* read_s(py::handle s, void* room) const {
+    if (s.is_none()) return static_cast<uint16_t*>(room) + s_at();
+    return dense("s", s, type_, plan_.shape().m * plan_.rank());
   }
   const Type& experts_type() const { return plan_.shape().fp32_experts ? FP32 : type_; }
   void* gradient(const char* name, py::handle tensor, int64_t numbers) const {
@@ -116,7 +126,7 @@ class Plan {
   }
 
   cuda::LayerOperands operands(const py::sequence& a, const py::sequence& b, py::handle scale, py::handle gate, double dropout_p,
-                               py::handle seed, py::handle room) const {
+                               py::handle seed, void* room) const {
     const cuda::LayerShape& shape = plan_.shape();
     const size_t experts = shape.ranks.size();
     cuda::LayerOperands of{};
@@ -138,7 +148,7 @@ class Plan {
         of.dropout.seed_at = static_cast<int64_t*>(dense("seed", seed, INT64, 1));
       }
     }
-    of.t = own("room", room, type_, room_size());
+    of.t = room;
     of.joined = static_cast<uint16_t*>(of.t) + joined_at();
     return of;
   }
@@ -194,10 +204,8 @@ void define_plan(py::module_& m) {
            py::arg("ranks"), py::arg("rows"), py::arg("chip"), py::arg("owner"))
       .def_property_readonly("rank", [](const Plan& plan) { return plan.plan().rank(); })
       .def_property_readonly("room_size", &Plan::room_size)
+      .def_property_readonly("s_at", &Plan::s_at)
       .def_property_readonly("reads_expert_in_place", [](const Plan& plan) { return plan.plan().joined_size() == 0; })
-      .def("workspace_size", [](const Plan& plan, bool dx, bool dgate, bool da, bool db) {
-        return plan.plan().workspace_size({dx, dgate, da, db});
-      }, py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"))
       .def("choose_forward", [](Plan& plan, int tile, bool fuses_shrink) { plan.forward_choice = {tile, fuses_shrink}; },
            py::arg("tile"), py::arg("fuses_shrink"))
       .def("choose_dx", [](Plan& plan, int tile) { plan.dx_choice = {tile, false}; }, py::arg("tile"))
@@ -206,8 +214,7 @@ void define_plan(py::module_& m) {
            py::arg("room"))
       .def("backward", &Plan::backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("a"),
            py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("s"),
-           py::arg("room"), py::arg("room_is_filled"), py::arg("dx"), py::arg("dgate"), py::arg("da"),
-           py::arg("db"), py::arg("workspace"));
+           py::arg("room"), py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"));
 }
 
 }  // namespace

@@ -78,13 +78,6 @@ class DeviceTensor {
  private:
   [[noreturn]] void decline(const std::string& what) const { throw Declined(name_ + (" " + what)); }
 
-  static bool is_negated(py::handle tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("is_neg");
-    const py::object found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
-    if (!found) throw py::error_already_set();
-    return found.ptr() == Py_True;
-  }
-
   void read_attributes(py::handle tensor) {
     dlpack::Tensor& t = view_.tensor;
     const py::object device = tensor.attr("device"), index = device.attr("index");
@@ -110,6 +103,39 @@ class DeviceTensor {
   void* data_ = nullptr;
   View view_;
   std::array<int64_t, 16> shape_, strides_;  // of read_attributes
+};
+
+// Memory that kernels use during a call: numbers of 16 bits, allocated by torch on the device of `like`, a tensor of that type.
+// Through the exchange API no Python object is made for it.
+class Scratch {
+ public:
+  Scratch(py::handle like, const Type& type, const dlpack::Device& device, int64_t numbers) {
+    if (exchange) {
+      dlpack::Tensor prototype{};
+      prototype.device = device;
+      prototype.ndim = 1;
+      prototype.dtype = {type.code, type.bits, 1};
+      prototype.shape = &numbers;
+      if (exchange->allocate(&prototype, &managed_, nullptr, [](void*, const char*, const char*) {}) == 0) {
+        data_ = managed_->tensor.data;
+        return;
+      }
+      managed_ = nullptr;  // what torch raises below names the reason
+    }
+    tensor_ = like.attr("new_empty")(numbers);
+    data_ = reinterpret_cast<void*>(tensor_.attr("data_ptr")().cast<uintptr_t>());
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (managed_) managed_->deleter(managed_);
+  }
+
+  void* data() const { return data_; }
+
+ private:
+  dlpack::ManagedTensor* managed_ = nullptr;
+  py::object tensor_;
+  void* data_ = nullptr;
 };
 
 }  // namespace fedms::python

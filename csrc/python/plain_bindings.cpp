@@ -1,5 +1,5 @@
 // The plain case of an expert layer, in one call: every tensor is a float32 torch.Tensor or Parameter itself (no subclass), on
-// the CPU and dense, and the shapes fit. Whatever else comes in is declined (None), and the caller goes the general way, which
+// the CPU, dense and not negated when it is read, and the shapes fit. Whatever else comes in is declined (None), and the caller goes the general way, which
 // converts what can be converted and names what is wrong. Only with the exchange API: by attributes it would be slower.
 #include "tensor_view.h"
 
@@ -16,6 +16,7 @@ struct Branch {
   py::handle gate;  // of the rows' shape and one more dimension, of the experts; or None
   double dropout_p;
   uint64_t seed;
+  Origin origin;  // of the tensors
 };
 
 // The gate as a matrix (m, E) without gaps, whatever its strides are: where it is expanded, some are 0.
@@ -42,23 +43,23 @@ bool plain_experts(const View& rows, int64_t n, int64_t k, const Branch& branch,
   lora.k = k;
   lora.dropout_p = branch.dropout_p;
   lora.seed = branch.seed;
-  const auto& [a, b, scale, gate, dropout_p, seed] = branch;
+  const auto& [a, b, scale, gate, dropout_p, seed, origin] = branch;
   if (!(dropout_p >= 0 && dropout_p < 1)) return false;
   const size_t experts = a.size();
   if (b.size() != experts || scale.size() != experts) return false;
   for (size_t e = 0; e < experts; ++e) {
     View view;
-    if (!look<float>(a[e], view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
+    if (!look<float>(a[e], view, origin) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
     const int64_t rank = view.rows();
     const float* const a_data = view.data<float>();
-    if (rank == 0 || !look<float>(b[e], view) || !view.dense() || view.dimensions() != 2) return false;
+    if (rank == 0 || !look<float>(b[e], view, origin) || !view.dense() || view.dimensions() != 2) return false;
     const py::object factor = scale[e];  // a tensor's value may change before the backward pass
     if (view.rows() != n || view.columns() != rank || !(PyFloat_Check(factor.ptr()) || PyLong_Check(factor.ptr()))) return false;
     lora.experts.push_back({rank, factor.cast<float>(), a_data, view.data<float>()});
   }
   if (gate.is_none()) return true;
   View view;
-  if (!look<float>(gate, view) || !plain_gate(rows, view, static_cast<int64_t>(experts), gate_values)) return false;
+  if (!look<float>(gate, view, origin) || !plain_gate(rows, view, static_cast<int64_t>(experts), gate_values)) return false;
   lora.gate = gate_values.data();
   lora.gate_row_stride = static_cast<int64_t>(experts);
   lora.gate_expert_stride = 1;
@@ -72,17 +73,17 @@ struct PlainWeight {
   const float* group_scales = nullptr;  // of a weight of 4 bits
   int64_t n = 0, groups = 0;
 
-  bool read(py::handle weight, py::handle scale, int64_t k) {
+  bool read(py::handle weight, py::handle scale, int64_t k, Origin origin) {
     View view;
     if (scale.is_none()) {
-      if (!look<float>(weight, view) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
+      if (!look<float>(weight, view, origin) || !view.dense() || view.dimensions() != 2 || view.columns() != k) return false;
       full = view.data<float>();
       n = view.rows();
       return true;
     }
     View scales;
-    if (!look<uint8_t>(weight, view) || !view.dense() || view.dimensions() != 1) return false;
-    if (!look<float>(scale, scales) || !scales.dense() || scales.dimensions() > 2) return false;
+    if (!look<uint8_t>(weight, view, Origin::known) || !view.dense() || view.dimensions() != 1) return false;
+    if (!look<float>(scale, scales, Origin::known) || !scales.dense() || scales.dimensions() > 2) return false;
     n = scales.size(0);
     packed = {view.data<uint8_t>(), view.columns(), nullptr, nullptr};
     (scales.dimensions() == 1 ? packed.scale : group_scales) = scales.data<float>();
@@ -130,13 +131,13 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
   float* bias_data = nullptr;
   if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() * x_view.columns() == 0) return py::none();
   const int64_t k = x_view.columns();
-  if (!w.read(weight, weight_scale, k)) return py::none();
+  if (!w.read(weight, weight_scale, k, Origin::outside)) return py::none();
   if (!bias.is_none()) {
     View view;
     if (!look<float>(bias, view) || !view.dense() || view.dimensions() != 1 || view.size(0) != w.n) return py::none();
     bias_data = view.data<float>();
   }
-  if (!plain_experts(x_view, w.n, k, {a, b, scale, gate, dropout_p, seed}, lora, gate_values)) return py::none();
+  if (!plain_experts(x_view, w.n, k, {a, b, scale, gate, dropout_p, seed, Origin::outside}, lora, gate_values)) return py::none();
   if ((w.full && lora.m > few_rows()) || !split_by_segments(segments, lora, parts)) return py::none();
   const NewTensor y = new_like(x_view, w.n), s = new_matrix(lora.m, lora.total_rank());
   const float* const from = x_view.data<float>();
@@ -157,7 +158,7 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
 }
 
 // `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
-// every db. The result has the same order, None for what is not needed.
+// every db. The result has the same order, None for what is not needed. All tensors but dy went into the forward pass or came out.
 py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle weight, py::handle weight_scale,
                            const py::sequence& a, const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
                            uint64_t seed, py::handle s, const py::sequence& needs) {
@@ -166,14 +167,14 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
   std::vector<float> gate_values;
   if (!exchange || !look<float>(dy, dy_view) || !dy_view.dense() || dy_view.rows() * dy_view.columns() == 0) return py::none();
   const int64_t n = dy_view.columns(), m = dy_view.rows(), experts = static_cast<int64_t>(a.size());
-  if (!plain_experts(dy_view, n, k, {a, b, scale, gate, dropout_p, seed}, lora, gate_values)) return py::none();
+  if (!plain_experts(dy_view, n, k, {a, b, scale, gate, dropout_p, seed, Origin::known}, lora, gate_values)) return py::none();
   float *x_data, *s_data;
   if (!dense_or_none(x, m, k, x_data) || !dense_or_none(s, m, lora.total_rank(), s_data)) return py::none();
 
   PlainWeight w;
   const bool needs_dx = needs[0].cast<bool>();
   if (needs_dx) {
-    if (!w.read(weight, weight_scale, k) || w.n != (w.packed.scale ? k : n)) return py::none();
+    if (!w.read(weight, weight_scale, k, Origin::known) || w.n != (w.packed.scale ? k : n)) return py::none();
     if (m > (w.full ? few_rows() : w.group_scales ? nibbles_few_rows() : m)) return py::none();
   }
   py::tuple result(2 + 2 * experts);

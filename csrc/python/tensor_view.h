@@ -48,6 +48,15 @@ struct Element<Bf16> {
   static constexpr const char* name = "bfloat16";
 };
 
+// Whether the values of a tensor are to be negated when they are read, which its memory does not say.
+inline bool is_negated(py::handle tensor) {
+  static PyObject* const method = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "is_neg");
+  PyObject* const arguments[] = {tensor.ptr()};
+  const py::object found = py::reinterpret_steal<py::object>(PyObject_Vectorcall(method, arguments, 1, nullptr));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == Py_True;
+}
+
 // A CPU tensor as a matrix: its last dimension, and all others as rows. It must be dense, that is row-major without
 // gaps, or, where `dense` is false, have two dimensions and any strides.
 template <class T>
@@ -61,7 +70,7 @@ class MatrixOf {
       throw py::type_error(std::string(name) + " is a " + Py_TYPE(tensor.ptr())->tp_name +
                            ", whose values need not lie in its own memory; pass a torch.Tensor");
     }
-    if (tensor.attr("is_neg")().cast<bool>()) fail("is negated when it is read; pass .resolve_neg()");
+    if (is_negated(tensor)) fail("is negated when it is read; pass .resolve_neg()");
     if (exchange) {
       read_exchange(tensor);
     } else {
@@ -160,10 +169,14 @@ struct View {
   }
 };
 
+// Whether a tensor comes from outside, or was made by this package or looked at before, so that it cannot be negated.
+enum class Origin { outside, known };
+
 // Whether it is a plain tensor of this element type.
 template <class T>
-bool look(py::handle object, View& view) {
+bool look(py::handle object, View& view, Origin origin = Origin::outside) {
   if (Py_TYPE(object.ptr()) != tensor_type && Py_TYPE(object.ptr()) != parameter_type) return false;
+  if (origin == Origin::outside && is_negated(object)) return false;
   if (exchange->tensor_from_py_object(object.ptr(), &view.tensor) != 0) {
     PyErr_Clear();
     return false;
@@ -173,10 +186,10 @@ bool look(py::handle object, View& view) {
          t.dtype.bits == 8 * sizeof(T) && t.dtype.lanes == 1;
 }
 
-// Points at a dense float32 tensor that has these rows and columns as a matrix; null stands for None.
+// Points at a dense float32 tensor, one of a forward pass, that has these rows and columns as a matrix; null stands for None.
 inline bool dense_matrix(py::handle object, int64_t rows, int64_t columns, float*& data) {
   View view;
-  if (!look<float>(object, view) || !view.dense() || view.rows() != rows || view.columns() != columns) return false;
+  if (!look<float>(object, view, Origin::known) || !view.dense() || view.rows() != rows || view.columns() != columns) return false;
   data = view.data<float>();
   return true;
 }

@@ -22,10 +22,10 @@ _HEAD_START = 2_000_000
 
 
 class Choices(Generic[Way]):
-    """The choices of one file. It is read when the first shape is asked for.
+    """The choices in one file, which is read when the first shape is requested.
 
     Args:
-        name: of the file, in which everything stands that choices depend on besides the shape.
+        name: Name of the file. It contains everything besides the shape that choices depend on.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,10 +41,10 @@ class Choices(Generic[Way]):
         """Return the fastest way for a shape.
 
         Args:
-            device: where `run` computes.
-            shape: all that decides how fast a way is.
-            ways: returns the legal ways by name, the one to take where nothing can be measured first.
-            run: computes the whole of what is chosen for, in one way.
+            device: Device on which `run` computes.
+            shape: Everything that decides how fast a way is.
+            ways: Returns the valid ways by name. The first one is used if nothing can be measured.
+            run: Computes the complete result in one way.
         """
         key = (device, *shape)
         if key in self._cache:

@@ -123,11 +123,6 @@ class Needs(NamedTuple):
     da: Sequence[bool]
     db: Sequence[bool]
 
-    @property
-    def kinds(self) -> tuple[bool, bool, bool, bool]:
-        """Whether the gradient of x, of the gate, of any A and of any B is needed."""
-        return self.dx, self.dgate, any(self.da), any(self.db)
-
 
 class ForwardCall(NamedTuple):
     """A forward pass: y = x W^T + bias + the LoRA branch.

@@ -75,9 +75,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     rows = _aligned_rows(x)
     y, s = x.new_empty(*x.shape[:-1], weight.n), x.new_empty(len(rows), plan.rank)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    plan.forward(
-        rows, _aligned_rows(weight.data), weight.scale, bias, *_branch(plan, lora, x.device), y, s, x.new_empty(plan.room_size),
-    )  # fmt: skip
+    plan.forward(rows, _aligned_rows(weight.data), weight.scale, bias, *_branch(plan, lora, x.device), y, s, None)
     return y, s
 
 
@@ -90,9 +88,8 @@ def backward(call: BackwardCall) -> Gradients:
     dgate = dy.new_empty(len(rows), lora.gate.shape[-1], dtype=torch.float32) if needs.dgate else None
     da, db = empty_gradients(lora, needs)
     plan.backward(
-        rows, needs.kinds, _aligned_rows(x) if any(needs.da) else None, _aligned_rows(weight.data) if needs.dx else None,
-        weight.scale, *_branch(plan, lora, dy.device), None if s is None else s.contiguous(), dy.new_empty(plan.room_size), False,
-        dx, dgate, da, db,
+        rows, _aligned_rows(x) if any(needs.da) else None, _aligned_rows(weight.data) if needs.dx else None,
+        weight.scale, *_branch(plan, lora, dy.device), None if s is None else s.contiguous(), None, dx, dgate, da, db,
     )  # fmt: skip
     return dx, None if dgate is None else dgate.view(lora.gate.shape).to(lora.gate.dtype), da, db
 

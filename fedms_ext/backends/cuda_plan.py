@@ -67,8 +67,10 @@ class Plan:
     Attributes:
         shape: The shape of all calls.
         rank: Number of columns of S.
-        room_size: Size of the buffer `room`, in values of the dtype of x: T, followed by the experts side by side. The forward
-            pass fills it. A backward pass that is given the filled buffer does not compute them again.
+        room_size: Size of the buffer `room`, in values of the dtype of x: T, the experts side by side, and S. The forward pass
+            fills it. A backward pass that is given the filled buffer does not compute them again. A pass that is given none uses
+            one that lasts as long as the call.
+        s_at: Index of the first value of S in the room, where a forward pass writes S if it is given no tensor for it.
         reads_expert_in_place: Whether the kernels read the only expert without a copy, so that its rows have to begin at multiples
             of 16 bytes.
     """
@@ -83,9 +85,9 @@ class Plan:
         )  # fmt: skip
         self.rank: int = self._kernels.rank
         self.room_size: int = self._kernels.room_size
+        self.s_at: int = self._kernels.s_at
         self.reads_expert_in_place: bool = self._kernels.reads_expert_in_place
         self._forward_is_chosen = self._dx_is_chosen = False
-        self._workspace_sizes: dict[tuple[bool, ...], int] = {}
 
     def forward(self, x: Tensor, *args: Any) -> None:
         """Write y and S, and fill the room.
@@ -101,26 +103,21 @@ class Plan:
             self._choose_forward(lambda: self._kernels.forward(x, *args))
         self._kernels.forward(x, *args)
 
-    def backward(self, dy: Tensor, needs: tuple[bool, bool, bool, bool], *args: Any) -> None:
+    def backward(self, dy: Tensor, *args: Any) -> None:
         """Write the gradients.
 
         Args:
             dy: (M, N), or (..., N) if dense.
-            needs: Whether the gradient of x, of the gate, of any A and of any B is needed; see `Needs.kinds`.
-            args: The other arguments of `_C.cuda.Plan.backward` except for the workspace, in order. The last three are the
-                gradients of the gate, of every A and of every B.
+            args: The other arguments of `_C.cuda.Plan.backward`, in order. The last four are the gradients of x, of the gate, of
+                every A and of every B, None for those that are not needed.
 
         Raises:
             Declined: If the kernels cannot read a tensor in place.
         """
-        size = self._workspace_sizes.get(needs)
-        if size is None:
-            size = self._workspace_sizes[needs] = self._kernels.workspace_size(*needs)
-        workspace = dy.new_empty(size)
-        if needs[0] and not self._dx_is_chosen:
+        if args[-4] is not None and not self._dx_is_chosen:
             nothing = [None] * len(self.shape.ranks)
-            self._choose_dx(lambda: self._kernels.backward(dy, *args[:-3], None, nothing, nothing, workspace))
-        self._kernels.backward(dy, *args, workspace)
+            self._choose_dx(lambda: self._kernels.backward(dy, *args[:-3], None, nothing, nothing))
+        self._kernels.backward(dy, *args)
 
     def _choose_forward(self, run: Callable[[], None]) -> None:
         # Tiles that compute S too support neither dropout nor an int8 W. In a forward pass dropout affects only S.

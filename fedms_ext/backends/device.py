@@ -27,12 +27,12 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class DeviceProperties(NamedTuple):
-    """What the kernels must know of a GPU.
+    """The properties of a GPU that the kernels need.
 
     Attributes:
-        capability: the compute capability, (major, minor).
-        multiprocessors: how many there are.
-        shared_memory: bytes of shared memory that a block of threads may have.
+        capability: Compute capability, (major, minor).
+        multiprocessors: Number of multiprocessors.
+        shared_memory: Bytes of shared memory that a block of threads may use.
     """
 
     capability: tuple[int, int]

@@ -15,15 +15,15 @@ _forced: list[tuple[Backend]] = []
 
 
 def register_backend(backend: Backend, *, before: str = "eager") -> None:
-    """Add a backend of your own to the list, from which the first one is taken that supports and prefers a call.
+    """Add a backend to the list. A call is computed by the first backend in the list that supports and prefers it.
 
     Args:
-        backend: a module or an object with the functions of `fedms_ext.Backend`. Its name must be new.
-        before: the name of the backend that it is placed before.
+        backend: A module or an object with the functions of `fedms_ext.Backend`. Its name must be new.
+        before: Name of the backend before which it is placed.
 
     Raises:
-        ValueError: if the name is taken or `before` is not known.
-        TypeError: if one of the functions is missing.
+        ValueError: If the name exists already, or `before` is unknown.
+        TypeError: If one of the functions is missing.
     """
     missing = [name for name in ("name", "unavailable", "supports", "prefers", "forward", "backward")
                if getattr(backend, name, None) is None]
@@ -56,7 +56,7 @@ def explain(name: str) -> str | None:
     """Return why a backend cannot run here and what to do about it, or None if it can.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: If the name is unknown.
     """
     _check_known(name)
     return _backends[name].unavailable()
@@ -64,13 +64,13 @@ def explain(name: str) -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the context every call runs on the backend of that name, in all threads.
+    """Let the backend with this name compute every call within the context, in all threads.
 
-    Of several, the one entered last counts. A call that the backend does not support is then a RuntimeError.
+    Of nested contexts the innermost one counts. A call that the backend does not support raises a RuntimeError.
 
     Raises:
-        ValueError: for an unknown name.
-        RuntimeError: for a backend that cannot run here.
+        ValueError: If the name is unknown.
+        RuntimeError: If the backend cannot run here.
     """
     choice = (_named(name),)  # a tuple of its own: threads may leave in another order than they entered
     _forced.append(choice)
@@ -84,7 +84,7 @@ def choose(call: Call) -> Backend:
     """Return the backend that computes a call.
 
     Raises:
-        RuntimeError: if a backend was asked for by name that does not support the call.
+        RuntimeError: If a backend was requested by name that does not support the call.
     """
     if _forced:
         (forced,) = _forced[-1]

@@ -189,35 +189,30 @@ class ExpertLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         # Attribute access on a module searches `_modules` and `_parameters` last; reading these dicts saves 20 us a call.
         modules: dict[str, Any] = self._modules
-        frozen, off = modules.get("frozen"), self.off
-        active = [name not in off for name in self.experts]
-        if True not in active:
+        frozen, off, experts = modules.get("frozen"), self.off, self.experts
+        if len(off) == len(experts):
             return super().forward(x)
         weight = self.matrix() if frozen is None else frozen
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         a, b = list(modules["lora_a"]._parameters.values()), list(modules["lora_b"]._parameters.values())
-        scale = [lora.scale for lora in self.experts.values()]
+        scale = [lora.scale for lora in experts.values()]
         route = self._route() if self.routes else _EVERYWHERE
         segments = None if route.segments is None else self._segments_of_rows(x, route.segments)
         gate = None if route.gate is None else self._gate_of_rows(x, route)
-        if False in active and gate is None and segments is None:
+        active = [name not in off for name in experts] if off else None
+        if active is not None and gate is None and segments is None:
             a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
-            active = [True] * len(a)
-        dropout = next(iter(self.experts.values())).dropout if self.training else 0.0
-        if dropout > 0.0 and not any([pair.requires_grad for pair in (*compress(a, active), *compress(b, active))]):
-            dropout = 0.0
+            active = None
+        dropout = next(iter(experts.values())).dropout if self.training else 0.0
+        if dropout > 0.0:
+            applied = (*a, *b) if active is None else (*compress(a, active), *compress(b, active))
+            dropout = dropout if any([pair.requires_grad for pair in applied]) else 0.0
         seed = draw_seed(x) if dropout > 0.0 else None
-        if type(x) is Tensor and getattr(x, ON_GPU) and segments is None and False not in active:
+        if type(x) is Tensor and getattr(x, ON_GPU) and segments is None and active is None:
             y = planned_linear(self.plans, x, weight, bias, a, b, scale, gate, dropout, 0 if seed is None else seed)
             if y is not None:
                 return y
-        return expert_linear(
-            x, weight, bias, a, b, scale,
-            gate=gate,
-            active=active if False in active else None,
-            dropout_p=dropout,
-            seed=seed,
-            segments=segments)
+        return expert_linear(x, weight, bias, a, b, scale, gate, active, dropout, seed, segments)
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate

@@ -4,7 +4,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ class LoRA:
         dropout: Probability in [0, 1) of dropping an input of the LoRA branch while it is trained.
         rslora: Whether the scale is rank-stabilized.
 
+    Attributes:
+        scale: The factor of B A in the layer's output. Every call of a layer reads it, so it is computed once.
+
     Raises:
         ValueError: If a value is outside its range.
     """
@@ -40,6 +43,7 @@ class LoRA:
     alpha: float
     dropout: float = 0.0
     rslora: bool = False
+    scale: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -48,11 +52,7 @@ class LoRA:
             raise ValueError(f"LoRA dropout must lie in [0, 1), got {self.dropout}")
         if not math.isfinite(self.alpha):
             raise ValueError(f"LoRA alpha must be finite, got {self.alpha}")
-
-    @property
-    def scale(self) -> float:
-        """The factor of B A in the layer's output."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        object.__setattr__(self, "scale", self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank))
 
 
 def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:

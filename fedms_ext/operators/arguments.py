@@ -37,17 +37,17 @@ def check(
 ) -> None:  # fmt: skip
     """Check types, layouts, devices and shapes.
 
-    Shapes that were right once are not looked at again one by one: at one row that would take longer than the product.
+    Shapes that were correct once are not checked again one by one, which would take longer than the product of one row.
 
     Args:
-        x: the input.
-        weight: a floating weight, or the data of a quantized one.
-        n, k: what the weight stands for.
-        bias, lora_a, lora_b, scale, active, segments: see `expert_linear`.
+        x: The input.
+        weight: A floating weight, or the data of a quantized one.
+        n, k: Shape of the weight.
+        bias, lora_a, lora_b, scale, active, segments: See `expert_linear`.
 
     Raises:
-        TypeError: for what is no tensor, no floating tensor or not dense.
-        ValueError: for a wrong shape, number or device.
+        TypeError: If an argument is not a tensor, not floating or not dense.
+        ValueError: If a shape, number or device is wrong.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}, expected a tensor")
@@ -128,8 +128,8 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None, x: Tensor) -> Non
     """Check the probability and the seed.
 
     Raises:
-        TypeError: for a tensor of a seed that is not int64.
-        ValueError: for a value out of range, a missing seed, or one on another device.
+        TypeError: If the seed is a tensor that is not int64.
+        ValueError: If a value is out of range, or the seed is missing or on another device.
     """
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
@@ -145,11 +145,11 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None, x: Tensor) -> Non
 
 
 def expanded_gate(gate: Tensor, x: Tensor, experts: int, segments: Sequence[int] | None) -> Tensor:
-    """Return the gate as x.shape[:-1] + (E,), or with segments x.shape[:-1] + (1,).
+    """Return the gate as x.shape[:-1] + (E,), or with segments as x.shape[:-1] + (1,).
 
     Raises:
-        TypeError: for what is no floating tensor.
-        ValueError: for a shape that does not broadcast, or another device than x's.
+        TypeError: If it is not a floating tensor.
+        ValueError: If its shape does not broadcast, or it is on another device than x.
     """
     check_tensor("gate", gate, x)
     if not gate.is_floating_point():

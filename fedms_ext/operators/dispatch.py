@@ -42,6 +42,15 @@ def is_observed() -> bool:
     return False
 
 
+def untransformed_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply` for calls that no transform of `torch.func` observes.
+
+    `Function.apply` first looks for such transforms and for tensors that outlived one. Both are known to be absent where
+    `is_observed` is False and a kernel could read the tensors.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def is_plain(args: Sequence[Any]) -> bool:
     """Return whether a kernel may read every tensor of a call from memory.
 
@@ -77,6 +86,9 @@ def _find_probes() -> tuple[Callable[[], object], ...]:
 
 
 _PROBES = _find_probes()
+
+# Whether autocast is on for any device. It takes a tenth of the time of torch.is_autocast_enabled(x.device.type).
+is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 # All that a call may hold besides lists. Of tensors only those whose values lie in memory of their own, as they are.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, Scales, list, tuple, torch.Size, type(None), bool, int, float, str))

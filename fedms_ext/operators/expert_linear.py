@@ -86,43 +86,43 @@ def expert_linear(
 ) -> Tensor:
     """Compute a frozen linear layer with any number of LoRA experts, each weighted by a gate row by row.
 
-        y = x W^T + b + sum over the active experts e of  scale_e * gate_e * (dropout(x) A_e^T) B_e^T
+        y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T
 
-    The gradient of a gradient is a RuntimeError; `fedms_ext.reference.expert_linear` has them all. Under torch.autocast
-    everything but float64 is converted to its dtype first, as by F.linear; next to a quantized weight only x is. NaN is not looked
-    for.
+    Differentiating a gradient again raises a RuntimeError; `fedms_ext.reference.expert_linear` supports it. Under torch.autocast
+    all tensors except float64 ones are first converted to its dtype, as in F.linear; with a quantized weight only x is converted.
+    Inputs are not checked for NaN.
 
     Args:
         x: (..., K), any floating dtype.
-        weight: (N, K) in x's dtype, or a `QuantizedWeight` that stands for (N, K). It is frozen and never gets a gradient. With
-            int8 on a CPU x is quantized too for this product; see `reference.frozen_linear`.
-        bias: (N,) or None, frozen too; next to a floating weight in x's dtype.
+        weight: (N, K) in the dtype of x, or a `QuantizedWeight` that stands for (N, K). It is frozen and never gets a gradient.
+            With int8 on a CPU x is quantized too for this product; see `reference.frozen_linear`.
+        bias: (N,) or None, also frozen; with a floating weight it has the dtype of x.
         lora_a: E tensors (r_e, K), r_e >= 1; the ranks may differ.
-        lora_b: E tensors (N, r_e). All A and B share one dtype, which may be wider than x's, and get their gradients in it. The
-            LoRA branch is computed in that dtype; only the GPU kernels, which run for x in bf16 or fp16, round A and B to x's
-            dtype for the products and add up in float32. S = dropout(x) A^T is kept for the backward pass in x's dtype where that
-            has 16 bits, and otherwise in that of A.
-        scale: E numbers or a tensor (E,); alpha / r in LoRA. It gets no gradient. A tensor on x's device or on the CPU may
-            change its values without a recompilation of a compiled model.
-        gate: a weight for every row and expert, broadcastable to x.shape[:-1] + (E,), floating; None means 1.
-        active: E bools, which experts are applied; None means all. One that is not costs nothing: its A and B get no gradient
-            (None) and its column of the gate gets zero. With none active on a floating weight the result is
-            F.linear(x, weight, bias), bit for bit, and the gate is not part of it.
-        dropout_p: 0 <= p < 1, the dropout on x in the LoRA branch; one mask, shared by the experts.
-        seed: which mask; required if dropout_p > 0. A number, 0 <= seed < 2**63, or an int64 tensor with one element on x's
-            device, which is read when the kernels run: so each replay of a CUDA graph may have another mask. See
+        lora_b: E tensors (N, r_e). All A and B have the same dtype, which may be wider than that of x, and their gradients have it,
+            too. The LoRA branch is computed in that dtype. Only the GPU kernels, which run for x in bf16 or fp16, round A and B to
+            the dtype of x for the products and add up in float32. S = dropout(x) A^T is kept for the backward pass in the dtype of
+            x if that has 16 bits, otherwise in that of A.
+        scale: E numbers or a tensor (E,); alpha / r in LoRA. It gets no gradient. The values of a tensor on the device of x or on
+            the CPU may change without a recompilation of a compiled model.
+        gate: A weight for each row and expert, broadcastable to x.shape[:-1] + (E,), floating; None means 1.
+        active: E bools, which experts are applied; None means all. An expert that is not applied costs nothing: its A and B get no
+            gradient (None), and its column of the gate gets zeros. If no expert is active on a floating weight, the result is
+            F.linear(x, weight, bias), bit for bit, and does not depend on the gate.
+        dropout_p: 0 <= p < 1, the dropout on x in the LoRA branch. The experts share one mask.
+        seed: Seed of the mask, required if dropout_p > 0. A number, 0 <= seed < 2**63, or an int64 tensor with one element on the
+            device of x, which is read when the kernels run, so that each replay of a CUDA graph can have another mask. See
             `fedms_ext.philox_mask`.
-        segments: E numbers of rows that add up to the rows of x, in their order: the first segments[0] rows take expert 0 alone,
-            the next segments[1] rows expert 1, and so on; one may be 0. The rows of an expert that is not active take none. The
-            gate then is one weight a row, that of its own expert: it broadcasts to x.shape[:-1] + (1,). No expert is computed
-            for the rows of another.
+        segments: E numbers of rows whose sum is the number of rows of x: only expert 0 applies to the first segments[0] rows, only
+            expert 1 to the next segments[1] rows, and so on; a number may be 0. No expert applies to the rows of an expert that is
+            not active. The gate is then one weight for each row, that of its own expert, and broadcasts to x.shape[:-1] + (1,). No
+            expert is computed for the rows of another.
 
     Returns:
-        y, (..., N), in x's dtype. Gradients flow to x, the gate and every A and B.
+        y, (..., N), in the dtype of x. Gradients flow to x, the gate and every A and B.
 
     Raises:
-        TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, device or value.
+        TypeError: If a type or dtype is wrong.
+        ValueError: If a shape, device or value is wrong.
     """
     if active is None:
         y = plain_linear(x, weight, bias, lora_a, lora_b, scale, gate, dropout_p, seed, segments)
@@ -163,11 +163,11 @@ _Own = tuple[Tensor, Tensor | None, str, int]
 
 
 def _operands(weight: Any) -> tuple[_Own, int, int]:
-    """Return data, scale, kind and group of a weight as the operator takes them, and N and K.
+    """Return data, scale, kind and group of a weight for the operator, and N and K.
 
     Raises:
-        TypeError: for what is neither a tensor nor a quantized weight.
-        ValueError: for a tensor that is no matrix.
+        TypeError: If it is neither a tensor nor a quantized weight.
+        ValueError: If it is a tensor without two dimensions.
     """
     if isinstance(weight, Tensor):
         if weight.dim() != 2:

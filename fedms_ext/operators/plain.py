@@ -2,8 +2,8 @@
 
 For one row the kernels take a few microseconds. The general path, which checks and converts every operand and chooses a backend,
 takes several times as long. Here a call goes directly to `_C.linear_forward`, which returns None if the call is not plain: a
-tensor is not float32, not dense, of a subclass or on another device, or shapes do not fit. Lazily negated views are declined
-here. The caller then takes the general path, which computes the same result or reports what is wrong.
+tensor is not float32, not dense, of a subclass, lazily negated or on another device, or shapes do not fit. The caller then takes
+the general path, which computes the same result or reports what is wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..backends.base import FLOATING
 from ..backends.device import ON_GPU
 from .arguments import Quantized, settled_scale
 from .definition import gradients
-from .dispatch import is_observed
+from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
 
 
 def plain_linear(
@@ -49,7 +49,7 @@ def plain_linear(
         segments: Number of rows of each applied expert, which alone applies to them, or None. Plain only without a gate, without
             dropout and if no gradient is needed.
     """
-    if type(x) is not Tensor or getattr(x, ON_GPU) or is_observed() or not backends.cpu_is_chosen() or torch.is_autocast_enabled("cpu"):
+    if type(x) is not Tensor or getattr(x, ON_GPU) or is_observed() or is_autocast_enabled() or not backends.cpu_is_chosen():
         return None
     if isinstance(weight, Tensor):
         quantized, data, data_scale = None, weight, None
@@ -63,9 +63,6 @@ def plain_linear(
     if dropout_p if seed is None else type(seed) is not int or not 0 <= seed < 2**63:
         return None
     inputs = (x, gate, *lora_a, *lora_b)
-    for tensor in (*inputs, bias, data):
-        if isinstance(tensor, Tensor) and tensor.is_neg():
-            return None
     needs = [isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs] if torch.is_grad_enabled() else [False]
     trains = True in needs
     if trains and segments is not None:
@@ -76,21 +73,22 @@ def plain_linear(
         return None if found is None else found[0]
     if quantized is not None:
         data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-    branch = (tuple(scale), dropout_p, seed_number)
-    return _Plain.apply((*found, data, data_scale, quantized, branch, needs), *inputs)
+    return _apply((*found, data, data_scale), (x.shape[-1], quantized, tuple(scale), dropout_p, seed_number, needs), *inputs)
 
 
 class _Plain(torch.autograd.Function):
     """Adds the result of `_C.linear_forward` to autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
-        y, s, weight, weight_scale, ctx.quantized, ctx.branch, needs = call
+    def forward(
+        ctx: Any, made: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
+    ) -> Tensor:
+        ctx.call, needs = call, call[-1]
+        y, s, weight, weight_scale = made  # in a tuple: of y itself autograd would return a view
         experts = len(pairs) // 2
         keep_x = True in needs[2 : 2 + experts]
         keep_s = needs[1] or True in needs[2 + experts :]
         ctx.save_for_backward(x if keep_x else None, s if keep_s else None, gate, weight, weight_scale, *pairs)
-        ctx.k, ctx.needs = x.shape[-1], needs
         return y
 
     @staticmethod
@@ -99,21 +97,24 @@ class _Plain(torch.autograd.Function):
         return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
 
 
+_apply = untransformed_apply(_Plain)
+
+
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the call (None), x, the gate, every A and every B."""
+    """Return the gradients of the two tuples (both None), x, the gate, every A and every B."""
     x, s, gate, weight, weight_scale, *pairs = ctx.saved_tensors
+    k, quantized, scale, dropout_p, seed, needs = ctx.call
     experts = len(pairs) // 2
-    scale, dropout_p, seed = ctx.branch
-    if not is_observed() and not dy.is_neg():
+    if not is_observed():
         found = _C.linear_backward(
-            dy, x, ctx.k, weight, weight_scale, pairs[:experts], pairs[experts:], scale, gate, dropout_p, seed, s, ctx.needs
+            dy, x, k, weight, weight_scale, pairs[:experts], pairs[experts:], scale, gate, dropout_p, seed, s, needs
         )
         if found is not None:
-            return None, *found
+            return None, None, *found
     # The operator accepts every dy, even one whose values share memory, such as the gradient of a sum.
-    kind, group = (FLOATING, 0) if ctx.quantized is None else (ctx.quantized.kind, ctx.quantized.group)
-    return None, *gradients(
-        dy, x, ctx.k, weight, weight_scale, kind, group, pairs, settled_scale(scale), gate, None, dropout_p, seed, None, s, ctx.needs
+    kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
+    return None, None, *gradients(
+        dy, x, k, weight, weight_scale, kind, group, pairs, settled_scale(scale), gate, None, dropout_p, seed, None, s, needs
     )
 
 

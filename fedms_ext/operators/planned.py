@@ -18,7 +18,7 @@ from ..backends import cuda, cuda_plan, device
 from ..backends.base import FLOATING, BackwardCall, ForwardCall, Lora, Needs, Scales, Weight, scale_on
 from .arguments import Quantized
 from .definition import gradients
-from .dispatch import is_observed
+from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
 
 
 class Planned:
@@ -26,20 +26,18 @@ class Planned:
 
     Attributes:
         plan: The plan of both passes, or None if another backend computes such calls.
+        x_shape: Shape of the input.
         y_shape: Shape of the output.
-        room: Size of the buffer that the forward pass fills for the backward pass, in values of the dtype of x. S is at its end.
         scale: Scales of the experts on the GPU, float32 (E,).
-        backward: For each combination of needed gradients its `Needs.kinds`, or None if another backend computes that backward
-            pass.
+        backward: For each combination of needed gradients whether the plan computes that backward pass, or another backend does.
     """
 
     def __init__(self, found: ForwardCall) -> None:
         x, weight, _, lora = found
         self.plan = cuda_plan.Plan(cuda_plan.shape_of(x, weight, lora)) if backends.choose(found) is cuda else None
-        self.y_shape = (*x.shape[:-1], weight.n)
-        self.room = 0 if self.plan is None else self.plan.room_size + self.plan.shape.m * self.plan.rank
+        self.x_shape, self.y_shape = tuple(x.shape), (*x.shape[:-1], weight.n)
         self.scale = scale_on(lora.scale, x.device)
-        self.backward: dict[tuple[bool, ...], tuple[bool, bool, bool, bool] | None] = {}
+        self.backward: dict[tuple[bool, ...], bool] = {}
 
 
 class Plans(dict[tuple[object, ...], Planned]):
@@ -81,14 +79,15 @@ def planned_linear(
         dropout_p: Probability that a value of x is dropped in the branch.
         seed: Seed of the dropout mask; see `expert_linear`.
     """
-    if is_observed() or torch.is_autocast_enabled(x.device.type):
+    if is_observed() or is_autocast_enabled():
         return None
-    quantized: Any = None if isinstance(weight, Tensor) else weight
-    data, data_scale = (weight, None) if isinstance(weight, Tensor) else quantized.operands
+    if isinstance(weight, Tensor):
+        quantized, data, data_scale = None, weight, None
+    else:
+        quantized, (data, data_scale) = weight, weight.operands
     if gate is not None:
         gate = _gate_of_rows(gate, x)
-    ranks = [pair.shape[0] for pair in a]
-    key = (x.shape, x.dtype, x.device, data.dtype, a[0].dtype, *scale, *ranks, gate is None, dropout_p > 0.0,
+    key = (x.shape, x.dtype, x.device, data.dtype, *scale, *[pair.shape[0] for pair in a], gate is None, dropout_p > 0.0,
            backends.preference())  # fmt: skip
     planned = plans.get(key)
     if planned is None:
@@ -96,19 +95,22 @@ def planned_linear(
     plan = planned.plan
     if plan is None:
         return None
-    y, room = x.new_empty(planned.y_shape), x.new_empty(planned.room)
+    needs: tuple[bool, ...] = (False,)
+    if torch.is_grad_enabled():
+        needs = tuple([tensor is not None and tensor.requires_grad for tensor in (x, gate, *a, *b)])
+    trains = True in needs
+    # Numbers, since PyTorch takes 3,000 instructions longer to read a tuple, and 8,000 for a torch.Size.
+    y, room = x.new_empty(*planned.y_shape), x.new_empty(plan.room_size) if trains else None
     try:
         plan.forward(x, data, data_scale, bias, a, b, planned.scale, gate, dropout_p, seed, y, None, room)
     except cuda_plan.Declined:
         return None
-    if torch.is_grad_enabled():
-        needs = tuple([tensor is not None and tensor.requires_grad for tensor in (x, gate, *a, *b)])
-        if True in needs:
-            if quantized is not None:
-                data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-            kept = (room, data, data_scale, seed if isinstance(seed, Tensor) else None)
-            return _Planned.apply((y, planned, kept, quantized, scale, dropout_p, seed, needs), x, gate, *a, *b)
-    return y
+    if not trains:
+        return y
+    if quantized is not None:
+        data, data_scale = quantized.for_dx() if needs[0] else (None, None)
+    made = (y, room, data, data_scale, seed if isinstance(seed, Tensor) else None)
+    return _apply(made, (planned, quantized, scale, dropout_p, seed, needs), x, gate, *a, *b)
 
 
 def _gate_of_rows(gate: Tensor, x: Tensor) -> Tensor:
@@ -136,10 +138,13 @@ class _Planned(torch.autograd.Function):
     """Adds the result of a plan to autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
-        y, ctx.planned, kept, ctx.quantized, ctx.scale, ctx.dropout_p, ctx.seed, ctx.needs = call
+    def forward(
+        ctx: Any, made: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
+    ) -> Tensor:
+        ctx.call = call
+        y, *kept = made  # in a tuple: of y itself autograd would return a view
         # x is needed only for the gradients of A.
-        ctx.save_for_backward(x if True in ctx.needs[2 : 2 + len(pairs) // 2] else None, gate, *kept, *pairs)
+        ctx.save_for_backward(x if True in call[-1][2 : 2 + len(pairs) // 2] else None, gate, *kept, *pairs)
         return y
 
     @staticmethod
@@ -148,53 +153,54 @@ class _Planned(torch.autograd.Function):
         return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
 
 
+_apply = untransformed_apply(_Planned)
+
+
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the call (None), x, the gate, every A and every B."""
+    """Return the gradients of the two tuples (both None), x, the gate, every A and every B."""
     saved = ctx.saved_tensors  # read only once, as activation checkpointing requires
     x, gate, room, weight, weight_scale, seed, *pairs = saved
-    planned, needs = ctx.planned, ctx.needs
+    planned, _, _, dropout_p, number, needs = ctx.call
     experts = len(pairs) // 2
     if needs not in planned.backward:
-        found = _backward_call(ctx, dy, saved)
-        planned.backward[needs] = found.needs.kinds if backends.choose(found) is cuda else None
-    kinds = planned.backward[needs]
-    if kinds is None or is_observed():
-        return None, *_general_gradients(ctx, dy, saved)
-    dx = dy.new_empty(*dy.shape[:-1], planned.plan.shape.k) if needs[0] else None
+        planned.backward[needs] = backends.choose(_backward_call(ctx.call, dy, saved)) is cuda
+    if is_observed() or not planned.backward[needs]:
+        return None, None, *_general_gradients(ctx.call, dy, saved)
+    dx = dy.new_empty(*planned.x_shape) if needs[0] else None
     dgate = gate.new_empty(gate.shape) if needs[1] else None
     made = [torch.empty_like(pair, memory_format=torch.contiguous_format) if needed else None
             for pair, needed in zip(pairs, needs[2:])]
     try:
         planned.plan.backward(
-            dy, kinds, x, weight, weight_scale, pairs[:experts], pairs[experts:], planned.scale, gate, ctx.dropout_p,
-            ctx.seed if seed is None else seed, None, room, True, dx, dgate, made[:experts], made[experts:],
+            dy, x, weight, weight_scale, pairs[:experts], pairs[experts:], planned.scale, gate, dropout_p,
+            number if seed is None else seed, None, room, dx, dgate, made[:experts], made[experts:],
         )  # fmt: skip
     except cuda_plan.Declined:  # a dy whose values share memory, such as the gradient of a sum
-        return None, *_general_gradients(ctx, dy, saved)
-    return None, dx, dgate, *made
+        return None, None, *_general_gradients(ctx.call, dy, saved)
+    return None, None, dx, dgate, *made
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 
-def _backward_call(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> BackwardCall:
+def _backward_call(call: tuple[Any, ...], dy: Tensor, saved: Sequence[Any]) -> BackwardCall:
     """Return what a backend is given for this backward pass; `saved` is what `_Planned.forward` saved."""
     x, gate, room, weight, weight_scale, seed, *pairs = saved
+    planned, quantized, scale, dropout_p, number, needs = call
     experts = len(pairs) // 2
-    kind, group = (FLOATING, 0) if ctx.quantized is None else (ctx.quantized.kind, ctx.quantized.group)
-    needs = Needs(ctx.needs[0], ctx.needs[1], ctx.needs[2 : 2 + experts], ctx.needs[2 + experts :])
-    seed = ctx.seed if seed is None else seed
-    lora = Lora(pairs[:experts], pairs[experts:], Scales(ctx.scale), gate, None, ctx.dropout_p, seed)
-    plan = ctx.planned.plan
-    s = room[plan.room_size :].view(plan.shape.m, plan.rank)
-    return BackwardCall(dy, x, Weight(weight, weight_scale, kind, group, dy.shape[-1], plan.shape.k), lora, s, needs)
+    kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
+    lora = Lora(pairs[:experts], pairs[experts:], Scales(scale), gate, None, dropout_p, number if seed is None else seed)
+    plan = planned.plan
+    s = room[plan.s_at :].view(plan.shape.m, plan.rank)
+    needed = Needs(needs[0], needs[1], needs[2 : 2 + experts], needs[2 + experts :])
+    return BackwardCall(dy, x, Weight(weight, weight_scale, kind, group, dy.shape[-1], plan.shape.k), lora, s, needed)
 
 
-def _general_gradients(ctx: Any, dy: Tensor, saved: Sequence[Any]) -> list[Tensor | None]:
+def _general_gradients(call: tuple[Any, ...], dy: Tensor, saved: Sequence[Any]) -> list[Tensor | None]:
     """Return the gradients by the operator: another backend computes them, or PyTorch's dispatcher is observed."""
-    _, x, weight, lora, s, _ = _backward_call(ctx, dy, saved)
+    _, x, weight, lora, s, _ = _backward_call(call, dy, saved)
     number, seed_tensor = (0, lora.seed) if isinstance(lora.seed, Tensor) else (lora.seed, None)
     return gradients(
         dy, x, weight.k, weight.data, weight.scale, weight.kind, weight.group, [*lora.a, *lora.b], lora.scale, lora.gate, None,
-        lora.dropout_p, number, seed_tensor, s, ctx.needs,
+        lora.dropout_p, number, seed_tensor, s, call[-1],
     )  # fmt: skip

@@ -30,7 +30,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential:
     """Return the list of transformer blocks of a model with experts.
 
     Raises:
-        ValueError: if no experts are attached.
+        ValueError: If no experts are attached.
     """
     blocks = getattr(model, "fedms_blocks", None)
     if blocks is None:

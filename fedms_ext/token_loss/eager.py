@@ -10,7 +10,7 @@ from fedms_ext.backends.base import Weight
 from .call import HeadCall, Result, empty_result
 
 def raw_logits(head: HeadCall, hidden: Tensor) -> Tensor:
-    """(n, V) logits before scale and cap."""
+    """Return the logits (n, V) before scale and cap."""
     weight = head.weight
     if head.quantized is not None:
         weight = Weight(*head.quantized, *weight.shape).expanded(hidden.dtype)

@@ -62,24 +62,25 @@ class TokenStatistics(NamedTuple):
 
 
 def token_log_prob(hidden: Tensor, head: FrozenHead, labels: Tensor, chunk: int = 128) -> TokenStatistics:
-    """The log-probability of one token a position under a frozen head, in memory for `chunk` positions' logits.
+    """Compute the log-probability of one token at each position under a frozen head, with memory for the logits of `chunk`
+    positions.
 
-    The gradient of a chunk is made together with its logits, from the float weight (an int8 product would lose it: see
-    `csrc/include/fedms/token_loss.h`), and multiplied in the backward pass. So a loss of any form in log_p is right: a
-    mean, weights by position, or `mixture_log_prob` of two heads' outputs.
+    The gradient of a chunk is computed together with its logits, from the float weight (an int8 product would lose it: see
+    `csrc/include/fedms/token_loss.h`), and multiplied in the backward pass. Any loss that is a function of log_p is therefore
+    differentiated correctly: a mean, weights by position, or `mixture_log_prob` of the outputs of two heads.
 
     Args:
-        hidden: (n, D), floating; float32 on the CPU runs in C++, a GPU's tensors in Triton, others in PyTorch.
-        head: V tokens. It gets no gradient.
+        hidden: (n, D), floating. Float32 on the CPU is computed in C++, tensors on a GPU in Triton, others in PyTorch.
+        head: The head with V tokens. It gets no gradient.
         labels: (n,) int64, each in 0..V-1, on the device of `hidden`.
-        chunk: positions whose logits exist at the same time, at least 1.
+        chunk: Number of positions whose logits are in memory at the same time, at least 1.
 
     Returns:
         `TokenStatistics`, in the dtype of `hidden`.
 
     Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape, device, label or chunk.
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape, device, label or the chunk is wrong.
     """
     _check(hidden, head, labels, chunk)
     quantized = head.quantized
@@ -114,15 +115,14 @@ def _check(hidden: Tensor, head: FrozenHead, labels: Tensor, chunk: int) -> None
 
 
 def mixture_log_prob(log_p: Tensor, gate: Tensor) -> Tensor:
-    """log p of a mixture of experts' probabilities, p = sum over e of gate_e p_e, at each position.
+    """Return log p of a mixture of the experts' probabilities, p = sum over e of gate_e p_e, at each position, (n,).
+
+    The gradient of log p_e is the responsibility of the expert, g_e p_e / p. The gradient of its hidden state is that times onehot
+    - p_e, through the head.
 
     Args:
-        log_p: (n, E) each expert's log-probability of the label, as `token_log_prob` gives it.
-        gate: (n, E) weights of at least 0 that add up to one; a weight of 0 leaves its expert out.
-
-    Returns:
-        (n,). The gradient of log p_e is the expert's responsibility g_e p_e / p, so that of its hidden states is that
-        times onehot - p_e, through the head.
+        log_p: (n, E), each expert's log-probability of the label, as `token_log_prob` returns it.
+        gate: (n, E) weights, at least 0, with sum 1. A weight of 0 leaves its expert out.
     """
     tiny = torch.finfo(gate.dtype).tiny
     return torch.logsumexp(log_p + gate.clamp_min(tiny).log(), dim=-1)

@@ -18,7 +18,7 @@ _LARGEST_BLOCK = 4096  # logits that a program holds at a time
 
 
 def supports(hidden: Tensor, head: HeadCall) -> bool:
-    """Tensors of 32 or 16 bits on a GPU; under Triton's interpreter those on the CPU, for the tests."""
+    """Return whether the tensors have 32 or 16 bits and are on a GPU; under Triton's interpreter, on the CPU."""
     if devices.no_triton() is not None or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return devices.runs_triton(hidden.device)

@@ -281,3 +281,12 @@ def test_no_pair_applied_is_the_linear_layer():
     for name in layer.experts:
         layer.set_state(name, "off")
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@needs_exchange
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_y_is_a_tensor_of_its_own(kind):
+    """A view could not be changed in place, as a residual connection may do."""
+    y = layer_of(12, 10, kind=kind)(torch.randn(2, 12, requires_grad=True))
+    assert y._base is None
+    y.mul_(2).sum().backward()

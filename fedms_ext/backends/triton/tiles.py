@@ -41,7 +41,7 @@ class Tile(NamedTuple):
         return self.bm * self.bn > 128 * 128
 
     def shared_memory(self, chip: DeviceProperties, rank: int, drop: bool = False) -> int:
-        """Bytes of shared memory, within 256: what the compiler was seen to take."""
+        """Return the bytes of shared memory that the compiler was seen to use, within 256."""
         columns = self.bn + (rank_block(rank) if self.kind == "inline" else 0)
         # Before Hopper the values of the step at hand are in registers.
         stages = self.stages if chip.capability >= (9, 0) else self.stages - 1
@@ -58,7 +58,7 @@ class Tile(NamedTuple):
 
     @lru_cache(maxsize=256)  # noqa: B019  (asked for at every launch; a tile is only its numbers)
     def resident(self, chip: DeviceProperties, rank: int) -> int:
-        """How many programs share a multiprocessor: bounded by 64 Ki registers and by shared memory."""
+        """Return how many programs share a multiprocessor, limited by 64 Ki registers and by shared memory."""
         registers = 32 * self.warps * (self.bm * self.bn // (32 * self.warps) + 64)
         # A multiprocessor has 1 KiB more than a program may ask for, and keeps 1 KiB for each.
         shared = self.shared_memory(chip, rank) + 1024
@@ -66,7 +66,8 @@ class Tile(NamedTuple):
 
 
 def rank_block(rank: int, largest: int = 32) -> int:
-    """The ranks of one step of the tail: 16 at least, for a matrix instruction, and few, since the rest is zeros."""
+    """Return the number of ranks in one step of the tail: at least 16, for a matrix instruction, and few, since the rest is zeros.
+    """
     return min(max(16, 1 << (rank - 1).bit_length()), largest)
 
 
@@ -121,11 +122,15 @@ def cost(tile: Tile, gemm: Gemm, chip: DeviceProperties) -> float:
 def legal_tiles(
     gemm: Gemm, chip: DeviceProperties, *, aligned: bool, inline: bool, drop: bool, is_4bit: bool = False
 ) -> list[Tile]:
-    """The tiles that can run, best first.
+    """Return the tiles that can run, the best first.
 
-    `aligned`: all rows start at multiples of 16 bytes, as descriptors need. `inline`: the rows of S may be computed
-    inside the GEMM. `drop`: the accumulator is masked, and the mask takes the registers of half of it. `is_4bit`: W has 4
-    bits, and to widen it takes as many.
+    Args:
+        gemm: The sizes of the product.
+        chip: The GPU.
+        aligned: Whether all rows start at multiples of 16 bytes, as descriptors require.
+        inline: Whether the rows of S may be computed inside the GEMM.
+        drop: Whether the accumulator is masked. The mask takes half as many registers as the accumulator.
+        is_4bit: Whether W has 4 bits. Widening it takes as many registers.
     """
     tiles = _ANY + (_HOPPER if chip.capability >= (9, 0) else _BEFORE_HOPPER)
     if aligned and chip.capability == (9, 0):

@@ -22,7 +22,7 @@ def in_words(values: Iterable[Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it would stand in the run file."""
+    """Return a value as it would be written in the run file."""
     if value is None:
         return "none"
     if isinstance(value, (list, tuple)):

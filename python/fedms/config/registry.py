@@ -55,7 +55,7 @@ class Constant:
 
 
 def no_problems(config: RunConfig) -> Iterable[str]:
-    """The check of a method that accepts every run file: no problems."""
+    """Return no problems: the check of a method that accepts every run file."""
     return ()
 
 

@@ -65,7 +65,7 @@ class RunConfig(Table):
 
 
 def config_class() -> type[RunConfig]:
-    """`RunConfig` with the tables of all methods that are registered now."""
+    """Return `RunConfig` with the tables of all methods that are registered now."""
     return _class_with(tuple(registry.settings_tables().items()))
 
 

@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 
 def parse_size(value: Any) -> int:
-    """Bytes of a human-readable size: ``1536``, ``"512MiB"``, ``"2 GiB"``, ``"1.5GB"`` (K = 1000, Ki = 1024)."""
+    """Return the bytes of a human-readable size: ``1536``, ``"512MiB"``, ``"2 GiB"``, ``"1.5GB"`` (K = 1000, Ki = 1024)."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError('a size such as "2GiB", "500MB" or a number of bytes')
     if isinstance(value, int):

@@ -37,10 +37,13 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], None]] = {1: _name_the_samples_o
 
 
 def upgraded(values: Mapping[str, Any], assumed: int = 1) -> dict[str, Any]:
-    """Tables as a run file or :func:`dump` has them, with today's keys, without their ``format``.
+    """Return tables as a run file or :func:`dump` has them, with today's keys and without their ``format``.
 
-    ``assumed`` is the format of values that name none: 1 of what was recorded, :data:`FORMAT` of what people write.
-    Raises :class:`ConfigError` for a format that is not known.
+    Args:
+        assumed: The format of values that name none: 1 for what was recorded, :data:`FORMAT` for what people write.
+
+    Raises:
+        ConfigError: If the format is not known.
     """
     tables = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     version = tables.pop("format", assumed)

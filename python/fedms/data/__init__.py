@@ -43,16 +43,19 @@ __all__ = [
 
 
 def load(config, model, *, seed: int = 0) -> Dataset:
-    """Loads the data set `config.name` in the form that `model` reads: a registered one by its name, else what `user_data` or
-    `language` finds in a file, in a folder or on the hub.
+    """Load the data set `config.name` in the form that `model` reads.
 
-    config: the run file's [data] table.
-    model:  a `fedms.models.FoundationModel`; texts are tokenized by it, images brought to its size.
-    seed:   of the subsample, if `max_samples` asks for one. Runs that differ in their own seed only should
-            keep it, so that they see the same samples.
+    A registered data set is loaded by its name. Any other is found in a file, in a folder or on the hub, by `language` for causal
+    language models and by `user_data` otherwise.
 
-    Raises DataError: unknown name, a model that reads something else, damaged or missing files, NaN or
-    infinity.
+    Args:
+        config: The [data] table of the run file.
+        model: A `fedms.models.FoundationModel`, which tokenizes texts and brings images to its size.
+        seed: Seed of the subsample, if `max_samples` asks for one. Runs that differ only in their own seed should keep it, so that
+            they see the same samples.
+
+    Raises:
+        DataError: If the name is unknown, the model reads something else, or files are missing, damaged, or hold NaN or infinity.
     """
     if config.max_samples is not None and config.max_samples < 1:
         raise DataError(f"data.max_samples: expected at least 1, got {config.max_samples}")

@@ -27,9 +27,10 @@ Message = Mapping[str, str]
 class Exchange:
     """What comes before an answer, and the answer.
 
-    messages: those before it, each with a role and a content; empty for plain text, which has no prompt.
-    answer:   text, not empty.
-    place:    where it came from, named in errors.
+    Attributes:
+        messages: The messages before the answer, each with a role and a content. Empty for plain text, which has no prompt.
+        answer: The text of the answer, not empty.
+        place: Where it came from, for error messages.
     """
 
     messages: tuple[Message, ...]
@@ -38,7 +39,11 @@ class Exchange:
 
 
 def question(prompt: str, answer: str, place: str) -> Exchange:
-    """An exchange of one question. DataError for an empty prompt or answer, or one that is no text."""
+    """Return an exchange of one question and its answer.
+
+    Raises:
+        DataError: If the prompt or the answer is empty or not a text.
+    """
     for what, text in (("prompt", prompt), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{place}: the {what} is {text!r}, expected a text that is not empty")
@@ -46,21 +51,25 @@ def question(prompt: str, answer: str, place: str) -> Exchange:
 
 
 def plain_text(text: Any, place: str) -> Exchange:
-    """A text without a prompt. DataError if it is empty or no text."""
+    """Return an exchange of a text without a prompt.
+
+    Raises:
+        DataError: If the text is empty or not a text.
+    """
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{place}: the text is {text!r}, expected one that is not empty")
     return Exchange((), text, place)
 
 
 def conversation(value: Any, place: str) -> list[Exchange]:
-    """Every answer of a conversation with what came before it, in order.
+    """Return every answer of a conversation, in order, each with what came before it.
 
     Args:
-        value: a list of {"role": ..., "content": ...}, or such a list as JSON.
-        place: where it came from.
+        value: A list of {"role": ..., "content": ...}, or such a list as JSON.
+        place: Where it came from, for error messages.
 
     Raises:
-        DataError: for another form, an unknown role, an empty answer, or a conversation without an answer to anything.
+        DataError: If the value has another form, a role is unknown, an answer is empty, or there is no answer to anything.
     """
     if isinstance(value, str):
         try:
@@ -94,10 +103,11 @@ def conversation(value: Any, place: str) -> list[Exchange]:
 class Encoded:
     """Exchanges as tokens.
 
-    inputs: their tokens.
-    starts: (n,) int64: the first token of each answer, at least 1.
-    origin: (n,) int64: the exchange that each came from; a long plain text gives several, a dropped one none.
-    notes:  a line for each thing that was cut or dropped.
+    Attributes:
+        inputs: Their tokens.
+        starts: (n,) int64, the first token of each answer, at least 1.
+        origin: (n,) int64, the exchange that each sample came from. A long plain text gives several samples, a dropped one none.
+        notes: A line for each thing that was cut or dropped.
     """
 
     inputs: TextInputs
@@ -108,20 +118,22 @@ class Encoded:
 
 def encode(exchanges: Sequence[Exchange], tokenizer: Any, *, max_tokens: int, template: str = "chat", loss_on: str = "answer",
            long_answers: str = "error", stop_tokens: Sequence[int] = ()) -> Encoded:
-    """Tokenizes exchanges.
+    """Tokenize exchanges.
 
     Args:
-        tokenizer: of transformers.
-        max_tokens: longest sequence, at least 2.
-        template: "chat", the tokenizer's chat template; "plain", prompt and answer as they are; or a format with {prompt} and,
-            at its end, {answer}. An answer ends with the tokenizer's end of sequence, or with the template's end of turn.
-        loss_on: "answer", or "all": then prompts are learned too.
+        exchanges: The exchanges.
+        tokenizer: A tokenizer of transformers.
+        max_tokens: Length of the longest sequence, at least 2.
+        template: "chat" for the chat template of the tokenizer; "plain" for prompt and answer as they are; or a format with
+            {prompt} and, at its end, {answer}. An answer ends with the tokenizer's end of sequence, or with the template's end of
+            turn.
+        loss_on: "answer", or "all" to learn prompts, too.
         long_answers: "error", "drop" or "cut".
-        stop_tokens: tokens that end an answer; what a template writes after the last of them is left out.
+        stop_tokens: Tokens that end an answer. What a template writes after the last of them is left out.
 
     Raises:
-        DataError: for answers that are too long (`long_answers = "error"`), a template that the tokenizer does not have or
-            that has no place for the answer, or nothing left.
+        DataError: If answers are too long (`long_answers = "error"`), the tokenizer lacks the template, the template has no place
+            for the answer, or nothing is left.
     """
     rendered = [_rendered(tokenizer, exchange, template) for exchange in exchanges]
     prompts = _tokens(tokenizer, [prompt for prompt, _ in rendered])
@@ -168,7 +180,7 @@ def encode(exchanges: Sequence[Exchange], tokenizer: Any, *, max_tokens: int, te
 
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[Message], template: str = "chat") -> list[int]:
-    """What a model is given to answer the last of these messages: as `encode` makes prompts."""
+    """Return the tokens of the prompt with which a model answers the last of these messages, as `encode` makes prompts."""
     prompt, _ = _rendered(tokenizer, Exchange(tuple(messages), "", "the prompt"), template)
     ids = _tokens(tokenizer, [prompt])[0]
     return _with_start(tokenizer, ids) if template != "chat" else ids
@@ -213,7 +225,7 @@ def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def _with_ends(tokenizer: Any, exchange: Exchange, template: str, prompt: list[int], answer: list[int],
                stop_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Tokens with the beginning and the end of a sequence, where no chat template has written them."""
+    """Add the tokens of the beginning and the end of a sequence, if no chat template has written them."""
     if exchange.messages and template == "chat":
         ends = [i for i, token in enumerate(answer) if token in stop_tokens]
         return prompt, answer[:ends[-1] + 1] if ends else answer

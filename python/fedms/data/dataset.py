@@ -20,19 +20,20 @@ MOST_NAMED = 10     # classes or groups that a description names
 
 @dataclass(frozen=True)
 class Dataset:
-    """A single-label classification data set.
+    """A data set. By default each sample has a single label.
 
-    inputs:      n samples, see `TextInputs` and `ImageInputs`.
-    labels:      (n,) int64 in [0, len(classes)).
-    prompts:     for each class, texts that describe it (the zero-shot text head), or None.
-    groups:      (n,) int64 natural group of each sample (its domain, its writer), or None.
-    fingerprint: sha256 (hex) of what the model sees (tokens or pixels), of labels and groups and of their names; the key
-                 of caches, and what tells other data of the same name apart.
-    notes:       a line for each thing that the user should know of how the data were read.
-    answers:     (n,) int64, for causal language models: the first token of each sample's answer; labels are then the
-                 samples' categories. None: a sample's label is what is to be answered.
-    answer_bytes: (n,) int64 bytes of each answer's text in UTF-8, or None.
-    values:      (n, ...) what is to be answered, for tasks of other kinds, or None.
+    Attributes:
+        inputs: n samples, see `TextInputs` and `ImageInputs`.
+        labels: (n,) int64 in [0, len(classes)).
+        prompts: For each class, texts that describe it (for the zero-shot text head), or None.
+        groups: (n,) int64, the natural group of each sample (its domain, its writer), or None.
+        fingerprint: SHA-256, in hexadecimal, of what the model sees (tokens or pixels), of labels, groups and their names. It is
+            the key of caches, and tells other data with the same name apart.
+        notes: A line for each thing that the user should know about how the data were read.
+        answers: (n,) int64, for causal language models: the first token of each sample's answer; labels are then the categories of
+            the samples. None if the label of a sample is its answer.
+        answer_bytes: (n,) int64, bytes of each answer's text in UTF-8, or None.
+        values: (n, ...), the answers of tasks of other kinds, or None.
     """
 
     name: str
@@ -59,11 +60,11 @@ class Dataset:
         return self.inputs
 
     def units(self, indices: Tensor) -> Tensor:
-        """(B,) int64: how many things are to be answered in each of the samples `indices` (B,): 1, or an answer's tokens."""
+        """Return how many things are to be answered in each of the samples `indices` (B,), (B,) int64: 1, or an answer's tokens."""
         return torch.ones_like(indices) if self.answers is None else self.inputs.lengths[indices] - self.answers[indices]
 
     def targets(self, indices: Tensor) -> Tensor:
-        """(U, ...) what is to be answered in the samples `indices` (B,), one sample after the other."""
+        """Return the correct answers (U, ...) of the samples `indices` (B,), one sample after the other."""
         if self.answers is None:
             return (self.labels if self.values is None else self.values)[indices]
         ends = self.texts.offsets[1:][indices]
@@ -72,8 +73,10 @@ class Dataset:
         return self.texts.fields["input_ids"][firsts + torch.arange(int(counts.sum()))]
 
     def at_units(self, indices: Tensor, width: int) -> Tensor:
-        """(B, width) bool: the positions from which the answers' tokens are to be foretold, in sequences that are padded to
-        `width` on the right."""
+        """Return the positions, (B, width) bool, from which the tokens of the answers are predicted.
+
+        The sequences are padded to `width` on the right.
+        """
         places = torch.arange(width)
         return (places >= self.answers[indices, None] - 1) & (places < self.inputs.lengths[indices, None] - 1)
 
@@ -112,7 +115,7 @@ def make_dataset(
 
 
 def describe(dataset: Dataset) -> str:
-    """How many samples, classes and groups there are, and how large they are, in one line."""
+    """Return one line with the numbers of samples, classes and groups, and the size of samples."""
     parts = [f"{dataset.name}: {counted(len(dataset), 'sample')}"]
     for noun, names, codes in (("class", dataset.classes, dataset.labels), ("group", dataset.group_names, dataset.groups)):
         if codes is not None:
@@ -161,7 +164,7 @@ def stratified_sample(strata: np.ndarray, total: int, rng: np.random.Generator) 
 
 
 def evenly_spaced(n: int, total: int, rng: np.random.Generator) -> np.ndarray:
-    """`total` <= n distinct positions in range(n), evenly spaced from a random start on, ascending."""
+    """Return `total` <= n distinct positions in range(n), ascending and evenly spaced from a random start on."""
     return ((np.arange(total) + rng.random()) * n / max(total, 1)).astype(np.int64).clip(max=n - 1)
 
 

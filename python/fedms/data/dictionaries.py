@@ -51,10 +51,12 @@ SHORTEST, LONGEST = 20, 300
 
 
 def read(path: str | None, max_samples: int | None, seed: int) -> tuple[list[Exchange], list[str]]:
-    """Exchanges, and the dictionary that each is from: equally many of each, drawn with a seed.
+    """Read exchanges, and the dictionary of each: equally many of each dictionary, drawn with a seed.
 
-    path: a folder with the same files, or with others NAME.dict.dz and NAME.index, each a dictionary.
-    max_samples: of all dictionaries together; None: 120 of each. Fewer where a dictionary has fewer.
+    Args:
+        path: A folder with the same files, or with other files NAME.dict.dz and NAME.index, each pair a dictionary.
+        max_samples: Number of samples of all dictionaries together, or None for 120 of each. A small dictionary gives fewer.
+        seed: Seed of the draw.
     """
     folder = default_folder() if path is None else Path(path)
     names = list(FILES) if path is None else sorted(file.name.removesuffix(".index") for file in folder.glob("*.index"))
@@ -88,8 +90,11 @@ def _some(found: list[tuple[str, str]], name: str, wanted: int) -> Iterator[Exch
 
 
 def entries(folder: Path, name: str) -> list[tuple[str, str]]:
-    """(headword, definition) in the order of the index; a definition that two headwords share, once. DataError for files
-    that are not in the DICT format."""
+    """Return (headword, definition) pairs in the order of the index. A definition that two headwords share occurs once.
+
+    Raises:
+        DataError: If the files are not in the DICT format.
+    """
     index, definitions = folder / f"{name}.index", folder / f"{name}.dict.dz"
     try:
         text = gzip.decompress(definitions.read_bytes())
@@ -127,7 +132,7 @@ def _split(name: str, entry: str) -> tuple[str, str]:
 
 
 def clean(name: str, body: str) -> str:
-    """The first paragraph of a definition of more than three words, on one line, without markup."""
+    """Return the first paragraph of more than three words of a definition, on one line and without markup."""
     if name == "gcide":
         body = re.sub(r"^.*?\n\s*(?=1\. |[A-Z])", "", body, count=1, flags=re.S)
         body = body.split("[1913 Webster]")[0]
@@ -138,7 +143,7 @@ def clean(name: str, body: str) -> str:
 
 
 def default_folder() -> Path:
-    """Where the files are, fetched if need be, and verified."""
+    """Return the folder of the files. They are fetched if necessary, and verified."""
     if all((INSTALLED / file).exists() for name in FILES for file in _files(name)):
         return INSTALLED
     folder = cache_dir() / "dictionaries"

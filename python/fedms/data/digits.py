@@ -19,8 +19,13 @@ from .inputs import ImageInputs
 
 
 def load(config, model, seed: int) -> Dataset:
-    """config: the run file's [data] table (path, max_samples). See `fedms.data.load`. A model that was pretrained on
-    digits has seen the public half: its clients have the others."""
+    """Load the digits, see `fedms.data.load`.
+
+    A model that was pretrained on digits has seen the public half, so its clients have the other half.
+
+    Args:
+        config: The [data] table of the run file, for `path` and `max_samples`.
+    """
     source, images, labels = _read(config.path)
     pixels = torch.from_numpy(images.astype(np.float32) / 16.0)[:, None]
     labels = labels.astype(np.int64)
@@ -33,13 +38,13 @@ def load(config, model, seed: int) -> Dataset:
 
 
 def status() -> tuple[str, str]:
-    """What `fedms doctor` says: where the images come from."""
+    """Return the state and the words with which `fedms doctor` reports where the images come from."""
     _read(None)
     return "ok", "in scikit-learn"
 
 
 def public_half(path: str | None = None) -> torch.Tensor:
-    """(898, 1, 8, 8) float32 in [0, 1]: the images to pretrain on, the first half. path: as `data.path`."""
+    """Return the images to pretrain on, the first half: (898, 1, 8, 8) float32 in [0, 1]. `path` is as `data.path`."""
     images = _read(path)[1]
     return torch.from_numpy(images[: _public(len(images))].astype(np.float32) / 16.0)[:, None]
 
@@ -49,7 +54,7 @@ def _public(samples: int) -> int:
 
 
 def _read(path: str | None) -> tuple[str, np.ndarray, np.ndarray]:
-    """Where they come from, images (n, 8, 8) with values 0..16, labels (n,)."""
+    """Return where the images come from, the images (n, 8, 8) with values 0 to 16, and the labels (n,)."""
     if path is not None:
         return str(path), *_read_npz(Path(path))
     try:

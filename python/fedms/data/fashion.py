@@ -40,7 +40,11 @@ PUBLIC = 30_000
 
 
 def load(config, model, seed: int) -> Dataset:
-    """The clients' images. config: the run file's [data] table (path, max_samples). See `fedms.data.load`."""
+    """Load the images of the clients, see `fedms.data.load`.
+
+    Args:
+        config: The [data] table of the run file, for `path` and `max_samples`.
+    """
     folder, images, labels = read(config.path)
     images, labels = images[PUBLIC:], labels[PUBLIC:]
     if config.max_samples is not None:
@@ -50,7 +54,7 @@ def load(config, model, seed: int) -> Dataset:
 
 
 def status() -> tuple[str, str]:
-    """What `fedms doctor` says: whether the images are here, or can be fetched."""
+    """Return the state and the words with which `fedms doctor` reports whether the images are here or can be fetched."""
     if INSTALLED.exists() or (cache_dir() / "fashion-mnist").exists():
         return "ok", f"whole in {default_folder()}"
     if shutil.which("apt-get") and shutil.which("dpkg"):
@@ -60,17 +64,17 @@ def status() -> tuple[str, str]:
 
 
 def public_half(path: str | None = None) -> torch.Tensor:
-    """(30000, 1, 28, 28) float32 in [0, 1]: the images to pretrain on. path: as `data.path`."""
+    """Return the images to pretrain on: (30000, 1, 28, 28) float32 in [0, 1]. `path` is as `data.path`."""
     return pixels(read(path)[1][:PUBLIC])
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
-    """(n, 28, 28) uint8 -> (n, 1, 28, 28) float32 in [0, 1]."""
+    """Return images (n, 28, 28) uint8 as (n, 1, 28, 28) float32 in [0, 1]."""
     return torch.from_numpy(images.astype(np.float32) / 255.0)[:, None]
 
 
 def read(path: str | None) -> tuple[Path, np.ndarray, np.ndarray]:
-    """The folder, all images (n, 28, 28) uint8 and their labels (n,) int64."""
+    """Return the folder, all images (n, 28, 28) uint8 and their labels (n,) int64."""
     folder = Path(path) if path is not None else default_folder()
     image_parts, label_parts = [], []
     for part in ("train", "t10k"):
@@ -98,8 +102,13 @@ def _file(folder: Path, stem: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """A file of unsigned bytes in the IDX format, gzipped or not: two zero bytes, 8 (the type), the number of
-    dimensions, their sizes as big-endian int32, the values. DataError if the file is not of that form."""
+    """Read a file of unsigned bytes in the IDX format, gzipped or not.
+
+    The file has two zero bytes, 8 (the type), the number of dimensions, their sizes as big-endian int32, and the values.
+
+    Raises:
+        DataError: If the file does not have this form.
+    """
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -116,7 +125,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def default_folder() -> Path:
-    """Where the published files are, fetched if need be, and verified."""
+    """Return the folder of the published files. They are fetched if necessary, and verified."""
     if all((INSTALLED / name).exists() for name in FILES):
         return INSTALLED
     folder = cache_dir() / "fashion-mnist"
@@ -128,7 +137,7 @@ def default_folder() -> Path:
 
 
 def _fetch(folder: Path) -> None:
-    """apt-get downloads the package as any user, dpkg unpacks it; nothing is installed."""
+    """Download the package with apt-get, which any user may do, and unpack it with dpkg. Nothing is installed."""
     with tempfile.TemporaryDirectory(prefix="fedms-") as scratch:
         try:
             unpack_packages([PACKAGE], Path(scratch))

@@ -44,11 +44,16 @@ class Images:
 def read_images(content: Sequence[Any], places: Sequence[str], model, source: str, *, strict: bool) -> Images:
     """Decode images and bring them to the model's size.
 
-    content: PIL images, paths, or the bytes of files. places: where each came from. source: named in errors.
-    strict:  refuse all if one cannot be read. Else up to `MOST_LEFT_OUT` of them, and one in any case, are left out with
-             a note.
+    Args:
+        content: PIL images, paths, or the bytes of files.
+        places: Where each image came from.
+        model: The foundation model.
+        source: Where all of them came from, for error messages.
+        strict: Whether one image that cannot be read is an error. Otherwise up to `MOST_LEFT_OUT` of them, and one in any case, are
+            left out with a note.
 
-    Raises DataError, which names up to five images that cannot be read.
+    Raises:
+        DataError: If images cannot be read. The message names up to five of them.
     """
     most = 0 if strict else max(1, int(MOST_LEFT_OUT * len(content)))
     every: Tensor | None = None
@@ -113,7 +118,7 @@ def _verb(trait: str, count: int) -> str:
 
 def _prepared(opened: list[tuple[int, Any]], model,
               shape: torch.Size | None) -> list[tuple[list[int], Any, Exception | None]]:
-    """(positions, pixels, None) of images together; where that fails, of each alone, or (position, None, error)."""
+    """Return (positions, pixels, None) of images together; if that fails, of each image alone, or (position, None, error)."""
     try:
         pixels = model.prepare([image for _, image in opened])
         if shape is not None and pixels.shape[1:] != shape:
@@ -130,17 +135,19 @@ def _prepared(opened: list[tuple[int, Any]], model,
 
 
 def open_image(item: Any):
-    """The first frame of an image as it is meant to be seen: turned as its EXIF entry says, on a white ground.
+    """Return the first frame of an image as it is meant to be seen: turned as its EXIF entry says, on a white ground.
 
-    item: a PIL image, a path, or the bytes of a file.
+    Args:
+        item: A PIL image, a path, or the bytes of a file.
 
-    Raises ValueError for more than 8 bits a channel, whose scale is not known; and whatever Pillow raises.
+    Raises:
+        ValueError: If the image has more than 8 bits a channel, whose scale is not known. Pillow may raise other errors.
     """
     return _decode(item)[0]
 
 
 def _decode(item: Any) -> tuple[Any, list[str]]:
-    """The image, and its traits among `_TRAITS`."""
+    """Return the image, and its traits among `_TRAITS`."""
     from PIL import Image, ImageOps
 
     image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
@@ -164,7 +171,7 @@ def _decode(item: Any) -> tuple[Any, list[str]]:
 
 
 def _depth(image: Any, item: Any) -> int:
-    """Bits a channel of an image that Pillow has opened and not loaded: it reads some formats with more as 8."""
+    """Return the bits of a channel of an image that Pillow has opened and not loaded: it reads some deeper formats as 8 bits."""
     if image.mode[0] in "IF":
         return 16 if ";16" in image.mode else 32
     bits = [8, *_tagged_bits(image)]
@@ -187,7 +194,9 @@ def _tagged_bits(image: Any) -> list[int]:
 
 
 def _coded_bits(data: bytes, kind: str) -> list[int]:
-    """Bits of each channel: of JPEG 2000 in the SIZ segment (ISO 15444-1, A.5.1), of AVIF in the pixi box (ISO 23008-12)."""
+    """Return the bits of each channel: of JPEG 2000 from the SIZ segment (ISO 15444-1, A.5.1), of AVIF from the pixi box (ISO
+    23008-12).
+    """
     if kind == "AVIF":
         at = data.find(b"pixi")
         return list(data[at + 9:at + 9 + data[at + 8]]) if 0 <= at < len(data) - 8 else []

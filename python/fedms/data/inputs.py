@@ -17,12 +17,13 @@ from fedms.errors import DataError
 
 @dataclass(frozen=True)
 class TextInputs:
-    """Tokenized texts, ragged.
+    """Tokenized texts of different lengths.
 
-    fields:     name -> (total,) int64, the tokens of all samples one after another ("input_ids", and
-                "token_type_ids" where the tokenizer makes it). The attention mask follows from the lengths.
-    offsets:    (n + 1,) int64; sample i is [offsets[i], offsets[i + 1]) of every field.
-    pad_values: name -> the value that fills the end of a short row.
+    Attributes:
+        fields: By name, (total,) int64: the tokens of all samples one after another ("input_ids", and "token_type_ids" if the
+            tokenizer makes it). The attention mask follows from the lengths.
+        offsets: (n + 1,) int64; sample i is [offsets[i], offsets[i + 1]) of every field.
+        pad_values: By name, the value that fills the end of a short row.
     """
 
     fields: dict[str, Tensor]
@@ -75,10 +76,11 @@ class TextInputs:
 class ImageInputs:
     """Images in memory.
 
-    pixels:    (n, C, H, W) float32, finite, in the range the model expects; or uint8, with `transform`.
-    tokens:    tokens per image that the model's blocks see (patches and the class token).
-    source:    where the images came from; named in errors.
-    transform: (scale, shift), each (C, 1, 1): the model sees pixels * scale + shift.
+    Attributes:
+        pixels: (n, C, H, W) float32, finite, in the range that the model expects; or uint8, with `transform`.
+        tokens: Number of tokens of an image in the blocks of the model (patches and the class token).
+        source: Where the images came from, for error messages.
+        transform: (scale, shift), each (C, 1, 1): the model sees pixels * scale + shift.
     """
 
     pixels: Tensor

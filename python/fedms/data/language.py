@@ -25,7 +25,13 @@ BUILT_IN = {"dictionaries": dictionaries.read, "projects": projects.read}
 
 
 def load(config, model, seed: int) -> Dataset:
-    """config: the run file's [data] table; model: a `CausalModel`. See `fedms.data.load`."""
+    """Load a data set for a causal language model, see `fedms.data.load`.
+
+    Args:
+        config: The [data] table of the run file.
+        model: A `CausalModel`.
+        seed: Seed of the subsample.
+    """
     categories: Sequence[str] | None = None
     if config.name in BUILT_IN:
         exchanges, clients = BUILT_IN[config.name](config.path, config.max_samples, seed)
@@ -71,9 +77,10 @@ def _max_tokens(config, model) -> int:
 
 
 def read(config) -> tuple[list[Exchange], list[str] | None, list[str] | None]:
-    """Exchanges of one's own table, or folder of tables, and each one's client and category, where there are any.
+    """Read exchanges from a table, or a folder of tables, with the client and the category of each, if there are any.
 
-    config: the [data] table: `messages`, or `question` and `answer`, or `text` name the columns.
+    Args:
+        config: The [data] table, in which `messages`, or `question` and `answer`, or `text` name the columns.
     """
     path = Path(config.name).expanduser()
     if path.is_dir():

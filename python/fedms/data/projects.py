@@ -26,10 +26,14 @@ SHORTEST, LONGEST = 200, 600
 
 
 def read(path: str | None, max_samples: int | None, seed: int) -> tuple[list[Exchange], list[str]]:
-    """Exchanges, and the project that each is from: equally many of each, drawn with a seed. The prompt is a function up to
-    the end of its docstring, the answer the rest of it.
+    """Read exchanges, and the project of each: equally many of each project, drawn with a seed.
 
-    max_samples: of all projects together; None: 120 of each. Fewer where a project has fewer.
+    The prompt is a function up to the end of its docstring, and the answer is the rest of the function.
+
+    Args:
+        path: As `data.path`.
+        max_samples: Number of samples of all projects together, or None for 120 of each. A small project gives fewer.
+        seed: Seed of the draw.
     """
     folders = _installed() if path is None else {folder.name: folder for folder in sorted(Path(path).glob("*"))
                                                  if folder.is_dir() and not folder.name.startswith(".")}
@@ -70,8 +74,11 @@ def _installed() -> dict[str, Path]:
 
 
 def functions(file: Path, most: int) -> Iterator[tuple[str, str]]:
-    """(source up to the end of the docstring, the rest) of at most `most` functions of a file that begin with a docstring;
-    their source has 200 to 600 characters and is not indented. A file that is no Python has none."""
+    """Return at most `most` functions of a file, as (source up to the end of the docstring, rest of the source).
+
+    Only functions count that begin with a docstring, have a source of 200 to 600 characters, and are not indented. A file that is
+    not valid Python has none.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         with warnings.catch_warnings():

@@ -72,7 +72,11 @@ PROMPTS = (
 
 
 def load(config, model, seed: int) -> Dataset:
-    """config: the run file's [data] table (path, max_samples, max_tokens). See `fedms.data.load`."""
+    """Load the sentences, see `fedms.data.load`.
+
+    Args:
+        config: The [data] table of the run file, for `path`, `max_samples` and `max_tokens`.
+    """
     files = _own_files(Path(config.path)) if config.path is not None else _cached_files()
     ratings, texts, domains = [], [], []
     for group, path in enumerate(files.values()):
@@ -97,7 +101,7 @@ def load(config, model, seed: int) -> Dataset:
 
 
 def status() -> tuple[str, str]:
-    """What `fedms doctor` says: whether the corpus is here, or can be fetched."""
+    """Return the state and the words with which `fedms doctor` reports whether the corpus is here or can be fetched."""
     folder = cache_dir() / INNER_FOLDER
     if folder.exists():
         return "ok", f"{len(_cached_files())} files whole in {folder}"
@@ -139,8 +143,11 @@ def read_ratings(path: Path) -> list[tuple[float, str]]:
 
 
 def _own_files(folder: Path) -> dict[str, Path]:
-    """A folder of the user: every `DOMAIN_GroundTruth.txt` is a domain. Files with the names of the published
-    corpus must be the published files: a truncated copy would otherwise pass as a smaller corpus."""
+    """Return the files of a user's folder, in which every `DOMAIN_GroundTruth.txt` is a domain.
+
+    Files with the names of the published corpus must be the published files: a truncated copy would otherwise pass as a smaller
+    corpus.
+    """
     if not folder.is_dir():
         raise DataError(
             f"data.path: {folder} is not a folder; expected a folder with files named DOMAIN{SUFFIX}"

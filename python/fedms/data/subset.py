@@ -10,12 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Subset:
-    """indices: (n,) int64 samples of the data set. `key` names their set in caches."""
+    """Some samples of a data set.
+
+    Attributes:
+        indices: (n,) int64, the samples of the data set.
+    """
 
     indices: Tensor
 
     @cached_property
     def key(self) -> str:
+        """A name for this set of samples in caches."""
         return hashlib.sha256(self.indices.numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:

@@ -36,7 +36,11 @@ from .tables import TABLES, read_table, samples_of, table_kind, table_stem, want
 __all__ = ["_classes", "_open", "from_hub", "inputs_of", "load", "natural", "read", "stamp"]
 
 def load(config, model, seed: int) -> Dataset:
-    """config: the run file's [data] table. See `fedms.data.load`."""
+    """Load a user's own data, see `fedms.data.load`.
+
+    Args:
+        config: The [data] table of the run file.
+    """
     samples = read(config, model.reads)
     labels, classes = _classes(config, samples)
     groups, group_names = groups_of(samples.clients)

@@ -23,11 +23,11 @@ ATTEMPTS = 3        # at a secure sum before the run stops
 
 
 class PrivateRounds:
-    """The rounds of one run.
+    """The rounds of a run with privacy.
 
     Args:
-        engine: carries the messages.
-        server: the server's side.
+        engine: The engine, which carries the messages.
+        server: The server.
     """
 
     def __init__(self, engine: Engine, server: PrivateServer) -> None:
@@ -37,12 +37,12 @@ class PrivateRounds:
         self.ledger = server.ledger(engine.folder.path)
 
     def visit_clients(self, state: ServerState, collected: PrivateCollected) -> None:
-        """Have the clients of a round add up their shares, and release the sum.
+        """Let the clients of a round add up their shares, and release the sum.
 
         Raises:
-            AllClientsFailed: if too few clients took part in a secure sum.
-            BudgetSpent: if the release would cost more than the budget.
-            Interrupted: if asked to stop; a secure sum then begins anew.
+            AllClientsFailed: If too few clients took part in a secure sum.
+            BudgetSpent: If the release would cost more than the budget.
+            Interrupted: If the run was asked to stop. A secure sum then begins anew.
         """
         message = self.server.message(state)
         if message.stage == "done":
@@ -72,7 +72,9 @@ class PrivateRounds:
             self.server.release(state, collected, self.ledger)
 
     def outcome(self, state: ServerState) -> dict[str, Any]:
-        """What the run's outcome says of its clients: their mean test accuracy, if it is released, and the guarantee."""
+        """Return what the outcome of the run says about its clients: their mean test accuracy, if it is released, and the
+        guarantee.
+        """
         collected = self.server.collect(state)
         if collected.sums.size:
             self.engine.visited = 0
@@ -97,7 +99,7 @@ class PrivateRounds:
 
     def _sum(self, message: Message, state: ServerState, collected: PrivateCollected, held: Mapping[int, Arrival],
              records: Mapping[int, dict[str, Any]]) -> None:
-        """The phases of a secure sum, in several attempts if need be: each has masks and noise of its own."""
+        """Carry out the phases of a secure sum, in several attempts if necessary. Each attempt has its own masks and noise."""
         traffic: Counter[tuple[int, str]] = Counter()
         summed, attempt = self._attempts(message, collected, traffic)
         for (client, direction), size in traffic.items():

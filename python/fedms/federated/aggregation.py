@@ -21,10 +21,10 @@ class WeightedMean:
         self.weights: dict[str, float] = {}
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Adds one reply.
+        """Add one reply.
 
         Raises:
-            ValueError: if the weight is not above 0, or a tensor's shape differs from the one sent before.
+            ValueError: If the weight is not above 0, or the shape of a tensor differs from that in an earlier reply.
         """
         if not weight > 0:
             raise ValueError(f"a reply's weight must be above 0, got {weight}")
@@ -41,7 +41,7 @@ class WeightedMean:
             self.weights[name] += weight
 
     def result(self) -> dict[str, Tensor]:
-        """The means, float32, for the tensors that anybody sent."""
+        """Return the means, float32, of the tensors that any client sent."""
         return {name: (total / self.weights[name]).float() for name, total in self.sums.items()}
 
 
@@ -56,7 +56,7 @@ class Residual:
         self.pairs: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Takes the pairs `<layer>.lora_a` (r, K), `<layer>.lora_b` (N, r) out of one reply."""
+        """Add the pairs `<layer>.lora_a` (r, K) and `<layer>.lora_b` (N, r) of one reply."""
         for name, a in tensors.items():
             layer = name.removesuffix(".lora_a")
             if layer != name and f"{layer}.lora_b" in tensors:
@@ -72,8 +72,10 @@ class Residual:
         return (lost / kept) ** 0.5 if kept > 0 else None
 
     def corrections(self, means: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """`correction/<layer>` (N, K) float64, what to add to a frozen weight so that with the pair of `means`, applied
-        with this scale, it does what the mean of the clients' products would do."""
+        """Return `correction/<layer>` (N, K) float64, which is to be added to each frozen weight.
+
+        With it, the pair of `means`, applied with this scale, does what the mean of the clients' products would do.
+        """
         found = {}
         for layer, pairs in self.pairs.items():
             a, b, _ = _stacked(pairs)
@@ -101,7 +103,7 @@ class Residual:
 
 
 def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, Tensor]:
-    """A (k, r, K); B transposed and times its client's share of the weights (k, r, N); those shares (k,); float64."""
+    """Return A (k, r, K), the transposed B times the client's share of the weights (k, r, N), and these shares (k,); float64."""
     shares = torch.tensor([weight for _, _, weight in pairs], dtype=torch.float64)
     shares /= shares.sum()
     return (torch.stack([a for a, _, _ in pairs]).double(),
@@ -109,8 +111,10 @@ def _stacked(pairs: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor,
 
 
 def _norms_squared(a: Tensor, b: Tensor, shares: Tensor) -> tuple[float, float]:
-    """`||mean(B A) - mean(B) mean(A)||^2` and `||mean(B A)||^2` of stacked pairs, by the smaller matrices: products
-    (N, K), or the inner products of all k r rank-one terms with each other, `(B^T B) * (A A^T)`."""
+    """Return `||mean(B A) - mean(B) mean(A)||^2` and `||mean(B A)||^2` of stacked pairs.
+
+    The smaller matrices are used: products (N, K), or the inner products of all k r rank-one terms, `(B^T B) * (A A^T)`.
+    """
     mean_a, mean_b = torch.tensordot(shares, a, 1), b.sum(0)
     a, b = a.flatten(0, 1), b.flatten(0, 1)
     if (count := len(a)) > min(a.shape[1], b.shape[1]):
@@ -145,8 +149,10 @@ def _by_tensor(replies: Sequence[Mapping[str, Tensor]],
 
 
 def krum(replies: Sequence[Mapping[str, Tensor]], current: Mapping[str, Tensor], byzantine: int) -> dict[str, Tensor]:
-    """The one reply with the least sum of squared distances to its k - byzantine - 2 nearest among k (Krum: Blanchard
-    et al., NeurIPS 2017). A tensor that a reply lacks stands at its `current` value, as that client did not change it.
+    """Return the reply with the least sum of squared distances to its k - byzantine - 2 nearest ones of k replies.
+
+    This is Krum (Blanchard et al., NeurIPS 2017). A tensor that a reply lacks counts with its `current` value, because that client
+    did not change it.
     """
     distances = torch.zeros(len(replies), len(replies), dtype=torch.float64)
     for name in {name for reply in replies for name in reply}:

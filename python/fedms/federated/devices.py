@@ -18,11 +18,13 @@ from fedms.seeds import derive_seed, generator
 
 
 class Fitting(NamedTuple):
-    """What the cost model says of a run (`fedms.federated.visit_costs.fitting_of`).
+    """What the cost model says about a run, see `fedms.federated.visit_costs.fitting_of`.
 
-    depths: most blocks that fit the memory of each class of devices; None where no memory is given; empty without classes.
-    work:   operations of a visit of stage 1 at each depth from 1 on, of the client with the most data; empty where the run file sets
-            no budget of a visit.
+    Attributes:
+        depths: Largest number of blocks that fit the memory of each class of devices; None for a class without a memory limit.
+            Empty without classes.
+        work: Operations of a visit of stage 1 at each depth from 1 on, of the client with the most data. Empty if the run file sets
+            no budget for visits.
     """
 
     depths: Sequence[int | None] = ()
@@ -31,15 +33,16 @@ class Fitting(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """One client's device; None: no limit, and no time.
+    """The device of one client. None means no limit, or no simulated time.
 
-    max_depth:      most blocks that it trains, in any round.
-    flops:          operations a second.
-    bandwidth_up, bandwidth_down: bytes a second from and to the client.
-    max_rank:       most of each pair's rank that it trains.
-    work:           as of `Fitting`.
-    visit_flops, visit_seconds: the budget of a visit, by which it trains fewer blocks.
-    load, seed:     how much its speed varies from round to round, and what that is drawn from.
+    Attributes:
+        max_depth: Largest number of blocks that it trains, in any round.
+        flops: Operations per second.
+        bandwidth_up, bandwidth_down: Bytes per second from and to the client.
+        max_rank: Largest part of each pair's rank that it trains.
+        work: See `Fitting`.
+        visit_flops, visit_seconds: The budget of a visit, which limits the number of blocks that are trained.
+        load, seed: How much its speed varies from round to round, and the seed of that.
     """
 
     max_depth: int | None = None
@@ -54,7 +57,7 @@ class Device:
     seed: int | None = None
 
     def now(self, stage: str, round: int) -> Device:
-        """The same device with the speed that it has in a round, beside its other work."""
+        """Return the same device with its speed in a round, in which it also does other work."""
         if self.flops is None or self.seed is None:
             return self
         deviation = torch.randn(1, generator=generator(self.seed, stage, round)).item()
@@ -76,7 +79,7 @@ class Device:
 
 
 def device_of(config: RunConfig, client: int, fitting: Fitting = Fitting()) -> Device:
-    """The device of a client, in whose id participating and unseen clients are counted alike."""
+    """Return the device of a client. Ids count participating and unseen clients alike."""
     budgets, sal = config.clients.budgets, config.sal
     common = Device(work=tuple(fitting.work), visit_flops=sal.visit_flops, visit_seconds=sal.visit_seconds)
     if not budgets:
@@ -93,7 +96,7 @@ def device_of(config: RunConfig, client: int, fitting: Fitting = Fitting()) -> D
 
 
 def _class_of(config: RunConfig, client: int) -> int:
-    """Classes are spread over the clients by their shares."""
+    """Return the class of a client. Classes are spread over the clients by their shares."""
     total = config.clients.count + config.clients.unseen
     place, reached = (_ranks(config.run.seed, total)[client] + 0.5) / total, 0.0
     for number, tier in enumerate(config.clients.budgets):

@@ -36,10 +36,10 @@ class WireError(FedMSError):
 
 
 def pack(tensors: Mapping[str, Tensor], encoding: str = "fp32") -> bytes:
-    """One message from named tensors, float32 (sent in the encoding), float64 or int64 (sent exactly).
+    """Encode named tensors as one message. Float32 tensors are sent in the encoding, float64 and int64 tensors exactly.
 
     Raises:
-        ValueError: for another encoding or dtype.
+        ValueError: If the encoding is unknown, or a tensor has another dtype.
     """
     if encoding not in ENCODINGS:
         raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
@@ -63,10 +63,10 @@ def pack(tensors: Mapping[str, Tensor], encoding: str = "fp32") -> bytes:
 
 
 def unpack(message: bytes) -> Tensors:
-    """The tensors of a message, float32 where they were.
+    """Return the tensors of a message; those that were float32 are float32 again.
 
     Raises:
-        WireError: if the message is cut off, too long, or not of this form.
+        WireError: If the message is cut off, too long, or not of this form.
     """
     if len(message) < _HEADER.size:
         raise WireError(f"a message of {len(message)} bytes; expected at least {_HEADER.size}")

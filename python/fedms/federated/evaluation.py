@@ -17,8 +17,11 @@ from fedms.training.expert_model import ExpertModel
 
 def evaluate_client(method: Method, model: ExpertModel, client: Client, private: Private, final: Message,
                     unseen: bool = False) -> dict[str, Any]:
-    """One line of `clients.jsonl`: accuracies in [0, 1] on the client's test part, and what the same prediction comes to on its
-    validation part; null where they do not apply."""
+    """Return a client's line of `clients.jsonl`.
+
+    It has accuracies in [0, 1] on the client's test samples, and those of the same prediction on its validation samples. Fields
+    that do not apply are None.
+    """
     validated = validate_client(method, model, client, private, final)
     record: dict[str, Any] = {
         "id": client.id, "group": client.group, "unseen": unseen, "n_train": len(client.train),

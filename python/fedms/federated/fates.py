@@ -56,7 +56,7 @@ FATES: Mapping[str, Mapping[str, str]] = {
 
 
 def fates_table() -> str:
-    """The table in Markdown; fields of one kind with one fate share a row."""
+    """Return the table in Markdown. Fields of one kind with one fate share a row."""
     rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, fate in FATES.items():
         kind = "buffer" if name.startswith("buffer ") else name.partition(".")[0]

@@ -90,10 +90,10 @@ def pack_share(share: Share) -> Packed:
 
 
 def unpack_share(packed: Packed, size: int, masks: bool) -> Share:
-    """The share as it arrives: a vector of `size` values, or a public key where clients mask theirs.
+    """Return a share as it arrives: a vector of `size` values, or a public key if clients mask their vectors.
 
     Raises:
-        SchemaError: if it is none.
+        SchemaError: If it is neither.
     """
     head, name, length = schema.VECTOR.read(packed.head), *(("key", schema.PUBLIC_KEY_BYTES) if masks else ("steps", 4 * size))
     if set(packed.parts) != {name} or len(packed.parts[name]) != length:

@@ -42,10 +42,10 @@ class Noise:
 
 
 class PrivateCollected:
-    """What has come back in a round so far.
+    """What has arrived in a round so far.
 
     Args:
-        sums: what the round adds up.
+        sums: What the round adds up.
     """
 
     def __init__(self, sums: Sums) -> None:
@@ -58,10 +58,10 @@ class PrivateCollected:
         self.epsilon: float | None = None       # spent, this round included
 
     def add(self, share: Share) -> None:
-        """Take a client's share.
+        """Add a client's share.
 
         Raises:
-            RejectedReply: if it is none that the round asked for.
+            RejectedReply: If it is not one that the round asked for.
         """
         if share.key is not None:
             self.keys[share.client] = share.key
@@ -95,8 +95,8 @@ class PrivateServer(Server):
     """The server of a run with `[privacy] mode`.
 
     Args:
-        config, order, block_of, method, statistics: see `Server`.
-        names: gives the names of all tensors that the server starts with.
+        config, order, block_of, method, statistics: See `Server`.
+        names: Returns the names of all tensors that the server starts with.
     """
 
     def __init__(self, config: RunConfig, order: list[int], block_of: Mapping[str, int],
@@ -115,10 +115,10 @@ class PrivateServer(Server):
 
     @cached_property
     def key(self) -> bytes:
-        """The secret key; only who draws noise or clients from it reads it.
+        """The secret key. It is only read to draw noise or to sample clients.
 
         Raises:
-            ConfigError: if there is none, or it is not secret.
+            ConfigError: If there is no key, or other users can read it.
         """
         try:
             return read_key(Path(self.settings.key))
@@ -126,10 +126,10 @@ class PrivateServer(Server):
             raise ConfigError(str(error)) from None
 
     def check(self) -> None:
-        """See that the run can begin, before anything is written.
+        """Check that the run can begin, before anything is written.
 
         Raises:
-            ConfigError: if the key that this process needs is not there, or no noise keeps the run within its budget.
+            ConfigError: If the key that this process needs is missing, or no noise keeps the run within its budget.
         """
         plays_clients = self.config.run.engine != "flower"
         if self.settings.mode == "central" or plays_clients:
@@ -148,8 +148,9 @@ class PrivateServer(Server):
         return clients.sampled if self.rate is None else self.rate * clients.count
 
     def planned(self) -> tuple[list[tuple[float | None, ...]], list[float]]:
-        """What the run will release: for each round that sends updates, the noise multipliers of what goes with them; and
-        those of rounds that send none."""
+        """Return what the run will release: for each round with updates, the noise multipliers of what is released with them; and
+        the noise multipliers of rounds without updates.
+        """
         names = self._names()
         with_update: list[tuple[float | None, ...]] = []
         beside: list[float] = []
@@ -169,7 +170,7 @@ class PrivateServer(Server):
         """The noise multipliers of the run.
 
         Raises:
-            ConfigError: if no noise keeps the run within `privacy.epsilon`.
+            ConfigError: If no noise keeps the run within `privacy.epsilon`.
         """
         settings = self.settings
         if not settings.adds_noise:
@@ -203,7 +204,7 @@ class PrivateServer(Server):
         return None if self.settings.count_noise == "off" else self.settings.count_noise
 
     def sums_of(self, message: Message) -> Sums:
-        """What the clients that get this message add up."""
+        """Return what the clients that get this message add up."""
         noise, trained = self.noise, set(self.order[:message.depth])
         shapes = () if message.stage == "done" else tuple(
             (name, tuple(tensor.shape)) for name, tensor in sorted(message.tensors.items())
@@ -221,7 +222,7 @@ class PrivateServer(Server):
         return Sums(tuple(parts), layout, self.settings.bits)
 
     def trainers(self, name: str) -> float:
-        """The number of a round's clients that are expected to train a tensor, by their budgets."""
+        """Return the number of a round's clients that are expected to train a tensor, by their budgets."""
         if name not in self.block_of:
             return self.expected
         place = self.order.index(self.block_of[name]) + 1
@@ -237,13 +238,13 @@ class PrivateServer(Server):
         return Counter(device_of(self.config, client).max_depth for client in range(count))
 
     def terms(self, message: Message, attempt: int) -> Terms:
-        """What the clients that get this message agree on before a secure sum."""
+        """Return what the clients that get this message agree on before a secure sum."""
         least = threshold_of(self.config.clients.count if message.stage == "done" else self.config.clients.sampled)
         sections = self.sums_of(message).sections(least)
         return Terms(f"seed {self.config.run.seed}", message.stage, message.round, attempt, least, sections)
 
     def price(self, message: Message) -> Price | None:
-        """What the sum of the clients that get this message costs each of them; None if it has no noise."""
+        """Return what the sum of the clients that get this message costs each of them, or None if it has no noise."""
         if not self.settings.adds_noise:
             return None
         return Price(*self.sums_of(message).noise, self.settings.delta, self.settings.accountant, self.agreed_epsilon)
@@ -274,20 +275,20 @@ class PrivateServer(Server):
         return self.collect(state).restore(plain, tensors)
 
     def ledger(self, folder: Path) -> Ledger | None:
-        """The run's ledger; None for a run without noise."""
+        """The ledger of the run, or None for a run without noise."""
         if not self.settings.adds_noise:
             return None
         return Ledger(folder / "privacy.jsonl", self.settings.delta, self.settings.accountant, self.rate, self.settings.epsilon)
 
     def release(self, state: ServerState, collected: PrivateCollected, ledger: Ledger | None, tag: str | None = None,
                 attempt: int = 0) -> None:
-        """Decode a round's sum, once its noise is in it and it stands in the ledger.
+        """Decode a round's sum after its noise was added and it was written to the ledger.
 
         Args:
-            tag: of a secure sum, which has its noise; None: the noise is added here.
+            tag: The tag of a secure sum, which has its noise already. None if the noise is added here.
 
         Raises:
-            BudgetSpent: if it would cost more than the budget.
+            BudgetSpent: If the release would cost more than the budget.
         """
         sums, total = collected.sums, collected.total
         if ledger is not None and tag is None:
@@ -302,11 +303,11 @@ class PrivateServer(Server):
         collected.means = sums.decode(total, {name: self.trainers(name) for name, _ in sums.layout.shapes}, clients)
 
     def step(self, state: ServerState, collected: PrivateCollected) -> tuple[ServerState, dict[str, Any]]:  # type: ignore[override]
-        """One round: applies what its sum says.
+        """Finish a round: apply what its sum says.
 
         Raises:
-            AllClientsFailed: if fewer clients answered than `[clients] quorum` asks for. Who answers does not depend on
-                data: a client whose training fails adds zeros.
+            AllClientsFailed: If fewer clients answered than `[clients] quorum` asks for. Who answers does not depend on data: a
+                client whose training fails adds zeros.
         """
         means, asked = collected.means, len(self.sample(state.stage, state.round))
         if collected.answered < max(self.config.clients.quorum * asked, min(asked, 1)):
@@ -323,14 +324,16 @@ class PrivateServer(Server):
         return self._next_round(after), record
 
     def _counts(self, means: Means) -> Tensors:
-        """Class counts as if each expected client had a sample of every class on average: a client's own is its share."""
+        """Return class counts as if each expected client had one sample of every class on average; a client's own counts are its
+        share.
+        """
         if means.classes is None:
             return {}
         (name,), classes = self.statistics, torch.from_numpy(means.classes)
         return {name: classes * self.expected * len(classes)}
 
     def summary(self, ledger: Ledger | None) -> dict[str, Any]:
-        """What a run's summary says of its privacy."""
+        """Return what the summary of a run says about its privacy."""
         settings = self.settings
         told: dict[str, Any] = {"mode": settings.mode, "unit": "client", "clients": self.config.clients.count, "clip": settings.clip,
                                 "bits": settings.bits, "threshold": threshold_of(self.config.clients.sampled) if settings.masks else None}

@@ -102,10 +102,10 @@ class CapabilityQueue:
 
 
 def from_config(sal, blocks: int) -> Schedule:
-    """The schedule of a run file's `[sal]` table for a model with this many blocks in its activation order.
+    """Return the schedule of a run file's `[sal]` table for a model with this many blocks in its activation order.
 
     Raises:
-        ConfigError: if a depth exceeds the number of blocks.
+        ConfigError: If a depth exceeds the number of blocks.
     """
     max_depth = blocks if sal.max_depth is None else sal.max_depth
     for key, depth in (("sal.depth", sal.depth), ("sal.max_depth", max_depth)):

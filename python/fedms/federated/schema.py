@@ -33,7 +33,9 @@ class SchemaError(FedMSError):
 
 
 def shown(value: Any) -> str:
-    """A foreign value in an error: short, printable, and never a nested structure, whose `repr` may recurse too deep."""
+    """Return a foreign value for an error message: short, printable, and never a nested structure, whose `repr` may recurse too
+    deep.
+    """
     if isinstance(value, (Mapping, list, tuple)):
         return f"a {'table' if isinstance(value, Mapping) else 'list'} of {len(value)}"
     return printable(repr(value[:NAME] if isinstance(value, (str, bytes)) else value), 60)
@@ -327,10 +329,11 @@ TASKS: Mapping[str, Table] = {"query": GREETING, "train": TRAIN, "evaluate": EVA
 
 
 def read_json(text: str) -> dict[str, Any]:
-    """A JSON object whose numbers are numbers.
+    """Parse a JSON object whose numbers are finite.
 
     Raises:
-        SchemaError: if the text is none: NaN and infinities, texts nested too deep and endless digits included.
+        SchemaError: If the text is not such an object; also for NaN and infinities, text that is nested too deep, and endless
+            digits.
     """
     try:
         head = parse_json(text, surrogates=True)        # a name of a file may have some; texts are made printable

@@ -178,8 +178,9 @@ class Server:
         return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
 
     def message(self, state: ServerState, busy: Collection[int] = ()) -> Message:
-        """What goes out for the round that comes next. After the last round: the final tensors, to nobody in
-        particular, for evaluation. `busy`: see `sample`."""
+        """Return the message of the next round. After the last round it holds the final tensors, for evaluation, and names no
+        clients. `busy`: see `sample`.
+        """
         applied = set(self.order[:state.applied_depth])
         sent: dict[BroadcastPolicy, Tensors] = {policy: {} for policy in BroadcastPolicy}
         for name, tensor in state.tensors.items():
@@ -190,18 +191,18 @@ class Server:
                        sent[BroadcastPolicy.EVERY_ROUND], sent[BroadcastPolicy.ONCE], state.statistics)
 
     def awaited(self) -> int:
-        """Replies that a round waits for."""
+        """Return the number of replies that a round waits for."""
         return self.config.clients.awaited_of(len(self.members))
 
     def admit(self, reply: Reply, message: Message, participant: Participant, collected: Collected,
               now: Message | None = None) -> None:
-        """Adds a reply to the round, if it is one that this client can have given to this message.
+        """Add a reply to the round, if this client can have given it to this message.
 
         Args:
-            now: in a buffered round, the message of the round that it is added to; None: the same.
+            now: In a buffered round, the message of the round to which the reply is added; None if it is the same message.
 
         Raises:
-            RejectedReply: naming what is wrong with it; the round is then as it was.
+            RejectedReply: If the reply is refused. The message names what is wrong with it, and the round is unchanged.
         """
         self.admission.check(reply, message, participant, collected.counted)
         collected.add(reply if now is None else carried(reply, message, now))
@@ -302,10 +303,10 @@ class Server:
         return replace(state, stage="done", final_depth=final_depth)
 
     def sample(self, stage: str, round: int, busy: Collection[int] = ()) -> tuple[int, ...]:
-        """Ids of the clients of a round, ascending.
+        """Return the ids of the clients of a round, ascending.
 
         Args:
-            busy: clients still at work for an earlier round: they keep their seats, and the others are drawn for the rest.
+            busy: Clients still at work for an earlier round. They keep their seats, and the others are drawn for the rest.
         """
         drawn = torch.randperm(len(self.members), generator=generator(self.config.run.seed, "sample-clients", stage, round))
         free = [member for i in drawn.tolist() if (member := self.members[i]) not in busy]
@@ -313,12 +314,14 @@ class Server:
 
 
 def carried(reply: Reply, message: Message, now: Message) -> Reply:
-    """A reply to an older message as one to the message of today, so that a weighted mean of such replies moves today's
-    tensors by the weighted mean of the changes: x' = now + (x - sent) / sqrt(1 + s), where s is the number of rounds that
-    went by. The weight is the one of Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", 2022. That
-    the mean stays one over samples, as in other rounds, where the paper divides by the size of the buffer, is our choice.
+    """Return a reply to an older message as if it were a reply to the current one.
 
-    A reply to today's message is returned as it is, bit for bit.
+    A weighted mean of such replies moves the current tensors by the weighted mean of the changes: x' = now + (x - sent) / sqrt(1 +
+    s), where s is the number of rounds since the older message. The weight is that of Nguyen et al., "Federated Learning with
+    Buffered Asynchronous Aggregation", 2022. The mean is weighted by samples, as in other rounds, which is our choice; the paper
+    divides by the size of the buffer.
+
+    A reply to the current message is returned unchanged, bit for bit.
     """
     gone_by = now.round - message.round
     if not gone_by:

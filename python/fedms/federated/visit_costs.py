@@ -32,13 +32,14 @@ STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
 
 @dataclass(frozen=True)
 class VisitMemory:
-    """Bytes of one depth, one precision of the frozen weights, and prefixes replayed or not.
+    """Bytes that a visit needs at one depth and one precision of the frozen weights, with or without replayed prefixes.
 
-    weights:  the model with its experts, a quantized model's transposed weights as far as this depth needs them.
-    training: the larger of both stages' visits, gradients and the optimizer's state included, by the samples of a
-              micro-batch.
-    judging:  a pass without gradients through the whole model, by the samples of a chunk: validation, and the
-              building of constants.
+    Attributes:
+        weights: The model with its experts, and the transposed weights of a quantized model as far as this depth needs them.
+        training: The larger of the visits of both stages, with gradients and the optimizer's state, by the samples of a
+            micro-batch.
+        judging: A pass without gradients through the whole model, by the samples of a chunk: for validation, and to build
+            constants.
     """
 
     weights: int
@@ -124,21 +125,26 @@ class CostModel:
         return budget.memory_of(judge)
 
     def constants(self, depth: int) -> int:
-        """Bytes of what the largest client's cache holds at a depth, training and validation samples, both stages."""
+        """Return the bytes that the cache of the largest client holds at a depth, for training and validation samples of both
+        stages.
+        """
         parts = [self.largest.validation, *([] if self.config.data.augment else [self.largest.train])]
         outputs, units = self.model.foundation.feature_dim + self.model.task.columns, self.model.dataset.units
         return sum(self._prefix_bytes(part, depth) + (4 * outputs * int(units(part).sum()) if self.config.stage2.rounds else 0)
                    for part in parts)
 
     def building(self, depth: int, cache: str) -> int:
-        """Bytes that come and go while the prefix outputs of the largest set of samples are made for a cache."""
+        """Return the bytes that are needed temporarily to compute the prefix outputs of the largest set of samples for a cache."""
         every = [part for split in (*self.partition.clients, *self.partition.unseen)
                  for part in (split.train, split.validation, split.test)]
         return BUILDING[cache] * max(self._prefix_bytes(part, depth) for part in (*every, self.partition.global_test))
 
     def experts(self, depth: int) -> int:
-        """Bytes of experts outside the model: a process that plays all clients keeps every client's private one, and
-        the server's, which is read, sent, averaged and saved."""
+        """Return the bytes of experts outside the model.
+
+        A process that plays all clients keeps the private expert of every client, and that of the server, which is read, sent,
+        averaged and saved.
+        """
         kept = 3 if self.config.clients.optimizer == "kept" else 1
         one = _nbytes(self._load(depth))
         return one * (self.config.clients.count * kept * bool(self.config.stage2.rounds) + 6)
@@ -156,7 +162,7 @@ class CostModel:
     # Operations and bytes
 
     def work(self, depth: int, replays: bool, micro_batch: int | None = None) -> VisitWork:
-        """A visit of the client with the most training tokens, in stage 1, after its first round."""
+        """Return the work of a visit of the client with the most training tokens, in stage 1, after its first round."""
         applied = self._load(depth)
         module, settings = self.model.foundation.module, self.config.stage1
         params = self.model.trainable("global")
@@ -181,14 +187,14 @@ class CostModel:
         return VisitWork(sum(p.numel() for p in params.values()), flops, building, up, down)
 
     def _size(self, part: Subset, rows: Tensor) -> tuple[int, int]:
-        """Samples and padded length of the rows (B,) of a part."""
+        """Return the number of samples and the padded length of the rows (B,) of a part."""
         return len(rows), int(self.model.dataset.inputs.lengths[part.indices[rows]].max())
 
     def _head_flops(self, part: Subset, rows: Tensor, training: bool) -> int:
         return self.model.task.head_flops(self.model.count_units(part, rows), training)
 
     def _load(self, depth: int) -> Tensors:
-        """Loads a fresh global expert and returns its applied tensors."""
+        """Load a new global expert, and return its applied tensors."""
         self.model.clear()
         self.model.load("global", self.model.initial(self.config.run.seed), depth=depth, applied_depth=depth,
                         keep=is_a if self.config.aggregation == "freeze_a" else freeze_none)
@@ -200,13 +206,13 @@ class CostModel:
 
 
 def fitting_of(model: ExpertModel, method: Method, config: RunConfig, partition: Partition) -> Fitting:
-    """What fits the memory of each class of `[clients] budgets`, and what visits cost where `[sal]` sets a budget for them.
+    """Return what fits the memory of each class of `[clients] budgets`, and what visits cost if `[sal]` sets a budget for them.
 
-    A class's memory holds the weights, the largest client's constants, and what a visit makes and drops; not the
+    The memory of a class holds the weights, the constants of the largest client, and what a visit creates and drops, but not the
     Python process around them.
 
     Raises:
-        ConfigError: if a class's memory is too small to train one block.
+        ConfigError: If the memory of a class is too small to train one block.
     """
     memories = [tier.memory for tier in config.clients.budgets]
     has_memory, has_budget = any(memory is not None for memory in memories), config.sal.has_budget
@@ -218,7 +224,11 @@ def fitting_of(model: ExpertModel, method: Method, config: RunConfig, partition:
 
 
 def _depths(costs: CostModel, memories: Sequence[int | None]) -> list[int | None]:
-    """The most blocks whose training fits each class's memory; None: no memory given. ConfigError where one block does not."""
+    """Return the largest number of blocks whose training fits the memory of each class, or None for a class without a limit.
+
+    Raises:
+        ConfigError: If not even one block fits.
+    """
     needs = [device_memory(costs, depth) for depth in range(1, costs.max_depth + 1)]
     depths: list[int | None] = []
     for number, memory in enumerate(memories):
@@ -231,7 +241,7 @@ def _depths(costs: CostModel, memories: Sequence[int | None]) -> list[int | None
 
 
 def device_memory(costs: CostModel, depth: int) -> int:
-    """Bytes that a client's device needs at a depth with the settings as they are."""
+    """Return the bytes that a client's device needs at a depth with the settings as they are."""
     config, replays = costs.config, costs.config.sal.cache != "off"
     micro_batch = max(stage.micro_batch or stage.batch for stage in (config.stage1, config.stage2))
     memory = costs.memory(depth, replays)

@@ -146,7 +146,7 @@ def _attack(task: LoadedTask, experiment: Experiment, server: PrivateServer, mes
 
 
 def _masked(target: np.ndarray) -> Callable[[bool, int], np.ndarray]:
-    """What the server gets from the client in a secure sum, as signed values: its vector, or zeros, under masks."""
+    """Return what the server gets from the client in a secure sum, as signed values: its vector, or zeros, under masks."""
     def release(present: bool, trial: int) -> np.ndarray:
         secrets = {client: derive(b"audit", "member", client, present, trial) for client in range(3)}
         identities = {client: secure_sum.identity_of(secret) for client, secret in secrets.items()}

@@ -152,13 +152,13 @@ def _private_server(config: RunConfig) -> type[PrivateServer]:
 
 
 def data_mark(config: RunConfig, dataset: Dataset) -> str:
-    """A hash by which a run folder knows its data again, 64 hexadecimal digits.
+    """Return a hash, 64 hexadecimal digits, by which a run folder recognizes its data.
 
-    With privacy it is keyed by the run's secret key: a bare hash would tell whoever has guessed the clients' data that the guess
-    is right. A server of clients with data of their own has none of theirs to hash.
+    With privacy it is keyed by the run's secret key: a plain hash would confirm a correct guess of the clients' data. A server of
+    clients with their own data has no data to hash.
 
     Raises:
-        ConfigError: If the key is not there, or not secret.
+        ConfigError: If the key is missing, or other users can read it.
     """
     if config.privacy.mode == "off" or config.run.engine == "flower":
         return dataset.fingerprint

@@ -37,7 +37,9 @@ def _open(text: str, data: Path | None, client: int | None) -> tuple[LoadedTask,
 
 
 def simulation_app(state: Path, config: RunConfig) -> ClientApp:
-    """The nodes of a simulation: a node's number is its client's, all of the data is at hand, and the run file is its own."""
+    """Return the app of the nodes of a simulation: a node's number is that of its client, all data are available, and the run file
+    is its own.
+    """
     app = ClientApp()
 
     @app.query()

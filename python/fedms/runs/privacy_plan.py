@@ -48,7 +48,7 @@ class PlannedRun:
 
 
 def private_settings(config: RunConfig, epsilon: float) -> dict[str, Any]:
-    """The keys, dotted, that a run file needs for a run within a budget, beside those that it has."""
+    """Return the dotted keys that a run file needs for a run within a budget, in addition to those that it has."""
     settings: dict[str, Any] = {} if config.privacy.adds_noise else {"privacy.mode": "central"}
     settings["privacy.epsilon"] = epsilon
     if config.aggregate.weights != "uniform":
@@ -63,7 +63,7 @@ def private_settings(config: RunConfig, epsilon: float) -> dict[str, Any]:
 
 
 def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """The configuration with dotted keys set.
+    """Return the configuration with dotted keys set.
 
     Raises:
         ConfigError: If they do not fit the rest of it.

@@ -182,7 +182,7 @@ def open_engine(folder: RunFolder, task: LoadedTask, experiment: Experiment, pro
 
 @contextmanager
 def _workers(config: RunConfig, device: torch.device, progress: Progress) -> Iterator[Workers | None]:
-    """The processes of `[run] workers`, which end with the context; None where this one visits the clients itself."""
+    """Yield the processes of `[run] workers`, which end with the context, or None if this process visits the clients itself."""
     if config.run.workers == 1:
         yield None
         return
@@ -206,7 +206,7 @@ def _visitor(config: RunConfig) -> Visitor:
 
 
 def _with_absolute_key(config: RunConfig) -> RunConfig:
-    """The run file as processes with another working folder read it."""
+    """Return the run file with the path of the key made absolute, for processes with another working folder."""
     return config.model_copy(update={"privacy": config.privacy.model_copy(update={"key": str(Path(config.privacy.key).absolute())})})
 
 
@@ -235,7 +235,7 @@ def keep_final(folder: RunFolder, final: Message) -> None:
 
 
 def _partition_notes(experiment: Experiment) -> Sequence[str]:
-    """What the partition says of the clients' data; with privacy, nothing."""
+    """Return what the partition says about the clients' data; with privacy, nothing."""
     return experiment.partition.notes if experiment.config.privacy.mode == "off" else ()
 
 

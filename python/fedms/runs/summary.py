@@ -122,7 +122,7 @@ class Summary:
 
     @classmethod
     def _private(cls, config: RunConfig, outcome: Record, privacy: Record, records: RunRecords) -> Summary:
-        """The summary of a run that recorded no number of a single client."""
+        """Return the summary of a run that recorded no numbers of single clients."""
         told = {name: value for name, value in privacy.items() if name != "mean_accuracy"}
         hides = privacy.get("sampling_rate") is not None
         traffic = {name: None if hides else sum(visit[name] for visit in records.visits) for name in ("bytes_up", "bytes_down")}

@@ -152,11 +152,12 @@ class ClientFolder:
     # A secure sum under way. What the client has promised holds for all runs with its key.
 
     def hold(self, plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray], promises: Mapping[str, str]) -> None:
-        """Keeps what the client holds in a secure sum (`fedms.privacy.secure_round.write_held`), and what it has promised.
-        Nothing that it says may leave before.
+        """Save what the client holds in a secure sum (`fedms.privacy.secure_round.write_held`), and what it has promised.
+
+        No answer that depends on it may be sent before this returns.
 
         Raises:
-            FolderError: if it cannot be written.
+            FolderError: If it cannot be written.
         """
         try:
             write_durably(self.path.parent / PROMISES, json.dumps(promises).encode(), private=True)
@@ -165,10 +166,10 @@ class ClientFolder:
             raise FolderError(f"{self.path / HELD}: cannot be written: {error.strerror}") from None
 
     def held(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What `hold` was given, without the promises.
+        """Return what `hold` saved, without the promises.
 
         Raises:
-            FolderError: if there is nothing whole.
+            FolderError: If it is missing or damaged.
         """
         try:
             with safe_open(self.path / HELD, "numpy") as file:
@@ -177,7 +178,11 @@ class ClientFolder:
             raise FolderError(f"{self.path / HELD}: {error}") from None
 
     def promises(self) -> dict[str, str]:
-        """Raises FolderError if they are damaged: without them the client could promise the contrary."""
+        """Return what the client has promised.
+
+        Raises:
+            FolderError: If the promises are damaged: without them the client could promise the contrary.
+        """
         path = self.path.parent / PROMISES
         try:
             return json.loads(path.read_bytes()) if path.exists() else {}

@@ -24,17 +24,19 @@ class Score:
 
 
 class Task(ABC):
-    """A task sees *units*: what is predicted once. A sample has one unit, or several, as an answer has tokens.
+    """What experts predict, and how predictions are scored and mixed.
 
-    What an expert says about U units is its *opinion*, a tensor (U, K) that holds all that a loss, a score and a mixture
-    with another expert's opinion need: class logits, or a few numbers about a token.
+    A *unit* is what is predicted once. A sample has one unit, or several, as an answer has tokens. The *opinion* of an expert about
+    U units is a tensor (U, K) with all that a loss, a score and a mixture with another expert's opinion need: class logits, or a
+    few numbers about a token.
 
-    columns: K.
-    per_token: whether the units are positions of a sequence: features are then those of each position.
-    mixes_opinions: whether `mix` of two opinions says all about the mixture; if not, `mixed_opinion` does.
-    trains_head: whether heads hold parameters that are part of an expert.
-    shifts: whether numbers (K,) may be added to an opinion, as a class prior is.
-    blends_on: what `blend` mixes, "logits" or "probabilities".
+    Attributes:
+        columns: K.
+        per_token: Whether units are positions of a sequence; features are then those of each position.
+        mixes_opinions: Whether `mix` of two opinions gives the complete opinion of the mixture. Otherwise `mixed_opinion` does.
+        trains_head: Whether heads have parameters that are a part of an expert.
+        shifts: Whether numbers (K,) may be added to an opinion, such as a class prior.
+        blends_on: What `blend` mixes, "logits" or "probabilities".
     """
 
     columns: int

@@ -77,14 +77,15 @@ class CausalLM(Task):
 
     def layer_opinion(self, heads: Mapping[str, nn.Module], shifts: Mapping[str, Tensor | None], features: Tensor,
                       targets: Tensor, weights: Tensor) -> Tensor:
-        """The head is one and the same."""
+        """Return the opinion with mixed layers. All experts have the same head."""
         return self.opinion(next(iter(heads.values())), features, targets)
 
     def loss(self, opinion: Tensor, targets: Tensor) -> Tensor:
         return -opinion[:, LOG_P].mean()
 
     def score(self, opinion: Tensor, targets: Tensor) -> Score:
-        """The accuracy is exp(-loss), the geometric mean of the tokens' probabilities: 1 / perplexity."""
+        """Return the loss and the accuracy, which is exp(-loss), the geometric mean of the tokens' probabilities: 1 / perplexity.
+        """
         if len(targets) == 0:
             return Score(None, None)
         loss = float(self.loss(opinion, targets))

@@ -12,13 +12,13 @@ from .base import Task
 
 
 class Classification(Task):
-    """An opinion is the logits (U, C), one unit a sample; targets are class numbers (U,).
+    """Single-label classification. The opinion is the logits (U, C), one unit for each sample; targets are class numbers (U,).
 
     Args:
-        classes: C.
-        new_head: makes a head from features (U, D) to logits.
+        classes: Number C of classes.
+        new_head: Makes a head from features (U, D) to logits.
         prompts: (C, D) unit vectors of the class prompts, or None.
-        temperature: divides the cosine logits of the class prompts.
+        temperature: Temperature by which the cosine logits of the class prompts are divided.
     """
 
     shifts = True
@@ -56,7 +56,7 @@ class Classification(Task):
         return float(self.right(opinion, targets).float().mean())
 
     def confidences(self, opinion: Tensor) -> Tensor:
-        """The log-probability of the likeliest class, and its lead over the second one."""
+        """Return the log-probability of the most likely class, and its lead over that of the second one."""
         best = F.log_softmax(opinion, 1).topk(2, dim=1).values
         return torch.stack([best[:, 0], best[:, 0] - best[:, 1]], 1)
 

@@ -24,12 +24,13 @@ Weights = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Speaker:
-    """Who answers for a client: what a method has loaded into the model.
+    """Which experts answer for a client, after a method has loaded them into the model.
 
-    experts: the expert that answers alone, or both.
-    weigh:   the weights of both.
-    sees:    the gate's features, "final" or "prefix"; None: it sees none.
-    layers:  whether the experts are mixed inside the layers.
+    Attributes:
+        experts: The expert that answers alone, or both experts.
+        weigh: Returns the weights of both.
+        sees: Features that the gate sees, "final" or "prefix", or None for none.
+        layers: Whether the experts are mixed inside the layers.
     """
 
     experts: Sequence[str]
@@ -39,9 +40,10 @@ class Speaker:
 
 
 class Answerer:
-    """Generates with the experts that a model holds. It is made anew when others are loaded.
+    """Generates answers with the experts that a model holds. A new one is needed when other experts are loaded.
 
-    weights: of the local expert for each token that was generated; empty where one expert answers alone.
+    Attributes:
+        weights: Weight of the local expert for each token that was generated. Empty if one expert answers alone.
     """
 
     def __init__(self, model: ExpertModel, speaker: Speaker) -> None:
@@ -53,7 +55,7 @@ class Answerer:
         self._features: Tensor | None = None        # (1, D) of the position that the next token follows
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-        """The answer to a prompt; see `generation.generate`."""
+        """Yield the answer to a prompt; see `generation.generate`."""
         model, speaker = self.model, self.speaker
         both = len(speaker.experts) > 1 and not speaker.layers
         name = "streams" if both else "mixture" if speaker.layers else speaker.experts[0]
@@ -74,14 +76,14 @@ class Answerer:
             yield from generate(decoder, prompt, self._mixture, self.foundation.stop_tokens, sampling)
 
     def _final_features(self, plain: Decoder) -> Callable[[Tensor], None]:
-        """Takes the gate's features from the foundation model alone, which reads the same tokens."""
+        """Take the gate's features from the foundation model alone, which reads the same tokens."""
         def read(ids: Tensor) -> None:
             with self.model.stream(None):
                 self._features = plain.step(ids)
         return read
 
     def _watch(self, stack: ExitStack, boundary: int) -> None:
-        """Takes the gate's features where the constant prefix ends, and weighs the layers above it by them."""
+        """Take the gate's features at the end of the constant prefix, and set the weights of the layers above it."""
         model = self.model
         blocks = blocks_of(self.foundation.module)
         mixed = [layer for layer in model.layers.values() if layer.block > boundary]
@@ -106,7 +108,7 @@ class Answerer:
 
     @torch.no_grad()
     def _mixture(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities (V,) of the next token from each expert's hidden state (E, D)."""
+        """Return the log-probabilities (V,) of the next token from each expert's hidden state (E, D)."""
         log_p = self.task.head(hidden).log_softmax(-1)
         if len(log_p) == 1:
             return log_p[0]

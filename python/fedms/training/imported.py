@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def imported_tensors(model: ExpertModel, folder: Path) -> Tensors:
-    """The pairs of an adapter, and its head if it has one that fits. ConfigError for one of another shape."""
+    """Return the pairs of an adapter, and its head if it has one that fits.
+
+    Raises:
+        ConfigError: If the adapter has another shape.
+    """
     lora, shape = model.config.lora, read_shape(folder)
     if (shape.rank, shape.alpha, shape.rslora) != (lora.rank, lora.alpha, lora.rslora):
         raise ConfigError(f"lora.rank: the adapter in {folder} has rank {shape.rank}, alpha {shape.alpha:g}, rslora "

@@ -20,10 +20,11 @@ LARGE_BLOCK = 2**20
 
 
 def hand_back_large_blocks() -> None:
-    """From now on a tensor of `LARGE_BLOCK` bytes or more leaves the process when it is freed.
+    """Let the memory of tensors of `LARGE_BLOCK` bytes or more go back to the system as soon as they are freed, from now on.
 
-    Otherwise glibc raises that bound to 32 MiB as it goes, keeps what was freed in pieces that later tensors do not
-    fit, and the process ends up half as large again as all that it holds. To be called before a model is loaded."""
+    Otherwise glibc raises that bound to 32 MiB step by step and keeps freed memory in pieces that do not fit later tensors. The
+    process then uses half as much memory again as all that it holds. Call this before a model is loaded.
+    """
     if _mallopt is not None:
         _mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
 

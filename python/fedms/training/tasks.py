@@ -17,7 +17,11 @@ from fedms.tasks import CausalLM, Classification, LogitMixingLM, Task
 
 
 def task_of(foundation: FoundationModel, dataset: Dataset, config: RunConfig, device: torch.device) -> Task:
-    """`[task] kind`. Raises ConfigError if the model or the data do not suit it."""
+    """Return the task that `[task] kind` names.
+
+    Raises:
+        ConfigError: If the model or the data do not suit it.
+    """
     return TASKS[config.task.kind](foundation, dataset, config, device)
 
 

@@ -2,7 +2,8 @@
 
     FEDMS_CUDA_EMULATED=FILE FEDMS_EMULATOR=none python tests/kernels/cuda/host_cost.py [TOGGLE]
 
-The launchers return at once, so that only the work of the host is left. One line of JSON for each case. TOGGLE is a compiled
+The launchers return at once, so that only the work of the host is left. PyTorch's own part of it are "an empty module", called
+without gradients, and "an empty function", the forward and backward pass of an autograd function that computes nothing. One line of JSON for each case. TOGGLE is a compiled
 callgrind_toggle.cpp: under `valgrind --tool=callgrind --instr-atstart=no` each case then writes a profile of its own.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,11 +33,28 @@ def cases() -> dict[str, Callable[[], object]]:
     inputs = [x.clone().requires_grad_(), layer.lora_a["only"], layer.lora_b["only"]]
     dy = torch.randn(80, 16, dtype=torch.bfloat16)
 
-    def forward() -> torch.Tensor:
+    def forward(module: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return layer(x)
+            return module(x)
 
-    return {"forward": forward, "forward and backward": lambda: torch.autograd.grad(layer(inputs[0]), inputs, dy)}
+    empty = nn.Identity()
+    return {
+        "forward": lambda: forward(layer),
+        "an empty module": lambda: forward(empty),
+        "forward and backward": lambda: torch.autograd.grad(layer(inputs[0]), inputs, dy),
+        "an empty function": lambda: torch.autograd.grad(_Empty.apply((x.detach(),), *inputs), inputs, dy),
+    }
+
+
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, made: tuple[torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.inputs = inputs
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *ctx.inputs
 
 
 def calls_of(run: Callable[[], object]) -> int:

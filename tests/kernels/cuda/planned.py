@@ -25,14 +25,14 @@ DEVICE = device.current().type
 def poisoned(monkeypatch):
     """Memory that the kernels are given holds NaN, which stays where they do not write."""
     monkeypatch.setenv("FEDMS_TUNE", "0")
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(float("nan")))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then fills all new memory with NaN, that of C++ too
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
     with fedms_ext.use_backend("cuda"):
+        assert torch.empty(1).isnan() and torch.empty(1).new_empty(1).isnan()
         yield
     torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

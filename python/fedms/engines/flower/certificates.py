@@ -29,13 +29,18 @@ LOOPBACK = "127.0.0.1"      # every certificate is for it too: a first try on on
 
 
 def make(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """Writes what is missing and renews what expires within a month; never replaces a key. Returns the names of the
-    certificates that were renewed. `hosts`: the server's names and addresses for others.
+    """Write certificates and keys that are missing, and renew certificates that expire within a month. A key is never replaced.
+
+    Args:
+        hosts: Names and addresses of the server, as others reach it.
+
+    Returns:
+        The names of the certificates that were renewed.
 
     Raises:
-        FileExistsError: if there are certificates for other hosts already.
-        FileNotFoundError: if one has to be renewed and a key that this takes, such as ca.key, is not here.
-        ValueError: if a certificate or key cannot be read.
+        FileExistsError: If there are certificates for other hosts already.
+        FileNotFoundError: If a certificate has to be renewed, and a key that this takes, such as ca.key, is missing.
+        ValueError: If a certificate or key cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     hosts = list(dict.fromkeys([*hosts, LOOPBACK]))
@@ -49,16 +54,16 @@ def make(folder: Path, hosts: Sequence[str]) -> list[str]:
 
 
 def ends(folder: Path) -> dict[str, datetime.datetime]:
-    """When each certificate of a folder expires, by file, in UTC.
+    """Return when each certificate of a folder expires, by file, in UTC.
 
     Raises:
-        OSError, ValueError: if one is missing or cannot be read.
+        OSError, ValueError: If a certificate is missing or cannot be read.
     """
     return {name: _read(folder / name).not_valid_after_utc for name in NAMES}
 
 
 def warnings(folder: Path) -> list[str]:
-    """A line for each certificate that has expired or will within a month; see `ends` for what it raises."""
+    """Return a line for each certificate that has expired or will expire within a month. It raises what `ends` raises."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return [f"{folder / name}: {NAMES[name]} {'has expired' if end <= now else 'expires'} on {end:%Y-%m-%d}; renew it by "
             f"fedms server renew {folder.parent}" for name, end in ends(folder).items() if end <= now + SOON]
@@ -149,6 +154,10 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def hosts_of(folder: Path) -> list[str]:
-    """Names and addresses that the server's certificate is for. Raises OSError or ValueError if it cannot be read."""
+    """Return the names and addresses that the server's certificate is for.
+
+    Raises:
+        OSError, ValueError: If it cannot be read.
+    """
     names = _read(folder / "server.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]

@@ -39,11 +39,17 @@ HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 
 @dataclass(frozen=True)
 class Identity:
-    """client: its id. n_train: its number of training samples; None where the server knows, or the data in `data` say.
-    state: its own folder. data: folder with its samples (`fedms.data.shard`); None where the run file says where they are.
-    own: the node's own run file, which alone may name code to be run, and paths; None: no run may name any.
-    model: folder with the model on this machine, in the place of `model.id`. device: where this node computes, whatever the
-    server says."""
+    """Who a node is, and what its owner has set.
+
+    Attributes:
+        client: Id of the client.
+        n_train: Number of its training samples, or None if the server knows it, or the data in `data` tell it.
+        state: Folder of its private state.
+        data: Folder with its samples (`fedms.data.shard`), or None if the run file says where they are.
+        own: The node's own run file, which alone may name code to be run, and paths. With None no run file may name any.
+        model: Folder of the model on this machine, used instead of `model.id`; or None.
+        device: Where this node computes, whatever the server says.
+    """
 
     client: int
     n_train: int | None
@@ -84,17 +90,17 @@ Answer = tuple[dict[str, Any], dict[str, bytes]]        # the head and the buffe
 
 
 def answer(message: Mail, identity: Identity, open_experiment: Open) -> Mail:
-    """The reply of a node whose client is known and whose owner has agreed to everything, as in a simulation."""
+    """Return the reply of a node whose client is known and whose owner has agreed to everything, as in a simulation."""
     if message.metadata.message_type == "query":
         return greet(message, lambda told: identity)
     return guarded(message, identity.client, lambda kind, head, parts: obey(kind, head, parts, identity, open_experiment))
 
 
 def greet(message: Mail, identify: Callable[[int | None], Identity]) -> Mail:
-    """Says which client this is and how many samples it has, which holds from then on.
+    """Return the reply that says which client this is and how many samples it has. These numbers hold from then on.
 
     Args:
-        identify: who it is, by the number that the server tells; None where it tells none.
+        identify: Returns the identity by the number that the server tells, or by None if it tells none.
     """
     told: int | None = None
     try:
@@ -113,7 +119,7 @@ def greet(message: Mail, identify: Callable[[int | None], Identity]) -> Mail:
 
 
 def _samples(identity: Identity) -> tuple[int | None, int | None]:
-    """Numbers of training and validation samples, without importing torch."""
+    """Return the numbers of training and validation samples, without importing torch."""
     private = identity.own is not None and identity.own.privacy.mode != "off"
     if private or (identity.data is not None and (identity.data / IDENTITIES).exists()):
         return None, None
@@ -127,12 +133,12 @@ def _samples(identity: Identity) -> tuple[int | None, int | None]:
 
 
 def guarded(message: Mail, client: int | None, act: Callable[[str, dict[str, Any], dict[str, bytes]], Answer]) -> Mail:
-    """The reply to a message that asks for work. Whatever goes wrong is told as a reason; the private state is then as it
-    was.
+    """Return the reply to a message that asks for work. Any error becomes a reason in the reply, and the private state is then
+    unchanged.
 
     Args:
-        client: its id; None if no greeting told it yet.
-        act: does what a message of a kind (train, evaluate, query.sum) with this head and these buffers says.
+        client: Id of the client, or None if no greeting has told it yet.
+        act: Does what a message of a kind (train, evaluate, query.sum) with this head and these buffers asks for.
     """
     echo: dict[str, Any] = {"client": client or 0}
     head: dict[str, Any] = {}
@@ -153,10 +159,11 @@ def guarded(message: Mail, client: int | None, act: Callable[[str, dict[str, Any
 
 
 def reason_of(error: Exception, head: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """What the server is told of an error. With privacy, only of those that do not depend on this client's data.
+    """Return what the server is told about an error. With privacy, it is told only about errors that do not depend on the client's
+    data.
 
     Args:
-        head: of the message that asked; empty if it was none.
+        head: Head of the message that asked; empty if it had none.
     """
     settings = head.get("config", {}).get("privacy", {})
     private = isinstance(settings, dict) and settings.get("mode", "off") != "off"
@@ -168,8 +175,7 @@ def reason_of(error: Exception, head: Mapping[str, Any] = MappingProxyType({})) 
 
 
 def obey(kind: str, head: dict[str, Any], parts: dict[str, bytes], identity: Identity, open_experiment: Open) -> Answer:
-    """Trains (a visit), evaluates (the client's line of `clients.jsonl`), or takes a phase of a secure sum. Raises what goes
-    wrong."""
+    """Train (a visit), evaluate (the client's line of `clients.jsonl`), or answer a phase of a secure sum. Errors are raised."""
     if kind == "query.sum":
         return _add_up(head, parts, identity)
     return (_visit if kind == "train" else _evaluate)(head, parts, identity, open_experiment)
@@ -183,11 +189,11 @@ _DATA_FREE = (Disagreement, transport.MailError, SchemaError)
 
 
 def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
-    """The run file that came with a message, once it names no code and no path but those of the node's own run file, on the
-    node's own device.
+    """Return the run file of a message, for the node's own device, if it names no code and no path but those of the node's own run
+    file.
 
     Raises:
-        Disagreement, ConfigError: if it does.
+        Disagreement, ConfigError: If it does.
     """
     from fedms.config import config_from_dict, registry, with_run
 
@@ -208,8 +214,10 @@ def _agreed(tables: dict[str, Any], identity: Identity) -> RunConfig:
 
 
 def _agreed_privacy(config: RunConfig, identity: Identity) -> None:
-    """A node that was set up for a run with privacy takes part in no other one: with another run file its updates could be
-    asked for one by one."""
+    """Check that the run has the privacy for which the node was set up.
+
+    With another run file the node's updates could be asked for one by one.
+    """
     if identity.own is not None:
         told, agreed = (c.privacy.model_dump(exclude={"key"}) for c in (config, identity.own))
         if told != agreed:
@@ -256,7 +264,7 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, op
 
 def _share(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, session: LoadedTask,
            experiment: Experiment) -> Answer:
-    """A visit of a run with privacy: the client's share of the round's sum."""
+    """Do a visit of a run with privacy, and return the client's share of the round's sum."""
     from fedms.federated.client import Private, Share
     from fedms.federated.packing import pack_share
     from fedms.privacy.key_file import derive
@@ -308,10 +316,10 @@ def _add_up(head: dict[str, Any], parts: dict[str, bytes], identity: Identity) -
 
 
 def _member(identity: Identity, config: RunConfig | None) -> Member:
-    """Who this client is in secure sums.
+    """Return this client as a participant of secure sums.
 
     Raises:
-        KeyFileError: if its key is not there.
+        KeyFileError: If its key is missing.
     """
     from fedms.federated.private_client import member_of_run
     from fedms.privacy.key_file import read_key
@@ -352,7 +360,7 @@ def _keep_final(folder: ClientFolder, identity: Identity, final: Message, digest
 
 
 def _message(head: dict[str, Any], parts: dict[str, bytes], folder: ClientFolder) -> Message:
-    """The message as it arrived, with the constants that came before it."""
+    """Return the message as it arrived, with the constants that were sent earlier."""
     from fedms.federated.packing import Packed, unpack_message
 
     digest = head["message"].get("constants")

@@ -49,15 +49,16 @@ class Rejected(Lost):
 
 
 class Connection:
-    """A node's connection, from `with` on.
+    """A node's connection to the server, open inside `with`.
 
     Args:
-        address: of the server, "host:port".
-        authority: the certificate of the authority that signed the server's, PEM.
-        key: the client's own.
+        address: Address of the server, "host:port".
+        authority: Certificate of the authority that signed the server's certificate, PEM.
+        key: Private key of the client.
 
     Raises:
-        Lost: on entering, if the server cannot be reached or trusted; `Rejected` if it does not take this key.
+        Lost: On entering, if the server cannot be reached or trusted.
+        Rejected: On entering, if the server does not accept this key.
     """
 
     def __init__(self, address: str, authority: bytes, key: EllipticCurvePrivateKey) -> None:
@@ -88,7 +89,11 @@ class Connection:
         self._client.close()
 
     def receive(self) -> Mail | None:
-        """The next message, if there is one. Raises Lost."""
+        """Return the next message, or None if there is none.
+
+        Raises:
+            Lost: If the connection is lost.
+        """
         found = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not found.messages_list:
             return None
@@ -103,7 +108,11 @@ class Connection:
         return message
 
     def send(self, reply: Mail) -> None:
-        """Raises Lost."""
+        """Send a reply.
+
+        Raises:
+            Lost: If the connection is lost.
+        """
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with no_object_id_recompute():
             objects = get_all_nested_objects(reply)
@@ -156,14 +165,14 @@ class Connection:
 
 
 def serve(connection: Connection, answer: Callable[[Mail], Mail | None], stop: Callable[[], bool], pause: float = 0.2) -> None:
-    """Answers messages, one at a time, until told to stop.
+    """Answer messages, one at a time, until told to stop.
 
     Args:
-        answer: returns the reply to a message, or None for none.
+        answer: Returns the reply to a message, or None for no reply.
 
     Raises:
-        Rejected: if the server does not know the node any more.
-        Lost: if the server has been away for a minute.
+        Rejected: If the server does not know the node any more.
+        Lost: If the server has been away for a minute.
     """
     silent_since: float | None = None
     while not stop():

@@ -78,18 +78,18 @@ class SuperLink:
     # Who may join
 
     def register(self, public_key: str, name: str) -> None:
-        """Lets a node in.
+        """Let a node connect.
 
         Args:
-            public_key: in OpenSSH's form, elliptic curve P-384.
+            public_key: Its public key in OpenSSH's format, on the elliptic curve P-384.
 
         Raises:
-            ValueError: if it is none, or is registered already.
+            ValueError: If the key is not valid, or is registered already.
         """
         self._state.create_node(NOOP_FLWR_AID, "", pem_of(public_key), 0.0, name=name)
 
     def unregister(self, name: str) -> None:
-        """Lets the nodes of this name in no longer; their keys cannot be registered again while this object lives."""
+        """No longer let the nodes with this name connect. Their keys cannot be registered again while this object exists."""
         for node in list(self._state.nodes.values()):
             if node.name == name and not node.unregistered_at:
                 node.online_until = node.online_until or 0.0        # Flower takes it for a number
@@ -98,11 +98,11 @@ class SuperLink:
     # What the engine asks for
 
     def get_nodes(self) -> Sequence[Any]:
-        """The nodes that are connected, each with `node_id` and `name`."""
+        """Return the nodes that are connected, each with `node_id` and `name`."""
         return list(self._state.get_node_info(node_ids=list(self._state.get_nodes(RUN))))
 
     def push_messages(self, messages: Iterable[Mail]) -> list[str]:
-        """Stores messages for their nodes to fetch; returns the ids of those that were taken."""
+        """Store messages until their nodes fetch them, and return the ids of those that were accepted."""
         taken = []
         with no_object_id_recompute():
             for message in messages:
@@ -120,7 +120,7 @@ class SuperLink:
         return taken
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Mail]:
-        """Replies to messages with these ids, as far as they are there whole; each is returned once."""
+        """Return the replies to messages with these ids that have arrived completely. Each is returned once."""
         under_way = {reply.metadata.reply_to_message_id for reply in self._arriving}
         found = self._state.get_message_res(message_ids=set(numbers) - under_way, run_id=RUN)
         self._state.delete_messages(message_ins_ids={reply.metadata.reply_to_message_id for reply in found})
@@ -138,7 +138,7 @@ class SuperLink:
         return whole
 
     def _inflated(self, reply: Mail) -> Mail | None:
-        """The reply with its content; None while buffers are under way; an error if they never came."""
+        """Return the reply with its content, None while buffers are under way, or an error if they never arrived."""
         number, contents = reply.metadata.message_id, {}
         for tree in iterate_object_tree(self._state.object_store.get_object_tree(number)):
             content = self._state.get_object(RUN, tree.object_id)
@@ -158,13 +158,13 @@ class SuperLink:
 
     @contextmanager
     def serve(self, host: str, port: int, certificates: Path) -> Iterator[int]:
-        """Serves nodes by TLS, on another thread; yields the port, which port 0 leaves to the system.
+        """Serve nodes by TLS in another thread, and yield the port. With port 0 the system chooses it.
 
         Args:
-            certificates: folder with server.pem and server.key.
+            certificates: Folder with server.pem and server.key.
 
         Raises:
-            LinkError: if the port cannot be opened, or the certificate cannot be used.
+            LinkError: If the port cannot be opened, or the certificate cannot be used.
         """
         app = FastAPI(openapi_url=None, middleware=[
             Middleware(_BoundedBodies, link=self), Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
@@ -243,10 +243,10 @@ class _BoundedBodies:
 
 
 def pem_of(public_key: str) -> bytes:
-    """A public key in OpenSSH's form as PEM.
+    """Return a public key in OpenSSH's format as PEM.
 
     Raises:
-        ValueError: if it is no elliptic-curve key on P-384.
+        ValueError: If it is not an elliptic-curve key on P-384.
     """
     try:
         key: Any = load_ssh_public_key(public_key.encode())

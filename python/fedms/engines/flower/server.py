@@ -260,7 +260,7 @@ class FlowerEngine(Engine):
         self.away.discard(client)
 
     def _ask_again(self, client: int) -> None:
-        """Of a client that did not answer in time: it takes part again once its node says that it is there."""
+        """Note that a client did not answer in time. It takes part again as soon as its node says that it is there."""
         node = self.node_of.pop(client, None)
         if node is not None:
             self.away.add(client)
@@ -269,7 +269,7 @@ class FlowerEngine(Engine):
             self._greet_nodes()
 
     def _tell_once(self, text: str) -> None:
-        """A note that strangers can cause: the same one is not repeated, and there is an end of them."""
+        """Print a note that strangers can cause. The same note is not repeated, and their number is limited."""
         if text not in self.told and len(self.told) < NOTES:
             self.told.add(text)
             self.progress.note(text if len(self.told) < NOTES else f"{text}; further notes of this kind are left out")
@@ -339,8 +339,11 @@ class FlowerEngine(Engine):
         return what
 
     def _pull(self, numbers: Sequence[str]) -> list[Mail]:
-        """Replies to these messages, as far as they have come. Flower rebuilds them from what nodes stored; bytes that it
-        cannot rebuild lose the replies that came with them, not the run."""
+        """Return the replies to these messages that have arrived.
+
+        Flower rebuilds them from what nodes stored. Bytes that it cannot rebuild lose the replies that came with them, but not the
+        run.
+        """
         try:
             return list(self.grid.pull_messages(numbers)) if numbers else []
         except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
@@ -360,7 +363,7 @@ class FlowerEngine(Engine):
         return Arrival(answer.client, visit, size, sent, after=(head["kept"], head["private"]))
 
     def _share(self, answer: Answer, message: Message, packed: Packed, sent: int) -> Arrival:
-        """What a client of a run with privacy has sent."""
+        """Return what a client of a run with privacy has sent."""
         sums, masks = self.private_server.sums_of(message), self.private_server.settings.masks
         try:
             head, parts = self._open(answer, JOINED, limit=4 * sums.size + SLACK)
@@ -373,10 +376,10 @@ class FlowerEngine(Engine):
         return arrival
 
     def _open(self, answer: Answer, kind: Table, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """The head of an answer as its kind of message has it, and its buffers, if it answers what was asked.
+        """Return the head of an answer, in the form of its kind of message, and its buffers.
 
         Raises:
-            Unusable: saying why there is no such answer.
+            Unusable: If it does not answer what was asked. The message gives the reason.
         """
         if answer.mail is None:
             raise Unusable(answer.reason)
@@ -396,5 +399,5 @@ class FlowerEngine(Engine):
 
 
 def _number(name: str) -> int | None:
-    """The client whose key is registered under this name."""
+    """Return the client whose key is registered under this name."""
     return int(name.removeprefix("client-")) if re.fullmatch("client-[0-9]{1,9}", name, re.ASCII) else None

@@ -25,17 +25,18 @@ class SimulationError(FedMSError):
 
 
 def share_of_gpu(at_once: int, gpus: int) -> float:
-    """Ray's `num_gpus` of each of the nodes that work at once: the part of one GPU that it may use, 1 at most."""
+    """Return Ray's `num_gpus` for each of the nodes that work at once: the share of one GPU that it may use, at most 1."""
     return 0.0 if gpus == 0 else 1 / max(1, -(-at_once // gpus))
 
 
 @contextmanager
 def simulated_grid(clients: ClientApp, count: int, threads: int, gpus: int = 0) -> Iterator[Grid]:
-    """A grid of `count` nodes, of which as many work at a time as this machine has cores for their `threads`. They share its
-    GPUs evenly, each of them on one.
+    """Return a grid of `count` nodes. As many work at a time as this machine has cores for their `threads`.
+
+    The nodes share its GPUs evenly, and each uses one GPU.
 
     Raises:
-        SimulationError: if Ray does not start.
+        SimulationError: If Ray does not start.
     """
     from flwr.simulation.run_simulation import run_simulation
 

@@ -26,12 +26,12 @@ class MailError(FedMSError):
 
 
 def buffers(parts: Mapping[str, bytes]) -> dict[str, Array]:
-    """Arrays to be used in several messages."""
+    """Return arrays that several messages can use."""
     return {name: Array(dtype="uint8", shape=(len(data),), stype=_FORM, data=data) for name, data in parts.items()}
 
 
 def tables_of(config: RunConfig) -> dict[str, Any]:
-    """A run file's tables as messages carry them: without the path of the secret key, which is each machine's own."""
+    """Return the tables of a run file for a message, without the path of the secret key, which differs between machines."""
     return config.model_dump(mode="json", exclude_none=True, exclude={"privacy": {"key"}})
 
 
@@ -42,13 +42,13 @@ def write(head: Mapping[str, Any], parts: Mapping[str, Array]) -> RecordDict:
 
 
 def read(content: RecordDict, limit: int | None = None) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The head and the buffers of a message.
+    """Return the head and the buffers of a message.
 
     Args:
-        limit: most bytes that the buffers may have together.
+        limit: Largest total size of the buffers in bytes.
 
     Raises:
-        MailError: if the content is of another form, or larger. Sizes are checked before anything is parsed.
+        MailError: If the content has another form, or is larger. Sizes are checked before anything is parsed.
     """
     if set(content.keys()) != {"head", "parts"}:
         names = ", ".join(schema.shown(name) for name in list(content.keys())[:8])
@@ -75,7 +75,7 @@ def read(content: RecordDict, limit: int | None = None) -> tuple[dict[str, Any],
 
 
 def release() -> str:
-    """This installation's version, as both sides tell it."""
+    """Return the version of this installation, as both sides state it."""
     return metadata.version("fedms")
 
 

@@ -1,0 +1,74 @@
+"""A layer with one LoRA expert on one row to thousands, int8 and fp32, beside `F.linear` without LoRA and PEFT's layer.
+
+    OMP_NUM_THREADS=1 pytest -q -s -o addopts= -o python_files='bench_*.py' bench/layers/bench_cpu_rows.py
+
+Candidates take turns in one process, so that each figure is a ratio within a turn: the median, in brackets the 20th and the 80th
+percentile. With one thread it is the thread's own CPU time. Forward passes need no gradient; backward passes are for x, A and B,
+that of the bare layer for x alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from bench.harness.timing import interleaved, ratio
+from bench.peers import peft_linear
+from torch import Tensor, nn
+
+import fedms_ext
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight
+
+CASES = [(1, 768, 768, 8), (1, 576, 1536, 8), (16, 768, 768, 8), (64, 768, 768, 8), (2048, 384, 384, 8), (2048, 384, 384, 32)]
+HEAD = ("rows; K -> N | r | forward over `F.linear`, int8 | fp32 | over PEFT, int8 | fwd + bwd over `F.linear`, int8 | fp32 "
+        "| over PEFT, int8 | fp32")  # fmt: skip
+
+
+def layer_of(k: int, n: int, rank: int, kind: str | None) -> ExpertLinear:
+    layer = ExpertLinear.from_linear(nn.Linear(k, n), {"e": LoRA(rank, 16)})
+    nn.init.normal_(layer.lora_b["e"])
+    layer.set_state("e", "trained")
+    if kind is not None:
+        layer.freeze(QuantizedWeight(layer.weight, kind))
+    return layer
+
+
+def passes(layer: nn.Module, x: Tensor, dy: Tensor, backward: bool) -> Callable[[], object]:
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    leaf = x.clone().requires_grad_(backward)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return layer(leaf)
+
+    return (lambda: torch.autograd.grad(layer(leaf), [leaf, *trained], dy)) if backward else forward
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    rows: list[str] = []
+    yield rows
+    print(f"\n\n{fedms_ext.build_info()['isa_used']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("\n".join([f"| {HEAD} |", "| --- " * (HEAD.count("|") + 1) + "|", *(f"| {row} |" for row in rows)]))
+
+
+@pytest.mark.parametrize("rows, k, n, rank", CASES)
+def test_rows(benchmark, table, rows, k, n, rank):
+    layers = {
+        "F.linear": nn.Linear(k, n).requires_grad_(False),
+        "PEFT": peft_linear(nn.Linear(k, n).requires_grad_(False), rank),
+        "int8": layer_of(k, n, rank, "int8"),
+        "fp32": layer_of(k, n, rank, None),
+    }
+    x, dy = torch.randn(rows, k), torch.randn(rows, n)
+    forward, both = (
+        interleaved({name: passes(layer, x, dy, backward) for name, layer in layers.items()}, seconds=1.5)
+        for backward in (False, True)
+    )
+    table.append(" | ".join(map(str, (
+        f"{rows}; {k} -> {n}", rank,
+        *(ratio(forward["F.linear"], forward[kind]) for kind in ("int8", "fp32")), ratio(forward["PEFT"], forward["int8"]),
+        *(ratio(both[peer], both[kind]) for peer in ("F.linear", "PEFT") for kind in ("int8", "fp32")),
+    ))))  # fmt: skip
+    benchmark.pedantic(passes(layers["int8"], x, dy, True), rounds=3)
