@@ -56,12 +56,29 @@ def gate_line(label: str, lines: Sequence[Mapping[str, Any]]) -> str:
         "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
     return (f"- The gate of `{label}` gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
             f"{math.log(2):.2f}). Half and half of the same experts would have {100 * half:.1f} %: the gate is "
-            f"{str_gap(_over_half(lines))} points ahead of it. The right expert for each sample, which no gate can know, would have "
+            f"{str_gap(_over(lines, _half(lines)))} points ahead of it. The right expert for each sample, which no gate can know, would have "
             f"{100 * oracle:.1f} %.")
 
 
-def _over_half(lines: Sequence[Mapping[str, Any]]) -> Interval:
-    found = by_seed({(line["seed"], 0): line["personalized_accuracy"]["mean"] - line["gate"]["half_mix_accuracy"] for line in lines})
+_Lines = Sequence[Mapping[str, Any]]
+
+
+def _mean(line: Mapping[str, Any], kind: str) -> float:
+    """Return the mean over clients that took part of one of the accuracies in a record."""
+    return statistics.fmean(client["accuracy"][kind] for client in line["clients"] if not client["unseen"] and kind in client["accuracy"])
+
+
+def _half(lines: _Lines) -> list[float]:
+    return [line["gate"]["half_mix_accuracy"] for line in lines]
+
+
+def _better_expert(lines: _Lines) -> list[float]:
+    """Return the accuracy in each record of the expert, global or local, that is better in the mean over records."""
+    return max(([_mean(line, kind) for line in lines] for kind in ("global", "local")), key=statistics.fmean)
+
+
+def _over(lines: _Lines, others: Sequence[float]) -> Interval:
+    found = by_seed({(line["seed"], 0): line["personalized_accuracy"]["mean"] - other for line, other in zip(lines, others)})
     assert found is not None
     return found
 
@@ -88,8 +105,8 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
         if sentences:
             found.append(f"- `{ours}`, by the interval of seeds. " + " ".join(sentences))
     for text, gap in (("`fedms` against `fedavg_ft`, which fine-tunes the same global expert and mixes nothing", _ft_gap),
-                      ("The gate of `fedms` over half and half", _half_gap("fedms")),
-                      ("The gate of `fedms_plus` over half and half", _half_gap("fedms_plus"))):
+                      *((f"The mixture of `{ours}` over the better of its two experts", _gap_to(ours, _better_expert)) for ours in OURS),
+                      *((f"The gate of `{ours}` over half and half of the same experts", _gap_to(ours, _half)) for ours in OURS)):
         each = [f"{setting.title} {str_gap(known)}" for setting in runs
                 if (known := gap(settings[setting], runs[setting])) is not None]
         if each:
@@ -97,17 +114,15 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
     return ["## What it shows", "\n".join(found)] if found else []
 
 
-_Lines = Sequence[Mapping[str, Any]]
-
-
 def _ft_gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:
     return gap_of(runs, "fedms", "fedavg_ft")
 
 
-def _half_gap(method: str) -> Callable[[_Lines, Sequence[RunRecords]], Interval | None]:
+def _gap_to(method: str, rival: Callable[[_Lines], list[float]]) -> Callable[[_Lines, Sequence[RunRecords]], Interval | None]:
+    """Return a function of a setting's records that returns how far a method with a gate is ahead of what `rival` returns."""
     def gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:
         own = [line for line in lines if line["id"] == method and line.get("gate")]
-        return _over_half(own) if own else None
+        return _over(own, rival(own)) if own else None
     return gap
 
 

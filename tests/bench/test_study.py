@@ -27,7 +27,7 @@ def planned(*runs):
 
 
 def line(run, mean, fingerprint="f"):
-    clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": {"personalized": mean + 0.01 * i}}
+    clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": {"personalized": mean + 0.01 * i, "global": mean - 0.1, "local": mean - 0.2}}
                for i in range(3)]
     return {"setting": run.setting.name, "id": run.id, "method": run.config.run.method, "seed": run.config.run.seed,
             "config": run.config.model_dump(mode="json", exclude_none=True), "command": run.command,
@@ -98,7 +98,8 @@ def test_the_first_part_of_the_page_says_what_the_intervals_of_seeds_say():
     assert "`fedms_plus`, by the interval of seeds. Digits: ahead of fedavg_ft, fedms." in text
     assert "`fedms`, by the interval of seeds. Digits: behind fedms_plus; no difference shown to fedavg_ft." in text
     assert "mixes nothing, in points: Digits ~+0.3 ± 3.8." in text       # the seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3)
-    assert "The gate of `fedms` over half and half, in points: Digits +1.0 ± 0.0." in text
+    assert "The gate of `fedms` over half and half of the same experts, in points: Digits +1.0 ± 0.0." in text
+    assert "The mixture of `fedms` over the better of its two experts, in points: Digits +10.0 ± 0.0." in text
 
 
 def test_what_seeds_can_show_agrees_with_the_power_of_the_paired_t_test():
