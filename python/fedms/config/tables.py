@@ -368,6 +368,9 @@ class RunTable(Table):
         1, ge=1, le=1024, description="processes that visit the clients of a round side by side with engine local, each with a model "
         "of its own, run.threads threads and, with device cuda or auto, one of the GPUs in turn; 1: this process visits them. "
         "Records do not depend on it")
+    lockstep: int = Field(
+        1, ge=1, le=1024, description="clients of a round that are trained side by side on one model with engine local: they share the "
+        "frozen products and the launches of a step; results agree with those of 1 within rounding; 1: one after the other")
     device: Union[Literal["auto", "cpu", "cuda", "mps"], NumberedGPU] = Field(
         "auto", description="where models compute; auto: the first CUDA GPU whose kernels pass a self-check, else the CPU; cuda: "
         "the first GPU; cuda:N: the one with this number, from 0. Messages, checkpoints and records do not depend on it")
