@@ -198,7 +198,7 @@ def together(visit: Callable[[ExpertModel, Client, Private, Message], Visiting],
             training = turn.training
             key = turn.seat.layout, training.message.stage, training.lr, training.epochs
             tables.setdefault(key, []).append(turn)
-        answers = {}
+        answers: dict[Turn, Trained | ClientFailure] = {}
         for group in tables.values():
             answers |= zip(group, _train_together(model, group))
         for turn in waiting:
