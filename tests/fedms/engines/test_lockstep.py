@@ -146,6 +146,14 @@ def test_sentences_of_many_lengths_share_a_pass(texts):
     agree(world.visits(config, "stage2", lockstep=True), world.visits(config, "stage2"))
 
 
+@pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="22 million parameters: make test-full")
+def test_eight_clients_of_minilm():
+    config = load_config("sentiment", [*IMAGES, 'model.targets=["value","dense"]', "clients.count=8", "run.method=fedavg",
+                                       "data.max_samples=120"])
+    world = World(config, (11, 4, 7, 9, 12, 5, 8, 10))
+    agree(world.visits(config, "stage1", lockstep=True), world.visits(config, "stage1"), 1e-4)
+
+
 def test_a_client_that_diverges_is_left_out_alone(digits):
     config = load_config("digits", [*IMAGES, "run.method=fedper"])
     poisoned = [{}, {"head/weight": torch.full((10, digits.foundation.feature_dim), float("inf"))}, {}]
