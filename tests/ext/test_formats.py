@@ -104,7 +104,7 @@ def test_what_is_held(kind, n, k):
     assert torch.equal(other.dequantize(), held.dequantize())
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 0.27), ("fp16", 0.5), ("bf16", 0.5), ("nf4", 0.16), ("int4", 0.16)])
+@pytest.mark.parametrize("kind, most", [("int8", 0.27), ("int8_rotated", 0.27), ("fp16", 0.5), ("bf16", 0.5), ("nf4", 0.16), ("int4", 0.16)])
 def test_bytes_held(kind, most):
     for n, k in [(384, 384), (1536, 384), (384, 1536), (768, 768)]:
         assert QuantizedWeight(torch.randn(n, k), kind).nbytes <= most * 4 * n * k

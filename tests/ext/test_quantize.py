@@ -50,7 +50,8 @@ def layer_reference(layer: ExpertLinear, x: Tensor) -> Tensor:
     applied = layer.applied
     return reference.frozen_linear(
         x, layer.frozen.q, layer.frozen.scale, layer.bias, [layer.lora_a[e] for e in applied],
-        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.int8_steps)
+        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.int8_steps,
+        rotated=layer.frozen.kind == "int8_rotated")
 
 
 @pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (2, 3, 2, 48), (0, 48)])
@@ -67,9 +68,10 @@ def test_a_frozen_linear_computes_the_reference(shape):
         assert error(y, linear(x)) < 0.013
 
 
-def test_layers_with_experts_compute_the_reference():
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated"])
+def test_layers_with_experts_compute_the_reference(kind):
     net = with_experts()
-    fedms_ext.quantize(net)
+    fedms_ext.quantize(net, kind)
     layer, x = net.blocks[0][0], torch.randn(7, 48)
     assert error(layer(x), layer_reference(layer, x)) < 1e-6
     layer.set_state("a", "off")
@@ -186,7 +188,7 @@ def test_dropout_in_training():
     assert error(layer(x), want) < 1e-6
 
 
-ERRORS = {"int8": 0.02, "fp16": 5e-4, "bf16": 5e-3, "nf4": 0.15, "int4": 0.15}   # of a model's output
+ERRORS = {"int8": 0.02, "int8_rotated": 0.02, "fp16": 5e-4, "bf16": 5e-3, "nf4": 0.15, "int4": 0.15}   # of a model's output
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -201,6 +203,15 @@ def test_quantize_a_model(make, kind):
     assert not any(name.endswith("weight") for name, _ in net.named_parameters())
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(net)
+
+
+@pytest.mark.parametrize("k", [48, 64, 100])
+def test_the_gradient_of_an_input_is_that_of_the_weight_that_is_not_rotated(k):
+    linear = nn.Linear(k, 40).requires_grad_(False)
+    layer = FrozenLinear(QuantizedWeight(linear.weight, "int8_rotated"), linear.bias)
+    x, dy = torch.randn(3, k, requires_grad=True), torch.randn(3, 40)
+    layer(x).backward(dy)
+    assert error(x.grad, dy @ linear.weight) < 0.02 and error(layer.weight, linear.weight) < 0.02
 
 
 def test_what_is_left_alone():
@@ -326,7 +337,7 @@ def test_changes_of_dtype_leave_the_weight_alone():
     assert layer.frozen.scale.dtype == torch.float32 and layer(torch.randn(2, 8).half()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "fp16"])
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated", "nf4", "fp16"])
 def test_compiles_without_a_break(kind):
     net = with_experts()
     fedms_ext.quantize(net, kind)

@@ -25,9 +25,10 @@ class ModelTable(Table):
         None, description="dotted name of the list of transformer blocks in a model that is not built in; unset: found "
         "by inspection")
     trust_remote_code: bool = Field(False, description="run code that comes with the model's repository")
-    frozen: Literal["fp32", "bf16", "fp16", "int8", "nf4", "int4"] = Field(
+    frozen: Literal["fp32", "bf16", "fp16", "int8", "int8_rotated", "nf4", "int4"] = Field(
         "fp32", description="storage of the frozen Linear weights; on a CPU int8, nf4 and int4 compute in int8, bf16 and "
-                            "fp16 in fp32")
+        "fp16 in fp32; int8_rotated: int8 for models of which some activations are far larger than others, such as language "
+        "models, on the CPU alone")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
     head: Literal["text", "linear"] = Field(

@@ -30,7 +30,7 @@ from fedms_ext import budget, dequantize
 # Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
 RESERVE = 0.05
 # Precisions of the frozen weights to try after the run file's own: int8 and nf4, where they are smaller.
-SMALLER = {"int8": ("nf4",), "nf4": (), "int4": ()}
+SMALLER = {"int8": ("nf4",), "int8_rotated": ("nf4",), "nf4": (), "int4": ()}
 
 
 @dataclass(frozen=True)
