@@ -183,10 +183,10 @@ def _rounding(way: Way, factor: Tensor | None) -> Callable:
 
 @contextmanager
 def quantized(model: SmolLM2, kind: str) -> Iterator[None]:
-    """As a run computes it: the blocks in this format, and the head in int8."""
+    """As a run computes it with the blocks and the head in this format."""
     originals = {f"{name}.weight": layer.weight.detach() for name, layer in linear_layers(model).items()}
     fedms_ext.quantize(model.module, kind)
-    model.quantize_head("int8")
+    model.quantize_head(kind)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantizedWeight, reference
-from fedms_ext.quantization.formats import KINDS
+from fedms_ext.quantization.formats import EIGHT_BITS, KINDS
 
 BACKENDS = ["cpu", "eager"]
 
@@ -103,7 +103,7 @@ def test_gradients(backend, kind):
         dy, x.detach(), weight, list(layer.lora_a.values()), list(layer.lora_b.values()),
         [layer.experts[e].scale for e in "ab"], gate.detach()[:, None, :])
     # For int8 W^T is quantized apart, and on the CPU dy too; the other formats are made float32.
-    assert error(x.grad, dx) < (0.03 if kind == "int8" else 1e-5)
+    assert error(x.grad, dx) < (0.03 if kind in EIGHT_BITS else 1e-5)
     assert error(gate.grad, dgate.sum(1)) < 1e-5
     assert error(layer.lora_a["a"].grad, da[0]) < 1e-5
     assert error(layer.lora_b["a"].grad, db[0]) < 1e-5
@@ -214,6 +214,15 @@ def test_the_gradient_of_an_input_is_that_of_the_weight_that_is_not_rotated(k):
     assert error(x.grad, dy @ linear.weight) < 0.02 and error(layer.weight, linear.weight) < 0.02
 
 
+def test_a_layer_without_a_bias_is_quantized_and_restored_twice():
+    net = nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+    weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for _ in range(2):
+        fedms_ext.quantize(net)
+        fedms_ext.dequantize(net, weights)
+    assert net[0].bias is None and torch.equal(net[0].weight, weights["0.weight"])
+
+
 def test_what_is_left_alone():
     net = Net().requires_grad_(False)
     net.head.requires_grad_(True)                       # trained
@@ -308,7 +317,7 @@ def test_state_dict_holds_the_logical_form():
 
 def steps(model: nn.Module) -> list[int]:
     """Of the inputs, which int8 takes in more steps where the CPU multiplies 16-bit values."""
-    return [m.int8_steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
+    return [m.int8_steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind in EIGHT_BITS]
 
 
 @pytest.mark.parametrize("kind", KINDS)

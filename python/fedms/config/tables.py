@@ -116,8 +116,9 @@ class TaskTable(Table):
 class HeadTable(Table):
     """The frozen head of a causal language model."""
 
-    dtype: Literal["fp32", "int8"] = Field(
-        "fp32", description="what the logits are computed in; int8 forward alone, the gradient comes from the full weight")
+    dtype: Literal["fp32", "int8", "int8_rotated"] = Field(
+        "fp32", description="what the logits are computed in, int8 and int8_rotated as model.frozen has them; forward alone, the "
+        "gradient comes from the full weight")
     chunk: int = Field(128, ge=1, description="positions whose logits exist at the same time")
 
 

@@ -121,7 +121,7 @@ def test_a_rotated_weight(m, k):
     y = product(x, weight, scale, block)
     steps = _C.int8_steps(packed(weight, block))
     assert_close("y", y, reference.frozen_linear(x, weight, scale, None, [], [], [], steps=steps, rotated=True))
-    if block == 64 and steps == 255:
+    if k >= 576 and m > 1 and steps == 255:
         plain = product(x, *reference.quantize_weight(full), 0)
         exact = x.double() @ full.double().T
         assert (y - exact).norm() < 0.5 * (plain - exact).norm()
