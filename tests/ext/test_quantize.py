@@ -380,7 +380,7 @@ def test_opcheck(needs_dx):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="cannot quantize to 'int3'; expected int8, fp16, bf16, nf4, int4"):
+    with pytest.raises(ValueError, match="cannot quantize to 'int3'; expected int8, int8_rotated, fp16, bf16, nf4, int4"):
         fedms_ext.quantize(Net(), "int3")
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(Net())

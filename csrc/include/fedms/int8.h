@@ -17,7 +17,7 @@
 // A weight may be packed as rotated (QuaRot: Ashkboos et al., arXiv 2404.00456): then every block of so many values of a row of
 // x is multiplied by the Hadamard matrix H of that size over the root of its size before the row is quantized, and wq and ws are
 // of W H in place of W. H H = 1, so y is the same but for rounding, and a single large value is spread over its block. The LoRA
-// branch sees x as it is. On SmolLM2 that takes five sixths of the error of int8 away (bench/accuracy/language.py).
+// branch sees x as it is. On SmolLM2 that takes four fifths of the error of int8 away (bench/accuracy/language.py).
 //
 // There is no GELU in the epilogue and no requantization for the next layer: bench/layers/bench_cpu_mlp.py bounds what they could
 // gain, and finds nothing above its noise.
