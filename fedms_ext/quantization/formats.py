@@ -41,7 +41,8 @@ def packed(q: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
         return q
     if kind in EIGHT_BITS:
         data = torch.empty(_C.int8_packed_size(*q.shape), dtype=torch.uint8)
-        _C.int8_pack(q.contiguous(), data, rotated_block(k) if kind == "int8_rotated" else 0)
+        blocks = (rotated_block(k),) if kind == "int8_rotated" else ()
+        _C.int8_pack(q.contiguous(), data, *blocks)
     else:
         data = torch.empty(_C.nibbles_packed_size(len(q), k, group), dtype=torch.uint8)
         _C.nibbles_pack(k, group, LEVELS[kind], q.contiguous(), scale.contiguous(), data)
