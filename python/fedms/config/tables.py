@@ -155,7 +155,7 @@ class SalTable(Table):
         None, gt=0, description="most seconds of a visit's computing on a client's own device, at the speed that it has in that round; "
         "likewise. Needs flops in clients.budgets")
     cache: Literal["memory", "disk", "off"] = Field(
-        "memory", description="where the constants of samples are kept: the prefix's outputs, the frozen expert's "
+        "memory", description="where what is constant for a sample is kept: the prefix's outputs, the frozen expert's "
         "logits, the gate's features; disk: in the cache folder, for later runs too")
     cache_dtype: Literal["fp32", "bf16", "int8"] = Field(
         "fp32", description="storage of the prefix's outputs; fp32 is exact")
@@ -221,7 +221,7 @@ class Budget(Table):
     share: float = Field(gt=0, le=1, description="share of the clients")
     max_depth: Optional[int] = Field(None, ge=1, description="most blocks such a client trains")
     memory: Optional[Size] = Field(
-        None, description="bytes for weights, constants and a training step; limits the depth by the cost model")
+        None, description="bytes for weights, cached features and a training step; limits the depth by the cost model")
     rank: Optional[int] = Field(
         None, ge=1, description="most of each pair's rank that such a client trains, by the method flexlora")
     flops: Optional[float] = Field(None, gt=0, description="operations a second")
