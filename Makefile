@@ -85,8 +85,10 @@ study-full: $(INSTALLED) ## all methods on four settings, at most eight hours a 
 study-quick: $(INSTALLED) ## six methods on two settings, one seed: runs/study-quick/quick.md
 	$(BIN)/python -m bench.study --size quick --jobs 2 --out runs/study-quick
 
-docs: $(INSTALLED) ## docs/reference/configuration.md, from the code, and all pages with the API: build/docs/index.html
+docs: $(INSTALLED) ## what is made from the code, the pictures of the benchmarks, and all pages with the API: build/docs/index.html
 	$(BIN)/python -c 'from fedms.config import reference; print(reference(), end="")' > docs/reference/configuration.md
+	$(BIN)/python docs/commands.py > docs/reference/commands.md
+	$(BIN)/python docs/evidence/summaries.py
 	$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || $(PIP) install --editable '.[docs]' --no-build-isolation
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 

@@ -173,6 +173,14 @@ def train(steps: Steps, options: argparse.Namespace) -> None:
         steps.run(f"benchmark federated {source}", command, 60 if options.quick else 900)
 
 
+def lockstep(steps: Steps, options: argparse.Namespace) -> None:
+    """Rounds whose clients are trained side by side, 1, 4, 8 and 16 of them at a time."""
+    rehearsal = ["--lockstep", "1,4", "--repeats", "1", "--set", "clients.count=4", "--set", "data.max_samples=60"]
+    for source in ("digits",) if options.rehearse else ("sentiment", "digits"):
+        command = [sys.executable, "-m", "bench.federated.lockstep", source, *(rehearsal if options.rehearse else ())]
+        steps.run(f"benchmark lockstep {source}", command, 60 if options.quick else 600)
+
+
 def measure(steps: Steps, options: argparse.Namespace, dest: Path) -> None:
     """The benchmarks. The choices that they make are measured on this machine, and belong to the results."""
     choices = dest / "choices"
@@ -236,6 +244,7 @@ def main() -> int:
         self_check(steps)
         test(steps, options.quick, dest)
     train(steps, options)
+    lockstep(steps, options)
     measure(steps, options, dest)
     (dest / "report.md").write_text(report(steps))
     print(dest / "report.md")

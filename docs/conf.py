@@ -12,6 +12,8 @@ html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_title = f"FedMS {release}"
 myst_heading_anchors = 3
+# Attributes that a class documents and a property implements are described once.
+napoleon_use_ivar = True
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}

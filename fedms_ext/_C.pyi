@@ -77,8 +77,9 @@ def lora_backward(
 def int8_packed_size(n: int, k: int) -> int:
     """Bytes of a packed int8 weight (n, k)."""
 
-def int8_pack(weight: Tensor, packed: Tensor) -> None:
-    """Packs weight (N, K) int8 into packed (bytes,) uint8, for the instruction set used now."""
+def int8_pack(weight: Tensor, packed: Tensor, rotated: int = 0) -> None:
+    """Packs weight (N, K) int8 into packed (bytes,) uint8, for the instruction set used now. rotated: values of a block of x that
+    are rotated before x is quantized, 4, 16 or 64 and a divisor of K; 0: none."""
 
 def int8_unpack(packed: Tensor, weight: Tensor) -> None:
     """The inverse of `int8_pack`. ValueError where `packed` is no packed (N, K) weight."""

@@ -22,6 +22,7 @@ from .sparse.activation import (
     prefix_hash,
     segmented,
 )
+from .sparse.bank import ExpertBank
 from .sparse.cache import ConstantCache, DiskCache, Ragged
 from .sparse.surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
 
@@ -31,6 +32,7 @@ __all__ = [
     "ConstantCache",
     "ConstantPrefix",
     "DiskCache",
+    "ExpertBank",
     "ExpertLinear",
     "FrozenLinear",
     "GateAdapter",

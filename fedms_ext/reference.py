@@ -165,6 +165,29 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale.clamp_min(INT8_TINY).unsqueeze(1)).clamp(-127, 127), scale
 
 
+def rotated_block(k: int) -> int:
+    """Columns of a block that `rotate` multiplies in rows of k values: 64, 16 or 4, the first that divides k; else 0, none. The
+    roots of these are powers of two, so that dividing by them is exact."""
+    return next((block for block in (64, 16, 4) if k and k % block == 0), 0)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Blocks of a row (..., K) times the Hadamard matrix of their size, `rotated_block(K)`, over the root of it. The matrix is
+    symmetric and orthogonal: rotated twice, a row is itself again but for rounding, and (rotated x) (rotated W)^T = x W^T.
+
+    A single large value of a row is spread over its block, so that the levels of int8 lie closer (QuaRot: Ashkboos et al., arXiv
+    2404.00456). The sums are made in the order of the C++ kernel, so that a weight is quantized to the same bits everywhere.
+    """
+    block = rotated_block(x.shape[-1])
+    if not block:
+        return x
+    values = x.unflatten(-1, (-1, block))
+    for _ in range(block.bit_length() - 1):
+        first, last = values.chunk(2, -1)
+        values = torch.stack([first + last, first - last], -1).flatten(-2)
+    return (values / block**0.5).flatten(-2)
+
+
 # A row whose levels would lie closer than this is quantized to zeros: 1 / scale must be a float32.
 INT8_TINY = 2.0**-100
 
@@ -200,15 +223,17 @@ def frozen_linear(
     seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
     steps: int = 255,
+    rotated: bool = False,
 ) -> Tensor:
     """`expert_linear` on an int8 weight: x is quantized row by row for the frozen product, and only for that, in 255 steps
     or, where the kernels multiply 16-bit values, in up to 4095 (`QuantizedWeight.int8_steps`).
 
     `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
     is the result, (..., N). The gradient of x is that of the function before quantization, which is
-    dy (weight * weight_scale) and the LoRA part.
+    dy (weight * weight_scale) and the LoRA part. `rotated`: the weight was rotated before it was quantized, and rows of x are,
+    for the frozen product.
     """
-    q, row_scale = quantize_rows(x, steps)
+    q, row_scale = quantize_rows(rotate(x.float()) if rotated else x, steps)
     product = (q.double() * row_scale.double()) @ (weight.double() * weight_scale.double().unsqueeze(1)).T
     zero = torch.zeros(weight.shape[0], weight.shape[1], dtype=torch.float64, device=x.device)
     lora_a, lora_b = [a.double() for a in lora_a], [b.double() for b in lora_b]

@@ -32,7 +32,7 @@ FUNCTIONS = {
     "few rows, fp16": r"dots_tile<1, \d+, fedms::Fp16>",
     "few rows, bf16": r"dots_tile<1, \d+, fedms::Bf16>",
     "quantize x": r"quantize\w*\(",
-    "int8 layer": r"tile<\d+",
+    "int8 layer": r"tile<\d+|multiply\(",  # with AVX2 the tiles are inlined
     "4-bit layer": r"tile<\d+",
 }
 OBJECTS = {"lora": "lora/{isa}", "few": "lora/{isa}", "dropout": "lora/{isa}", "quantize": "int8/{int8}", "int8": "int8/{int8}",

@@ -104,12 +104,12 @@ int64_t int8_packed_size(int64_t n, int64_t k) {
   return fedms::int8_packed_size(n, k);
 }
 
-void int8_pack(py::handle weight, py::handle packed) {
+void int8_pack(py::handle weight, py::handle packed, int64_t rotated) {
   const MatrixOf<int8_t> from("weight", weight);
   const MatrixOf<uint8_t> to("packed", packed);
   to.expect(1, fedms::int8_packed_size(from.rows(), from.columns()));
   const py::gil_scoped_release unlocked;
-  fedms::int8_pack(from.rows(), from.columns(), from.data(), to.data());
+  fedms::int8_pack(from.rows(), from.columns(), from.data(), rotated, to.data());
 }
 
 void int8_unpack(py::handle packed, py::handle weight) {
@@ -231,7 +231,7 @@ void define_lora(py::module_& m) {
 
 void define_packed(py::module_& m) {
   m.def("int8_packed_size", &python::int8_packed_size, py::arg("n"), py::arg("k"), "Bytes of a packed int8 weight (n, k).");
-  m.def("int8_pack", &python::int8_pack, py::arg("weight"), py::arg("packed"),
+  m.def("int8_pack", &python::int8_pack, py::arg("weight"), py::arg("packed"), py::arg("rotated") = 0,
         "Packs weight (n, k) int8 into packed (int8_packed_size(n, k),) uint8, for the instruction set used now.");
   m.def("int8_unpack", &python::int8_unpack, py::arg("packed"), py::arg("weight"), "The inverse of int8_pack.");
   m.def("int8_steps", &python::int8_steps, py::arg("packed"),

@@ -52,8 +52,8 @@ class Weight(NamedTuple):
 
     def expanded_for_dx(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of a backward pass as (n, k) in a floating dtype."""
-        if self.kind == "int8":
-            return formats.dequantize(self.data, self.scale, self.kind, self.group, self.n).t().to(dtype)
+        if self.kind in formats.EIGHT_BITS:     # quantized apart, and not rotated
+            return formats.dequantize(self.data, self.scale, "int8", self.group, self.n).t().to(dtype)
         return self.expanded(dtype)
 
 

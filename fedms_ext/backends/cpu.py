@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..quantization.formats import HALVES
+from ..quantization.formats import EIGHT_BITS, HALVES
 from ..reference import LEVELS
 from . import eager
 from .base import BackwardCall, Call, ForwardCall, Gradients, Lora, Needs, Weight, empty_gradients, s_dtype
@@ -41,7 +41,7 @@ def supports(call: Call) -> str | None:
     if x.device.type != "cpu":
         return f"it computes on the CPU, but its input is on {x.device}"
     is_backward = isinstance(call, BackwardCall)
-    if kind == "int8" or (kind in LEVELS and not is_backward):
+    if kind in EIGHT_BITS or (kind in LEVELS and not is_backward):
         return None  # these convert their operands to what the kernels take
     if not lora.a:
         return "it has no backward pass without experts on a weight of this format" if is_backward else None
@@ -58,7 +58,7 @@ def prefers(call: Call) -> bool:
     """
     x, lora, kind = call.input, call.lora, call.weight.kind
     is_backward = isinstance(call, BackwardCall)
-    if kind == "int8" or (kind in LEVELS and not is_backward):
+    if kind in EIGHT_BITS or (kind in LEVELS and not is_backward):
         return True
     if not lora.a:
         return x.shape[:-1].numel() <= _FEW_ROWS and _dense(x)
@@ -90,7 +90,7 @@ _NO_EXPERTS: _Experts = ((), (), (), None)
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     """Compute y (..., N) and S, the experts' inner products that the backward pass needs; see `Backend.forward`."""
     x, weight, bias, lora = call
-    if weight.kind == "int8" or weight.kind in LEVELS:
+    if weight.kind in EIGHT_BITS or weight.kind in LEVELS:
         return _packed_forward(call)
     if weight.kind in HALVES and x.shape[:-1].numel() <= _FEW_ROWS and _dense(x):
         y = x.new_empty(*x.shape[:-1], weight.n)
@@ -111,7 +111,7 @@ def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: BackwardCall) -> Gradients:
     """Compute the gradients that a call asks for; see `Backend.backward`."""
-    if call.weight.kind == "int8":
+    if call.weight.kind in EIGHT_BITS:
         return _int8_backward(call)
     _, _, weight, lora, _, needs = call
     # dy may be expanded from fewer values, as the gradient of a sum is.
@@ -143,7 +143,7 @@ def _packed_forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     y = plain.new_empty(*x.shape[:-1], weight.n)
     fused = experts if lora.segments is None else _NO_EXPERTS
     s = plain.new_empty(x.shape[:-1].numel(), lora.rank if fused[0] else 0)
-    scale = weight.scale if weight.kind == "int8" else None  # a weight of 4 bits has its scale in the packed form
+    scale = weight.scale if weight.kind in EIGHT_BITS else None  # a weight of 4 bits has its scale in the packed form
     _C.int8_forward(plain, weight.data, scale, bias, *fused, lora.dropout_p, int(lora.seed), s, y)
     if lora.segments is not None:
         s = _segments_forward(plain, lora, experts, y)

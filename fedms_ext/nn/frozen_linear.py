@@ -85,7 +85,8 @@ class FrozenLinear(nn.Linear):
         `fedms_ext.dequantize`."""
         bias = self._parameters.pop("bias")  # the order of parameters is that of the state_dict
         self.frozen = None
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        self.register_parameter("bias", bias)   # by its name also where it is None, as nn.Linear does
 
     def forward(self, x: Tensor) -> Tensor:
         frozen: Any = self._modules.get("frozen")

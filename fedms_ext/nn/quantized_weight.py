@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms_ext import _C
-from fedms_ext.quantization.formats import KINDS, dequantize, packed, quantize, unpacked
+from fedms_ext.quantization.formats import EIGHT_BITS, KINDS, dequantize, packed, quantize, unpacked
 from fedms_ext.reference import GROUP, LEVELS, quantize_weight
 
 
@@ -17,10 +17,13 @@ class QuantizedWeight(nn.Module):
 
         kind         q                       scale                  bits a weight (group 64)
         int8         (N, K) int8             (N,)                   8 and 32 / K
+        int8_rotated like int8
         nf4, int4    (N, ceil(K / 2)) uint8  (N, ceil(K / group))   4.5
         fp16, bf16   (N, K) of that dtype    (N, 0)                 16
 
-    int8 is symmetric: W is approximately q * scale. `fedms_ext.reference.LEVELS` defines the 4-bit formats.
+    int8 is symmetric: W is approximately q * scale. `fedms_ext.reference.LEVELS` defines the 4-bit formats. int8_rotated is
+    for models whose activations have a few channels far larger than the others, as language models do: W is approximately
+    `reference.rotate(q * scale)`, and the CPU rotates x before it quantizes it. K must be divisible by 4, or nothing is rotated.
 
     The table shows the logical form, which is used in the `state_dict`, in a pickle and on a GPU. On the CPU `data` holds q
     packed for the instruction set in use, (bytes,) uint8, except for fp16 and bf16. `sha256` identifies the original weight
@@ -95,7 +98,7 @@ class QuantizedWeight(nn.Module):
         with one scale for each input channel, at the first call, and kept. torch.compile breaks its graph at that first
         call only. The other formats return what the forward pass uses.
         """
-        if self.kind != "int8":
+        if self.kind not in EIGHT_BITS:
             return self.data, self.scale
         if self._transposed is None or (not torch.compiler.is_compiling() and self._transposed_of != self._versions()):
             # Not a decorator: importing this package would then import torch._dynamo, which takes 1.5 s.
@@ -168,7 +171,7 @@ class QuantizedWeight(nn.Module):
         return f"{self._shape[0]}, {self._shape[1]}, {self.kind}{group}"
 
 
-_IDENTITY = re.compile(r"(?P<format>[a-z0-9/]+) (?P<dtype>float64|float32|float16|bfloat16) (?P<sha256>[0-9a-f]{64})")
+_IDENTITY = re.compile(r"(?P<format>[a-z0-9_/]+) (?P<dtype>float64|float32|float16|bfloat16) (?P<sha256>[0-9a-f]{64})")
 
 
 def _text(tensor: Tensor) -> str:

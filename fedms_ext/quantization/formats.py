@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..reference import LEVELS, dequantize_groups, pack_nibbles, quantize_groups, quantize_weight, unpack_nibbles
+from ..reference import (LEVELS, dequantize_groups, pack_nibbles, quantize_groups, quantize_weight, rotate, rotated_block,
+                         unpack_nibbles)
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-KINDS = ("int8", *HALVES, "nf4", "int4")
+EIGHT_BITS = ("int8", "int8_rotated")
+KINDS = (*EIGHT_BITS, *HALVES, "nf4", "int4")
 
 
 def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
@@ -18,8 +20,8 @@ def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If a value lies beyond the range of fp16.
     """
-    if kind == "int8":
-        q, scale = quantize_weight(weight)
+    if kind in EIGHT_BITS:
+        q, scale = quantize_weight(rotate(weight.float()) if kind == "int8_rotated" else weight)
         return q.to(torch.int8), scale
     if kind in HALVES:
         q = weight.to(HALVES[kind], copy=True)
@@ -37,9 +39,10 @@ def packed(q: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Tensor:
     and unchanged on other devices."""
     if kind in HALVES or q.device.type != "cpu":
         return q
-    if kind == "int8":
+    if kind in EIGHT_BITS:
         data = torch.empty(_C.int8_packed_size(*q.shape), dtype=torch.uint8)
-        _C.int8_pack(q.contiguous(), data)
+        blocks = (rotated_block(k),) if kind == "int8_rotated" else ()
+        _C.int8_pack(q.contiguous(), data, *blocks)
     else:
         data = torch.empty(_C.nibbles_packed_size(len(q), k, group), dtype=torch.uint8)
         _C.nibbles_pack(k, group, LEVELS[kind], q.contiguous(), scale.contiguous(), data)
@@ -54,7 +57,7 @@ def unpacked(data: Tensor, kind: str, n: int, k: int) -> Tensor:
     """Return the logical form of the data of a weight (n, k), which may be packed or not."""
     if not _is_packed(data, kind):
         return data
-    if kind == "int8":
+    if kind in EIGHT_BITS:
         q = torch.empty(n, k, dtype=torch.int8)
         _C.int8_unpack(data, q)
     else:
@@ -72,6 +75,6 @@ def dequantize(data: Tensor, scale: Tensor, kind: str, group: int, k: int) -> Te
     q = unpacked(data, kind, scale.shape[0], k)
     if kind in HALVES:
         return q.float()
-    if kind == "int8":
-        return q * scale.unsqueeze(1)
+    if kind in EIGHT_BITS:
+        return rotate(q * scale.unsqueeze(1)) if kind == "int8_rotated" else q * scale.unsqueeze(1)
     return dequantize_groups(unpack_nibbles(q, k), scale, kind, group)

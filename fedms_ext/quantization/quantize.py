@@ -34,7 +34,7 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
 
     Args:
         model: Any module.
-        kind: The format: `"int8"`, `"fp16"`, `"bf16"`, `"nf4"` or `"int4"`; see `QuantizedWeight`.
+        kind: The format: `"int8"`, `"int8_rotated"`, `"fp16"`, `"bf16"`, `"nf4"` or `"int4"`; see `QuantizedWeight`.
         group: Number of values that share a scale in the 4-bit formats, 32 or 64.
         exclude: Layers that are not quantized, as name endings or a regular expression. The default is the output layer,
             `model.get_output_embeddings()`, because quantizing it affects the logits of a language model most. Pass `()` to

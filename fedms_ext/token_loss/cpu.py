@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fedms_ext import _C
+from fedms_ext.quantization.formats import EIGHT_BITS
 
 from .call import HeadCall, Result, empty_result
 
@@ -13,7 +14,7 @@ def supports(hidden: Tensor, head: HeadCall) -> bool:
     """float32 on the CPU, with the logits from the float weight or from int8."""
     tensors = (hidden, head.weight) if head.bias is None else (hidden, head.weight, head.bias)
     return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and head.weight.is_contiguous() and (
-        head.quantized is None or head.quantized[2] == "int8")
+        head.quantized is None or head.quantized[2] in EIGHT_BITS)
 
 
 def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gradient: bool) -> Result:

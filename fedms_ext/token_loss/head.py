@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fedms_ext.nn.quantized_weight import QuantizedWeight
 from fedms_ext.operators import expert_linear
+from fedms_ext.quantization.formats import EIGHT_BITS
 
 
 class FrozenHead(nn.Module):
@@ -21,7 +22,8 @@ class FrozenHead(nn.Module):
         bias: (V,) or None.
         scale: factor of the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         cap: the soft cap of Gemma 2, above 0; None: no cap.
-        dtype: "fp32": the logits come from `weight`; "int8": from a copy in int8, the gradient still from `weight`.
+        dtype: "fp32": the logits come from `weight`; "int8" or "int8_rotated": from a copy in that format (see
+            `QuantizedWeight`), the gradient still from `weight`.
 
     Raises:
         ValueError: for a weight that is no matrix, a bias of another size, a scale or cap that is not finite and above 0, or
@@ -38,11 +40,11 @@ class FrozenHead(nn.Module):
         for name, value in (("scale", scale), ("cap", cap)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}, expected a finite number above 0")
-        if dtype not in ("fp32", "int8"):
-            raise ValueError(f"dtype is {dtype!r}, expected fp32 or int8")
+        if dtype != "fp32" and dtype not in EIGHT_BITS:
+            raise ValueError(f"dtype is {dtype!r}, expected fp32, {' or '.join(EIGHT_BITS)}")
         self._shared = (weight, bias)
         self.scale, self.cap = float(scale), cap
-        self.quantized = QuantizedWeight(weight, "int8") if dtype == "int8" else None
+        self.quantized = QuantizedWeight(weight, dtype) if dtype != "fp32" else None
 
     def _apply(self, fn, recurse: bool = True) -> FrozenHead:
         super()._apply(fn, recurse)

@@ -103,5 +103,7 @@ def test_rehearsal(tmp_path):
     report = (tmp_path / "report.md").read_text()
     federated = report.split("## benchmark federated digits")[1].split("##")[0]
     assert [line.split("|")[1].strip() for line in federated.splitlines() if line.startswith("| c")] == ["cuda", "cuda, graphs", "cpu"]
-    assert report.index("benchmark federated digits") < report.index("benchmark linear")
+    together = report.split("## benchmark lockstep digits")[1].split("##")[0]
+    assert [line.split("|")[1].strip() for line in together.splitlines() if line.startswith("| ")][1:] == ["---:", "1", "4"]
+    assert report.index("benchmark federated digits") < report.index("benchmark lockstep digits") < report.index("benchmark linear")
     assert all(f"| benchmark {name} | 0 |" in report and f"## benchmark {name}" in report for name in names)

@@ -228,7 +228,7 @@ def test_layers_that_are_passed_by_are_named():
                {"g": LoRA(4, 8)}, blocks="")
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp16", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated", "fp16", "nf4"])
 def test_a_quantized_weight_that_is_read_is_expanded(kind):
     layer = nn.Linear(64, 8).requires_grad_(False).bfloat16()
     weight = layer.weight.clone()

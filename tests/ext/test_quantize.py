@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fedms_ext
 from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantizedWeight, reference
-from fedms_ext.quantization.formats import KINDS
+from fedms_ext.quantization.formats import EIGHT_BITS, KINDS
 
 BACKENDS = ["cpu", "eager"]
 
@@ -50,7 +50,8 @@ def layer_reference(layer: ExpertLinear, x: Tensor) -> Tensor:
     applied = layer.applied
     return reference.frozen_linear(
         x, layer.frozen.q, layer.frozen.scale, layer.bias, [layer.lora_a[e] for e in applied],
-        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.int8_steps)
+        [layer.lora_b[e] for e in applied], [layer.experts[e].scale for e in applied], steps=layer.frozen.int8_steps,
+        rotated=layer.frozen.kind == "int8_rotated")
 
 
 @pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (2, 3, 2, 48), (0, 48)])
@@ -67,9 +68,10 @@ def test_a_frozen_linear_computes_the_reference(shape):
         assert error(y, linear(x)) < 0.013
 
 
-def test_layers_with_experts_compute_the_reference():
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated"])
+def test_layers_with_experts_compute_the_reference(kind):
     net = with_experts()
-    fedms_ext.quantize(net)
+    fedms_ext.quantize(net, kind)
     layer, x = net.blocks[0][0], torch.randn(7, 48)
     assert error(layer(x), layer_reference(layer, x)) < 1e-6
     layer.set_state("a", "off")
@@ -101,7 +103,7 @@ def test_gradients(backend, kind):
         dy, x.detach(), weight, list(layer.lora_a.values()), list(layer.lora_b.values()),
         [layer.experts[e].scale for e in "ab"], gate.detach()[:, None, :])
     # For int8 W^T is quantized apart, and on the CPU dy too; the other formats are made float32.
-    assert error(x.grad, dx) < (0.03 if kind == "int8" else 1e-5)
+    assert error(x.grad, dx) < (0.03 if kind in EIGHT_BITS else 1e-5)
     assert error(gate.grad, dgate.sum(1)) < 1e-5
     assert error(layer.lora_a["a"].grad, da[0]) < 1e-5
     assert error(layer.lora_b["a"].grad, db[0]) < 1e-5
@@ -186,7 +188,7 @@ def test_dropout_in_training():
     assert error(layer(x), want) < 1e-6
 
 
-ERRORS = {"int8": 0.02, "fp16": 5e-4, "bf16": 5e-3, "nf4": 0.15, "int4": 0.15}   # of a model's output
+ERRORS = {"int8": 0.02, "int8_rotated": 0.02, "fp16": 5e-4, "bf16": 5e-3, "nf4": 0.15, "int4": 0.15}   # of a model's output
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -201,6 +203,24 @@ def test_quantize_a_model(make, kind):
     assert not any(name.endswith("weight") for name, _ in net.named_parameters())
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(net)
+
+
+@pytest.mark.parametrize("k", [48, 64, 100])
+def test_the_gradient_of_an_input_is_that_of_the_weight_that_is_not_rotated(k):
+    linear = nn.Linear(k, 40).requires_grad_(False)
+    layer = FrozenLinear(QuantizedWeight(linear.weight, "int8_rotated"), linear.bias)
+    x, dy = torch.randn(3, k, requires_grad=True), torch.randn(3, 40)
+    layer(x).backward(dy)
+    assert error(x.grad, dy @ linear.weight) < 0.02 and error(layer.weight, linear.weight) < 0.02
+
+
+def test_a_layer_without_a_bias_is_quantized_and_restored_twice():
+    net = nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+    weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for _ in range(2):
+        fedms_ext.quantize(net)
+        fedms_ext.dequantize(net, weights)
+    assert net[0].bias is None and torch.equal(net[0].weight, weights["0.weight"])
 
 
 def test_what_is_left_alone():
@@ -297,7 +317,7 @@ def test_state_dict_holds_the_logical_form():
 
 def steps(model: nn.Module) -> list[int]:
     """Of the inputs, which int8 takes in more steps where the CPU multiplies 16-bit values."""
-    return [m.int8_steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind == "int8"]
+    return [m.int8_steps for m in model.modules() if isinstance(m, QuantizedWeight) and m.kind in EIGHT_BITS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,7 +346,7 @@ def test_changes_of_dtype_leave_the_weight_alone():
     assert layer.frozen.scale.dtype == torch.float32 and layer(torch.randn(2, 8).half()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "fp16"])
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated", "nf4", "fp16"])
 def test_compiles_without_a_break(kind):
     net = with_experts()
     fedms_ext.quantize(net, kind)
@@ -360,7 +380,7 @@ def test_opcheck(needs_dx):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="cannot quantize to 'int3'; expected int8, fp16, bf16, nf4, int4"):
+    with pytest.raises(ValueError, match="cannot quantize to 'int3'; expected int8, int8_rotated, fp16, bf16, nf4, int4"):
         fedms_ext.quantize(Net(), "int3")
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(Net())

@@ -65,7 +65,7 @@ def test_every_value_is_written_whatever_the_memory_held():
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int8_rotated"])
 def test_neither_threads_nor_chunks_change_the_bits(dtype):
     hidden, head, labels = case(70, 96, 1500, None, 1.0, False)
     head = FrozenHead(head.weight, dtype=dtype)
@@ -183,7 +183,7 @@ def test_refuses_what_does_not_fit(change, message):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(weight=torch.randn(3)), "expected floating"), (dict(cap=0.0), "cap is 0.0"), (dict(scale=float("nan")), "scale is nan"),
-    (dict(dtype="nf4"), "expected fp32 or int8"), (dict(bias=torch.randn(4)), r"expected \(3,\)")])
+    (dict(dtype="nf4"), "expected fp32, int8 or int8_rotated"), (dict(bias=torch.randn(4)), r"expected \(3,\)")])
 def test_a_head_refuses_what_does_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         FrozenHead(**{"weight": torch.randn(3, 2), **arguments})

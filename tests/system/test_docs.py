@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from pages import ELSEWHERE, PAGES, ROOT, blocks, check_predictions, run_page
@@ -21,8 +22,20 @@ RUNNING = [page for page in PAGES if any(block.runs_here for block in blocks(pag
 QUICK = [page for page in RUNNING if not any(block.runs_here and block.language == "sh" for block in blocks(page))]
 
 
+def _module(path):
+    """A script beside the pages, imported."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    made = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
 def test_the_configuration_page_is_current():
     assert (ROOT / "docs/reference/configuration.md").read_text() == reference(), "run: make docs"
+
+
+def test_the_page_of_commands_is_current():
+    assert (ROOT / "docs/reference/commands.md").read_text() == _module("docs/commands.py").commands(), "run: make docs"
 
 
 def test_the_table_of_methods_is_that_of_the_catalogue():
@@ -100,9 +113,7 @@ def test_the_map_of_the_rooms_is_whole():
 
 
 def test_the_summary_of_a_benchmark_page_shows_the_numbers_of_its_table():
-    spec = importlib.util.spec_from_file_location("summaries", ROOT / "docs/evidence/summaries.py")
-    summaries = sys.modules["summaries"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(summaries)
+    summaries = _module("docs/evidence/summaries.py")
     for summary in summaries.SUMMARIES:
         _, rows = summaries.rows(summary)
         drawn = re.findall(r">([^<>]+)</text>", (ROOT / f"docs/evidence/img/{summary.page}-summary.svg").read_text())

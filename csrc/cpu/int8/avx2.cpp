@@ -48,6 +48,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx2 = {"avx2", 1, PANEL, GROUP, sizeof(Q), 4095, quantize, multiply, expand, decode, fold};
+const Int8Kernels int8_avx2 = {"avx2", 1, PANEL, GROUP, sizeof(Q), 4095, quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

@@ -33,6 +33,6 @@ void multiply(const Int8Strip& strip) { multiply_rows<ROWS>(strip, 0, strip.pane
 }  // namespace
 
 const Int8Kernels int8_avx2_narrow = {"avx2 narrow", 4, PANEL, GROUP, sizeof(Q), 255,
-    quantize, multiply, expand, decode, fold};
+    quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

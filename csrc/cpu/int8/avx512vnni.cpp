@@ -67,6 +67,7 @@ inline Vec levels_of(const uint8_t* bytes, const Table& table) {
 }
 
 #include "levels.inc"
+#include "rotate.inc"
 
 inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
@@ -209,6 +210,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, expand, decode, fold};
+const Int8Kernels int8_avx512vnni = {"avx512vnni", 3, PANEL, GROUP, 1, 255, quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

@@ -30,6 +30,6 @@ void multiply(const Int8Strip& strip) { multiply_rows<ROWS>(strip, 0, strip.pane
 
 }  // namespace
 
-const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand, decode, fold};
+const Int8Kernels int8_avxvnni = {"avxvnni", 2, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

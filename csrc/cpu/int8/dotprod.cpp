@@ -61,6 +61,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_dotprod = {"dotprod", 5, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand, decode, fold};
+const Int8Kernels int8_dotprod = {"dotprod", 5, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

@@ -51,6 +51,6 @@ void multiply(const Int8Strip& strip) {
 
 }  // namespace
 
-const Int8Kernels int8_i8mm = {"i8mm", 6, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, expand, decode, fold};
+const Int8Kernels int8_i8mm = {"i8mm", 6, PANEL, GROUP, sizeof(Q), 255, quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

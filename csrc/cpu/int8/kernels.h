@@ -42,6 +42,8 @@ struct Int8Kernels {
   void (*quantize)(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
                    int32_t* q_zero);
   void (*multiply)(const Int8Strip& strip);
+  // Blocks of `block` (4, 16 or 64) of `count` values times the Hadamard matrix of int8.h. `count` is a multiple of `block`.
+  void (*rotate)(int64_t count, int32_t block, const float* x, float* to);
   // Makes 4-bit codes wide: to[i] = (levels[code i] * factors[i / group % panel] + 2^14) >> 15, i < count, a multiple
   // of 64. Of every 64 codes the first 32 are the low nibbles of 32 bytes, the others the high ones.
   void (*expand)(int64_t count, const uint8_t* nibbles, const int16_t* levels, const int16_t* factors, int8_t* to);

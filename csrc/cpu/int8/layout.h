@@ -21,6 +21,7 @@ struct Header {
   int32_t magic, kernels;
   int64_t n, k;
   int64_t nibble_group;   // 0: int8
+  int64_t rotated;        // values of a block of x that are rotated before x is quantized; 0: none
   int16_t levels[16];     // what `expand` takes
   float float_levels[16];
 };
@@ -29,6 +30,7 @@ constexpr int32_t MAGIC = 0x38694d46;  // "FMi8"
 struct Packed {
   const Int8Kernels* kernels;
   int32_t steps;  // of x
+  int64_t rotated = 0;
   int64_t nibble_group, panels, padded_k, sums_at, scales_at, factors_at, panels_at, size;
 
   Packed(const Int8Kernels& with, int64_t n, int64_t k, int64_t nibble_group_ = 0)

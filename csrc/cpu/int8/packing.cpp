@@ -24,6 +24,10 @@ const Int8Kernels* const ALL[] = {
 #endif
 };
 
+bool can_rotate(int64_t k, int64_t block) {
+  return block == 0 || ((block == 4 || block == 16 || block == 64) && k % block == 0);
+}
+
 }  // namespace
 
 const Int8Kernels& int8_kernels() {
@@ -58,7 +62,9 @@ Packed layout_of(int64_t n, int64_t k, const uint8_t* packed, int64_t size) {
   for (const Int8Kernels* kernels : ALL) {
     if (kernels->id != header.kernels) continue;
     if (header.nibble_group != 0 && header.nibble_group != 32 && header.nibble_group != 64) break;
-    const Packed layout(*kernels, n, k, header.nibble_group);
+    if (!can_rotate(k, header.rotated) || (header.rotated && header.nibble_group)) break;
+    Packed layout(*kernels, n, k, header.nibble_group);
+    layout.rotated = header.rotated;
     if (layout.size == size) return layout;
   }
   throw std::invalid_argument("the packed weight is damaged, or was packed on another machine");
@@ -78,11 +84,12 @@ int32_t int8_steps(const uint8_t* packed, int64_t packed_size) {
 
 int64_t int8_packed_size(int64_t n, int64_t k) { return Packed(int8_kernels(), n, k).size; }
 
-void int8_pack(int64_t n, int64_t k, const int8_t* wq, uint8_t* packed) {
+void int8_pack(int64_t n, int64_t k, const int8_t* wq, int64_t rotated, uint8_t* packed) {
   if (k > INT8_LONGEST) throw std::invalid_argument("the weight has rows of more than 65536 values");
+  if (!can_rotate(k, rotated)) throw std::invalid_argument("rotated is not 0, or 4, 16 or 64 and a divisor of k");
   const Packed layout(int8_kernels(), n, k);
   std::memset(packed, 0, layout.size);
-  const Header header{MAGIC, layout.kernels->id, n, k, 0, {}, {}};
+  const Header header{MAGIC, layout.kernels->id, n, k, 0, rotated, {}, {}};
   std::memcpy(packed, &header, sizeof header);
   int32_t* minus_sums = reinterpret_cast<int32_t*>(packed + layout.sums_at);
   int8_t* panels = reinterpret_cast<int8_t*>(packed + layout.panels_at);
@@ -117,7 +124,7 @@ void nibbles_pack(int64_t n, int64_t k, int64_t group, const float* levels, cons
   if (group != 32 && group != 64) throw std::invalid_argument("the group is not 32 or 64");
   const Packed layout(nibble_kernels(), n, k, group);
   std::memset(packed, 0, layout.size);
-  Header header{MAGIC, layout.kernels->id, n, k, group, {}, {}};
+  Header header{MAGIC, layout.kernels->id, n, k, group, 0, {}, {}};
   float top = 0;
   for (int i = 0; i < 16; ++i) top = std::max(top, std::abs(levels[i]));
   uint8_t zero = 0;

@@ -12,6 +12,7 @@ constexpr int PANEL = 16, GROUP = 1;
 #define FEDMS_UNROLL _Pragma("GCC unroll 16")
 
 #include "levels_by_table.inc"
+#include "rotate.inc"
 
 void quantize(int64_t rows, int64_t k, int32_t steps, const float* x, void* q, int64_t q_stride, float* q_scale,
               int32_t* q_zero) {
@@ -70,6 +71,6 @@ void expand(int64_t count, const uint8_t* nibbles, const int16_t* levels, const 
 }  // namespace
 
 const Int8Kernels int8_portable = {"portable", 0, PANEL, GROUP, sizeof(int16_t), 4095,
-    quantize, multiply, expand, decode, fold};
+    quantize, multiply, rotate, expand, decode, fold};
 
 }  // namespace fedms

@@ -70,18 +70,26 @@ struct Product {
 // multiple of a power of two apart push each other out of the L1 cache.
 int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
 
-void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* dropped) {
+// The floats that `prepare` needs beside the strip.
+int64_t work_size(const Product& p) { return p.masked || p.layout.rotated ? PREPARED_ROWS * p.k : 0; }
+
+void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* work) {
   const int64_t rank = static_cast<int64_t>(p.shrink.size());
   const int64_t row_size = row_size_of(p.layout);
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i);
     const float* x = p.x + (first + i) * p.k;
-    p.layout.kernels->quantize(rows, p.k, p.layout.steps, x, to.q + i * row_size, row_size / p.layout.kernels->q_size,
+    const float* levels_of = x;
+    if (p.layout.rotated) {
+      p.layout.kernels->rotate(rows * p.k, static_cast<int32_t>(p.layout.rotated), x, work);
+      levels_of = work;
+    }
+    p.layout.kernels->quantize(rows, p.k, p.layout.steps, levels_of, to.q + i * row_size, row_size / p.layout.kernels->q_size,
                                to.q_scale + i, to.q_zero + i);
     if (rank == 0) continue;
     if (p.masked) {
-      drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, dropped, p.k, false);
-      x = dropped;
+      drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, work, p.k, false);
+      x = work;
     }
     lora_kernels().dots(rows, rank, p.k, x, p.k, p.shrink.data(), p.s + (first + i) * rank, rank);
   }
@@ -156,7 +164,7 @@ void run(const Product& p) {
   if (p.m == 0) return;
   const int64_t panels = p.layout.panels, rank = static_cast<int64_t>(p.shrink.size());
   const int64_t row_size = row_size_of(p.layout);
-  const int64_t dropped_size = p.masked ? PREPARED_ROWS * p.k : 0;
+  const int64_t work_bytes = work_size(p) * static_cast<int64_t>(sizeof(float));
   // Waking a thread costs about as much as this many multiply-adds.
   constexpr int64_t work_per_thread = 1 << 19;
   const int64_t useful = p.m * p.n * p.k / work_per_thread;
@@ -175,7 +183,7 @@ void run(const Product& p) {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = c * chunk, count = std::min(chunk, p.m - first);
       char* memory = static_cast<char*>(
-          scratch_of_thread.reserve(strip_size + dropped_size * static_cast<int64_t>(sizeof(float))));
+          scratch_of_thread.reserve(strip_size + work_bytes));
       const Strip strip = Strip::in(memory, chunk, row_size);
       prepare(p, first, count, strip, reinterpret_cast<float*>(memory + strip_size));
       for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, first, count, strip);
@@ -187,13 +195,13 @@ void run(const Product& p) {
   const Strip strip = Strip::in(scratch_of_team.reserve(Strip::size(p.m, row_size, rank)), p.m, row_size);
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
   {
-    float* dropped = static_cast<float*>(scratch_of_thread.reserve(dropped_size * static_cast<int64_t>(sizeof(float))));
+    float* work = static_cast<float*>(scratch_of_thread.reserve(work_bytes));
     const int64_t part = (p.m + threads - 1) / threads;
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < p.m; first += part) {
       const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.q_zero + first,
                        strip.weighed + first * rank};
-      prepare(p, first, std::min(part, p.m - first), rows, dropped);
+      prepare(p, first, std::min(part, p.m - first), rows, work);
     }
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, 0, p.m, strip);

@@ -81,7 +81,7 @@ def tune(
     jobs: Jobs = 1,
     force: Force = False,
 ) -> None:
-    """Try constants of each method on validation data: the same number of trials for all, at a quarter of the rounds."""
+    """Try hyperparameters of each method on validation data: the same number of trials for all, at a quarter of the rounds."""
     config = read_source(source, on_device(set_, device))
     out = out or Path("runs") / f"{source_name(source)}-tuned"
     chosen = fitting_methods(config, methods)

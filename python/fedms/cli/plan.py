@@ -123,7 +123,7 @@ def _show_reasons(found: Plan) -> None:
         f"{part} {amount / 2**20:.0f} MiB" for part, amount in shown.memory.items()) + ".")
     paragraph("- ", f"The process around it (Python, its libraries, the data) takes {found.process / 2**20:.0f} MiB "
               "here, which the limit does not count.")
-    paragraph("- ", f"The first round also builds the constants: {shown.work.building_flops / 1e9:.1f} GFLOP.")
+    paragraph("- ", f"The first round also fills the cache: {shown.work.building_flops / 1e9:.1f} GFLOP.")
     console.print()
     if found.chosen is None:
         least = min(found.options, key=lambda o: o.peak)

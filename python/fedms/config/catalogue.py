@@ -86,6 +86,8 @@ class FedDPATable(Table):
 def _fed_sb_problems(config: RunConfig) -> Iterable[str]:
     if config.aggregation != "mean":
         yield f'aggregate.rule: got "{config.aggregation}", but what fed_sb averages are no pairs; leave it unset'
+    if config.run.lockstep > 1:
+        yield "run.lockstep: fed_sb trains cores in the place of pairs, each client by itself; leave it out"
     if config.lora.start is not None:
         yield "lora.start: fed_sb begins with frames of its own and cannot go on from a trained adapter; leave it out"
 

@@ -34,6 +34,7 @@ def problems_of(c: RunConfig) -> Iterable[str]:
     if c.run.workers > 1 and c.clients.asynchronous:
         yield (f"run.workers: got {c.run.workers}, but with clients.asynchronous = true clients are visited one by one, in the order in "
                "which they answer; leave it out")
+    yield from _lockstep_problems(c)
     yield from _task_problems(c)
     yield from _method_problems(c)
     yield from _privacy_problems(c)
@@ -47,6 +48,28 @@ def problems_of(c: RunConfig) -> Iterable[str]:
     if c.clients.budgets and abs(sum(b.share for b in c.clients.budgets) - 1) > 1e-9:
         yield (f"clients.budgets: the shares sum to {sum(b.share for b in c.clients.budgets):g}; "
                "accepted: shares that sum to 1")
+
+
+def _lockstep_problems(c: RunConfig) -> Iterable[str]:
+    if c.run.lockstep == 1:
+        return
+    together = f"with run.lockstep = {c.run.lockstep}"
+    if c.run.engine != "local":
+        yield (f"run.lockstep: got {c.run.lockstep}, but with run.engine = {show(c.run.engine)} clients have models of their own; "
+               "leave it out")
+    if c.run.workers > 1:
+        yield f"run.workers: got {c.run.workers}; {together} one process visits the clients; leave one of the two out"
+    if c.clients.asynchronous:
+        yield f"clients.asynchronous: {together} clients answer together; leave one of the two out"
+    if c.run.graphs:
+        yield f"run.graphs: a step of several clients is no CUDA graph; {together} set it to false"
+    if c.lora.dropout:
+        yield (f"lora.dropout: got {c.lora.dropout:g}; {together} a step would have one mask for all clients, and each draws from its "
+               "own seed; set it to 0")
+    if c.data.augment:
+        yield f"data.augment: got {show(c.data.augment)}; {together} images cannot be varied at each client's own seed; leave it out"
+    if c.run.dtype == "fp16":
+        yield f'run.dtype: "fp16" scales the loss of each client by itself; {together} use "bf16" or "fp32"'
 
 
 def _model_and_data_problems(c: RunConfig) -> Iterable[str]:

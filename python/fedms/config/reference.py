@@ -39,8 +39,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def methods_table() -> str:
-    """A table in Markdown: each method with what it trains, sends and has constants for."""
-    lines = ["| method | trained | sent | own constants |", "| --- | --- | --- | --- |"]
+    """A table in Markdown: each method with what it trains, sends and its hyperparameters."""
+    lines = ["| method | trained | sent | own hyperparameters |", "| --- | --- | --- | --- |"]
     for row in registry.methods().values():
         own = ", ".join(f"`{row.table}.{key}`" for key in row.settings.model_fields) if row.settings else ""
         lines.append(f"| `{row.name}` | {row.trained} | {row.sent} | {own} |")

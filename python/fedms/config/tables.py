@@ -25,9 +25,10 @@ class ModelTable(Table):
         None, description="dotted name of the list of transformer blocks in a model that is not built in; unset: found "
         "by inspection")
     trust_remote_code: bool = Field(False, description="run code that comes with the model's repository")
-    frozen: Literal["fp32", "bf16", "fp16", "int8", "nf4", "int4"] = Field(
+    frozen: Literal["fp32", "bf16", "fp16", "int8", "int8_rotated", "nf4", "int4"] = Field(
         "fp32", description="storage of the frozen Linear weights; on a CPU int8, nf4 and int4 compute in int8, bf16 and "
-                            "fp16 in fp32")
+        "fp16 in fp32; int8_rotated: int8 for models of which some activations are far larger than others, such as language "
+        "models, on the CPU alone")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
     head: Literal["text", "linear"] = Field(
@@ -115,8 +116,9 @@ class TaskTable(Table):
 class HeadTable(Table):
     """The frozen head of a causal language model."""
 
-    dtype: Literal["fp32", "int8"] = Field(
-        "fp32", description="what the logits are computed in; int8 forward alone, the gradient comes from the full weight")
+    dtype: Literal["fp32", "int8", "int8_rotated"] = Field(
+        "fp32", description="what the logits are computed in, int8 and int8_rotated as model.frozen has them; forward alone, the "
+        "gradient comes from the full weight")
     chunk: int = Field(128, ge=1, description="positions whose logits exist at the same time")
 
 
@@ -153,7 +155,7 @@ class SalTable(Table):
         None, gt=0, description="most seconds of a visit's computing on a client's own device, at the speed that it has in that round; "
         "likewise. Needs flops in clients.budgets")
     cache: Literal["memory", "disk", "off"] = Field(
-        "memory", description="where the constants of samples are kept: the prefix's outputs, the frozen expert's "
+        "memory", description="where what is constant for a sample is kept: the prefix's outputs, the frozen expert's "
         "logits, the gate's features; disk: in the cache folder, for later runs too")
     cache_dtype: Literal["fp32", "bf16", "int8"] = Field(
         "fp32", description="storage of the prefix's outputs; fp32 is exact")
@@ -219,7 +221,7 @@ class Budget(Table):
     share: float = Field(gt=0, le=1, description="share of the clients")
     max_depth: Optional[int] = Field(None, ge=1, description="most blocks such a client trains")
     memory: Optional[Size] = Field(
-        None, description="bytes for weights, constants and a training step; limits the depth by the cost model")
+        None, description="bytes for weights, cached features and a training step; limits the depth by the cost model")
     rank: Optional[int] = Field(
         None, ge=1, description="most of each pair's rank that such a client trains, by the method flexlora")
     flops: Optional[float] = Field(None, gt=0, description="operations a second")
@@ -368,6 +370,9 @@ class RunTable(Table):
         1, ge=1, le=1024, description="processes that visit the clients of a round side by side with engine local, each with a model "
         "of its own, run.threads threads and, with device cuda or auto, one of the GPUs in turn; 1: this process visits them. "
         "Records do not depend on it")
+    lockstep: int = Field(
+        1, ge=1, le=1024, description="clients of a round that are trained side by side on one model with engine local: they share the "
+        "frozen products and the launches of a step; results agree with those of 1 within rounding; 1: one after the other")
     device: Union[Literal["auto", "cpu", "cuda", "mps"], NumberedGPU] = Field(
         "auto", description="where models compute; auto: the first CUDA GPU whose kernels pass a self-check, else the CPU; cuda: "
         "the first GPU; cuda:N: the one with this number, from 0. Messages, checkpoints and records do not depend on it")

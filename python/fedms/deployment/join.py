@@ -124,7 +124,8 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
     """Return lines that tell the owner what is trained, sent and kept, and what a round costs."""
     config, samples = joining.invitation.config, joining.samples
     sent = {
-        "off": "the trained tensors of each round, numbers of samples, losses, accuracies, seconds, bytes of memory",
+        "off": "the trained tensors of each round, numbers of samples, losses, accuracies, seconds, bytes of memory"
+               + ("; once, how many training samples you have of each class" if config.method_row.sends_counts else ""),
         "central": "the change of the trained tensors of each round, clipped, and what privacy adds up of scores and classes; the "
                    "server sees it, and adds noise to the sum of all",
         "secure": "sums with the other clients, of which the server sees no single part",
@@ -132,12 +133,12 @@ def told(joining: Joining, size: Callable[[int], str], duration: Callable[[float
     first, last = joining.costs.options[0], joining.costs.options[-1]
     rounds = config.stage1.rounds + config.stage2.rounds
     return [
-        f"data      {samples['train']:,} samples train, {samples['validation']:,} choose, {samples['test']:,} test"
+        f"data      {samples['train']:,} samples for training, {samples['validation']:,} for validation, {samples['test']:,} for testing"
         f"{_classes(joining.invitation.classes)}",
         f"trained   {config.run.method}: LoRA pairs of rank {config.lora.rank} beside {config.model.id}, whose weights stay as "
         f"they are; {config.stage1.rounds} + {config.stage2.rounds} rounds, {config.stage1.epochs} and {config.stage2.epochs} "
         "epochs a visit",
-        f"sent      to {joining.invitation.address}: {sent}; never samples, labels or what stays private",
+        f"sent      to {joining.invitation.address}: {sent}; never samples, their labels or what stays private",
         "kept      here alone: your key, the samples as the model reads them, your private expert",
         f"a round   up to {size(last.peak)} of memory beside {size(joining.costs.process)} for the process; "
         f"{duration(first.seconds)} to {duration(last.seconds)}; {size(last.work.bytes_up)} sent, "

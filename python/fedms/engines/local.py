@@ -48,14 +48,18 @@ class LocalEngine(Engine):
         self.visitor: Visits = Visitor(method, server, model, clients, common_test) if workers is None else workers
         self.states: dict[int, Private] = {}        # of clients with a visit that counted
         self.held: dict[int, Held] = {}             # by client, while a secure sum is under way
+        self.between_groups = True                  # no client that was visited together with others is still to be taken
 
     def prepare(self, message: Message) -> Mapping[int, Participant]:
         return {client: self.clients[client] for client in message.clients}
 
     def visits(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
-        if self.private_rounds is not None:
-            yield from self._shares(message, packed, clients)
-            return
+        arrivals = (self._replies if self.private_rounds is None else self._shares)(message, packed, clients)
+        for number, arrival in enumerate(arrivals, start=1):
+            self.between_groups = number % self.server.config.run.lockstep == 0 or number == len(clients)
+            yield arrival
+
+    def _replies(self, message: Message, packed: Packed, clients: Sequence[int]) -> Iterator[Arrival]:
         for client, ((came, answer), after) in zip(clients, self.visitor.each("visit", message, clients, self._state)):
             bytes_down = self._received(client, packed)
             if answer is not None:
@@ -75,6 +79,12 @@ class LocalEngine(Engine):
             answer = pack_share(share)
             share = unpack_share(answer, len(vector), self.private_server.settings.masks)
             yield Arrival(client, None, answer.size, bytes_down, after=after, share=share)
+
+    def check_stop(self, message: Message) -> None:
+        """Raise Interrupted if the run was asked to stop; not in the middle of clients that were visited together, as the others
+        would be visited without them when the run goes on."""
+        if self.between_groups:
+            super().check_stop(message)
 
     def courier(self) -> Courier:
         return Simulated(self, self.server.config)

@@ -9,6 +9,7 @@ from fedms.data.subset import Subset
 from fedms.engines.base import Evaluation
 from fedms.federated.client import Client, Message, Private, Visit, visit
 from fedms.federated.evaluation import evaluate_client, own_accuracy, validate_client
+from fedms.federated.lockstep import Turn, together
 from fedms.federated.method import Method
 from fedms.federated.packing import Packed, pack_reply
 from fedms.federated.server import Server
@@ -61,6 +62,7 @@ class Visitor:
 
     def __init__(self, method: Method, server: Server, model: ExpertModel, clients: Sequence[Client], common_test: Subset) -> None:
         self.method, self.server, self.model, self.clients, self.common_test = method, server, model, clients, common_test
+        self.lockstep = server.config.run.lockstep
 
     @property
     def paid(self) -> set[str]:
@@ -73,9 +75,17 @@ class Visitor:
 
     def each(self, errand: Errand, message: Message, clients: Sequence[int], state: Callable[[int], Private],
              **further: Any) -> Iterator[tuple[Any, Private]]:
-        """See :meth:`Visits.each`. Each client is visited just before its result is yielded."""
-        for client in clients:
-            yield self.do(errand, message, client, state(client), **further)
+        """See :meth:`Visits.each`. Each client is visited just before its result is yielded; with `[run] lockstep`, together with
+        the next ones."""
+        if self.lockstep == 1 or message.stage == "done":
+            for client in clients:
+                yield self.do(errand, message, client, state(client), **further)
+            return
+        for start in range(0, len(clients), self.lockstep):
+            group = clients[start:start + self.lockstep]
+            turns = together(self.method.visit, self.model, [(self.clients[i], state(i)) for i in group], message)
+            for client, turn in zip(group, turns):
+                yield self.do(errand, message, client, state(client), turn=turn)
 
     def do(self, errand: Errand, message: Message, client: int, private: Private, **further: Any) -> tuple[Any, Private]:
         """Do an errand for one client. Return the errand's result, and the client's private state after it."""
@@ -83,20 +93,28 @@ class Visitor:
 
     # The errands
 
-    def visit(self, message: Message, client: Client, private: Private) -> tuple[tuple[Visit, Packed | None], Private]:
-        """Visit a client. Return the visit without its reply, and the packed reply, or None if there is none."""
-        came, after = visit(self.method.client_step, self.model, client, private, message)
+    def visit(self, message: Message, client: Client, private: Private,
+              turn: Turn | None = None) -> tuple[tuple[Visit, Packed | None], Private]:
+        """Visit a client. Return the visit without its reply, and the packed reply, or None if there is none.
+
+        turn: The same visit, if it was carried out together with others.
+        """
+        came, after = visit(self.method.client_step, self.model, client, private, message) if turn is None else turn.visit()
         packed = None if came.reply is None else pack_reply(came.reply, self.server.config.wire.dtype)
         return (replace(came, reply=None), packed), after
 
-    def contribute(self, message: Message, client: Client, private: Private) -> tuple[np.ndarray, Private]:
+    def contribute(self, message: Message, client: Client, private: Private,
+                   turn: Turn | None = None) -> tuple[np.ndarray, Private]:
         """Return the vector (size,) int32 that a client adds to the round's sum in a run with privacy.
 
         The reason why a client adds nothing stays with the client: no record and no log of the server has it.
+
+        turn: See `visit`.
         """
         from fedms.federated.private_client import contribute
 
-        vector, after, _ = contribute(cast("PrivateServer", self.server), self.method, self.model, client, private, message)
+        step = self.method.client_step if turn is None else turn.step
+        vector, after, _ = contribute(cast("PrivateServer", self.server), self.method, self.model, client, private, message, step)
         return vector, after
 
     def evaluate(self, message: Message, client: Client, private: Private, on_common_test: bool) -> tuple[Evaluation, Private]:

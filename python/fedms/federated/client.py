@@ -261,14 +261,14 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
                                    if group.params], weight_decay=settings.weight_decay, fused=True)
     keeps = client.config.clients.optimizer == "kept"
     if keeps:
-        _load_moments(optimizer, named, private.tensors, message.stage)
+        load_moments(optimizer, named, private.tensors, message.stage)
     torch.manual_seed(client.seed(message, "dropout"))
     shuffle = generator(client.seed(message, "shuffle"))
     total, seen, done, skipped = 0.0, 0, 0, 0
     micro_batch = settings.micro_batch or settings.batch
     scaler = torch.amp.GradScaler(model.device.type, init_scale=FIRST_SCALE, enabled=client.config.run.dtype == "fp16")
     loss_of = None if client.config.data.augment else loss_on(part)
-    for batch in _batches(model, part, rows, settings, shuffle, epochs):
+    for batch in batches_of(model, part, rows, settings, shuffle, epochs):
         if done and after_epoch is not None and done % len(rows) == 0:
             after_epoch()
         optimizer.zero_grad(set_to_none=True)
@@ -282,8 +282,7 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
         finite = math.isfinite(loss) and bool(torch.isfinite(norm))
         skipped = 0 if finite else skipped + 1
         if not finite and (skipped > MOST_SKIPPED or not scaler.is_enabled()):
-            raise ClientFailure(f"training diverged: loss {loss:g}, gradient norm {float(norm):g} after "
-                                f"{done} samples; a lower {message.stage}.lr may help")
+            raise diverged(message.stage, loss, float(norm), done)
         scaler.step(optimizer)      # in fp16 left out where a gradient is not finite
         scaler.update()
         if not finite:
@@ -292,10 +291,15 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
         total, seen, done = total + loss * units, seen + units, done + len(batch)
     if after_epoch is not None:
         after_epoch()
-    return total / max(seen, 1), _moments(optimizer, named, message.stage) if keeps else {}
+    return total / max(seen, 1), moments_of(optimizer, named, message.stage) if keeps else {}
 
 
-def _batches(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, shuffle: torch.Generator,
+def diverged(stage: str, loss: float, norm: float, samples: int) -> ClientFailure:
+    """Return the failure of a client whose loss or gradient norm is NaN or infinite, after it was trained on some samples."""
+    return ClientFailure(f"training diverged: loss {loss:g}, gradient norm {norm:g} after {samples} samples; a lower {stage}.lr may help")
+
+
+def batches_of(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, shuffle: torch.Generator,
              epochs: int | None) -> Iterator[Tensor]:
     """Yield the batches of a visit: those of `epochs` epochs, or `[stage] steps` batches. Every epoch has a new random order.
 
@@ -334,12 +338,12 @@ def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[
     return total
 
 
-def _moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:
+def moments_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:
     return {f"optimizer/{stage}/{name}/{kind}": value.to("cpu", copy=True)
             for name, p in named.items() for kind, value in optimizer.state.get(p, {}).items()}
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], kept: Tensors, stage: str) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], kept: Tensors, stage: str) -> None:
     for name, p in named.items():
         prefix = f"optimizer/{stage}/{name}"
         if f"{prefix}/step" in kept:      # a pair activated since the last visit has none yet

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Participant, Private, Reply
+from fedms.federated.lockstep import Visiting, alone
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
@@ -49,8 +50,8 @@ class Prediction:
 class Method(ABC):
     """Base class of all methods. An instance only holds settings; all state is in messages, replies and `Private`.
 
-    A method implements `broadcast_policy`, `client_step` and `predict`; the other members have defaults. Most methods are
-    composed of the functions in `fedms.methods.steps`.
+    A method implements `broadcast_policy`, `predict`, and either `visit` or `client_step`; the other members have defaults. Most
+    methods are composed of the functions in `fedms.methods.steps`.
 
     Attributes:
         config: The run file.
@@ -112,16 +113,26 @@ class Method(ABC):
         """Returns what is added to the logits of a client's private expert in use, (K,), where the method adds something."""
         return None
 
-    @abstractmethod
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        """Carry out a client's visit.
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        """Begin a client's visit, which asks for its trainings instead of carrying them out; see `fedms.federated.lockstep`. So
+        visits of several clients can be carried out side by side.
 
         Args:
-            model: The model of this process. The method loads the client's tensors into it.
+            model: The model of this process. The method loads the client's tensors into it. While the visit waits for a training,
+                other clients may use the model; when it goes on, its experts, shifts and gate are there again.
             client: Its samples, device and seeds.
             private: The client's private state after its last visit; empty at the first one.
             message: The server's message.
+
+        Returns:
+            A generator, which ends with the client's reply and its private state until its next visit. It raises a
+            ClientFailure if the client has to be left out of this round.
+        """
+        raise NotImplementedError(f"{type(self).__name__} implements neither visit nor client_step")
+
+    def client_step(self, model: ExpertModel, client: Client, private: Private,
+                    message: Message) -> tuple[Reply, Private]:
+        """Carry out a client's visit; the arguments are those of `visit`.
 
         Returns:
             The client's reply, and its private state until its next visit.
@@ -129,6 +140,13 @@ class Method(ABC):
         Raises:
             ClientFailure: If the client has to be left out of this round.
         """
+        return alone(self.visit(model, client, private, message), model, client, private)
+
+    @property
+    def asks_for_training(self) -> bool:
+        """Whether the method has its visits in the form of `visit`."""
+        first = next(kind for kind in type(self).__mro__ if not {"visit", "client_step"}.isdisjoint(vars(kind)))
+        return first is not Method and "visit" in vars(first)
 
     @abstractmethod
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:

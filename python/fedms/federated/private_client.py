@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedms.federated.client import Client, ClientFailure, Message, Private, Share, memory_errors
+from fedms.federated.client import Client, ClientFailure, ClientStep, Message, Private, Share, memory_errors
 from fedms.federated.evaluation import evaluate_client
 from fedms.federated.method import Method
 from fedms.privacy import secure_round
@@ -21,8 +21,9 @@ from fedms.training.expert_model import ExpertModel
 
 
 def contribute(server: PrivateServer, method: Method, model: ExpertModel, client: Client, private: Private,
-               message: Message) -> tuple[np.ndarray, Private, str | None]:
+               message: Message, step: ClientStep | None = None) -> tuple[np.ndarray, Private, str | None]:
     """A visit: what the client adds to the round's sum, (size,) int32, its private state from now on, and why it adds nothing.
+    `step` carries it out; by default the method's.
 
     A client without samples, or whose training fails, adds zeros and keeps its state. Its reason depends on its data, so it
     must stay where the client is.
@@ -36,7 +37,7 @@ def contribute(server: PrivateServer, method: Method, model: ExpertModel, client
     model.clear()
     try:
         with memory_errors():
-            reply, after = method.client_step(model, client, private, message)
+            reply, after = (step or method.client_step)(model, client, private, message)
         update = {name: (tensor.double() - message.tensors[name].double()).numpy() for name, tensor in reply.tensors.items()}
         counts = next(iter(reply.statistics.values())).numpy() if reply.statistics else None
         return sums.encode(update, reply.score, counts), after, None

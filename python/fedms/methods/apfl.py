@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import BestEpoch, load_private, make_reply, private_lr_of, shared_expert, train_shared
+from fedms.methods.steps import BestEpoch, load_private, make_reply, private_lr_of, shared_expert, shared_visit
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
@@ -33,10 +34,9 @@ class APFL(FedAvg):
 
     personal = ("stage1", "stage2")
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
         shared = shared_expert(model, message, self.config)
-        reply, private = train_shared(model, client, private, message)
+        reply, private = yield from shared_visit(model, client, private, message)
         own, private = self._train_own(model, client, private, message, shared)
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import proximal, shared_expert, train_private, train_shared
+from fedms.methods.steps import private_visit, proximal, shared_expert, shared_visit
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
@@ -21,12 +22,11 @@ class Ditto(FedAvg):
 
     personal = ("stage1", "stage2")
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
         shared = shared_expert(model, message, self.config)
-        reply, private = train_shared(model, client, private, message)
-        own, private = train_private(model, client, private, message, start=shared,
-                                     penalty=proximal(self.settings.pull, shared, model.device))
+        reply, private = yield from shared_visit(model, client, private, message)
+        own, private = yield from private_visit(model, client, private, message, start=shared,
+                                                penalty=proximal(self.settings.pull, shared, model.device))
         size = reply.metrics["trained_params"] + own.metrics["trained_params"]
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
-from fedms.methods.steps import shared_expert, train_shared
+from fedms.methods.steps import shared_expert, shared_visit
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
@@ -15,9 +16,8 @@ class FedAvg(Method):
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         return BroadcastPolicy.NEVER if name.startswith("gate/") else BroadcastPolicy.EVERY_ROUND
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        return train_shared(model, client, private, message)
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        return shared_visit(model, client, private, message)
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         model.load("global", shared_expert(model, final, self.config), depth=final.depth,

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
-from fedms.methods.steps import shared_expert, train_private, train_shared
+from fedms.methods.steps import private_visit, shared_expert, shared_visit
 from fedms.training.answering import Speaker
 from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
@@ -20,11 +21,10 @@ class FedAvgFT(Method):
             return BroadcastPolicy.NEVER
         return BroadcastPolicy.EVERY_ROUND if stage == "stage1" else BroadcastPolicy.ONCE
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
         if message.stage == "stage1":
-            return train_shared(model, client, private, message)
-        return train_private(model, client, private, message, start=shared_expert(model, message, self.config))
+            return shared_visit(model, client, private, message)
+        return private_visit(model, client, private, message, start=shared_expert(model, message, self.config))
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         shared = shared_expert(model, final, self.config)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import class_counts
@@ -27,9 +28,8 @@ class FedAvgPrior(FedAvg):
     def statistics(self, classes: int) -> Tensors:
         return {"class_counts": torch.zeros(classes, dtype=torch.float64)}
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        reply, after = super().client_step(model, client, private, message)
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        reply, after = yield from super().visit(model, client, private, message)
         counts = class_counts(model, client.train)
         first = "class_counts" not in private.tensors
         return (replace(reply, statistics={"class_counts": counts} if first else {}),

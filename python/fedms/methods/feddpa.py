@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg_ft import FedAvgFT
 from fedms.seeds import generator
@@ -27,9 +28,8 @@ REFERENCES = "feddpa/references"        # (S, D) features of training samples
 class FedDPA(FedAvgFT):
     """FedDPA (see the module): both experts mixed by similarity to a client's own samples."""
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        reply, after = super().client_step(model, client, private, message)
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        reply, after = yield from super().visit(model, client, private, message)
         if message.stage == "stage2" and REFERENCES not in after.tensors:
             drawn = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "feddpa", client.id))
             features = model.features(client.train).cpu()[drawn[:self.settings.samples]]

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
 from fedms.methods.mixing import Mixture, train_mixture, train_together
-from fedms.methods.steps import train_shared
+from fedms.methods.steps import shared_visit
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
@@ -43,10 +44,9 @@ class FedMS(Method):
     def trains_gate(self) -> bool:
         return self.mixture.trains_gate
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
         if message.stage == "stage1":
-            return train_shared(model, client, private, message)
+            return (yield from shared_visit(model, client, private, message))
         self.mixture.load(model, private, message, client.trained_depth(message), self._new_gate(model))
         return train_mixture(self.mixture, model, client, private, message, train_together)
 

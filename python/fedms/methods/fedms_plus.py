@@ -27,12 +27,13 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
+from fedms.federated.client import Client, Group, Message, Private, train, validate
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Prediction
 from fedms.methods.fedavg_prior import log_prior
 from fedms.methods.fedms import FedMS
 from fedms.methods.mixing import Fitted, Mixture, is_few, train_mixture, train_together
-from fedms.methods.steps import BestEpoch, class_counts, train_shared
+from fedms.methods.steps import BestEpoch, class_counts, shared_visit
 from fedms.seeds import generator
 from fedms.tensors import Tensors
 from fedms.training.expert_model import EXPERTS, ExpertModel
@@ -75,24 +76,23 @@ class FedMSPlus(FedMS):
         side = {"gate/side.weight": torch.zeros(len(EXPERTS), 2 * len(EXPERTS))} if self.mixture.sees_confidences else {}
         return {**super().initial(model), **side}
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
         counts = class_counts(model, client.train)
         known = {COUNTS: counts} if self._uses_prior else {}
-        reply, after = self._visit(model, client, private, message, counts)
+        reply, after = yield from self._visit(model, client, private, message, counts)
         return (replace(reply, statistics={} if COUNTS in private.tensors else known),
                 Private({**after.tensors, **known}))
 
     def _visit(self, model: ExpertModel, client: Client, private: Private, message: Message,
-               counts: Tensor) -> tuple[Reply, Private]:
-        """Carry out a visit: federated averaging in stage 1; in stage 2 the same if the global expert is trained on, then the
+               counts: Tensor) -> Visiting:
+        """A visit without its statistics: federated averaging in stage 1; in stage 2 the same if the global expert is trained on, then the
         mixture."""
         shared, after_shared = None, Private()
         if message.stage == "stage1" or self.settings.global_in_stage2:
             self._shift(model, "stage1", counts, message.statistics)
             as_stage1 = message if message.stage == "stage1" else replace(
                 message, stage="stage1", round=self.config.stage1.rounds + message.round)
-            shared, after_shared = train_shared(model, client, private, as_stage1)
+            shared, after_shared = yield from shared_visit(model, client, private, as_stage1)
         if message.stage == "stage1":
             return shared, after_shared
         self._shift(model, "stage2", counts, message.statistics)

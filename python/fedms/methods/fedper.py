@@ -3,9 +3,10 @@ LoRA expert, and the head a client's own from its first visit on. Needs the line
 from __future__ import annotations
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
-from fedms.methods.steps import shared_expert, train_shared
+from fedms.methods.steps import shared_expert, shared_visit
 from fedms.training.expert_model import ExpertModel
 
 
@@ -17,9 +18,8 @@ class FedPer(Method):
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         return BroadcastPolicy.NEVER if name.startswith(("head/", "gate/")) else BroadcastPolicy.EVERY_ROUND
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        return train_shared(model, client, private, message, start=model.initial(self.config.run.seed))
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        return shared_visit(model, client, private, message, start=model.initial(self.config.run.seed))
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         """A client that was never visited has the head that all begin with."""

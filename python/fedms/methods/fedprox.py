@@ -4,16 +4,16 @@
 """
 from __future__ import annotations
 
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import proximal, train_shared
+from fedms.methods.steps import proximal, shared_visit
 from fedms.training.expert_model import ExpertModel
 
 
 class FedProx(FedAvg):
     """FedProx (see the module): federated averaging, held near what a client received."""
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        return train_shared(model, client, private, message,
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        return shared_visit(model, client, private, message,
                             penalty=proximal(self.settings.mu, message.tensors, model.device))

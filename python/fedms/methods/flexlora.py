@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedms.federated.client import Client, Message, Participant, Private, Reply
+from fedms.federated.client import Client, Message, Participant, Private
+from fedms.federated.lockstep import Visiting
 from fedms.methods.fedavg import FedAvg
 from fedms.tensors import is_a
 from fedms.training.expert_model import ExpertModel
@@ -29,6 +30,6 @@ class FlexLoRA(FedAvg):
         (kept if is_a(name) else kept.T)[rank:] = 0      # with both of a component zero, so are its gradients
         return kept
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private, message: Message) -> tuple[Reply, Private]:
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
         tensors = {name: self.received(name, tensor, client) for name, tensor in message.tensors.items()}
-        return super().client_step(model, client, private, replace(message, tensors=tensors))
+        return super().visit(model, client, private, replace(message, tensors=tensors))

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.client import Client, Message, Private
+from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
-from fedms.methods.steps import train_private
+from fedms.methods.steps import private_visit
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
@@ -17,9 +18,8 @@ class Local(Method):
     def broadcast_policy(self, stage: str, name: str) -> BroadcastPolicy:
         return BroadcastPolicy.NEVER
 
-    def client_step(self, model: ExpertModel, client: Client, private: Private,
-                    message: Message) -> tuple[Reply, Private]:
-        return train_private(model, client, private, message, start=model.initial(self.config.run.seed))
+    def visit(self, model: ExpertModel, client: Client, private: Private, message: Message) -> Visiting:
+        return private_visit(model, client, private, message, start=model.initial(self.config.run.seed))
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         start = model.initial(self.config.run.seed)

@@ -1,7 +1,8 @@
 """The functions of which methods compose a client's visit.
 
-`train_shared` is the visit of federated averaging, and `train_private` trains an expert that stays at the client. Both accept
-a `penalty` and are composed of the smaller functions below.
+`shared_visit` is the visit of federated averaging, and `private_visit` trains an expert that stays at the client. Both ask for
+their training (see `fedms.federated.lockstep`); `train_shared` and `train_private` carry it out, too. All accept a `penalty` and
+are composed of the smaller functions below.
 """
 from __future__ import annotations
 
@@ -14,13 +15,11 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, own_loss_of, train, validate
+from fedms.federated.client import Client, Message, Private, Reply, validate
+from fedms.federated.lockstep import Penalty, Training, Visiting, alone
 from fedms.tasks import Score
 from fedms.tensors import Tensors, freeze_none, is_a
 from fedms.training.expert_model import ExpertModel
-
-
-Penalty = Callable[[Mapping[str, Tensor]], Tensor]      # of what is trained, by name; added to the loss
 
 
 def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Tensors:
@@ -35,7 +34,13 @@ def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Te
 def train_shared(model: ExpertModel, client: Client, private: Private, message: Message, *,
                  start: Mapping[str, Tensor] = MappingProxyType({}),
                  penalty: Penalty | None = None) -> tuple[Reply, Private]:
-    """Carry out the visit of federated averaging: load the shared expert, validate it, train it, and send the result.
+    """Carry out `shared_visit` by itself."""
+    return alone(shared_visit(model, client, private, message, start=start, penalty=penalty), model, client, private)
+
+
+def shared_visit(model: ExpertModel, client: Client, private: Private, message: Message, *,
+                 start: Mapping[str, Tensor] = MappingProxyType({}), penalty: Penalty | None = None) -> Visiting:
+    """The visit of federated averaging: load the shared expert, validate it, train it, and send the result.
 
     Tensors that the message does not contain are private: they start as in `start`, are trained with the others, and stay at
     the client. Early stopping (`[stage2] keep = "best"`) restores them if training raised the validation loss.
@@ -45,7 +50,7 @@ def train_shared(model: ExpertModel, client: Client, private: Private, message: 
                depth=client.trained_depth(message), applied_depth=message.applied_depth,
                keep=is_a if frozen_a else freeze_none)
     received, before = validate(model, client, "global"), model.read_trained("global")
-    loss, moments, size = fit(model, client, private, message, "global", penalty)
+    loss, moments, size = yield Training("global", message, lr_of(client, message), penalty)
     trained = model.read_trained("global")
     sent = {name: tensor for name, tensor in trained.items() if name in message.tensors}
     own = {name: tensor for name, tensor in trained.items() if name not in message.tensors}
@@ -57,33 +62,20 @@ def train_shared(model: ExpertModel, client: Client, private: Private, message: 
 
 def train_private(model: ExpertModel, client: Client, private: Private, message: Message,
                   start: Mapping[str, Tensor], penalty: Penalty | None = None) -> tuple[Reply, Private]:
-    """Carry out a visit that trains a private expert and sends nothing. At the first visit the expert starts as `start`."""
+    """Carry out `private_visit` by itself."""
+    return alone(private_visit(model, client, private, message, start, penalty), model, client, private)
+
+
+def private_visit(model: ExpertModel, client: Client, private: Private, message: Message, start: Mapping[str, Tensor],
+                  penalty: Penalty | None = None) -> Visiting:
+    """A visit that trains a private expert and sends nothing. At the first visit the expert starts as `start`."""
     load_private(model, client, private, message, start)
     received = validate(model, client, "local")
     best = BestEpoch(model, client, received)
-    loss, moments, size = fit(model, client, private, message, "local", penalty, best.after_epoch)
+    loss, moments, size = yield Training("local", message, private_lr_of(client, message), penalty, after_epoch=best.after_epoch)
     best.load(message)
     reply = make_reply(client, {}, received.accuracy, best.score, loss=loss, trained_params=size)
     return reply, Private({**private.tensors, **best.kept, **moments})
-
-
-def fit(model: ExpertModel, client: Client, private: Private, message: Message, expert: str,
-        penalty: Penalty | None = None,
-        after_epoch: Callable[[], None] | None = None) -> tuple[float, Tensors, int]:
-    """Train a loaded expert on its own loss; return the mean loss, the optimizer's state, and the number of trained
-    parameters."""
-    params, own = model.trainable(expert), own_loss_of(model, expert)
-    prefix, lr_here = ("local/", private_lr_of) if expert == "local" else ("", lr_of)
-    loss, moments = train(model, client, message, private,
-                          [Group({prefix + name: p for name, p in params.items()}, lr_here(client, message))],
-                          own if penalty is None else lambda part: penalized(own(part), penalty, params),
-                          after_epoch=after_epoch)
-    return loss, moments, sum(p.numel() for p in params.values())
-
-
-def penalized(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> Loss:
-    """Return a loss with a penalty on the trained parameters added."""
-    return lambda rows: loss_of(rows) + penalty(params)
 
 
 def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.device) -> Penalty:

@@ -91,7 +91,7 @@ class CausalModel(FoundationModel):
                              "another model")
 
     def quantize_head(self, dtype: str) -> None:
-        """Compute the logits from a copy of the head in a dtype, "fp32" or "int8". Gradients use the original weight."""
+        """Compute the logits from a copy of the head in a dtype that `FrozenHead` takes. Gradients use the original weight."""
         old = self.head
         self.head = FrozenHead(old.weight, old.bias, scale=old.scale, cap=old.cap, dtype=dtype)
 

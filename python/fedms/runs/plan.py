@@ -30,7 +30,7 @@ from fedms_ext import budget, dequantize
 # Share of the limit that is left free: the allocator's losses, and what operators allocate inside themselves.
 RESERVE = 0.05
 # Precisions of the frozen weights to try after the run file's own: int8 and nf4, where they are smaller.
-SMALLER = {"int8": ("nf4",), "nf4": (), "int4": ()}
+SMALLER = {"int8": ("nf4",), "int8_rotated": ("nf4",), "nf4": (), "int4": ()}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
     cache_bytes = config.sal.cache_bytes
     if chosen and memory is not None and chosen.cache == "memory":
         left = int((1 - RESERVE) * memory) - chosen.peak
-        cache_bytes = min(cache_bytes, (chosen.memory["constants"] + left) // 2**20 * 2**20)
+        cache_bytes = min(cache_bytes, (chosen.memory["cached features"] + left) // 2**20 * 2**20)
     return Plan(options, memory, planner.process, chosen, speeds, bandwidth, cache_bytes)
 
 
@@ -208,7 +208,7 @@ class _Planner:
         constants = costs.constants(depth) if cache == "memory" else 0
         building = costs.building(depth, cache) + traced.judging.of(self.model.CHUNK)
         working = max(traced.training.of(micro_batch), building)
-        parts = {"weights": traced.weights, "experts": costs.experts(depth), "constants": constants,
+        parts = {"weights": traced.weights, "experts": costs.experts(depth), "cached features": constants,
                  "training step": working}
         parts["training step"] += max(0, self.loading - sum(parts.values()))     # the peak may be that of loading
         return parts

@@ -70,6 +70,8 @@ def _absent(device: torch.device) -> str | None:
 
 def obstacle(device: torch.device, frozen: str = "fp32") -> str | None:
     """Return why an existing GPU cannot compute with frozen weights of this format, or None if it can."""
+    if frozen == "int8_rotated":
+        return 'model.frozen = "int8_rotated" is for the CPU: a GPU does not round activations, so "int8" is as exact there'
     if frozen in QUANTIZED and (device.type != "cuda" or backends.explain("triton") is not None):
         why = "on CUDA GPUs alone" if device.type != "cuda" else f"by Triton: {backends.explain('triton')}"
         return f'model.frozen = "{frozen}" is computed there {why}; "bf16" and "fp32" work'

@@ -80,12 +80,10 @@ class ExpertModel:
         self.gate = self._new_gate()
         self.imported = {} if config.lora.start is None else imported_tensors(self, Path(config.lora.start))
         self.cache = self._new_cache()
-        self.meter, self.graphs = FlopMeter(), StepGraphs(self)
-        self.corrections = Corrections(self.layers)
+        self.meter, self.graphs, self.corrections = FlopMeter(), StepGraphs(self), Corrections(self.layers)
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.shifts = self._no_shifts()                     # added to each expert's opinion, (K,)
-        # What training each expert leaves as it is.
-        self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)
+        self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
         self.opinions_cache: dict[tuple[str, str, str], Tensor] = {}    # of experts on whole parts, in this visit
         self._open: Stream | None = None                    # the stream that the pairs are set for
@@ -161,8 +159,8 @@ class ExpertModel:
         self.depths[expert], self.kept[expert] = (depth, applied_depth), keep
         self.boundary = self.untrained_below(max(trained for trained, _ in self.depths.values()))
         self._open = None
-        targets = self._targets(expert, self.order[:applied_depth])
         with torch.no_grad():
+            targets = self.applied(expert)
             torch._foreach_copy_(list(targets.values()), [tensors[name] for name in targets])
             self.corrections.replace({name: t for name, t in tensors.items() if name.startswith("correction/")})
 
@@ -204,12 +202,14 @@ class ExpertModel:
                 p.requires_grad_(head and not self.kept[expert](name))
                 p.grad = None
 
+    def applied(self, expert: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of the applied pairs of an expert and of its head, by name."""
+        return self._targets(expert, self.order[:self.depths[expert][1]])
+
     def read_applied(self, expert: str) -> Tensors:
-        """Return copies of the applied pairs of an expert and of its head."""
-        return _copies(self._targets(expert, self.order[:self.depths[expert][1]]))
+        return _copies(self.applied(expert))
 
     def read_trained(self, expert: str) -> Tensors:
-        """Return copies of the parameters that training an expert changes."""
         return _copies(self.trainable(expert))
 
     # Samples

@@ -58,21 +58,26 @@ class Stream:
             for layer in model.layers.values():
                 layer.train(torch.is_grad_enabled())
         inputs = model.inputs(indices)
-        start, hidden = 0, None
+        hidden = None
         if self.replays:
             prefix = self.prefix(part) if prefix is None else prefix
-            start, hidden = self.prefix_depth, prefix.pad(rows).to(model.device)
-        features = self._live(hidden, inputs)
-        length = int(model.dataset.inputs.lengths[indices].max())
-        model.meter.add(self.forward_flops(len(rows), length, first=start))
-        if features.requires_grad:
-            model.meter.add(sum(cost.backward(len(rows) * length, length) for cost in self.costs[self.untrained:]))
+            hidden = prefix.pad(rows).to(model.device)
+        features = self.live(hidden, inputs)
+        self.charge(indices, features.requires_grad)
         if model.task.per_token:
             features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
-        model.meter.add(model.task.head_flops(len(features), features.requires_grad))
         return features
 
-    def _live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+    def charge(self, indices: Tensor, trains: bool) -> None:
+        """Count the operations of a pass through the blocks and the head for samples (B,), and of the pass back if it trains."""
+        model, start = self.model, self.prefix_depth if self.replays else 0
+        length = int(model.dataset.inputs.lengths[indices].max())
+        model.meter.add(self.forward_flops(len(indices), length, first=start))
+        if trains:
+            model.meter.add(sum(cost.backward(len(indices) * length, length) for cost in self.costs[self.untrained:]))
+        model.meter.add(model.task.head_flops(int(model.dataset.units(indices).sum()), trains))
+
+    def live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compute the features, (B, D) or per token (B, T, D) float32.
 
         Args:

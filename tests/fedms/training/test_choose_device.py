@@ -74,6 +74,8 @@ def test_quantized_weights_need_triton_on_a_gpu(two_gpus, monkeypatch):
     monkeypatch.setattr(devices.backends, "explain", lambda name: "not installed")
     with pytest.raises(ConfigError, match='model.frozen = "nf4".*Triton: not installed.*"bf16" and "fp32" work'):
         choose("cuda:1", "nf4")
+    with pytest.raises(ConfigError, match='model.frozen = "int8_rotated" is for the CPU.*"int8" is as exact there'):
+        choose("cuda:1", "int8_rotated")
     assert choose("auto", "int8").device == CPU
     assert choose("cuda:1", "bf16").device.index == 1
 

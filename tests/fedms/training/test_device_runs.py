@@ -37,6 +37,6 @@ def test_a_plan_counts_the_memory_of_the_gpu():
     here = plan(CONFIG, flops=1e9)
     (there,), (on_cpu,) = found.options, here.options
     assert there.work == on_cpu.work and there.memory["weights"] == on_cpu.memory["weights"]
-    assert there.memory["constants"] == on_cpu.memory["constants"]
+    assert there.memory["cached features"] == on_cpu.memory["cached features"]
     # Of the process nothing lies in the GPU's memory, whose peak is what the driver says.
     assert found.chosen is there and there.peak >= fake.MEMORY

@@ -68,7 +68,7 @@ Weight int8_weight(int n, int k) {
   for (int8_t& v : q) v = static_cast<int8_t>(between(-127, 127));
   w.scale = normal(n);
   w.packed.resize(fedms::int8_packed_size(n, k));
-  fedms::int8_pack(n, k, q.data(), w.packed.data());
+  fedms::int8_pack(n, k, q.data(), 0, w.packed.data());
   fedms::int8_unpack(n, k, w.packed.data(), w.packed.size(), back.data());
   if (q != back) std::puts("int8_unpack differs"), std::exit(1);
   for (int i = 0; i < n * k; ++i) w.wide.push_back(static_cast<double>(q[i]) * w.scale[i / k]);

@@ -27,10 +27,10 @@ def isa(request):
     _C.set_isa(before)
 
 
-def packed(weight: Tensor) -> Tensor:
+def packed(weight: Tensor, rotated: int = 0) -> Tensor:
     n, k = weight.shape
     out = torch.full((_C.int8_packed_size(n, k),), 85, dtype=torch.uint8)
-    _C.int8_pack(weight.to(torch.int8).contiguous(), out)
+    _C.int8_pack(weight.to(torch.int8).contiguous(), out, rotated)
     return out
 
 
@@ -102,6 +102,37 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float = 2e-6) 
     # NaN in a result that nothing wrote would fail here too: the outputs start as NaN.
     error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
     assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor, rotated: int) -> Tensor:
+    y = torch.full((len(x), len(weight)), NAN)
+    _C.int8_forward(x, packed(weight, rotated), scale, None, [], [], [], None, 0.0, 0, torch.empty(len(x), 0), y)
+    return y
+
+
+@pytest.mark.parametrize("k", [4, 12, 16, 48, 64, 100, 576, 1536])
+@pytest.mark.parametrize("m", [1, 13, 60])
+def test_a_rotated_weight(m, k):
+    block = reference.rotated_block(k)
+    assert block and k % block == 0
+    x, full = torch.randn(m, k), torch.randn(70, k)
+    x[:, k // 3] *= 40      # one channel that takes most levels
+    weight, scale = reference.quantize_weight(reference.rotate(full))
+    y = product(x, weight, scale, block)
+    steps = _C.int8_steps(packed(weight, block))
+    assert_close("y", y, reference.frozen_linear(x, weight, scale, None, [], [], [], steps=steps, rotated=True))
+    if k >= 576 and m > 1 and steps == 255:
+        plain = product(x, *reference.quantize_weight(full), 0)
+        exact = x.double() @ full.double().T
+        assert (y - exact).norm() < 0.5 * (plain - exact).norm()
+
+
+def test_rotating_twice_changes_nothing():
+    for k in (1, 3, 4, 48, 65, 320):
+        x = torch.randn(5, k)
+        assert torch.allclose(reference.rotate(reference.rotate(x)), x, atol=1e-5)
+    with pytest.raises(ValueError, match="rotated is not 0, or 4, 16 or 64 and a divisor of k"):
+        packed(torch.zeros(3, 24), 16)
 
 
 @pytest.mark.parametrize("n", DIMENSIONS)

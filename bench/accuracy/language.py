@@ -1,0 +1,225 @@
+"""What int8 costs a language model in perplexity, and where: `python -m bench.accuracy.language`.
+
+SmolLM2-135M, before any training, on answers of the built-in dictionaries. The first two rows are the kernels'; the others are
+emulated in fp32: both operands of a layer are rounded as the kernels do it, or otherwise, and multiplied by `F.linear`. The
+divergence, sum over tokens of p log(p / q) with p in fp32, says how far predictions moved: a hundred tokens show it. The
+perplexity of a few thousand tokens moves by more than the rounding is worth.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fedms_ext
+from fedms.data import dictionaries
+from fedms.data.conversations import encode
+from fedms.models.smollm2 import SmolLM2
+from fedms_ext.reference import quantize_rows, quantize_weight
+
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BATCH = 16
+
+
+def rounded_weight(w: Tensor) -> Tensor:
+    q, scale = quantize_weight(w)
+    return q * scale.unsqueeze(1)
+
+
+def rounded_rows(x: Tensor, steps: int = 255) -> Tensor:
+    q, scale = quantize_rows(x, steps)
+    return q * scale
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    return rounded_rows(x.unflatten(-1, (-1, group))).flatten(-2)
+
+
+def rotated(x: Tensor, block: int) -> Tensor:
+    """Blocks of so many columns, times an orthonormal and symmetric Hadamard matrix: applied twice, it gives x again."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.unflatten(-1, (-1, block)) @ (matrix / block ** 0.5)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is rounded.
+
+    inputs, weights: kinds of layers whose inputs or weights are; "head" is one.
+    steps:  of an input.
+    group:  values of a row that share a scale; 0: all.
+    smooth: alpha of SmoothQuant (Xiao et al. 2023), or None.
+    rotate: columns of a block that are multiplied by a Hadamard matrix before both are rounded (QuaRot, Ashkboos et al. 2024);
+        1: none.
+    """
+    inputs: tuple[str, ...] = (*KINDS, "head")
+    weights: tuple[str, ...] = (*KINDS, "head")
+    steps: int = 255
+    group: int = 0
+    smooth: float | None = None
+    rotate: int = 1
+
+
+BLOCKS = Way(KINDS, KINDS)
+WAYS: dict[str, Way] = {
+    "blocks": BLOCKS,
+    "head": Way(("head",), ("head",)),
+    "weights of blocks": Way((), KINDS),
+    "inputs of blocks": Way(KINDS, ()),
+    "inputs of q, k and v": Way(("q_proj", "k_proj", "v_proj"), ()),
+    "inputs of o": Way(("o_proj",), ()),
+    "inputs of gate and up": Way(("gate_proj", "up_proj"), ()),
+    "inputs of down": Way(("down_proj",), ()),
+    "blocks, inputs in 4095 steps": replace(BLOCKS, steps=4095),
+    "blocks, inputs in groups of 64": replace(BLOCKS, group=64),
+    "blocks, smoothed by activations seen, alpha 0.5": replace(BLOCKS, smooth=0.5),
+    "blocks, rotated by 16": replace(BLOCKS, rotate=16),
+    "blocks, rotated by 64": replace(BLOCKS, rotate=64),
+    "inputs of blocks, rotated by 64": Way(KINDS, (), rotate=64),
+    "weights of blocks, rotated by 64": Way((), KINDS, rotate=64),
+}
+
+
+class Samples:
+    """Questions and answers as batches of tokens, of similar length."""
+
+    def __init__(self, model: SmolLM2, each: int, seed: int) -> None:
+        exchanges, _ = dictionaries.read(None, each * len(dictionaries.FILES), seed)
+        self.encoded = encode(exchanges, model.tokenizer, max_tokens=128, stop_tokens=model.stop_tokens)
+        self.order = self.encoded.inputs.lengths.argsort()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens (B, T), and which positions precede a token of an answer (B, T - 1)."""
+        inputs = self.encoded.inputs
+        for rows in self.order.split(BATCH):
+            ids = inputs.batch(rows)["input_ids"]
+            places, starts = torch.arange(ids.shape[1] - 1), self.encoded.starts[rows]
+            yield ids, (places >= starts[:, None] - 1) & (places < inputs.lengths[rows, None] - 1)
+
+
+@torch.no_grad()
+def predict(model: SmolLM2, samples: Samples) -> tuple[Tensor, Tensor]:
+    """The log-probabilities (n, V) at every token of every answer, in a fixed order, and the tokens (n,)."""
+    found, tokens = [], []
+    for ids, asked in samples.batches():
+        found.append(model.head(model.hidden({"input_ids": ids})[:, :-1][asked]).log_softmax(-1))
+        tokens.append(ids[:, 1:][asked])
+    return torch.cat(found), torch.cat(tokens)
+
+
+def linear_layers(model: SmolLM2) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in model.module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def kind_of(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+@torch.no_grad()
+def largest_inputs(model: SmolLM2, samples: Samples) -> dict[str, Tensor]:
+    """The largest magnitude of every channel of every layer's input."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple) -> None:
+            largest = args[0].abs().flatten(0, -2).amax(0)
+            found[name] = torch.maximum(found[name], largest) if name in found else largest
+        return hook
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(model).items()]
+    predict(model, samples)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@contextmanager
+def rounded(model: SmolLM2, way: Way, seen: dict[str, Tensor]) -> Iterator[None]:
+    handles, originals = [], {}
+    for name, layer in linear_layers(model).items():
+        kind, factor = kind_of(name), None
+        originals[name] = layer.weight.data
+        if way.smooth is not None:
+            of_w = layer.weight.abs().amax(0).clamp_min(1e-5)
+            factor = seen[name].clamp_min(1e-5) ** way.smooth / of_w ** (1 - way.smooth)
+        if kind in way.weights:
+            scaled = rotated(layer.weight.data if factor is None else layer.weight.data * factor, way.rotate)
+            scaled = rotated(rounded_weight(scaled), way.rotate)
+            layer.weight.data = scaled if factor is None else scaled / factor
+        if kind in way.inputs:
+            handles.append(layer.register_forward_pre_hook(_rounding(way, factor)))
+    hidden, head = model.hidden, model.head.weight.data
+    if "head" in way.inputs:
+        model.hidden = lambda inputs: rounded_rows(hidden(inputs))      # type: ignore[method-assign]
+    old = model.head
+    if "head" in way.weights:
+        model.head = type(old)(rounded_weight(head), old.bias, scale=old.scale, cap=old.cap)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, layer in linear_layers(model).items():
+            layer.weight.data = originals[name]
+        model.hidden, model.head = hidden, old      # type: ignore[method-assign]
+
+
+def _rounding(way: Way, factor: Tensor | None) -> Callable:
+    def hook(_: nn.Module, args: tuple) -> tuple:
+        x = args[0] if factor is None else args[0] / factor
+        x = rotated(x, way.rotate)
+        x = rounded_rows(x, way.steps) if way.group == 0 else in_groups(x, way.group)
+        x = rotated(x, way.rotate)
+        return (x if factor is None else x * factor,)
+    return hook
+
+
+@contextmanager
+def quantized(model: SmolLM2, kind: str) -> Iterator[None]:
+    """As a run computes it with the blocks and the head in this format."""
+    originals = {f"{name}.weight": layer.weight.detach() for name, layer in linear_layers(model).items()}
+    fedms_ext.quantize(model.module, kind)
+    model.quantize_head(kind)
+    try:
+        yield
+    finally:
+        fedms_ext.dequantize(model.module, originals)
+        model.quantize_head("fp32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--each", type=int, default=10, help="answers of each dictionary")
+    parser.add_argument("--ways", default="", help="only those whose name contains this")
+    asked = parser.parse_args()
+    model = SmolLM2()
+    samples, before = Samples(model, asked.each, 0), Samples(model, 2, 1)
+    ways = {name: way for name, way in WAYS.items() if asked.ways in name}
+    seen = largest_inputs(model, before) if any(way.smooth is not None for way in ways.values()) else {}
+    exact, tokens = predict(model, samples)
+    print(f"{len(tokens)} tokens, perplexity in fp32 {math.exp(-of_label(exact, tokens).mean()):.2f}\n"
+          "| rounded | divergence, nats a token | perplexity, % more | its standard error |\n| --- | ---: | ---: | ---: |", flush=True)
+    contexts = {f"as a run computes it, {kind}": partial(quantized, model, kind) for kind in ("int8", "int8_rotated")}
+    contexts = {name: context for name, context in contexts.items() if asked.ways in name}
+    for name, context in {**contexts, **{name: partial(rounded, model, way, seen) for name, way in ways.items()}}.items():
+        with context():
+            found = predict(model, samples)[0]
+        change = of_label(exact, tokens) - of_label(found, tokens)
+        divergence = (exact.exp() * (exact - found)).sum(-1).mean()
+        print(f"| {name} | {divergence:.4f} | {100 * math.expm1(change.mean()):+.2f} | "
+              f"{100 * change.std() / len(change) ** 0.5:.2f} |", flush=True)
+
+
+def of_label(log_p: Tensor, tokens: Tensor) -> Tensor:
+    return log_p.gather(1, tokens[:, None]).squeeze(1)
+
+
+if __name__ == "__main__":
+    main()
