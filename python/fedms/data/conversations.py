@@ -125,8 +125,7 @@ def encode(exchanges: Sequence[Exchange], tokenizer: Any, *, max_tokens: int, te
         tokenizer: A tokenizer of transformers.
         max_tokens: Length of the longest sequence, at least 2.
         template: "chat" for the chat template of the tokenizer; "plain" for prompt and answer as they are; or a format with
-            {prompt} and, at its end, {answer}. An answer ends with the tokenizer's end of sequence, or with the template's end of
-            turn.
+            {prompt} and, at its end, {answer}. An answer ends with the end of sequence, or with the template's end of turn.
         loss_on: "answer", or "all" to learn prompts, too.
         long_answers: "error", "drop" or "cut".
         stop_tokens: Tokens that end an answer. What a template writes after the last of them is left out.

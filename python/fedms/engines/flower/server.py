@@ -55,8 +55,7 @@ class FlowerEngine(Engine):
         fingerprint: Fingerprint of the foundation model, which must be the same on all machines.
         grid: Flower's access to the nodes.
         fitting: See `fedms.federated.devices.device_of`.
-        samples: Numbers of training and validation samples of the clients that this process knows. Other clients state theirs
-            once, when they are first met.
+        samples: Numbers of training and validation samples of the clients that this process knows; others state theirs once.
         timeout: Seconds in which a client must answer, or None to wait without a limit.
         members: Returns the ids of the clients that take part now; called before each round. None means all of `clients.count`.
     """
@@ -339,11 +338,8 @@ class FlowerEngine(Engine):
         return what
 
     def _pull(self, numbers: Sequence[str]) -> list[Mail]:
-        """Return the replies to these messages that have arrived.
-
-        Flower rebuilds them from what nodes stored. Bytes that it cannot rebuild lose the replies that came with them, but not the
-        run.
-        """
+        """Return the replies to these messages that have arrived. If Flower cannot rebuild bytes that nodes stored, the replies that
+        came with them are lost, but not the run."""
         try:
             return list(self.grid.pull_messages(numbers)) if numbers else []
         except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
