@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--run-file", default="digits", help="cost: run file (digits)")
     parser.add_argument("--repeats", type=int, default=3, help="cost: runs of each mode, in turn (3)")
     parser.add_argument("--rounds", type=int, default=3, help="cost: rounds of a run, of which the first is left out (3)")
-    parser.add_argument("--epsilons", default="off,32,8,2", help="curve: budgets (off,32,8,2)")
+    parser.add_argument("--epsilons", default="off,16,8,4,2", help="curve: budgets (off,16,8,4,2)")
     parser.add_argument("--seeds", default="0,1,2", help="curve: seeds (0,1,2)")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"curve: methods ({','.join(METHODS)})")
     parser.add_argument("--records", type=Path, default=Path("bench/results/privacy_curve.jsonl"), help="curve, table, picture: the file")
