@@ -112,11 +112,12 @@ wheels: $(INSTALLED) ## a wheel for each of PYTHONS, in dist/; AARCH64=1: for 64
 	rm -rf $(DIST)/raw
 	set -e; for python in $(PYTHONS); do \
 	  if [ -n "$(AARCH64)" ]; then \
-	    export CMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/aarch64.cmake _PYTHON_HOST_PLATFORM=linux-aarch64; \
+	    export CMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/aarch64.cmake; \
 	    export SETUPTOOLS_EXT_SUFFIX=$$($$python -c \
 	      'import sys; print(f".{sys.implementation.cache_tag}-aarch64-linux-gnu.so")'); \
 	  fi; \
-	  FEDMS_CUDA=0 $$python -m pip wheel --no-deps --wheel-dir $(DIST)/raw .; \
+	  FEDMS_CUDA=0 $$python -m pip wheel --no-deps --wheel-dir $(DIST)/raw \
+	    $(if $(AARCH64),--config-settings=--build-option=--plat-name=linux_aarch64) .; \
 	done
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) $(DIST)/raw/*.whl
 	rm -rf $(DIST)/raw

@@ -7,7 +7,6 @@ targets, "80;90-real"), FEDMS_BUILD_TYPE (Release), FEDMS_SANITIZE (e.g. address
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -32,8 +31,8 @@ class CMakeBuild(build_ext):
 
         # The build folder is fixed, so that editable installs rebuild only what changed. The module is copied to
         # where setuptools wants it: pip's folder is temporary, and CMake would remember it.
-        target_machine = "" if self.plat_name.endswith(platform.machine()) else f"-{self.plat_name}"
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{target_machine}"
+        toolchain = os.environ.get("CMAKE_TOOLCHAIN_FILE")          # of another machine: csrc/aarch64.cmake
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{f'-{Path(toolchain).stem}' if toolchain else ''}"
         # An environment's own cmake and ninja, also when it is not activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake, ninja = (shutil.which(tool, path=path) or tool for tool in ("cmake", "ninja"))
