@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -41,6 +42,7 @@ class CMakeBuild(build_ext):
             [
                 cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
                 f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",        # CMake does not ask it for another machine's
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_BUILD_TYPE={os.environ.get('FEDMS_BUILD_TYPE', 'Release')}",
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",

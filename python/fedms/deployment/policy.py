@@ -180,7 +180,10 @@ def machine_state(folder: Path) -> dict[str, Any]:
         load: Load average per core.
         disk: Free bytes on the disk of `folder`.
     """
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    try:
+        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    except OSError:         # in a container without /sys
+        battery = None
     return {"battery": None if battery is None or battery.power_plugged else battery.percent,
             "load": psutil.getloadavg()[0] / (psutil.cpu_count() or 1), "disk": shutil.disk_usage(folder).free}
 

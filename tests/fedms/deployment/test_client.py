@@ -20,7 +20,7 @@ from fedms.errors import DataError
 from fedms.deployment import DeploymentError, join, server, service
 from fedms.deployment.invitation import Invitation, read_invitation
 from fedms.deployment.node import Node, Worker
-from fedms.deployment.policy import Journal, Policy, Refusal, check, default_policy, read_policy, write_policy
+from fedms.deployment.policy import Journal, Policy, Refusal, check, default_policy, machine_state, read_policy, write_policy
 from fedms.deployment.state import ClientState
 from fedms.engines.flower import transport
 from fedms.engines.flower.transport import tables_of
@@ -140,6 +140,16 @@ def test_a_policy_allows_or_says_what_it_does_not(tmp_path, values, words):
     else:
         with pytest.raises(Refusal, match=words):
             check(policy, run_file_config(), journal, tmp_path, NOW, machine)
+
+
+def test_a_machine_that_does_not_tell_of_a_battery_has_none(tmp_path, monkeypatch):
+    """A container without /sys."""
+    def missing():
+        raise FileNotFoundError("/sys/class/power_supply")
+
+    monkeypatch.setattr("fedms.deployment.policy.psutil.sensors_battery", missing)
+    assert machine_state(tmp_path)["battery"] is None
+    check(limits(battery=50.0), run_file_config(), Journal(tmp_path / "journal.json"), tmp_path, NOW)
 
 
 def test_a_policy_counts_by_day_and_never_allows_code(tmp_path):
