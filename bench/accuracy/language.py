@@ -205,7 +205,8 @@ def main() -> None:
     seen = largest_inputs(model, before) if any(way.smooth is not None for way in ways.values()) else {}
     exact, tokens = predict(model, samples)
     print(f"{len(tokens)} tokens, perplexity in fp32 {math.exp(-of_label(exact, tokens).mean()):.2f}\n"
-          "| rounded | divergence, nats a token | perplexity, % more | its standard error |\n| --- | ---: | ---: | ---: |", flush=True)
+          "| rounded | divergence, nats a token | perplexity, % more | its standard error |\n| --- | ---: | ---: | ---: |",
+          flush=True)
     contexts = {f"as a run computes it, {kind}": partial(quantized, model, kind) for kind in ("int8", "int8_rotated")}
     contexts = {name: context for name, context in contexts.items() if asked.ways in name}
     for name, context in {**contexts, **{name: partial(rounded, model, way, seen) for name, way in ways.items()}}.items():
