@@ -58,7 +58,8 @@ def type_in(machine: Machine, words: str, log: Path) -> str:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{words}\n{log.read_text()}")
-    print(f"| `{words}` | {time.monotonic() - started:.0f} | {used.ru_utime + used.ru_stime:.0f} |", flush=True)
+    shown = words.partition(" '")[0].replace("\n", "; ")     # without the line of the client's key
+    print(f"| `{shown}` | {time.monotonic() - started:.0f} | {used.ru_utime + used.ru_stime:.0f} |", flush=True)
     return log.read_text()
 
 
