@@ -18,6 +18,7 @@ from .dispatch import is_autocast_enabled, is_observed
 
 # Largest number of keys: all keys and values of a head and a block of rows of the probabilities should fit into the L2 cache.
 LONGEST = 512
+_HAS_KERNEL = _C.build_info()["isa_used"] == "avx512"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -51,11 +52,11 @@ def _is_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Return whether to try the C++ kernel. It still declines shapes, strides and dtypes that it does not support."""
     tensors = (q, k, v) if mask is None else (q, k, v, mask)
     return (
-        all([type(tensor) is Tensor and tensor.is_cpu for tensor in tensors])
+        _HAS_KERNEL
+        and all([type(tensor) is Tensor and tensor.is_cpu for tensor in tensors])
         and k.shape[-2] <= LONGEST
         and not (mask is not None and mask.requires_grad)
         and not is_autocast_enabled()
-        and _C.build_info()["isa_used"] == "avx512"
     )
 
 
