@@ -42,7 +42,7 @@ def test_the_built_in_run_files_load_and_differ_from_the_defaults():
     (), ("sal.depth=1", "sal.max_depth=2", "sal.order=[3, 1, 2]", "model.targets=['query', 'value']", "data.path=a \"b\"/ü.npz"),
     ("clients.budgets=[{share=0.25, max_depth=1}, {share=0.75, max_depth=3}]", "data.max_samples=none"),
     ("clients.budgets=[{share=1, memory='512MiB', flops=5e9, bandwidth_up='1MB', bandwidth_down=2}]",
-     "clients.spread=0.3", "stage1.micro_batch=8"),
+     "clients.spread=0.3", "stage1.micro_batch=4"),
 ])
 def test_a_dumped_configuration_loads_as_itself(name, overrides, tmp_path):
     config = load_config(name, overrides)

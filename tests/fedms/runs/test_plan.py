@@ -103,7 +103,7 @@ def test_the_peak_memory_of_a_step_is_as_measured(name):
 def test_the_operations_of_a_step_are_as_counted(name, monkeypatch):
     # PyTorch's counter cannot look into our operator, nor into fused attention: plain ones stand in.
     monkeypatch.setattr("fedms_ext.nn.expert_linear.expert_linear",
-                        lambda x, w, b, lora_a, lora_b, scale, gate, active, **_:
+                        lambda x, w, b, lora_a, lora_b, scale, gate, active, *_:
                         reference.expert_linear(x, w, b, lora_a, lora_b, scale, gate, active))
     encoder = Encoder(name)
     encoder.module.set_attn_implementation("eager")
