@@ -62,11 +62,8 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
             + (f", {percent(after)} % after training." if after else "."))
     for text in _depth_findings(ended):
         say(text)
-    for run in runs:
-        if idle := idle_visits(run):
-            say(f"{run.method}, seed {run.seed}: {idle[0]} of {idle[1]} visits of stage 2 did not improve what the client had "
-                "and were undone (stage2.keep = \"best\"): its validation loss is that of its visit before. A lower "
-                "stage2.lr, a smaller stage2.batch or fewer rounds may help.", "bad")
+    for text, kind in _idle_findings(runs):
+        say(text, kind)
     for run in runs:
         lost = [v for v in run.visits if v.get("status") not in ("ok", None)]
         if lost:
@@ -82,6 +79,16 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
     if differing := differing_keys(runs):
         say("The runs differ in more than method and seed: " + ", ".join(differing) + ".", "bad")
     return found
+
+
+def _idle_findings(runs: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:
+    """Yield one sentence on the visits of stage 2 that changed nothing; alarming if a run had more of these than of others."""
+    idle = [(run, *visits) for run in runs if (visits := idle_visits(run))]
+    if idle:
+        each = few([f"{undone} of {total} with {run.method}, seed {run.seed}" for run, undone, total in idle], most=6)
+        yield ("Visits of stage 2 that did not lower a client's validation loss were undone (stage2.keep = \"best\"): "
+               f"{each}. A lower stage2.lr, a smaller stage2.batch or fewer rounds may help.",
+               "bad" if any(2 * undone > total for _, undone, total in idle) else "plain")
 
 
 def _gate_findings(ended: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:

@@ -529,11 +529,11 @@ def test_visits_that_were_undone_are_told(tmp_path, keep, told):
         if line["stage"] == "stage2" and line["client"] < 6:
             line["validation_loss"] = 0.5
     (folder / "visits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ("18 of 48 visits of stage 2 did not improve" in texts_of(folder)) == told
+    assert ("validation loss were undone (stage2.keep = \"best\"): 18 of 48 with fedms, seed " in texts_of(folder)) == told
 
 
 def test_visits_that_improve_are_no_finding(tmp_path):
-    assert "did not improve" not in texts_of(write_run(tmp_path))
+    assert "were undone" not in texts_of(write_run(tmp_path))
 
 
 def test_a_thousand_reasons_are_one_short_line(tmp_path):
