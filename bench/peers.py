@@ -1,9 +1,14 @@
-"""The layers that the CPU benchmarks time, and PEFT's form of one."""
+"""The layers that the CPU benchmarks time, PEFT's form of one and ours, and a pass of one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from fedms_ext import ExpertLinear, LoRA, QuantizedWeight
 
 peft = pytest.importorskip("peft")
 
@@ -25,3 +30,29 @@ def peft_linear(linear: nn.Linear, rank: int) -> nn.Module:
     """PEFT's LoRA layer around a Linear layer, its A and B random."""
     config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
     return peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+
+
+def expert_linear(linear: nn.Linear, rank: int, kind: str | None = None) -> ExpertLinear:
+    """Our layer around a Linear layer, with one trained expert whose A and B are random; kind: format of its frozen weight."""
+    layer = ExpertLinear.from_linear(linear, {"e": LoRA(rank, 16)})
+    nn.init.normal_(layer.lora_b["e"])
+    layer.set_state("e", "trained")
+    if kind is not None:
+        layer.freeze(QuantizedWeight(layer.weight, kind))
+    return layer
+
+
+def layer_pass(
+    layer: Callable[[Tensor], Tensor], trained: Sequence[Tensor], x: Tensor, dy: Tensor, backward: bool
+) -> Callable[[], object]:
+    """Return a call of a layer: forward without a gradient, or forward and backward, for x and what is trained."""
+    leaf = x.clone().requires_grad_(backward)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return layer(leaf)
+
+    def both() -> object:
+        return torch.autograd.grad(layer(leaf), [leaf, *trained], dy)
+
+    return both if backward else forward

@@ -19,11 +19,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench.harness.timing import interleaved, ratio
-from bench.peers import SHAPES, peft_linear
+from bench.peers import SHAPES, expert_linear, layer_pass, peft_linear
 from torch import Tensor, nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, FrozenLinear, LoRA, QuantizedWeight
+from fedms_ext import ExpertLinear, FrozenLinear, QuantizedWeight
 from fedms_ext.backends import cpu
 from fedms_ext.reference import quantize_weight
 
@@ -41,11 +41,7 @@ def int_mm(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def quantized(k: int, n: int, rank: int, kind: str) -> ExpertLinear:
-    layer = ExpertLinear.from_linear(nn.Linear(k, n), {"e": LoRA(rank, 16)})
-    nn.init.normal_(layer.lora_b["e"])
-    layer.set_state("e", "trained")
-    layer.freeze(QuantizedWeight(layer.weight, kind))
-    return layer
+    return expert_linear(nn.Linear(k, n), rank, kind)
 
 
 def candidates(rows: int, k: int, n: int, rank: int, backward: bool) -> dict[str, Callable[[], object]]:
@@ -72,19 +68,7 @@ def candidates(rows: int, k: int, n: int, rank: int, backward: bool) -> dict[str
         layers["bf16 F.linear, no LoRA"] = (lambda x: low(x.bfloat16()).float(), [])
     x, dy = torch.randn(rows, k), torch.randn(rows, n)
 
-    def call(layer: Callable[[Tensor], Tensor], trained: list[Tensor]) -> Callable[[], object]:
-        leaf = x.clone().requires_grad_(backward)
-
-        def forward() -> object:
-            with torch.no_grad():
-                return layer(leaf)
-
-        def both() -> object:
-            return torch.autograd.grad(layer(leaf), [leaf, *trained], dy)
-
-        return both if backward else forward
-
-    return {name: call(*layer) for name, layer in layers.items()}
+    return {name: layer_pass(*layer, x, dy, backward) for name, layer in layers.items()}
 
 
 COLUMNS = ("ours, fp16", "ours, nf4", "PEFT", "PEFT compiled", "quantize_dynamic, no LoRA", "_int_mm, no LoRA",

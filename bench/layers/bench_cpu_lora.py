@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench.harness.timing import interleaved, ratio, summarize
-from bench.peers import SHAPES, peft_linear
+from bench.peers import SHAPES, expert_linear, layer_pass, peft_linear
 from torch import Tensor, nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, LoRA, use_backend
+from fedms_ext import use_backend
 
 PEERS = ("PEFT", "PEFT compiled", "ours, eager backend", "ours, cpu backend")
 
@@ -30,9 +30,7 @@ class Case:
     def __init__(self, rows: int, k: int, n: int, rank: int) -> None:
         base = nn.Linear(k, n).requires_grad_(False)
         self.peft = peft_linear(base, rank)
-        self.ours = ExpertLinear.from_linear(base, {"e": LoRA(rank, 16)})
-        nn.init.normal_(self.ours.lora_b["e"])
-        self.ours.set_state("e", "trained")
+        self.ours = expert_linear(base, rank)
         torch._dynamo.reset()
         self.layers: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor], str | None]] = {
             "bare": (lambda x: F.linear(x, base.weight, base.bias), [], None),
@@ -49,13 +47,7 @@ class Case:
     def _call(
         self, backward: bool, layer: Callable[[Tensor], Tensor], pair: list[Tensor], backend: str | None
     ) -> Callable[[], object]:
-        x, dy = self.x.clone().requires_grad_(backward), self.dy
-
-        def call() -> object:
-            if not backward:
-                with torch.no_grad():
-                    return layer(x)
-            return torch.autograd.grad(layer(x), [x, *pair], dy)
+        call = layer_pass(layer, pair, self.x, self.dy, backward)
 
         def call_on_backend() -> object:
             with use_backend(backend):

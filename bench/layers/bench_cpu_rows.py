@@ -14,35 +14,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from bench.harness.timing import interleaved, ratio
-from bench.peers import peft_linear
+from bench.peers import expert_linear, layer_pass, peft_linear
 from torch import Tensor, nn
 
 import fedms_ext
-from fedms_ext import ExpertLinear, LoRA, QuantizedWeight
 
 CASES = [(1, 768, 768, 8), (1, 576, 1536, 8), (16, 768, 768, 8), (64, 768, 768, 8), (2048, 384, 384, 8), (2048, 384, 384, 32)]
 HEAD = ("rows; K -> N | r | forward over `F.linear`, int8 | fp32 | over PEFT, int8 | fwd + bwd over `F.linear`, int8 | fp32 "
         "| over PEFT, int8 | fp32")  # fmt: skip
 
 
-def layer_of(k: int, n: int, rank: int, kind: str | None) -> ExpertLinear:
-    layer = ExpertLinear.from_linear(nn.Linear(k, n), {"e": LoRA(rank, 16)})
-    nn.init.normal_(layer.lora_b["e"])
-    layer.set_state("e", "trained")
-    if kind is not None:
-        layer.freeze(QuantizedWeight(layer.weight, kind))
-    return layer
-
-
 def passes(layer: nn.Module, x: Tensor, dy: Tensor, backward: bool) -> Callable[[], object]:
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    leaf = x.clone().requires_grad_(backward)
-
-    def forward() -> object:
-        with torch.no_grad():
-            return layer(leaf)
-
-    return (lambda: torch.autograd.grad(layer(leaf), [leaf, *trained], dy)) if backward else forward
+    return layer_pass(layer, [p for p in layer.parameters() if p.requires_grad], x, dy, backward)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +41,8 @@ def test_rows(benchmark, table, rows, k, n, rank):
     layers = {
         "F.linear": nn.Linear(k, n).requires_grad_(False),
         "PEFT": peft_linear(nn.Linear(k, n).requires_grad_(False), rank),
-        "int8": layer_of(k, n, rank, "int8"),
-        "fp32": layer_of(k, n, rank, None),
+        "int8": expert_linear(nn.Linear(k, n), rank, "int8"),
+        "fp32": expert_linear(nn.Linear(k, n), rank),
     }
     x, dy = torch.randn(rows, k), torch.randn(rows, n)
     forward, both = (

@@ -2,7 +2,7 @@
 
     make bench        or        pytest -q -s -o addopts= -o python_files='bench_*.py' bench/steps/bench_sparse_optimizer.py
 
-The pairs are those of `sal_models.py`, at the depth that is trained there and on all blocks; the figures, the median
+The pairs are those of `bench/cases.py`, at the depth that is trained there and on all blocks; the figures, the median
 time of an update in ms (20th and 80th percentile) and the bytes of the state after it. Libraries that are not installed
 (torchao, bitsandbytes) are left out.
 """

@@ -3,7 +3,7 @@
     make bench        or        pytest -q -s -o addopts= -o python_files='bench_*.py' bench/steps/bench_sparse_process.py
 
 Each candidate has a process of its own, which imports torch and transformers, notes its resident size, makes the model
-(`sal_models.py`) and trains four steps. The growth is its largest resident size above what it noted, the weights and
+(`bench/cases.py`) and trains four steps. The growth is its largest resident size above what it noted, the weights and
 the loading of them included. glibc gives freed blocks of 1 MiB or more back to the system in all of them, as in a run.
 """
 

@@ -2,7 +2,7 @@
 
     make bench        or        pytest -q -s -o addopts= -o python_files='bench_*.py' bench/steps/bench_sparse_step.py
 
-A step is forward, backward and AdamW on the CPU (`sal_models.py`). Figures say how often faster than PEFT, turn by turn:
+A step is forward, backward and AdamW on the CPU (`bench/cases.py`). Figures say how often faster than PEFT, turn by turn:
 the median and, in brackets, the 20th and 80th percentile. Beside them, and as shares of PEFT's on all blocks: what a step
 keeps for its backward pass, and the most that it makes at once (traced, above the weights). A second table says where the
 time of our steps goes, by PyTorch's profiler.

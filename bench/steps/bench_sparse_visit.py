@@ -2,7 +2,7 @@
 
     make bench        or        pytest -q -s -o addopts= -o python_files='bench_*.py' bench/steps/bench_sparse_visit.py
 
-A visit (`sal_models.py`: the models and batches) judges the model it received on one batch and trains three local epochs
+A visit (`bench/cases.py`: the models and batches) judges the model it received on one batch and trains three local epochs
 over three batches, of the ViT over two batches of two images, by the trainer's own steps. "first": nothing is known of the
 client's samples, so the constant prefix is run and stored on the way (in stage 2 also the global expert's logits and the
 gate's features). "later": they are there. PEFT does the same work from the input every time. Figures say how often faster
