@@ -82,12 +82,12 @@ def planned_linear(
     if is_observed() or is_autocast_enabled():
         return None
     if isinstance(weight, Tensor):
-        quantized, data, data_scale = None, weight, None
+        quantized, data, data_scale, kind = None, weight, None, FLOATING
     else:
-        quantized, (data, data_scale) = weight, weight.operands
+        quantized, (data, data_scale), kind = weight, weight.operands, weight.kind
     if gate is not None:
         gate = _gate_of_rows(gate, x)
-    key = (x.shape, x.dtype, x.device, data.dtype, *scale, *[pair.shape[0] for pair in a], gate is None, dropout_p > 0.0,
+    key = (x.shape, x.dtype, x.device, data.dtype, kind, *scale, *[pair.shape[0] for pair in a], gate is None, dropout_p > 0.0,
            backends.preference())  # fmt: skip
     planned = plans.get(key)
     if planned is None:

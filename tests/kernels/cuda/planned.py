@@ -168,6 +168,19 @@ def test_an_int8_layer(short_way, monkeypatch):
         assert error(g, w) < 0.02  # that of the quantized weight
 
 
+def test_a_weight_of_another_format_takes_another_plan(monkeypatch):
+    """int8_rotated has the shapes and dtypes of int8, which the kernels would read as a weight that is not rotated."""
+    monkeypatch.setattr("fedms_ext.nn.quantized_weight.packed", lambda q, *rest: q)  # as it lies on a GPU
+    layer, x = layer_of(80, 144, [5, 2]), torch.randn(70, 80).bfloat16()
+    weight = layer.matrix().detach()
+    layer.freeze(fedms_ext.QuantizedWeight(weight))
+    layer(x)
+    layer.thaw(weight)
+    layer.freeze(fedms_ext.QuantizedWeight(weight, "int8_rotated"))
+    with pytest.raises(RuntimeError, match="this one is int8_rotated"):
+        layer(x)
+
+
 @pytest.mark.parametrize("spoil", [
     lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]].unflatten(0, (2, -1)),  # rows with gaps, in three dimensions
     lambda x: x.t().contiguous().t(),
