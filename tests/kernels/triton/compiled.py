@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, count
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -141,12 +141,13 @@ def machine_code(job):
     """(capability, name, facts) of every kernel of one share of a target's launches."""
     capability, share, shares = job
     found = []
-    third, wanted = list(CHIPS).index(capability), count()
-    for number, (name, rank, launch_it) in enumerate(launches(CHIPS[capability])):
-        if (FULL or number % 3 == third or "descriptor" in name) and next(wanted) % shares == share:
-            with compiled_for(capability) as kernels:
-                launch_it()
-            found += [(capability, name, facts(kernel) | {"rank": rank, "kernel": kernel.name}) for kernel in kernels]
+    third = list(CHIPS).index(capability)
+    numbered = enumerate(launches(CHIPS[capability]))
+    wanted = (one for number, one in numbered if FULL or number % 3 == third or "descriptor" in one[0])
+    for name, rank, launch_it in islice(wanted, share, None, shares):
+        with compiled_for(capability) as kernels:
+            launch_it()
+        found += [(capability, name, facts(kernel) | {"rank": rank, "kernel": kernel.name}) for kernel in kernels]
     return found
 
 
