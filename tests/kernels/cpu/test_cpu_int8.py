@@ -131,6 +131,9 @@ def test_rotating_twice_changes_nothing():
     for k in (1, 3, 4, 48, 65, 320):
         x = torch.randn(5, k)
         assert torch.allclose(reference.rotate(reference.rotate(x)), x, atol=1e-5)
+
+
+def test_blocks_that_cannot_be_rotated_are_refused():
     with pytest.raises(ValueError, match="rotated is not 0, or 4, 16 or 64 and a divisor of k"):
         packed(torch.zeros(3, 24), 16)
 
