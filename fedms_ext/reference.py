@@ -166,14 +166,15 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotated_block(k: int) -> int:
-    """Columns of a block that `rotate` multiplies in rows of k values: 64, 16 or 4, the first that divides k; else 0, none. The
-    roots of these are powers of two, so that dividing by them is exact."""
+    """Return how many values each block has that `rotate` multiplies in a row of k values: the largest of 64, 16 and 4 that divides
+    k, or 0 if none does. The roots of these numbers are powers of two, so that dividing by them is exact."""
     return next((block for block in (64, 16, 4) if k and k % block == 0), 0)
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Blocks of a row (..., K) times the Hadamard matrix of their size, `rotated_block(K)`, over the root of it. The matrix is
-    symmetric and orthogonal: rotated twice, a row is itself again but for rounding, and (rotated x) (rotated W)^T = x W^T.
+    """Multiply each block of each row of x (..., K) by the Hadamard matrix of its size, `rotated_block(K)`, divided by the root of
+    that size. This matrix is symmetric and orthogonal: rotating a row twice gives the row again up to rounding, and
+    (rotated x) (rotated W)^T = x W^T. If no block divides K, x is returned as it is.
 
     A single large value of a row is spread over its block, so that the levels of int8 lie closer (QuaRot: Ashkboos et al., arXiv
     2404.00456). The sums are made in the order of the C++ kernel, so that a weight is quantized to the same bits everywhere.
@@ -230,8 +231,8 @@ def frozen_linear(
 
     `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
     is the result, (..., N). The gradient of x is that of the function before quantization, which is
-    dy (weight * weight_scale) and the LoRA part. `rotated`: the weight was rotated before it was quantized, and rows of x are,
-    for the frozen product.
+    dy (weight * weight_scale) and the LoRA part. With `rotated` the weight was rotated before it was quantized, and x is rotated
+    too for the frozen product, before it is quantized.
     """
     q, row_scale = quantize_rows(rotate(x.float()) if rotated else x, steps)
     product = (q.double() * row_scale.double()) @ (weight.double() * weight_scale.double().unsqueeze(1)).T

@@ -2,9 +2,10 @@
 
     FEDMS_CUDA_EMULATED=FILE FEDMS_EMULATOR=none python tests/kernels/cuda/host_cost.py [TOGGLE]
 
-The launchers return at once, so that only the work of the host is left. PyTorch's own part of it are "an empty module", called
-without gradients, and "an empty function", the forward and backward pass of an autograd function that computes nothing. One line of JSON for each case. TOGGLE is a compiled
-callgrind_toggle.cpp: under `valgrind --tool=callgrind --instr-atstart=no` each case then writes a profile of its own.
+The launchers return at once, so that only the work of the host is left. Two cases show the part of PyTorch in it: "an empty module"
+is called without gradients, and "an empty function" is the forward and backward pass of an autograd function that computes nothing.
+One line of JSON is printed for each case. TOGGLE is a compiled callgrind_toggle.cpp: under
+`valgrind --tool=callgrind --instr-atstart=no` each case then writes a profile of its own.
 """
 
 from __future__ import annotations
