@@ -31,7 +31,7 @@ PAGE = Path("docs/evidence/study.md")
            " runs/study."]))
 def study(
     size: Annotated[str, typer.Option("--size", metavar="|".join(SIZES), help=(
-        "small: eight methods, three settings, five seeds, an hour of one core. full: every method, four settings, five "
+        "small: eight methods, three settings, five seeds. full: every method, four settings, five "
         "seeds, and ablations. quick: one seed, short runs, to see that all works."))] = "small",
     settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
         "Settings to run: fashion-small, sentiment-small, digits-small; of the full study fashion-0.1, sentiment-natural, fashion-0.5 (with "

@@ -45,7 +45,7 @@ rounds, `ditto` and `apfl`; 700 images, 800 sentences and 900 digits a seed, hal
 samples to train on. The model of the digits is a small one that was pretrained on other digits; the other two are foundation models
 of 22 million parameters. All methods have the same learning rates in the same stages, and none is tuned: methods are compared at
 equal rates, not each at its best. The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings,
-tuned, with ablations); it takes some ten hours of two cores and has not been made.
+tuned, with ablations) and has not been made.
 """,
     "full": """\
 What a run costs lies in its training samples, what it says in its test samples: so clients have more of the latter. Sentences cost

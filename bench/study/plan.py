@@ -1,7 +1,7 @@
 """Which runs the study consists of, in each of its sizes.
 
-`small` fits into an hour of one core: the methods that claims rest on and two rivals, three settings, five seeds. `full` has
-every method on four settings, the methods that claims rest on with all blocks trained as well, and what each piece is worth.
+`small` has the methods that claims rest on and two rivals, three settings, five seeds. `full` has every method on four
+settings, the methods that claims rest on with all blocks trained as well, and what each piece is worth.
 """
 from __future__ import annotations
 
