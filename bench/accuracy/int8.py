@@ -14,21 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from bench.accuracy.cpu import Case, error
+from bench.accuracy.rounding import rounded_groups, rounded_rows, rounded_weight
 from torch import Tensor
 
-from fedms_ext.reference import quantize_rows, quantize_weight
-
 ROWS = 2048
-
-
-def weight_of(w: Tensor) -> Tensor:
-    q, scale = quantize_weight(w)
-    return q * scale.unsqueeze(1)
-
-
-def rows_of(x: Tensor, steps: int = 255) -> Tensor:
-    q, scale = quantize_rows(x, steps)
-    return q * scale
 
 
 def clipped(w: Tensor) -> Tensor:
@@ -42,14 +31,10 @@ def clipped(w: Tensor) -> Tensor:
     return best
 
 
-def in_groups(x: Tensor, group: int) -> Tensor:
-    return rows_of(x.unflatten(1, (-1, group))).flatten(1)
-
-
 def without_largest(x: Tensor, count: int) -> Tensor:
     """The largest of every row exactly, beside the others."""
     apart = torch.zeros_like(x).scatter(1, x.abs().topk(count, 1).indices, 1.0) * x
-    return rows_of(x - apart) + apart
+    return rounded_rows(x - apart) + apart
 
 
 # Each takes x, the weight, and activations seen before, and gives the output without the bias.
@@ -62,26 +47,26 @@ def smoothed(alpha: float, seen: bool) -> Way:
     def way(x: Tensor, w: Tensor, before: Tensor) -> Tensor:
         of_x = before.abs().amax(0).clamp_min(1e-5) ** alpha if seen else 1
         factor = of_x / w.abs().amax(0).clamp_min(1e-5) ** (1 - alpha)
-        return F.linear(rows_of(x / factor), weight_of(w * factor))
+        return F.linear(rounded_rows(x / factor), rounded_weight(w * factor))
 
     return way
 
 
 WAYS: dict[str, Way] = {
-    "as it is, 255 steps": lambda x, w, _: F.linear(rows_of(x), weight_of(w)),
-    "as it is, 4095 steps": lambda x, w, _: F.linear(rows_of(x, 4095), weight_of(w)),
-    "the weight alone": lambda x, w, _: F.linear(x, weight_of(w)),
-    "x alone, 255 steps": lambda x, w, _: F.linear(rows_of(x), w),
-    "the best scale a row of the weight": lambda x, w, _: F.linear(rows_of(x), clipped(w)),
+    "as it is, 255 steps": lambda x, w, _: F.linear(rounded_rows(x), rounded_weight(w)),
+    "as it is, 4095 steps": lambda x, w, _: F.linear(rounded_rows(x, 4095), rounded_weight(w)),
+    "the weight alone": lambda x, w, _: F.linear(x, rounded_weight(w)),
+    "x alone, 255 steps": lambda x, w, _: F.linear(rounded_rows(x), w),
+    "the best scale a row of the weight": lambda x, w, _: F.linear(rounded_rows(x), clipped(w)),
     "smoothed by the weight alone": smoothed(0.75, False),
     "smoothed by activations seen, alpha 0.5": smoothed(0.5, True),
-    "x in two groups of columns": lambda x, w, _: F.linear(in_groups(x, x.shape[1] // 2), weight_of(w)),
-    "x in groups of 128": lambda x, w, _: F.linear(in_groups(x, 128), weight_of(w)),
+    "x in two groups of columns": lambda x, w, _: F.linear(rounded_groups(x, x.shape[1] // 2), rounded_weight(w)),
+    "x in groups of 128": lambda x, w, _: F.linear(rounded_groups(x, 128), rounded_weight(w)),
     "the mean of activations seen taken from x": lambda x, w, seen: F.linear(
-        rows_of(x - seen.mean(0)) + seen.mean(0), weight_of(w)
+        rounded_rows(x - seen.mean(0)) + seen.mean(0), rounded_weight(w)
     ),
-    "the largest of a row exactly": lambda x, w, _: F.linear(without_largest(x, 1), weight_of(w)),
-    "the two largest of a row exactly": lambda x, w, _: F.linear(without_largest(x, 2), weight_of(w)),
+    "the largest of a row exactly": lambda x, w, _: F.linear(without_largest(x, 1), rounded_weight(w)),
+    "the two largest of a row exactly": lambda x, w, _: F.linear(without_largest(x, 2), rounded_weight(w)),
 }
 
 

@@ -18,35 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import fedms_ext
+from bench.accuracy.rounding import rotated, rounded_groups, rounded_rows, rounded_weight
 from fedms.data import dictionaries
 from fedms.data.conversations import encode
 from fedms.models.smollm2 import SmolLM2
-from fedms_ext.reference import quantize_rows, quantize_weight
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BATCH = 16
-
-
-def rounded_weight(w: Tensor) -> Tensor:
-    q, scale = quantize_weight(w)
-    return q * scale.unsqueeze(1)
-
-
-def rounded_rows(x: Tensor, steps: int = 255) -> Tensor:
-    q, scale = quantize_rows(x, steps)
-    return q * scale
-
-
-def in_groups(x: Tensor, group: int) -> Tensor:
-    return rounded_rows(x.unflatten(-1, (-1, group))).flatten(-2)
-
-
-def rotated(x: Tensor, block: int) -> Tensor:
-    """Blocks of so many columns, times an orthonormal and symmetric Hadamard matrix: applied twice, it gives x again."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (x.unflatten(-1, (-1, block)) @ (matrix / block ** 0.5)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -175,7 +153,7 @@ def _rounding(way: Way, factor: Tensor | None) -> Callable:
     def hook(_: nn.Module, args: tuple) -> tuple:
         x = args[0] if factor is None else args[0] / factor
         x = rotated(x, way.rotate)
-        x = rounded_rows(x, way.steps) if way.group == 0 else in_groups(x, way.group)
+        x = rounded_rows(x, way.steps) if way.group == 0 else rounded_groups(x, way.group)
         x = rotated(x, way.rotate)
         return (x if factor is None else x * factor,)
     return hook
