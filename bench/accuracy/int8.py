@@ -4,7 +4,7 @@
 
 Emulated in fp32: both operands are rounded as the kernels do it, or otherwise, and multiplied by `F.linear`. The inputs are
 2,048 rows of a batch of the built-in sentiment data; what looks at activations beforehand sees the batch's other rows.
-`cpu_accuracy.py` has the kernels' own errors.
+`bench.accuracy.cpu` has the kernels' own errors.
 """
 
 from __future__ import annotations
