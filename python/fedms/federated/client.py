@@ -300,7 +300,7 @@ def diverged(stage: str, loss: float, norm: float, samples: int) -> ClientFailur
 
 
 def batches_of(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, shuffle: torch.Generator,
-             epochs: int | None) -> Iterator[Tensor]:
+               epochs: int | None) -> Iterator[Tensor]:
     """Yield the batches of a visit: those of `epochs` epochs, or `[stage] steps` batches. Every epoch has a new random order.
 
     With `[data] group_by_length` a batch holds samples of similar length, and the batches are in random order.
@@ -339,11 +339,13 @@ def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[
 
 
 def moments_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage: str) -> Tensors:
+    """Return copies, on the CPU, of the optimizer's state of the named parameters: `optimizer/STAGE/NAME/KIND`."""
     return {f"optimizer/{stage}/{name}/{kind}": value.to("cpu", copy=True)
             for name, p in named.items() for kind, value in optimizer.state.get(p, {}).items()}
 
 
 def load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], kept: Tensors, stage: str) -> None:
+    """Copy the state that `moments_of` returned at the last visit into the optimizer; parameters that have none begin anew."""
     for name, p in named.items():
         prefix = f"optimizer/{stage}/{name}"
         if f"{prefix}/step" in kept:      # a pair activated since the last visit has none yet
