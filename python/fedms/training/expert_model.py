@@ -207,9 +207,11 @@ class ExpertModel:
         return self._targets(expert, self.order[:self.depths[expert][1]])
 
     def read_applied(self, expert: str) -> Tensors:
+        """Return copies of `applied`."""
         return _copies(self.applied(expert))
 
     def read_trained(self, expert: str) -> Tensors:
+        """Return copies of `trainable`."""
         return _copies(self.trainable(expert))
 
     # Samples
@@ -326,15 +328,13 @@ class ExpertModel:
         validates the same expert several times."""
         key = (expert, part.key, self._digest(expert))
         if key not in self.opinions_cache:
-            self.opinions_cache[key] = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows),
-                                                       self.task.columns)
+            self.opinions_cache[key] = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows), self.task.columns)
         return self.opinions_cache[key]
 
     @torch.no_grad()
     def all_layer_mixture(self, part: Subset, weights: Tensor) -> Tensor:
         """Return the opinion (U, K) of `layer_mixture` for a whole subset, with weights (U, 2)."""
-        return self.in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[self.units(part, rows)]),
-                               self.task.columns)
+        return self.in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[self.units(part, rows)]), self.task.columns)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
         """Return `opinions` of an expert that does not change; cached by a hash of its tensors."""
