@@ -205,7 +205,8 @@ class FlowerEngine(Engine):
         # A node that has connected anew, because its process died, has lost what it was asked.
         self.greeted = {node: asked for node, asked in self.greeted.items() if node in nodes and nodes[node].last_activated_at == asked[0]}
         again = 30.0        # seconds after which a node that did not answer is asked once more
-        new = [node for node in nodes if node not in self.node_of.values() and time.monotonic() > self.greeted.get(node, ("", 0.0))[1]]
+        known = set(self.node_of.values())
+        new = [node for node in nodes if node not in known and time.monotonic() > self.greeted.get(node, ("", 0.0))[1]]
         letters = [Mail(transport.write({"format": FORMAT, "release": transport.release(), "client": _number(nodes[node].name)}, {}),
                         node, "query", group_id="hello") for node in new]
         if letters:
