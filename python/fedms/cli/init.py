@@ -141,7 +141,7 @@ def _chosen_columns(table: Table, content: Optional[str], label: Optional[str], 
     content = content or _choose("2. Which column holds the texts or images?",
                                  "image" if (guess or "").lower() in IMAGES else "text", names, guess, asks)
     rest = [name for name in names if name != content]
-    values = repeated_values(table, but=(content, client or ""))
+    values = {} if label else repeated_values(table, but=(content, client or ""))
     guess = _named(rest, LABELS) or (next(iter(values), None) if asks or len(values) == 1 else None)
     if label is None and guess is None and not asks:
         shown = ", ".join(f"{name} ({count} values)" for name, count in values.items()) or ", ".join(rest) or "none"
