@@ -46,11 +46,11 @@ def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -
         return f"{focus} and {rival} are level and best of {len(scores)} methods: {best}."
     first, second = (focus, rival) if own.mean > other.mean else (rival, focus)
     place = _ordinal(1 + sum(each.mean > scores[second].mean for each in scores.values()))
-    outcome = (f"ith {first}, best of {len(scores)} methods, {best}; {second} is {place} with {percent(scores[second])} %")
+    outcome = f"{first}, best of {len(scores)} methods, {best}; {second} is {place} with {percent(scores[second])} %"
     if gap.std is None:
-        return f"W{outcome}, {points(gap.mean)} behind, which may be chance."
+        return f"With {outcome}, {points(gap.mean)} behind, which may be chance."
     apart = f"{focus} is {points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival} ({ends(gap.interval)})."
-    return f"No difference shown: w{outcome}. {apart}" if gap.may_be_zero else f"W{outcome}, more than chance explains. {apart}"
+    return f"No difference shown: with {outcome}. {apart}" if gap.may_be_zero else f"With {outcome}, more than chance explains. {apart}"
 
 
 def _alone(focus: str, own: Stat, methods: _Methods) -> str:
