@@ -76,7 +76,7 @@ bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 roofline: $(INSTALLED) ## every CPU kernel beside its floor, on this machine: docs/evidence/cpu_roofline.md
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python bench/kernels/roofline.py --write docs/evidence/cpu_roofline.md
 
-study: $(INSTALLED) ## eight methods on three small settings, five seeds, or what is missing of that: docs/evidence/study.md
+study: $(INSTALLED) ## eight to eleven methods on seven small settings, or what is missing of that: docs/evidence/study.md
 	$(BIN)/python -m bench.study --jobs $(JOBS)
 
 study-full: $(INSTALLED) ## all methods on four settings, at most eight hours a call: bench/study/full.md

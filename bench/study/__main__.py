@@ -31,10 +31,11 @@ PAGE = Path("docs/evidence/study.md")
            " runs/study."]))
 def study(
     size: Annotated[str, typer.Option("--size", metavar="|".join(SIZES), help=(
-        "small: eight methods, three settings, five seeds. full: every method, four settings, five "
+        "small: eight to eleven methods, seven settings, five seeds or three. full: every method, four settings, five "
         "seeds, and ablations. quick: one seed, short runs, to see that all works."))] = "small",
     settings: Annotated[str, typer.Option("--settings", metavar="A,B|all", help=(
-        "Settings to run: fashion-small, sentiment-small, digits-small; of the full study fashion-0.1, sentiment-natural, fashion-0.5 (with "
+        "Settings to run: fashion-small, sentiment-small, digits-small, sentiment-0.3-small, fashion-0.1-small, fashion-0.5-small, "
+        "solar-small; of the full study fashion-0.1, sentiment-natural, fashion-0.5 (with "
         "the ablations), sentiment-0.3."))] = "all",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the records.")] = OUT,
     page: Annotated[Optional[Path], typer.Option(
@@ -49,6 +50,10 @@ def study(
     with reported_errors():
         planned, records = plan(size, out / "tuned"), out / "records.jsonl"
         chosen = within(planned, settings)
+        for setting in dict.fromkeys(run.setting for run in chosen):
+            if not page_only and setting.data and not setting.data.is_dir():
+                say(f"{setting.name} is left out: there is no folder {setting.data}; `{setting.first}` makes it")
+                chosen = [run for run in chosen if run.setting != setting]
         if not page_only:
             needed = {run.config.model.id for run in chosen}
             for model in (name for name in registry.pretrained_models() if name in needed):

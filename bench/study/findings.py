@@ -41,13 +41,15 @@ def str_gap(gap: Interval) -> str:
 
 
 def ranks_of(done: Sequence[StudyRecord]) -> Ranks | None:
-    """Rank the methods in each setting and seed. A seed that lacks a method is left out, so that methods keep their places."""
+    """Rank the methods that all settings have in each setting and seed. A seed that lacks one of them is left out."""
     blocks: dict[tuple[str, int], dict[str, float]] = {}
+    of_setting: dict[str, set[str]] = {}
     for run, line in done:
         if run.id in registry.methods():
             blocks.setdefault((run.setting.name, line["seed"]), {})[run.id] = line["personalized_accuracy"]["mean"]
-    most = max(map(len, blocks.values()), default=0)
-    return average_ranks([block for block in blocks.values() if len(block) == most])
+            of_setting.setdefault(run.setting.name, set()).add(run.id)
+    common = set.intersection(*of_setting.values()) if of_setting else set()
+    return average_ranks([{name: block[name] for name in block if name in common} for block in blocks.values() if common <= block.keys()])
 
 
 def gate_line(label: str, lines: Sequence[Mapping[str, Any]]) -> str:

@@ -1,7 +1,8 @@
 """Which runs the study consists of, in each of its sizes.
 
-`small` has the methods that claims rest on and two rivals, three settings, five seeds. `full` has every method on four
-settings, the methods that claims rest on with all blocks trained as well, and what each piece is worth.
+`small` has the methods that claims rest on and two rivals on seven settings, three more rivals on those that are cheap, and five
+seeds or three. `full` has every method on four settings, the methods that claims rest on with all blocks trained as well, and what
+each piece is worth.
 """
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from fedms.config import RunConfig, config_from_dict, dump_toml, load_config, of
 from fedms.errors import ConfigError
 
 SEEDS = (0, 1, 2, 3, 4)
+FEW_SEEDS = SEEDS[:3]
 SIZES = ("small", "full", "quick")
 FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
 REST = tuple(method for method in registry.methods() if method not in FIRST)
 RIVALS = ("ditto", "apfl")              # private experts that train in all rounds: the best others of the earlier laboratory
+RELATIVES = ("feddpa", "flexlora", "fed_sb")    # what else is near to FedMS in the literature, on the cheap settings
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 COMMON = ("run.threads=1",)
@@ -33,14 +36,22 @@ class Setting:
     Attributes:
         name: Its name in records and commands.
         title: Its title on the page.
-        source: A built-in run file.
+        source: A built-in run file, or the path of one.
         sets: The `--set` of its runs.
+        seeds: The seeds of its runs.
+        more: Methods that run on it beside those that all settings have.
+        first: The command that makes its data, which the runs read from `data`.
+        data: The folder of these data, None if the data are built in.
     """
 
     name: str
     title: str
     source: str
     sets: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = SEEDS
+    more: tuple[str, ...] = ()
+    first: str = ""
+    data: Path | None = None
 
 
 # `READING` in page.py has the reasons. A batch is padded to its longest sentence: cutting the one in four that is longer than 32
@@ -60,13 +71,27 @@ SETTINGS = (FASHION_SKEWED, NATURAL, FASHION, SENTIMENT_SKEWED)
 # run files of MiniLM and vit-small, whose batches are four times as large. No clients are kept for the end.
 SMALL = ("data.split=[0.35, 0.15, 0.5]", "clients.unseen=0", "stage1.rounds=6", "stage1.batch=8", "stage2.rounds=3",
          "stage2.batch=8")
-SMALL_FASHION = Setting("fashion-small", "Fashion-MNIST with vit-small, Dirichlet 0.3, 10 clients", "fashion",
-                        ("model.id=vit-small", "data.max_samples=700", "data.alpha=0.3", "clients.count=10", "stage1.lr=2e-3", *SMALL))
+SMALL_SENTENCES = ("data.max_samples=800", "data.max_tokens=24", "stage1.lr=2e-3")
+
+
+def _small_fashion(name: str, alpha: float, seeds: tuple[int, ...] = SEEDS) -> Setting:
+    return Setting(name, f"Fashion-MNIST with vit-small, Dirichlet {alpha}, 10 clients", "fashion",
+                   ("model.id=vit-small", "data.max_samples=700", f"data.alpha={alpha}", "clients.count=10", "stage1.lr=2e-3", *SMALL), seeds)
+
+
 SMALL_SENTIMENT = Setting("sentiment-small", "Sentiment with MiniLM, four domains, 12 clients", "sentiment",
-                          ("data.max_samples=800", "data.max_tokens=24", "stage1.lr=2e-3", *SMALL))
+                          (*SMALL_SENTENCES, *SMALL), more=RELATIVES)
+SMALL_SENTIMENT_SKEWED = Setting("sentiment-0.3-small", "Sentiment with MiniLM, Dirichlet 0.3, 12 clients", "sentiment",
+                                 (*SMALL_SENTENCES, "data.partition=dirichlet", "data.alpha=0.3", *SMALL), more=RELATIVES)
 SMALL_DIGITS = Setting("digits-small", "Digits with a small pretrained ViT, Dirichlet 0.3, 10 clients", "digits",
-                       ("model.id=vit-digits-pretrained", "data.alpha=0.3", "clients.count=10", *SMALL))
-SMALL_SETTINGS = (SMALL_FASHION, SMALL_SENTIMENT, SMALL_DIGITS)
+                       ("model.id=vit-digits-pretrained", "data.alpha=0.3", "clients.count=10", *SMALL), more=RELATIVES)
+SOLAR = Path("runs/solar")
+SMALL_SOLAR = Setting("solar-small", "Defects of solar cells with vit-small, six plants, 12 clients", "examples/solar_cells.toml",
+                      (f"data.name={SOLAR}", "model.id=vit-small", "clients.count=12", "sal.schedule=capability_queue", "sal.depth=1",
+                       "sal.queue=2", "sal.tau=0.01", "stage1.lr=2e-3", *SMALL), FEW_SEEDS,
+                      first=f"python examples/solar_cells.py {SOLAR} --cells 800", data=SOLAR)
+SMALL_SETTINGS = (_small_fashion("fashion-small", 0.3), SMALL_SENTIMENT, SMALL_DIGITS, SMALL_SENTIMENT_SKEWED,
+                  _small_fashion("fashion-0.1-small", 0.1, FEW_SEEDS), _small_fashion("fashion-0.5-small", 0.5, FEW_SEEDS), SMALL_SOLAR)
 
 # The methods' own papers train all blocks from the start: what progressive activation does to each is seen beside that.
 ALL_BLOCKS = ("sal.schedule=all",)
@@ -164,8 +189,8 @@ def plan(size: str = "full", tuned: Path | None = None) -> list[StudyRun]:
     blocks, seed by seed; then the ablations. In each part those come first that the claims rest on.
 
     Args:
-        size: `full`; `small`: three settings with few samples, and eight methods; or `quick`: six methods on two settings with
-            one seed, to see that all works.
+        size: `full`; `small`: seven settings with few samples, and eight to eleven methods; or `quick`: six methods on two settings
+            with one seed, to see that all works.
         tuned: Folder with SOURCE/METHOD.toml, as `fedms tune --out TUNED/SOURCE` writes them. A method without such a file
             has the run file's constants. The small study has those in any case.
 
@@ -177,7 +202,7 @@ def plan(size: str = "full", tuned: Path | None = None) -> list[StudyRun]:
     _planned = partial(_plan_one, tuned=None if size == "small" else tuned)
     if size == "small":
         return [_planned(setting, method, method, seed) for seed in SEEDS for setting in SMALL_SETTINGS
-                for method in (*FIRST, *RIVALS)]
+                if seed in setting.seeds for method in (*FIRST, *RIVALS, *setting.more)]
     if size == "quick":
         short = ("stage1.rounds=4", "stage2.rounds=2")
         return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]
@@ -214,8 +239,16 @@ def _plan_one(setting: Setting, id: str, method: str, seed: int, sets: tuple[str
     if tuned is not None and (file := tuned / setting.source / f"{method}.toml").is_file():
         chosen = tuple(f"{table}.{key}={json.dumps(value)}" for table, keys in read_tables(file).items()
                        for key, value in keys.items())
-    sets = (*COMMON, *setting.sets, *chosen, *sets, f"run.method={method}", f"run.seed={seed}")
+    sets = (*COMMON, *setting.sets, *chosen, *_rank_of(setting, method), *sets, f"run.method={method}", f"run.seed={seed}")
     return StudyRun(setting, id, load_config(setting.source, sets), sets, tuned=bool(chosen))
+
+
+def _rank_of(setting: Setting, method: str) -> tuple[str, ...]:
+    """Return the `--set` of the rank: four times that of the others for Fed-SB, whose paper uses larger ranks, at the same scale."""
+    if method != "fed_sb" or setting not in SMALL_SETTINGS:
+        return ()
+    lora = load_config(setting.source).lora
+    return f"lora.rank={4 * lora.rank}", f"lora.alpha={4 * lora.alpha}"
 
 
 def tuning(setting: Setting) -> str:

@@ -18,6 +18,7 @@ from fedms.config import config_from_dict, dump_toml, of_method
 from fedms.errors import ConfigError, Interrupted, RunFolderError
 from fedms.foreign import parse_json
 from fedms.progress import Progress
+from fedms.report.numbers import flops_by_round
 from fedms.runs.batch import BatchRun, BatchRunner
 from fedms.runs.workers import in_processes
 from fedms.storage.durable import FolderLock, write_durably
@@ -112,8 +113,14 @@ class Recorder:
             "setting": run.setting.name, "id": run.id, "method": run.config.run.method, "seed": run.config.run.seed,
             "command": run.command, "model_fingerprint": summary["fingerprint"][:16],
             **machine(), **{key: summary[key] for key in _OF_SUMMARY},
-            "clients": [{key: client[key] for key in _OF_CLIENT} for client in RunRecords.read(folder).clients],
-            "validation": [line["validation_accuracy"] for line in RunRecords.read(folder).rounds]})
+            **_of_rounds(RunRecords.read(folder)),
+            "clients": [{key: client[key] for key in _OF_CLIENT} for client in RunRecords.read(folder).clients]})
+
+
+def _of_rounds(run: RunRecords) -> dict[str, list[Any]]:
+    """Return what a record has of each round: validation accuracy, trained blocks, and what all clients did and sent in it."""
+    return {"validation": [line["validation_accuracy"] for line in run.rounds], "round_depth": [line["depth"] for line in run.rounds],
+            "round_bytes": [line["bytes_up"] + line["bytes_down"] for line in run.rounds], "round_flops": flops_by_round(run)}
 
 
 def machine() -> dict[str, str]:

@@ -76,11 +76,13 @@ def test_settings_are_chosen_by_name():
 def test_the_small_study_has_equal_rates_paired_seeds_and_whole_seeds_first():
     runs = plans.plan("small")
     methods = (*plans.FIRST, *plans.RIVALS)
-    assert len({run.key for run in runs}) == len(runs) == len(methods) * len(plans.SMALL_SETTINGS) * len(plans.SEEDS)
-    assert {run.config.run.seed for run in runs[:len(methods) * len(plans.SMALL_SETTINGS)]} == {0}
+    seeds = [run.config.run.seed for run in runs]
+    assert len({run.key for run in runs}) == len(runs) and seeds == sorted(seeds)
     for setting in plans.SMALL_SETTINGS:
         here = [run for run in runs if run.setting == setting]
-        assert {run.id for run in here} == set(methods)
+        assert {(run.id, run.config.run.seed) for run in here} == {
+            (method, seed) for method in (*methods, *setting.more) for seed in setting.seeds}
+        assert {run.config.lora.rank for run in here if run.id == "fed_sb"} <= {4 * here[0].config.lora.rank}
         assert len({(run.config.stage1, run.config.stage2.lr, run.config.stage2.batch, run.config.sal) for run in here}) == 1
     with pytest.raises(ConfigError, match="--size: got 'tiny'; accepted: small, full, quick"):
         plans.plan("tiny")
@@ -110,6 +112,30 @@ def test_what_seeds_can_show_agrees_with_the_power_of_the_paired_t_test():
         assert findings.detectable(seeds) * half / deviation == pytest.approx(effect, abs=0.01)
 
 
+def test_methods_that_one_setting_lacks_are_not_ranked():
+    elsewhere = plans.Setting("elsewhere", "Elsewhere", "digits", TINY)
+    here = planned(*((method, seed) for method in ("local", "fedavg", "fedms", "feddpa") for seed in (0, 1)))
+    there = [replace(run, setting=elsewhere) for run in planned(("local", 0), ("fedavg", 0), ("fedms", 0), ("local", 1), ("fedms", 1))]
+    means = {"local": 0.5, "fedavg": 0.6, "fedms": 0.7, "feddpa": 0.9}
+    ranks = findings.ranks_of([(run, line(run, means[run.id])) for run in (*here, *there)])
+    assert ranks.mean == {"fedms": 1.0, "fedavg": 2.0, "local": 3.0}
+    assert ranks.blocks == 3                # the second seed elsewhere lacks fedavg
+
+
+def test_a_setting_whose_data_are_missing_is_left_out_and_says_which_command_makes_them(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from bench.study.__main__ import app
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bench.study.__main__.plan", lambda size, tuned: [replace(RUNS[0], setting=replace(
+        SETTING, data=Path("nowhere"), first="make it"))])
+    monkeypatch.setattr("bench.study.__main__.carry_out", lambda chosen, *args, **kinds: ran.append(list(chosen)))
+    found = CliRunner().invoke(app, ["--out", str(tmp_path)])
+    assert ran == [[]] and found.exit_code == 0
+    assert "digits is left out: there is no folder nowhere; `make it` makes it" in " ".join(found.output.split())
+
+
 def test_bars_of_the_diagram_join_methods_that_are_not_shown_to_differ():
     ranks = diagram.Ranks({"a": 1.0, "b": 1.5, "c": 2.2, "d": 4.0}, critical=1.0, p=0.01, blocks=9)
     assert diagram.cliques(ranks) == [(1.0, 1.5), (1.5, 2.2)]
@@ -133,6 +159,9 @@ def test_what_is_recorded_is_not_run_again_and_one_removed_line_is(tmp_path):
     assert studies.carry_out(runs, records, tmp_path / "work", say=lambda text: None) == 0
     first = studies.read_records(records)
     assert [each["id"] for each in first] == ["fedms", "local"] and max(map(len, records.read_text().split("\n"))) < 6000
+    for each in first:
+        assert sum(each["round_flops"]) == each["flops"] and sum(each["round_bytes"]) == each["bytes_up"] + each["bytes_down"]
+        assert len(each["round_depth"]) == len(each["validation"]) == 2
     said = []
     assert studies.carry_out(runs, records, tmp_path / "work", say=said.append) == 0 and len(said) == 1
     assert studies.read_records(records) == first

@@ -226,6 +226,14 @@ def differing_keys(runs: Sequence[RunRecords]) -> list[str]:
                                     if registry.method_of_table(k.partition(".")[0]) in (None, method)}) > 1]
 
 
+def flops_by_round(run: RunRecords) -> list[Optional[float]]:
+    """Return the floating-point operations of all clients in each round; None for a round without visits in the records."""
+    sums: dict[tuple[str, int], float] = defaultdict(float)
+    for visit in run.visits:
+        sums[visit["stage"], visit["round"]] += visit.get("flops") or 0
+    return [sums.get((line["stage"], line["round"])) for line in run.rounds]
+
+
 def first_stage_rounds(runs: Iterable[RunRecords]) -> int:
     """Return the number of rounds of stage 1 in the run that has most of them."""
     return max((r["round"] for run in runs for r in run.rounds if r["stage"] == "stage1"), default=0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from fedms.report.figures.style import (MUTED, SURFACE, Curve, end_labels, has_ours, height_of, mark, method_color, new_axes,
                                         percent_axis, round_axis)
-from fedms.report.numbers import OURS, by_method, first_stage_rounds
+from fedms.report.numbers import OURS, by_method, first_stage_rounds, flops_by_round
 from fedms.storage.records import RunRecords
 
 if TYPE_CHECKING:
@@ -62,13 +62,7 @@ def accuracy_over_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
 
 def accuracy_over_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw validation accuracy over the operations that all clients have done so far, cached features included."""
-    def flops(run: RunRecords) -> list[Optional[float]]:
-        sums: dict[tuple[str, int], float] = defaultdict(float)
-        for visit in run.visits:
-            sums[visit["stage"], visit["round"]] += visit.get("flops") or 0
-        return [sums.get((r["stage"], r["round"])) for r in run.rounds]
-
-    return _accuracy_over(runs, flops, "operations of clients so far", decimal("FLOP"))
+    return _accuracy_over(runs, flops_by_round, "operations of clients so far", decimal("FLOP"))
 
 
 def depth_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
