@@ -137,9 +137,10 @@ def _chosen_columns(table: Table, content: Optional[str], label: Optional[str], 
     from fedms.data.guess import longest_texts, repeated_values
 
     names = list(table.names)
-    guess = _named(names, TEXTS) or _named(names, IMAGES) or longest_texts(table)
-    content = content or _choose("2. Which column holds the texts or images?",
-                                 "image" if (guess or "").lower() in IMAGES else "text", names, guess, asks)
+    if content is None:
+        guess = _named(names, TEXTS) or _named(names, IMAGES) or longest_texts(table)
+        content = _choose("2. Which column holds the texts or images?", "image" if (guess or "").lower() in IMAGES else "text",
+                          names, guess, asks)
     rest = [name for name in names if name != content]
     values = {} if label else repeated_values(table, but=(content, client or ""))
     guess = _named(rest, LABELS) or (next(iter(values), None) if asks or len(values) == 1 else None)

@@ -159,6 +159,35 @@ def test_only_accepted_keys_and_one_node_each(link):
         Connection(address, authority, key).__enter__()
 
 
+def test_a_server_that_was_started_again_is_not_said_to_refuse_the_key(made):
+    """The connection is refused, not the key: a new connection with the same key is accepted."""
+    (key, line), certificate = key_and_line(), made / "server/certificates"
+    first, second = SuperLink(), SuperLink()
+    first.register(line, "client-0")
+    second.register(line, "client-0")
+    with first.serve("127.0.0.1", 0, certificate) as port:
+        there = Connection(f"127.0.0.1:{port}", (certificate / "ca.crt").read_bytes(), key).__enter__()
+        assert there.receive() is None
+    with second.serve("127.0.0.1", port, certificate):
+        with pytest.raises(Rejected, match="no longer knows this connection: it was started again"):
+            there.receive()
+        there.__exit__()
+        with Connection(there.address, (certificate / "ca.crt").read_bytes(), key) as again:
+            assert again.receive() is None
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_server_that_ends_is_not_said_to_refuse_the_key(link, status):
+    """What a server answers while it shuts down says nothing about the client, so trying again may help."""
+    _, address, authority, key = link
+    answer = httpx.Response(status, request=httpx.Request("POST", f"https://{address}"))
+    with Connection(address, authority, key) as there:
+        there._client.PullMessages = lambda request: answer.raise_for_status()
+        with pytest.raises(Lost, match=f"cannot answer now .status {status}.: it is ending") as lost:
+            there.receive()
+    assert not isinstance(lost.value, Rejected)
+
+
 def test_a_server_of_another_authority_or_with_an_expired_certificate_is_not_trusted(link, tmp_path, monkeypatch):
     _, address, _, key = link
     certificates.make(tmp_path / "other", ["127.0.0.1"])

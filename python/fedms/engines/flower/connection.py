@@ -45,7 +45,7 @@ class Lost(FedMSError):
 
 
 class Rejected(Lost):
-    """The server does not know this client's key, or another node has connected with it."""
+    """The server does not know this connection or this client's key, or another node has connected with the key."""
 
 
 class Connection:
@@ -141,10 +141,12 @@ class Connection:
             raise Lost(self._unreachable(error)) from None
 
     def _refusal(self, response: httpx.Response) -> Lost:
-        if response.status_code == 413:
+        """Return what an answer of the server that is no success means. 401 and 412 are Flower's refusals of a node or its key."""
+        status = response.status_code
+        if status == 413:
             return Lost(f"{self.address}: the server takes no more bytes of this client for its last message")
-        if response.status_code in (502, 503, 504):
-            return Lost(f"{self.address}: the server is away (status {response.status_code})")
+        if status not in (401, 412):
+            return Lost(f"{self.address}: the server cannot answer now (status {status}): it is ending, starting, or has failed")
         try:
             off = time.time() - parsedate_to_datetime(response.headers["date"]).timestamp()
         except (KeyError, TypeError, ValueError):
@@ -152,6 +154,9 @@ class Connection:
         if abs(off) > CLOCKS:
             return Rejected(f"{self.address}: this machine's clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} "
                             "the server's, so its signatures are not taken; set the clock")
+        if self._node is not None:
+            return Rejected(f"{self.address}: the server no longer knows this connection: it was started again, or its operator has "
+                            "removed this client")
         return Rejected(f"{self.address}: the server does not take this client's key: it has not been accepted there (fedms "
                         "server accept), was removed, or another node with the same key is connected")
 
