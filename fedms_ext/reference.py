@@ -1,6 +1,7 @@
-"""What every operator of this package means, in plain PyTorch: the oracle of all tests.
+"""Define in plain PyTorch what every operator of this package computes. All tests compare with this module.
 
-Nothing here is fast. Every function takes any floating dtype up to float64 and any device.
+Nothing here is fast. Every function accepts any floating dtype up to float64 and any device. M is the number of rows, K and N are
+the input and output widths of a layer, r is the rank of an expert and E the number of experts.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    """Return four random words for each counter by Philox4x32-10.
 
-    `counter`: four int64 tensors of one shape that hold 32-bit words; `key`: two 32-bit words.
-    Returns four int64 tensors of that shape that hold 32-bit words.
+    The generator is that of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Args:
+        counter: Four int64 tensors of one shape, each holding 32-bit words.
+        key: Two 32-bit words.
+
+    Returns:
+        Four int64 tensors of that shape, each holding 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -30,13 +37,17 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[in
 
 
 def philox_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
-    """The dropout mask of a layer: (rows, cols) bool, True where the value is kept.
+    """Return the dropout mask of a layer, (rows, cols) bool, which is True where a value is kept.
 
-    Element (row, col) has the index i = row * cols + col. Its random word is word i % 4 of Philox4x32-10 with the
-    counter (i // 4 mod 2**32, i // 4 div 2**32, 0, 0) and the key (seed mod 2**32, seed div 2**32), and it is
-    kept if that word >= floor(p * 2**32). Kernels must match these bits.
+    The element (row, col) has the index i = row * cols + col. Its random word is word i % 4 of Philox4x32-10 with the counter
+    (i // 4 mod 2**32, i // 4 div 2**32, 0, 0) and the key (seed mod 2**32, seed div 2**32). The element is kept if that word is at
+    least floor(p * 2**32). Every kernel must produce exactly these bits.
 
-    `seed`: 0 <= seed < 2**63, a number or an int64 tensor with one element. `p`: 0 <= p < 1, the probability that a value is dropped.
+    Args:
+        seed: A number from 0 to 2**63 - 1, or an int64 tensor with one element.
+        rows, cols: The shape of the mask.
+        p: The probability that a value is dropped, 0 <= p < 1.
+        device: The device of the mask; the default is PyTorch's.
     """
     count = rows * cols
     block = torch.arange((count + 3) // 4, device=device, dtype=torch.int64)
@@ -46,7 +57,10 @@ def philox_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torc
 
 
 def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
-    """x (M, K) with the values that `philox_mask` drops set to zero and the others divided by 1 - p."""
+    """Apply dropout to x (M, K): set the values that `philox_mask` drops to zero, and divide the others by 1 - p.
+
+    With p = 0 the seed is not used, and x itself is returned.
+    """
     if p == 0:
         return x
     rows, cols = x.shape
@@ -54,12 +68,16 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
 
 
 def own_expert(segments: Sequence[int], like: Tensor) -> Tensor:
-    """(M, E) in the dtype and on the device of `like`: 1 where a row lies in the segment of an expert, 0 elsewhere."""
+    """Return which expert owns each row: (M, E) in the dtype and on the device of `like`, 1 for the owner and 0 for the others.
+
+    `segments` holds the number of rows of each expert: the first rows belong to the first expert, and so on.
+    """
     owners = torch.arange(len(segments), device=like.device).repeat_interleave(torch.tensor(segments, device=like.device))
     return torch.nn.functional.one_hot(owners, len(segments)).to(like.dtype)
 
 
 def _gate_rows(gate: Tensor | None, x: Tensor, experts: int, segments: Sequence[int] | None) -> Tensor | None:
+    """Return the gate as a matrix (M, E), or None without a gate. Segments act as a gate that is 1 for a row's owner and 0 elsewhere."""
     if segments is not None:
         own = own_expert(segments, x)
         return own if gate is None else own * gate.expand(*x.shape[:-1], 1).reshape(-1, 1)
@@ -79,10 +97,10 @@ def expert_linear(
     seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
+    """Return y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
 
-    The arguments are those of `fedms_ext.expert_linear`; segments are a gate of ones and zeros. Differentiable by autograd
-    any number of times, but here the weight and the bias do get gradients if they ask for them.
+    The arguments are those of `fedms_ext.expert_linear`. Autograd can differentiate the result any number of times. Unlike the
+    operator, this function also gives gradients to the weight and the bias if they require them.
     """
     experts = len(lora_a)
     rows = x.reshape(-1, x.shape[-1])
@@ -100,7 +118,7 @@ def lora_branch(
     x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float] | Tensor, gate: Tensor | None,
     dropout_p: float, seed: int | Tensor | None, segments: Sequence[int] | None,
 ) -> Tensor:  # fmt: skip
-    """What the experts add to the frozen product: (..., N) in x's dtype, computed in that of the experts."""
+    """Return what the experts add to the frozen product, (..., N) in the dtype of x, computed in the dtype of the experts."""
     dtype = lora_a[0].dtype
     gate = None if gate is None else gate.to(dtype)
     nothing = lora_b[0].new_zeros(lora_b[0].shape[0], x.shape[-1])
@@ -122,10 +140,11 @@ def expert_linear_backward(
     seed: int | Tensor | None = None,
     segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """The gradients of `expert_linear` written out by hand: dx, dgate, [dA_e], [dB_e].
+    """Return the gradients of `expert_linear`, written out by hand: dx, dgate, [dA_e], [dB_e].
 
-    dgate has the shape x.shape[:-1] + (E,), in segments x.shape[:-1] + (1,), before any broadcast of the gate is summed
-    up again; None without a gate. An inactive expert has a zero column in dgate and None for dA and dB.
+    `dy` (..., N) is the gradient of the output, and the other arguments are those of the forward pass. dgate has the shape
+    x.shape[:-1] + (E,), or x.shape[:-1] + (1,) with segments: where the gate was broadcast, it has not been summed up yet. It is None
+    without a gate. An inactive expert has a column of zeros in dgate, and None in the place of dA_e and dB_e.
     """
     experts = len(lora_a)
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, weight.shape[0])
@@ -156,9 +175,9 @@ def expert_linear_backward(
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as int8 with one scale an output channel, symmetric: W is about q * scale.
+    """Quantize a weight (N, K) symmetrically to int8 with one scale for each output channel, so that W is close to q * scale.
 
-    Returns q (N, K), float32 that holds whole numbers from -127 to 127, and scale (N,) float32.
+    Returns q (N, K), float32 with whole numbers from -127 to 127, and scale (N,), float32.
     """
     weight = weight.float()
     scale = weight.abs().amax(dim=1) / 127
@@ -166,18 +185,21 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotated_block(k: int) -> int:
-    """Return how many values each block has that `rotate` multiplies in a row of k values: the largest of 64, 16 and 4 that divides
-    k, or 0 if none does. The roots of these numbers are powers of two, so that dividing by them is exact."""
+    """Return the size of the blocks that `rotate` multiplies in a row of k values: the largest of 64, 16 and 4 that divides k, or 0 if
+    none does. The square roots of these sizes are powers of two, so dividing by them is exact.
+    """
     return next((block for block in (64, 16, 4) if k and k % block == 0), 0)
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Multiply each block of each row of x (..., K) by the Hadamard matrix of its size, `rotated_block(K)`, divided by the root of
-    that size. This matrix is symmetric and orthogonal: rotating a row twice gives the row again up to rounding, and
-    (rotated x) (rotated W)^T = x W^T. If no block divides K, x is returned as it is.
+    """Multiply each block of each row of x (..., K) by a normalized Hadamard matrix.
 
-    A single large value of a row is spread over its block, so that the levels of int8 lie closer (QuaRot: Ashkboos et al., arXiv
-    2404.00456). The sums are made in the order of the C++ kernel, so that a weight is quantized to the same bits everywhere.
+    The block size is `rotated_block(K)`, and the matrix is divided by the square root of that size. If no block divides K, x is
+    returned unchanged. The matrix is symmetric and orthogonal: rotating a row twice gives the row again up to rounding, and
+    (rotated x) (rotated W)^T = x W^T. A single large value of a row is spread over its block, so that the levels of int8 lie closer
+    together (QuaRot: Ashkboos et al., arXiv 2404.00456).
+
+    The additions are made in the order of the C++ kernel, so that a weight is quantized to the same bits everywhere.
     """
     block = rotated_block(x.shape[-1])
     if not block:
@@ -194,12 +216,13 @@ INT8_TINY = 2.0**-100
 
 
 def quantize_rows(x: Tensor, steps: int = 255) -> tuple[Tensor, Tensor]:
-    """The rows of an activation in so many steps from low = min(x, 0) to high = max(x, 0), and 0 is a level: x is about
-    q * scale.
+    """Quantize each row of an activation, with 0 as one of the levels, so that x is close to q * scale.
 
-    `x` (..., K), converted to float32. Returns q (..., K), float32 that holds whole numbers from -steps to steps, and
-    scale (..., 1) float32: high / steps - low / steps; every operation is rounded as float32. A row with an infinity or a
-    NaN has the scale NaN.
+    The levels divide the interval from low = min(x, 0) to high = max(x, 0) of a row into `steps` equal steps. x (..., K) is converted
+    to float32 first, and every operation is rounded to float32.
+
+    Returns q (..., K), float32 with whole numbers from -steps to steps, and scale (..., 1), float32, which is
+    high / steps - low / steps. A row that holds an infinity or a NaN has the scale NaN.
     """
     x = x.float()
     low, high = x.amin(dim=-1, keepdim=True).clamp_max(0), x.amax(dim=-1, keepdim=True).clamp_min(0)
@@ -226,13 +249,18 @@ def frozen_linear(
     steps: int = 255,
     rotated: bool = False,
 ) -> Tensor:
-    """`expert_linear` on an int8 weight: x is quantized row by row for the frozen product, and only for that, in 255 steps
-    or, where the kernels multiply 16-bit values, in up to 4095 (`QuantizedWeight.int8_steps`).
+    """Return `expert_linear` for an int8 weight, (..., N) in float64. The arithmetic is float64 too.
 
-    `weight` (N, K) holds whole numbers from -127 to 127, `weight_scale` is (N,). The arithmetic is float64, and so
-    is the result, (..., N). The gradient of x is that of the function before quantization, which is
-    dy (weight * weight_scale) and the LoRA part. With `rotated` the weight was rotated before it was quantized, and x is rotated
-    too for the frozen product, before it is quantized.
+    For the frozen product, and for nothing else, each row of x is quantized by `quantize_rows`. The gradient of x is that of the
+    function before quantization: dy (weight * weight_scale), plus that of the experts. Arguments not named here are those of
+    `expert_linear`.
+
+    Args:
+        weight: (N, K), with whole numbers from -127 to 127.
+        weight_scale: (N,).
+        steps: The steps that a row of x is quantized in: 255, or up to 4095 where the kernels multiply 16-bit values
+            (`QuantizedWeight.int8_steps`).
+        rotated: Whether the weight was rotated before it was quantized. Then x is rotated too for the frozen product.
     """
     q, row_scale = quantize_rows(rotate(x.float()) if rotated else x, steps)
     product = (q.double() * row_scale.double()) @ (weight.double() * weight_scale.double().unsqueeze(1)).T
@@ -265,15 +293,17 @@ LEVELS = {
 
 
 def _of_groups(scale: Tensor, k: int, group: int) -> Tensor:
-    """scale (N, ceil(k / group)) at every column: (N, k)."""
+    """Return the scale of every column, (N, k), from the scales of the groups (N, ceil(k / group))."""
     return scale.repeat_interleave(group, dim=1)[:, :k]
 
 
 def quantize_groups(weight: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) in a 4-bit format: codes (N, K) uint8, 0 to 15, and scale (N, ceil(K / group)) float32.
+    """Quantize a weight (N, K) to the 4-bit format `kind`, with one scale for every `group` values of a row.
 
-    The last group of a row may be shorter. A value divided by its scale, in float32, goes to the nearest level; from
-    half-way to the lower one (nf4) or the even one (int4). A group of zeros has the scale 0.
+    The last group of a row may be shorter than the others. A value divided by its scale, in float32, is rounded to the nearest level.
+    Halfway between two levels it goes to the lower one in nf4, and to the even one in int4. A group of zeros has the scale 0.
+
+    Returns the codes (N, K), uint8 from 0 to 15, and the scale (N, ceil(K / group)), float32.
     """
     weight = weight.float()
     n, k = weight.shape
@@ -291,28 +321,28 @@ def quantize_groups(weight: Tensor, kind: str, group: int = GROUP) -> tuple[Tens
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> Tensor:
-    """The weight (N, K), float32, of `quantize_groups`' codes and scale."""
+    """Return the weight (N, K), float32, that codes and scale of `quantize_groups` stand for."""
     levels = torch.tensor(LEVELS[kind], device=codes.device)
     return levels[codes.long()] * _of_groups(scale, codes.shape[1], group)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """codes (N, K) as bytes (N, ceil(K / 2)), the even k in the low nibble; what is left of the last byte is 0."""
+    """Pack codes (N, K) two to a byte, (N, ceil(K / 2)) uint8, with the even column in the low nibble. An unused last nibble is 0."""
     even, odd = codes[:, ::2], torch.nn.functional.pad(codes[:, 1::2], (0, codes.shape[1] % 2))
     return even | odd << 4
 
 
 def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
-    """The inverse of `pack_nibbles`: codes (N, k) uint8."""
+    """Return the codes (N, k), uint8, that `pack_nibbles` packed."""
     return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :k]
 
 
 def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """A 4-bit weight as the CPU multiplies by it: int8 with one scale an output channel, like `quantize_weight`.
+    """Convert a 4-bit weight to the int8 weight that the CPU multiplies by. The result is that of `quantize_weight`.
 
-    A group's scale is rounded to 1/2048 of the row's largest, and a level to 1/1008 of the format's: the product of
-    these whole numbers, rounded, is the int8 value (pmulhrsw on x86, sqrdmulh on Arm), from -63 to 63: so AVX2 can add
-    two products in 16 bits. On normal weights and groups of 64 that takes the error of nf4 from 9.20 to 9.34 %.
+    The scale of a group is rounded to 1/2048 of the largest one of its row, and a level to 1/1008 of the largest one of the format.
+    The int8 value is the rounded product of these whole numbers (pmulhrsw on x86, sqrdmulh on Arm). It lies between -63 and 63, so
+    that AVX2 can add two products in 16 bits.
     """
     top = max(map(abs, LEVELS[kind]))
     largest = scale.abs().amax(dim=1, keepdim=True)
@@ -330,20 +360,20 @@ def token_log_prob(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The logarithm of the probability that a head gives to one token at each position, from all logits at once.
+    """Return the log-probability that a head gives to one token at each position, computed from all logits at once.
 
         z = scale * (hidden weight^T + bias),  with a cap: z = cap * tanh(z / cap),  log_p = z[label] - logsumexp(z)
 
     Args:
         hidden: (n, D).
-        weight: (V, D), the head.
-        labels: (n,) int64 tokens in 0..V-1.
-        bias: (V,) or None.
-        scale, cap: as above; cap None means no cap.
+        weight: (V, D), the weight of the head.
+        labels: (n,) int64, tokens from 0 to V - 1.
+        bias: (V,), or None.
+        scale, cap: As in the formula; None means no cap.
 
     Returns:
-        log_p (n,); confidence (n, 2), the entropy in nats and the largest log-probability; best (n,) int64, the first
-        token of the largest probability.
+        log_p (n,); confidence (n, 2), which is the entropy in nats and the largest log-probability; and best (n,) int64, the first
+        token that has the largest probability.
     """
     logits = scale * torch.nn.functional.linear(hidden, weight, bias)
     if cap is not None:
@@ -354,5 +384,5 @@ def token_log_prob(
 
 
 def mixture_log_prob(log_p: Tensor, gate: Tensor) -> Tensor:
-    """log(sum over e of gate_e p_e): log_p and gate (n, E), the gates of a position add up to one. Returns (n,)."""
+    """Return the log-probability of a mixture, (n,): log(sum over e of gate_e p_e), from log_p (n, E) and gates (n, E) that add up to 1."""
     return (gate * log_p.exp()).sum(-1).log()

@@ -140,14 +140,14 @@ def _dx(dy: Tensor, weight: Weight, ds: Tensor, experts: Experts, dropout: Dropo
 
 
 def _reduce(partials: list[Tensor] | None, gradients: Sequence[Tensor | None], starts: Sequence[int]) -> None:
-    """Write every gradient (C, r_e) that is not None: the sum of its expert's partials, of the columns from its start on."""
+    """Write every gradient (C, r_e) that is not None. It is the sum of its expert's partial sums, in the columns from its start on."""
     for e, gradient in enumerate(gradients):
         if gradient is not None:
             launch.reduce_partials(partials[e], gradient, starts[e])
 
 
 def _columns_of(experts: Experts, chosen: Sequence[bool]) -> tuple[int, int]:
-    """Return the first column of S that is a chosen expert's, and the one behind the last."""
+    """Return the first column of S that belongs to a chosen expert, and the one after the last."""
     own = [e for e, is_chosen in enumerate(chosen) if is_chosen]
     return min([experts.starts[e] for e in own]), max([experts.starts[e] + experts.ranks[e] for e in own])
 
@@ -185,15 +185,15 @@ def _choose(
     name: str, gemm: Gemm, x: Tensor, w: FrozenMatrix, f: Tensor, experts: Experts, gated: bool, drop: bool,
     run: Callable[[Tile | None], object],
 ) -> Tile | None:  # fmt: skip
-    """Return the tile to run a GEMM with, or None for cuBLAS.
+    """Choose the tile to run a GEMM with, or None for cuBLAS.
 
     Args:
         name: "forward" or "dx".
-        gemm: the sizes of the product; rows count up to a power of two.
-        x, w, f, experts: the operands.
-        gated: whether there is a gate.
-        drop: whether there is dropout.
-        run: computes the whole of the pass with a tile.
+        gemm: The sizes of the product. The number of rows is rounded up to a power of two.
+        x, w, f, experts: The operands.
+        gated: Whether there is a gate.
+        drop: Whether there is dropout.
+        run: Computes the whole of the pass with a given tile.
     """
     m = 1 << (gemm.m - 1).bit_length()
     segmented = experts.segments is not None
@@ -216,8 +216,9 @@ def _choose(
 
 
 def _describable(x: Tensor, w: FrozenMatrix, f: Tensor, columns: int, segments: Sequence[int] | None) -> bool:
-    """Return whether tensor descriptors can describe the operands: dense rows that start at multiples of 16 bytes, and segments
-    that are none or large enough for their tiles."""
+    """Return whether tensor descriptors can describe the operands: rows are dense and start at multiples of 16 bytes, and each segment is
+    empty or at least as large as its tiles.
+    """
     width = 16 // x.element_size()
     if w.scale is not None or columns % width != 0:
         return False
@@ -228,7 +229,7 @@ def _describable(x: Tensor, w: FrozenMatrix, f: Tensor, columns: int, segments: 
 
 
 def _cublas(x: Tensor, w: FrozenMatrix, bias: Tensor | None, t: Tensor, f: Tensor, experts: Experts) -> Tensor:
-    """Return x w + t f + bias. The small product comes first: the large one then adds to it while its tile is written."""
+    """Return x w + t f + bias by cuBLAS. The small product comes first, so that the large one adds to it while a tile is written."""
     bias = None if bias is None else bias.to(x.dtype)
     y = x.new_empty(x.shape[0], f.shape[1])
     products = [(t, f, y)]

@@ -1,10 +1,10 @@
-"""The frozen GEMM, joined by the ranks: y = x W^T + T F + bias in one fp32 accumulator, rounded once.
+"""Compute the frozen product and the experts' part in one GEMM: y = x W^T + T F + bias, in one fp32 accumulator that is rounded once.
 
-T (M, R) is S with scale and gate, and F (R, N) is B^T: the K dimension of the GEMM goes on into the ranks. The same
-kernels compute dx = dy W + dS A, with W read along its other side. `x`, `K`, `N` are the input, the reduction and
-the output of the GEMM at hand, so in dx `x` is dy and `K` is the layer's output width.
+T (M, R) is S with scale and gate applied, and F (R, N) is B^T. The reduction over K is continued over the ranks. The same kernels
+compute dx = dy W + dS A, reading W along its other side. The names `x`, `K` and `N` stand for the input, the reduction length and
+the output width of the GEMM at hand: for dx, `x` is dy and `K` is the output width of the layer.
 
-In segments (SEGMENTS) a tile's rows lie in one segment, and F holds one expert after the other, `pitch` ranks apart;
+With segments (SEGMENTS) all rows of a tile lie in one segment, and F holds the experts one after the other, `pitch` ranks apart;
 see `row_block` in lora.py.
 """
 
@@ -17,6 +17,7 @@ from .lora import factor_of, row_block
 
 @triton.jit
 def _place(tile, blocks_m, N, BN: tl.constexpr, BAND: tl.constexpr):
+    """Return the row block and the column block of a tile."""
     # Tiles that run at the same time lie in a band of BAND row blocks, so that they share W in L2.
     blocks_n = tl.cdiv(N, BN)
     band = tile // (BAND * blocks_n)
@@ -28,12 +29,14 @@ def _place(tile, blocks_m, N, BN: tl.constexpr, BAND: tl.constexpr):
 @triton.jit
 def _drop(acc, seed, threshold, kept_scale, row, column, columns, BM: tl.constexpr, BN: tl.constexpr,
           QUADS: tl.constexpr):
+    """Apply dropout to an accumulator (BM, BN) whose first value lies at (row, column) of a matrix with `columns` columns."""
     keep = keep_tile(seed, threshold, row, column, columns, BM, BN, QUADS)
     return tl.where(keep != 0, acc * kept_scale, 0.0)
 
 
 @triton.jit
 def _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR: tl.constexpr):
+    """Add T F to an accumulator (BM, BN), BR ranks at a time."""
     t_rows = t_ptr + rows.to(tl.int64)[:, None] * t_stride
     # One or two steps: a pipeline would only take shared memory from that of the main loop.
     for first in tl.range(0, rank, BR, num_stages=1):
@@ -48,8 +51,11 @@ def _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_st
 @triton.jit
 def _load_nibbles(w_ptr, scale_ptr, levels, rows, column, ROWS, COLUMNS, w_stride, scale_stride,
                   BROWS: tl.constexpr, BCOLUMNS: tl.constexpr, PER_SCALE: tl.constexpr):
-    """(BROWS, BCOLUMNS) fp32 of a 4-bit weight (ROWS, COLUMNS), two codes a byte along the columns, the even one in the
-    low nibble, and a scale for PER_SCALE columns. `column` is a multiple of both PER_SCALE and BCOLUMNS, or of one."""
+    """Load a tile (BROWS, BCOLUMNS) of a 4-bit weight (ROWS, COLUMNS) as fp32.
+
+    A byte holds two codes of neighboring columns, the even one in the low nibble, and PER_SCALE columns share a scale. `column` must be
+    a multiple of BCOLUMNS, and the larger of BCOLUMNS and PER_SCALE a multiple of the smaller.
+    """
     SCALES: tl.constexpr = BCOLUMNS // PER_SCALE if BCOLUMNS > PER_SCALE else 1
     places = column // 2 + tl.arange(0, BCOLUMNS // 2)
     row_mask = rows[:, None] < ROWS
@@ -74,11 +80,11 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
                  EVEN_K: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PER_SCALE: tl.constexpr,
                  TRANSPOSED: tl.constexpr, SEGMENTS: tl.constexpr, DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
                  QUADS: tl.constexpr):
-    """One output tile a program. y is dense.
+    """Compute one output tile in each program, with operands that are read through pointers. y is dense.
 
-    INT8: W is int8 with one scale a column of the output. PER_SCALE > 0: W has 4 bits and a scale for so many values,
-    packed along the reduction, or TRANSPOSED: along the columns of the output. DROP: the part of the ranks is masked, as
-    dx wants it.
+    INT8: W is int8 with one scale for each column of the output. PER_SCALE > 0: W has 4 bits, and so many values share a scale; it is
+    packed along the reduction, or with TRANSPOSED along the columns of the output. DROP: dropout is applied to the experts' part, as
+    dx requires.
     """
     block_m, block_n = _place(tl.program_id(0), blocks_m, N, BN, BAND)
     row, end, owner, rank = row_block(blocks_ptr, block_m, M, R, BM, SEGMENTS)
@@ -140,9 +146,9 @@ def gemm_inline(x_ptr, w_ptr, bias_ptr, a_ptr, f_ptr, scale_ptr, expert_ptr, gat
                 x_stride, w_stride, a_stride, f_stride, gate_stride_m, gate_stride_e,
                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                 EVEN_K: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The forward pass of a narrow layer: every tile computes its own rows of S, so that x is read in one pass.
+    """Compute the forward pass of a narrow layer. Every tile computes its own rows of S, so that x is read only once.
 
-    BR >= R. Writes y and s (M, R), both dense.
+    BR must be at least R. The kernel writes y and s (M, R), both dense.
     """
     block_m, block_n = _place(tl.program_id(0), blocks_m, N, BN, BAND)
     row, end, owner, rank = row_block(blocks_ptr, block_m, M, R, BM, SEGMENTS)
@@ -194,11 +200,11 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, seed_p
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                     RANKS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
                     DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, QUADS: tl.constexpr, HALVES: tl.constexpr):
-    """A persistent grid of as many programs as multiprocessors; tiles travel through tensor descriptors (TMA).
+    """Compute the output tiles in a persistent grid, one program for each multiprocessor, and move tiles by tensor descriptors (TMA).
 
-    TRANSPOSED: W and F hold the output's columns along their contiguous side (dx); otherwise the reduction (forward).
-    SEGMENTS: a segment has BM rows at least, and its last tile ends with it: it may begin in the tile before, whose
-    rows it computes once more, to the same bits. HALVES: the tile is written in two halves, which saves shared memory.
+    TRANSPOSED: W and F are contiguous along the columns of the output, as for dx; otherwise they are contiguous along the reduction.
+    SEGMENTS: a segment has at least BM rows, and its last tile ends where the segment ends. That tile may begin inside the one before,
+    whose rows are then computed twice, with the same bits. HALVES: the tile is written in two halves, which saves shared memory.
     """
     tiles = blocks_m * tl.cdiv(N, BN)
     seed = seed_of(seed, seed_ptr, SEED_IN_MEMORY)
@@ -232,6 +238,7 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, seed_p
 @triton.jit
 def _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS: tl.constexpr, BR: tl.constexpr,
                          TRANSPOSED: tl.constexpr):
+    """Add T F to an accumulator as `_add_ranks` does, with operands that are read through descriptors."""
     # Unrolled: with a second loop inside, the loop over tiles would not be merged with that over K.
     for first in tl.static_range(0, RANKS, BR):
         t = t_desc.load([row, first])

@@ -1,7 +1,7 @@
-"""From tensors to kernel launches. Every function here works on rows: x (M, K), dy (M, N), all on the current device.
+"""Turn tensors into kernel launches. Every function here works on rows, x (M, K) and dy (M, N), all on the current device.
 
-Tensors are allocated here and written whole by the kernels. x and dy have dense rows (stride 1 along them). R is the total rank of
-the experts, or with segments the largest one; S and T are (M, R), and T is S with scale and gate.
+Tensors are allocated here, and the kernels write every element of them. x and dy have dense rows (stride 1 within a row). R is the
+total rank of the experts, or the largest one with segments. S and T are (M, R), and T is S with scale and gate applied.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .tiles import Tile, band, rank_block
 
 
 def _seed(dropout: Dropout | None, like: Tensor) -> Tensor:
-    """Return where a kernel reads the seed; a kernel that has it as a number gets any tensor in its place."""
+    """Return the tensor from which a kernel reads the seed. A kernel that is given the seed as a number gets any tensor instead."""
     return dropout.seed if dropout is not None and isinstance(dropout.seed, Tensor) else like
 
 
 def _drop(dropout: Dropout | None) -> tuple[int, int, float]:
-    """Return what the kernels take: seed, threshold and kept_scale."""
+    """Return the arguments that kernels take for dropout: seed, threshold and kept_scale."""
     if dropout is None:
         return 0, 0, 1.0
     return 0 if isinstance(dropout.seed, Tensor) else dropout.seed, int(dropout.p * 2.0**32), 1.0 / (1.0 - dropout.p)
@@ -50,7 +50,7 @@ _compiled: dict[tuple[object, ...], tuple[Any, list[object]]] = {}
 
 
 def _specialization(operand: Tensor | TensorDescriptor) -> tuple[object, ...]:
-    """Return the part of an operand that Triton specializes a kernel on."""
+    """Return what Triton specializes a kernel on for an operand."""
     if isinstance(operand, Tensor):
         return operand.dtype, operand.data_ptr() % 16
     return operand.base.dtype, *operand.block_shape
@@ -61,11 +61,11 @@ def _run(
     sizes: tuple[int, ...], drop: tuple[int, int, float] | tuple[()] = (), *, num_warps: int, num_stages: int = 1,
     **constants: object,
 ) -> None:  # fmt: skip
-    """Launch a kernel, whose parameters come in this order: operands, sizes, dropout, constants.
+    """Launch a kernel whose parameters come in this order: operands, sizes, dropout, constants.
 
-    Triton finds the compiled kernel that fits from the arguments of each launch anew, which takes 15 to 30 us. A launch of a
-    compiled kernel itself takes 5, so those that Triton returned are kept here by all sizes, which is more than Triton compiles
-    them for. Dropout's numbers are no part of that.
+    At each launch Triton searches anew for the compiled kernel that fits the arguments, which takes longer than launching it. So the
+    compiled kernels are kept here, by all sizes, which distinguishes more cases than Triton compiles. The arguments of dropout are not
+    part of the key.
     """
     key = (kernel.fn, device, sizes, num_warps, num_stages, *constants.values(), *map(_specialization, operands))
     found = _compiled.get(key)
@@ -88,13 +88,13 @@ def shrink(
 
     Args:
         x: (M, K).
-        a: A^T, (K, .), of any strides. With dy in the place of x it is B, and T is then dS.
-        experts: whose scale and segments count.
-        gate: (M, E), with segments (M, 1), or None.
-        dropout: of x, or None.
-        keep_s: whether S is written; otherwise it is None.
-        t: where T is written; by default a new tensor.
-        wanted: with segments, the experts whose rows are written.
+        a: A^T, (K, R), with any strides. If x is dy, this is B, and T is then dS.
+        experts: The experts, whose scale and segments are used.
+        gate: (M, E), or (M, 1) with segments, or None.
+        dropout: The dropout of x, or None.
+        keep_s: Whether S is written; otherwise None is returned for it.
+        t: The tensor to write T to; by default a new one.
+        wanted: With segments, the experts whose rows are written.
     """
     (m, k), r = x.shape, experts.rank
     s = x.new_empty(m, r) if keep_s else None
@@ -120,9 +120,9 @@ def gemm(
     x: Tensor, w: FrozenMatrix, bias: Tensor | None, t: Tensor, f: Tensor, experts: Experts, tile: Tile, chip: DeviceProperties,
     dropout: Dropout | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return x w + t f + bias, (M, N), with f (R, N) the B^T or A of all experts. `dropout` masks t f.
+    """Return x w + t f + bias, (M, N), where f (R, N) is B^T or A of all experts. `dropout` masks t f.
 
-    Descriptor tiles take a dense w alone.
+    Tiles that use descriptors require a dense w.
     """
     (m, k), n, r = x.shape, f.shape[1], experts.rank
     y = x.new_empty(m, n)
@@ -171,7 +171,7 @@ def gemm(
 def gemm_inline(
     x: Tensor, weight: Tensor, bias: Tensor | None, experts: Experts, gate: Tensor | None, tile: Tile, chip: DeviceProperties
 ) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and S of a forward pass that is one kernel."""
+    """Return y (M, N) and S from one kernel that does the whole forward pass."""
     (m, k), n, r = x.shape, weight.shape[0], experts.rank
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     rows, g = blocks(experts, m, tile.bm), _gate(gate, x)
@@ -191,10 +191,10 @@ def gemm_inline(
 def _splits(
     experts: Experts, m: int, bm: int, programs: int, chip: DeviceProperties, wanted: Sequence[bool] | None
 ) -> tuple[Blocks, int]:
-    """Return the splits of the rows for partial sums, and how many rows each has, a multiple of `bm`.
+    """Return into how many splits the rows are divided for partial sums, and how many rows each one has, a multiple of `bm`.
 
-    A split takes `programs` programs. There are two programs a multiprocessor: both fit, and none waits for a second turn. With
-    segments there may be a few more.
+    A split takes `programs` programs. Two programs fit on a multiprocessor at a time, and there are as many as fit, so that none waits
+    for a second turn. With segments there may be a few more.
     """
     parts = max(1, 2 * chip.multiprocessors // programs)
     rows = max(1, ceil_div(ceil_div(m, parts), bm)) * bm
@@ -205,18 +205,18 @@ def lora_grad_partials_dy(
     dy: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, project: bool, outer: bool, chip: DeviceProperties,
     wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
-    """Read dy once; return partial sums of U = dy B and of the gradient of B.
+    """Read dy once, and return partial sums of U = dy B and of the gradient of B.
 
     Args:
         dy: (M, N).
         s: S, or None without `outer`.
-        experts: the experts.
-        gate: (M, E), with segments (M, 1), or None.
-        project: whether to return partial sums of U, (partials, M, R); otherwise None.
-        outer: whether to return those of dB, (partials, N, R) for each expert, which has the columns from its start on;
-            otherwise None.
-        chip: the GPU.
-        wanted: with segments, the experts whose rows are read.
+        experts: The experts.
+        gate: (M, E), or (M, 1) with segments, or None.
+        project: Whether to return partial sums of U, (partials, M, R); otherwise None is returned for them.
+        outer: Whether to return partial sums of dB, (partials, N, R), of which each expert has the columns from its start on; otherwise
+            None is returned for them.
+        chip: The GPU.
+        wanted: With segments, the experts whose rows are read.
     """
     (m, n), r = dy.shape, experts.rank
     # Wide blocks of columns make fewer partial sums of U; a narrow layer would leave multiprocessors idle, and many
@@ -243,9 +243,9 @@ def lora_grad_partials_dy(
 def lora_grad_partials_x(
     x: Tensor, ds: Tensor, experts: Experts, dropout: Dropout | None, chip: DeviceProperties, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    """Return partial sums of dA^T = drop(x)^T dS, (partials, K, R) for each expert, which has the columns from its start on.
+    """Return partial sums of dA^T = drop(x)^T dS, (partials, K, R), of which each expert has the columns from its start on.
 
-    With segments only the rows of `wanted` experts are read.
+    With segments only the rows of the `wanted` experts are read.
     """
     (m, k), r = x.shape, ds.shape[1]
     bm, bc, br = 64, 128, rank_block(r, 64)
@@ -270,9 +270,9 @@ def finalize_row_grads(
     u: Tensor, s: Tensor | None, experts: Experts, gate: Tensor | None, dgate: Tensor | None, ds: Tensor | None,
     wanted: Sequence[bool] | None = None,
 ) -> None:  # fmt: skip
-    """From the partial sums of U write `ds` (M, R), made by `new_rows`, and `dgate` (M, E), or (M, 1) with segments.
+    """Compute `ds` (M, R), which `new_rows` made, and `dgate` (M, E), or (M, 1) with segments, from the partial sums of U.
 
-    Either may be None. With segments only the rows of `wanted` experts are written.
+    Either of them may be None. With segments only the rows of the `wanted` experts are written.
     """
     parts, m, r = u.shape
     bm, br = 16, rank_block(r, 256)
@@ -290,7 +290,7 @@ def finalize_row_grads(
 
 
 def reduce_partials(g: Tensor, out: Tensor, first: int) -> None:
-    """Write out (C, r): the sum of the partials g (partials, C, R), of its columns from `first` on, in a fixed order."""
+    """Write out (C, r): the sum of the partial sums g (partials, C, R), in their columns from `first` on, added in a fixed order."""
     parts, c, r = g.shape
     rank = out.shape[1]
     bc, br = 8, rank_block(rank)  # small, for enough programs; 16 loads of 16 bytes a thread on their way

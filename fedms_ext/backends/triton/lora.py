@@ -1,15 +1,14 @@
-"""The narrow parts: everything with the ranks on one side and the rows, or a side of W, on the other.
+"""Compute the narrow products: those with the ranks on one side, and the rows or a side of W on the other.
 
-All are bound by one pass over x or dy. Sums over the rows, or over the columns of dy, are split into partial sums in
-a workspace, and another kernel adds those in a fixed order: no atomics, so the bits repeat. How many there are follows
-from the number of multiprocessors, so the last bits may differ from one kind of GPU to another.
+All of them are limited by one pass over x or dy. Sums over the rows, or over the columns of dy, are split into partial sums in a
+workspace, and another kernel adds those in a fixed order. There are no atomic additions, so the bits repeat. The number of partial
+sums follows from the number of multiprocessors, so the last bits may differ between kinds of GPUs.
 
-`expert_ptr` (R,) int32 names the expert of each rank, `scale_ptr` (E,) its scale, and the gate is (M, E).
+`expert_ptr` (R,) int32 holds the expert of each rank, `scale_ptr` (E,) holds the scales, and the gate is (M, E).
 
-In segments (SEGMENTS) a row has the ranks of its own expert alone, the first of R columns. A program finds in
-`blocks_ptr` which rows are its own and whose they are; the experts lie one after the other, `pitch` ranks apart, and a
-gate is (M, 1). Behind an expert's own ranks A, B, S and dS are zero up to R, so that loads need no mask that the compiler
-knows nothing of.
+With segments (SEGMENTS) a row has only the ranks of its own expert, which are the first of R columns. A program finds its rows and
+their expert in `blocks_ptr`. The experts lie one after the other, `pitch` ranks apart, and the gate is (M, 1). After an expert's own
+ranks, A, B, S and dS are zero up to R, so that loads need no mask whose value the compiler cannot know.
 """
 
 import triton
@@ -20,8 +19,10 @@ from .dropout import keep_tile, seed_of
 
 @triton.jit
 def row_block(blocks_ptr, number, M, R, SIZE, SEGMENTS: tl.constexpr):
-    """Of block `number` of the rows: its first row, the row where it ends, the expert that owns it, and its ranks.
-    `blocks_ptr` (., 4) int32 holds just these; without segments they follow from SIZE, the rows of a block."""
+    """Return the first row of a block, the row where it ends, the expert that owns it, and that expert's ranks.
+
+    With segments `blocks_ptr` (., 4) int32 holds these numbers for each block. Otherwise they follow from SIZE, the rows of a block.
+    """
     if SEGMENTS:
         block = blocks_ptr + number * 4
         return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
@@ -57,7 +58,10 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, seed_ptr, 
            BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
            DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr,
            SEGMENTS: tl.constexpr):
-    """s = drop(x) A^T (M, R), dense, and t = s with scale and gate, for the GEMM. Also dS from dy, with B for A^T."""
+    """Compute s = drop(x) A^T (M, R), dense, and t, which is s with scale and gate applied, for the GEMM.
+
+    With dy in the place of x and B in the place of A^T, t is dS.
+    """
     row, end, owner, rank = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
     a_ptr += owner * tl.cast(pitch, tl.int64) * a_stride_r
     rows = row + tl.arange(0, BM)
@@ -101,12 +105,12 @@ def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blo
           BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PROJECT: tl.constexpr, OUTER: tl.constexpr,
           FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
           QUADS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """One pass over z (M, C), which is dy or x; a program holds BC of its columns and walks down its split of rows.
+    """Compute partial sums of gradients in one pass over z (M, C), which is dy or x. A program holds BC of the columns and walks down its
+    split of the rows.
 
-    OUTER: partial sums g (splits, C, R) of z^T t, where t (M, R) is as given, or with FACTOR times scale and, with
-    GATE, gate.
-    That is dB from dy and S, and dA^T from x, with its dropout, and dS.
-    PROJECT: partial sums u (ceil(C / BC), M, R) of z b over the columns, from the same tiles. That is U = dy B.
+    OUTER: write partial sums g (splits, C, R) of z^T t. t (M, R) is used as it is given, or multiplied by the scale (FACTOR) and by the
+    gate (GATE). From dy and S this is dB, and from x, with dropout, and dS it is dA^T.
+    PROJECT: write partial sums u (ceil(C / BC), M, R) of z b over the columns, from the same tiles. This is U = dy B.
     """
     column = tl.program_id(0) * BC
     columns = column + tl.arange(0, BC)
@@ -150,8 +154,11 @@ def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blo
 
 @triton.jit
 def sum_of_parts(tile, mask, parts, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
-    """The sum of `parts` fp32 tiles (ROWS, COLUMNS) that lie `stride` values apart. TOGETHER of them are one load: loads
-    in a loop, though unrolled, the compiler lets wait for the sum before. The order is that of the machine code."""
+    """Return the sum of `parts` fp32 tiles (ROWS, COLUMNS) that lie `stride` values apart.
+
+    TOGETHER tiles are read by one load, because the compiler lets each load of an unrolled loop wait for the addition before it. The
+    order of the additions is fixed by the machine code.
+    """
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     numbers = tl.arange(0, TOGETHER)[:, None, None]
     for part in range(0, parts, TOGETHER):
@@ -165,8 +172,9 @@ def finalize_row_grads(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr
                 s_stride, ds_stride, gate_stride_m, gate_stride_e,
                 BM: tl.constexpr, BR: tl.constexpr, TOGETHER: tl.constexpr,
                 GATE: tl.constexpr, DGATE: tl.constexpr, DS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Adds the partial sums of U; from them dS (M, R), with scale and gate, and dgate (M, E), dense; in segments
-    dgate (M, 1)."""
+    """Add the partial sums of U, and compute from them dS (M, R), with scale and gate applied, and dgate (M, E), dense, or (M, 1) with
+    segments.
+    """
     row, end, owner, rank = row_block(blocks_ptr, tl.program_id(0), M, R, BM, SEGMENTS)
     expert_ptr += owner * pitch
     rows = row + tl.arange(0, BM)
@@ -197,7 +205,7 @@ def finalize_row_grads(u_ptr, s_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr
 @triton.jit
 def reduce_partials(g_ptr, out_ptr, C, R, parts, first, rank, out_stride_c, out_stride_r,
               BC: tl.constexpr, BR: tl.constexpr, TOGETHER: tl.constexpr):
-    """out (C, rank) = the sum over the parts of the columns first .. first + rank of g (parts, C, R)."""
+    """Write out (C, rank): the sum over the parts of g (parts, C, R), in its columns from `first` to `first + rank`."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     mask = (columns[:, None] < C) & (ranks[None, :] < rank)

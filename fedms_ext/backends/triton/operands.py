@@ -1,7 +1,7 @@
-"""The operands of the Triton kernels: concatenated experts, the frozen matrix, blocks of rows, small tables.
+"""Prepare the operands of the Triton kernels: concatenated experts, the frozen matrix, blocks of rows, small tables.
 
-All of this runs at every call of a layer, and where layers are small the GPU waits for it. So what follows from ranks, segments
-and shapes alone is made once and kept, and no view is made that is not needed: it takes 1 to 3 us.
+All of this runs at every call of a layer, and with small layers the GPU waits for it. So what follows from ranks, segments and shapes
+alone is computed once and kept, and no unnecessary view is made.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Dropout(NamedTuple):
     """Dropout with the probability p.
 
     Attributes:
-        p: probability that a value is dropped.
-        seed: a number, or an int64 tensor with one element on the device, which a kernel reads when it runs.
+        p: The probability that a value is dropped.
+        seed: A number, or an int64 tensor with one element on the device, which a kernel reads when it runs.
     """
 
     p: float
@@ -34,16 +34,16 @@ class Dropout(NamedTuple):
 class Experts(NamedTuple):
     """The applied experts, concatenated.
 
-    With segments every row has the ranks of its own expert alone; the experts then lie `pitch` ranks apart, so that a step of
-    ranks never reaches into the next one, and R is E * pitch.
+    With segments every row has only the ranks of its own expert. The experts then lie `pitch` ranks apart, so that a step over the ranks
+    never reaches into the next expert, and R is E * pitch.
 
     Attributes:
         a: (R, K).
         b: (N, R).
         scale: (E,).
-        expert: (R,) int32, the number of each rank's expert.
-        ranks: the rank of each expert.
-        segments: None, or the number of rows of each expert.
+        expert: (R,) int32, the expert of each rank.
+        ranks: The rank of each expert.
+        segments: The number of rows of each expert, or None.
     """
 
     a: Tensor
@@ -55,17 +55,17 @@ class Experts(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The columns of S, and the steps that the ranks add to a GEMM."""
+        """The number of columns of S, by which a GEMM's reduction is continued."""
         return _columns(self.ranks, self.segments is not None)[0]
 
     @property
     def pitch(self) -> int:
-        """The ranks from one expert to the next with segments; 0 without."""
+        """The distance in ranks from one expert to the next with segments; 0 without."""
         return _columns(self.ranks, self.segments is not None)[1]
 
     @property
     def starts(self) -> list[int]:
-        """The first column of S that is each expert's."""
+        """The first column of S of each expert."""
         return _columns(self.ranks, self.segments is not None)[2]
 
 
@@ -80,20 +80,20 @@ def _columns(ranks: tuple[int, ...], segmented: bool) -> tuple[int, int, list[in
 
 @made_once(256)
 def _owners(ranks: tuple[int, ...], pitch: int, device: torch.device) -> Tensor:
-    """Return the expert of each rank, (R,) int32. With segments all have `pitch` ranks."""
+    """Return the expert of each rank, (R,) int32. With segments every expert has `pitch` ranks."""
     owners = [e for e, rank in enumerate(ranks) for _ in range(pitch or rank)]
     return torch.tensor(owners, dtype=torch.int32, device=device)
 
 
 class FrozenMatrix(NamedTuple):
-    """The frozen operand w (K, N) of a GEMM in any format.
+    """The frozen operand w (K, N) of a GEMM, in any format.
 
     Attributes:
-        data: w itself if it is floating or int8; in 4 bits the bytes (rows, ceil(columns / 2)) of a `QuantizedWeight`.
-        transposed: whether the side with stride 1 is N, as in the gradient of x. In 4 bits: whether rows are K.
-        scale: None for a floating w; (N,) for int8; (rows, ceil(columns / group)) in 4 bits.
-        kind: "dense", "int8" or a 4-bit format.
-        group: values that share a scale in 4 bits.
+        data: w itself if it is floating or int8; for 4 bits the bytes (rows, ceil(columns / 2)) of a `QuantizedWeight`.
+        transposed: Whether N is the side with stride 1, as in the gradient of x. For 4 bits: whether the rows are K.
+        scale: None for a floating w; (N,) for int8; (rows, ceil(columns / group)) for 4 bits.
+        kind: "dense", "int8", or a 4-bit format.
+        group: The number of values that share a scale, for 4 bits.
     """
 
     data: Tensor
@@ -108,18 +108,18 @@ class FrozenMatrix(NamedTuple):
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up. `triton.cdiv` does it too, but takes 3 us of Python, a tenth of a launch."""
+    """Return a / b, rounded up. `triton.cdiv` returns the same, but takes a noticeable part of a launch's time in Python."""
     return -(-a // b)
 
 
 def _aligned(columns: int, like: Tensor) -> int:
-    """Return the columns of a row that ends at a multiple of 16 bytes, so that tensor descriptors can describe the rows."""
+    """Return the number of columns rounded up so that a row ends at a multiple of 16 bytes, as tensor descriptors require."""
     unit = 16 // like.element_size()
     return -(-columns // unit) * unit
 
 
 def new_rows(like: Tensor, columns: int) -> Tensor:
-    """Return an empty (M, columns) whose rows are aligned for tensor descriptors. A kernel fills the gap behind them too."""
+    """Return an empty (M, columns) whose rows are aligned for tensor descriptors. Kernels also fill the gap after each row."""
     width = _aligned(columns, like)
     rows = like.new_empty(like.shape[0], width)
     return rows if width == columns else rows[:, :columns]
@@ -136,7 +136,7 @@ def concatenate(
 ) -> Experts:  # fmt: skip
     """Return the experts side by side, in the dtype of the product.
 
-    One expert whose tensors are dense, aligned and of that dtype is taken as it is.
+    The tensors of a single expert are used as they are if they are dense, aligned and of that dtype.
     """
     ranks = tuple([a.shape[0] for a in lora_a])
     device = lora_a[0].device
@@ -163,12 +163,12 @@ def concatenate(
 
 @dataclass(frozen=True)
 class Blocks:
-    """The rows of a matrix in blocks.
+    """The rows of a matrix, divided into blocks.
 
     Attributes:
-        count: how many blocks there are.
-        table: with segments (count, 4) int32; see `row_block` in lora.py.
-        counts: with segments, how many blocks each expert owns.
+        count: The number of blocks.
+        table: With segments (count, 4) int32; see `row_block` in lora.py.
+        counts: With segments, the number of blocks of each expert.
     """
 
     count: int
@@ -177,14 +177,14 @@ class Blocks:
 
 
 def blocks(experts: Experts, m: int, size: int, wanted: Sequence[bool] | None = None, full: bool = False) -> Blocks:
-    """Return blocks of `size` rows at most. With segments none lies in two of them.
+    """Divide rows into blocks of at most `size` rows. With segments no block lies in two of them.
 
     Args:
-        experts: whose segments count.
-        m: rows in all.
-        size: rows of a block.
-        wanted: with segments, which experts have any blocks; None means all.
-        full: all blocks have exactly `size` rows, of which no segment may have fewer; the last block of a segment reaches back
+        experts: The experts, whose segments are used.
+        m: The number of rows.
+        size: The largest number of rows of a block.
+        wanted: With segments, the experts that get blocks; None means all.
+        full: Whether all blocks have exactly `size` rows. Then no segment may have fewer, and the last block of a segment reaches back
             into the one before.
     """
     if experts.segments is None:
@@ -209,5 +209,5 @@ def _blocks(
 
 @made_once(8)
 def levels(kind: str, device: torch.device) -> Tensor:
-    """Return the 16 values of a 4-bit format, float32."""
+    """Return the 16 levels of a 4-bit format, float32."""
     return torch.tensor(LEVELS[kind], device=device)

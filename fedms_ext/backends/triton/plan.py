@@ -1,4 +1,4 @@
-"""Which rows the passes of a backward pass read, decided before anything is launched."""
+"""Decide which rows the passes of a backward pass read, before anything is launched."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 
 class BackwardPlan(NamedTuple):
-    """What each launch of a backward pass computes. Without segments an expert's flags stand for all rows.
+    """What each launch of a backward pass computes. Without segments the flags of an expert stand for all rows.
 
     Attributes:
-        from_dy_pass: the experts whose rows of dy are read once for all that comes out of them: the gradient of B, and
-            U = dy B, from which dS and the gate's gradient follow.
-        projects: whether that pass makes U.
-        shrink_only: the experts whose rows of dy are read for dS alone.
-        needs_ds: whether dS is needed: for the gradient of x or of any A.
-        from_x_pass: the experts whose rows of x are read, for the gradient of A.
+        from_dy_pass: The experts whose rows of dy are read once for everything that follows from them: the gradient of B, and
+            U = dy B, from which dS and the gradient of the gate follow.
+        projects: Whether that pass computes U.
+        shrink_only: The experts whose rows of dy are read for dS alone.
+        needs_ds: Whether dS is needed for the gradient of x or of any A.
+        from_x_pass: The experts whose rows of x are read for the gradient of A.
     """
 
     from_dy_pass: tuple[bool, ...]
@@ -29,10 +29,10 @@ class BackwardPlan(NamedTuple):
 def plan_backward(
     needs_dx: bool, needs_dgate: bool, needs_da: tuple[bool, ...], needs_db: tuple[bool, ...], segmented: bool
 ) -> BackwardPlan:
-    """Return the plan for what is asked for.
+    """Return the plan for the gradients that are asked for.
 
-    With segments each expert's rows are its own, so that one whose B is not trained can leave the pass for the gradients of B.
-    Without, all experts share the rows: one pass serves them all, or none.
+    With segments each expert has rows of its own, so an expert whose B is not trained can be left out of the pass for the gradients of
+    B. Without segments all experts share the rows, so one pass serves either all of them or none.
     """
     needs_ds = needs_dx or any(needs_da)
     from_dy_pass = tuple([needs_dgate or (db if segmented else any(needs_db)) for db in needs_db])

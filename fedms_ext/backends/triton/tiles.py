@@ -1,7 +1,7 @@
-"""Which tiles the GEMM kernels may run with on a chip, in the order in which a cost model expects them to do well.
+"""List the tiles that the GEMM kernels may use on a chip, in the order in which a cost model expects them to be fast.
 
-Nothing here knows the name of a chip: a tile is legal if it fits into the shared memory that the device reports, and
-descriptors need compute capability 9.0.
+Nothing here depends on the name of a chip. A tile is legal if it fits into the shared memory that the device reports, and
+descriptors require compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..device import DeviceProperties
 
 
 class Gemm(NamedTuple):
-    """The problem: (m, k) times (k, n), joined by `rank` more steps."""
+    """The sizes of a product: (m, k) times (k, n), with the reduction continued by `rank` more steps."""
 
     m: int
     n: int
@@ -23,7 +23,7 @@ class Gemm(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How a GEMM kernel runs: `kind` is pointer, descriptor or inline (see gemm.py)."""
+    """How a GEMM kernel runs. `kind` is "pointer", "descriptor" or "inline"; see gemm.py."""
 
     kind: str
     bm: int
@@ -37,11 +37,11 @@ class Tile(NamedTuple):
 
     @property
     def halves(self) -> bool:
-        """Whether a descriptor kernel writes the tile in two halves: then the rest of shared memory has room."""
+        """Whether a descriptor kernel writes the tile in two halves, which leaves shared memory for the rest."""
         return self.bm * self.bn > 128 * 128
 
     def shared_memory(self, chip: DeviceProperties, rank: int, drop: bool = False) -> int:
-        """Return the bytes of shared memory that the compiler was seen to use, within 256."""
+        """Return the bytes of shared memory that the tile needs. The compiler was seen to use the same, within 256 bytes."""
         columns = self.bn + (rank_block(rank) if self.kind == "inline" else 0)
         # Before Hopper the values of the step at hand are in registers.
         stages = self.stages if chip.capability >= (9, 0) else self.stages - 1
@@ -58,7 +58,7 @@ class Tile(NamedTuple):
 
     @lru_cache(maxsize=256)  # noqa: B019  (asked for at every launch; a tile is only its numbers)
     def resident(self, chip: DeviceProperties, rank: int) -> int:
-        """Return how many programs share a multiprocessor, limited by 64 Ki registers and by shared memory."""
+        """Return how many programs fit on a multiprocessor at a time, given 64 Ki registers and its shared memory."""
         registers = 32 * self.warps * (self.bm * self.bn // (32 * self.warps) + 64)
         # A multiprocessor has 1 KiB more than a program may ask for, and keeps 1 KiB for each.
         shared = self.shared_memory(chip, rank) + 1024
@@ -66,7 +66,8 @@ class Tile(NamedTuple):
 
 
 def rank_block(rank: int, largest: int = 32) -> int:
-    """Return the number of ranks in one step of the tail: at least 16, for a matrix instruction, and few, since the rest is zeros.
+    """Return the number of ranks in one step after the main loop: at least 16, which a matrix instruction requires, and otherwise as
+    small as possible, because the remaining ranks are zeros.
     """
     return min(max(16, 1 << (rank - 1).bit_length()), largest)
 
@@ -95,19 +96,19 @@ _DESCRIPTOR = [
 
 
 def band(tile: Tile, chip: DeviceProperties) -> int:
-    """Return how many row blocks a band has, in which tiles run at the same time so that they share W in the L2 cache.
+    """Return how many row blocks a band has. The tiles of a band run at the same time, so that they share W in the L2 cache.
 
-    Of 8 and 16 it is the one with which the tiles in flight, one a multiprocessor, read the fewest rows of x and W (the rule of
+    Of 8 and 16 it is the one for which the tiles in flight, one for each multiprocessor, read fewer rows of x and W (the rule of
     DeepGEMM's get_num_1d_blocks_per_group, github.com/deepseek-ai/DeepGEMM).
     """
     return min((8, 16), key=lambda blocks: blocks * tile.bm + math.ceil(chip.multiprocessors / blocks) * tile.bn)
 
 
 def cost(tile: Tile, gemm: Gemm, chip: DeviceProperties) -> float:
-    """Relative time: waves of tiles, times the work of one, over how well a tile of that shape feeds the cores.
+    """Return a relative time: the number of waves of tiles, times the work of a tile, divided by how well its shape feeds the cores.
 
-    A tile of bm x bn loads bm + bn values for bm * bn products a step: 128 x 256 counts as enough. This is a guess
-    that orders the tiles where nothing can be measured; `autotune.py` measures.
+    In each step a tile of bm x bn loads bm + bn values for bm * bn products, and 128 x 256 is taken to be sufficient. This estimate orders
+    the tiles where nothing can be measured; `autotune.py` measures.
     """
     tiles = math.ceil(gemm.m / tile.bm) * math.ceil(gemm.n / tile.bn)
     waves = math.ceil(tiles / (chip.multiprocessors * tile.resident(chip, gemm.rank)))
@@ -122,15 +123,15 @@ def cost(tile: Tile, gemm: Gemm, chip: DeviceProperties) -> float:
 def legal_tiles(
     gemm: Gemm, chip: DeviceProperties, *, aligned: bool, inline: bool, drop: bool, is_4bit: bool = False
 ) -> list[Tile]:
-    """Return the tiles that can run, the best first.
+    """Return the tiles that can run, the fastest one by `cost` first.
 
     Args:
         gemm: The sizes of the product.
         chip: The GPU.
         aligned: Whether all rows start at multiples of 16 bytes, as descriptors require.
         inline: Whether the rows of S may be computed inside the GEMM.
-        drop: Whether the accumulator is masked. The mask takes half as many registers as the accumulator.
-        is_4bit: Whether W has 4 bits. Widening it takes as many registers.
+        drop: Whether dropout masks the accumulator. The mask takes half as many registers as the accumulator.
+        is_4bit: Whether W has 4 bits. Converting it takes as many registers as the accumulator.
     """
     tiles = _ANY + (_HOPPER if chip.capability >= (9, 0) else _BEFORE_HOPPER)
     if aligned and chip.capability == (9, 0):

@@ -1,4 +1,4 @@
-"""What becomes of a row of logits: the Triton kernel of `fedms_ext.token_loss`."""
+"""Compute log-probabilities from rows of logits: the Triton kernel of `fedms_ext.token_loss`."""
 from __future__ import annotations
 
 import triton
@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def _read(z_row, columns, tokens, scale, cap, HAS_CAP: tl.constexpr):
-    """Logits (BLOCK,) float32, scaled and capped; -inf beyond the vocabulary."""
+    """Return BLOCK logits in float32, scaled and capped. Positions after the end of the vocabulary hold -inf."""
     inside = columns < tokens
     z = tl.load(z_row + columns, mask=inside, other=0.0).to(tl.float32) * scale
     if HAS_CAP:
@@ -20,10 +20,11 @@ def _read(z_row, columns, tokens, scale, cap, HAS_CAP: tl.constexpr):
 @triton.jit
 def token_rows(z, z_stride, labels, log_p, confidence, best, tokens, scale, cap, HAS_CAP: tl.constexpr,
                NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row of logits z (rows, tokens), before scale and cap.
+    """Process one row of logits z (rows, tokens), given before scale and cap, in each program.
 
-    Writes log_p (rows,), confidence (rows, 2) and best (rows,) of `TokenStatistics`, and with NEEDS_GRADIENT in the place of
-    z the gradient of log_p by it. The sums are float32 over a running maximum (Milakov and Gimelshein, arXiv 1805.02867).
+    The kernel writes log_p (rows,), confidence (rows, 2) and best (rows,) as described in `TokenStatistics`. With NEEDS_GRADIENT it also
+    overwrites z by the gradient of log_p with respect to z. Sums are computed in float32 over a running maximum (Milakov and Gimelshein,
+    arXiv 1805.02867).
     """
     row = tl.program_id(0).to(tl.int64)
     z_row = z + row * z_stride

@@ -1,4 +1,4 @@
-"""A client's data, its visits, and local training. Methods are composed of these functions; engines carry the messages."""
+"""Define a client's data, its visits and local training. Methods are composed of these functions, and engines carry the messages."""
 from __future__ import annotations
 
 import math
@@ -37,12 +37,13 @@ class Message:
     """A message from the server to the clients of a round.
 
     Attributes:
-        stage, round: The round; rounds count from 1 in each stage.
+        stage: Name of the stage.
+        round: Number of the round; rounds count from 1 in each stage.
         clients: Ids of the clients that are sampled for this round, in ascending order.
         depth: Number of blocks of the activation order that are trained.
-        applied_depth: Number of blocks of the activation order whose pairs are applied, at least `depth`.
+        applied_depth: Number of blocks of the activation order whose LoRA pairs are applied. It is at least `depth`.
         tensors: Tensors that are sent in every round.
-        constants: Tensors that no longer change; they are sent to a client once in each stage, and it keeps them.
+        constants: Tensors that no longer change. They are sent to a client once in each stage, and the client keeps them.
         statistics: Sums of the clients' statistics.
     """
 
@@ -58,10 +59,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's reply: tensors to be averaged, statistics to be added up, and numbers for the records.
+    """A client's reply to a message.
 
     Attributes:
+        client: Id of the client.
+        tensors: Tensors to be averaged.
+        n_train: Number of training samples.
+        n_validation: Number of validation samples.
         score: Validation score of the received model in [0, 1], or None if the client has no validation samples.
+        metrics: Numbers for the records, by name.
+        statistics: Tensors to be added up.
     """
 
     client: int
@@ -96,6 +103,7 @@ class Private:
 
     @property
     def has_expert(self) -> bool:
+        """Whether the client has trained an expert of its own."""
         return any(name.startswith("expert/") for name in self.tensors)
 
 
@@ -115,7 +123,9 @@ class Participant:
         def device(self) -> Device: ...
 
     def trained_depth(self, message: Message) -> int:
-        """Blocks this client trains: the active ones, as far as it can afford them in this round; it keeps the rest frozen."""
+        """Return how many blocks this client trains in a round: the active ones, or fewer if its device cannot afford as many. The
+        remaining active blocks stay frozen at this client.
+        """
         most = self.device.now(message.stage, message.round).depth
         return message.depth if most is None else min(message.depth, most)
 
@@ -123,8 +133,12 @@ class Participant:
 class Client(Participant):
     """A client's data, device and settings.
 
-    Attributes that only a visit needs are created at the first visit, because most of a hundred thousand registered clients
-    may never be visited. `device_of` describes `fitting`.
+    What only a visit needs is created at the first visit, because most of a hundred thousand registered clients may never be visited.
+
+    Args:
+        split: The client's samples for training, validation and testing.
+        config: The run file.
+        fitting: What the planner found about the model's memory and operations; see `device_of`.
     """
 
     n_train: int
@@ -152,6 +166,7 @@ class Client(Participant):
         return device_of(self.config, self.id, self.fitting)
 
     def seed(self, message: Message, purpose: str) -> int:
+        """Return the seed for a purpose, such as "shuffle", in one round of this client."""
         return derive_seed(self.config.run.seed, purpose, message.stage, message.round, self.id)
 
 
@@ -162,7 +177,9 @@ class Visit:
     Attributes:
         reply: The reply, or None if the visit failed.
         reason: Why the visit failed, or None.
-        flops, seconds, peak_memory_bytes: What the visit cost.
+        flops: Floating-point operations of the visit.
+        seconds: Its duration.
+        peak_memory_bytes: The most memory in use during it.
     """
 
     reply: Reply | None
@@ -222,7 +239,12 @@ def own_loss_of(model: ExpertModel, expert: str) -> LossOn:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one learning rate, by the names under which their optimizer state is kept."""
+    """Parameters with one learning rate.
+
+    Attributes:
+        params: The parameters, by the names under which their optimizer state is kept.
+        lr: The learning rate.
+    """
 
     params: Mapping[str, Tensor]
     lr: float
@@ -295,7 +317,7 @@ def train(model: ExpertModel, client: Client, message: Message, private: Private
 
 
 def diverged(stage: str, loss: float, norm: float, samples: int) -> ClientFailure:
-    """Return the failure of a client whose loss or gradient norm is NaN or infinite, after it was trained on some samples."""
+    """Return the failure of a client whose loss or gradient norm is NaN or infinite after training on `samples` samples."""
     return ClientFailure(f"training diverged: loss {loss:g}, gradient norm {norm:g} after {samples} samples; a lower {stage}.lr may help")
 
 
@@ -345,7 +367,7 @@ def moments_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], stage
 
 
 def load_moments(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], kept: Tensors, stage: str) -> None:
-    """Copy the state that `moments_of` returned at the last visit into the optimizer; parameters that have none begin anew."""
+    """Copy the state that `moments_of` returned at the last visit into the optimizer. A parameter without such a state starts anew."""
     for name, p in named.items():
         prefix = f"optimizer/{stage}/{name}"
         if f"{prefix}/step" in kept:      # a pair activated since the last visit has none yet
