@@ -2,6 +2,11 @@
 plain model, gradients by autograd, AdamW and the averages written out."""
 from __future__ import annotations
 
+import importlib
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedms import data, methods, models
-from fedms.config import ConfigError, load_config
+from fedms.config import ConfigError, load_config, registry
 from fedms.federated.client import Client, Private
 from fedms.federated.server import Server
 from fedms.training.expert_model import ExpertModel
@@ -300,6 +305,61 @@ def test_fedex_lora(world):
     # The frozen weights themselves are as they were: the foundation model alone, and the next method, do not see it.
     before = world.plain.features(inputs, {})
     assert torch.allclose(world.model.features(Client(world.splits[0], done.method.config).test), before, atol=1e-4)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a method of the folder examples, which is registered until the test ends."""
+    kept = dict(registry.METHODS.rows)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "examples"))
+
+    def imported(name):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+    yield imported
+    registry.METHODS.rows.clear()
+    registry.METHODS.rows.update(kept)
+
+
+def test_legend_has_ranks_that_rise_to_the_output_and_keeps_them(world, example):
+    legend = example("legend")
+    assert [legend.rank_of(block, 12, 8) for block in range(1, 13)] == [1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8]
+    made = methods.create(load_config("digits", [*SETS, "run.method=legend"]))
+    done, blocks = world.round("legend", sets=["sal.schedule=all"], shared=made.initial(world.model)), max(world.model.block_of.values())
+    assert {legend.rank_of(block, blocks, 2) for block in world.model.block_of.values()} == {1, 2}
+    for name, block in world.model.block_of.items():
+        tensor = done.state.tensors[name] if name.endswith("lora_a") else done.state.tensors[name].T
+        assert tensor.any(1).tolist() == [i < legend.rank_of(block, blocks, 2) for i in range(2)], name
+
+
+def test_fedquad_keeps_a_third_of_the_bytes_and_nearly_the_gradient(world, example, monkeypatch):
+    fedquad, sets = example("fedquad"), ["sal.schedule=all", "stage1.epochs=1"]
+    values, scale = fedquad.quantize(torch.tensor([[0.3, -2.54, 1.0], [0.0, 0.0, 0.0]]))
+    assert values.tolist() == [[15, -127, 50], [0, 0, 0]] and scale[0].item() == pytest.approx(0.02)
+
+    model, part = world.model, Client(world.splits[0], world.model.config).train
+    rows, sizes, gradients, quantize = torch.arange(len(part)), [], [], fedquad.quantize
+
+    def measured(tensor):
+        values, scale = quantize(tensor)
+        sizes.append((tensor.nbytes, values.nbytes + scale.nbytes))
+        return values, scale
+    monkeypatch.setattr(fedquad, "quantize", measured)
+    model.load("global", world.shared, depth=model.blocks, applied_depth=model.blocks)
+    module = model.foundation.module
+    for context in (nullcontext(), fedquad.int8_activations([*module.parameters(), *module.buffers()])):
+        with context:
+            loss = model.task.loss(model.opinion("global", part, rows), model.targets(part, rows))
+        gradients.append(torch.autograd.grad(loss, list(model.trainable("global").values())))
+    assert sum(after for _, after in sizes) < sum(before for before, _ in sizes) / 3
+    for exact, found in zip(*gradients):
+        assert 0 < (found - exact).norm() < 0.05 * exact.norm()
+
+    sizes.clear()
+    exact, found = world.round("fedavg", sets=sets), world.round("fedquad", sets=sets)
+    for name, tensor in exact.replies[0].items():       # AdamW's first step is as large where the sign of a tiny gradient turned
+        assert (found.replies[0][name] - tensor).norm() < 0.25 * (tensor - world.shared[name]).norm(), name
+    assert sizes
 
 
 def test_flexlora(world):
