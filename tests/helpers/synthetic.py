@@ -70,7 +70,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
             accuracy |= {"local": 0.66 + base} | {"mixture": own, "half": own + 0.002, "oracle": own + 0.06}
         out.append_client({
             "id": client, "group": group, "unseen": client >= clients, "n_train": 180 + client, "n_validation": 45,
-            "n_test": 75, "accuracy": accuracy, "macro_f1": own - 0.08,
+            "n_test": 75, "accuracy": accuracy, "macro_f1": own - 0.08, "calibration_error": 0.9 - own, "auroc": own + 0.1,
             "gate_mean": gate if method == "fedms" else None, "gate_std": 0.09 if method == "fedms" else None,
             "gate_entropy": 0.61 if method == "fedms" else None})
     seen = sorted(accuracies[:clients])
@@ -81,6 +81,7 @@ def write_run(folder: Path, method: str = "fedms", seed: int = 0, *, clients: in
         "rounds": dict(stages),
         "personalized_accuracy": {"mean": mean, "std": 0.05, "worst10": sum(worst) / len(worst)},
         "global_test_accuracy": mean - 0.02, "zero_shot_accuracy": 0.52, "macro_f1": mean - 0.08,
+        "calibration_error": 0.9 - mean, "auroc": mean + 0.1,
         "unseen_accuracy": {"as_it_arrives": 0.68, "after_training": 0.69},
         "gate": {"mean": 0.97 if collapsed else 0.6, "std_clients": 0.02, "std_samples": 0.09,
                  "entropy": 0.1 if collapsed else 0.61, "collapsed": collapsed, "half_mix_accuracy": mean + 0.002,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fedms.errors import FedMSError
 from fedms.foreign import parse_json, printable
 
-FORMAT = 3                  # of all messages; both sides must have the same
+FORMAT = 4                  # of all messages; both sides must have the same
 REASON = 1000               # most characters of a reason in the records: it may quote what a client sent
 NAME = 200                  # most characters of a name
 SAMPLES = 2**31 - 1         # most samples of a client
@@ -291,7 +291,7 @@ RECORD = Table({
     "n_train": _client(Whole(0, SAMPLES)), "n_validation": _client(Whole(0, SAMPLES)),
     "n_test": _client(Whole(0, SAMPLES)), "accuracy": _client(ACCURACY),
     **{name: _client(SHARE, null=True, optional=True) for name in (
-        "validation_accuracy", "macro_f1", "gate_mean", "gate_std", "gate_entropy")},
+        "validation_accuracy", "macro_f1", "calibration_error", "auroc", "gate_mean", "gate_std", "gate_entropy")},
     "validation_loss": _client(Number(-LOSS, LOSS), null=True, optional=True),
     "language": _client(LANGUAGE, optional=True),
 }, _record_rule)

@@ -99,6 +99,7 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": method, "seeds": len(ended), "unfinished": len(group) - len(ended)}
         for name, keys in {"personalized": ("personalized_accuracy", "mean"),
                            "worst10": ("personalized_accuracy", "worst10"), "macro_f1": ("macro_f1",),
+                           "calibration_error": ("calibration_error",), "auroc": ("auroc",),
                            "global_test": ("global_test_accuracy",), "trainable_percent": ("trainable_percent",),
                            "unseen": ("unseen_accuracy", "after_training"), "bytes_up": ("bytes_up",),
                            "bytes_down": ("bytes_down",), "flops": ("flops",), "seconds": ("seconds",),

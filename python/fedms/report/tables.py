@@ -29,7 +29,7 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     runs, _ = read_runs(path)
     text = io.StringIO()
     columns = ("method", "seed", "personalized_mean", "personalized_std", "personalized_worst10", "global_test",
-               "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "below_local", "gate_mean",
+               "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "calibration_error", "auroc", "below_local", "gate_mean",
                "gate_collapsed", "perplexity", "bits_per_byte", "trainable_percent", "bytes_up", "bytes_down", "flops",
                "seconds", "peak_memory_bytes")
     writer = csv.writer(text, lineterminator="\n")
@@ -40,7 +40,8 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
                          *(field_of(s, "personalized_accuracy", k) for k in ("mean", "std", "worst10")),
                          field_of(s, "global_test_accuracy"),
                          *(field_of(s, "unseen_accuracy", k) for k in ("as_it_arrives", "after_training")),
-                         field_of(s, "zero_shot_accuracy"), field_of(s, "macro_f1"), below_local(run, runs), field_of(s, "gate", "mean"), field_of(s, "gate", "collapsed"),
+                         *(field_of(s, k) for k in ("zero_shot_accuracy", "macro_f1", "calibration_error", "auroc")),
+                         below_local(run, runs), field_of(s, "gate", "mean"), field_of(s, "gate", "collapsed"),
                          field_of(s, "language", "perplexity"), field_of(s, "language", "bits_per_byte"),
                          *(field_of(s, k) for k in columns[-6:])])
     write_text(path / "compare.csv", text.getvalue())
@@ -87,6 +88,8 @@ _COLUMNS = (
     _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),
     _Column("unseen clients %", "unseen\n%", "unseen", lambda s: percent(s), 1),
     _Column("macro F1 %", "macro\nF1 %", "macro_f1", lambda s: percent(s), 1),
+    _Column("AUROC %", "AUROC\n%", "auroc", lambda s: percent(s), 0),
+    _Column("calibration error %", "calib.\nerror %", "calibration_error", lambda s: percent(s), 0, False),
     _Column("better off alone %", "alone\nbetter %", "below_local", lambda s: percent(s, 0), 6, False),
     _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2, None),
     _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5, False),

@@ -40,6 +40,8 @@ class Summary:
         personalized_accuracy: `mean`, `std` and `worst10` (mean of the worst tenth) of what clients answer in the end.
         zero_shot_accuracy: Mean accuracy of the foundation model without training, or None where it cannot classify.
         macro_f1: Mean macro F1 of what clients answer.
+        calibration_error: Mean expected calibration error of what clients answer.
+        auroc: Mean area under the ROC curve of what clients answer.
         gate: What the gate does, or None for a method without one.
         global_test_accuracy: Accuracy on the common test set, or None where there is none.
         unseen_accuracy: Of clients that did not take part: `as_it_arrives` and `after_training`.
@@ -71,6 +73,8 @@ class Summary:
     personalized_accuracy: dict[str, float | None]
     zero_shot_accuracy: float | None
     macro_f1: float | None
+    calibration_error: float | None
+    auroc: float | None
     gate: dict[str, Any] | None
     global_test_accuracy: float | None
     unseen_accuracy: dict[str, float | None] | None
@@ -111,7 +115,7 @@ class Summary:
             config.run.method, config.model.id, outcome["fingerprint"], config.data.name, outcome["classes"],
             outcome["prompts"], config.run.seed, {stage: getattr(config, stage).rounds for stage in STAGES},
             accuracies(seen), mean(client["accuracy"]["zero_shot"] for client in tested),
-            mean(client.get("macro_f1") for client in tested), gate_summary(tested, outcome["learns_gate"]),
+            *(mean(client.get(name) for client in tested) for name in ("macro_f1", "calibration_error", "auroc")), gate_summary(tested, outcome["learns_gate"]),
             outcome["global_test_accuracy"],
             {"as_it_arrives": accuracies(unseen)["mean"], "after_training": outcome["unseen_after_training"]}
             if unseen else None, outcome["final_depth"],
@@ -129,7 +133,7 @@ class Summary:
         return cls(
             config.run.method, config.model.id, outcome["fingerprint"], config.data.name, outcome["classes"],
             outcome["prompts"], config.run.seed, {stage: getattr(config, stage).rounds for stage in STAGES},
-            {"mean": privacy["mean_accuracy"], "std": None, "worst10": None}, None, None, None,
+            {"mean": privacy["mean_accuracy"], "std": None, "worst10": None}, None, None, None, None, None,
             outcome["global_test_accuracy"], None, outcome["final_depth"], None, None, **traffic, flops=None,
             seconds=outcome["seconds"], simulated_seconds=None, peak_memory_bytes=None,
             notes=[*augmentation_note(config), *([] if hides else failures(records.visits))], privacy=told)

@@ -47,7 +47,7 @@ VISIT_FIELDS = (
 )
 CLIENT_FIELDS = (
     "id", "group", "unseen", "n_train", "n_validation", "n_test", "accuracy", "validation_accuracy", "validation_loss",
-    "macro_f1", "gate_mean", "gate_std", "gate_entropy", "language",
+    "macro_f1", "calibration_error", "auroc", "gate_mean", "gate_std", "gate_entropy", "language",
 )
 ACCURACY_FIELDS = ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
 OUTCOME_FIELDS = (
@@ -56,8 +56,8 @@ OUTCOME_FIELDS = (
 )
 SUMMARY_FIELDS = (
     "method", "model", "fingerprint", "dataset", "classes", "prompts", "seed", "rounds", "personalized_accuracy",
-    "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "unseen_accuracy", "gate", "final_depth",
-    "trainable_params", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
+    "global_test_accuracy", "zero_shot_accuracy", "macro_f1", "calibration_error", "auroc", "unseen_accuracy",
+    "gate", "final_depth", "trainable_params", "trainable_percent", "bytes_up", "bytes_down", "flops", "seconds", "simulated_seconds",
     "peak_memory_bytes", "notes", "language", "privacy",
 )
 PROVENANCE_FIELDS = ("began", "version", "commit", "machine", "python", "torch", "command")

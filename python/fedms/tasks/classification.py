@@ -64,7 +64,10 @@ class Classification(Task):
         return None if self.prompts is None else features @ self.prompts.T / self.temperature
 
     def details(self, opinions: Mapping[str, Tensor | None], targets: Tensor, samples: Any) -> dict[str, Any]:
-        return {"macro_f1": macro_f1(opinions["personalized"].argmax(1), targets)}
+        opinion = opinions["personalized"]
+        probabilities = opinion.double().softmax(1)
+        return {"macro_f1": macro_f1(opinion.argmax(1), targets), "calibration_error": calibration_error(probabilities, targets),
+                "auroc": auroc(probabilities, targets)}
 
 
 def macro_f1(predicted: Tensor, targets: Tensor) -> float:
@@ -80,3 +83,44 @@ def macro_f1(predicted: Tensor, targets: Tensor) -> float:
     predicted_as, is_class = predicted == classes.unsqueeze(1), targets == classes.unsqueeze(1)
     both = (predicted_as & is_class).sum(1, dtype=torch.float64)
     return float((2 * both / (predicted_as.sum(1) + is_class.sum(1))).mean())
+
+
+BINS = 15       # of confidence, as in Guo et al. and in torchmetrics
+
+
+def calibration_error(probabilities: Tensor, targets: Tensor) -> float:
+    """Return the expected calibration error of the most likely class, in [0, 1] (Guo et al. 2017, arXiv 1706.04599).
+
+    Samples are sorted into `BINS` bins of equal width by the probability of their most likely class. The error is the mean over
+    samples of the distance between the accuracy and the mean probability of their bin. With few samples in a bin that distance
+    is large by chance, so the error of a client with few test samples is too large on average.
+
+    Args:
+        probabilities: (U, C), of each class.
+        targets: (U,) true classes.
+    """
+    confidence, predicted = probabilities.max(1)
+    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    excess = (predicted == targets).to(confidence.dtype) - confidence
+    return float(excess.new_zeros(BINS).index_add(0, bins, excess).abs().sum() / len(targets))
+
+
+def auroc(probabilities: Tensor, targets: Tensor) -> float | None:
+    """Return the area under the ROC curve of each class against the others, averaged over the classes that occur among the targets.
+
+    For one class it is the probability that a sample of the class gets a larger probability for it than another sample; a tie counts
+    half. None if all targets are of one class.
+
+    Args:
+        probabilities: (U, C), of each class.
+        targets: (U,) true classes.
+    """
+    areas = []
+    for label in targets.unique():
+        of_class, others = (probabilities[rows, label] for rows in (targets == label, targets != label))
+        if len(others) == 0:
+            return None
+        others = others.sort().values
+        below, not_above = (torch.searchsorted(others, of_class, right=right).sum() for right in (False, True))
+        areas.append(float(below + not_above) / (2 * len(of_class) * len(others)))
+    return sum(areas) / len(areas)

@@ -76,7 +76,7 @@ def test_data_that_do_not_fit_are_an_error_at_joining(invited, tmp_path, spoil, 
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"fedms": "7.3.0"}, "fedms 7.3.0 with messages of format 3, this machine runs fedms"),
+    ({"fedms": "7.3.0"}, "fedms 7.3.0 with messages of format 4, this machine runs fedms"),
     ({"messages": 99}, "messages of format 99"), ({"run_sha256": "0" * 64}, "was changed on the way"),
     ({"model_sha256": "0" * 64}, "weights here"), ({"preprocessing_sha256": "0" * 64}, "tokenizer or image transform"),
     ({"address": "no address"}, "address"), ({"more": 1}, "more"), ({"format": 2}, "format 2")])
@@ -321,7 +321,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from fedms.engines.flower import transport
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-message = Message(transport.write({"format": 3, "release": transport.release(), "client": 0}, {}), 1, "query")
+message = Message(transport.write({"format": 4, "release": transport.release(), "client": 0}, {}), 1, "query")
 message.metadata.__dict__["_message_id"] = "m"
 print(transport.read(node.Node(ClientState(sys.argv[1]), print).answer(message).content)[0])
 """

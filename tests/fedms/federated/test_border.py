@@ -25,7 +25,7 @@ HEX = "0123456789abcdef" * 4
 SHARES = {name: 0.5 for name in schema.ACCURACY.fields}
 REPLY = {"client": 2, "n_train": 10, "n_validation": 5, "score": 0.5, "metrics": {"trained_params": 7, "loss": 1.0}}
 RECORD = {"id": 2, "group": "a", "unseen": False, "n_train": 10, "n_validation": 5, "n_test": 4, "accuracy": SHARES,
-          "macro_f1": 0.5, "gate_mean": 0.5, "gate_std": 0.1, "gate_entropy": 0.6}
+          "macro_f1": 0.5, "calibration_error": 0.1, "auroc": 0.7, "gate_mean": 0.5, "gate_std": 0.1, "gate_entropy": 0.6}
 ECHO = {"client": 2, "run": HEX[:32], "nonce": HEX[:16]}
 MESSAGE = {"stage": "stage1", "round": 1, "depth": 1, "applied_depth": 1}
 TASK = {"format": schema.FORMAT, "run": HEX[:32], "nonce": HEX[:16], "model": "0" * 64, "message": MESSAGE, "config": {},

@@ -489,7 +489,7 @@ def test_a_table_fits_the_terminal_and_keeps_what_matters(study, width):
     widths = [max(len(part) for text in column for part in text.split("\n")) for column in zip(header, *cells)]
     assert sum(widths) + 2 * (len(widths) - 1) <= width
     assert "mean\nacc. %" in header and (width < 60 or "worst 10 %\nacc. %" in header)
-    assert len(report.table(rows, width=1000)[0]) == len(report.table(rows)[0]) == 12
+    assert len(report.table(rows, width=1000)[0]) == len(report.table(rows)[0]) == 14
 
 
 @pytest.mark.parametrize("value, text", [(None, "–"), (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"),
