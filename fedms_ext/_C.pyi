@@ -6,7 +6,7 @@ the caller made. M rows, a layer (N, K), E experts of rank r_e, R the sum of the
 csrc/include/fedms/, and in float64 in `fedms_ext.reference`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,23 +25,28 @@ def set_isa(name: str) -> None:
 def linear_forward(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor],
     scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int, segments: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """y (..., N) and s (M, R), new tensors, or None where an operand is not plain.
+    keeps_s: bool = True, product: Callable[..., Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """y (..., N) and s (M, R), new tensors, or None where an operand is not plain. s is None unless `keeps_s`.
 
     `weight` is (N, K) float32 with `weight_scale` None, or packed, (bytes,) uint8, with its scale: (N,) for int8, (N, groups)
     for 4 bits. `gate` is x.shape[:-1] + (E,), of any strides, or None. `segments` are the numbers of rows that each expert takes
     alone; only without a gate and dropout, and s then is (M, 0).
+
+    PyTorch multiplies more than a few rows (none to four, by the instruction set) by a float32 weight: `product(x, weight, bias,
+    rows, rank, experts, dropout_p)` is called when all operands are known to be plain, and returns x W^T + bias, which then is y,
+    or None to decline the call. Without `product` such calls are declined.
     """
 
 def linear_backward(
     dy: Tensor, x: Tensor | None, k: int, weight: Tensor | None, weight_scale: Tensor | None, a: Sequence[Tensor],
     b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int, s: Tensor | None,
-    needs: Sequence[bool],
+    needs: Sequence[bool], product: Callable[..., Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
     """dx, dgate, every dA and every dB, None where `needs`, in the same order, is False; or None as above.
 
     `weight` and its scale are what dx comes from: of int8 the transposed weight, quantized apart. 4 bits are declined with
-    more than `nibbles_few_rows` rows.
+    more than `nibbles_few_rows` rows. `product(dy, weight, rows, rank, experts, dropout_p)` returns dy W, or None, as above.
     """
 
 # --- attention of short sequences, csrc/include/fedms/attention.h

@@ -17,7 +17,7 @@ constexpr int64_t COLUMNS = 64;
 template <class Half>
 void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const Half* w, const float* bias, float* y) {
   const int64_t parts = (n + COLUMNS - 1) / COLUMNS;
-  const int threads = threads_for(m * n * k, parts);
+  const int threads = threads_for(m * n * k, FP32_WORK, parts);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = part * COLUMNS, count = std::min(COLUMNS, n - first);
@@ -46,7 +46,7 @@ void few_rows_forward(int64_t m, int64_t n, int64_t k, const float* x, const flo
 
 void few_rows_backward(int64_t m, int64_t n, int64_t k, const float* dy, const float* w, float* dx) {
   // Every thread takes columns of its own, a multiple of the tiles' width.
-  const int threads = threads_for(m * n * k, (k + COLUMNS - 1) / COLUMNS);
+  const int threads = threads_for(m * n * k, FP32_WORK, (k + COLUMNS - 1) / COLUMNS);
   const int64_t part = ((k + threads - 1) / threads + COLUMNS - 1) / COLUMNS * COLUMNS;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t first = 0; first < k; first += part) {

@@ -1,6 +1,8 @@
 // The plain case of an expert layer, in one call: every tensor is a float32 torch.Tensor or Parameter itself (no subclass), on
 // the CPU, dense and not negated when it is read, and the shapes fit. Whatever else comes in is declined (None), and the caller goes the general way, which
 // converts what can be converted and names what is wrong. Only with the exchange API: by attributes it would be slower.
+#include <memory>
+
 #include "tensor_view.h"
 
 #include "fedms/half.h"
@@ -119,10 +121,20 @@ void segments_forward(const std::vector<Lora>& parts, const float* x, float* y) 
   }
 }
 
-// `segments`: see split_by_segments. S then is (m, 0): nothing has a gradient.
+// A product with a float32 weight of more than few_rows() rows, which PyTorch computes: what `product` returns, dense and (m, n), or
+// nothing where it returns None. The branch is added to it.
+bool product_of(const py::object& made, int64_t m, int64_t n, NewTensor& to) {
+  if (made.is_none()) return false;
+  if (!dense_matrix(made, m, n, to.data)) throw py::value_error("the product of x and the weight is not a dense float32 matrix");
+  to.object = made;
+  return true;
+}
+
+// `segments`: see split_by_segments. S then is (m, 0): nothing has a gradient. `product`: see product_of; it is called with x, the
+// weight, the bias and what tells how large the branch is.
 py::object linear_forward(py::handle x, py::handle weight, py::handle weight_scale, py::handle bias, const py::sequence& a,
                           const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
-                          uint64_t seed, py::handle segments) {
+                          uint64_t seed, py::handle segments, bool keeps_s, py::handle product) {
   View x_view;
   PlainWeight w;
   Lora lora;
@@ -138,13 +150,27 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
     bias_data = view.data<float>();
   }
   if (!plain_experts(x_view, w.n, k, {a, b, scale, gate, dropout_p, seed, Origin::outside}, lora, gate_values)) return py::none();
-  if ((w.full && lora.m > few_rows()) || !split_by_segments(segments, lora, parts)) return py::none();
-  const NewTensor y = new_like(x_view, w.n), s = new_matrix(lora.m, lora.total_rank());
+  const int64_t rank = lora.total_rank(), experts = static_cast<int64_t>(lora.experts.size());
+  if (!split_by_segments(segments, lora, parts)) return py::none();
+  const bool few = !w.full || lora.m <= few_rows();
+  NewTensor y, s{py::none(), nullptr};
+  if (few) {
+    y = new_like(x_view, w.n);
+  } else if (product.is_none() || !product_of(product(x, weight, bias, lora.m, rank, experts, dropout_p), lora.m, w.n, y)) {
+    return py::none();
+  }
+  std::unique_ptr<float[]> unkept;
+  if (keeps_s) {
+    s = new_matrix(lora.m, lora.total_rank());
+  } else {
+    unkept.reset(new float[lora.m * lora.total_rank()]);
+    s.data = unkept.get();
+  }
   const float* const from = x_view.data<float>();
   try {
     const py::gil_scoped_release unlocked;
     if (w.full) {
-      fedms::few_rows_forward(lora.m, w.n, k, from, w.full, bias_data, y.data);
+      if (few) fedms::few_rows_forward(lora.m, w.n, k, from, w.full, bias_data, y.data);
       fedms::lora_forward(lora, from, s.data, y.data);
     } else {
       w.packed.bias = bias_data;
@@ -159,9 +185,10 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
 
 // `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
 // every db. The result has the same order, None for what is not needed. All tensors but dy went into the forward pass or came out.
+// `product`: as in linear_forward, of dy and the weight.
 py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle weight, py::handle weight_scale,
                            const py::sequence& a, const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
-                           uint64_t seed, py::handle s, const py::sequence& needs) {
+                           uint64_t seed, py::handle s, const py::sequence& needs, py::handle product) {
   View dy_view;
   Lora lora;
   std::vector<float> gate_values;
@@ -172,10 +199,17 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
   if (!dense_or_none(x, m, k, x_data) || !dense_or_none(s, m, lora.total_rank(), s_data)) return py::none();
 
   PlainWeight w;
-  const bool needs_dx = needs[0].cast<bool>();
-  if (needs_dx) {
+  NewTensor dx{py::none(), nullptr};
+  bool few = true;
+  if (needs[0].cast<bool>()) {
     if (!w.read(weight, weight_scale, k, Origin::known) || w.n != (w.packed.scale ? k : n)) return py::none();
-    if (m > (w.full ? few_rows() : w.group_scales ? nibbles_few_rows() : m)) return py::none();
+    if (w.group_scales && m > nibbles_few_rows()) return py::none();
+    few = !w.full || m <= few_rows();
+    if (few) {
+      dx = new_like(dy_view, k);
+    } else if (product.is_none() || !product_of(product(dy, weight, m, lora.total_rank(), experts, dropout_p), m, k, dx)) {
+      return py::none();
+    }
   }
   py::tuple result(2 + 2 * experts);
   LoraGradients out;
@@ -188,7 +222,8 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
     result[place] = std::move(made.object);
     return made.data;
   };
-  out.dx = make(0, [&] { return new_like(dy_view, k); });
+  out.dx = dx.data;
+  result[0] = std::move(dx.object);
   out.dgate = make(1, [&] { return new_like(dy_view, experts); });
   for (int64_t e = 0; e < experts; ++e) {
     out.da.push_back(make(2 + e, [&] { return new_matrix(lora.experts[e].rank, k); }));
@@ -205,7 +240,7 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
     if (w.packed.scale) {
       fedms::int8_backward(w.packed, lora, from, x_data, s_data, out);
     } else {
-      if (w.full) few_rows_backward(m, n, k, from, w.full, out.dx);
+      if (w.full && few) few_rows_backward(m, n, k, from, w.full, out.dx);
       if (w.group_scales) {
         nibbles_input_gradient(m, n, k, w.packed.packed, w.packed.packed_size, w.groups, w.group_scales, from, out.dx);
       }
@@ -220,11 +255,11 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
 void define_plain(py::module_& m) {
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
-        py::arg("segments") = py::none(),
+        py::arg("segments") = py::none(), py::arg("keeps_s") = true, py::arg("product") = py::none(),
         "(y, s) of a plain call on a weight that is float32 (weight_scale None) or packed, or None if it is not plain.");
   m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("weight"), py::arg("weight_scale"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"),
-        py::arg("seed"), py::arg("s"), py::arg("needs"),
+        py::arg("seed"), py::arg("s"), py::arg("needs"), py::arg("product") = py::none(),
         "The gradients of linear_forward: (dx, dgate, *da, *db), None for what is not needed; None if it is not plain.");
 }
 

@@ -64,7 +64,12 @@ def prefers(call: Call) -> bool:
         return x.shape[:-1].numel() <= _FEW_ROWS and _dense(x)
     if not all(map(_dense, (*lora.a, *lora.b))) or not (call.x is None or _dense(call.x)):
         return False
-    return lora.dropout_p > 0 or sum(lora.ranks) <= _largest_ranks(x.shape[:-1].numel())[is_backward] * len(lora.a)
+    return prefers_branch(x.shape[:-1].numel(), sum(lora.ranks), len(lora.a), lora.dropout_p, is_backward)
+
+
+def prefers_branch(rows: int, rank: int, experts: int, dropout_p: float, is_backward: bool) -> bool:
+    """Return whether the kernels are faster than PyTorch in the LoRA branch alone. `rank` is the sum of the experts' ranks."""
+    return dropout_p > 0 or rank <= _largest_ranks(rows)[is_backward] * experts
 
 
 def _dense(tensor: Tensor) -> bool:

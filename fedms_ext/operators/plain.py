@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C, backends
 from ..backends.base import FLOATING
+from ..backends.cpu import prefers_branch
 from ..backends.device import ON_GPU
 from .arguments import Quantized, settled_scale
 from .definition import gradients
@@ -68,12 +70,28 @@ def plain_linear(
     if trains and segments is not None:
         return None
     seed_number = seed if isinstance(seed, int) else 0
-    found = _C.linear_forward(x, data, data_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed_number, segments)
+    found = _C.linear_forward(
+        x, data, data_scale, bias, lora_a, lora_b, scale, gate, dropout_p, seed_number, segments, trains, _product
+    )
     if found is None or not trains:
         return None if found is None else found[0]
     if quantized is not None:
         data, data_scale = quantized.for_dx() if needs[0] else (None, None)
     return _apply((*found, data, data_scale), (x.shape[-1], quantized, tuple(scale), dropout_p, seed_number, needs), *inputs)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, rank: int, experts: int, dropout_p: float
+) -> Tensor | None:
+    """Return x W^T + bias, to which the kernels add the branch, or None if PyTorch is faster in the branch, too."""
+    if not prefers_branch(rows, rank, experts, dropout_p, is_backward=False):
+        return None
+    return F.linear(x.detach(), weight.detach(), None if bias is None else bias.detach())
+
+
+def _product_for_dx(dy: Tensor, weight: Tensor, rows: int, rank: int, experts: int, dropout_p: float) -> Tensor | None:
+    """Return dy W, to which the kernels add the branch's part, or None if PyTorch is faster in the branch, too."""
+    return dy @ weight if prefers_branch(rows, rank, experts, dropout_p, is_backward=True) else None
 
 
 class _Plain(torch.autograd.Function):
@@ -107,8 +125,9 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     experts = len(pairs) // 2
     if not is_observed():
         found = _C.linear_backward(
-            dy, x, k, weight, weight_scale, pairs[:experts], pairs[experts:], scale, gate, dropout_p, seed, s, needs
-        )
+            dy, x, k, weight, weight_scale, pairs[:experts], pairs[experts:], scale, gate, dropout_p, seed, s, needs,
+            _product_for_dx,
+        )  # fmt: skip
         if found is not None:
             return None, None, *found
     # The operator accepts every dy, even one whose values share memory, such as the gradient of a sum.

@@ -44,7 +44,7 @@ struct Side {
 
   Side(const Attention& a, const Heads<const float>& heads, int64_t b, int64_t h) : transposed(buffer(a.keys * a.width)) {
     const float* const first = head_of(heads, b, h);
-    transpose(a.keys, a.width, first, heads.row_stride, transposed.get());
+    transpose(a.keys, a.width, first, heads.row_stride, transposed.get(), a.keys);
     rows = rows_of(first, a.keys, heads.row_stride);
     columns = rows_of(transposed.get(), a.width, a.keys);
   }
@@ -112,7 +112,7 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
 template <class Function>
 void for_heads(const Attention& a, Function function) {
   const int64_t all = a.batch * a.heads;
-  const int threads = threads_for(all * a.queries * a.keys * a.width, all);
+  const int threads = threads_for(all * a.queries * a.keys * a.width, FP32_WORK, all);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < all; ++i) function(i / a.heads, i % a.heads, i * a.queries);
 }

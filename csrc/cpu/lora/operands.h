@@ -26,9 +26,9 @@ inline const LoraKernels& lora_kernels() {
 // An uninitialized buffer.
 inline std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
 
-// to (r, n) = b^T, b (n, r) with `stride` values from one row to the next. In blocks that are one cache line wide where they are
+// to (r, n) = b^T, b (n, r); the strides are those from one row to the next. In blocks that are one cache line wide where they are
 // written.
-inline void transpose(int64_t n, int64_t r, const float* b, int64_t stride, float* to) {
+inline void transpose(int64_t n, int64_t r, const float* b, int64_t stride, float* to, int64_t to_stride) {
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t last = std::min(first + 16, n);
     for (int64_t j = 0; j < r; j += 4) {
@@ -38,11 +38,11 @@ inline void transpose(int64_t n, int64_t r, const float* b, int64_t stride, floa
         __m128 row[4];
         for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(b + (c + i) * stride + j);
         _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
-        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (j + i) * n + c, row[i]);
+        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (j + i) * to_stride + c, row[i]);
       }
 #endif
       for (; c < last; ++c)
-        for (int64_t i = j; i < std::min(j + 4, r); ++i) to[i * n + c] = b[c * stride + i];
+        for (int64_t i = j; i < std::min(j + 4, r); ++i) to[i * to_stride + c] = b[c * stride + i];
     }
   }
 }
@@ -55,7 +55,7 @@ struct TransposedB {
   explicit TransposedB(const Lora& lora) : data(buffer(lora.total_rank() * lora.n)) {
     float* to = data.get();
     for (const LoraExpert& expert : lora.experts) {
-      transpose(lora.n, expert.rank, expert.b, expert.rank, to);
+      transpose(lora.n, expert.rank, expert.b, expert.rank, to, lora.n);
       for (int64_t j = 0; j < expert.rank; ++j, to += lora.n) rows.push_back(to);
     }
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../threads.h"
 #include "fedms/lora.h"
 
 namespace fedms {
@@ -25,11 +26,7 @@ inline int64_t chunk_for(int64_t m) {
 }
 
 inline int threads_for(const Lora& lora, int64_t tasks) {
-  // Waking threads costs about as much as this many multiply-adds.
-  constexpr int64_t work_per_thread = 1 << 17;
-  const int64_t work = lora.m * lora.total_rank() * (lora.n + lora.k);
-  const int64_t useful = std::min(work / work_per_thread, tasks);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(useful, omp_get_max_threads())));
+  return threads_for(lora.m * lora.total_rank() * (lora.n + lora.k), LORA_WORK, tasks);
 }
 
 }  // namespace fedms
