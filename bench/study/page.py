@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.study.costs import costs_part
 from bench.study.diagram import ranks_figure
 from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap
 from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, SETTINGS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
@@ -40,10 +41,11 @@ not corrected for their number: one in twenty leaves out 0 by chance.
 
 OF_SIZE = {
     "small": """\
-This is the small study: three settings, the six methods that claims rest on, and two rivals that train a private expert in all
-rounds, `ditto` and `apfl`; 700 images, 800 sentences and 900 digits a seed, half of them for testing, so that a client has 19 to 32
-samples to train on. The model of the digits is a small one that was pretrained on other digits; the other two are foundation models
-of 22 million parameters. All methods have the same learning rates in the same stages, and none is tuned: methods are compared at
+This is the small study: seven settings, the six methods that claims rest on, and two rivals that train a private expert in all
+rounds, `ditto` and `apfl`; on settings that are cheap, three more relatives, `feddpa`, `flexlora` (all devices at full rank) and `fed_sb`
+(at four times the rank). There are 700 images, 800 sentences, 800 solar cells or 900 digits a seed, half of them for testing, so that a
+client has 19 to 32 samples to train on. The model of the digits is a small one that was pretrained on other digits; the other two are
+foundation models of 22 million parameters. All methods have the same learning rates in the same stages, and none is tuned: methods are compared at
 equal rates, not each at its best. The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings,
 tuned, with ablations) and has not been made.
 """,
@@ -141,6 +143,7 @@ def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], sour
             if missing:
                 parts.append(f"Not run yet: {missing}.")
     parts += _ranks_part(done, pictures)
+    parts += costs_part(done)
     parts += _all_blocks_part(done)
     parts += _ablation_part(done, planned, of_run)
     parts.append(CLAIM.rstrip())

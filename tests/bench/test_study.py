@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.study import diagram, findings
+from bench.study import costs, diagram, findings
 from bench.study import page as pages
 from bench.study import plan as plans
 from bench.study import records as studies
@@ -110,6 +110,26 @@ def test_what_seeds_can_show_agrees_with_the_power_of_the_paired_t_test():
         half = findings.by_seed({(seed, 0): value for seed, value in enumerate([1.0, -1.0] * (seeds // 2) + [0.0] * (seeds % 2))}).half
         deviation = (2 * (seeds // 2) / (seeds - 1)) ** 0.5
         assert findings.detectable(seeds) * half / deviation == pytest.approx(effect, abs=0.01)
+
+
+def test_rounds_within_a_cost_are_those_whose_sum_is():
+    found = {"round_flops": [4.0, 4.0, 2.0], "round_bytes": [0, 0, 0], "validation": [0.1, 0.2, 0.3]}
+    assert [costs.within_cost(found, "round_flops", budget) for budget in (3.9, 4.0, 9.9, 10.0)] == [None, (1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_methods_stand_beside_each_other_at_the_operations_and_bytes_of_the_cheapest_of_a_seed():
+    runs = planned(*((method, seed) for method in ("local", "fedavg_prior", "fedms") for seed in (0, 1)))
+    spent = {("local", 0): (6e12, 0), ("local", 1): (6e12, 0), ("fedms", 0): (2e12, 5e6), ("fedms", 1): (4e12, 5e6),
+             ("fedavg_prior", 0): (1e12, 1e6), ("fedavg_prior", 1): (1e12, 1e6)}
+    lines = [{**line(run, 0.5), "validation": [0.2, 0.4, 0.6 + 0.1 * run.config.run.seed],
+              **{key: [total / 3] * 3 for key, total in zip(("round_flops", "round_bytes"), spent[run.id, run.config.run.seed])}}
+             for run in runs]
+    [title, _, _, table] = costs.costs_part(list(zip(runs, lines)))
+    assert title == "## Equal operations, equal bytes"
+    # Local has spent what fedms spends on the whole run after one round in the first seed, after two in the second one.
+    assert "| local | 50.0 | 65.0 | 6 | 0 | 1.5 | 30.0 | – | – |" in table
+    assert "| fedms | 50.0 | 65.0 | 3 | 5 | 3.0 | 65.0 | 3.0 | 65.0 |" in table and "fedavg_prior" not in table
+    assert costs.costs_part([(run, line(run, 0.5)) for run in runs]) == []
 
 
 def test_methods_that_one_setting_lacks_are_not_ranked():
