@@ -29,7 +29,7 @@ def costs_part(done: Sequence[StudyRecord]) -> list[str]:
         if lines and all(line.get("round_flops") for line in lines):
             parts += [f"**{setting.title}**", _setting_table([line for line in lines if line["id"] not in _WITHOUT])]
         elif lines:
-            parts.append(f"**{setting.title}**: its records are older than what they would have to say of single rounds.")
+            parts.append(f"**{setting.title}**: its records do not have the costs of single rounds.")
     return ["## Equal operations, equal bytes", EXPLAINED, *parts] if any("|" in part for part in parts) else []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bench.study.costs import costs_part
 from bench.study.diagram import ranks_figure
 from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap
-from bench.study.plan import ABLATED, ABLATIONS, COMMON, LABELS, SETTINGS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
+from bench.study.plan import ABLATIONS, COMMON, LABELS, SETTINGS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
 from bench.study.records import key_of, read_records
 from fedms import report
 from fedms.config import registry
@@ -255,20 +255,21 @@ def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_
     wanted = [run for run in planned if run.id in ABLATIONS]
     if not wanted:
         return []
-    parts = [f"## What the pieces are worth: {ABLATED.title}"]
-    here = [line for run, line in done if run.setting == ABLATED]
-    runs = [as_run(line) for line in here]
+    parts = ["## What the pieces are worth"]
     rows = []
-    for ablation in ABLATIONS.values():
-        own = [line for line in here if line["id"] == ablation.id]
-        gap = gap_of(runs, ablation.id, ablation.method if ablation.method == "fedms_plus" else "fedms")
-        if own:
-            mean, worst = (report.Stat.of(line["personalized_accuracy"][key] for line in own) for key in ("mean", "worst10"))
-            rows.append([ablation.label, str(len(own)), report.percent(mean), report.percent(worst),
-                         str_gap(gap) if gap else "–"])
+    for setting in dict.fromkeys(run.setting for run in wanted):
+        here = [line for run, line in done if run.setting == setting]
+        runs = [as_run(line) for line in here]
+        for ablation in ABLATIONS.values():
+            own = [line for line in here if line["id"] == ablation.id]
+            gap = gap_of(runs, ablation.id, ablation.method if ablation.method == "fedms_plus" else "fedms")
+            if own:
+                mean, worst = (report.Stat.of(line["personalized_accuracy"][key] for line in own) for key in ("mean", "worst10"))
+                rows.append([setting.title, ablation.label, str(len(own)), report.percent(mean), report.percent(worst),
+                             str_gap(gap) if gap else "–"])
     if not rows:
         return [*parts, "No run is done yet."]
-    parts.append(_table(["run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
+    parts.append(_table(["setting", "run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
     if missing := _missing(wanted, of_run):
         parts.append(f"Not run yet: {missing}.")
     return parts

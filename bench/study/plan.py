@@ -23,7 +23,8 @@ SIZES = ("small", "full", "quick")
 FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
 REST = tuple(method for method in registry.methods() if method not in FIRST)
 RIVALS = ("ditto", "apfl")              # private experts that train in all rounds: the best others of the earlier laboratory
-RELATIVES = ("feddpa", "flexlora", "fed_sb")    # what else is near to FedMS in the literature, on the cheap settings
+RELATIVES = ("feddpa", "flexlora", "fed_sb")    # what else is near to FedMS in the literature, on the cheap settings; there, too,
+                                                # fedms_plus with half and half in the place of its gate
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 COMMON = ("run.threads=1",)
@@ -201,8 +202,10 @@ def plan(size: str = "full", tuned: Path | None = None) -> list[StudyRun]:
         raise ConfigError(f"--size: got {size!r}; accepted: {', '.join(SIZES)}")
     _planned = partial(_plan_one, tuned=None if size == "small" else tuned)
     if size == "small":
-        return [_planned(setting, method, method, seed) for seed in SEEDS for setting in SMALL_SETTINGS
-                if seed in setting.seeds for method in (*FIRST, *RIVALS, *setting.more)]
+        half = ABLATIONS["fedms_plus-gate-fixed"]
+        return [run for seed in SEEDS for setting in SMALL_SETTINGS if seed in setting.seeds for run in (
+            *(_planned(setting, method, method, seed) for method in (*FIRST, *RIVALS, *setting.more)),
+            *([_planned(setting, half.id, half.method, seed, half.sets)] if setting.more else []))]
     if size == "quick":
         short = ("stage1.rounds=4", "stage2.rounds=2")
         return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]

@@ -80,8 +80,9 @@ def test_the_small_study_has_equal_rates_paired_seeds_and_whole_seeds_first():
     assert len({run.key for run in runs}) == len(runs) and seeds == sorted(seeds)
     for setting in plans.SMALL_SETTINGS:
         here = [run for run in runs if run.setting == setting]
+        half = ("fedms_plus-gate-fixed",) if setting.more else ()
         assert {(run.id, run.config.run.seed) for run in here} == {
-            (method, seed) for method in (*methods, *setting.more) for seed in setting.seeds}
+            (method, seed) for method in (*methods, *setting.more, *half) for seed in setting.seeds}
         assert {run.config.lora.rank for run in here if run.id == "fed_sb"} <= {4 * here[0].config.lora.rank}
         assert len({(run.config.stage1, run.config.stage2.lr, run.config.stage2.batch, run.config.sal) for run in here}) == 1
     with pytest.raises(ConfigError, match="--size: got 'tiny'; accepted: small, full, quick"):
@@ -102,6 +103,7 @@ def test_the_first_part_of_the_page_says_what_the_intervals_of_seeds_say():
     assert "mixes nothing, in points: Digits ~+0.3 ± 3.8." in text       # the seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3)
     assert "The gate of `fedms` over half and half of the same experts, in points: Digits +1.0 ± 0.0." in text
     assert "The mixture of `fedms` over the better of its two experts, in points: Digits +10.0 ± 0.0." in text
+    assert "by the interval on two settings. It is ahead on: `fedms` 1 of 1, behind on 0." in text
 
 
 def test_what_seeds_can_show_agrees_with_the_power_of_the_paired_t_test():
@@ -132,11 +134,12 @@ def test_methods_stand_beside_each_other_at_the_operations_and_bytes_of_the_chea
     assert costs.costs_part([(run, line(run, 0.5)) for run in runs]) == []
 
 
-def test_methods_that_one_setting_lacks_are_not_ranked():
+def test_methods_of_some_settings_are_not_ranked_and_neither_are_seeds_that_lack_one():
     elsewhere = plans.Setting("elsewhere", "Elsewhere", "digits", TINY)
     here = planned(*((method, seed) for method in ("local", "fedavg", "fedms", "feddpa") for seed in (0, 1)))
     there = [replace(run, setting=elsewhere) for run in planned(("local", 0), ("fedavg", 0), ("fedms", 0), ("local", 1), ("fedms", 1))]
     means = {"local": 0.5, "fedavg": 0.6, "fedms": 0.7, "feddpa": 0.9}
+    here = [replace(run, setting=replace(SETTING, more=("feddpa",))) for run in here]
     ranks = findings.ranks_of([(run, line(run, means[run.id])) for run in (*here, *there)])
     assert ranks.mean == {"fedms": 1.0, "fedavg": 2.0, "local": 3.0}
     assert ranks.blocks == 3                # the second seed elsewhere lacks fedavg

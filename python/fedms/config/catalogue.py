@@ -31,7 +31,8 @@ class PlusTable(Table):
         "client's training samples, which the expert then goes without, or its validation samples, which no other method may "
         "fit; training: both are trained together on all training samples, as in fedms")
     held_out: float = Field(
-        0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out")
+        0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out; none with "
+        "gate.weight, which needs no gate")
     gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
     confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone; with gate.mixing "
                               "layers there are none yet when it decides")

@@ -152,9 +152,11 @@ class FedMSPlus(FedMS):
 
     def _split(self, client: Client) -> tuple[Tensor, Subset, Tensor]:
         """Return the rows of the training samples for the local expert, the subset for the gate, and the gate's rows of it.
-        They are the same at every visit."""
+
+        They are the same at every visit. Where `gate.weight` takes the gate's place, the expert has all training samples.
+        """
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
         if self.settings.gate_on == "validation":
             return rows, client.validation, torch.arange(len(client.validation))
-        held_out = int(self.settings.held_out * len(rows))
+        held_out = int(self.settings.held_out * len(rows)) if self.trains_gate else 0
         return rows[held_out:], client.train, rows[:held_out]

@@ -47,6 +47,15 @@ def test_each_piece_can_be_switched(sets, tmp_path):
     assert summary["personalized_accuracy"]["mean"] is not None
 
 
+def test_samples_are_held_out_for_a_gate_alone():
+    client = SimpleNamespace(train=range(20), validation=range(5), id=3)
+    for sets, kept, held in ((), 16, 4), (("gate.weight=0.5",), 20, 0), (("plus.gate_on=validation",), 20, 5):
+        rows, part, gate_rows = methods.create(config("run.method=fedms_plus", *sets))._split(client)
+        assert (len(rows), len(gate_rows)) == (kept, held), sets
+        assert part is client.train or held == 5
+        assert part is client.validation or sorted([*rows.tolist(), *gate_rows.tolist()]) == list(range(20))
+
+
 def test_the_shift_is_the_clients_prior_over_everybodys():
     counts, everyone = torch.tensor([8.0, 2.0, 0.0]), torch.tensor([20.0, 30.0, 50.0])
     expected = torch.tensor([9 / 13, 3 / 13, 1 / 13]).log() - torch.tensor([21 / 103, 31 / 103, 51 / 103]).log()
