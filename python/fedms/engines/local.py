@@ -102,10 +102,10 @@ class LocalEngine(Engine):
                  questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
         from fedms.federated.private_client import answer
 
-        answers = {}
+        answers, terms = {}, self.private_server.terms(message, attempt)        # all clients compute the same terms
         for client, question in questions.items():
             self.check_stop(message)
-            answers[client] = answer(question, self.private_server.terms(message, attempt), self._member(client), self.held[client])
+            answers[client] = answer(question, terms, self._member(client), self.held[client])
         return answers
 
     def _member(self, client: int) -> Member:

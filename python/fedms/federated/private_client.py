@@ -89,6 +89,7 @@ def charge(folder: Path, held: Held, survivors: Sequence[int]) -> None:
 
 # Who a client is
 
+@lru_cache(maxsize=2**10)
 def member_of_run(key: bytes, client: int, count: int) -> Member:
     """A client of a run whose clients are all on the machine that has the run's key."""
     return Member(client, derive(key, "client", client), _identities(key, count))
