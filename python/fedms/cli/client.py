@@ -14,7 +14,7 @@ from .stopping import polite_stop
 from .terminal import run_progress, say, show
 
 client = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Take part in a federation. Data, key and private "
-                     "expert stay on this machine; docs/guide/deploy.md is the walk.")
+                     "expert stay on this machine. Step by step: docs/guide/deploy.md.")
 app.add_typer(client, name="client", rich_help_panel=DEPLOY)
 DEFAULT = Path("fedms-client")
 State = Annotated[Path, typer.Argument(metavar="[STATE]", help="The client's folder.")]
@@ -124,7 +124,7 @@ def client_accept(
 
 @command("Commands", "fedms client leave", name="leave", to=client)
 def client_leave(state: State = DEFAULT) -> None:
-    """Take part no longer. Key, data and private expert stay here until `fedms client forget`."""
+    """Leave the federation. Key, data and private expert stay here until `fedms client forget`."""
     installed()
     from fedms.deployment import service as units
     from fedms.deployment.state import ClientState

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     "fedms compare sentiment                               # all methods, the run file's seed",
     "fedms compare sentiment --methods local,fedavg,fedms --seeds 3 --jobs 2",
     "fedms compare sentiment --tuned runs/sentiment-tuned  # each method with what `fedms tune` chose for it",
-    notes=["The same command again leaves runs alone that have ended, goes on with those that were stopped, and "
-           "begins what is missing; a run of other settings in OUT is refused.",
-           "OUT holds one run folder METHOD-seedN for each run, compare.csv (a line a run), compare.md and "
+    notes=["The same command again leaves finished runs alone, continues stopped ones, and begins missing ones. It refuses a run of "
+           "other settings in OUT.",
+           "OUT holds one run folder METHOD-seedN for each run, compare.csv (a line for each run), compare.md and "
            "report.html."])
 def compare(
     source: Source,

@@ -20,7 +20,7 @@ from .terminal import run_progress, show
     "fedms export runs/sentiment/fedms_plus-seed0 --out adapters --format peft  # an adapter for each expert",
     "fedms export runs/sentiment/fedms_plus-seed0 --out m7 --format merged -c 7",
     "fedms export fedms-client --out model                                 # at a client of a federation that has ended",
-    notes=["Formats: mixture (all experts, the gate and the model), peft (a folder an expert, and its head), "
+    notes=["Formats: mixture (all experts, the gate and the model), peft (a folder for each expert, with its head), "
            "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",
            "A model that runs code of its repository is exported only with --trust-remote-code, which runs that code."])
 def export(
@@ -38,7 +38,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write what a run trained in a format that others read."""
+    """Export what a run trained, in a format that other programs read."""
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such folder")
     from fedms import exports

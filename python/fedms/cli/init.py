@@ -64,7 +64,7 @@ class Answers:
     "fedms init                          # asks, then writes my-run.toml",
     "fedms init mail.toml --data mail.csv --label folder",
     "fedms init mail.toml --data mail.csv --label folder --client office --yes",
-    notes=["What options leave open is asked; with --yes, or without a terminal, it is guessed and said.",
+    notes=["What options leave open is asked; with --yes, or without a terminal, it is guessed, and the guess is printed.",
            "The data are read once to see that the answers fit them; nothing is trained. Edit the file as you like: "
            "`fedms run FILE --dry-run` checks it and prints every key."])
 def init(

@@ -56,8 +56,8 @@ def watch(
     MAINTAIN,
     "fedms doctor                                    # is everything here that a run needs?",
     "fedms doctor sentiment --set model.frozen=int8  # and who computes the products of that run's training step?",
-    notes=["There `cpu`, `triton` and `cuda` are the kernels of fedms, `eager` its layers by way of PyTorch's "
-           "operators, and `pytorch` what lies outside of them, or has no experts applied."])
+    notes=["In its table `cpu`, `triton` and `cuda` are kernels of fedms. `eager` are layers of fedms that run PyTorch's operators, and "
+           "`pytorch` is everything else, such as layers without experts."])
 def doctor(
     source: Annotated[Optional[str], typer.Argument(
         metavar="[SOURCE]", help="A run file (TOML) or a built-in one, to see which backend serves its model's shapes.",
@@ -98,9 +98,9 @@ def exit_codes() -> None:
     LOOK,
     "fedms audit runs/digits/fedms_plus-seed0              # what its clients' updates tell, under each mode of privacy",
     "fedms audit runs/digits/fedms_plus-seed0 --epsilon 2  # with the noise of another budget",
-    notes=["Told apart: how often the attacker is right about whether a client took part (50 % is a guess), and the least epsilon that "
-           "this shows; it must stay below the claimed one. Found: how often a direction that is read out of the update fits a "
-           "sample of the client best, beside the share of its samples among all."])
+    notes=["Told apart: how often the attacker rightly says whether a client took part (guessing gives 50 %), and the smallest epsilon "
+           "that agrees with this; it must stay below the claimed one. Found: how often a direction in the update fits a sample of "
+           "the client best, beside the share of all samples that are this client's."])
 def audit(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     epsilon: Annotated[float, typer.Option("--epsilon", metavar="E", min=1e-3, help="Budget whose noise is attacked, for a run "

@@ -33,8 +33,9 @@ def generate(
     temperature: Annotated[float, typer.Option(
         "--temperature", "-t", metavar="T", min=0.0, help="0: the most probable token each time; 1: as likely as the model says.")] = 0.0,
     top_p: Annotated[float, typer.Option(
-        "--top-p", metavar="P", help="Draw from the fewest tokens that hold this share of the probability.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
+        "--top-p", metavar="P",
+        help="Sample from the fewest most likely tokens whose probabilities add up to this (nucleus sampling).")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the sampling.")] = 0,
     states: States = None,
 ) -> None:
     """Answer a question with a run's language model, as one of its clients."""
@@ -63,7 +64,7 @@ def serve(
     folder: Run,
     port: Annotated[int, typer.Option("--port", "-p", metavar="N", min=1, max=65535, help="Port on this machine.")] = 8000,
     token: Annotated[Optional[str], typer.Option(
-        "--token", metavar="TOKEN", envvar="FEDMS_TOKEN", help="What a request must bring as its API key.",
+        "--token", metavar="TOKEN", envvar="FEDMS_TOKEN", help="API key that requests must send.",
         show_default="a new one, shown at the start")] = None,
     states: States = None,
 ) -> None:
@@ -90,14 +91,13 @@ def serve(
 @command(
     EXPORT,
     "fedms samples runs/dictionaries/fedms_plus-seed0 --clients 6",
-    notes=["Each client is asked the first question of its test samples. The report shows what is answered before and after the "
-           "training."])
+    notes=["Each client is asked the first question of its test samples. The report shows the answers before and after training."])
 def samples(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
     clients: Annotated[int, typer.Option("--clients", metavar="N", min=1, help="How many clients, those with the lowest ids.")] = 3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Most tokens.")] = 64,
 ) -> None:
-    """Write what some clients of a language model's run answer, and show it in the run's report."""
+    """Record what some clients of a language model answer, and show it in the run's report."""
     _check(folder)
     from fedms.exports.samples import write_samples
     from fedms.models.generation import Sampling

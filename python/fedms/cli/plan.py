@@ -36,8 +36,8 @@ def plan(
         "--bandwidth", metavar="RATE", help="Bytes a second of its link, up and down, such as 1MB.",
         show_default="transfers take no time")] = None,
     epsilon: Annotated[Optional[float], typer.Option(
-        "--epsilon", metavar="E", min=1e-3, help="Instead: the noise of a run with this budget of differential privacy, and what "
-        "utility to expect.")] = None,
+        "--epsilon", metavar="E", min=1e-3, help="Show instead how much noise this budget of differential privacy takes, and "
+        "what it leaves to learn.")] = None,
     device: Device = None,
     set_: Sets = None,
     out: Annotated[Optional[Path], typer.Option(

@@ -68,7 +68,7 @@ def import_peft(
     resume: Resume = False,
     track: Track = None,
 ) -> None:
-    """Start stage 2 from an adapter that was trained elsewhere: it is the global expert, and stays as it is."""
+    """Start stage 2 from an adapter that was trained elsewhere: it becomes the global expert, and is not trained further."""
     from fedms.models.peft_format import read_shape
 
     shape = read_shape(adapter)

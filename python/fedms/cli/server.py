@@ -14,8 +14,8 @@ from .options import Sets, Source, read_source
 from .stopping import polite_stop
 from .terminal import run_progress, show, show_results
 
-server = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="The server of a federation. It never sees the "
-                     "data or the key of a client; docs/guide/deploy.md is the walk.")
+server = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Run the server of a federation. It never sees the "
+                     "data or the key of a client. Step by step: docs/guide/deploy.md.")
 app.add_typer(server, name="server", rich_help_panel=DEPLOY)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 
@@ -62,7 +62,7 @@ def server_accept(
 
 @command("Commands", "fedms server remove federation clinic-7", name="remove", to=server)
 def server_remove(folder: Folder, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the client.")]) -> None:
-    """Let a client take part no longer, from the next round on."""
+    """Exclude a client from the next round on."""
     installed().remove(folder, name)
     show(f"{name} takes part no longer")
 
