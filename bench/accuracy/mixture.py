@@ -256,6 +256,7 @@ def one_seed(setting: str, everything: tuple[Tensor, Tensor, Tensor], seed: int)
     found["fedavg"] = accuracy(ours["test"] - shift, y)
     for lr in (1e-3, 3e-3):
         found[f"fedavg_ft, rate {lr:g}"] = accuracy(tuned(Idea(lr=lr), every, by=none)["test"], y)
+    found["half and half, no sample held out for a gate"] = accuracy(ours["test"] + tuned(REFERENCE, every)["test"], y)
     return found
 
 
