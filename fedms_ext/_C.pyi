@@ -42,7 +42,7 @@ def linear_backward(
     dy: Tensor, x: Tensor | None, k: int, weight: Tensor | None, weight_scale: Tensor | None, a: Sequence[Tensor],
     b: Sequence[Tensor], scale: Sequence[float], gate: Tensor | None, dropout_p: float, seed: int, s: Tensor | None,
     needs: Sequence[bool], product: Callable[..., Tensor | None] | None = None,
-) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+) -> list[Tensor | None] | None:  # fmt: skip
     """dx, dgate, every dA and every dB, None where `needs`, in the same order, is False; or None as above.
 
     `weight` and its scale are what dx comes from: of int8 the transposed weight, quantized apart. 4 bits are declined with

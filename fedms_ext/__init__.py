@@ -24,6 +24,7 @@ from .sparse.activation import (
 )
 from .sparse.bank import ExpertBank
 from .sparse.cache import ConstantCache, DiskCache, Ragged
+from .sparse.siblings import group
 from .sparse.surgery import attach, detach, expert_layers, expert_tensors, find_blocks, merge, reset_expert, unmerge
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "find_blocks",
     "gated",
     "graphed",
+    "group",
     "merge",
     "philox_mask",
     "prefix_depth",

@@ -121,6 +121,27 @@ void segments_forward(const std::vector<Lora>& parts, const float* x, float* y) 
   }
 }
 
+// The forward pass of one layer: its operands.
+struct PlainLayer {
+  PlainWeight w;
+  Lora lora;
+  std::vector<float> gate_values;
+
+  bool read(const View& x, py::handle weight, py::handle weight_scale, py::handle bias, const Branch& branch) {
+    if (!w.read(weight, weight_scale, x.columns(), Origin::outside)) return false;
+    if (!bias.is_none()) {
+      View view;
+      if (!look<float>(bias, view) || !view.dense() || view.dimensions() != 1 || view.size(0) != w.n) return false;
+      w.packed.bias = view.data<float>();
+    }
+    return plain_experts(x, w.n, x.columns(), branch, lora, gate_values);
+  }
+};
+
+bool plain_rows(py::handle tensor, View& view) {
+  return exchange && look<float>(tensor, view) && view.dense() && view.rows() * view.columns() > 0;
+}
+
 // A product with a float32 weight of more than few_rows() rows, which PyTorch computes: what `product` returns, dense and (m, n), or
 // nothing where it returns None. The branch is added to it.
 bool product_of(const py::object& made, int64_t m, int64_t n, NewTensor& to) {
@@ -136,20 +157,11 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
                           const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
                           uint64_t seed, py::handle segments, bool keeps_s, py::handle product) {
   View x_view;
-  PlainWeight w;
-  Lora lora;
+  PlainLayer layer;
   std::vector<Lora> parts;
-  std::vector<float> gate_values;
-  float* bias_data = nullptr;
-  if (!exchange || !look<float>(x, x_view) || !x_view.dense() || x_view.rows() * x_view.columns() == 0) return py::none();
-  const int64_t k = x_view.columns();
-  if (!w.read(weight, weight_scale, k, Origin::outside)) return py::none();
-  if (!bias.is_none()) {
-    View view;
-    if (!look<float>(bias, view) || !view.dense() || view.dimensions() != 1 || view.size(0) != w.n) return py::none();
-    bias_data = view.data<float>();
-  }
-  if (!plain_experts(x_view, w.n, k, {a, b, scale, gate, dropout_p, seed, Origin::outside}, lora, gate_values)) return py::none();
+  if (!plain_rows(x, x_view)) return py::none();
+  if (!layer.read(x_view, weight, weight_scale, bias, {a, b, scale, gate, dropout_p, seed, Origin::outside})) return py::none();
+  auto& [w, lora, gate_values] = layer;
   const int64_t rank = lora.total_rank(), experts = static_cast<int64_t>(lora.experts.size());
   if (!split_by_segments(segments, lora, parts)) return py::none();
   const bool few = !w.full || lora.m <= few_rows();
@@ -170,10 +182,9 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
   try {
     const py::gil_scoped_release unlocked;
     if (w.full) {
-      if (few) fedms::few_rows_forward(lora.m, w.n, k, from, w.full, bias_data, y.data);
+      if (few) fedms::few_rows_forward(lora.m, w.n, lora.k, from, w.full, w.packed.bias, y.data);
       fedms::lora_forward(lora, from, s.data, y.data);
     } else {
-      w.packed.bias = bias_data;
       fedms::int8_forward(w.packed, lora, from, s.data, y.data);
     }
     segments_forward(parts, from, y.data);
@@ -183,6 +194,70 @@ py::object linear_forward(py::handle x, py::handle weight, py::handle weight_sca
   return py::make_tuple(y.object, s.object);
 }
 
+// Layers of one x, whose weights are all packed. Each of `layers` is (weight, weight_scale, bias, a, b, scale, gate, dropout_p,
+// seed).
+py::object siblings_forward(py::handle x, const py::sequence& layers) {
+  View x_view;
+  if (!plain_rows(x, x_view)) return py::none();
+  std::vector<PlainLayer> read(layers.size());
+  std::vector<Int8Layer> calls;
+  py::list made;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const py::tuple given = layers[i];
+    PlainLayer& layer = read[i];
+    const Branch branch{given[3], given[4], given[5], given[6], given[7].cast<double>(), given[8].cast<uint64_t>(), Origin::outside};
+    if (!layer.read(x_view, given[0], given[1], given[2], branch) || layer.w.full) return py::none();
+    const NewTensor y = new_like(x_view, layer.w.n), s = new_matrix(layer.lora.m, layer.lora.total_rank());
+    calls.push_back({layer.w.packed, layer.lora, s.data, y.data});
+    made.append(py::make_tuple(y.object, s.object));
+  }
+  try {
+    const py::gil_scoped_release unlocked;
+    fedms::int8_forward(calls, x_view.data<float>());
+  } catch (const std::invalid_argument&) {
+    return py::none();
+  }
+  return made;
+}
+
+// The backward pass of one layer: the operands of its branch, and new tensors for what `needs` asks for besides dx. `needs` and
+// `made` are in the order dx, dgate, every da, every db; None is made for what is not needed, and for dx.
+struct PlainGradients {
+  Lora lora;
+  std::vector<float> gate_values;
+  float* s = nullptr;
+  LoraGradients out;
+  py::list made;
+
+  bool read(const View& dy, int64_t k, bool has_x, const Branch& branch, py::handle s_tensor, const py::sequence& needs) {
+    if (!plain_experts(dy, dy.columns(), k, branch, lora, gate_values)) return false;
+    if (!dense_or_none(s_tensor, lora.m, lora.total_rank(), s)) return false;
+    const size_t experts = lora.experts.size();
+    made.append(py::none());
+    const auto make = [&](const auto& allocate) -> float* {
+      if (!needs[made.size()].template cast<bool>()) {
+        made.append(py::none());
+        return nullptr;
+      }
+      NewTensor tensor = allocate();
+      made.append(std::move(tensor.object));
+      return tensor.data;
+    };
+    bool needs_x = false, needs_s = false;
+    out.dgate = make([&] { return new_like(dy, static_cast<int64_t>(experts)); });
+    needs_s = out.dgate != nullptr;
+    for (size_t e = 0; e < experts; ++e) {
+      out.da.push_back(make([&] { return new_matrix(lora.experts[e].rank, k); }));
+      needs_x |= out.da.back() != nullptr;
+    }
+    for (size_t e = 0; e < experts; ++e) {
+      out.db.push_back(make([&] { return new_matrix(dy.columns(), lora.experts[e].rank); }));
+      needs_s |= out.db.back() != nullptr;
+    }
+    return (has_x || !needs_x) && (s || !needs_s);
+  }
+};
+
 // `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
 // every db. The result has the same order, None for what is not needed. All tensors but dy went into the forward pass or came out.
 // `product`: as in linear_forward, of dy and the weight.
@@ -190,13 +265,12 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
                            const py::sequence& a, const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
                            uint64_t seed, py::handle s, const py::sequence& needs, py::handle product) {
   View dy_view;
-  Lora lora;
-  std::vector<float> gate_values;
-  if (!exchange || !look<float>(dy, dy_view) || !dy_view.dense() || dy_view.rows() * dy_view.columns() == 0) return py::none();
-  const int64_t n = dy_view.columns(), m = dy_view.rows(), experts = static_cast<int64_t>(a.size());
-  if (!plain_experts(dy_view, n, k, {a, b, scale, gate, dropout_p, seed, Origin::known}, lora, gate_values)) return py::none();
-  float *x_data, *s_data;
-  if (!dense_or_none(x, m, k, x_data) || !dense_or_none(s, m, lora.total_rank(), s_data)) return py::none();
+  PlainGradients layer;
+  if (!plain_rows(dy, dy_view)) return py::none();
+  const int64_t n = dy_view.columns(), m = dy_view.rows();
+  float* x_data;
+  if (!dense_or_none(x, m, k, x_data)) return py::none();
+  if (!layer.read(dy_view, k, x_data, {a, b, scale, gate, dropout_p, seed, Origin::known}, s, needs)) return py::none();
 
   PlainWeight w;
   NewTensor dx{py::none(), nullptr};
@@ -205,49 +279,65 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
     if (!w.read(weight, weight_scale, k, Origin::known) || w.n != (w.packed.scale ? k : n)) return py::none();
     if (w.group_scales && m > nibbles_few_rows()) return py::none();
     few = !w.full || m <= few_rows();
+    const int64_t rank = layer.lora.total_rank(), experts = static_cast<int64_t>(layer.lora.experts.size());
     if (few) {
       dx = new_like(dy_view, k);
-    } else if (product.is_none() || !product_of(product(dy, weight, m, lora.total_rank(), experts, dropout_p), m, k, dx)) {
+    } else if (product.is_none() || !product_of(product(dy, weight, m, rank, experts, dropout_p), m, k, dx)) {
       return py::none();
     }
   }
-  py::tuple result(2 + 2 * experts);
-  LoraGradients out;
-  const auto make = [&](int64_t place, const auto& allocate) -> float* {
-    if (!needs[place].cast<bool>()) {
-      result[place] = py::none();
-      return nullptr;
-    }
-    NewTensor made = allocate();
-    result[place] = std::move(made.object);
-    return made.data;
-  };
+  LoraGradients& out = layer.out;
   out.dx = dx.data;
-  result[0] = std::move(dx.object);
-  out.dgate = make(1, [&] { return new_like(dy_view, experts); });
-  for (int64_t e = 0; e < experts; ++e) {
-    out.da.push_back(make(2 + e, [&] { return new_matrix(lora.experts[e].rank, k); }));
-    if (out.da.back() && !x_data) return py::none();
-  }
-  for (int64_t e = 0; e < experts; ++e) {
-    out.db.push_back(make(2 + experts + e, [&] { return new_matrix(n, lora.experts[e].rank); }));
-    if (out.db.back() && !s_data) return py::none();
-  }
-  if (out.dgate && !s_data) return py::none();
+  layer.made[0] = std::move(dx.object);
   const float* const from = dy_view.data<float>();
   {
     const py::gil_scoped_release unlocked;
     if (w.packed.scale) {
-      fedms::int8_backward(w.packed, lora, from, x_data, s_data, out);
+      fedms::int8_backward(w.packed, layer.lora, from, x_data, layer.s, out);
     } else {
       if (w.full && few) few_rows_backward(m, n, k, from, w.full, out.dx);
       if (w.group_scales) {
         nibbles_input_gradient(m, n, k, w.packed.packed, w.packed.packed_size, w.groups, w.group_scales, from, out.dx);
       }
-      if (experts > 0) fedms::lora_backward(lora, from, x_data, s_data, out);
+      if (!layer.lora.experts.empty()) fedms::lora_backward(layer.lora, from, x_data, layer.s, out);
     }
   }
-  return result;
+  return layer.made;
+}
+
+// The gradients of siblings_forward: dx, the sum over all layers, and the gradients of each layer as linear_backward returns them,
+// without its dx. Each of `layers` is (dy, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, needs), with an int8 weight
+// that dx is computed from.
+py::object siblings_backward(py::handle x, int64_t k, const py::sequence& layers, bool needs_dx) {
+  std::vector<PlainGradients> read(layers.size());
+  std::vector<PlainWeight> weights(layers.size());
+  std::vector<Int8LayerGradients> calls;
+  py::list made;
+  View dy_view;
+  float* x_data = nullptr;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const py::tuple given = layers[i];
+    if (!plain_rows(given[0], dy_view) || !dense_or_none(x, dy_view.rows(), k, x_data)) return py::none();
+    if (i > 0 && dy_view.rows() != read[0].lora.m) return py::none();
+    PlainWeight& w = weights[i];
+    if (needs_dx && (!w.read(given[1], given[2], k, Origin::known) || !w.packed.scale || w.n != k)) return py::none();
+    const Branch branch{given[3], given[4], given[5], given[6], given[7].cast<double>(), given[8].cast<uint64_t>(), Origin::known};
+    if (!read[i].read(dy_view, k, x_data, branch, given[9], given[10])) return py::none();
+    calls.push_back({w.packed, read[i].lora, dy_view.data<float>(), read[i].s, read[i].out});
+    made.append(read[i].made);
+  }
+  py::object dx = py::none();
+  float* dx_data = nullptr;
+  if (needs_dx) {
+    NewTensor tensor = new_like(dy_view, k);
+    dx_data = tensor.data;
+    dx = std::move(tensor.object);
+  }
+  {
+    const py::gil_scoped_release unlocked;
+    fedms::int8_backward(calls, x_data, dx_data);
+  }
+  return py::make_tuple(dx, made);
 }
 
 }  // namespace
@@ -260,7 +350,11 @@ void define_plain(py::module_& m) {
   m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("weight"), py::arg("weight_scale"),
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"),
         py::arg("seed"), py::arg("s"), py::arg("needs"), py::arg("product") = py::none(),
-        "The gradients of linear_forward: (dx, dgate, *da, *db), None for what is not needed; None if it is not plain.");
+        "The gradients of linear_forward: [dx, dgate, *da, *db], None for what is not needed; None if it is not plain.");
+  m.def("siblings_forward", &siblings_forward, py::arg("x"), py::arg("layers"),
+        "[(y, s)] of layers that share x; see plain_bindings.cpp. None if a call is not plain or a weight is not packed.");
+  m.def("siblings_backward", &siblings_backward, py::arg("x"), py::arg("k"), py::arg("layers"), py::arg("needs_dx"),
+        "(dx, [[None, dgate, *da, *db]]) of siblings_forward; None if a gradient is not plain or a weight is not int8.");
 }
 
 }  // namespace fedms::python

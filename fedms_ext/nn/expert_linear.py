@@ -18,8 +18,10 @@ from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.lora import STATES, LoRA, PairState, check_experts, saved_pair
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.seeds import draw_seed
+from fedms_ext.nn.siblings import Siblings
 from fedms_ext.operators import expert_linear
 from fedms_ext.operators.planned import Plans, planned_linear
+from fedms_ext.operators.siblings import Sibling
 
 
 @dataclass(eq=False)
@@ -66,6 +68,7 @@ class ExpertLinear(FrozenLinear):
             the next `segments[1]` samples only the second one, and so on, and the gate has the shape (B, 1). Without
             segments every sample uses all applied experts. Set by `fedms_ext.segmented`, for the calling thread.
         frozen: The quantized weight after `fedms_ext.quantize`, otherwise None; see `FrozenLinear`.
+        siblings: The layers that share their input with this one, or None. Set by `fedms_ext.group`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, experts: Mapping[str, LoRA],
@@ -105,6 +108,7 @@ class ExpertLinear(FrozenLinear):
         self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
         self.routes: list[Route] = []        # those of all threads
         self.plans = Plans()                 # what the CUDA kernels keep for this layer
+        self.siblings: Siblings | None = None
         self.merged: tuple[str, PairState, nn.Parameter] | None = None   # what `merge` changed
         for name, lora in experts.items():
             self.add_expert(name, lora)
@@ -190,6 +194,10 @@ class ExpertLinear(FrozenLinear):
         # Attribute access on a module searches `_modules` and `_parameters` last; reading these dicts saves 20 us a call.
         modules: dict[str, Any] = self._modules
         frozen, off, experts = modules.get("frozen"), self.off, self.experts
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            together = self.siblings.output(self, x)
+            if together is not None:
+                return together
         if len(off) == len(experts):
             return super().forward(x)
         weight = self.matrix() if frozen is None else frozen
@@ -213,6 +221,25 @@ class ExpertLinear(FrozenLinear):
             if y is not None:
                 return y
         return expert_linear(x, weight, bias, a, b, scale, gate, active, dropout, seed, segments)
+
+    def as_sibling(self, x: Tensor) -> Sibling | None:
+        """Return what this layer's output is computed from besides x, with the seed 0, or None if it has to be called for that.
+
+        It has to be if rows of x take different experts (`segments`), if its `forward` was replaced, or if it has a hook that runs
+        before it, which may change x or load the weight.
+        """
+        route = self._route()
+        if route.segments is not None or self._forward_pre_hooks or "forward" in vars(self):
+            return None
+        weight = self.matrix() if self.frozen is None else self.frozen
+        names = self.applied
+        a, b = ([pairs._parameters[name] for name in names] for pairs in (self.lora_a, self.lora_b))
+        gate = None if route.gate is None or not names else self._gate_of_rows(x, route)
+        if gate is not None and self.off:
+            gate = gate[..., [i for i, name in enumerate(self.experts) if name not in self.off]]
+        drops = self.training and any([pair.requires_grad for pair in (*a, *b)])
+        dropout = self.experts[names[0]].dropout if drops else 0.0
+        return Sibling(weight, self.bias, a, b, [self.experts[name].scale for name in names], gate, dropout, 0)
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate
@@ -322,7 +349,9 @@ class ExpertLinear(FrozenLinear):
     def leave(self) -> None:
         """Turn the layer, in place, into the layer that it was before it got experts, or into a `FrozenLinear` if its
         weight is quantized. The experts are deleted; merge one first to keep it."""
-        del self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.plans, self.merged
+        if self.siblings is not None:
+            self.siblings.part()
+        del self.siblings, self.experts, self.off, self.lora_a, self.lora_b, self.block, self.routes, self.plans, self.merged
         super().leave()
 
     def extra_repr(self) -> str:

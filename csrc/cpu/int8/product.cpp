@@ -33,17 +33,17 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-thread_local Scratch scratch_of_thread, scratch_of_team, scratch_of_panel, scratch_of_expand;
+thread_local Scratch scratch_of_thread, scratch_of_team, scratch_of_panel, scratch_of_expand, scratch_of_tile;
 
-// Rows of x after quantization, and their S times scale and gate.
+// Rows of x after quantization, and the S times scale and gate that each part of a product makes of them.
 struct Strip {
   uint8_t* q;
   float* q_scale;
   int32_t* q_zero;
-  float* weighed;
+  float* weighed;  // (rows, rank) of each part, one part after the other
 
-  static int64_t size(int64_t rows, int64_t row_size, int64_t rank) {
-    return rounded_up(rows * row_size, 64) + rows * (2 + rank) * static_cast<int64_t>(sizeof(float));
+  static int64_t size(int64_t rows, int64_t row_size, int64_t ranks) {
+    return rounded_up(rows * row_size, 64) + rows * (2 + ranks) * static_cast<int64_t>(sizeof(float));
   }
   static Strip in(void* memory, int64_t rows, int64_t row_size) {
     uint8_t* q = static_cast<uint8_t*>(memory);
@@ -52,53 +52,80 @@ struct Strip {
   }
 };
 
-// y = dequantized(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
-struct Product {
+// y = or += dequantized(x) W^T + bias + weighed(S) expand, with S = x shrink^T: forward from x, backward from dy.
+struct Part {
   const Int8Weight& weight;
-  const Packed& layout;
+  Packed layout;
   const Lora& lora;                        // ranks, scales, gates
-  int64_t m, n, k;                         // of this product
+  int64_t n;                               // of this product
   std::vector<const float*> shrink;        // R rows of k
   std::vector<const float*> expand;        // R rows of n; none: the columns of the experts' B
-  const float* x;
   float *s, *y;
   bool masked = false;                     // dropout on the x that makes S
+  bool add = false;                        // to what y holds
 
   int64_t rank() const { return static_cast<int64_t>(shrink.size()); }
 };
+
+// The products of one x (m, k), which is quantized once for all of them: the layouts agree in what the rows look like.
+struct Product {
+  const float* x;
+  int64_t m, k;
+  std::vector<Part> parts;
+
+  const Packed& layout() const { return parts.front().layout; }
+  int64_t ranks() const {
+    int64_t sum = 0;
+    for (const Part& part : parts) sum += part.rank();
+    return sum;
+  }
+};
+
+bool same_rows(const Packed& a, const Packed& b) {
+  return a.kernels == b.kernels && a.steps == b.steps && a.rotated == b.rotated && a.padded_k == b.padded_k;
+}
 
 // From one row of the quantized x to the next, in bytes: odd multiples of a cache line, because rows of a tile that lie a
 // multiple of a power of two apart push each other out of the L1 cache.
 int64_t row_size_of(const Packed& layout) { return rounded_up(layout.padded_k * layout.kernels->q_size, 64) | 64; }
 
 // The floats that `prepare` needs beside the strip.
-int64_t work_size(const Product& p) { return p.masked || p.layout.rotated ? PREPARED_ROWS * p.k : 0; }
+int64_t work_size(const Product& p) {
+  const bool masked = std::any_of(p.parts.begin(), p.parts.end(), [](const Part& part) { return part.masked; });
+  return masked || p.layout().rotated ? PREPARED_ROWS * p.k : 0;
+}
 
-void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, float* work) {
-  const int64_t rank = p.rank();
-  const int64_t row_size = row_size_of(p.layout);
+// Rows first .. first + count - 1 of x to the rows of `to` from `at` on. A part's `weighed` starts at a multiple of `to_rows`.
+void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, int64_t at, int64_t to_rows, float* work) {
+  const Packed& layout = p.layout();
+  const int64_t row_size = row_size_of(layout);
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
-    const int64_t rows = std::min(PREPARED_ROWS, count - i);
-    const float* x = p.x + (first + i) * p.k;
+    const int64_t rows = std::min(PREPARED_ROWS, count - i), row = at + i;
+    const float* const x = p.x + (first + i) * p.k;
     const float* levels_of = x;
-    if (p.layout.rotated) {
-      p.layout.kernels->rotate(rows * p.k, static_cast<int32_t>(p.layout.rotated), x, work);
+    if (layout.rotated) {
+      layout.kernels->rotate(rows * p.k, static_cast<int32_t>(layout.rotated), x, work);
       levels_of = work;
     }
-    p.layout.kernels->quantize(rows, p.k, p.layout.steps, levels_of, to.q + i * row_size, row_size / p.layout.kernels->q_size,
-                               to.q_scale + i, to.q_zero + i);
-    if (rank == 0) continue;
-    if (p.masked) {
-      drop_rows(p.lora, first + i, rows, 0, p.k, x, p.k, work, p.k, false);
-      x = work;
+    layout.kernels->quantize(rows, p.k, layout.steps, levels_of, to.q + row * row_size, row_size / layout.kernels->q_size,
+                             to.q_scale + row, to.q_zero + row);
+    for (const Part& part : p.parts) {
+      const int64_t rank = part.rank();
+      if (rank == 0) continue;
+      if (part.masked) drop_rows(part.lora, first + i, rows, 0, p.k, x, p.k, work, p.k, false);
+      lora_kernels().dots(rows, rank, p.k, part.masked ? work : x, p.k, part.shrink.data(), part.s + (first + i) * rank, rank);
     }
-    lora_kernels().dots(rows, rank, p.k, x, p.k, p.shrink.data(), p.s + (first + i) * rank, rank);
   }
-  if (rank > 0) weigh(p.lora, first, count, p.s + first * rank, to.weighed);
+  float* weighed = to.weighed;
+  for (const Part& part : p.parts) {
+    const int64_t rank = part.rank();
+    if (rank > 0) weigh(part.lora, first, count, part.s + first * rank, weighed + at * rank);
+    weighed += to_rows * rank;
+  }
 }
 
 // One panel of the weight as int8, and its columns' scales.
-const int8_t* wide_panel(const Product& p, int64_t panel) {
+const int8_t* wide_panel(const Part& p, int64_t panel) {
   const Packed& layout = p.layout;
   const uint8_t* from = p.weight.packed + layout.panels_at + panel * layout.panel_size();
   if (!layout.nibble_group) return reinterpret_cast<const int8_t*>(from);
@@ -116,7 +143,7 @@ const int8_t* wide_panel(const Product& p, int64_t panel) {
 // R rows of a panel's width, without gaps, zeros behind the first `columns`: what `expand` has from `column` on. B is transposed
 // here, a panel at a time: so it is read once and written to the L1 cache. Whole it took 1.6 us at (768, 8), where the product of one
 // row takes 6.8, because it was written to the L2 cache and read again.
-const float* const* expand_panel(const Product& p, int64_t column, int64_t columns) {
+const float* const* expand_panel(const Part& p, int64_t column, int64_t columns) {
   const int64_t width = p.layout.kernels->panel, rank = p.rank();
   char* const memory = static_cast<char*>(
       scratch_of_expand.reserve(rank * static_cast<int64_t>(width * sizeof(float) + sizeof(float*))));
@@ -135,8 +162,8 @@ const float* const* expand_panel(const Product& p, int64_t column, int64_t colum
   return rows;
 }
 
-// Rows first .. first + count - 1 of y, one panel of columns.
-void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, const Strip& from) {
+// `count` rows of y from `first` on, one panel of columns. The strip holds these rows, and `weighed` their S.
+void multiply(const Part& p, int64_t panel, int64_t first, int64_t count, const Strip& from, const float* weighed) {
   const Packed& layout = p.layout;
   const int64_t width = layout.kernels->panel, rank = p.rank();
   const int64_t column = panel * width, columns = std::min(width, p.n - column);
@@ -153,107 +180,161 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t count, con
   strip.q_zero = from.q_zero;
   strip.minus_sums = reinterpret_cast<const int32_t*>(packed + layout.sums_at) + column;
   strip.rank = rank;
-  strip.s = from.weighed;
-  const bool in_place = columns == width && !p.expand.empty();
+  strip.s = weighed;
+  strip.scale = scales + column;
+  strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
+  const bool whole = columns == width, in_place = whole && !p.expand.empty();
   strip.expand = in_place ? p.expand.data() : rank > 0 ? expand_panel(p, column, columns) : nullptr;
   strip.expand_column = in_place ? column : 0;
-  if (columns == width) {
-    strip.scale = scales + column;
-    strip.bias = p.weight.bias ? p.weight.bias + column : nullptr;
-    strip.y = p.y + first * p.n + column;
+  float* const y = p.y + first * p.n + column;
+  if (whole && !p.add) {
+    strip.y = y;
     strip.y_stride = p.n;
     layout.kernels->multiply(strip);
     return;
   }
-  // The last panel: the kernel works on whole ones, so its operands are padded, and its y is copied.
-  std::vector<float> padded((2 + count) * width, 0.0f);
-  float* to = padded.data();
-  const auto pad = [&](const float* values) {
-    std::copy_n(values, columns, to);
-    to += width;
-    return to - width;
-  };
-  strip.scale = pad(scales + column);
-  strip.bias = p.weight.bias ? pad(p.weight.bias + column) : nullptr;
-  strip.y = to;
+  // The last panel: the kernel works on whole ones, so its operands are padded.
+  std::vector<float> padded(whole ? 0 : 2 * width, 0.0f);
+  if (!whole) {
+    std::copy_n(strip.scale, columns, padded.data());
+    strip.scale = padded.data();
+    if (strip.bias) strip.bias = std::copy_n(strip.bias, columns, padded.data() + width) - columns;
+  }
+  // The kernel writes, and whole panels, so the result is taken over from a tile that stays in the cache.
+  const float* const tile = strip.y =
+      static_cast<float*>(scratch_of_tile.reserve(count * width * static_cast<int64_t>(sizeof(float))));
   strip.y_stride = width;
   layout.kernels->multiply(strip);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(to + i * width, columns, p.y + (first + i) * p.n + column);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* const row = tile + i * width;
+    float* const to = y + i * p.n;
+    if (p.add) {
+      for (int64_t c = 0; c < columns; ++c) to[c] += row[c];
+    } else {
+      std::copy_n(row, columns, to);
+    }
+  }
 }
 
-void run(const Product& p) {
-  if (p.m == 0) return;
-  const int64_t panels = p.layout.panels, rank = p.rank();
-  const int64_t row_size = row_size_of(p.layout);
-  const int64_t work_bytes = work_size(p) * static_cast<int64_t>(sizeof(float));
-  const int threads = threads_for(p.m * p.n * p.k, INTEGER_WORK, std::max(panels, p.m));
-
-  if (p.m >= 24 * threads) {
-    // A thread takes rows, and meets no barrier: equally many chunks a thread, of rows that are a multiple of the tile
-    // heights, and no more of them than leave the L2 cache to q and to the panels (fewer than 100 or more than 400 are
-    // up to 20 % slower at k = 3072, and make no difference at 384).
-    const int64_t fitting = std::max<int64_t>(24, std::min<int64_t>(264, (768 << 10) / row_size / 12 * 12));
-    const int64_t each = (p.m + threads * fitting - 1) / (threads * fitting);
-    const int64_t chunk = std::max<int64_t>(24, rounded_up((p.m + threads * each - 1) / (threads * each), 12));
-    const int64_t chunks = (p.m + chunk - 1) / chunk;
-    const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, rank), 64);
+// A thread takes rows, and meets no barrier.
+void run_by_rows(const std::vector<Product>& products, int threads, int64_t row_size, int64_t ranks, int64_t work_bytes) {
+  // Equally many chunks a thread, of rows that are a multiple of the tile heights, and no more of them than leave the L2
+  // cache to q and to the panels (fewer than 100 or more than 400 are up to 20 % slower at k = 3072, and make no difference
+  // at 384).
+  const int64_t m = products.front().m;
+  const int64_t fitting = std::max<int64_t>(24, std::min<int64_t>(264, (768 << 10) / row_size / 12 * 12));
+  const int64_t each = (m + threads * fitting - 1) / (threads * fitting);
+  const int64_t chunk = std::max<int64_t>(24, rounded_up((m + threads * each - 1) / (threads * each), 12));
+  const int64_t chunks = (m + chunk - 1) / chunk;
+  const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, ranks), 64);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = c * chunk, count = std::min(chunk, p.m - first);
-      char* memory = static_cast<char*>(
-          scratch_of_thread.reserve(strip_size + work_bytes));
-      const Strip strip = Strip::in(memory, chunk, row_size);
-      prepare(p, first, count, strip, reinterpret_cast<float*>(memory + strip_size));
-      for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, first, count, strip);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t first = c * chunk, count = std::min(chunk, m - first);
+    char* memory = static_cast<char*>(scratch_of_thread.reserve(strip_size + work_bytes));
+    for (const Product& p : products) {
+      const Strip strip = Strip::in(memory, chunk, row_size_of(p.layout()));
+      prepare(p, first, count, strip, 0, chunk, reinterpret_cast<float*>(memory + strip_size));
+      const float* weighed = strip.weighed;
+      for (const Part& part : p.parts) {
+        for (int64_t panel = 0; panel < part.layout.panels; ++panel) multiply(part, panel, first, count, strip, weighed);
+        weighed += chunk * part.rank();
+      }
     }
-    return;
   }
+}
 
-  // Few rows: they are shared, and a thread takes panels.
-  const Strip strip = Strip::in(scratch_of_team.reserve(Strip::size(p.m, row_size, rank)), p.m, row_size);
+// Few rows: they are shared, and a thread takes panels.
+void run_by_panels(const std::vector<Product>& products, int threads, int64_t row_size, int64_t ranks, int64_t work_bytes) {
+  const int64_t m = products.front().m;
+  void* const memory = scratch_of_team.reserve(Strip::size(m, row_size, ranks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* work = static_cast<float*>(scratch_of_thread.reserve(work_bytes));
-    const int64_t part = (p.m + threads - 1) / threads;
+    const int64_t rows = (m + threads - 1) / threads;
+    for (const Product& p : products) {
+      const Strip strip = Strip::in(memory, m, row_size_of(p.layout()));
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < p.m; first += part) {
-      const Strip rows{strip.q + first * row_size, strip.q_scale + first, strip.q_zero + first,
-                       strip.weighed + first * rank};
-      prepare(p, first, std::min(part, p.m - first), rows, work);
+      for (int64_t first = 0; first < m; first += rows) prepare(p, first, std::min(rows, m - first), strip, first, m, work);
+      const float* weighed = strip.weighed;
+      for (size_t i = 0; i < p.parts.size(); ++i) {
+        const Part& part = p.parts[i];
+        // Parts with a y of their own need not wait for one another; the last barrier is before the strip is written again.
+#pragma omp for schedule(static) nowait
+        for (int64_t panel = 0; panel < part.layout.panels; ++panel) multiply(part, panel, 0, m, strip, weighed);
+        weighed += m * part.rank();
+      }
+#pragma omp barrier
     }
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel) multiply(p, panel, 0, p.m, strip);
   }
+}
+
+// The products, which have the same rows, one after the other.
+void run(const std::vector<Product>& products) {
+  if (products.empty() || products.front().m == 0) return;
+  const int64_t m = products.front().m;
+  int64_t work = 0, row_size = 0, ranks = 0, panels = 0, multiplications = 0;
+  for (const Product& p : products) {
+    work = std::max(work, work_size(p) * static_cast<int64_t>(sizeof(float)));
+    row_size = std::max(row_size, row_size_of(p.layout()));
+    ranks = std::max(ranks, p.ranks());
+    for (const Part& part : p.parts) {
+      panels = std::max(panels, part.layout.panels);
+      multiplications += m * part.n * p.k;
+    }
+  }
+  const int threads = threads_for(multiplications, INTEGER_WORK, std::max(panels, m));
+  (m >= 24 * threads ? run_by_rows : run_by_panels)(products, threads, row_size, ranks, work);
 }
 
 }  // namespace
 
+void int8_forward(const std::vector<Int8Layer>& layers, const float* x) {
+  std::vector<Product> products;
+  for (const auto& [weight, lora, s, y] : layers) {
+    const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
+    if (!weight.scale && !layout.nibble_group) throw std::invalid_argument("an int8 weight needs its scale");
+    if (products.empty() || !same_rows(products.back().layout(), layout)) products.push_back({x, lora.m, lora.k, {}});
+    products.back().parts.push_back({weight, layout, lora, lora.n, rows_of_a(lora), {}, s, y, lora.dropout_p > 0});
+  }
+  run(products);
+}
+
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
-  const Packed layout = layout_of(lora.n, lora.k, weight.packed, weight.packed_size);
-  if (!weight.scale && !layout.nibble_group) throw std::invalid_argument("an int8 weight needs its scale");
-  run({weight, layout, lora, lora.m, lora.n, lora.k, rows_of_a(lora), {}, x, s, y, lora.dropout_p > 0});
+  int8_forward({{weight, lora, s, y}}, x);
+}
+
+void int8_backward(const std::vector<Int8LayerGradients>& layers, const float* x, float* dx) {
+  std::vector<Product> products;
+  std::vector<TransposedB> bs;
+  std::vector<std::unique_ptr<float[]>> us(layers.size());
+  bs.reserve(layers.size());
+  for (size_t i = 0; dx && i < layers.size(); ++i) {
+    const auto& [transposed, lora, dy, s, out] = layers[i];
+    const Packed layout = layout_of(lora.k, lora.n, transposed.packed, transposed.packed_size);
+    Part part{transposed, layout, lora, lora.k, {}, {}, nullptr, dx, false, i > 0};
+    // A dropout mask is on the LoRA part of dx alone, which therefore cannot be added in the product.
+    if (!lora.experts.empty() && lora.dropout_p == 0) {
+      us[i] = buffer(lora.m * lora.total_rank());
+      bs.emplace_back(lora);
+      part.shrink = bs.back().rows;
+      part.expand = rows_of_a(lora);
+      part.s = us[i].get();
+    }
+    products.push_back({dy, lora.m, lora.n, {std::move(part)}});
+  }
+  run(products);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& [transposed, lora, dy, s, out] = layers[i];
+    if (lora.experts.empty()) continue;
+    LoraGradients rest = out;
+    rest.dx = us[i] ? nullptr : dx;
+    lora_backward_from(lora, dy, x, s, us[i].get(), rest);
+  }
 }
 
 void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
                    const LoraGradients& out) {
-  const int64_t m = lora.m, n = lora.n, k = lora.k;
-  if (!out.dx) {
-    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
-    return;
-  }
-  const Packed layout = layout_of(k, n, transposed.packed, transposed.packed_size);
-  if (lora.experts.empty() || lora.dropout_p > 0) {
-    // The mask is on the LoRA part of dx alone, which therefore cannot be added in the product.
-    run({transposed, layout, lora, m, k, n, {}, {}, dy, nullptr, out.dx});
-    if (!lora.experts.empty()) lora_backward(lora, dy, x, s, out);
-    return;
-  }
-  const TransposedB b(lora);
-  const std::unique_ptr<float[]> u = buffer(m * lora.total_rank());
-  run({transposed, layout, lora, m, k, n, b.rows, rows_of_a(lora), dy, u.get(), out.dx});
-  LoraGradients rest = out;
-  rest.dx = nullptr;
-  lora_backward_from(lora, dy, x, s, u.get(), rest);
+  int8_backward({{transposed, lora, dy, s, out}}, x, out.dx);
 }
 
 }  // namespace fedms

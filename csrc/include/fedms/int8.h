@@ -87,4 +87,24 @@ void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, fl
 void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,
                    const LoraGradients& out);
 
+// Layers that share x (m, k), such as the query, the key and the value of an attention layer: x is quantized once for those in a
+// row whose weights were packed for the same levels, and dx is the sum over all of them. The bits of y and s are those of a layer
+// by itself, and dx is the sum of the layers' dx in their order; where there is dropout, all products come first and then the
+// LoRA parts.
+struct Int8Layer {
+  const Int8Weight& weight;
+  const Lora& lora;
+  float *s, *y;  // written
+};
+void int8_forward(const std::vector<Int8Layer>& layers, const float* x);
+
+struct Int8LayerGradients {
+  const Int8Weight& transposed;
+  const Lora& lora;
+  const float *dy, *s;
+  const LoraGradients& out;  // its dx is not looked at
+};
+// dx (m, k) is written; null if it is not needed.
+void int8_backward(const std::vector<Int8LayerGradients>& layers, const float* x, float* dx);
+
 }  // namespace fedms

@@ -1,0 +1,137 @@
+"""`group`: layers that are called with the same input one after the other, such as an attention's query, key and value."""
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedms_ext.nn.seeds import draw_seed
+from fedms_ext.operators.siblings import may_be_joined, sibling_linears
+
+if TYPE_CHECKING:
+    from fedms_ext.nn.expert_linear import ExpertLinear
+
+
+class _Held:
+    """The outputs for one x that have been computed and not been asked for yet.
+
+    Attributes:
+        outputs: By the index of the layer: its output, and its state when the output was computed. Emptied when x is deleted.
+    """
+
+    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, _State]]) -> None:
+        self.outputs = outputs
+        self._x, self._version = weakref.ref(x, lambda _: outputs.clear()), x._version
+        self._mode = torch.is_grad_enabled(), x.requires_grad
+
+    def take(self, index: int, layer: ExpertLinear, x: Tensor) -> Tensor | None:
+        """Return the output of a layer and forget it; None if it is not here, or if something has changed since."""
+        same = self._x() is x and self._version == x._version and self._mode == (torch.is_grad_enabled(), x.requires_grad)
+        if not same or index not in self.outputs or not self.outputs[index][1].is_still(layer):
+            return None
+        return self.outputs.pop(index)[0]
+
+
+class _State:
+    """What the output of a layer depends on besides x, at one moment."""
+
+    def __init__(self, layer: ExpertLinear) -> None:
+        # These dicts are read in place of attributes because that is several times as fast; see `ExpertLinear.forward`.
+        modules: dict[str, Any] = layer._modules
+        frozen = modules.get("frozen")
+        weight = frozen.operands if frozen is not None else (layer.matrix(),)
+        pairs = [*modules["lora_a"]._parameters.values(), *modules["lora_b"]._parameters.values()]
+        route = layer._route()
+        self.tensors = [*weight, layer._parameters.get("bias"), route.gate, *pairs]
+        self.versions = [0 if t is None or t.is_inference() else t._version for t in self.tensors]
+        self.numbers = (layer.training, layer.off.copy(), [lora.scale for lora in layer.experts.values()],
+                        [pair.requires_grad for pair in pairs], route.segments, len(layer.routes))
+
+    def is_still(self, layer: ExpertLinear) -> bool:
+        """Return whether the layer has the same tensors with the same values, and the same settings."""
+        now = _State(layer)
+        return (len(now.tensors) == len(self.tensors) and all(map(is_, now.tensors, self.tensors))
+                and now.versions == self.versions and now.numbers == self.numbers)
+
+
+class Siblings:
+    """Layers that share their input x. The first one that is called with x computes the outputs of all.
+
+    The outputs of the others are held until they are asked for. They are used only for the same x, recognized by its identity and
+    by its counter of changes in place, in the same thread, under the same gradient mode and while the layer's tensors and settings
+    are unchanged. Otherwise a layer is computed anew: so layers that do not share their input are never wrong, only slower. If the
+    first outputs that are computed together are not all asked for, the layers are no siblings, and each is computed by itself from
+    then on.
+
+    Args:
+        layers: At least two layers with the same number of input features.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLinear]) -> None:
+        self.layers = tuple(layers)
+        self._start()
+
+    def _start(self) -> None:
+        self.together: bool | None = None     # whether the layers have proved to share their input; None: not known yet
+        self._of_thread = threading.local()
+
+    def __getstate__(self) -> tuple[ExpertLinear, ...]:
+        return self.layers
+
+    def __setstate__(self, layers: tuple[ExpertLinear, ...]) -> None:
+        self.layers = layers
+        self._start()
+
+    def part(self) -> None:
+        """Let each layer compute its output by itself again."""
+        for layer in self.layers:
+            if layer.siblings is self:
+                layer.siblings = None
+
+    def output(self, layer: ExpertLinear, x: Tensor) -> Tensor | None:
+        """Return the output of one of the layers, or None if it has to be computed by itself."""
+        if self.together is False or not may_be_joined(x):
+            return None
+        index = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        if index is None:   # a copy of the layer
+            return None
+        held: _Held | None = getattr(self._of_thread, "held", None)
+        if held is not None:
+            y = held.take(index, layer, x)
+            if y is None:
+                self._missed(held)
+            elif not held.outputs:
+                self.together, self._of_thread.held = True, None
+            if y is not None or self.together is False:
+                return y
+        return self._compute(index, x)
+
+    def _missed(self, held: _Held) -> None:
+        """Drop the outputs that were held, since they are not those that are asked for."""
+        self._of_thread.held = None
+        # Activation checkpointing computes a layer twice, and both times it has to save the same tensors.
+        if self.together is None and held.outputs and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            self.together = False
+
+    def _compute(self, index: int, x: Tensor) -> Tensor | None:
+        parts = [part for layer in self.layers if (part := layer.as_sibling(x)) is not None]
+        if len(parts) < len(self.layers):
+            return None
+        drops = {part.dropout_p > 0 for part in parts}
+        if len(drops) > 1:
+            return None
+        if True in drops:
+            # One number from the generator, as for a layer by itself; each sibling makes a seed of its own from it.
+            seed: Any = draw_seed(x)   # on the CPU it is a number
+            parts = [part._replace(seed=(seed + i - index) % 2**63) for i, part in enumerate(parts)]
+        ys = sibling_linears(x, parts)
+        if ys is None:
+            return None
+        others = {i: (y, _State(self.layers[i])) for i, y in enumerate(ys) if i != index}
+        self._of_thread.held = _Held(x, others)
+        return ys[index]
