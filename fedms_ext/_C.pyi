@@ -49,6 +49,21 @@ def linear_backward(
     more than `nibbles_few_rows` rows. `product(dy, weight, rows, rank, experts, dropout_p)` returns dy W, or None, as above.
     """
 
+def siblings_forward(x: Tensor, layers: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]] | None:
+    """y and s of each of several layers of one x, or None as above, or if a weight is not packed.
+
+    Each of `layers` is (weight, weight_scale, bias, a, b, scale, gate, dropout_p, seed), as for `linear_forward`.
+    """
+
+def siblings_backward(
+    x: Tensor | None, k: int, layers: Sequence[tuple[Any, ...]], needs_dx: bool
+) -> tuple[Tensor | None, list[list[Tensor | None]]] | None:
+    """dx, the sum over all layers, and for each of them [None, dgate, every dA, every dB]; or None as above, or if a weight is not
+    int8.
+
+    Each of `layers` is (dy, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, needs), as for `linear_backward`.
+    """
+
 # --- attention of short sequences, csrc/include/fedms/attention.h
 
 def attention_forward(

@@ -37,9 +37,9 @@ def in_peft() -> nn.Module:
     return peft.get_peft_model(minilm(), config)
 
 
-def in_ours(depth: int, frozen: str | None) -> nn.Module:
+def in_ours(depth: int, frozen: str | None, group: bool = False) -> nn.Module:
     model = minilm()
-    fedms_ext.attach(model, "all-linear", {"e": LoRA(8, 16)})
+    fedms_ext.attach(model, "all-linear", {"e": LoRA(8, 16)}, group=group)
     for layer in fedms_ext.expert_layers(model).values():
         nn.init.normal_(layer.lora_b["e"], std=0.02)
     fedms_ext.activate(model, "e", depth=depth, applied_depth=len(fedms_ext.sparse.activation.blocks_of(model)))

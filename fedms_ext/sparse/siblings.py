@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.linear import class_name
 from fedms_ext.nn.siblings import Siblings
@@ -47,3 +49,33 @@ def group(layers: Sequence[ExpertLinear]) -> Siblings:
     for layer in layers:
         layer.siblings = siblings
     return siblings
+
+
+# Names of layers beside one another that read the same input: the query, key and value of an attention layer, and the two
+# layers of a gated MLP that are multiplied.
+_NAMES = (
+    ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"), ("wq", "wk", "wv"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
+)
+
+
+def group_siblings(model: nn.Module) -> list[Siblings]:
+    """Group the layers with experts that share their input, as far as their names tell.
+
+    They are children of one module, have one of the usual sets of names and the same number of input features. Where the names
+    mislead, as in the attention of a decoder to its encoder, the layers notice it at their first call; see `Siblings`.
+
+    Args:
+        model: Any module. Layers that are in a group already stay there.
+
+    Returns:
+        The new groups, in the model's order.
+    """
+    groups = []
+    for module in model.modules():
+        for names in _NAMES:
+            layers = [layer for name in names if isinstance(layer := module._modules.get(name), ExpertLinear)]
+            same = len({layer.in_features for layer in layers}) == 1
+            if len(layers) > 1 and same and all(layer.siblings is None for layer in layers):
+                groups.append(group(layers))
+    return groups
