@@ -88,14 +88,14 @@ _COLUMNS = (
     _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),
     _Column("unseen clients %", "unseen\n%", "unseen", lambda s: percent(s), 1),
     _Column("macro F1 %", "macro\nF1 %", "macro_f1", lambda s: percent(s), 1),
-    _Column("AUROC %", "AUROC\n%", "auroc", lambda s: percent(s), 0),
-    _Column("calibration error %", "calib.\nerror %", "calibration_error", lambda s: percent(s), 0, False),
     _Column("better off alone %", "alone\nbetter %", "below_local", lambda s: percent(s, 0), 6, False),
     _Column("trained %", "trained\n%", "trainable_percent", lambda s: f"{s.mean:.2f}", 2, None),
     _Column("sent up", "sent\nup", "bytes_up", lambda s: size(s.mean), 5, False),
     _Column("sent down", "sent\ndown", "bytes_down", lambda s: size(s.mean), 3, False),
     _Column("TFLOP", "TFLOP", "flops", lambda s: f"{s.mean / 1e12:.3g}", 1, False),
     _Column("time", "time", "seconds", lambda s: duration(s.mean), 4, None),
+    _Column("AUROC %", "AUROC\n%", "auroc", lambda s: percent(s), 0),
+    _Column("calibration error %", "calib.\nerror %", "calibration_error", lambda s: percent(s), 0, False),
 )
 
 
