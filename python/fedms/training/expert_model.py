@@ -161,7 +161,8 @@ class ExpertModel:
         self._open = None
         with torch.no_grad():
             targets = self.applied(expert)
-            torch._foreach_copy_(list(targets.values()), [tensors[name] for name in targets])
+            if targets:     # a language model has no head, and at depth 0 no pair is applied
+                torch._foreach_copy_(list(targets.values()), [tensors[name] for name in targets])
             self.corrections.replace({name: t for name, t in tensors.items() if name.startswith("correction/")})
 
     def untrained_below(self, depth: int) -> int:

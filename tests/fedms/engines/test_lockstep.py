@@ -9,6 +9,7 @@ import pytest
 import torch
 from private_runs import configuration, new_key
 from saved_models import WORDS, save
+from tiny_language_models import configuration as of_language_model, write_federation
 
 from fedms import data, methods, models
 from fedms.config import ConfigError, load_config, registry, with_run
@@ -144,6 +145,16 @@ def test_sentences_of_many_lengths_share_a_pass(texts):
     assert len(set(lengths[torch.cat([split.train for split in world.splits])].tolist())) > 4
     agree(world.visits(config, "stage1", lockstep=True), world.visits(config, "stage1"))
     agree(world.visits(config, "stage2", lockstep=True), world.visits(config, "stage2"))
+
+
+def test_answers_of_many_lengths_share_a_pass_of_a_language_model(tmp_path):
+    folder = write_federation(tmp_path, ["amy", "bob"], 16, lambda who, number: who * (1 + number % 5))
+    config = of_language_model(folder, *IMAGES[2:], 'model.targets=["v_proj","o_proj","down_proj"]', "run.method=fedms")
+    world = World(config)
+    lengths = world.dataset.inputs.lengths
+    assert len(set(lengths[torch.cat([split.train for split in world.splits])].tolist())) > 4
+    for stage in ("stage1", "stage2"):
+        agree(world.visits(config, stage, lockstep=True), world.visits(config, stage))
 
 
 @pytest.mark.skipif("FEDMS_FULL" not in os.environ, reason="22 million parameters: make test-full")
