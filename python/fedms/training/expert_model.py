@@ -33,7 +33,7 @@ from fedms.training.imported import imported_tensors
 from fedms.training.streams import Stream
 from fedms.training.tasks import task_of
 from fedms_ext import (ConstantCache, DiskCache, GateAdapter, LoRA, activate, activation_order, attach, budget, build_info,
-                       deactivate, expert_layers, gated, prefix_depth, prefix_hash, quantize, reset_expert)
+                       deactivate, expert_layers, prefix_depth, prefix_hash, quantize, reset_expert)
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -309,8 +309,8 @@ class ExpertModel:
 
         weights: (B, 2); per token (U, 2), where the positions before an answer take those of its first token."""
         mixed = [layer for layer in self.layers.values() if layer.block in self.order[:self.depths["local"][0]]]
-        with self.stream("mixture") as stream, gated(mixed, self._gates(part, rows, weights)):
-            features = stream.features(part, rows)
+        with self.stream("mixture") as stream:
+            features = stream.features(part, rows, mixing=(mixed, self._gates(part, rows, weights)))
         return self.task.layer_opinion(dict(self.heads.items()), self.shifts, features, self.targets(part, rows), weights)
 
     def _gates(self, part: Subset, rows: Tensor, weights: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ Live = Callable[..., Tensor]
 
 
 class StepGraphs:
-    """CUDA graphs of the passes through a model's blocks, forward and backward, in which one expert is trained.
+    """CUDA graphs of the passes through a model's blocks, forward and backward, in which one expert is trained: alone, or mixed with
+    the frozen global one inside the layers.
 
-    Passes with gates or segments inside the layers are not captured, because these are not arguments of the pass.
+    Passes of several clients at once are not captured: their numbers of rows are in the layers, not arguments of the pass.
     """
 
     # Ways to run the model of which graphs are kept, each with those of its shapes; activation makes new ones.
@@ -38,14 +39,15 @@ class StepGraphs:
             live: Computes the pass.
         """
         model = self.model
-        trains = torch.is_grad_enabled() and stream.name in model.depths
+        expert = "local" if stream.name == "mixture" else stream.name
+        trains = torch.is_grad_enabled() and expert in model.depths
         if not (model.config.run.graphs and trains) or any(layer.routes for layer in model.layers.values()):
             return live
         key = (stream.name, stream.prefix_depth, stream.replays, stream.states)
         if key not in self.kept:
             while len(self.kept) >= self.MOST:
                 self.kept.popitem(last=False)
-            trained = [p for layer in model.layers.values() for p in (layer.lora_a[stream.name], layer.lora_b[stream.name])]
+            trained = [p for layer in model.layers.values() for p in (layer.lora_a[expert], layer.lora_b[expert])]
             self.kept[key] = graphed(live, trained)
         self.kept.move_to_end(key)
         return self.kept[key]

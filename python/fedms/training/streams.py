@@ -12,11 +12,14 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.tasks.base import shifted
-from fedms_ext import ConstantPrefix, PairState, Ragged
+from fedms_ext import ConstantPrefix, ExpertLinear, PairState, Ragged, gated
 from fedms_ext.budget import BlockCost
 
 if TYPE_CHECKING:
     from fedms.training.expert_model import ExpertModel
+
+# Layers, and the gate (B, E) or (B, T, E) by which they weight their experts; see `fedms_ext.gated`.
+Mixing = tuple[Sequence[ExpertLinear], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Stream:
         opinion = model.task.opinion(model.heads[self.name], self.features(part, rows), model.targets(part, rows))
         return shifted(opinion, model.shifts[self.name])
 
-    def features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None) -> Tensor:
+    def features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None, mixing: Mixing | None = None) -> Tensor:
         """Return the features (U, D) of the rows (B,) of a subset, computed from the cached prefix (or from `prefix`)."""
         model = self.model
         indices = part.indices[rows]
@@ -62,7 +65,7 @@ class Stream:
         if self.replays:
             prefix = self.prefix(part) if prefix is None else prefix
             hidden = prefix.pad(rows).to(model.device)
-        features = self.live(hidden, inputs)
+        features = self.live(hidden, inputs, mixing)
         self.charge(indices, features.requires_grad)
         if model.task.per_token:
             features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
@@ -77,21 +80,23 @@ class Stream:
             model.meter.add(sum(cost.backward(len(indices) * length, length) for cost in self.costs[self.untrained:]))
         model.meter.add(model.task.head_flops(int(model.dataset.units(indices).sum()), trains))
 
-    def live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+    def live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor], mixing: Mixing | None = None) -> Tensor:
         """Compute the features, (B, D) or per token (B, T, D) float32.
 
         Args:
             hidden: Output (B, T, D) of the prefix, from which to go on; None to start from the inputs.
             inputs: Inputs of the model by name.
+            mixing: Layers that mix their experts, which the stream determines, and the gate; None for none.
         """
         model, names = self.model, tuple(inputs)
+        layers, gate = mixing or ((), None)
 
-        def live(hidden: Tensor | None, *values: Tensor) -> Tensor:
+        def live(hidden: Tensor | None, gate: Tensor | None, *values: Tensor) -> Tensor:
             replayed = nullcontext() if hidden is None else ConstantPrefix(model.foundation.module, self.prefix_depth).replay(hidden)
-            with replayed, model.precision():
+            with replayed, model.precision(), nullcontext() if gate is None else gated(layers, gate):
                 return model.foundation.features(dict(zip(names, values))).float()
 
-        return model.graphs.of(self, live)(hidden, *inputs.values())
+        return model.graphs.of(self, live)(hidden, gate, *inputs.values())
 
     @cached_property
     def states(self) -> tuple[tuple[PairState, ...], ...]:
