@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # As in pyproject.toml, and what PyTorch needs. The editable install must not be built in isolation: it is rebuilt in place.
-BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.26' ninja
+BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.26' ninja
 TORCH_REQUIREMENTS := filelock fsspec jinja2 networkx sympy typing-extensions
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml requirements.lock setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "device_tensor.h"
+#include "fast_call.h"
 #include "fedms/cuda_layer.h"
 
 namespace fedms::python {
@@ -35,15 +36,15 @@ class Plan {
 
   const cuda::LayerPlan& plan() const { return plan_; }
 
-  void forward(py::handle x, py::handle w, py::handle w_scale, py::handle bias, const py::sequence& a, const py::sequence& b,
+  void forward(py::handle x, py::handle w, py::handle w_scale, py::handle bias, const Items& a, const Items& b,
                py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle y, py::handle s,
                py::handle room) const {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerForward call{};
     std::optional<Scratch> own_room;
     void* const place = find_room(room, x, s.is_none(), own_room);
-    call.of = operands(a, b, scale, gate, dropout_p, seed, place);
-    read_weight(call.of, w, w_scale, shape.n, shape.k);
+    call.of = operands(a, b, scale, gate, dropout_p, seed, place, Origin::outside);
+    read_weight(call.of, w, w_scale, shape.n, shape.k, Origin::outside);
     const DeviceTensor x_tensor("x", x);
     call.x = x_tensor.expect(device_, type_).data();
     call.x_stride = x_tensor.rows(shape.m, shape.k);
@@ -53,24 +54,26 @@ class Plan {
     plan_.forward(call, forward_choice, current_stream(device_));
   }
 
-  void backward(py::handle dy, py::handle x, py::handle w, py::handle w_scale, const py::sequence& a, const py::sequence& b,
+  // All tensors but dy went into the forward pass or came out of it.
+  void backward(py::handle dy, py::handle x, py::handle w, py::handle w_scale, const Items& a, const Items& b,
                 py::handle scale, py::handle gate, double dropout_p, py::handle seed, py::handle s,
-                py::handle room, py::handle dx, py::handle dgate, const py::sequence& da, const py::sequence& db) const {
+                py::handle room, py::handle dx, py::handle dgate, const Items& da, const Items& db) const {
     const cuda::LayerShape& shape = plan_.shape();
     cuda::LayerBackward call{};
     std::optional<Scratch> own_room;
     void* const place = find_room(room, dy, false, own_room);
-    call.of = operands(a, b, scale, gate, dropout_p, seed, place);
+    call.of = operands(a, b, scale, gate, dropout_p, seed, place, Origin::known);
     call.room_is_filled = !room.is_none();
     const DeviceTensor dy_tensor("dy", dy);
     call.dy = dy_tensor.expect(device_, type_).data();
     call.dy_stride = dy_tensor.rows(shape.m, shape.n);
     cuda::Needs needs{!dx.is_none(), !dgate.is_none(), false, false};
     if (needs.dx) {
-      shape.int8 ? read_weight(call.of, w, w_scale, shape.k, shape.n) : read_weight(call.of, w, w_scale, shape.n, shape.k);
+      read_weight(call.of, w, w_scale, shape.int8 ? shape.k : shape.n, shape.int8 ? shape.n : shape.k, Origin::known);
       call.dx = own("dx", dx, type_, shape.m * shape.k);
     }
     if (needs.dgate) call.dgate = static_cast<float*>(own("dgate", dgate, FP32, shape.m * (shape.rows.empty() ? shape.ranks.size() : 1)));
+    if (da.size() != shape.ranks.size() || db.size() != shape.ranks.size()) throw py::value_error("da and db have to be of every expert");
     for (size_t e = 0; e < shape.ranks.size(); ++e) {
       call.da.push_back(gradient("da", da[e], shape.ranks[e] * shape.k));
       call.db.push_back(gradient("db", db[e], shape.ranks[e] * shape.n));
@@ -78,7 +81,7 @@ class Plan {
       needs.db |= call.db.back() != nullptr;
     }
     if (needs.da) {
-      const DeviceTensor x_tensor("x", x);
+      const DeviceTensor x_tensor("x", x, Origin::known);
       call.x = x_tensor.expect(device_, type_).data();
       call.x_stride = x_tensor.rows(shape.m, shape.k);
     }
@@ -100,7 +103,7 @@ class Plan {
     return DeviceTensor(name, tensor).expect(device_, type).dense(numbers).data();
   }
   void* own(const char* name, py::handle tensor, const Type& type, int64_t numbers) const {
-    return DeviceTensor(name, tensor, true).expect(device_, type).dense(numbers).data();
+    return DeviceTensor(name, tensor, Origin::known).expect(device_, type).dense(numbers).data();
   }
   // The room of a call: a tensor, or (None) one that lasts as long as the call.
   void* find_room(py::handle room, py::handle like, bool with_s, std::optional<Scratch>& own_room) const {
@@ -117,24 +120,24 @@ class Plan {
     return tensor.is_none() ? nullptr : own(name, tensor, experts_type(), numbers);
   }
 
-  void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns) const {
+  void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns, Origin origin) const {
     const bool int8 = plan_.shape().int8;
-    const DeviceTensor weight("weight", w);
+    const DeviceTensor weight("weight", w, origin);
     of.w = weight.expect(device_, int8 ? INT8 : type_).data();
     of.w_stride = weight.rows(rows, columns);
     if (int8) of.w_scale = static_cast<float*>(dense("weight_scale", w_scale, FP32, rows));
   }
 
-  cuda::LayerOperands operands(const py::sequence& a, const py::sequence& b, py::handle scale, py::handle gate, double dropout_p,
-                               py::handle seed, void* room) const {
+  cuda::LayerOperands operands(const Items& a, const Items& b, py::handle scale, py::handle gate, double dropout_p,
+                               py::handle seed, void* room, Origin origin) const {
     const cuda::LayerShape& shape = plan_.shape();
     const size_t experts = shape.ranks.size();
     cuda::LayerOperands of{};
     if (a.size() != experts || b.size() != experts) throw Declined("there are more or fewer experts than the plan's");
-    for (size_t e = 0; e < experts; ++e) of.experts.push_back(expert(a[e], b[e], shape.ranks[e]));
+    for (size_t e = 0; e < experts; ++e) of.experts.push_back(expert(a[e], b[e], shape.ranks[e], origin));
     of.factors.scale = static_cast<float*>(own("scale", scale, FP32, experts));
     if (!gate.is_none()) {
-      const DeviceTensor tensor("gate", gate);
+      const DeviceTensor tensor("gate", gate, origin);
       tensor.expect(device_, FP32).matrix(shape.m, experts);
       of.factors.gate = static_cast<float*>(tensor.data());
       of.factors.row_stride = tensor.stride(0);
@@ -153,9 +156,9 @@ class Plan {
     return of;
   }
 
-  cuda::Expert expert(py::handle a, py::handle b, int64_t rank) const {
+  cuda::Expert expert(py::handle a, py::handle b, int64_t rank, Origin origin) const {
     const cuda::LayerShape& shape = plan_.shape();
-    const DeviceTensor a_tensor("lora_a", a), b_tensor("lora_b", b);
+    const DeviceTensor a_tensor("lora_a", a, origin), b_tensor("lora_b", b, origin);
     a_tensor.expect(device_, experts_type()).matrix(rank, shape.k);
     b_tensor.expect(device_, experts_type()).matrix(shape.n, rank);
     if (plan_.joined_size() == 0) {  // the GEMMs read them where they are
@@ -197,8 +200,8 @@ void gemm(py::handle x, py::handle w, py::handle t, py::handle f, py::handle y, 
 }
 
 void define_plan(py::module_& m) {
-  py::class_<Plan>(m, "Plan", "The passes of a layer for all calls of one shape; see fedms_ext/backends/cuda_plan.py.")
-      .def(py::init<bool, bool, bool, int64_t, int64_t, int64_t, std::vector<int>, std::vector<int>, const cuda::DeviceProperties&,
+  py::class_<Plan> plan(m, "Plan", "The passes of a layer for all calls of one shape; see fedms_ext/backends/cuda_plan.py.");
+  plan.def(py::init<bool, bool, bool, int64_t, int64_t, int64_t, std::vector<int>, std::vector<int>, const cuda::DeviceProperties&,
                     py::object>(),
            py::kw_only(), py::arg("bf16"), py::arg("fp32_experts"), py::arg("int8"), py::arg("m"), py::arg("n"), py::arg("k"),
            py::arg("ranks"), py::arg("rows"), py::arg("chip"), py::arg("owner"))
@@ -208,13 +211,12 @@ void define_plan(py::module_& m) {
       .def_property_readonly("reads_expert_in_place", [](const Plan& plan) { return plan.plan().joined_size() == 0; })
       .def("choose_forward", [](Plan& plan, int tile, bool fuses_shrink) { plan.forward_choice = {tile, fuses_shrink}; },
            py::arg("tile"), py::arg("fuses_shrink"))
-      .def("choose_dx", [](Plan& plan, int tile) { plan.dx_choice = {tile, false}; }, py::arg("tile"))
-      .def("forward", &Plan::forward, py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("bias"), py::arg("a"),
-           py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("y"), py::arg("s"),
-           py::arg("room"))
-      .def("backward", &Plan::backward, py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("weight_scale"), py::arg("a"),
-           py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"), py::arg("s"),
-           py::arg("room"), py::arg("dx"), py::arg("dgate"), py::arg("da"), py::arg("db"));
+      .def("choose_dx", [](Plan& plan, int tile) { plan.dx_choice = {tile, false}; }, py::arg("tile"));
+  define_fast_method<&Plan::forward>(
+      plan, "forward", "forward(x, weight, weight_scale, bias, a, b, scale, gate, dropout_p, seed, y, s, room)");
+  define_fast_method<&Plan::backward>(
+      plan, "backward",
+      "backward(dy, x, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, room, dx, dgate, da, db)");
 }
 
 }  // namespace

@@ -28,11 +28,10 @@ inline bool operator==(const dlpack::Device& a, const dlpack::Device& b) { retur
 
 class DeviceTensor {
  public:
-  // `own`: made by fedms_ext itself a moment ago, so that it cannot be a view that is negated when it is read.
-  DeviceTensor(const char* name, py::handle tensor, bool own = false) : name_(name) {
+  DeviceTensor(const char* name, py::handle tensor, Origin origin = Origin::outside) : name_(name) {
     const PyTypeObject* const type = Py_TYPE(tensor.ptr());
     if (type != tensor_type && type != parameter_type) decline(std::string("is a ") + type->tp_name + ", not a torch.Tensor");
-    if (!own && is_negated(tensor)) decline("is negated when it is read; pass .resolve_neg()");
+    if (origin == Origin::outside && is_negated(tensor)) decline("is negated when it is read; pass .resolve_neg()");
     if (exchange) {
       if (exchange->tensor_from_py_object(tensor.ptr(), &view_.tensor) != 0) throw py::error_already_set();
     } else {

@@ -73,6 +73,11 @@ class Plan:
         s_at: Index of the first value of S in the room, where a forward pass writes S if it is given no tensor for it.
         reads_expert_in_place: Whether the kernels read the only expert without a copy, so that its rows have to begin at multiples
             of 16 bytes.
+        forward: Writes y and S, and fills the room. Takes the arguments of `_C.cuda.Plan.forward`, in order; x is (M, K), or
+            (..., K) if dense. Raises `Declined` if the kernels cannot read a tensor in place.
+        backward: Writes the gradients. Takes the arguments of `_C.cuda.Plan.backward`, in order; dy is (M, N), or (..., N) if
+            dense. The last four are the gradients of x, of the gate, of every A and of every B, None for those that are not
+            needed. Raises `Declined` if the kernels cannot read a tensor in place.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -87,48 +92,33 @@ class Plan:
         self.room_size: int = self._kernels.room_size
         self.s_at: int = self._kernels.s_at
         self.reads_expert_in_place: bool = self._kernels.reads_expert_in_place
-        self._forward_is_chosen = self._dx_is_chosen = False
+        self.forward: Callable[..., None] = self._first_forward
+        self.backward: Callable[..., None] = self._first_backward
 
-    def forward(self, x: Tensor, *args: Any) -> None:
-        """Write y and S, and fill the room.
+    def _first_forward(self, *args: Any) -> None:
+        """Choose how the GEMM runs. When that is final, `forward` is the C++ function itself."""
+        if self._choose_forward(lambda: self._kernels.forward(*args)):
+            self.forward = self._kernels.forward
+        self._kernels.forward(*args)
 
-        Args:
-            x: (M, K), or (..., K) if dense.
-            args: The other arguments of `_C.cuda.Plan.forward`, in order.
-
-        Raises:
-            Declined: If the kernels cannot read a tensor in place.
-        """
-        if not self._forward_is_chosen:
-            self._choose_forward(lambda: self._kernels.forward(x, *args))
-        self._kernels.forward(x, *args)
-
-    def backward(self, dy: Tensor, *args: Any) -> None:
-        """Write the gradients.
-
-        Args:
-            dy: (M, N), or (..., N) if dense.
-            args: The other arguments of `_C.cuda.Plan.backward`, in order. The last four are the gradients of x, of the gate, of
-                every A and of every B, None for those that are not needed.
-
-        Raises:
-            Declined: If the kernels cannot read a tensor in place.
-        """
-        if args[-4] is not None and not self._dx_is_chosen:
+    def _first_backward(self, *args: Any) -> None:
+        """Choose how the GEMM of dx runs, if dx is needed. When that is final, `backward` is the C++ function itself."""
+        if args[-4] is not None:
             nothing = [None] * len(self.shape.ranks)
-            self._choose_dx(lambda: self._kernels.backward(dy, *args[:-3], None, nothing, nothing))
-        self._kernels.backward(dy, *args)
+            if self._choose_dx(lambda: self._kernels.backward(*args[:-3], None, nothing, nothing)):
+                self.backward = self._kernels.backward
+        self._kernels.backward(*args)
 
-    def _choose_forward(self, run: Callable[[], None]) -> None:
+    def _choose_forward(self, run: Callable[[], None]) -> bool:
         # Tiles that compute S too support neither dropout nor an int8 W. In a forward pass dropout affects only S.
         may_fuse = not (self.shape.has_dropout or self.shape.int8)
-        self._forward_is_chosen = self._choose(
+        return self._choose(
             "forward", self.shape.n, self.shape.k, False, may_fuse, run,
             lambda config: self._kernels.choose_forward(config.tile, config.fuses_shrink),
         )  # fmt: skip
 
-    def _choose_dx(self, run: Callable[[], None]) -> None:
-        self._dx_is_chosen = self._choose(
+    def _choose_dx(self, run: Callable[[], None]) -> bool:
+        return self._choose(
             "dx", self.shape.k, self.shape.n, self.shape.has_dropout, False, run,
             lambda config: self._kernels.choose_dx(config.tile),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedms_ext.backends.device import ON_GPU
 from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, obstacle, unplain
-from fedms_ext.nn.lora import STATES, LoRA, PairState, check_experts, saved_pair
+from fedms_ext.nn.lora import STATES, Experts, LoRA, PairState, check_experts, saved_pair
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.nn.siblings import Siblings
@@ -102,7 +102,7 @@ class ExpertLinear(FrozenLinear):
     def _start_experts(self, experts: Mapping[str, LoRA]) -> None:
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
-        self.experts: dict[str, LoRA] = {}
+        self.experts = Experts()
         self.off: set[str] = set()           # experts that are not applied
         self.lora_a, self.lora_b = Pairs(), Pairs()
         self.block: int | None = None        # 1-based number of the transformer block this layer belongs to
@@ -193,6 +193,7 @@ class ExpertLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         # Attribute access on a module searches `_modules` and `_parameters` last; reading these dicts saves 20 us a call.
         modules: dict[str, Any] = self._modules
+        parameters: dict[str, Any] = self._parameters
         frozen, off, experts = modules.get("frozen"), self.off, self.experts
         if self.siblings is not None and not torch.compiler.is_compiling():
             together = self.siblings.output(self, x)
@@ -200,18 +201,19 @@ class ExpertLinear(FrozenLinear):
                 return together
         if len(off) == len(experts):
             return super().forward(x)
-        weight = self.matrix() if frozen is None else frozen
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
-        a, b = list(modules["lora_a"]._parameters.values()), list(modules["lora_b"]._parameters.values())
-        scale = [lora.scale for lora in experts.values()]
+        weight = parameters.get("weight") if frozen is None and self.plain is nn.Linear else frozen
+        if weight is None:
+            weight = self.matrix()
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        a, b, scale = [*modules["lora_a"]._parameters.values()], [*modules["lora_b"]._parameters.values()], experts.scales
         route = self._route() if self.routes else _EVERYWHERE
         segments = None if route.segments is None else self._segments_of_rows(x, route.segments)
         gate = None if route.gate is None else self._gate_of_rows(x, route)
         active = [name not in off for name in experts] if off else None
         if active is not None and gate is None and segments is None:
-            a, b, scale = (list(compress(values, active)) for values in (a, b, scale))
+            a, b, scale = [*compress(a, active)], [*compress(b, active)], (*compress(scale, active),)
             active = None
-        dropout = next(iter(experts.values())).dropout if self.training else 0.0
+        dropout = experts.dropout if self.training else 0.0
         if dropout > 0.0:
             applied = (*a, *b) if active is None else (*compress(a, active), *compress(b, active))
             dropout = dropout if any([pair.requires_grad for pair in applied]) else 0.0
@@ -336,7 +338,7 @@ class ExpertLinear(FrozenLinear):
         unexpected[:] = [key for key in unexpected if key not in keys.values()]
         try:
             saved = {name: saved_pair(state_dict[key], self.lora_a[name].shape[0]) for name, key in keys.items()}
-            experts = {**self.experts, **{name: lora for name, (lora, _) in saved.items()}}
+            experts = Experts({**self.experts, **{name: lora for name, (lora, _) in saved.items()}})
             check_experts({}, experts)
         except ValueError as error:
             errors.append(f"{prefix}pairs: {error}")

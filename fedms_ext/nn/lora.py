@@ -55,6 +55,26 @@ class LoRA:
         object.__setattr__(self, "scale", self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank))
 
 
+class Experts(dict[str, LoRA]):
+    """The shapes of a layer's experts by name, in the order in which they were added. None is ever taken out.
+
+    Attributes:
+        scales: The scale of each expert. Every call of a layer reads them, so they are collected once.
+        dropout: The dropout that the experts share.
+    """
+
+    def __init__(self, experts: Mapping[str, LoRA] | None = None) -> None:
+        super().__init__()
+        self.scales: tuple[float, ...] = ()
+        self.dropout = 0.0
+        for name, lora in (experts or {}).items():
+            self[name] = lora
+
+    def __setitem__(self, name: str, lora: LoRA) -> None:
+        super().__setitem__(name, lora)
+        self.scales, self.dropout = tuple([one.scale for one in self.values()]), lora.dropout
+
+
 def check_experts(present: Mapping[str, LoRA], new: Mapping[str, LoRA]) -> None:
     """Check that a layer can hold the experts `present` and the `new` ones together.
 

@@ -8,6 +8,7 @@ the call, which then takes the general path: it computes the same result or repo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from .definition import gradients
 from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
 
 
+_needs_gradient = attrgetter("requires_grad")
+
+
 class Planned:
     """What a layer keeps for its calls of one shape.
 
@@ -29,6 +33,7 @@ class Planned:
         x_shape: Shape of the input.
         y_shape: Shape of the output.
         scale: Scales of the experts on the GPU, float32 (E,).
+        pair_shapes: Shapes of every A and every B.
         backward: For each combination of needed gradients whether the plan computes that backward pass, or another backend does.
     """
 
@@ -37,6 +42,7 @@ class Planned:
         self.plan = cuda_plan.Plan(cuda_plan.shape_of(x, weight, lora)) if backends.choose(found) is cuda else None
         self.x_shape, self.y_shape = tuple(x.shape), (*x.shape[:-1], weight.n)
         self.scale = scale_on(lora.scale, x.device)
+        self.pair_shapes = [tuple(pair.shape) for pair in (*lora.a, *lora.b)]
         self.backward: dict[tuple[bool, ...], bool] = {}
 
 
@@ -87,7 +93,7 @@ def planned_linear(
         quantized, (data, data_scale), kind = weight, weight.operands, weight.kind
     if gate is not None:
         gate = _gate_of_rows(gate, x)
-    key = (x.shape, x.dtype, x.device, data.dtype, kind, *scale, *[pair.shape[0] for pair in a], gate is None, dropout_p > 0.0,
+    key = (x.shape, x.dtype, x.device, data.dtype, kind, *scale, *map(len, a), gate is None, dropout_p > 0.0,
            backends.preference())  # fmt: skip
     planned = plans.get(key)
     if planned is None:
@@ -97,7 +103,7 @@ def planned_linear(
         return None
     needs: tuple[bool, ...] = (False,)
     if torch.is_grad_enabled():
-        needs = tuple([tensor is not None and tensor.requires_grad for tensor in (x, gate, *a, *b)])
+        needs = (x.requires_grad, gate is not None and gate.requires_grad, *map(_needs_gradient, a), *map(_needs_gradient, b))
     trains = True in needs
     # Numbers, since PyTorch takes 3,000 instructions longer to read a tuple, and 8,000 for a torch.Size.
     y, room = x.new_empty(*planned.y_shape), x.new_empty(plan.room_size) if trains else None
@@ -168,8 +174,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_general_gradients(ctx.call, dy, saved)
     dx = dy.new_empty(*planned.x_shape) if needs[0] else None
     dgate = gate.new_empty(gate.shape) if needs[1] else None
-    made = [torch.empty_like(pair, memory_format=torch.contiguous_format) if needed else None
-            for pair, needed in zip(pairs, needs[2:])]
+    made = [pair.new_empty(*shape) if needed else None for pair, shape, needed in zip(pairs, planned.pair_shapes, needs[2:])]
     try:
         planned.plan.backward(
             dy, x, weight, weight_scale, pairs[:experts], pairs[experts:], planned.scale, gate, dropout_p,

@@ -4,11 +4,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from fedms_ext.nn.expert_linear import ExpertLinear
+from fedms_ext.nn.lora import Experts
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.sparse.activation import segmented
 
@@ -19,7 +19,7 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 class _Own:
     """What the bank exchanges in a layer; the names are those of the layer's attributes."""
 
-    experts: dict[str, Any]
+    experts: Experts
     off: set[str]
     lora_a: Pairs
     lora_b: Pairs
@@ -52,7 +52,7 @@ class ExpertBank:
         self._bank = [self._of(name, layer, expert, versions) for name, layer in layers.items()]
 
     def _of(self, layer_name: str, layer: ExpertLinear, expert: str, versions: Sequence[Mapping[str, Pair]]) -> _Own:
-        lora, own = layer.experts[expert], _Own({}, set(), Pairs(), Pairs())
+        lora, own = layer.experts[expert], _Own(Experts(), set(), Pairs(), Pairs())
         wanted = layer.lora_a[expert].shape, layer.lora_b[expert].shape
         for name, version in zip(self._names, versions):
             own.experts[name] = lora
