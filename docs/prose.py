@@ -1,6 +1,6 @@
 """Print how the README and the pages read: words, words a sentence, readability, and what proselint finds.
 
-    pip install proselint textstat
+    pip install '.[docs]'
     python docs/prose.py                # this checkout
     python docs/prose.py FOLDER         # another one, for example of an earlier commit
 
