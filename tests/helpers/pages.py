@@ -36,7 +36,7 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text()
-    for found in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S):
+    for found in re.finditer(r"^```(\S*)[^\n]*\n(.*?)^```$", text, re.M | re.S):
         yield Block(found[1], found[2], text[:found.start()].rstrip().rpartition("\n\n")[2])
 
 
