@@ -120,15 +120,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--only", choices=("generation", "depth"), help="time generation alone, or the steps at depth 4")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ids = torch.randint(100, 49_000, (BATCH, LENGTH))
     model = attached("int8")
-    speak(model, 4, asked.tokens)
+    if asked.only != "depth":
+        speak(model, 4, asked.tokens)
+    if asked.only == "generation":
+        return
     compare({"PEFT, 30 blocks, fp32, all logits": peft_step(ids),
              "depth 4, cached, int8, loss on all tokens": own_step(model, ids, 4, 1.0),
              "depth 4, cached, int8, loss on half of them": own_step(model, ids, 4, 0.5)}, asked.repeats)
+    if asked.only == "depth":
+        return
     compare({"PEFT, 30 blocks, fp32, all logits": peft_step(ids),
              "30 blocks, int8, loss on all tokens": own_step(model, ids, BLOCKS, 1.0)}, asked.repeats)
 

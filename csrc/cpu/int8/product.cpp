@@ -141,8 +141,8 @@ const int8_t* wide_panel(const Part& p, int64_t panel) {
 }
 
 // R rows of a panel's width, without gaps, zeros behind the first `columns`: what `expand` has from `column` on. B is transposed
-// here, a panel at a time: so it is read once and written to the L1 cache. Whole it took 1.6 us at (768, 8), where the product of one
-// row takes 6.8, because it was written to the L2 cache and read again.
+// here, a panel at a time, and stays in the L1 cache: one row of 576 -> 1536 was expected to take 1 us less than with all of B
+// transposed before, and takes 13.4 in place of 14.0; at 2048 rows there is no difference.
 const float* const* expand_panel(const Part& p, int64_t column, int64_t columns) {
   const int64_t width = p.layout.kernels->panel, rank = p.rank();
   char* const memory = static_cast<char*>(
