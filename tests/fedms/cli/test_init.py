@@ -41,6 +41,16 @@ def test_without_owners_clients_are_simulated(tmp_path):
     assert (config.data.partition, config.data.client, config.clients.count) == ("dirichlet", None, init.SIMULATED_CLIENTS)
 
 
+def test_columns_are_not_compared_where_the_text_is_given(tmp_path, monkeypatch):
+    def compared(table):
+        raise AssertionError("it was asked for by --text")
+
+    monkeypatch.setattr("fedms.data.guess.longest_texts", compared)
+    (tmp_path / "odd.csv").write_text((tmp_path / "mail.csv").read_text().replace("text,folder", "words,kind", 1))
+    result = fedms("--data", "odd.csv", "--text", "words", "--label", "kind", "--yes")
+    assert result.exit_code == 0, result.output
+
+
 def test_questions_are_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(init, "_has_terminal", lambda: True)
     result = fedms(answers="mail.csv\n\nfolder\n\n\n")
