@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from bench.study.findings import StudyRecord
+from bench.study.findings import StudyRecord, table
 from fedms.config import registry
 
 EXPLAINED = """\
@@ -46,20 +46,20 @@ def within_cost(line: Mapping[str, Any], cost: str, budget: float) -> tuple[int,
 
 
 def _setting_table(lines: _Lines) -> str:
-    rows = ["| method | whole run: test % | validation % | TFLOP | MB | at equal operations: round | validation % | at equal bytes: round "
-            "| validation % |", "| --- |" + " ---: |" * 8]
+    rows = []
     for method in dict.fromkeys(line["id"] for line in lines):
         own = [line for line in lines if line["id"] == method]
-        whole = (100 * _mean(line["personalized_accuracy"]["mean"] for line in own), 100 * _mean(line["validation"][-1] for line in own),
-                 _mean(sum(line["round_flops"]) for line in own) / 1e12, _mean(sum(line["round_bytes"]) for line in own) / 1e6)
-        cells = "| {} | {:.1f} | {:.1f} | {:.3g} | {:.3g} |".format(method, *whole)
+        cells = [method, f"{100 * _mean(line['personalized_accuracy']['mean'] for line in own):.1f}",
+                 f"{100 * _mean(line['validation'][-1] for line in own):.1f}",
+                 *(f"{_mean(sum(line[cost]) for line in own) / unit:.3g}" for cost, unit in (("round_flops", 1e12), ("round_bytes", 1e6)))]
         for cost in ("round_flops", "round_bytes"):
             found = [within_cost(line, cost, _budget(lines, line["seed"], cost)) for line in own if sum(line[cost])]
             known = [each for each in found if each is not None]
-            cells += (f" {_mean(each[0] for each in known):.1f} | {100 * _mean(each[1] for each in known):.1f} |"
-                      if known and len(known) == len(own) else " – | – |")
+            cells += ([f"{_mean(each[0] for each in known):.1f}", f"{100 * _mean(each[1] for each in known):.1f}"]
+                      if known and len(known) == len(own) else ["–", "–"])
         rows.append(cells)
-    return "\n".join(rows)
+    return table(["method", "whole run: test %", "validation %", "TFLOP", "MB", "at equal operations: round", "validation %",
+                  "at equal bytes: round", "validation %"], rows)
 
 
 def _budget(lines: _Lines, seed: int, cost: str) -> float:

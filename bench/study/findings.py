@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.study.plan import StudyRun
+from bench.study.plan import Setting, StudyRun
 from fedms.config import registry
 from fedms.report.intervals import LEVEL, Interval, Ranks, average_ranks, by_seed
 from fedms.report.numbers import OURS
@@ -104,13 +104,6 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
                 sentences.append(f"{setting.title}: {'; '.join(named)}.")
         if sentences:
             found.append(f"- `{ours}`, by the interval of seeds. " + " ".join(sentences))
-    for text, gap in (("`fedms` against `fedavg_ft`, which fine-tunes the same global expert and mixes nothing", _ft_gap),
-                      *((f"The mixture of `{ours}` over the better of its two experts", _gap_to(ours, _better_expert)) for ours in OURS),
-                      *((f"The gate of `{ours}` over half and half of the same experts", _gap_to(ours, _half)) for ours in OURS)):
-        each = [f"{setting.title} {str_gap(known)}" for setting in runs
-                if (known := gap(settings[setting], runs[setting])) is not None]
-        if each:
-            found.append(f"- {text}, in points: {'; '.join(each)}.")
     verdicts = {ours: [gap.shows for setting in runs if (gap := _gap_to(ours, _half)(settings[setting], runs[setting])) is not None
                        and not math.isinf(gap.half)] for ours in OURS}
     if any(verdicts.values()):
@@ -118,7 +111,28 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
                   for ours, each in verdicts.items() if each]
         found.append("- A learned gate should be ahead of half and half by the interval on two settings. It is ahead on: "
                      f"{'; '.join(counts)}.")
-    return ["## What it shows", "\n".join(found)] if found else []
+    return ["## What it shows", "\n".join(found), *_worth_of_mixing(settings, runs)] if found else []
+
+
+def _worth_of_mixing(settings: Mapping[Setting, _Lines], runs: Mapping[Setting, Sequence[RunRecords]]) -> list[str]:
+    """Return a table of what mixing and gates are worth in each setting, without the columns that no record tells of."""
+    columns: dict[str, Callable[[_Lines, Sequence[RunRecords]], Interval | None]] = {
+        "`fedms` over `fedavg_ft`": _ft_gap,
+        **{f"mixture of `{ours}` over its better expert": _gap_to(ours, _better_expert) for ours in OURS},
+        **{f"gate of `{ours}` over half and half": _gap_to(ours, _half) for ours in OURS}}
+    gaps = {title: {setting: gap(settings[setting], runs[setting]) for setting in runs} for title, gap in columns.items()}
+    shown = [title for title, each in gaps.items() if any(each.values())]
+    if not shown:
+        return []
+    rows = [[setting.title, *(str_gap(gap) if (gap := gaps[title][setting]) else "–" for title in shown)] for setting in runs]
+    return ["What mixing is worth, in points: against `fedavg_ft`, which fine-tunes the same global expert and mixes nothing; against the "
+            "better of the two experts; and the gate against half and half of the same experts.", table(["setting", *shown], rows)]
+
+
+def table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, its columns after the first aligned to the right."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
 
 
 def _ft_gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.study.costs import costs_part
 from bench.study.diagram import ranks_figure
-from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap
+from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap, table
 from bench.study.plan import ABLATIONS, COMMON, LABELS, SETTINGS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
 from bench.study.records import key_of, read_records
 from fedms import report
@@ -174,7 +174,7 @@ def _missing(planned: Iterable[StudyRun], of_run: Mapping[Any, Any]) -> str:
     for run in planned:
         if run.key not in of_run:
             by_label.setdefault(LABELS.get(run.id, run.id), []).append(str(run.config.run.seed))
-    return "; ".join(f"{label} (seed {', '.join(seeds)})" for label, seeds in by_label.items())
+    return "; ".join(f"{label} (seed {', '.join(dict.fromkeys(seeds))})" for label, seeds in by_label.items())
 
 
 def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[tuple[float, str]]) -> list[str]:
@@ -183,14 +183,14 @@ def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[t
     header, cells = report.table(rows)
     seeds = [str(row["seeds"]) for row in rows]
     header, cells = [header[0], "seeds", *header[1:]], [[c[0], n, *c[1:]] for c, n in zip(cells, seeds)]
-    parts = [_provenance(setting, done), _table(header, cells)]
+    parts = [_provenance(setting, done), table(header, cells)]
     methods = [row["method"] for row in rows if row["method"] in registry.methods()]
     scores = {row["method"]: row["personalized"].mean for row in rows}
     gaps = {ours: {m: gap for m in methods if m != ours and (gap := gap_of(runs, ours, m)) is not None}
             for ours in OURS if ours in methods}
     if len(methods) > 1 and gaps:
         parts += ["Points ahead of the method of each row (behind it: negative):",
-                  _table(["against", *(f"`{ours}`" for ours in gaps)],
+                  table(["against", *(f"`{ours}`" for ours in gaps)],
                          [[m, *(str_gap(of[m]) if m in of else "–" for of in gaps.values())] for m in methods])]
     margins += [(gap.mean, f"{str_gap(gap)} points against `{m}` ({setting.title}; {100 * scores['fedms']:.1f} against "
                  f"{100 * scores[m]:.1f} %, {100 * (scores['fedms'] / scores[m] - 1):+.1f} % relative)")
@@ -231,7 +231,7 @@ def _ranks_part(done: Sequence[StudyRecord], pictures: str) -> list[str]:
             f"(Nemenyi, 95 %), are not shown to differ; from the first one these are {alike}.",
             f"![Critical-difference diagram: average rank of each method, and bars over those that are not shown to differ]"
             f"({pictures}/ranks.svg)",
-            _table(["method", "average rank"], [[name, f"{rank:.1f}"] for name, rank in ranks.mean.items()])]
+            table(["method", "average rank"], [[name, f"{rank:.1f}"] for name, rank in ranks.mean.items()])]
 
 
 def _all_blocks_part(done: Sequence[StudyRecord]) -> list[str]:
@@ -248,7 +248,7 @@ def _all_blocks_part(done: Sequence[StudyRecord]) -> list[str]:
                 rows.append([setting.title, each.method, *map(report.percent, means), str_gap(gap),
                              f"{work[0].mean / work[1].mean:.2f}"])
     return ["## Blocks one after the other, and all from the start",
-            _table(["setting", "method", "progressive %", "all blocks %", "points", "share of the operations"], rows)] if rows else []
+            table(["setting", "method", "progressive %", "all blocks %", "points", "share of the operations"], rows)] if rows else []
 
 
 def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_run: Mapping[Any, Any]) -> list[str]:
@@ -269,12 +269,7 @@ def _ablation_part(done: Sequence[StudyRecord], planned: Sequence[StudyRun], of_
                              str_gap(gap) if gap else "–"])
     if not rows:
         return [*parts, "No run is done yet."]
-    parts.append(_table(["setting", "run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
+    parts.append(table(["setting", "run", "seeds", "personalized %", "worst 10 % of clients %", "points against the whole method"], rows))
     if missing := _missing(wanted, of_run):
         parts.append(f"Not run yet: {missing}.")
     return parts
-
-
-def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
