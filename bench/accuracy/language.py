@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fedms_ext
 from bench.accuracy.rounding import rotated, rounded_groups, rounded_rows, rounded_weight
@@ -84,13 +85,45 @@ class Samples:
 
 
 @torch.no_grad()
-def predict(model: SmolLM2, samples: Samples) -> tuple[Tensor, Tensor]:
-    """The log-probabilities (n, V) at every token of every answer, in a fixed order, and the tokens (n,)."""
-    found, tokens = [], []
+def hidden_states(model: SmolLM2, samples: Samples) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Run the blocks over every batch.
+
+    Returns:
+        The hidden states (n_i, D) at every position that predicts a token of an answer, for each batch; those tokens (n_i,); and for
+        each token of all batches the answer that it belongs to, (n,).
+    """
+    found, tokens, answers = [], [], []
     for ids, asked in samples.batches():
-        found.append(model.head(model.hidden({"input_ids": ids})[:, :-1][asked]).log_softmax(-1))
+        found.append(model.hidden({"input_ids": ids})[:, :-1][asked])
         tokens.append(ids[:, 1:][asked])
-    return torch.cat(found), torch.cat(tokens)
+        answers.append(asked.nonzero()[:, 0] + BATCH * len(answers))
+    return found, tokens, torch.cat(answers)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far predictions moved: the divergence in nats, and the change of the loss of each token (n,)."""
+    divergence: float
+    loss: Tensor
+
+    def error(self, answers: Tensor) -> float:
+        """Return the standard error of the mean change of the loss. Tokens of an answer are not independent, answers (n,) are."""
+        sums = torch.zeros(int(answers.max()) + 1, dtype=torch.float64)
+        sums.index_add_(0, answers, (self.loss - self.loss.mean()).double())
+        count = len(sums)
+        return float(sums.square().sum().mul(count / (count - 1)).sqrt() / len(self.loss))
+
+
+@torch.no_grad()
+def change(model: SmolLM2, samples: Samples, exact: list[Tensor], weight: Tensor) -> Change:
+    """Compare the model's predictions with those of the hidden states `exact` under the head's float32 weight (V, D)."""
+    moved, total, count = [], 0.0, 0
+    for hidden, tokens, before in zip(*hidden_states(model, samples)[:2], exact):
+        p, q = F.linear(before, weight).log_softmax(-1), model.head(hidden).log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        count += len(tokens)
+        moved.append((p - q).gather(1, tokens[:, None]).squeeze(1))
+    return Change(total / count, torch.cat(moved))
 
 
 def linear_layers(model: SmolLM2) -> dict[str, nn.Linear]:
@@ -112,7 +145,7 @@ def largest_inputs(model: SmolLM2, samples: Samples) -> dict[str, Tensor]:
             found[name] = torch.maximum(found[name], largest) if name in found else largest
         return hook
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(model).items()]
-    predict(model, samples)
+    hidden_states(model, samples)
     for handle in handles:
         handle.remove()
     return found
@@ -181,23 +214,19 @@ def main() -> None:
     samples, before = Samples(model, asked.each, 0), Samples(model, 2, 1)
     ways = {name: way for name, way in WAYS.items() if asked.ways in name}
     seen = largest_inputs(model, before) if any(way.smooth is not None for way in ways.values()) else {}
-    exact, tokens = predict(model, samples)
-    print(f"{len(tokens)} tokens, perplexity in fp32 {math.exp(-of_label(exact, tokens).mean()):.2f}\n"
+    exact, tokens, answers = hidden_states(model, samples)
+    weight = model.head.weight
+    loss = [F.cross_entropy(F.linear(x, weight), wanted, reduction="none") for x, wanted in zip(exact, tokens)]
+    print(f"{len(answers)} tokens in {int(answers.max()) + 1} answers, perplexity in fp32 {torch.cat(loss).mean().exp():.2f}\n"
           "| rounded | divergence, nats a token | perplexity, % more | its standard error |\n| --- | ---: | ---: | ---: |",
           flush=True)
     contexts = {f"as a run computes it, {kind}": partial(quantized, model, kind) for kind in ("int8", "int8_rotated")}
     contexts = {name: context for name, context in contexts.items() if asked.ways in name}
     for name, context in {**contexts, **{name: partial(rounded, model, way, seen) for name, way in ways.items()}}.items():
         with context():
-            found = predict(model, samples)[0]
-        change = of_label(exact, tokens) - of_label(found, tokens)
-        divergence = (exact.exp() * (exact - found)).sum(-1).mean()
-        print(f"| {name} | {divergence:.4f} | {100 * math.expm1(change.mean()):+.2f} | "
-              f"{100 * change.std() / len(change) ** 0.5:.2f} |", flush=True)
-
-
-def of_label(log_p: Tensor, tokens: Tensor) -> Tensor:
-    return log_p.gather(1, tokens[:, None]).squeeze(1)
+            found = change(model, samples, exact, weight)
+        print(f"| {name} | {found.divergence:.4f} | {100 * math.expm1(found.loss.mean()):+.2f} | "
+              f"{100 * found.error(answers):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

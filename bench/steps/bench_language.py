@@ -45,9 +45,9 @@ def attached(frozen: str) -> SmolLM2:
     for layer in fedms_ext.expert_layers(model.module).values():
         for expert in EXPERTS:
             torch.nn.init.normal_(layer.lora_b[expert], std=0.02)
-    if frozen == "int8":
-        fedms_ext.quantize(model.module, "int8")
-        model.quantize_head("int8")
+    if frozen != "fp32":
+        fedms_ext.quantize(model.module, frozen)
+        model.quantize_head(frozen)
     return model
 
 
