@@ -166,7 +166,7 @@ class CostModel:
         applied = self._load(depth)
         module, settings = self.model.foundation.module, self.config.stage1
         params = self.model.trainable("global")
-        first = self.model.untrained_below(depth) if replays else 0
+        first = self.model.untrained_below(depth) if replays or self.model.task.per_token else 0
         train, validation = Subset(self.largest.train), Subset(self.largest.validation)
         shuffle = generator(self.config.run.seed, "plan")
         again = 0 if self.config.data.augment else first        # blocks of a training pass that are not run again
@@ -176,12 +176,13 @@ class CostModel:
                 size = self._size(train, rows)
                 flops += budget.forward_flops(module, *size, first=again) + budget.backward_flops(module, *size)
                 flops += self._head_flops(train, rows, training=True)
+                flops += 0 if replays else self._prefix_flops(Subset(train.indices[rows]), first)
         for part in (validation, *([] if self.config.data.augment else [train])):
-            for rows in self.model.chunks(part):
-                size = self._size(part, rows)
-                building += budget.forward_flops(module, *size, last=first)
-                if part is validation:
-                    flops += budget.forward_flops(module, *size, first=first) + self._head_flops(part, rows, training=False)
+            building += self._prefix_flops(part, first) if replays else 0
+        for rows in self.model.chunks(validation):
+            flops += budget.forward_flops(module, *self._size(validation, rows), first=first)
+            flops += self._head_flops(validation, rows, training=False)
+        flops += 0 if replays else self._prefix_flops(validation, first)
         trained = {name: applied[name] for name in params}
         up, down = (self._message(tensors) for tensors in (trained, applied))
         return VisitWork(sum(p.numel() for p in params.values()), flops, building, up, down)
@@ -189,6 +190,12 @@ class CostModel:
     def _size(self, part: Subset, rows: Tensor) -> tuple[int, int]:
         """Return the number of samples and the padded length of the rows (B,) of a part."""
         return len(rows), int(self.model.dataset.inputs.lengths[part.indices[rows]].max())
+
+    def _prefix_flops(self, part: Subset, depth: int) -> int:
+        """Return the operations of so many blocks for a whole part, in the passes that compute a prefix."""
+        costs = budget.block_costs(self.model.foundation.module)[:depth]
+        sizes = [self._size(part, rows) for rows in self.model.chunks(part, self.model.prefix_chunk)]
+        return sum(cost.forward(samples * length, length) for samples, length in sizes for cost in costs)
 
     def _head_flops(self, part: Subset, rows: Tensor, training: bool) -> int:
         return self.model.task.head_flops(self.model.count_units(part, rows), training)

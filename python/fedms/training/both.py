@@ -63,15 +63,22 @@ def _side_by_side(model: ExpertModel, part: Subset, say: Callable[[Tensor, Seque
             return say(rows, halves)
         return model.in_chunks(part, one_by_one, width)
     with model.stream("local") as stream:
-        prefix = stream.prefix(part) if stream.replays and len(part) else None
+        prefix = stream.prefix(part) if stream.keeps and len(part) else None
         kept = stream.prefix_depth, stream.prefix_hash
     with model.stream("streams") as stream:
         with segmented(model.layers, (1, 1)):    # half of the rows with each expert
             costs = budget.block_costs(model.foundation.module)
         both = replace(stream, costs=costs, prefix_depth=kept[0], prefix_hash=kept[1])
 
-        def compute(rows: Tensor) -> Tensor:
-            with segmented(model.layers, (len(rows), len(rows))):
-                features = both.features(part, rows.repeat(len(EXPERTS)), prefix)
-            return say(rows, features.chunk(len(EXPERTS)))
-        return model.in_chunks(part, compute, width)
+    def start(rows: Tensor) -> Tensor | None:
+        if prefix is not None:
+            return prefix.pad(rows).to(model.device)
+        with model.stream("local") as stream:
+            return stream.hidden(part, rows)
+
+    def compute(rows: Tensor) -> Tensor:
+        hidden = start(rows)
+        with model.stream("streams"), segmented(model.layers, (len(rows), len(rows))):
+            features = both.features(part, rows.repeat(len(EXPERTS)), None if hidden is None else torch.cat([hidden, hidden]))
+        return say(rows, features.chunk(len(EXPERTS)))
+    return model.in_chunks(part, compute, width)

@@ -101,7 +101,7 @@ class ExpertModel:
         if run.dtype != "fp32":
             arithmetic += (run.dtype,)
         return DiskCache(made_cache_dir() / "constants", sal.cache_bytes,
-                         repr((self.foundation.fingerprint, self.dataset.fingerprint, self.CHUNK, arithmetic)))
+                         repr((self.foundation.fingerprint, self.dataset.fingerprint, self.prefix_chunk, arithmetic)))
 
     def _new_gate(self, side: int = 0) -> GateAdapter:
         gate = self.config.gate
@@ -251,11 +251,17 @@ class ExpertModel:
         """Return the keyword arguments of the foundation model's forward method for samples (B,)."""
         return {name: tensor.to(self.device) for name, tensor in self.dataset.inputs.batch(indices).items()}
 
-    def chunks(self, part: Subset) -> Sequence[Tensor]:
-        """Return the rows of a subset in chunks of samples with similar length."""
+    @property
+    def prefix_chunk(self) -> int:
+        """Number of samples for which one pass computes the constant prefix. Token sequences go one by one, without padding: the
+        bits are then the same whether the output is kept or computed again for each batch."""
+        return 1 if self.task.per_token else self.CHUNK
+
+    def chunks(self, part: Subset, size: int = CHUNK) -> Sequence[Tensor]:
+        """Return the rows of a subset in chunks of so many samples with similar length."""
         if len(part) == 0:
             return ()
-        return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(self.CHUNK)
+        return torch.argsort(self.dataset.inputs.lengths[part.indices], stable=True).split(size)
 
     # Streams
 

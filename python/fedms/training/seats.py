@@ -32,7 +32,7 @@ class Seat:
         self.expert, self.part = expert, part
         trained = model.trainable(expert).keys()
         with model.stream(expert) as self._stream:
-            self.prefix = self._stream.prefix(part) if self._stream.replays else None
+            self.prefix = self._stream.prefix(part) if self._stream.keeps else None
         self._depths, self._kept, self._shifts = dict(model.depths), dict(model.kept), dict(model.shifts)
         self._corrections, self._gate, self._opinions = model.corrections.tensors, model.read_gate(), model.opinions_cache
         self._tensors = {name: {n: nn.Parameter(p.detach().clone(), requires_grad=name == expert and n in trained)
@@ -61,7 +61,9 @@ class Seat:
 
     def charge(self, rows: Tensor) -> None:
         """Count the operations of a step on rows (B,) of the samples, as the client's own device would do it."""
-        self._stream.charge(self.part.indices[rows], any(name.startswith("expert/") for name in self.params))
+        indices = self.part.indices[rows]
+        self._stream.charge_prefix(indices)
+        self._stream.charge(indices, any(name.startswith("expert/") for name in self.params))
 
     def load(self, model: ExpertModel) -> None:
         """Load into the model what the client had there, with the copies as they are by now."""
@@ -92,7 +94,7 @@ class SideBySide:
         samples = [len(rows.get(number, ())) for number in range(len(self.seats))]
         with model.stream(self.seats[0].expert) as stream:
             length = int(model.dataset.inputs.lengths[indices].max())
-            hidden = torch.cat([self._padded(seat, its, length) for seat, its in own]) if stream.replays else None
+            hidden = torch.cat([self._padded(seat, its, length) for seat, its in own]) if stream.keeps else None
             with self._bank.used(samples):
                 features = stream.live(hidden, model.inputs(indices))
         if model.task.per_token:

@@ -43,9 +43,15 @@ class Stream:
     prefix_hash: str
 
     @property
-    def replays(self) -> bool:
-        """Whether the stream starts from a cached prefix."""
+    def keeps(self) -> bool:
+        """Whether the output of the prefix is kept in the cache."""
         return self.prefix_depth > 0 and self.model.cache.max_bytes > 0
+
+    @property
+    def replays(self) -> bool:
+        """Whether a pass starts from the output of the prefix. Without a cache it does so for token sequences alone, for which that
+        output is computed again for each batch (see `ExpertModel.prefix_chunk`)."""
+        return self.keeps or (self.prefix_depth > 0 and self.model.task.per_token)
 
     def opinion(self, part: Subset, rows: Tensor) -> Tensor:
         """Return the opinion (U, K) of the expert for the rows (B,) of a subset, differentiable by its trained parameters."""
@@ -53,23 +59,35 @@ class Stream:
         opinion = model.task.opinion(model.heads[self.name], self.features(part, rows), model.targets(part, rows))
         return shifted(opinion, model.shifts[self.name])
 
-    def features(self, part: Subset, rows: Tensor, prefix: Ragged | None = None, mixing: Mixing | None = None) -> Tensor:
-        """Return the features (U, D) of the rows (B,) of a subset, computed from the cached prefix (or from `prefix`)."""
+    def features(self, part: Subset, rows: Tensor, hidden: Tensor | None = None, mixing: Mixing | None = None) -> Tensor:
+        """Return the features (U, D) of the rows (B,) of a subset, computed from the output `hidden` of the prefix if it is given; see
+        the method `hidden`."""
         model = self.model
         indices = part.indices[rows]
         if model.config.lora.dropout:       # on where something is trained; the foundation model's own never is
             for layer in model.layers.values():
                 layer.train(torch.is_grad_enabled())
-        inputs = model.inputs(indices)
-        hidden = None
-        if self.replays:
-            prefix = self.prefix(part) if prefix is None else prefix
-            hidden = prefix.pad(rows).to(model.device)
-        features = self.live(hidden, inputs, mixing)
+        features = self.live(self.hidden(part, rows) if hidden is None else hidden, model.inputs(indices), mixing)
         self.charge(indices, features.requires_grad)
         if model.task.per_token:
             features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
         return features
+
+    def hidden(self, part: Subset, rows: Tensor) -> Tensor | None:
+        """Return the output (B, T, ..., D) of the prefix for the rows (B,) of a subset, padded with zeros; None if a pass starts from
+        the inputs."""
+        if not self.replays:
+            return None
+        if not self.keeps:
+            part, rows = Subset(part.indices[rows]), torch.arange(len(rows))
+            self.charge_prefix(part.indices)
+        prefix = self.prefix(part) if self.keeps else self._prefix_of(part)
+        return prefix.pad(rows).to(self.model.device)
+
+    def charge_prefix(self, indices: Tensor) -> None:
+        """Count the operations of the prefix for samples (B,), where it is computed again for each batch."""
+        if self.replays and not self.keeps:
+            self.model.meter.add(self._prefix_flops(Subset(indices)))
 
     def charge(self, indices: Tensor, trains: bool) -> None:
         """Count the operations of a pass through the blocks and the head for samples (B,), and of the pass back if it trains."""
@@ -104,25 +122,28 @@ class Stream:
         return tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
 
     def prefix(self, part: Subset) -> Ragged:
-        """Return the output of the constant prefix for every sample of a subset, each (T_i, D)."""
+        """Return the output of the constant prefix for every sample of a subset, each (T_i, D), from the cache if it is there."""
+        return self.model.constant((part.key, "prefix", self.prefix_depth, self.prefix_hash), lambda: self._prefix_of(part),
+                                   lambda: self._prefix_flops(part))
+
+    def _prefix_of(self, part: Subset) -> Ragged:
+        """Compute `prefix`."""
         model = self.model
+        prefix = ConstantPrefix(model.foundation.module, self.prefix_depth)
+        lengths = model.dataset.inputs.lengths[part.indices]
+        outputs: Ragged | None = None
+        for rows in model.chunks(part, model.prefix_chunk):
+            inputs = model.inputs(part.indices[rows])
+            with model.precision():
+                hidden = prefix.capture(lambda: model.foundation.features(inputs)).float()
+            if outputs is None:
+                outputs = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
+            for row, output in zip(rows.tolist(), hidden):
+                outputs.put(row, output[:lengths[row]])
+        return outputs
 
-        def compute() -> Ragged:
-            prefix = ConstantPrefix(model.foundation.module, self.prefix_depth)
-            lengths = model.dataset.inputs.lengths[part.indices]
-            outputs: Ragged | None = None
-            for rows in model.chunks(part):
-                inputs = model.inputs(part.indices[rows])
-                with model.precision():
-                    hidden = prefix.capture(lambda: model.foundation.features(inputs)).float()
-                if outputs is None:
-                    outputs = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
-                for row, output in zip(rows.tolist(), hidden):
-                    outputs.put(row, output[:lengths[row]])
-            return outputs
-
-        return model.constant((part.key, "prefix", self.prefix_depth, self.prefix_hash), compute,
-                              lambda: self.chunk_flops(part, last=self.prefix_depth))
+    def _prefix_flops(self, part: Subset) -> int:
+        return self.chunk_flops(part, self.model.prefix_chunk, last=self.prefix_depth)
 
     def prefix_at_units(self, part: Subset) -> Tensor:
         """Return the output of the constant prefix at each position that predicts a token, or its mean over a sample, (U,
@@ -141,14 +162,15 @@ class Stream:
         """Return `budget.forward_flops` without visiting the layers again for every batch."""
         return sum(cost.forward(samples * length, length) for cost in self.costs[first:last])
 
-    def chunk_flops(self, part: Subset, **blocks: int) -> int:
-        """Return the operations of running a whole subset in chunks."""
+    def chunk_flops(self, part: Subset, size: int, **blocks: int) -> int:
+        """Return the operations of running a whole subset in chunks of so many samples."""
         lengths = self.model.dataset.inputs.lengths[part.indices]
-        return sum(self.forward_flops(len(rows), int(lengths[rows].max()), **blocks) for rows in self.model.chunks(part))
+        return sum(self.forward_flops(len(rows), int(lengths[rows].max()), **blocks) for rows in self.model.chunks(part, size))
 
     def live_flops(self, part: Subset) -> int:
         """Return the operations of running a whole subset, without a cached prefix."""
-        if self.replays and len(part):
+        if self.keeps and len(part):
             self.prefix(part)       # charged on its own
+        again = self._prefix_flops(part) if self.replays and not self.keeps else 0
         head = self.model.task.head_flops(int(self.model.dataset.units(part.indices).sum()), False)
-        return self.chunk_flops(part, first=self.prefix_depth if self.replays else 0) + head
+        return self.chunk_flops(part, self.model.CHUNK, first=self.prefix_depth if self.replays else 0) + again + head
