@@ -115,10 +115,15 @@ def make_dataset(
 
 
 def describe(dataset: Dataset) -> str:
-    """Return one line with the numbers of samples, classes and groups, and the size of samples."""
+    """Return one line with the numbers of samples, classes and groups; for a language model with tokens, and categories for classes."""
     parts = [f"{dataset.name}: {counted(len(dataset), 'sample')}"]
-    for noun, names, codes in (("class", dataset.classes, dataset.labels), ("group", dataset.group_names, dataset.groups)):
-        if codes is not None:
+    speaks = dataset.answers is not None
+    if speaks:
+        learned = int(dataset.units(torch.arange(len(dataset))).sum())
+        parts[0] += f" of {counted(int(dataset.inputs.lengths.sum()), 'token')}, of which {learned:,} are learned"
+    kinds = (("category" if speaks else "class", dataset.classes, dataset.labels), ("group", dataset.group_names, dataset.groups))
+    for noun, names, codes in kinds:
+        if codes is not None and (len(names) > 1 or not speaks):
             sizes = torch.bincount(codes, minlength=len(names)).tolist()
             shown = ", ".join(f"{name} ({size:,})" for name, size in list(zip(names, sizes))[:MOST_NAMED])
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""

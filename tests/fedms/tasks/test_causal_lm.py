@@ -138,27 +138,56 @@ def test_the_mixture_of_logits(folder, weight):
                                rtol=1e-4, atol=1e-4)
 
 
-def test_mixing_inside_the_layers_by_token(folder):
-    """With weight 1 on one expert it is that expert; the positions before an answer take the weights of its first token."""
-    model, part = loaded(folder, "gate.mixing=layers"), Subset(torch.tensor([4, 30]))
+def mixed_in_layers(model: ExpertModel, part: Subset, weights: torch.Tensor, pairs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities (U, V) of each answer's tokens with the experts mixed by token in the top two of three blocks, one sample at
+    a time, in float64. The positions before an answer take the weights (U, 2) of its first token; below is the global expert alone."""
+    whole, found = tiny.whole().double(), []
+    for index, own in zip(part.indices.tolist(), weights.split(model.dataset.units(part.indices).tolist())):
+        ids = model.dataset.inputs.fields["input_ids"][int(model.dataset.inputs.offsets[index]):int(model.dataset.inputs.offsets[index + 1])]
+        start = int(model.dataset.answers[index])
+        gate = torch.cat([own[:1].expand(start - 1, 2), own, own[-1:]])[None]
+
+        def adapt(name, layer):
+            def hook(_, args, out):
+                said = [layer.experts[e].scale * args[0] @ pairs[f"{name}.lora_a.{e}"].T @ pairs[f"{name}.lora_b.{e}"].T
+                        for e in ("global", "local")]
+                return out + said[0] if layer.block == 1 else out + gate[..., :1] * said[0] + gate[..., 1:] * said[1]
+            return whole.model.get_submodule(name).register_forward_hook(hook)
+        handles = [adapt(name, layer) for name, layer in model.layers.items()]
+        hidden = whole.model(input_ids=ids[None], use_cache=False).last_hidden_state
+        found.append((hidden[0, start - 1:-1] @ whole.lm_head.weight.T).log_softmax(-1))
+        for handle in handles:
+            handle.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("gate", ["global", "local", "random"])
+def test_mixing_inside_the_layers_by_token(folder, gate):
+    """Against plain PyTorch, with the gradients of the gate's weights and of the local expert."""
+    model, part = loaded(folder, "gate.mixing=layers"), Subset(torch.tensor([4, 30, 17]))
     model.load("global", model.read("global"), depth=0, applied_depth=3)
-    rows = torch.arange(2)
-    units = model.count_units(part, rows)
-    for column, expert in enumerate(("global", "local")):
-        weights = torch.eye(2)[column].expand(units, 2)
-        if expert == "local":       # below the trained blocks the layers hold the global pair
-            model.load("local", {**model.read("global"), **model.read_trained("local")}, depth=2, applied_depth=3)
-        got = model.layer_mixture(part, rows, weights)
-        torch.testing.assert_close(got, model.opinion(expert, part, rows), rtol=1e-4, atol=1e-4)
-    weights = torch.rand(units, 2)
-    gates = model._gates(part, rows, weights)
-    counts = model.dataset.units(part.indices)
-    first = model.dataset.answers[part.indices]
-    for row in range(2):
-        begin = int(counts[:row].sum())
-        own = weights[begin:begin + int(counts[row])]
-        assert torch.equal(gates[row, int(first[row]) - 1:int(first[row]) - 1 + int(counts[row])], own)
-        assert torch.equal(gates[row, :int(first[row]) - 1], own[:1].expand(int(first[row]) - 1, 2))
+    rows, targets = torch.arange(3), model.targets(part)
+    weights = torch.rand(len(targets), 2, generator=torch.Generator().manual_seed(3)) if gate == "random" else \
+        torch.eye(2)[("global", "local").index(gate)].repeat(len(targets), 1)
+    pairs = {f"{name}.{ab}.{e}": getattr(layer, ab)[e].detach().double().requires_grad_() for name, layer in model.layers.items()
+             for ab in ("lora_a", "lora_b") for e in ("global", "local")}
+    wide, narrow = weights.double().requires_grad_(), weights.clone().requires_grad_()
+    log_p = mixed_in_layers(model, part, wide, pairs)
+    loss = F.nll_loss(log_p, targets)
+    params = model.trainable("local")
+    mixture = model.layer_mixture(part, rows, narrow)
+    found = torch.autograd.grad(model.task.loss(mixture, targets), [narrow, *params.values()])
+    torch.testing.assert_close(mixture[:, 0].double(), log_p.gather(1, targets[:, None]).squeeze(1).detach(), rtol=1e-4, atol=1e-4)
+    of = [pairs[f"{name.removeprefix('expert/')}.local"] for name in params]
+    for got, wanted in zip(found, torch.autograd.grad(loss, [wide, *of])):
+        assert float((got - wanted).norm()) <= 1e-4 * float(wanted.norm())      # both are 0 where the local expert has no weight
+
+
+def test_a_line_about_the_data(folder):
+    found = loaded(folder).dataset
+    said = data.describe(found)
+    assert said.endswith("; 3 groups of 20 to 20 samples: a (20), b (20), c (20)") and "class" not in said
+    assert f"60 samples of {int(found.inputs.lengths.sum()):,} tokens, of which {len(found.targets(torch.arange(60))):,} are learned" in said
 
 
 @pytest.mark.parametrize("sets", [
@@ -178,8 +207,7 @@ def test_runs(folder, tmp_path, sets):
         assert all(0 <= value <= 1 for value in client["accuracy"].values() if value is not None)
 
 
-@pytest.mark.parametrize("sets", [[], ["sal.cache_dtype=bf16", "stage1.micro_batch=2"], ["run.method=fedms_plus", "gate.features=prefix"],
-                                  ["gate.mixing=layers"]], ids=str)
+@pytest.mark.parametrize("sets", [["sal.cache_dtype=bf16", "stage1.micro_batch=2"], ["gate.mixing=layers"]], ids=str)
 def test_caches_do_not_change_the_bits(folder, tmp_path, monkeypatch, sets):
     """Samples have different lengths, and their batches are other ones than the chunks in which whole parts run."""
     monkeypatch.setenv("FEDMS_CACHE", str(tmp_path / "cache"))
