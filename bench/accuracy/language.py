@@ -193,10 +193,10 @@ def _rounding(way: Way, factor: Tensor | None) -> Callable:
 
 
 @contextmanager
-def quantized(model: SmolLM2, kind: str) -> Iterator[None]:
-    """As a run computes it with the blocks and the head in this format."""
+def quantized(model: SmolLM2, kind: str, full_precision: tuple[str, ...]) -> Iterator[None]:
+    """As a run computes it with the blocks and the head in this format, but for the layers of `model.full_precision`."""
     originals = {f"{name}.weight": layer.weight.detach() for name, layer in linear_layers(model).items()}
-    fedms_ext.quantize(model.module, kind)
+    fedms_ext.quantize(model.module, kind, exclude=full_precision or None)
     model.quantize_head(kind)
     try:
         yield
@@ -209,7 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--each", type=int, default=10, help="answers of each dictionary")
     parser.add_argument("--ways", default="", help="only those whose name contains this")
+    parser.add_argument("--full-precision", default="", help="endings of names of layers that stay in fp32, with commas between")
     asked = parser.parse_args()
+    full = tuple(filter(None, asked.full_precision.split(",")))
     model = SmolLM2()
     samples, before = Samples(model, asked.each, 0), Samples(model, 2, 1)
     ways = {name: way for name, way in WAYS.items() if asked.ways in name}
@@ -220,7 +222,7 @@ def main() -> None:
     print(f"{len(answers)} tokens in {int(answers.max()) + 1} answers, perplexity in fp32 {torch.cat(loss).mean().exp():.2f}\n"
           "| rounded | divergence, nats a token | perplexity, % more | its standard error |\n| --- | ---: | ---: | ---: |",
           flush=True)
-    contexts = {f"as a run computes it, {kind}": partial(quantized, model, kind) for kind in ("int8", "int8_rotated")}
+    contexts = {f"as a run computes it, {kind}": partial(quantized, model, kind, full) for kind in ("int8", "int8_rotated")}
     contexts = {name: context for name, context in contexts.items() if asked.ways in name}
     for name, context in {**contexts, **{name: partial(rounded, model, way, seen) for name, way in ways.items()}}.items():
         with context():

@@ -44,8 +44,9 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
         Dotted names of the quantized layers, in the model's order.
 
     Raises:
-        ValueError: If the kind or the group is unknown, no layer can be quantized, a weight is not finite or beyond the
-            range of fp16, or the forward method of a layer was replaced (by offloading, for example).
+        ValueError: If the kind or the group is unknown, `exclude` holds an ending of no layer's name, no layer can be quantized, a
+            weight is not finite or beyond the range of fp16, or the forward method of a layer was replaced (by offloading, for
+            example).
         RuntimeError: If an expert is merged into a weight.
         In all cases the model is unchanged.
 
@@ -55,6 +56,7 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
     """
     if kind not in KINDS:
         raise ValueError(f"cannot quantize to {kind!r}; expected {', '.join(KINDS)}")
+    _check_endings(model, exclude)
     layers = _quantizable(model, exclude)
     replaced = [(name, reason) for name, layer in layers.items() if (reason := replaced_forward(layer)) is not None]
     if replaced:
@@ -73,6 +75,14 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, FrozenLinear) for m in module.modules()):
             module.activation_relu_or_gelu = 0
     return list(layers)
+
+
+def _check_endings(model: nn.Module, exclude: Targets | None) -> None:
+    names = [name for name, layer in model.named_modules() if is_linear(layer)]
+    for ending in () if exclude is None or isinstance(exclude, str) else exclude:
+        if not any(matches(name, [ending]) for name in names):
+            raise ValueError(f"no Linear layer's name ends in {ending!r}; their names end in "
+                             f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
 
 
 def _quantizable(model: nn.Module, exclude: Targets | None) -> dict[str, nn.Module]:

@@ -229,6 +229,9 @@ def test_what_is_left_alone():
     net.blocks[1][0].weight = net.blocks[0][0].weight   # shared
     assert fedms_ext.quantize(net) == ["blocks.0.2", "blocks.1.2"]
     assert type(net.head) is nn.Linear and type(net.blocks[1][0]) is nn.Linear
+    net = Net().requires_grad_(False)
+    assert fedms_ext.quantize(net, exclude=("head", "1.0")) == ["blocks.0.0", "blocks.0.2", "blocks.1.2"]
+    assert type(net.head) is nn.Linear and type(net.blocks[1][0]) is nn.Linear
 
 
 def test_pytorchs_fused_encoder_layers_call_the_quantized_ones():
@@ -384,6 +387,8 @@ def test_refusals():
         fedms_ext.quantize(Net(), "int3")
     with pytest.raises(ValueError, match="no Linear layer with a frozen weight"):
         fedms_ext.quantize(Net())
+    with pytest.raises(ValueError, match="no Linear layer's name ends in 'v_proj'; their names end in 0, 2, head"):
+        fedms_ext.quantize(Net().requires_grad_(False), exclude=("head", "v_proj"))
     with pytest.raises(ValueError, match="infinity or a NaN"):
         QuantizedWeight(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(ValueError, match=r"expected \(N, K\)"):

@@ -29,6 +29,9 @@ class ModelTable(Table):
         "fp32", description="storage of the frozen Linear weights; on a CPU int8, nf4 and int4 compute in int8, bf16 and "
         "fp16 in fp32; int8_rotated: int8 for models of which some activations are far larger than others, such as language "
         "models, on the CPU alone")
+    full_precision: tuple[str, ...] = Field(
+        (), description="Linear layers whose frozen weights stay in fp32, by the end of their names; for layers whose rounding changes "
+        "the predictions most")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
     head: Literal["text", "linear"] = Field(

@@ -95,7 +95,7 @@ class ExpertModel:
             return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
         # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
         arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen,
-                                          sal.cache_dtype)
+                                          self.config.model.full_precision, sal.cache_dtype)
         if self.device.type != "cpu":
             arithmetic += (describe(self.device),)
         if run.dtype != "fp32":
@@ -109,9 +109,11 @@ class ExpertModel:
         return GateAdapter(width, len(EXPERTS), gate.bottleneck, gate.temperature, side).to(self.device)
 
     def freeze(self, frozen: str) -> None:
-        """Quantize the frozen weights of Linear layers as `[model] frozen` says. They must be in full precision before."""
+        """Quantize the frozen weights of Linear layers as `[model] frozen` says, but for those of `[model] full_precision`. All must
+        be in full precision before."""
         if frozen != "fp32":
-            quantize(self.foundation.module, frozen)
+            with _blamed_on("model.full_precision"):
+                quantize(self.foundation.module, frozen, exclude=self.config.model.full_precision or None)
             # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantized.
             for parameter in self.foundation.module.parameters():
                 parameter.data = parameter.data.clone()

@@ -8,6 +8,7 @@ import fedms_ext
 from fedms import data, models
 from fedms.config import load_config
 from fedms.data.subset import Subset
+from fedms.errors import ConfigError
 from fedms.training.expert_model import ExpertModel
 
 SMALL = ["run.method=fedms", "data.max_samples=300", "clients.count=3", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=1",
@@ -16,8 +17,8 @@ SMALL = ["run.method=fedms", "data.max_samples=300", "clients.count=3", "clients
 COSINE = {"int8": 0.995, "int8_rotated": 0.995, "bf16": 0.9999, "fp16": 0.999999, "nf4": 0.95, "int4": 0.98}
 
 
-def resident(frozen: str) -> ExpertModel:
-    config = load_config("digits", [*SMALL, f"model.frozen={frozen}"])
+def resident(frozen: str, *sets: str) -> ExpertModel:
+    config = load_config("digits", [*SMALL, f"model.frozen={frozen}", *sets])
     foundation = models.load(config.model)
     return ExpertModel(foundation, data.load(config.data, foundation), config)
 
@@ -34,6 +35,14 @@ def test_every_layer_is_quantized_and_gradients_flow_to_all_blocks(frozen):
     trained = model.trainable("global")
     assert all(p.grad is not None for p in trained.values())
     assert {model.block_of[name] for name in trained if name in model.block_of} == set(range(1, model.blocks + 1))
+
+
+def test_some_layers_stay_in_full_precision():
+    model = resident("int8", 'model.full_precision=["layers.0.mlp.fc1", "v_proj"]')
+    kept = {name for name, layer in model.layers.items() if layer.frozen is None}
+    assert kept == {name for name in model.layers if name.endswith(("layers.0.mlp.fc1", "v_proj"))} and 1 < len(kept) < len(model.layers)
+    with pytest.raises(ConfigError, match="model.full_precision: no Linear layer's name ends in 'down'; their names end in"):
+        resident("int8", 'model.full_precision=["down"]')
 
 
 @pytest.mark.parametrize("frozen", COSINE)
