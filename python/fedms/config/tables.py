@@ -28,7 +28,7 @@ class ModelTable(Table):
     frozen: Literal["fp32", "bf16", "fp16", "int8", "int8_rotated", "nf4", "int4"] = Field(
         "fp32", description="storage of the frozen Linear weights; on a CPU int8, nf4 and int4 compute in int8, bf16 and "
         "fp16 in fp32; int8_rotated: int8 for models of which some activations are far larger than others, such as language "
-        "models, on the CPU alone")
+        "models; a GPU does not round activations, and stores int8")
     full_precision: tuple[str, ...] = Field(
         (), description="Linear layers whose frozen weights stay in fp32, by the end of their names; for layers whose rounding changes "
         "the predictions most")

@@ -15,7 +15,7 @@ from fedms_ext.operators.expert_linear import expert_linear
 # Largest difference from the float64 reference that a device's float32 may show, as a share of the largest value: what
 # TF32 loses, which keeps 10 bits of a factor.
 TOLERANCE = 4e-3
-QUANTIZED = ("int8", "nf4", "int4")
+QUANTIZED = ("int8", "int8_rotated", "nf4", "int4")
 ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,12 +70,16 @@ def _absent(device: torch.device) -> str | None:
 
 def obstacle(device: torch.device, frozen: str = "fp32") -> str | None:
     """Return why an existing GPU cannot compute with frozen weights of this format, or None if it can."""
-    if frozen == "int8_rotated":
-        return 'model.frozen = "int8_rotated" is for the CPU: a GPU does not round activations, so "int8" is as exact there'
     if frozen in QUANTIZED and (device.type != "cuda" or backends.explain("triton") is not None):
         why = "on CUDA GPUs alone" if device.type != "cuda" else f"by Triton: {backends.explain('triton')}"
         return f'model.frozen = "{frozen}" is computed there {why}; "bf16" and "fp32" work'
     return self_check(device)
+
+
+def format_on(device: torch.device, frozen: str) -> str:
+    """Return the format in which a device stores frozen weights: int8 instead of int8_rotated on a GPU, which does not round
+    activations. So one run file is for both."""
+    return "int8" if frozen == "int8_rotated" and device.type != "cpu" else frozen
 
 
 def self_check(device: torch.device) -> str | None:

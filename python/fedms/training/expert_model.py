@@ -26,7 +26,7 @@ from fedms.seeds import generator
 from fedms.tasks import Task
 from fedms.tensors import Tensors, digest_of, freeze_none
 from fedms.training.corrections import Corrections
-from fedms.training.device import ACTIVATIONS, describe
+from fedms.training.device import ACTIVATIONS, describe, format_on
 from fedms.training.flop_meter import Constant, FlopMeter, Key
 from fedms.training.graphs import StepGraphs
 from fedms.training.imported import imported_tensors
@@ -113,7 +113,7 @@ class ExpertModel:
         be in full precision before."""
         if frozen != "fp32":
             with _blamed_on("model.full_precision"):
-                quantize(self.foundation.module, frozen, exclude=self.config.model.full_precision or None)
+                quantize(self.foundation.module, format_on(self.device, frozen), exclude=self.config.model.full_precision or None)
             # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantized.
             for parameter in self.foundation.module.parameters():
                 parameter.data = parameter.data.clone()

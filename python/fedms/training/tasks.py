@@ -14,6 +14,7 @@ from fedms.models import FoundationModel
 from fedms.models.causal_lm import CausalModel
 from fedms.models.heads import LinearHead, TextHead
 from fedms.tasks import CausalLM, Classification, LogitMixingLM, Task
+from fedms.training.device import format_on
 
 
 def task_of(foundation: FoundationModel, dataset: Dataset, config: RunConfig, device: torch.device) -> Task:
@@ -49,7 +50,7 @@ def _causal_lm(foundation: FoundationModel, dataset: Dataset, config: RunConfig,
     if dataset.answers is None:
         raise ConfigError(f'task.kind: "causal_lm", but {dataset.name} holds labels; use "classification", or data with answers')
     if config.head.dtype != "fp32":
-        foundation.quantize_head(config.head.dtype)
+        foundation.quantize_head(format_on(device, config.head.dtype))
     if config.gate.mixing == "layers" or config.gate.on == "probabilities":
         return CausalLM(foundation.head, config.head.chunk)
     try:

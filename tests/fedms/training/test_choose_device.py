@@ -74,10 +74,17 @@ def test_quantized_weights_need_triton_on_a_gpu(two_gpus, monkeypatch):
     monkeypatch.setattr(devices.backends, "explain", lambda name: "not installed")
     with pytest.raises(ConfigError, match='model.frozen = "nf4".*Triton: not installed.*"bf16" and "fp32" work'):
         choose("cuda:1", "nf4")
-    with pytest.raises(ConfigError, match='model.frozen = "int8_rotated" is for the CPU.*"int8" is as exact there'):
+    with pytest.raises(ConfigError, match='model.frozen = "int8_rotated" is computed there by Triton: not installed'):
         choose("cuda:1", "int8_rotated")
     assert choose("auto", "int8").device == CPU
     assert choose("cuda:1", "bf16").device.index == 1
+
+
+def test_a_gpu_stores_int8_for_int8_rotated(two_gpus, monkeypatch):
+    monkeypatch.setattr(devices.backends, "explain", lambda name: None)
+    assert choose("cuda:1", "int8_rotated").device.index == 1
+    assert devices.format_on(torch.device("cuda", 1), "int8_rotated") == "int8"
+    assert devices.format_on(CPU, "int8_rotated") == "int8_rotated" and devices.format_on(torch.device("cuda"), "nf4") == "nf4"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "cuda:-1"])
