@@ -193,7 +193,7 @@ def test_a_line_about_the_data(folder):
 @pytest.mark.parametrize("sets", [
     *[[f"run.method={m}"] for m in ("local", "fedavg", "fedavg_ft", "fedprox", "ditto", "apfl", "ffa_lora", "fedms", "fedms_plus")],
     ["gate.mixing=layers"], ["gate.weight=0.5"], ["gate.on=logits"], ["gate.on=logits", "run.method=apfl", "head.dtype=int8"],
-    ["gate.on=logits", "run.method=fedms_plus"], ["model.frozen=int8_rotated", "head.dtype=int8_rotated"],
+    ["gate.on=logits", "run.method=fedms_plus"], ["model.frozen=int8_rotated", "head.dtype=int8_rotated", 'model.full_precision=["v_proj", "layers.2.mlp.down_proj"]'],
     ["data.template=plain", "data.group_by_length=false", "stage1.steps=3", "stage2.steps=1"], ["data.loss_on=all", "stage1.micro_batch=2"],
     ["run.method=fedms_plus", "plus.gate_on=training"], ["gate.features=final"]], ids=lambda sets: ",".join(sets))
 def test_runs(folder, tmp_path, sets):
