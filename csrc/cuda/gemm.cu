@@ -6,18 +6,31 @@
 namespace fedms::cuda {
 namespace {
 
+int blocks_ahead(const Gemm& g, int tile, const DeviceProperties& chip) {
+  const int tiles = row_blocks(g.segments, TILES[tile].bm, int(g.m)) * ceil_div(g.n, TILES[tile].bn);
+  return shrink_ahead_blocks(TILES[tile], chip, row_blocks(g.segments, SHRINK_ROWS, int(g.m)), tiles, g.k);
+}
+
 template <class T>
 void start(const Launch& what, const Gemm& g, int tile, const DeviceProperties& chip) {
   const auto of = [](const void* data) { return static_cast<const T*>(data); };
   const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
                                    g.w_stride, g.w_scale,       of(g.bias), static_cast<T*>(g.t), g.t_stride, of(g.f),    g.f_stride,
-                                   static_cast<T*>(g.y), mask_of(g.dropout), g.segments, of(g.inside.a),
-                                   g.inside.a_stride, static_cast<T*>(g.inside.s), g.inside.factors, g.inside.ready,
+                                   static_cast<T*>(g.y), mask_of(g.dropout), g.segments,
                                    band_of(TILES[tile], chip.multiprocessors)};
   if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.transposed);
   if constexpr (HAS_WGMMA) {
     TensorMaps own;
-    start_wgmma_gemm(what, arguments, tile, g.transposed, chip.multiprocessors, g.maps ? *g.maps : own);
+    TensorMaps& maps = g.maps ? *g.maps : own;
+    const OverlappedShrink& ahead = g.shrink;
+    if (ahead.a) {
+      const Launch shrink{"shrink_ahead", g.m, 0, g.k, g.r, what.stream};
+      const ShrinkAheadArguments<T> of_shrink{int(g.m), int(g.k), int(g.r), ahead.experts, of(g.x), g.x_stride, of(ahead.a),
+                                              ahead.a_stride, static_cast<T*>(ahead.s), static_cast<T*>(g.t), g.t_stride,
+                                              ahead.dgate, ahead.factors, g.segments};
+      start_shrink_ahead(shrink, of_shrink, g.transposed, blocks_ahead(g, tile, chip), maps);
+    }
+    start_wgmma_gemm(what, arguments, tile, g.transposed, ahead.a != nullptr, chip.multiprocessors, maps);
   }
 }
 
@@ -36,7 +49,7 @@ std::string gemm_tile_name(int tile) {
 
 std::shared_ptr<TensorMaps> make_tensor_maps() { return std::make_shared<TensorMaps>(); }
 
-bool shrinks_inside(int tile, int64_t r) { return TILES[tile].kind == Kind::wgmma && r <= RANKS_INSIDE; }
+bool overlaps_shrink(int tile, int64_t r) { return TILES[tile].kind == Kind::wgmma && r <= OVERLAPPED_RANKS; }
 
 void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& stream) {
   if (tile < 0 || tile >= TILE_COUNT) throw Error("there is no tile " + text(tile));
@@ -55,9 +68,9 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
   if (!takes(TILES[tile], int8, has_dropout, full_tiles) || (int8 && g.transposed) || (has_dropout && !g.transposed && !int8)) {
     fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
   }
-  if (g.inside.ready) {
-    const bool ranks_fit = shrinks_inside(tile, g.r) && g.t_stride >= g.r && g.t_stride <= RANKS_INSIDE;
-    if (g.transposed || int8 || has_dropout || !ranks_fit) fail(what, "s cannot be made inside of this product");
+  if (g.shrink.a) {
+    const bool ranks_fit = overlaps_shrink(tile, g.r) && g.r > 0 && g.t_stride >= g.r && g.t_stride <= OVERLAPPED_RANKS;
+    if (int8 || has_dropout || !ranks_fit) fail(what, "no shrink can run ahead of this product");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

@@ -23,12 +23,23 @@ struct GemmArguments {
   T* y;
   Mask mask;
   Segments segments;
-  const T* a;  // of FusedShrink, and what follows
+  int band;  // row blocks of a band of tiles, see layout.h
+};
+
+// Of a shrink that runs ahead of a GEMM (OverlappedShrink).
+template <class T>
+struct ShrinkAheadArguments {
+  int m, k, r, experts;
+  const T* x;
+  int64_t x_stride;
+  const T* a;
   int64_t a_stride;
   T* s;
+  T* t;
+  int64_t t_stride;
+  float* dgate;
   Factors factors;
-  int32_t* ready;
-  int band;  // row blocks of a band of tiles, see layout.h
+  Segments segments;
 };
 
 // Two columns side by side, the first one even, of an output with n columns, an even number.
@@ -70,7 +81,9 @@ struct TensorMaps {
 template <class T>
 void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed);
 template <class T>
-void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed, int multiprocessors,
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed, bool early, int multiprocessors,
                       TensorMaps& maps);
+template <class T>
+void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& arguments, bool backward, int blocks, TensorMaps& maps);
 
 }  // namespace fedms::cuda

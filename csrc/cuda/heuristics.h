@@ -26,7 +26,7 @@ struct Tile {
   // mma stages its output where the pipeline was. wgmma has two boxes of 64 x 64 for every warpgroup, so that the next
   // tile can be loaded meanwhile, and barriers.
   constexpr int shared_bytes() const {
-    return stages * stage_bytes() + (kind == Kind::mma ? 0 : bm / 64 * 2 * 8192 + stages * 16 + 16);
+    return stages * stage_bytes() + (kind == Kind::mma ? 0 : bm / 64 * 2 * 8192 + stages * 16);
   }
   constexpr int accumulators() const { return kind == Kind::mma ? bm * bn / threads() : bn / 2; }
 };
@@ -38,7 +38,8 @@ constexpr Tile TILES[] = {
     {Kind::wgmma, 128, 192, 4, 0, 0},
     {Kind::wgmma, 128, 128, 5, 0, 0},
 };
-constexpr int RANKS_INSIDE = 32;  // of s made inside of a wgmma tile
+// Of a shrink that runs ahead of a GEMM (shrink_sm90.cu): the ranks that it can have, and the rows that it makes at a time.
+constexpr int OVERLAPPED_RANKS = 64, SHRINK_ROWS = 128;
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both are
 // for mma. The tensor memory accelerator writes whole tiles: `full_tiles`, no segment is shorter than one.
@@ -51,7 +52,6 @@ constexpr bool all_fit() {
     const bool mma = tile.kind == Kind::mma;
     if (mma && (tile.bm % (16 * tile.warps_m) || tile.bn % (16 * tile.warps_n))) return false;
     if (!mma && (tile.bm % 64 || tile.bn % 64 || tile.bn > 256)) return false;
-    if (!mma && tile.stages * RANKS_INSIDE * 128 > tile.bm / 64 * 2 * 8192) return false;  // A lies where the output goes
     if (tile.bm * tile.bn * 2 > tile.stages * tile.stage_bytes()) return false;  // the output of mma, staged
     if (tile.accumulators() > 128 || tile.stages < 2) return false;
     if (tile.shared_bytes() > (mma ? 166912 : 232448)) return false;  // 8.0 and 8.7; 9.0
@@ -94,6 +94,27 @@ inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, in
   // Filling the pipeline, and writing the tile: a persistent grid hides the first behind the second.
   const double ends = (wgmma ? 500 : 1500) + double(tile.bm) * tile.bn * 2 / 32;
   return waves * (std::max({maths, memory, cache}) + ends);
+}
+
+// Of how many blocks a shrink consists that runs ahead of a GEMM of wgmma: few enough to leave the multiprocessors to the GEMM,
+// and enough to be done when its first tiles come to the ranks. In clock cycles: a block of the shrink reads `row` cycles for
+// each of its row blocks, at 28 bytes a cycle, the least that a multiprocessor is expected to get where few read. The GEMM's first blocks start at
+// once, and as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in turn.
+inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, int row_blocks, int tiles, int64_t k) {
+  const double main = double(k) * tile.bm * tile.bn / 2048, ends = 500 + double(tile.bm) * tile.bn * 2 / 32;
+  const double row = double(k) * SHRINK_ROWS * 2 / 28;
+  const int all = chip.multiprocessors, most = std::min(row_blocks, all);
+  double least = INFINITY;
+  int best = 1;
+  for (int blocks = 1; blocks <= most; ++blocks) {
+    const double done = ceil_div(row_blocks, blocks) * row;
+    const auto end_of = [&](int block, double start) {
+      return block >= tiles ? done : std::max(start + main, done) + ends + (ceil_div(tiles - block, all) - 1) * (main + ends);
+    };
+    const double end = std::max(blocks < all ? end_of(0, 0) : 0, end_of(all - blocks, done));
+    if (end < least) least = end, best = blocks;
+  }
+  return best;
 }
 
 #ifdef FEDMS_WITH_SM90A

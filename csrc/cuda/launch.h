@@ -15,7 +15,9 @@ namespace fedms::cuda {
 
 struct Grid {
   int x, y = 1, z = 1;
-  bool together = false;  // all blocks run at the same time: they may wait for each other
+  // It starts while the launch before still runs, as soon as that one lets it, and waits for it in the kernel (compute capability
+  // 9.0). Only for a kernel of which every block calls ptx::wait_for_launch_before.
+  bool early = false;
 };
 
 // What an error message says of a launch.
@@ -70,12 +72,6 @@ void allow_shared_memory(const Launch& what, Kernel* kernel, int bytes) {
   allowed.insert({kernel, what.stream.device});
 }
 
-// Sets memory of the device to zero.
-inline void clear(const Launch& what, void* data, size_t bytes) {
-  const DeviceGuard guard(what);
-  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(what.stream.handle)), what);
-}
-
 template <class... Parameters>
 void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes,
             const Parameters&... arguments) {
@@ -86,11 +82,11 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(what.stream.handle);
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  config.attrs = &together;
-  config.numAttrs = grid.together ? 1 : 0;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = grid.early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
 }
 

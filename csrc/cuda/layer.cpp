@@ -58,11 +58,7 @@ LayerPlan::LayerPlan(const LayerShape& shape, const DeviceProperties& chip, cons
   t_pitch_ = rounded_up(rank_, 8);
 }
 
-int64_t LayerPlan::t_size() const {
-  // T, and behind it what a GEMM that makes T counts its tiles with: a number of 32 bits for every 128 rows.
-  const int64_t blocks = shape_.m / 128 + std::max(segments_.count, 1);
-  return shape_.m * t_pitch_ + 2 * blocks;
-}
+int64_t LayerPlan::t_size() const { return shape_.m * t_pitch_; }
 
 int64_t LayerPlan::joined_size() const {
   const bool in_place = shape_.ranks.size() == 1 && segments_.count == 0 && !shape_.fp32_experts && !shape_.int8 && ranks_ % 8 == 0;
@@ -126,9 +122,8 @@ void LayerPlan::forward(const LayerForward& call, const GemmChoice& choice, cons
   product.f = experts.b;
   product.f_stride = experts.b_stride;
   product.y = call.y;
-  if (choice.fuses_shrink) {
-    product.inside = {experts.a, experts.a_stride, call.s, factors(of),
-                      static_cast<int32_t*>(after(of.t, shape_.m * t_pitch_))};
+  if (choice.overlaps_shrink) {
+    product.shrink = {experts.a, experts.a_stride, call.s, nullptr, 0, factors(of)};
   } else {
     shrink({shape_.element, shape_.m, shape_.k, rank_, call.x, call.x_stride, experts.a, experts.a_stride, call.s, of.t, t_pitch_,
             factors(of), segments_, of.dropout},
@@ -147,17 +142,18 @@ LayerPlan::Side LayerPlan::side(int64_t columns) const {
   return side;
 }
 
-LayerPlan::Workspace LayerPlan::workspace(const Needs& needs) const {
+LayerPlan::Workspace LayerPlan::workspace(const Needs& needs, const GemmChoice& choice) const {
   Workspace at;
   const auto parts = [&](const Side& side) { return at.add(2 * side.parts() * side.columns * rank_); };
   if (needs.dx || needs.da) at.ds = at.add(shape_.m * t_pitch_);
-  if (needs.dx || needs.da || needs.dgate) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
+  const bool ds_is_ahead_of_dx = needs.dx && choice.overlaps_shrink;
+  if ((needs.dx || needs.da || needs.dgate) && !ds_is_ahead_of_dx) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
   if (needs.db) at.db_parts = parts(side(shape_.n));
   if (needs.da) at.da_parts = parts(side(shape_.k));
   return at;
 }
 
-int64_t LayerPlan::workspace_size(const Needs& needs) const { return workspace(needs).size; }
+int64_t LayerPlan::workspace_size(const Needs& needs, const GemmChoice& choice) const { return workspace(needs, choice).size; }
 
 void LayerPlan::add_sums(std::vector<PartialSum>& sums, const Side& side, const float* parts, const std::vector<void*>& out,
                          bool is_a) const {
@@ -188,19 +184,23 @@ LoraGradPartials LayerPlan::partials(const Side& side, const void* z, int64_t z_
   return pass;
 }
 
-void LayerPlan::compute_dx(const LayerBackward& call, const void* ds, const GemmChoice& choice, const Stream& stream) const {
+void LayerPlan::compute_dx(const LayerBackward& call, void* ds, const GemmChoice& choice, const Stream& stream) const {
   const Joined experts = joined(call.of);
   Gemm product = gemm(call.of, backward_maps_);
   product.n = shape_.k;
   product.k = shape_.n;
   product.x = call.dy;
   product.x_stride = call.dy_stride;
-  product.t = const_cast<void*>(ds);
+  product.t = ds;
   product.f = shape_.int8 ? experts.a_t : experts.a;  // an int8 W is given as its transpose, and the ranks lie along it too
   product.f_stride = shape_.int8 ? pitch_ : experts.a_stride;
   product.y = call.dx;
   product.transposed = !shape_.int8;
   product.dropout = call.of.dropout;
+  if (choice.overlaps_shrink) {
+    product.shrink = {experts.b, experts.b_stride, const_cast<void*>(call.s), call.dgate, static_cast<int>(shape_.ranks.size()),
+                      factors(call.of)};
+  }
   cuda::gemm(product, choice.tile, chip_, stream);
 }
 
@@ -208,7 +208,7 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
   const LayerOperands& of = call.of;
   const auto any = [](const std::vector<void*>& all) { return std::any_of(all.begin(), all.end(), [](void* one) { return one; }); };
   const Needs needs{call.dx != nullptr, call.dgate != nullptr, any(call.da), any(call.db)};
-  const Workspace at = workspace(needs);
+  const Workspace at = workspace(needs, choice);
   const auto room = [&](int64_t place) { return place < 0 ? nullptr : after(call.workspace, place); };
   const auto floats = [&](int64_t place) { return static_cast<float*>(room(place)); };
   void* const ds = room(at.ds);
@@ -218,7 +218,7 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
   if (needs.db && !call.room_is_filled) {
     apply_scale_and_gate({shape_.element, shape_.m, rank_, call.s, of.t, t_pitch_, factors(of), segments_}, stream);
   }
-  // One pass over dy: dB from T, and U = dy B, from which dS and the gate's gradient come.
+  // One pass over dy: dB from T, and U = dy B, from which dS and the gate's gradient come, unless these are made ahead of dx.
   const Side of_dy = side(shape_.n);
   LoraGradPartials pass = partials(of_dy, call.dy, call.dy_stride, of.t, floats(at.db_parts));
   pass.b = joined(of).b;

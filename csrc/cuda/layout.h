@@ -44,12 +44,6 @@ FEDMS_HD Tile2 place_tile(int tile, int row_blocks, int column_blocks, int band)
   const int left = row_blocks - first, height = left < band ? left : band;
   return {first + inside % height, inside / height};
 }
-// The same, but the whole first column comes before all others, which wait for what it makes.
-FEDMS_HD Tile2 place_tile_first_column_first(int tile, int row_blocks, int column_blocks, int band) {
-  if (tile < row_blocks) return {tile, 0};
-  const Tile2 other = place_tile(tile - row_blocks, row_blocks, column_blocks - 1, band);
-  return {other.row, other.column + 1};
-}
 
 // The descriptor of a tile in shared memory with the 128-byte swizzle, for wgmma; offsets in units of 16 bytes.
 // `leading`: from one block of 64 columns to the next where the columns are along memory; it is not looked at where

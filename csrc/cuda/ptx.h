@@ -154,16 +154,11 @@ FEDMS_DEVICE void tma_store_wait_read() {
 // Makes this thread's writes to shared memory visible to the tensor memory accelerator.
 FEDMS_DEVICE void fence_shared_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Between blocks: what this one, and by a barrier its other threads, wrote before announce is there for who waited.
-FEDMS_DEVICE void announce(int32_t* flag) {
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
-}
-FEDMS_DEVICE void wait_for(const int32_t* flag) {
-  int32_t value;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  } while (value == 0);
-}
+// Programmatic dependent launch. The next launch may start as soon as all blocks of this one have said so, if it is allowed to
+// start early; nothing that this one writes is there for it yet.
+FEDMS_DEVICE void let_next_launch_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Until the launch before has ended, and all that it wrote is there.
+FEDMS_DEVICE void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Writes to global memory, of this thread or seen by it, before later copies of the tensor memory accelerator.
 FEDMS_DEVICE void fence_global_for_tma() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
@@ -192,9 +187,7 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
 
 #define FEDMS_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FEDMS_D16(i) FEDMS_D8(i), FEDMS_D8(i + 8)
 #define FEDMS_D32(i) FEDMS_D8(i), FEDMS_D8(i + 8), FEDMS_D8(i + 16), FEDMS_D8(i + 24)
-#define FEDMS_16_NAMES "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FEDMS_NAMES_0 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21" \
   ", %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -212,7 +205,7 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
 // has its columns along memory, and so has b its rows, or with B_ACROSS its columns.
 template <class T, int N, bool B_ACROSS>
 FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 32 || N == 128 || N == 192 || N == 256);
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
 #define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, TRANSPOSED, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B            \
                ", 1, 1, 1, 0, " TRANSPOSED ";"                                                                     \
@@ -224,8 +217,8 @@ FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   } else {                                           \
     FEDMS_WGMMA(SHAPE, "f16", __VA_ARGS__);          \
   }
-  if constexpr (N == 32) {
-    FEDMS_WGMMA_OF("m64n32k16", FEDMS_16_NAMES, "%16", "%17", "%18", FEDMS_D16(0))
+  if constexpr (N == 64) {
+    FEDMS_WGMMA_OF("m64n64k16", FEDMS_NAMES_0, "%32", "%33", "%34", FEDMS_D32(0))
   } else if constexpr (N == 128) {
     FEDMS_WGMMA_OF("m64n128k16", FEDMS_NAMES_0 FEDMS_NAMES_32, "%64", "%65", "%66", FEDMS_D32(0), FEDMS_D32(32))
   } else if constexpr (N == 192) {

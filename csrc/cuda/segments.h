@@ -32,6 +32,12 @@ FEDMS_HD RowBlock row_block(const Segments& segments, int block, int size, int m
   return {full_tiles && row > last ? last : row, row > last ? end : row + size, e, segments.firsts[e], segments.ranks[e]};
 }
 
+// The ranks of all experts side by side, with the gaps between segments' experts.
+FEDMS_HD int ranks_with_gaps(const Segments& segments, int r) {
+  const int last = segments.count - 1;
+  return segments.count == 0 ? r : segments.firsts[last] + ceil_div(segments.ranks[last], 16) * 16;
+}
+
 // Where a row belongs.
 FEDMS_HD RowBlock row_block_of(const Segments& segments, int row, int r) {
   if (segments.count == 0) return {row, row + 1, 0, 0, r};
@@ -47,12 +53,12 @@ FEDMS_HD float factor_of(const Factors& factors, const Segments& segments, int o
   return factors.gate ? scale * factors.gate[row * factors.row_stride + expert * factors.expert_stride] : scale;
 }
 
-// One number of s and t, from the sum for a row and a rank and their factor: zeros behind the last rank, whatever x holds.
+// One number of s (which may be null) and t, from the sum for a row and a rank and their factor: zeros behind the last rank, whatever x holds.
 template <class T>
 FEDMS_HD void put_s(T* s, T* t, int64_t t_stride, int r, const RowBlock& rows, int row, int rank, float sum, float factor) {
   if (row >= rows.end || rank >= t_stride) return;
   const float own = rank < rows.ranks ? sum : 0;
-  if (rank < r) s[int64_t(row) * r + rank] = {Number<T>::narrow(own)};
+  if (s && rank < r) s[int64_t(row) * r + rank] = {Number<T>::narrow(own)};
   t[row * t_stride + rank] = {Number<T>::narrow(rank < rows.ranks ? own * factor : 0)};
 }
 

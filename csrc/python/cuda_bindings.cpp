@@ -86,7 +86,7 @@ class Plan {
       call.x_stride = x_tensor.rows(shape.m, shape.k);
     }
     if (needs.dgate || needs.db) call.s = read_s(s, place);
-    const Scratch workspace(dy, type_, device_, plan_.workspace_size(needs));
+    const Scratch workspace(dy, type_, device_, plan_.workspace_size(needs, dx_choice));
     call.workspace = workspace.data();
     plan_.backward(call, dx_choice, current_stream(device_));
   }
@@ -209,9 +209,10 @@ void define_plan(py::module_& m) {
       .def_property_readonly("room_size", &Plan::room_size)
       .def_property_readonly("s_at", &Plan::s_at)
       .def_property_readonly("reads_expert_in_place", [](const Plan& plan) { return plan.plan().joined_size() == 0; })
-      .def("choose_forward", [](Plan& plan, int tile, bool fuses_shrink) { plan.forward_choice = {tile, fuses_shrink}; },
-           py::arg("tile"), py::arg("fuses_shrink"))
-      .def("choose_dx", [](Plan& plan, int tile) { plan.dx_choice = {tile, false}; }, py::arg("tile"));
+      .def("choose_forward", [](Plan& plan, int tile, bool overlaps_shrink) { plan.forward_choice = {tile, overlaps_shrink}; },
+           py::arg("tile"), py::arg("overlaps_shrink"))
+      .def("choose_dx", [](Plan& plan, int tile, bool overlaps_shrink) { plan.dx_choice = {tile, overlaps_shrink}; },
+           py::arg("tile"), py::arg("overlaps_shrink"));
   define_fast_method<&Plan::forward>(
       plan, "forward", "forward(x, weight, weight_scale, bias, a, b, scale, gate, dropout_p, seed, y, s, room)");
   define_fast_method<&Plan::backward>(
@@ -234,7 +235,7 @@ void define_cuda(py::module_ m) {
   m.def("check_device", &cuda::check_device, py::arg("device"));
   m.def("gemm_tiles", &cuda::gemm_tiles, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
         py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
-  m.def("shrinks_inside", &cuda::shrinks_inside, py::arg("tile"), py::arg("r"));
+  m.def("overlaps_shrink", &cuda::overlaps_shrink, py::arg("tile"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
   m.def("gemm", &gemm, py::arg("x"), py::arg("weight"), py::arg("t"), py::arg("f"), py::arg("y"), py::arg("transposed"),
         py::arg("rank"), py::arg("tile"), py::arg("chip"));

@@ -18,7 +18,7 @@ _kernels: Any = devices.cuda_kernels()
 # The error of a pass for a tensor that the kernels cannot read in place. It is a ValueError.
 Declined: type[ValueError] = _kernels.Declined if _kernels is not None else ValueError
 
-# Smallest number of output columns for which the shrink is fused into the GEMM, if nothing was measured.
+# Smallest number of output columns for which the shrink overlaps the GEMM, if nothing was measured.
 _WIDE = 2048
 
 
@@ -102,31 +102,27 @@ class Plan:
         self._kernels.forward(*args)
 
     def _first_backward(self, *args: Any) -> None:
-        """Choose how the GEMM of dx runs, if dx is needed. When that is final, `backward` is the C++ function itself."""
-        if args[-4] is not None:
-            nothing = [None] * len(self.shape.ranks)
-            if self._choose_dx(lambda: self._kernels.backward(*args[:-3], None, nothing, nothing)):
-                self.backward = self._kernels.backward
+        """Choose how a pass with dx runs. When that is final, `backward` is the C++ function itself."""
+        if args[-4] is not None and self._choose_dx(lambda: self._kernels.backward(*args)):
+            self.backward = self._kernels.backward
         self._kernels.backward(*args)
 
     def _choose_forward(self, run: Callable[[], None]) -> bool:
-        # Tiles that compute S too support neither dropout nor an int8 W. In a forward pass dropout affects only S.
-        may_fuse = not (self.shape.has_dropout or self.shape.int8)
+        # In a forward pass dropout affects only S.
         return self._choose(
-            "forward", self.shape.n, self.shape.k, False, may_fuse, run,
-            lambda config: self._kernels.choose_forward(config.tile, config.fuses_shrink),
+            "forward", self.shape.n, self.shape.k, False, run,
+            lambda config: self._kernels.choose_forward(config.tile, config.overlaps_shrink),
         )  # fmt: skip
 
     def _choose_dx(self, run: Callable[[], None]) -> bool:
         return self._choose(
-            "dx", self.shape.k, self.shape.n, self.shape.has_dropout, False, run,
-            lambda config: self._kernels.choose_dx(config.tile),
+            "dx", self.shape.k, self.shape.n, self.shape.has_dropout, run,
+            lambda config: self._kernels.choose_dx(config.tile, config.overlaps_shrink),
         )  # fmt: skip
 
     def _choose(
-        self, name: str, n: int, k: int, has_dropout: bool, may_fuse: bool, run: Callable[[], None],
-        take: Callable[[GemmConfig], None],
-    ) -> bool:  # fmt: skip
+        self, name: str, n: int, k: int, has_dropout: bool, run: Callable[[], None], take: Callable[[GemmConfig], None]
+    ) -> bool:
         """Set the fastest configuration of a GEMM (M, N) with the reduction K, and return whether it is final.
 
         Numbers of rows are rounded up to a power of two. A shape that first occurs while a CUDA graph is captured is measured at
@@ -135,11 +131,13 @@ class Plan:
         shape = self.shape
         m = 1 << (shape.m - 1).bit_length()
         full_tiles = all(rows == 0 or rows >= 128 for rows in shape.segments or ())
-        key = (name, str(shape.dtype), m, n, k, self.rank, shape.int8, has_dropout, may_fuse, shape.fp32_experts,
+        # A shrink that overlaps the GEMM supports neither dropout nor an int8 W.
+        may_overlap = not (shape.has_dropout or shape.int8)
+        key = (name, str(shape.dtype), m, n, k, self.rank, shape.int8, has_dropout, may_overlap, shape.fp32_experts,
                shape.segments is not None, full_tiles)  # fmt: skip
 
         def ways() -> dict[str, GemmConfig]:
-            configs = gemm_configs(chip_of(shape.device), m, n, k, self.rank, shape.int8, has_dropout, full_tiles, may_fuse)
+            configs = gemm_configs(chip_of(shape.device), m, n, k, self.rank, shape.int8, has_dropout, full_tiles, may_overlap)
             return {str(config): config for config in configs}
 
         def run_with(config: GemmConfig) -> None:
@@ -176,18 +174,19 @@ class GemmConfig(NamedTuple):
 
     Attributes:
         tile: Number of the tile.
-        fuses_shrink: Whether the tiles of the first columns also compute S.
+        overlaps_shrink: Whether the kernel that computes S, or dS in a backward pass, runs on some multiprocessors while the GEMM
+            starts on the others (programmatic dependent launch). Otherwise the GEMM starts when S, or dS, is there.
     """
 
     tile: int
-    fuses_shrink: bool
+    overlaps_shrink: bool
 
     def __str__(self) -> str:
-        return _kernels.gemm_tile_name(self.tile) + (", fused shrink" if self.fuses_shrink else "")
+        return _kernels.gemm_tile_name(self.tile) + (", overlapped shrink" if self.overlaps_shrink else "")
 
 
 def gemm_configs(
-    chip: object, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, may_fuse: bool
+    chip: object, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, may_overlap: bool
 ) -> list[GemmConfig]:
     """Return the valid configurations of a GEMM. The first one is the fastest according to the cost model.
 
@@ -198,10 +197,9 @@ def gemm_configs(
         int8: Whether the weight is int8.
         has_dropout: Whether the output is masked.
         full_tiles: Whether every segment has at least as many rows as a tile of wgmma, or none.
-        may_fuse: Whether the GEMM may also compute S.
+        may_overlap: Whether the shrink may overlap the GEMM.
     """
     tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, has_dropout, full_tiles)
     apart = [GemmConfig(tile, False) for tile in tiles]
-    # Tiles that compute S take longer, which pays only if there are many other tiles.
-    fused = [GemmConfig(tile, True) for tile in tiles if may_fuse and _kernels.shrinks_inside(tile, rank)]
-    return fused + apart if n >= _WIDE else apart + fused
+    overlapped = [GemmConfig(tile, True) for tile in tiles if may_overlap and _kernels.overlaps_shrink(tile, rank)]
+    return overlapped + apart if n >= _WIDE else apart + overlapped

@@ -61,15 +61,17 @@ struct DeviceProperties {
   int shared_memory;   // bytes that a block may have
 };
 
-// s and t made by the gemm itself, as shrink would: by the tiles of the first columns, which have x at hand. The other tiles of
-// their rows wait for t before they come to the ranks. `ready`: room for a number for every 128 rows (of each segment), which
-// the launch clears; null: t is there already. Not transposed, r is 32 at most, without dropout, for the tiles of shrinks_inside.
-struct FusedShrink {
-  const void* a = nullptr;  // (r, k)
+// A launch of few blocks that makes t ahead of a gemm, which starts while it runs and waits for it before it comes to the ranks
+// (programmatic dependent launch, compute capability 9.0). Forward it makes s and t from the gemm's x, as shrink does. For a gemm
+// that is `transposed`, whose x is dy and whose t is ds, it makes ds = dy a with scale and gate, and dgate as RowGrads has it, from
+// the s that is there. r is from 1 to 64; without dropout; for the tiles of overlaps_shrink.
+struct OverlappedShrink {
+  const void* a = nullptr;  // (r, k), or (k, r) if the gemm is transposed; null: there is no such launch, t is there already
   int64_t a_stride = 0;
-  void* s = nullptr;
+  void* s = nullptr;        // (m, r), dense; if the gemm is transposed it is read, for dgate alone
+  float* dgate = nullptr;   // null: it is not wanted
+  int experts = 0;
   Factors factors{};
-  int32_t* ready = nullptr;
 };
 
 // The operands as the tensor memory accelerator sees them. It takes the driver a while to make them, so whoever calls again with
@@ -98,7 +100,7 @@ struct Gemm {
   bool transposed;
   Dropout dropout;
   Segments segments;
-  FusedShrink inside;
+  OverlappedShrink shrink;
   TensorMaps* maps;  // kept from call to call, or null
 };
 
@@ -106,7 +108,7 @@ struct Gemm {
 // no segment is shorter than 128 rows.
 std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout, bool full_tiles);
 std::string gemm_tile_name(int tile);
-bool shrinks_inside(int tile, int64_t r);
+bool overlaps_shrink(int tile, int64_t r);
 void gemm(const Gemm& gemm, int tile, const DeviceProperties& chip, const Stream& stream);
 
 // s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its

@@ -18,10 +18,10 @@ struct LayerShape {
   std::vector<int> rows;   // of each expert, one after the other; empty: every row takes all experts
 };
 
-// How a GEMM runs: the number of its tile, and whether it makes S as well (shrinks_inside).
+// How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink).
 struct GemmChoice {
   int tile = 0;
-  bool fuses_shrink = false;
+  bool overlaps_shrink = false;
 };
 
 // What both passes read. `t` and `joined` are room for LayerPlan::t_size() and joined_size() numbers of the element's type: the
@@ -73,7 +73,7 @@ class LayerPlan {
   int64_t rank() const { return rank_; }
   int64_t t_size() const;
   int64_t joined_size() const;  // 0: the only expert is read where it is, its rows at multiples of 16 bytes
-  int64_t workspace_size(const Needs& needs) const;
+  int64_t workspace_size(const Needs& needs, const GemmChoice& choice) const;
 
   void forward(const LayerForward& call, const GemmChoice& choice, const Stream& stream) const;
   void backward(const LayerBackward& call, const GemmChoice& choice, const Stream& stream) const;
@@ -88,9 +88,9 @@ class LayerPlan {
   void join(const LayerOperands& of, const Stream& stream) const;
   Gemm gemm(const LayerOperands& of, const std::shared_ptr<TensorMaps>& maps) const;
   Side side(int64_t columns) const;
-  Workspace workspace(const Needs& needs) const;
+  Workspace workspace(const Needs& needs, const GemmChoice& choice) const;
   LoraGradPartials partials(const Side& side, const void* z, int64_t z_stride, const void* t, float* g) const;
-  void compute_dx(const LayerBackward& call, const void* ds, const GemmChoice& choice, const Stream& stream) const;
+  void compute_dx(const LayerBackward& call, void* ds, const GemmChoice& choice, const Stream& stream) const;
   void add_sums(std::vector<PartialSum>& sums, const Side& side, const float* parts, const std::vector<void*>& out, bool is_a) const;
 
   LayerShape shape_;

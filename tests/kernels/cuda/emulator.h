@@ -3,11 +3,12 @@
 // Every thread of a block is a fiber, and every instruction has the meaning that the PTX manual gives it: which lane
 // holds which value of a fragment, how shared memory is swizzled, what a descriptor addresses, when a barrier's phase
 // ends. What the hardware may do early or late is done at both ends, to bring out missing waits: FEDMS_EMULATOR=early
-// copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order.
+// copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order. A launch that
+// lets the next one start early is left until that one waits for it and nothing else can go on.
 // With FEDMS_EMULATOR=none no kernel runs: what is left is the work of the host alone, which tests/kernels/cuda/host_cost.py
 // counts. fedms_launches() says how many launches there were, of kernels and of clearing memory.
 //
-// An error is an exception that names the launch: a deadlock, lanes that disagree about the next instruction,
+// An error is an exception that names the launch: a deadlock, a launch that starts early and does not wait, lanes that disagree about the next instruction,
 // addresses outside of shared memory or misaligned ones, reading what a fence should have made visible, bank conflicts.
 #pragma once
 
@@ -20,6 +21,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -43,7 +45,7 @@ extern "C" __attribute__((visibility("default"), used)) inline int64_t fedms_lau
 
 struct Grid {
   int x, y = 1, z = 1;
-  bool together = false;
+  bool early = false;
 };
 
 struct Launch {
@@ -52,10 +54,11 @@ struct Launch {
   const Stream& stream;
 };
 
-[[noreturn]] inline void fail(const Launch& launch, const std::string& reason) {
-  throw Error(std::string(launch.kernel) + " (m " + std::to_string(launch.m) + ", n " + std::to_string(launch.n) +
-              ", k " + std::to_string(launch.k) + ", total rank " + std::to_string(launch.r) + "), emulated: " + reason);
+inline std::string name_of(const Launch& launch) {
+  return std::string(launch.kernel) + " (m " + std::to_string(launch.m) + ", n " + std::to_string(launch.n) + ", k " +
+         std::to_string(launch.k) + ", total rank " + std::to_string(launch.r) + "), emulated: ";
 }
+[[noreturn]] inline void fail(const Launch& launch, const std::string& reason) { throw Error(name_of(launch) + reason); }
 
 struct TensorMap {
   uint8_t* data;
@@ -131,7 +134,16 @@ struct Block {
   std::vector<Groups> multiplications;  // of each warpgroup
   std::map<int, Together> named;
   std::map<uint32_t, Barrier> barriers;
+  const Action* body;  // what each thread does
   std::string problem;
+};
+
+// A launch: a kernel with its arguments, and the blocks that it runs with.
+struct Work {
+  std::string name;
+  Grid grid;
+  int threads, shared_bytes;
+  Action body;
 };
 
 // The block and the thread that run now.
@@ -142,7 +154,10 @@ inline std::deque<Action> transfers;  // late copies
 inline long events = 0;  // whatever lets another fiber go on
 inline jmp_buf scheduler;
 inline ucontext_t start_context;
-inline Action body;
+// Programmatic dependent launch. The launch that runs now may let the next one start, and has done so; and a launch that did: it is
+// begun again, since this is the first thing that it does.
+inline bool may_let_next_start = false, next_may_start = false;
+inline std::unique_ptr<Work> left;
 
 inline void yield() {
   if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
@@ -158,7 +173,7 @@ void wait_until(Ready ready) {
 }
 
 inline void fiber() {
-  body();
+  (*block->body)();
   if (!self->copies.idle()) block->problem = "a thread ended before its copies into shared memory";
   self->done = true;
   ++events;
@@ -186,38 +201,74 @@ inline const std::string& pace() {
   return pace;
 }
 
-// Runs these blocks at the same time.
-inline void run_blocks(std::vector<Block>& blocks) {
-  struct Warp {
-    Block* of;
-    int number;
-  };
-  std::vector<Warp> order;
-  for (Block& one : blocks) {
-    for (size_t i = 0; i < one.warps.size(); ++i) order.push_back({&one, int(i)});
-  }
+inline void finish_left();
+
+// Runs a block, as far as the launch does not let the next one start.
+inline void run_block(Block& now) {
+  std::vector<int> order(now.warps.size());
+  std::iota(order.begin(), order.end(), 0);
   transfers.clear();
-  for (bool left = true; left;) {
-    left = false;
+  for (bool going = true; going;) {
+    going = false;
     const long before = events;
     std::shuffle(order.begin(), order.end(), random_numbers);
-    for (const Warp& warp : order) {
-      block = warp.of;
-      for (int i = warp.number * 32; i < warp.number * 32 + 32; ++i) {
-        if (block->fibers[i].done) continue;
-        left = true;
-        resume(block->fibers[i]);
-        if (!block->problem.empty()) throw Problem(block->problem + " of block " + std::to_string(block->x));
+    for (int warp : order) {
+      for (int i = warp * 32; i < warp * 32 + 32; ++i) {
+        if (now.fibers[i].done) continue;
+        going = true;
+        block = &now;
+        resume(now.fibers[i]);
+        if (!now.problem.empty()) throw Problem(now.problem + " of block " + std::to_string(now.x));
+        if (next_may_start) return;
       }
     }
-    if (left && events == before) {
-      if (transfers.empty()) throw Problem("deadlock: every thread waits");
-      // Late copies come in any order.
+    if (!going || events != before) continue;
+    if (!transfers.empty()) {  // late copies come in any order
       const size_t pick = random_numbers() % transfers.size();
       transfers[pick]();
       transfers.erase(transfers.begin() + pick);
+    } else if (left) {  // what the launch before writes is there as late as may be
+      finish_left();
+    } else {
+      throw Problem("deadlock: every thread waits");
     }
   }
+}
+
+// Runs a launch, as far as it does not let the next one start.
+inline void run(const Work& work) {
+  for (int i = 0; i < work.grid.x * work.grid.y * work.grid.z && !next_may_start; ++i) {
+    const int x = i % work.grid.x, y = i / work.grid.x % work.grid.y, z = i / work.grid.x / work.grid.y;
+    Block now;
+    now.x = x, now.y = y, now.z = z, now.blocks_x = work.grid.x, now.threads = work.threads;
+    now.late = pace() != "early";
+    // NaNs in bf16 and in fp16, at a multiple of 1024 bytes.
+    now.memory.assign(work.shared_bytes + 1024, 0xFF);
+    now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;
+    now.writer.resize(work.shared_bytes / 4 + 4);
+    now.fibers = std::vector<Thread>(work.threads);
+    for (int thread = 0; thread < work.threads; ++thread) now.fibers[thread].number = thread;
+    now.warps.resize(work.threads / 32);
+    now.warpgroups.resize((work.threads + 127) / 128);
+    now.multiplications.resize(now.warpgroups.size());
+    now.body = &work.body;
+    random_numbers.seed(unsigned(x + 31 * y + 1009 * z));
+    try {
+      run_block(now);
+    } catch (const Problem& found) {
+      throw Error(work.name + found.what() + ", of the block (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
+                  std::to_string(z) + ")");
+    }
+  }
+}
+
+// Runs the launch that was left, from its beginning.
+inline void finish_left() {
+  if (!left) return;
+  const std::unique_ptr<Work> work = std::move(left);
+  may_let_next_start = false;
+  run(*work);
+  ++events;
 }
 
 // The lanes of a warp or warpgroup meet; the last one runs act(operands of all lanes).
@@ -311,12 +362,13 @@ inline void named_barrier(int id, int threads) {
   }
 }
 inline void sync_block() { named_barrier(0, block->threads); }
-inline void announce(int32_t* flag) {
-  *flag = 1;
-  ++events;
+inline void let_next_launch_start() {
+  if (!may_let_next_start) return;
+  next_may_start = true;
+  for (;;) yield();
 }
-inline void wait_for(const int32_t* flag) {
-  wait_until([&] { return *static_cast<const volatile int32_t*>(flag) != 0; });
+inline void wait_for_launch_before() {
+  wait_until([] { return left == nullptr; });
 }
 inline void fence_global_for_tma() {}
 
@@ -584,11 +636,6 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
 
 }  // namespace ptx
 
-inline void clear(const Launch&, void* data, size_t bytes) {
-  ++emulator::launches;
-  std::memset(data, 0, bytes);
-}
-
 template <class... Parameters>
 void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes,
             const Parameters&... arguments) {
@@ -596,36 +643,22 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
   ++launches;
   if (pace() == "none") return;
   if (threads % 32) fail(what, "the emulator wants whole warps");
-  body = [&] { kernel(arguments...); };
-  for (int z = 0; z < grid.z; ++z) {
-    for (int y = 0; y < grid.y; ++y) {
-      const int at_once = grid.together ? grid.x : 1;
-      for (int x = 0; x < grid.x; x += at_once) {
-        std::vector<Block> blocks(at_once);
-        for (int i = 0; i < at_once; ++i) {
-          Block& now = blocks[i];
-          now.x = x + i, now.y = y, now.z = z, now.blocks_x = grid.x, now.threads = threads;
-          now.late = pace() != "early";
-          // NaNs in bf16 and in fp16, at a multiple of 1024 bytes.
-          now.memory.assign(shared_bytes + 1024, 0xFF);
-          now.shared = now.memory.data() + (1024 - reinterpret_cast<uintptr_t>(now.memory.data()) % 1024) % 1024;
-          now.writer.resize(shared_bytes / 4 + 4);
-          now.fibers = std::vector<Thread>(threads);
-          for (int thread = 0; thread < threads; ++thread) now.fibers[thread].number = thread;
-          now.warps.resize(threads / 32);
-          now.warpgroups.resize((threads + 127) / 128);
-          now.multiplications.resize(now.warpgroups.size());
-        }
-        random_numbers.seed(unsigned(x + 31 * y + 1009 * z));
-        try {
-          run_blocks(blocks);
-        } catch (const Problem& found) {
-          fail(what, std::string(found.what()) + ", of the blocks from (" + std::to_string(x) + ", " + std::to_string(y) +
-                         ", " + std::to_string(z) + ") on");
-        }
-      }
-    }
+  Work work{name_of(what), grid, threads, shared_bytes, [=] { kernel(arguments...); }};
+  if (!grid.early) finish_left();
+  may_let_next_start = !grid.early;
+  next_may_start = false;
+  try {
+    run(work);
+  } catch (...) {
+    left = nullptr;
+    throw;
   }
+  if (left) {
+    left = nullptr;
+    fail(what, "it started early, and did not wait for the launch before it");
+  }
+  if (next_may_start) left = std::make_unique<Work>(std::move(work));
+  next_may_start = false;
 }
 
 __attribute__((used)) inline void check_device(int) {}

@@ -4,8 +4,8 @@
 
 Checks: nothing spills or uses local memory; the matrix instructions and the asynchronous copies of the target are
 there; ptxas has no wgmma to wait for that it was not told of (its messages C75xx); registers and shared memory of
-every kernel are those of resources.txt, which --write writes anew. Code is kept in build/cuda-check by the hash of what
-it is made from, so that a second run takes a second.
+every kernel, and the instructions of the loops with wgmma, are those of resources.txt, which --write writes anew. Code is kept in
+build/cuda-check by the hash of what it is made from, so that a second run takes a second.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ KEPT = ROOT / "build" / "cuda-check"
 TABLE = HERE / "resources.txt"
 # The files of each target. 8.6 and 8.9 run the code of 8.0 where they have none of their own; Jetson's 8.7 does not.
 FAMILY = ("gemm_sm80", "shrink", "lora_grad", "reduce", "join")
-TARGETS = {"sm_80": FAMILY, "sm_86": FAMILY, "sm_87": FAMILY, "sm_89": FAMILY, "sm_90": FAMILY, "sm_90a": ("gemm_sm90",)}
+TARGETS = {"sm_80": FAMILY, "sm_86": FAMILY, "sm_87": FAMILY, "sm_89": FAMILY, "sm_90": FAMILY,
+           "sm_90a": ("gemm_sm90", "shrink_sm90")}  # fmt: skip
 MOST_SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_90a": 232448}
 # What must be in the code of a kernel; the kernels that only add have none of it.
-WANTED = {"mma_gemm": ("HMMA", "LDGSTS", "LDSM"), "shrink": ("HMMA", "LDGSTS", "LDSM"),
-          "lora_grad_partials": ("HMMA", "LDGSTS", "LDSM"), "wgmma_gemm": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS")}  # fmt: skip
+# ACQBULK is griddepcontrol.wait, PREEXIT griddepcontrol.launch_dependents.
+WANTED = {"mma_gemm": ("HMMA", "LDGSTS", "LDSM"), "shrink_ahead": ("HGMMA", "UTMALDG", "SYNCS", "PREEXIT"),
+          "shrink": ("HMMA", "LDGSTS", "LDSM"), "lora_grad_partials": ("HMMA", "LDGSTS", "LDSM"),
+          "wgmma_gemm": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "ACQBULK")}  # fmt: skip
 LOCAL = ("STL", "LDL")
+COUNTED = (*LOCAL, "HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG", "SYNCS", "ACQBULK", "PREEXIT")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Kernel:
     name: str
     registers: int
     instructions: tuple[tuple[str, int], ...]
+    loop: str  # what its innermost loop with wgmma consists of
 
     def __str__(self) -> str:
         counts = " ".join(f"{name} {count}" for name, count in self.instructions if count)
@@ -93,16 +98,33 @@ def kernels_of(target: str, file: str) -> list[Kernel]:
     registers = dict(re.findall(r"Function (\S+):\n\s*REG:(\d+)", usage.stdout + usage.stderr))
     for section in re.split(r"(?m)^\.section\s+\.text\.", listing)[1:] or re.split(r"(?m)^//-+ \.text\.", listing)[1:]:
         symbol = re.match(r"[\w$]+", section)[0]
-        names = (*LOCAL, "HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG", "SYNCS")
-        counts = tuple((name, len(re.findall(rf"\b{name}\b", section))) for name in names)
-        found.append(Kernel(target, plain(symbol), int(registers[symbol]), counts))
+        counts = tuple((name, len(re.findall(rf"\b{name}\b", section))) for name in COUNTED)
+        found.append(Kernel(target, plain(symbol), int(registers[symbol]), counts, wgmma_loop(section)))
     if len(found) != len(registers) or not found:
         sys.exit(f"{file}.cu for {target}: {len(registers)} kernels, but the code of {len(found)} was read")
     return found
 
 
+def wgmma_loop(section: str) -> str:
+    """How many instructions the innermost loop with wgmma of a kernel has, and how many of them are wgmma; nothing without one."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    loops = []
+    for line in section.splitlines():
+        if label := re.match(r"\s*\.(L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            code.append(found[1])
+            target = re.search(r"BRA.*`\(\.(L_\w+)\)", line)
+            if target and target[1] in labels:
+                loops.append(code[labels[target[1]]:])
+    counts = [(len(loop), sum(name.startswith("HGMMA") for name in loop)) for loop in loops]
+    counts = [(length, products) for length, products in counts if products]
+    return "; loop of {} instructions, {} of them wgmma".format(*min(counts)) if counts else ""
+
+
 def shared_memory() -> str:
-    """Dynamic shared memory, from the header that the launchers take it from."""
+    """Dynamic shared memory, from the headers that the launchers take it from."""
     program = KEPT / f"shared_memory.{os.getpid()}"
     KEPT.mkdir(parents=True, exist_ok=True)
     source = ('#include <cstdio>\n#include "heuristics.h"\nusing namespace fedms::cuda;\nint main() { for (const Tile& t : TILES)'
@@ -129,7 +151,7 @@ def main() -> int:
     for file in FAMILY:  # for GPUs to come
         text = compile_file("compute_80", file)[0].read_text()
         print(f"compute_80 {file}: {text.count('.entry')} kernels as PTX")
-    lines = [f"{k.target} {k.name}: {k.registers} registers" for k in kernels]
+    lines = [f"{k.target} {k.name}: {k.registers} registers{k.loop}" for k in kernels]
     table = "\n".join(["Of `make check-cuda`, nvcc 13.0. Dynamic shared memory of a block:", shared_memory(), *sorted(lines), ""])
     if "--write" in sys.argv:
         TABLE.write_text(table)

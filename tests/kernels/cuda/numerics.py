@@ -46,7 +46,7 @@ def cases(names, *values):
 
 
 DTYPES = [torch.bfloat16, torch.float16]
-APART, INSIDE = False, True  # where S is made
+APART, OVERLAPPED = False, True  # how the launch that makes S, or dS, lies to the GEMM
 SMALL = 1  # 64 x 64: where the tile is not what is tested
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
 
@@ -62,11 +62,11 @@ def alone(monkeypatch):
     torch.set_default_device(None)
 
 
-def use_tile(monkeypatch, tile, inside=False):
-    """`inside`: S is made inside of the forward GEMM, where the tile can do that."""
+def use_tile(monkeypatch, tile, overlapped=False):
+    """`overlapped`: S and dS are made by launches that overlap the GEMMs, where the tile can do that."""
 
-    def configs(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_fuse):
-        return [cuda_plan.GemmConfig(tile, inside and may_fuse and backend._kernels.shrinks_inside(tile, rank))]
+    def configs(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_overlap):
+        return [cuda_plan.GemmConfig(tile, overlapped and may_overlap and backend._kernels.overlaps_shrink(tile, rank))]
 
     monkeypatch.setattr(cuda_plan, "gemm_configs", configs)
 
@@ -88,16 +88,16 @@ def test_the_gemm_alone_as_the_benchmark_times_it(transposed):
 
 
 # Sizes that end inside a tile, a step of the reduction and a step of the ranks.
-@cases("tile, inside, dtype", tiles(), [APART, INSIDE], DTYPES)
-def test_every_tile(monkeypatch, tile, inside, dtype):
-    use_tile(monkeypatch, tile, inside)
+@cases("tile, overlapped, dtype", tiles(), [APART, OVERLAPPED], DTYPES)
+def test_every_tile(monkeypatch, tile, overlapped, dtype):
+    use_tile(monkeypatch, tile, overlapped)
     check(Layer(150, 200, 264, [17, 3], "row and expert", dtype))
 
 
-@cases("tile, inside", [tile for tile in tiles() if backend._kernels.gemm_tile_name(tile).startswith("wgmma")], [APART, INSIDE])
-def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, inside, tile):
+@cases("tile, overlapped", [tile for tile in tiles() if backend._kernels.gemm_tile_name(tile).startswith("wgmma")], [APART, OVERLAPPED])
+def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, overlapped, tile):
     # The emulated chip has four multiprocessors.
-    use_tile(monkeypatch, tile, inside)
+    use_tile(monkeypatch, tile, overlapped)
     check(Layer(390, 520, 520, [70], "row"), needs=[0])
 
 
@@ -165,10 +165,10 @@ def test_int8_weight(monkeypatch, dtype_and_p, tile):
     check_quantized(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
 
 
-@cases("tile, inside, layer", tiles(), [APART, INSIDE], [((128, 150), [8, 8], "none"), ((131, 0, 140), [3, 17, 40], "row")])
-def test_segments(monkeypatch, inside, tile, layer):
+@cases("tile, overlapped, layer", tiles(), [APART, OVERLAPPED], [((128, 150), [8, 8], "none"), ((131, 0, 140), [3, 17, 40], "row")])
+def test_segments(monkeypatch, overlapped, tile, layer):
     segments, ranks, gate = layer
-    use_tile(monkeypatch, tile, inside)
+    use_tile(monkeypatch, tile, overlapped)
     check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
 
 
@@ -220,9 +220,9 @@ def test_bits_repeat(monkeypatch):
 
 
 @on_gpu
-@cases("tile, inside, sizes", tiles(), [APART, INSIDE], [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
-def test_large(monkeypatch, tile, inside, sizes):
-    use_tile(monkeypatch, tile, inside)
+@cases("tile, overlapped, sizes", tiles(), [APART, OVERLAPPED], [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
+def test_large(monkeypatch, tile, overlapped, sizes):
+    use_tile(monkeypatch, tile, overlapped)
     check(Layer(*sizes, [16, 16], "row and expert"))
 
 

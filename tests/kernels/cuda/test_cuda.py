@@ -33,11 +33,12 @@ def run(command: list[str | Path], **environment: str) -> str:
 
 
 @needs_compiler
-def test_index_logic(tmp_path):
-    program = tmp_path / "layout"
+@pytest.mark.parametrize("file", ["layout", "overlap"])
+def test_index_logic_and_launches_that_overlap(tmp_path, file):
+    program = tmp_path / file
     run([
         COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-DFEDMS_WITH_SM90A", f"-I{ROOT}/csrc/include",
-        f"-I{ROOT}/csrc/cuda", f"-I{HERE}", HERE / "layout.cpp", "-o", program,
+        f"-I{ROOT}/csrc/cuda", f"-I{HERE}", HERE / f"{file}.cpp", "-o", program,
     ])  # fmt: skip
     print(run([program]))
 

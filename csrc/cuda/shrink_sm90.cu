@@ -1,0 +1,160 @@
+// S = x A^T and T, or dS from dy and B with the gate's gradient, by few blocks ahead of the GEMM that reads T or dS, for compute
+// capability 9.0.
+//
+// The GEMM is started as soon as all blocks of this kernel run (programmatic dependent launch). Its blocks multiply W's part on
+// the other multiprocessors meanwhile, and wait for the end of this kernel before they read T. So few blocks have to read all of x:
+// much of it is under way for each.
+#include "gemm.h"
+#include "ring.h"
+
+namespace fedms::cuda {
+namespace {
+
+constexpr int STEP = 64, BOX = 64 * 128;  // a box: 64 rows of 64 numbers, 128 bytes
+
+struct Maps {
+  TensorMap x, a;
+};
+
+// BACKWARD: x is dy, and A is B, given as (k, r).
+template <class T, bool BACKWARD>
+struct WgmmaShrink {
+  static constexpr int ROWS = SHRINK_ROWS, RANKS = OVERLAPPED_RANKS;
+  static constexpr int CONSUMERS = ROWS / 64, THREADS = CONSUMERS * 128 + 32;  // one more warp copies
+  static constexpr int STAGES = 8;
+  using Stages = Ring<STAGES, ROWS * 128 + BOX>;
+  static constexpr int SHARED = Stages::BYTES + Stages::BARRIER_BYTES;
+  static_assert(RANKS == 64 && SHARED <= 232448);
+
+  using Sums = float[RANKS / 2];
+
+  template <class F>
+  static FEDMS_DEVICE void for_row_blocks(const ShrinkAheadArguments<T>& g, F work) {
+    const int blocks = row_blocks(g.segments, ROWS, g.m);
+    for (int i = ptx::block_x(); i < blocks; i += ptx::blocks_x()) work(row_block(g.segments, i, ROWS, g.m, g.r, false));
+  }
+
+  static FEDMS_DEVICE void produce(const ShrinkAheadArguments<T>& g, const Maps& maps, const Stages& ring) {
+    typename Stages::Cursor at;
+    for_row_blocks(g, [&](const RowBlock& rows) {
+      for (int first = 0; first < g.k; first += STEP) {
+        ring.fill(at, [&](uint32_t stage, uint32_t full) {
+          ptx::tma_load(stage, &maps.x, full, rows.row, first);
+          if constexpr (BACKWARD) {
+            ptx::tma_load(stage + ROWS * 128, &maps.a, full, first, rows.first_rank);
+          } else {
+            ptx::tma_load(stage + ROWS * 128, &maps.a, full, rows.first_rank, first);
+          }
+        });
+      }
+    });
+  }
+
+  static FEDMS_DEVICE void consume(const ShrinkAheadArguments<T>& g, const Stages& ring, int warpgroup) {
+    typename Stages::Reader reader;
+    for_row_blocks(g, [&](const RowBlock& rows) {
+      Sums sum = {};
+      ptx::keep_in_place(sum);
+      for (int first = 0; first < g.k; first += STEP) {
+        ring.multiply(reader, [&](uint32_t stage) {
+#pragma unroll
+          for (int k16 = 0; k16 < STEP / 16; ++k16) {
+            const uint64_t x = matrix_descriptor(stage + warpgroup * BOX + k16 * 32, 0);
+            const uint64_t a = matrix_descriptor(stage + ROWS * 128 + k16 * (BACKWARD ? 16 * 128 : 32), 0);
+            ptx::wgmma<T, RANKS, BACKWARD>(sum, x, a);
+          }
+        });
+      }
+      ring.finish(reader, sum);
+      write(g, rows, rows.row + warpgroup * 64, sum);
+    });
+  }
+
+  // What becomes of the sums of 64 rows, of which those of another segment are somebody else's.
+  static FEDMS_DEVICE void write(const ShrinkAheadArguments<T>& g, const RowBlock& rows, int first_row, const Sums& sum) {
+    const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
+    const auto row = [&](int i) { return first_row + warp * 16 + accumulator_row(lane, i % 4); };
+    const auto rank = [&](int i) { return i / 4 * 8 + accumulator_column(lane, i); };
+    const auto own = [&](int i) { return row(i) < rows.end && rank(i) < rows.ranks; };
+    Sums factor;  // all of them under way before the first number is written
+#pragma unroll
+    for (int i = 0; i < RANKS / 2; ++i) {
+      factor[i] = own(i) ? factor_of(g.factors, g.segments, rows.owner, row(i), rank(i)) : 0;
+    }
+    T* const s = BACKWARD ? nullptr : g.s;
+#pragma unroll
+    for (int i = 0; i < RANKS / 2; ++i) put_s(s, g.t, g.t_stride, g.r, rows, row(i), rank(i), sum[i], factor[i]);
+    if constexpr (BACKWARD) {
+      if (g.dgate) write_dgate(g, rows, sum, own, row, rank);
+    }
+  }
+
+  // The gate's gradient in these rows: for each expert its scale times the sum over its ranks of S times dy B.
+  template <class Own, class Row, class Rank>
+  static FEDMS_DEVICE void write_dgate(const ShrinkAheadArguments<T>& g, const RowBlock& rows, const Sums& sum, Own own, Row row,
+                                       Rank rank) {
+    Sums product;
+#pragma unroll
+    for (int i = 0; i < RANKS / 2; ++i) {
+      product[i] = own(i) ? sum[i] * Number<T>::widen(g.s[int64_t(row(i)) * g.r + rank(i)]) : 0;
+    }
+    const int columns = g.segments.count ? 1 : g.experts;
+    for (int column = 0; column < columns; ++column) {
+      const int expert = g.segments.count ? rows.owner : column;
+      float total[2] = {};  // of the two rows of this thread
+#pragma unroll
+      for (int i = 0; i < RANKS / 2; ++i) {
+        const bool of_expert = rank(i) < rows.ranks && (g.segments.count || g.factors.expert[rank(i)] == expert);
+        total[i % 4 / 2] += of_expert ? product[i] : 0;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // four threads share a row
+        for (int lanes = 1; lanes < 4; lanes *= 2) total[half] += ptx::shuffle_xor(total[half], lanes);
+        const int to_row = row(2 * half);
+        if (ptx::thread() % 4 == 0 && to_row < rows.end) {
+          g.dgate[int64_t(to_row) * columns + column] = total[half] * g.factors.scale[expert];
+        }
+      }
+    }
+  }
+
+  static FEDMS_DEVICE void run(const ShrinkAheadArguments<T>& g, const Maps& maps) {
+    ptx::let_next_launch_start();
+    const uint32_t memory = ptx::shared_memory();
+    const Stages ring{memory, memory + Stages::BYTES};
+    ring.init(CONSUMERS);
+    const int warpgroup = ptx::thread() / 128;
+    if (warpgroup < CONSUMERS) return consume(g, ring, warpgroup);
+    if (ptx::thread() == CONSUMERS * 128) produce(g, maps, ring);
+  }
+};
+
+template <class T, bool BACKWARD>
+__global__ void __launch_bounds__(WgmmaShrink<T, BACKWARD>::THREADS, 1)
+    shrink_ahead_kernel(__grid_constant__ const ShrinkAheadArguments<T> arguments, __grid_constant__ const Maps maps) {
+  WgmmaShrink<T, BACKWARD>::run(arguments, maps);
+}
+
+}  // namespace
+
+template <class T>
+void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& g, bool backward, int blocks, TensorMaps& kept) {
+  using Of = TensorMaps::Operand;
+  const int ranks = ranks_with_gaps(g.segments, g.r);
+  const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+    return kept.of(of, what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
+  };
+  const auto start = [&](auto* kernel, int threads, int shared) {
+    const TensorMap x = map(Of::x, g.x, g.m, g.k, g.x_stride, SHRINK_ROWS);
+    const TensorMap a = backward ? map(Of::a, g.a, g.k, ranks, g.a_stride, STEP) : map(Of::a, g.a, ranks, g.k, g.a_stride, 64);
+    launch(what, kernel, {blocks}, threads, shared, g, Maps{x, a});
+  };
+  using Forward = WgmmaShrink<T, false>;
+  using Backward = WgmmaShrink<T, true>;
+  backward ? start(shrink_ahead_kernel<T, true>, Backward::THREADS, Backward::SHARED)
+           : start(shrink_ahead_kernel<T, false>, Forward::THREADS, Forward::SHARED);
+}
+template void start_shrink_ahead(const Launch&, const ShrinkAheadArguments<Bf16>&, bool, int, TensorMaps&);
+template void start_shrink_ahead(const Launch&, const ShrinkAheadArguments<Fp16>&, bool, int, TensorMaps&);
+
+}  // namespace fedms::cuda
