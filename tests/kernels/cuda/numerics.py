@@ -98,7 +98,7 @@ def test_every_tile(monkeypatch, tile, overlapped, dtype):
 def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, overlapped, tile):
     # The emulated chip has four multiprocessors.
     use_tile(monkeypatch, tile, overlapped)
-    check(Layer(390, 520, 520, [70], "row"), needs=[0])
+    check(Layer(390, 520, 520, [40 if overlapped else 70], "row"), needs=[0])
 
 
 @cases("tile", tiles(has_dropout=True))

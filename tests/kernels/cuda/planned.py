@@ -11,7 +11,7 @@ from torch.nn import Linear
 
 import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, reference
-from fedms_ext.backends import device
+from fedms_ext.backends import cuda_plan, device
 from fedms_ext.operators import planned
 from layers import error
 
@@ -101,6 +101,15 @@ def test_a_layer_takes_the_short_way_and_is_right(short_way, dtype, rows, k, n, 
     first = check(layer, torch.randn(*rows, k).to(dtype))
     assert [found.plan is not None for found in layer.plans.values()] == [True]
     assert all(g.dtype == torch.float32 for g in first[2:])
+
+
+@pytest.mark.parametrize("rows, k, n, ranks", [((150,), 200, 264, [16]), ((1,), 8, 8, [1]), ((2, 65), 72, 48, [3, 40, 21])], ids=str)
+def test_shrinks_that_overlap_the_gemms(short_way, monkeypatch, rows, k, n, ranks):
+    monkeypatch.setattr(cuda_plan, "gemm_configs", lambda *args: [cuda_plan.GemmConfig(tile=2, overlaps_shrink=True)])
+    layer, x = layer_of(k, n, ranks), torch.randn(*rows, k).bfloat16()
+    check(layer, x)
+    dy = torch.randn(*rows, n).bfloat16()
+    assert all(torch.equal(one, two) for one, two in zip(gradients(layer, x, dy), gradients(layer, x, dy), strict=True))
 
 
 @pytest.mark.parametrize("shape, of_gate", [((6, 5), (6, 2)), ((6, 5), (1, 2)), ((30,), (30, 2)), ((6, 5), (6, 5, 2))], ids=str)
