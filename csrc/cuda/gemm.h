@@ -59,7 +59,7 @@ FEDMS_HD void add_bias(const T* bias, int column, int n, float& low, float& high
 
 // Maps of matrices, each made again where its matrix is another one than in the call before.
 struct TensorMaps {
-  enum Operand { x, w, t, f, y, a, COUNT };
+  enum Operand { x, w, t, f, y, a, z, s, COUNT };  // z and s: the x and T of a backward pass, for strips
   struct Kept {
     TensorMap map;
     const void* data = nullptr;

@@ -38,8 +38,14 @@ constexpr Tile TILES[] = {
     {Kind::wgmma, 128, 192, 4, 0, 0},
     {Kind::wgmma, 128, 128, 5, 0, 0},
 };
-// Of a shrink that runs ahead of a GEMM (shrink_sm90.cu): the ranks that it can have, and the rows that it makes at a time.
-constexpr int OVERLAPPED_RANKS = 64, SHRINK_ROWS = 128;
+// Of a shrink that runs ahead of a GEMM (shrink_sm90.cu): the ranks that it can have, the rows that it makes at a time, and its stages
+// of 64 numbers of each row.
+constexpr int OVERLAPPED_RANKS = 64, SHRINK_ROWS = 128, SHRINK_STAGES = 8;
+constexpr int SHRINK_SHARED_BYTES = SHRINK_STAGES * ((SHRINK_ROWS + OVERLAPPED_RANKS) * 128 + 16);
+// Of strips of dy and x (strips_sm90.cu): the columns of one, and the rows of a stage.
+constexpr int STRIP_COLUMNS = 64, STRIP_ROWS = 128, STRIP_STAGES = 7;
+constexpr int STRIP_SHARED_BYTES = STRIP_STAGES * (2 * STRIP_ROWS * 128 + 16);
+static_assert(SHRINK_SHARED_BYTES <= 232448 && STRIP_SHARED_BYTES <= 232448);
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both are
 // for mma. The tensor memory accelerator writes whole tiles: `full_tiles`, no segment is shorter than one.

@@ -142,14 +142,36 @@ LayerPlan::Side LayerPlan::side(int64_t columns) const {
   return side;
 }
 
+bool LayerPlan::runs_in_strips(const Needs& needs, const GemmChoice& choice) const {
+  return needs.dx && choice.overlaps_shrink && segments_.count == 0;
+}
+
+LayerPlan::Side LayerPlan::strips(int64_t columns, const Needs& needs) const {
+  const int64_t blocks = lora_grad_strips_blocks(columns);
+  const int64_t all = (needs.db ? lora_grad_strips_blocks(shape_.n) : 0) + (needs.da ? lora_grad_strips_blocks(shape_.k) : 0);
+  // As many splits as there are multiprocessors for the strips of both sides.
+  const int64_t splits = std::max<int64_t>(1, chip_.multiprocessors / all);
+  const int64_t rows_a_split = rounded_up((shape_.m + splits - 1) / splits, 128);
+  return {columns, blocks, rows_a_split, {static_cast<int>((shape_.m + rows_a_split - 1) / rows_a_split)}};
+}
+
+bool LayerPlan::needs_parts(const Side& strips) const {
+  return strips.parts() > 1 || static_cast<int64_t>(shape_.ranks.size()) > LoraGradStrips::MOST_OUTPUTS;
+}
+
 LayerPlan::Workspace LayerPlan::workspace(const Needs& needs, const GemmChoice& choice) const {
   Workspace at;
   const auto parts = [&](const Side& side) { return at.add(2 * side.parts() * side.columns * rank_); };
   if (needs.dx || needs.da) at.ds = at.add(shape_.m * t_pitch_);
   const bool ds_is_ahead_of_dx = needs.dx && choice.overlaps_shrink;
   if ((needs.dx || needs.da || needs.dgate) && !ds_is_ahead_of_dx) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
-  if (needs.db) at.db_parts = parts(side(shape_.n));
-  if (needs.da) at.da_parts = parts(side(shape_.k));
+  const auto add_parts = [&](int64_t columns) {
+    if (!runs_in_strips(needs, choice)) return parts(side(columns));
+    const Side in_strips = strips(columns, needs);
+    return needs_parts(in_strips) ? parts(in_strips) : -1;
+  };
+  if (needs.db) at.db_parts = add_parts(shape_.n);
+  if (needs.da) at.da_parts = add_parts(shape_.k);
   return at;
 }
 
@@ -161,8 +183,8 @@ void LayerPlan::add_sums(std::vector<PartialSum>& sums, const Side& side, const 
     const int32_t rank = shape_.ranks[e], count = segments_.count ? side.splits[e] : side.splits[0];
     if (out[e] && rank > 0) {
       // A sum is (columns, rank): so lies dB (n, rank), and dA (rank, k) the other way round.
-      sums.push_back({parts, static_cast<int32_t>(side.columns), count, segments_.count ? 0 : firsts_[e], rank, out[e],
-                      is_a ? 1 : rank, is_a ? side.columns : 1});
+      sums.push_back({parts, static_cast<int32_t>(side.columns), count,
+                      {segments_.count ? 0 : firsts_[e], rank, out[e], is_a ? 1 : rank, is_a ? side.columns : 1}});
     }
     if (segments_.count) parts += int64_t(count) * side.columns * rank_;
   }
@@ -204,6 +226,33 @@ void LayerPlan::compute_dx(const LayerBackward& call, void* ds, const GemmChoice
   cuda::gemm(product, choice.tile, chip_, stream);
 }
 
+// dA and dB in strips, which all gradients come out of without a sum of parts if there are enough of them.
+void LayerPlan::compute_da_and_db(const LayerBackward& call, const Needs& needs, const void* ds, float* da_parts, float* db_parts,
+                                  const Stream& stream) const {
+  LoraGradStrips pass{};
+  pass.element = shape_.element;
+  pass.fp32 = shape_.fp32_experts;
+  pass.m = shape_.m;
+  pass.r = rank_;
+  pass.t_stride = t_pitch_;
+  pass.maps = backward_maps_.get();
+  std::vector<PartialSum> sums;
+  const auto add = [&](int number, int64_t columns, const void* z, int64_t z_stride, const void* t, float* parts,
+                       const std::vector<void*>& out) {
+    const Side side = strips(columns, needs);
+    std::vector<PartialSum> of_side;
+    add_sums(of_side, side, parts, out, number == 1);
+    pass.rows_a_split = side.rows_a_split;
+    pass.sides[number] = {z, columns, z_stride, t, parts, {}};
+    if (parts) return void(sums.insert(sums.end(), of_side.begin(), of_side.end()));
+    for (const PartialSum& sum : of_side) pass.sides[number].out.push_back(sum.to);
+  };
+  if (needs.db) add(0, shape_.n, call.dy, call.dy_stride, call.of.t, db_parts, call.db);
+  if (needs.da) add(1, shape_.k, call.x, call.x_stride, ds, da_parts, call.da);
+  if (needs.da || needs.db) lora_grad_strips(pass, stream);
+  reduce_partials(shape_.element, shape_.fp32_experts, rank_, sums, stream);
+}
+
 void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, const Stream& stream) const {
   const LayerOperands& of = call.of;
   const auto any = [](const std::vector<void*>& all) { return std::any_of(all.begin(), all.end(), [](void* one) { return one; }); };
@@ -217,6 +266,10 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
   if (!call.room_is_filled) join(of, stream);
   if (needs.db && !call.room_is_filled) {
     apply_scale_and_gate({shape_.element, shape_.m, rank_, call.s, of.t, t_pitch_, factors(of), segments_}, stream);
+  }
+  if (runs_in_strips(needs, choice)) {
+    compute_dx(call, ds, choice, stream);
+    return compute_da_and_db(call, needs, ds, floats(at.da_parts), floats(at.db_parts), stream);
   }
   // One pass over dy: dB from T, and U = dy B, from which dS and the gate's gradient come, unless these are made ahead of dx.
   const Side of_dy = side(shape_.n);

@@ -1,4 +1,5 @@
-// Partial sums of dA or dB over the rows, and of U = dy B over the columns, in one pass over x or dy.
+// The gradients of A and B: strips, and partial sums of dA or dB over the rows, and of U = dy B over the columns, in one pass over x or dy.
+#include "heuristics.h"
 #include "ranks.h"
 
 namespace fedms::cuda {
@@ -189,6 +190,25 @@ void lora_grad_partials(const LoraGradPartials& g, const Stream& stream) {
       start(lora_grad_partials_kernel<T, 128>, GradTile<T, 128>());
     }
   });
+}
+
+int64_t lora_grad_strips_blocks(int64_t c) { return ceil_div(c, STRIP_COLUMNS); }
+
+void lora_grad_strips(const LoraGradStrips& g, const Stream& stream) {
+  const LoraGradStrips::Side &of_db = g.sides[0], &of_da = g.sides[1];
+  const Launch what{"lora_grad_strips", g.m, of_db.c, of_da.c, g.r, stream};
+  check_sizes(what, g.m, std::max(of_db.c, of_da.c), g.r);
+  if (g.r > OVERLAPPED_RANKS || of_db.c % 8 || of_da.c % 8) fail(what, "the total rank is above 64, or the columns are no multiple of 8");
+  if (g.rows_a_split < STRIP_ROWS || g.rows_a_split % STRIP_ROWS) fail(what, "rows_a_split is not a positive multiple of 128");
+  for (const LoraGradStrips::Side& side : g.sides) {
+    const bool in_place = g.rows_a_split >= g.m && int64_t(side.out.size()) <= LoraGradStrips::MOST_OUTPUTS;
+    if (side.c && !side.parts && !in_place) fail(what, "splits, or so many outputs, need parts");
+  }
+  if constexpr (HAS_WGMMA) {
+    start_lora_grad_strips(what, g);
+  } else {
+    fail(what, "this build has no wgmma");
+  }
 }
 
 }  // namespace fedms::cuda

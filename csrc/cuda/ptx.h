@@ -202,15 +202,15 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
   ", %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // d (64, N) += a (64, 16) b (16, N). The operands are descriptors of shared memory (layout.h); a
-// has its columns along memory, and so has b its rows, or with B_ACROSS its columns.
-template <class T, int N, bool B_ACROSS>
+// has its columns along memory, or with A_ACROSS its rows, and b its rows, or with B_ACROSS its columns.
+template <class T, int N, bool B_ACROSS, bool A_ACROSS = false>
 FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   static_assert(N == 64 || N == 128 || N == 192 || N == 256);
 #define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, TRANSPOSED, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B            \
-               ", 1, 1, 1, 0, " TRANSPOSED ";"                                                                     \
+               ", 1, 1, 1, " TRANSPOSED ";"                                                                        \
                : __VA_ARGS__                                                                                   \
-               : "l"(a), "l"(b), "n"(int(B_ACROSS)))
+               : "l"(a), "l"(b), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)))
 #define FEDMS_WGMMA_OF(SHAPE, ...)                   \
   if constexpr (Number<T>::is_bf16) {                \
     FEDMS_WGMMA(SHAPE, "bf16", __VA_ARGS__);         \
@@ -218,11 +218,11 @@ FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
     FEDMS_WGMMA(SHAPE, "f16", __VA_ARGS__);          \
   }
   if constexpr (N == 64) {
-    FEDMS_WGMMA_OF("m64n64k16", FEDMS_NAMES_0, "%32", "%33", "%34", FEDMS_D32(0))
+    FEDMS_WGMMA_OF("m64n64k16", FEDMS_NAMES_0, "%32", "%33", "%34, %35", FEDMS_D32(0))
   } else if constexpr (N == 128) {
-    FEDMS_WGMMA_OF("m64n128k16", FEDMS_NAMES_0 FEDMS_NAMES_32, "%64", "%65", "%66", FEDMS_D32(0), FEDMS_D32(32))
+    FEDMS_WGMMA_OF("m64n128k16", FEDMS_NAMES_0 FEDMS_NAMES_32, "%64", "%65", "%66, %67", FEDMS_D32(0), FEDMS_D32(32))
   } else if constexpr (N == 192) {
-    FEDMS_WGMMA_OF("m64n192k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64, "%96", "%97", "%98", FEDMS_D32(0),
+    FEDMS_WGMMA_OF("m64n192k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64, "%96", "%97", "%98, %99", FEDMS_D32(0),
                    FEDMS_D32(32), FEDMS_D32(64))
   } else {
     FEDMS_WGMMA_OF("m64n256k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64 FEDMS_NAMES_96, "%128", "%129", "%130",

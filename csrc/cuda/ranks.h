@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <type_traits>
 #include <vector>
 
 #include "mma.h"
@@ -23,6 +24,16 @@ FEDMS_DEVICE float widened(T value) {
   return Number<T>::widen(value);
 }
 FEDMS_DEVICE float widened(float value) { return value; }
+template <class T>
+FEDMS_DEVICE T narrowed(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else {
+    return {Number<T>::narrow(value)};
+  }
+}
+
+void start_lora_grad_strips(const Launch& what, const LoraGradStrips& call);
 
 // Sets the dropped numbers of a tile in shared memory to zero. (row, column): of its first one in x.
 template <int ROWS, int CHUNKS, int THREADS>

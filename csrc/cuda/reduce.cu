@@ -1,6 +1,5 @@
 // Sums of partial sums in order, and what they make: T, dS, dgate, dA and dB.
 #include <algorithm>
-#include <type_traits>
 
 #include "ranks.h"
 
@@ -67,18 +66,14 @@ __global__ void __launch_bounds__(256)
 template <class T>
 __global__ void __launch_bounds__(256) reduce_partials_kernel(int r, __grid_constant__ const Items<PartialSum> sums) {
   const PartialSum& g = sums.item[ptx::block_y()];
-  const int rows_of_block = 256 / g.count, of_block = ptx::thread() / g.count, column = ptx::thread() % g.count;
+  const ExpertGrad& to = g.to;
+  const int rows_of_block = 256 / to.count, of_block = ptx::thread() / to.count, column = ptx::thread() % to.count;
   const int row = ptx::block_x() * rows_of_block + of_block;
   if (of_block >= rows_of_block || row >= g.c) return;
   float sum = 0;
 #pragma unroll 8
-  for (int part = 0; part < g.parts; ++part) sum += g.g[(int64_t(part) * g.c + row) * r + g.first + column];
-  T* const to = static_cast<T*>(g.out) + row * g.row_stride + column * g.column_stride;
-  if constexpr (std::is_same_v<T, float>) {
-    *to = sum;
-  } else {
-    *to = {Number<T>::narrow(sum)};
-  }
+  for (int part = 0; part < g.parts; ++part) sum += g.g[(int64_t(part) * g.c + row) * r + to.first + column];
+  static_cast<T*>(to.out)[row * to.row_stride + column * to.column_stride] = narrowed<T>(sum);
 }
 
 // Blocks of 256 threads that have whole rows of so many columns, 256 at most.
@@ -122,8 +117,8 @@ void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<Pa
       const PartialSum& sum = some.item[i];
       const Launch what{"reduce_partials", sum.c, 0, 0, r, stream};
       check_sizes(what, sum.c, r, r);
-      if (sum.first < 0 || sum.count < 1 || sum.first + sum.count > r) fail(what, "the columns are out of range");
-      blocks = std::max(blocks, blocks_of_rows(sum.c, sum.count).x);
+      if (sum.to.first < 0 || sum.to.count < 1 || sum.to.first + sum.to.count > r) fail(what, "the columns are out of range");
+      blocks = std::max(blocks, blocks_of_rows(sum.c, sum.to.count).x);
     }
     const Launch what{"reduce_partials", some.item[0].c, 0, 0, r, stream};
     const auto start = [&](auto* null) {

@@ -21,10 +21,8 @@ template <class T, bool BACKWARD>
 struct WgmmaShrink {
   static constexpr int ROWS = SHRINK_ROWS, RANKS = OVERLAPPED_RANKS;
   static constexpr int CONSUMERS = ROWS / 64, THREADS = CONSUMERS * 128 + 32;  // one more warp copies
-  static constexpr int STAGES = 8;
-  using Stages = Ring<STAGES, ROWS * 128 + BOX>;
-  static constexpr int SHARED = Stages::BYTES + Stages::BARRIER_BYTES;
-  static_assert(RANKS == 64 && SHARED <= 232448);
+  using Stages = Ring<SHRINK_STAGES, ROWS * 128 + BOX>;
+  static_assert(RANKS == 64 && Stages::BYTES + Stages::BARRIER_BYTES == SHRINK_SHARED_BYTES);
 
   using Sums = float[RANKS / 2];
 
@@ -144,15 +142,12 @@ void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& g, bo
   const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
     return kept.of(of, what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
   };
-  const auto start = [&](auto* kernel, int threads, int shared) {
+  const auto start = [&](auto* kernel) {
     const TensorMap x = map(Of::x, g.x, g.m, g.k, g.x_stride, SHRINK_ROWS);
     const TensorMap a = backward ? map(Of::a, g.a, g.k, ranks, g.a_stride, STEP) : map(Of::a, g.a, ranks, g.k, g.a_stride, 64);
-    launch(what, kernel, {blocks}, threads, shared, g, Maps{x, a});
+    launch(what, kernel, {blocks}, WgmmaShrink<T, false>::THREADS, SHRINK_SHARED_BYTES, g, Maps{x, a});
   };
-  using Forward = WgmmaShrink<T, false>;
-  using Backward = WgmmaShrink<T, true>;
-  backward ? start(shrink_ahead_kernel<T, true>, Backward::THREADS, Backward::SHARED)
-           : start(shrink_ahead_kernel<T, false>, Forward::THREADS, Forward::SHARED);
+  backward ? start(shrink_ahead_kernel<T, true>) : start(shrink_ahead_kernel<T, false>);
 }
 template void start_shrink_ahead(const Launch&, const ShrinkAheadArguments<Bf16>&, bool, int, TensorMaps&);
 template void start_shrink_ahead(const Launch&, const ShrinkAheadArguments<Fp16>&, bool, int, TensorMaps&);

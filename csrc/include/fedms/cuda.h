@@ -1,7 +1,9 @@
 // The linear layer with gated LoRA experts on an NVIDIA GPU, in bf16 and fp16, from compute capability 8.0 on: the launches
 // that a pass is made of (cuda_layer.h makes them). Forward: the experts side by side (join_experts), S = x A^T (shrink), and
 // y = x W^T + T B^T + bias (gemm). Backward: one pass over dy for dB and U (lora_grad_partials), dS and dgate from U
-// (finalize_row_grads), the GEMM again for dx, a pass over x for dA, and the sums of all gradients (reduce_partials).
+// (finalize_row_grads), the GEMM again for dx, a pass over x for dA, and the sums of all gradients (reduce_partials). On compute
+// capability 9.0 there is another way: S, and backward dS and dgate, in a launch that overlaps the GEMM (OverlappedShrink), and both
+// gradients in one launch (lora_grad_strips).
 //
 // Pointers lead to memory of the device. A stride is the numbers from one row to the next; along a row they lie side by
 // side, and rows start at multiples of 16 bytes. Nothing is allocated, nothing waits for the GPU, and nothing is read
@@ -178,17 +180,43 @@ struct RowGrads {
 };
 void finalize_row_grads(const RowGrads& call, const Stream& stream);
 
-// out (c, count) = the sum over the parts, in order, of the columns first .. first + count - 1 of g (parts, c, r);
-// out[i * row_stride + j * column_stride].
-struct PartialSum {
-  const float* g;
-  int32_t c, parts, first, count;
+// Where an expert's columns first .. first + count - 1 of a sum (c, r) go: out[i * row_stride + j * column_stride], for i < c.
+struct ExpertGrad {
+  int32_t first, count;
   void* out;
   int64_t row_stride, column_stride;
+};
+
+// `to` = the sum over the parts, in order, of g (parts, c, r).
+struct PartialSum {
+  const float* g;
+  int32_t c, parts;
+  ExpertGrad to;
 };
 // All sums of a backward pass in one launch for every 32 of them; r is that of all, and the outputs are of the element's type
 // or, with `fp32`, float.
 void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream);
+
+// z^T t over all rows, (c, r), with z (m, c) and t (m, r), of two sides in one launch: dB from dy and T, dA from x and dS. A block
+// has 64 columns of a side, and of the rows `rows_a_split`, a multiple of 128. Of all rows the sums go where `out` says; parts
+// of splits are left to reduce_partials. For compute capability 9.0; r is 64 at most; without segments and dropout.
+struct LoraGradStrips {
+  static constexpr int64_t MOST_OUTPUTS = 16;  // of a side
+  struct Side {
+    const void* z;
+    int64_t c, z_stride;          // c: a multiple of 8; 0 leaves the side out
+    const void* t;
+    float* parts;                 // (splits, c, r), or null
+    std::vector<ExpertGrad> out;  // of the element's type or, with `fp32`, float; nobody looks at it if there are parts
+  };
+  Element element;
+  bool fp32;
+  int64_t m, r, rows_a_split, t_stride;
+  Side sides[2];     // of dB, and of dA
+  TensorMaps* maps;  // kept from call to call, or null
+};
+int64_t lora_grad_strips_blocks(int64_t c);
+void lora_grad_strips(const LoraGradStrips& call, const Stream& stream);
 
 // An expert's A (rank, k) and B (n, rank) with any strides, of the element's type or float32. `first`: its first rank among
 // all; `end`: where the next expert's begin, with zeros from `first` + rank on.

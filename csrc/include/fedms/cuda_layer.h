@@ -18,7 +18,8 @@ struct LayerShape {
   std::vector<int> rows;   // of each expert, one after the other; empty: every row takes all experts
 };
 
-// How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink).
+// How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink). Where it does in
+// a backward pass without segments, dA and dB are made in strips.
 struct GemmChoice {
   int tile = 0;
   bool overlaps_shrink = false;
@@ -91,6 +92,11 @@ class LayerPlan {
   Workspace workspace(const Needs& needs, const GemmChoice& choice) const;
   LoraGradPartials partials(const Side& side, const void* z, int64_t z_stride, const void* t, float* g) const;
   void compute_dx(const LayerBackward& call, void* ds, const GemmChoice& choice, const Stream& stream) const;
+  bool runs_in_strips(const Needs& needs, const GemmChoice& choice) const;
+  Side strips(int64_t columns, const Needs& needs) const;
+  bool needs_parts(const Side& strips) const;
+  void compute_da_and_db(const LayerBackward& call, const Needs& needs, const void* ds, float* da_parts, float* db_parts,
+                         const Stream& stream) const;
   void add_sums(std::vector<PartialSum>& sums, const Side& side, const float* parts, const std::vector<void*>& out, bool is_a) const;
 
   LayerShape shape_;

@@ -596,7 +596,7 @@ inline uint32_t described(uint64_t descriptor, bool transposed, int row, int k) 
   return swizzled(start + row % 64 * 2 + row / 64 * leading + k % 8 * 128 + k / 8 * stride);
 }
 
-template <class T, int N, bool B_ACROSS>
+template <class T, int N, bool B_ACROSS, bool A_ACROSS = false>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   struct Lane {
     float* d;
@@ -619,7 +619,7 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
         return Number<T>::widen(T{bits});
       };
       for (int k = 0; k < 16; ++k) {
-        for (int i = 0; i < 64; ++i) a[i][k] = read(described(lanes[0].a, false, i, k));
+        for (int i = 0; i < 64; ++i) a[i][k] = read(described(lanes[0].a, A_ACROSS, i, k));
         for (int j = 0; j < N; ++j) b[k][j] = read(described(lanes[0].b, B_ACROSS, j, k));
       }
       for (int thread = 0; thread < 128; ++thread) {

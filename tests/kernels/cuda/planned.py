@@ -4,6 +4,8 @@ numerics.py."""
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
 
 import pytest
 import torch
@@ -103,13 +105,39 @@ def test_a_layer_takes_the_short_way_and_is_right(short_way, dtype, rows, k, n, 
     assert all(g.dtype == torch.float32 for g in first[2:])
 
 
-@pytest.mark.parametrize("rows, k, n, ranks", [((150,), 200, 264, [16]), ((1,), 8, 8, [1]), ((2, 65), 72, 48, [3, 40, 21])], ids=str)
-def test_shrinks_that_overlap_the_gemms(short_way, monkeypatch, rows, k, n, ranks):
+@pytest.fixture
+def overlapped(short_way, monkeypatch):
+    """Shrinks overlap the GEMMs, and dA and dB are made in strips."""
     monkeypatch.setattr(cuda_plan, "gemm_configs", lambda *args: [cuda_plan.GemmConfig(tile=2, overlaps_shrink=True)])
+
+
+# The emulated GPU has four multiprocessors: at 24 -> 40 two strips are split along the rows, as is one of dB alone.
+@pytest.mark.parametrize("rows, k, n, ranks", [
+    ((150,), 200, 264, [16]), ((1,), 8, 8, [1]), ((2, 65), 72, 48, [3, 40, 21]), ((390,), 24, 40, [3, 9]), ((130,), 24, 16, [1, 2] * 20)
+], ids=str)  # fmt: skip
+def test_shrinks_that_overlap_and_strips(overlapped, rows, k, n, ranks):
     layer, x = layer_of(k, n, ranks), torch.randn(*rows, k).bfloat16()
     check(layer, x)
     dy = torch.randn(*rows, n).bfloat16()
     assert all(torch.equal(one, two) for one, two in zip(gradients(layer, x, dy), gradients(layer, x, dy), strict=True))
+
+
+@pytest.mark.parametrize("frozen", [["e0"], ["e0", "e1"]], ids=str)
+def test_strips_without_frozen_pairs(overlapped, frozen):
+    layer = layer_of(72, 40, [3, 5])
+    for name in frozen:
+        layer.set_state(name, "frozen")
+    check(layer, torch.randn(140, 72).bfloat16())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulator counts")
+def test_few_launches(overlapped):
+    counter = ctypes.CDLL(os.environ["FEDMS_CUDA_EMULATED"]).fedms_launches
+    counter.restype = ctypes.c_int64
+    layer, x, dy = layer_of(200, 264, [16]), torch.randn(20, 200).bfloat16(), torch.randn(20, 264).bfloat16()
+    before = counter()
+    gradients(layer, x, dy)
+    assert counter() - before == 3 + 3  # experts side by side, S, y; dS, dx, all of dA and dB
 
 
 @pytest.mark.parametrize("shape, of_gate", [((6, 5), (6, 2)), ((6, 5), (1, 2)), ((30,), (30, 2)), ((6, 5), (6, 5, 2))], ids=str)
