@@ -84,6 +84,7 @@ template <class T>
 void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed, bool early, int multiprocessors,
                       TensorMaps& maps);
 template <class T>
-void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& arguments, bool backward, int blocks, TensorMaps& maps);
+void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& arguments, bool backward, int blocks,
+                        TensorMaps& maps);
 
 }  // namespace fedms::cuda

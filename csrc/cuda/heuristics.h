@@ -38,8 +38,8 @@ constexpr Tile TILES[] = {
     {Kind::wgmma, 128, 192, 4, 0, 0},
     {Kind::wgmma, 128, 128, 5, 0, 0},
 };
-// Of a shrink that runs ahead of a GEMM (shrink_sm90.cu): the ranks that it can have, the rows that it makes at a time, and its stages
-// of 64 numbers of each row.
+// Of a shrink that runs ahead of a GEMM (shrink_sm90.cu): the ranks that it can have, the rows that it makes at a time, and its
+// stages of 64 numbers of each row.
 constexpr int OVERLAPPED_RANKS = 64, SHRINK_ROWS = 128, SHRINK_STAGES = 8;
 constexpr int SHRINK_SHARED_BYTES = SHRINK_STAGES * ((SHRINK_ROWS + OVERLAPPED_RANKS) * 128 + 16);
 // Of strips of dy and x (strips_sm90.cu): the columns of one, and the rows of a stage.
@@ -102,12 +102,12 @@ inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, in
   return waves * (std::max({maths, memory, cache}) + ends);
 }
 
-// Of how many blocks a shrink consists that runs ahead of a GEMM of wgmma: few enough to leave the multiprocessors to the GEMM,
-// and enough to be done when its first tiles come to the ranks. In clock cycles: a block of the shrink reads `row` cycles for
-// each of its row blocks, at 28 bytes a cycle, the least that a multiprocessor is expected to get where few read. The GEMM's first blocks start at
-// once, and as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in turn.
+// How many blocks a shrink has that runs ahead of a GEMM of wgmma: few, which leaves the multiprocessors to the GEMM, but enough to
+// be done when its first tiles come to the ranks. In clock cycles: a block of the shrink needs `row` for each of its row blocks, at
+// 28 bytes a cycle, the least that a multiprocessor is expected to get where few read. The GEMM's first blocks start at once, and
+// as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in turn.
 inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, int row_blocks, int tiles, int64_t k) {
-  const double main = double(k) * tile.bm * tile.bn / 2048, ends = 500 + double(tile.bm) * tile.bn * 2 / 32;
+  const double loop = double(k) * tile.bm * tile.bn / 2048, ends = 500 + double(tile.bm) * tile.bn * 2 / 32;
   const double row = double(k) * SHRINK_ROWS * 2 / 28;
   const int all = chip.multiprocessors, most = std::min(row_blocks, all);
   double least = INFINITY;
@@ -115,7 +115,7 @@ inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, i
   for (int blocks = 1; blocks <= most; ++blocks) {
     const double done = ceil_div(row_blocks, blocks) * row;
     const auto end_of = [&](int block, double start) {
-      return block >= tiles ? done : std::max(start + main, done) + ends + (ceil_div(tiles - block, all) - 1) * (main + ends);
+      return block >= tiles ? done : std::max(start + loop, done) + ends + (ceil_div(tiles - block, all) - 1) * (loop + ends);
     };
     const double end = std::max(blocks < all ? end_of(0, 0) : 0, end_of(all - blocks, done));
     if (end < least) least = end, best = blocks;

@@ -1,4 +1,5 @@
-// The gradients of A and B: strips, and partial sums of dA or dB over the rows, and of U = dy B over the columns, in one pass over x or dy.
+// Partial sums of dA or dB over the rows, and of U = dy B over the columns, in one pass over x or dy; and the entry of the strips,
+// which are another way to dA and dB (strips_sm90.cu).
 #include "heuristics.h"
 #include "ranks.h"
 
@@ -198,7 +199,9 @@ void lora_grad_strips(const LoraGradStrips& g, const Stream& stream) {
   const LoraGradStrips::Side &of_db = g.sides[0], &of_da = g.sides[1];
   const Launch what{"lora_grad_strips", g.m, of_db.c, of_da.c, g.r, stream};
   check_sizes(what, g.m, std::max(of_db.c, of_da.c), g.r);
-  if (g.r > OVERLAPPED_RANKS || of_db.c % 8 || of_da.c % 8) fail(what, "the total rank is above 64, or the columns are no multiple of 8");
+  if (g.r > OVERLAPPED_RANKS || of_db.c % 8 || of_da.c % 8) {
+    fail(what, "the total rank is above 64, or the columns are not a multiple of 8");
+  }
   if (g.rows_a_split < STRIP_ROWS || g.rows_a_split % STRIP_ROWS) fail(what, "rows_a_split is not a positive multiple of 128");
   for (const LoraGradStrips::Side& side : g.sides) {
     const bool in_place = g.rows_a_split >= g.m && int64_t(side.out.size()) <= LoraGradStrips::MOST_OUTPUTS;

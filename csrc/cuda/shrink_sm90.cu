@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(WgmmaShrink<T, BACKWARD>::THREADS, 1)
 }  // namespace
 
 template <class T>
-void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& g, bool backward, int blocks, TensorMaps& kept) {
+void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& g, bool backward, int blocks,
+                        TensorMaps& kept) {
   using Of = TensorMaps::Operand;
   const int ranks = ranks_with_gaps(g.segments, g.r);
   const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {

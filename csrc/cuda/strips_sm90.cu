@@ -1,5 +1,5 @@
-// dB and dA in one launch, for compute capability 9.0: a block owns a strip of 64 columns of dy or of x, and all rows of it, or those
-// of one split. So nothing is added up in memory, unless there are too few strips for all multiprocessors.
+// dB and dA in one launch, for compute capability 9.0: a block owns a strip of 64 columns of dy or of x, and all rows of it, or
+// those of one split. So no partial sums go through memory, unless there are too few strips for the multiprocessors.
 #include "gemm.h"
 #include "ranks.h"
 #include "ring.h"

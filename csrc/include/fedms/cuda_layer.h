@@ -18,8 +18,8 @@ struct LayerShape {
   std::vector<int> rows;   // of each expert, one after the other; empty: every row takes all experts
 };
 
-// How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink). Where it does in
-// a backward pass without segments, dA and dB are made in strips.
+// How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink). Where it
+// does in a backward pass without segments, dA and dB are made in strips.
 struct GemmChoice {
   int tile = 0;
   bool overlaps_shrink = false;

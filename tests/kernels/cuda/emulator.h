@@ -3,13 +3,14 @@
 // Every thread of a block is a fiber, and every instruction has the meaning that the PTX manual gives it: which lane
 // holds which value of a fragment, how shared memory is swizzled, what a descriptor addresses, when a barrier's phase
 // ends. What the hardware may do early or late is done at both ends, to bring out missing waits: FEDMS_EMULATOR=early
-// copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order. A launch that
-// lets the next one start early is left until that one waits for it and nothing else can go on.
+// copies and multiplies at once, `late` (the default) only where the program waits for it. Warps run in random order. A launch
+// that lets the next one start early is left until that one waits for it and nothing else can go on.
 // With FEDMS_EMULATOR=none no kernel runs: what is left is the work of the host alone, which tests/kernels/cuda/host_cost.py
-// counts. fedms_launches() says how many launches there were, of kernels and of clearing memory.
+// counts. fedms_launches() says how many launches there were.
 //
-// An error is an exception that names the launch: a deadlock, a launch that starts early and does not wait, lanes that disagree about the next instruction,
-// addresses outside of shared memory or misaligned ones, reading what a fence should have made visible, bank conflicts.
+// An error is an exception that names the launch: a deadlock, a launch that starts early and does not wait, lanes that disagree
+// about the next instruction, addresses outside of shared memory or misaligned ones, reading what a fence should have made visible,
+// bank conflicts.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Launches that overlap: what the emulator makes of two of them, and of how many blocks a shrink consists that runs ahead of a GEMM.
+// Launches that overlap: what the emulator makes of two of them, and how many blocks a shrink has that runs ahead of a GEMM.
 #include <cstdio>
 
 #include "../../../csrc/cuda/device.h"
