@@ -5,8 +5,8 @@
     python -m bench.federated.dictionaries runs/dictionaries --records bench/results/dictionaries.csv
 
 Perplexities are exponentials of mean losses in nats a token: over the seeds for a client, over clients and seeds for a method.
-The interval of the difference to training alone is that of Student's t over the seeds, because the clients of a seed share an
-expert.
+The interval of the difference to training alone, or to `--against` METHOD, is that of Student's t over the seeds, because the
+clients of a seed share an expert.
 """
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from fedms.storage.records import RunRecords
 
 FIELDS = ("method", "seed", "client", "nats", "tokens", "seconds")
 Row = dict[str, str | float]
-ALONE = "local"
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -51,17 +50,17 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the table in Markdown. Methods stand in the order of their perplexity."""
+def table(rows: Sequence[Row], base: str) -> str:
+    """Return the table in Markdown, with every method against the method `base`. Methods stand in the order of their perplexity."""
     clients = list(dict.fromkeys(row["client"] for row in rows))
     seeds = sorted({row["seed"] for row in rows})
     nats = {(row["method"], row["seed"], row["client"]): float(row["nats"]) for row in rows}
     methods = sorted({row["method"] for row in rows}, key=lambda method: _mean(nats, method, seeds, clients))
-    lines = [f"| method | perplexity | against training alone | better clients | {' | '.join(map(str, clients))} |",
+    lines = [f"| method | perplexity | against {base} | better clients | {' | '.join(map(str, clients))} |",
              "| --- |" + " ---: |" * (3 + len(clients))]
     for method in methods:
         own = " | ".join(f"{math.exp(_mean(nats, method, seeds, [client])):.1f}" for client in clients)
-        lines.append(f"| {method} | {math.exp(_mean(nats, method, seeds, clients)):.1f} | {_against(nats, method, seeds, clients)} | {own} |")
+        lines.append(f"| {method} | {math.exp(_mean(nats, method, seeds, clients)):.1f} | {_against(nats, method, base, seeds, clients)} | {own} |")
     return "\n".join(lines)
 
 
@@ -69,14 +68,14 @@ def _mean(nats: dict, method: str, seeds: Sequence, clients: Sequence) -> float:
     return mean(nats[method, seed, client] for seed in seeds for client in clients)
 
 
-def _against(nats: dict, method: str, seeds: Sequence, clients: Sequence) -> str:
-    """The change of perplexity against training alone, in percent with its interval, and how many clients are better off."""
-    if method == ALONE:
+def _against(nats: dict, method: str, base: str, seeds: Sequence, clients: Sequence) -> str:
+    """The change of perplexity against a method, in percent with its interval, and how many clients are better off."""
+    if method == base:
         return "– | –"
-    changes = [_mean(nats, method, [seed], clients) - _mean(nats, ALONE, [seed], clients) for seed in seeds]
+    changes = [_mean(nats, method, [seed], clients) - _mean(nats, base, [seed], clients) for seed in seeds]
     half = stats.t.ppf(0.975, len(seeds) - 1) * stdev(changes) / len(seeds) ** 0.5 if len(seeds) > 1 else math.nan
     percent = [100 * math.expm1(value) for value in (mean(changes), mean(changes) - half, mean(changes) + half)]
-    better = sum(nats[method, seed, client] < nats[ALONE, seed, client] for seed in seeds for client in clients)
+    better = sum(nats[method, seed, client] < nats[base, seed, client] for seed in seeds for client in clients)
     interval = f" ({percent[1]:+.1f} to {percent[2]:+.1f})" if len(seeds) > 1 else ""
     return f"{percent[0]:+.1f} %{interval} | {better} of {len(seeds) * len(clients)}"
 
@@ -85,11 +84,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of fedms compare, or a file that --records wrote")
     parser.add_argument("--records", type=Path, help="write the records here")
+    parser.add_argument("--against", default="local", help="the method that others are compared with")
     asked = parser.parse_args()
     rows = rows_of(asked.source) if asked.source.is_dir() else read(asked.source)
     if asked.records:
         write(asked.records, rows)
-    print(table(rows))
+    print(table(rows, asked.against))
     seconds = {(row["method"], row["seed"]): float(row["seconds"]) for row in rows}
     for seed in sorted({seed for _, seed in seconds}):
         print(f"seed {seed}: {sum(s for (_, own), s in seconds.items() if own == seed):.0f} s in all runs together")

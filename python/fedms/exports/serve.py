@@ -88,6 +88,9 @@ def endpoint(language: LanguageModel, token: str) -> Starlette:
         client = None if question.model == GLOBAL else question.model
         try:
             language.trained.client(client)
+        except ConfigError as error:
+            return _error(404, f"model: {str(error).removeprefix('client: ')}; {GLOBAL!r} is the expert of all clients")
+        try:
             language.prompt(messages)
             if question.stream:
                 pieces = language.stream(messages, client, question.sampling())
