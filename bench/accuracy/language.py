@@ -208,12 +208,13 @@ def quantized(model: SmolLM2, kind: str, full_precision: tuple[str, ...]) -> Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--each", type=int, default=10, help="answers of each dictionary")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their draw")
     parser.add_argument("--ways", default="", help="only those whose name contains this")
     parser.add_argument("--full-precision", default="", help="endings of names of layers that stay in fp32, with commas between")
     asked = parser.parse_args()
     full = tuple(filter(None, asked.full_precision.split(",")))
     model = SmolLM2()
-    samples, before = Samples(model, asked.each, 0), Samples(model, 2, 1)
+    samples, before = Samples(model, asked.each, asked.seed), Samples(model, 2, asked.seed + 1)
     ways = {name: way for name, way in WAYS.items() if asked.ways in name}
     seen = largest_inputs(model, before) if any(way.smooth is not None for way in ways.values()) else {}
     exact, tokens, answers = hidden_states(model, samples)
