@@ -199,7 +199,7 @@ class Stage2Table(Stage):
         "best", description="what of a client's own is kept: of what it had and what each epoch left, the best on validation; or "
         "the last")
     decay: Literal["off", "linear"] = Field(
-        "off", description="linear: the rate of what is a client's own falls from lr in the first round towards 0 after the last")
+        "off", description="linear: the rate of what is a client's own falls from lr in the first round toward 0 after the last")
 
 
 class GateTable(Table):
