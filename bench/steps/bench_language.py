@@ -39,14 +39,14 @@ def peft_step(ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def attached(frozen: str) -> SmolLM2:
+def attached(frozen: str, full_precision: tuple[str, ...] = ()) -> SmolLM2:
     model = SmolLM2()
     fedms_ext.attach(model.module, "all-linear", {e: fedms_ext.LoRA(8, 16) for e in EXPERTS}, blocks=model.blocks)
     for layer in fedms_ext.expert_layers(model.module).values():
         for expert in EXPERTS:
             torch.nn.init.normal_(layer.lora_b[expert], std=0.02)
     if frozen != "fp32":
-        fedms_ext.quantize(model.module, frozen)
+        fedms_ext.quantize(model.module, frozen, exclude=full_precision or None)
         model.quantize_head(frozen)
     return model
 

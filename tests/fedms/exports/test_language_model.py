@@ -5,18 +5,22 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import tiny_language_models as tiny
 import torch
 from typer.testing import CliRunner
 
+from fedms import methods
 from fedms.data.inputs import TextInputs
+from fedms.data.subset import Subset
 from fedms.errors import ConfigError
 from fedms.exports import export
 from fedms.exports.language_model import open_language_model
 from fedms.exports.mixture import load
 from fedms.exports.predict import predict
+from fedms.federated.client import Private
 from fedms.models.generation import Sampling
 from fedms.runs import run
 
@@ -51,14 +55,17 @@ def test_generated_tokens_have_the_probability_that_the_method_predicts(folder, 
         ids = torch.tensor([*prompt, *(token.id for token in tokens)])
         inputs = TextInputs({"input_ids": ids}, torch.tensor([0, len(ids)]), {"input_ids": 0})
         model = language.model
-        made = predict(model, language.trained, language.trained.client(client), inputs)
-        opinion = made.personalized[len(prompt) - 1:]      # `predict` asks about every token
-        if model.config.gate.mixing == "layers" and made.weights is not None:
-            continue        # there the prompt takes the weights of its own first token
+        own = language.trained.client(client)
+        predict(model, language.trained, own, inputs)       # asks about every token, the prompt's, too
+        model.dataset = replace(model.dataset, answers=torch.tensor([len(prompt)]))
+        model.clear()
+        made = methods.create(language.trained.task.config).predict(
+            model, Subset(torch.arange(1)), language.trained.private.get(own, Private()), language.trained.final)
+        opinion = made.personalized
         torch.testing.assert_close(torch.tensor([token.log_p for token in tokens]), opinion[:, 0], rtol=1e-4, atol=2e-4)
         assert bool((opinion[:, 3] == 1).all())     # greedy
         if made.weights is not None:
-            torch.testing.assert_close(torch.tensor(answerer.weights), made.weights[len(prompt) - 1:, 1], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(answerer.weights), made.weights[:, 1], rtol=1e-3, atol=1e-4)
 
 
 def test_streamed_text_is_the_answer_and_sampling_repeats(folder):
