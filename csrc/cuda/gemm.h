@@ -44,10 +44,9 @@ struct ShrinkAheadArguments {
 
 // Two columns side by side, the first one even, of an output with n columns, an even number.
 FEDMS_HD void drop_pair(const Mask& mask, int row, int column, int n, float& low, float& high) {
-  const uint64_t index = uint64_t(row) * n + column;
-  const uint32_t kept = kept_of_quad(mask, index / 4) >> (index & 2);
-  low = kept & 1 ? low * mask.kept_scale : 0.0f;
-  high = kept & 2 ? high * mask.kept_scale : 0.0f;
+  const uint32_t kept = kept_of_pair(mask, uint64_t(row) * n + column);
+  low = kept & 0xFFFF ? low * mask.kept_scale : 0.0f;
+  high = kept >> 16 ? high * mask.kept_scale : 0.0f;
 }
 
 template <class T>

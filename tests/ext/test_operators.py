@@ -240,22 +240,52 @@ def test_double_backward_is_an_error():
 
 
 def test_philox_known_answers():
-    # The published test vectors of Random123 (kat_vectors): philox4x32, 10 rounds.
+    # The published test vectors of Random123 (kat_vectors): philox4x32, 7 and 10 rounds.
     vectors = [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (7, (0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (7, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
         (
+            7,
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+        ),
+        (10, (0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (10, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            10,
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
             (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
         ),
     ]
-    for counter, key, want in vectors:
-        got = reference.philox_4x32_10(tuple(torch.tensor(c) for c in counter), key)
+    for rounds, counter, key, want in vectors:
+        got = reference.philox_4x32(tuple(torch.tensor(c) for c in counter), key, rounds)
         assert tuple(int(word) for word in got) == want
 
 
+def test_a_mask_takes_two_values_from_each_word():
+    seed, words = 2**40 + 3, []
+    for octet in range(3):
+        words += reference.philox_4x32(tuple(torch.tensor(c) for c in (octet, 0, 0, 0)), (seed % 2**32, seed >> 32))
+    numbers = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16)]
+    for p in (0.25, 0.1):
+        assert philox_mask(seed, 2, 11, p).flatten().tolist() == [number >= round(p * 2**16) for number in numbers[:22]]
+
+
+@pytest.mark.parametrize("p", [0.0, 2.0**-18, 0.1, 0.5, 1 - 2.0**-16, 1 - 2.0**-40])
+def test_the_scale_of_dropout_keeps_the_mean(p):
+    # Over all 2^16 values of a random number: kept ones times the scale are as many as there are values.
+    kept = 2**16 - reference.dropout_threshold(p)
+    assert kept * reference.dropout_scale(p) == 2**16 and kept >= 1
+    assert abs(kept / 2**16 - (1 - p)) <= 2.0**-16
+
+
 def test_dropout_statistics():
+    # Also between the eight values of one call of Philox, which are made of four words.
+    octets = philox_mask(11, 25_000, 8, 0.5).double() - 0.5
+    correlations = octets.T @ octets / len(octets) - torch.eye(8) / 4
+    assert correlations.abs().max() < 5 * 0.25 / len(octets) ** 0.5
     for p in (0.1, 0.5, 0.9):
         mask = philox_mask(random.getrandbits(63), 400, 250, p).double()
         tolerance = 5 * (p * (1 - p) / mask.numel()) ** 0.5

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "fedms/dropout.h"
 #include "fedms/half.h"
 
 namespace fedms {
@@ -32,7 +33,7 @@ struct LoraKernels {
                    int64_t u_stride);
   void (*outer_few)(int64_t m, int64_t r, int64_t n, const float* s, int64_t s_stride, const float* y, int64_t y_stride,
                     float* g);
-  // to[c] = or += kept(first + c) ? from[c] / (1 - p) : 0,   c < n
+  // to[c] = or += kept(first + c) ? from[c] * dropout_scale(p) : 0,   c < n
   void (*dropout)(double p, uint64_t seed, uint64_t first, int64_t n, const float* from, float* to, bool add);
 };
 

@@ -15,26 +15,36 @@ def seed_of(seed, seed_ptr, SEED_IN_MEMORY: tl.constexpr):
 
 @triton.jit
 def keep_tile(seed, threshold, first_row, first_column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              QUADS: tl.constexpr):
+              OCTETS: tl.constexpr):
     """(ROWS, COLUMNS) int8, 1 where the value at (first_row + i, first_column + j) of a (., columns) matrix is kept.
 
-    `first_column` must be a multiple of 4. QUADS says that `columns` is one too: then four neighbors share one
+    `first_column` must be a multiple of 8. OCTETS says that `columns` is one too: then eight neighbors share one
     call of Philox, otherwise each value makes its own.
     """
     rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
-    if QUADS:
-        quads = rows[:, None] * (columns // 4) + (first_column // 4 + tl.arange(0, COLUMNS // 4))[None, :]
-        w0, w1, w2, w3 = _words(seed, quads)
-        # The last axis of a join counts fastest: w0 w1 w2 w3 side by side.
-        even = tl.join((w0 >= threshold).to(tl.int8), (w2 >= threshold).to(tl.int8))
-        odd = tl.join((w1 >= threshold).to(tl.int8), (w3 >= threshold).to(tl.int8))
-        return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
+    if OCTETS:
+        octets = rows[:, None] * (columns // 8) + (first_column // 8 + tl.arange(0, COLUMNS // 8))[None, :]
+        w0, w1, w2, w3 = _words(seed, octets)
+        # The last axis of a join counts fastest: the lower and the upper half of w0, then those of w1, w2 and w3.
+        lower = tl.join(tl.join(_lower(w0, threshold), _lower(w2, threshold)), tl.join(_lower(w1, threshold), _lower(w3, threshold)))
+        upper = tl.join(tl.join(_upper(w0, threshold), _upper(w2, threshold)), tl.join(_upper(w1, threshold), _upper(w3, threshold)))
+        return tl.reshape(tl.join(lower, upper), (ROWS, COLUMNS))
     else:
         index = rows[:, None] * columns + (first_column + tl.arange(0, COLUMNS))[None, :]
-        w0, w1, w2, w3 = _words(seed, index >> 2)
-        place = index & 3
+        w0, w1, w2, w3 = _words(seed, index >> 3)
+        place = (index >> 1) & 3
         word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
-        return (word >= threshold).to(tl.int8)
+        return tl.where((index & 1) == 0, _lower(word, threshold), _upper(word, threshold))
+
+
+@triton.jit
+def _lower(word, threshold):
+    return ((word & 0xFFFF) >= threshold).to(tl.int8)
+
+
+@triton.jit
+def _upper(word, threshold):
+    return ((word >> 16) >= threshold).to(tl.int8)
 
 
 @triton.jit
@@ -42,6 +52,4 @@ def _words(seed, counter):
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
-    # A threshold of 32 bits is compared without a sign.
-    return w0.to(tl.int64), w1.to(tl.int64), w2.to(tl.int64), w3.to(tl.int64)
+    return tl.philox(seed, low, high, zero, zero, 7)

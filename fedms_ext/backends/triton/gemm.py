@@ -28,9 +28,9 @@ def _place(tile, blocks_m, N, BN: tl.constexpr, BAND: tl.constexpr):
 
 @triton.jit
 def _drop(acc, seed, threshold, kept_scale, row, column, columns, BM: tl.constexpr, BN: tl.constexpr,
-          QUADS: tl.constexpr):
+          OCTETS: tl.constexpr):
     """Apply dropout to an accumulator (BM, BN) whose first value lies at (row, column) of a matrix with `columns` columns."""
-    keep = keep_tile(seed, threshold, row, column, columns, BM, BN, QUADS)
+    keep = keep_tile(seed, threshold, row, column, columns, BM, BN, OCTETS)
     return tl.where(keep != 0, acc * kept_scale, 0.0)
 
 
@@ -79,7 +79,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                  EVEN_K: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PER_SCALE: tl.constexpr,
                  TRANSPOSED: tl.constexpr, SEGMENTS: tl.constexpr, DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
-                 QUADS: tl.constexpr):
+                 OCTETS: tl.constexpr):
     """Compute one output tile in each program, with operands that are read through pointers. y is dense.
 
     INT8: W is int8 with one scale for each column of the output. PER_SCALE > 0: W has 4 bits, and so many values share a scale; it is
@@ -97,7 +97,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
     if DROP and not INT8:
         # The mask covers the ranks alone, so they come first while nothing else is in the accumulator.
         acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
-        acc = _drop(acc, seed, threshold, kept_scale, row, block_n * BN, N, BM, BN, QUADS)
+        acc = _drop(acc, seed, threshold, kept_scale, row, block_n * BN, N, BM, BN, OCTETS)
 
     x_tile = x_ptr + rows.to(tl.int64)[:, None] * x_stride + steps[None, :]
     w_tile = w_ptr + steps.to(tl.int64)[:, None] * w_stride_k + columns.to(tl.int64)[None, :] * w_stride_n
@@ -130,7 +130,7 @@ def gemm_pointer(x_ptr, w_ptr, w_scale_ptr, levels_ptr, bias_ptr, t_ptr, f_ptr, 
         if DROP:  # nor does the scale of W cover them: an accumulator of their own
             part = tl.zeros((BM, BN), tl.float32)
             part = _add_ranks(part, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
-            acc += _drop(part, seed, threshold, kept_scale, row, block_n * BN, N, BM, BN, QUADS)
+            acc += _drop(part, seed, threshold, kept_scale, row, block_n * BN, N, BM, BN, OCTETS)
 
     if not DROP:
         acc = _add_ranks(acc, t_ptr, f_ptr, rows, columns, end, N, rank, R, t_stride, f_stride_r, f_stride_n, BR)
@@ -199,7 +199,7 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, seed_p
                     seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
                     RANKS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
-                    DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, QUADS: tl.constexpr, HALVES: tl.constexpr):
+                    DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, OCTETS: tl.constexpr, HALVES: tl.constexpr):
     """Compute the output tiles in a persistent grid, one program for each multiprocessor, and move tiles by tensor descriptors (TMA).
 
     TRANSPOSED: W and F are contiguous along the columns of the output, as for dx; otherwise they are contiguous along the reduction.
@@ -215,7 +215,7 @@ def gemm_descriptor(x_desc, w_desc, bias_ptr, t_desc, f_desc, blocks_ptr, seed_p
         acc = tl.zeros((BM, BN), tl.float32)
         if DROP:
             acc = _add_described_ranks(acc, t_desc, f_desc, row, column, rank, RANKS, BR, TRANSPOSED)
-            acc = _drop(acc, seed, threshold, kept_scale, row, column, N, BM, BN, QUADS)
+            acc = _drop(acc, seed, threshold, kept_scale, row, column, N, BM, BN, OCTETS)
         for first in tl.range(0, K, BK):
             x = x_desc.load([row, first])
             if TRANSPOSED:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...reference import dropout_scale, dropout_threshold
 from ..device import DeviceProperties
 from . import gemm as gemm_kernels
 from . import lora as lora_kernels
@@ -29,7 +30,8 @@ def _drop(dropout: Dropout | None) -> tuple[int, int, float]:
     """Return the arguments that kernels take for dropout: seed, threshold and kept_scale."""
     if dropout is None:
         return 0, 0, 1.0
-    return 0 if isinstance(dropout.seed, Tensor) else dropout.seed, int(dropout.p * 2.0**32), 1.0 / (1.0 - dropout.p)
+    seed = 0 if isinstance(dropout.seed, Tensor) else dropout.seed
+    return seed, dropout_threshold(dropout.p), dropout_scale(dropout.p)
 
 
 def _drop_options(dropout: Dropout | None) -> dict[str, bool]:
@@ -111,7 +113,7 @@ def shrink(
         (x, a, experts.scale, experts.expert, g[0], _table(rows, x), _seed(dropout, x), x if s is None else s, t),
         (m, k, r, experts.pitch, x.stride(0), *a.stride(), t.stride(0), g[1], g[2]), _drop(dropout),
         BM=bm, BK=bk, BR=br, EVEN_K=k % bk == 0, GATE=gate is not None, **_drop_options(dropout),
-        QUADS=k % 4 == 0, KEEP_S=keep_s, SEGMENTS=rows.table is not None, num_warps=4, num_stages=4,
+        OCTETS=k % 8 == 0, KEEP_S=keep_s, SEGMENTS=rows.table is not None, num_warps=4, num_stages=4,
     )  # fmt: skip
     return s, t
 
@@ -130,7 +132,7 @@ def gemm(
     step = rank_block(r)
     options = dict(
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=step, BAND=band(tile, chip), BIAS=bias is not None,
-        SEGMENTS=rows.table is not None, **_drop_options(dropout), QUADS=n % 4 == 0, num_warps=tile.warps,
+        SEGMENTS=rows.table is not None, **_drop_options(dropout), OCTETS=n % 8 == 0, num_warps=tile.warps,
         num_stages=tile.stages, TRANSPOSED=w.transposed,
     )  # fmt: skip
     tiles = rows.count * ceil_div(n, tile.bn)
@@ -234,7 +236,7 @@ def lora_grad_partials_dy(
         (m, n, r, experts.pitch, size, dy.stride(0), 0 if s is None else s.stride(0), experts.b.stride(0), *gates[1:]),
         _drop(None),
         BM=bm, BC=bc, BR=br, PROJECT=project, OUTER=outer, FACTOR=True, GATE=gate is not None, **_drop_options(None),
-        QUADS=False, SEGMENTS=parts.table is not None, num_warps=8,
+        OCTETS=False, SEGMENTS=parts.table is not None, num_warps=8,
         num_stages=2 if bc == 256 or br > 32 else 3,
     )  # fmt: skip
     return u, None if g is None else _of_experts(g, parts, experts)
@@ -257,7 +259,7 @@ def lora_grad_partials_x(
         (x, ds, x, x, x, x, _table(parts, x), _seed(dropout, x), x, g),
         (m, k, r, 0, size, x.stride(0), ds.stride(0), 0, 0, 0), _drop(dropout),
         BM=bm, BC=bc, BR=br, PROJECT=False, OUTER=True, FACTOR=False, GATE=False, **_drop_options(dropout),
-        QUADS=k % 4 == 0, SEGMENTS=parts.table is not None, num_warps=8, num_stages=3 if dropout is None else 2,
+        OCTETS=k % 8 == 0, SEGMENTS=parts.table is not None, num_warps=8, num_stages=3 if dropout is None else 2,
     )  # fmt: skip
     return _of_experts(g, parts, experts)
 

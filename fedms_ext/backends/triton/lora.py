@@ -56,7 +56,7 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, seed_ptr, 
            x_stride, a_stride_k, a_stride_r, t_stride, gate_stride_m, gate_stride_e,
            seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
            BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
-           DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, QUADS: tl.constexpr, KEEP_S: tl.constexpr,
+           DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, OCTETS: tl.constexpr, KEEP_S: tl.constexpr,
            SEGMENTS: tl.constexpr):
     """Compute s = drop(x) A^T (M, R), dense, and t, which is s with scale and gate applied, for the GEMM.
 
@@ -80,7 +80,7 @@ def shrink(x_ptr, a_ptr, scale_ptr, expert_ptr, gate_ptr, blocks_ptr, seed_ptr, 
             x = tl.load(x_tile, mask=x_mask & (steps[None, :] < K - first), other=0.0)
             a = tl.load(a_tile, mask=a_mask & (steps[:, None] < K - first), other=0.0)
         if DROP:
-            keep = keep_tile(seed, threshold, row, first, K, BM, BK, QUADS)
+            keep = keep_tile(seed, threshold, row, first, K, BM, BK, OCTETS)
             x = tl.where(keep != 0, x, 0.0)
         s = tl.dot(x, a, s)
         x_tile += BK
@@ -104,7 +104,7 @@ def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blo
           seed: tl.int64, threshold: tl.int64, kept_scale: tl.float32,
           BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PROJECT: tl.constexpr, OUTER: tl.constexpr,
           FACTOR: tl.constexpr, GATE: tl.constexpr, DROP: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
-          QUADS: tl.constexpr, SEGMENTS: tl.constexpr):
+          OCTETS: tl.constexpr, SEGMENTS: tl.constexpr):
     """Compute partial sums of gradients in one pass over z (M, C), which is dy or x. A program holds BC of the columns and walks down its
     split of the rows.
 
@@ -130,7 +130,7 @@ def lora_grad_partials(z_ptr, t_ptr, b_ptr, scale_ptr, expert_ptr, gate_ptr, blo
         z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * z_stride + columns[None, :],
                     mask=(rows[:, None] < end) & (columns[None, :] < C), other=0.0)
         if DROP:
-            keep = keep_tile(seed, threshold, row, column, C, BM, BC, QUADS)
+            keep = keep_tile(seed, threshold, row, column, C, BM, BC, OCTETS)
             z = tl.where(keep != 0, z, 0.0)
         if OUTER:
             t = tl.load(t_ptr + rows.to(tl.int64)[:, None] * t_stride + ranks[None, :], mask=mask, other=0.0)

@@ -218,7 +218,18 @@ def test_dropout_bits(k, seed):
     a, b = [torch.eye(k)], [torch.zeros(1, k)]
     _C.lora_forward(torch.ones(m, k), a, b, [1.0], None, p, seed, s, torch.zeros(m, 1))
     assert torch.equal(s != 0, philox_mask(seed, m, k, p))
-    assert torch.equal(s[s != 0], torch.full_like(s[s != 0], 1 / (1 - p)))
+    assert torch.equal(s[s != 0], torch.full_like(s[s != 0], reference.dropout_scale(p)))
+
+
+@pytest.mark.parametrize("p", [0.0, 2.0**-18, 2.0**-16, 0.5, 0.9999999])
+def test_the_smallest_and_the_largest_dropout(p):
+    # What is not a multiple of 2^-16 is rounded, and of the largest probabilities something is left.
+    m, k = 97, 1000
+    s = torch.empty(m, 1)
+    _C.lora_forward(torch.ones(m, k), [torch.ones(1, k)], [torch.zeros(1, 1)], [1.0], None, p, 7, s, torch.zeros(m, 1))
+    kept = philox_mask(7, m, k, p).sum(dim=1, keepdim=True)
+    assert torch.equal(s, kept * reference.dropout_scale(p)) if p else torch.equal(s, torch.full_like(s, k))
+    assert (kept < k).any() == (p >= 2.0**-16) and kept.sum() > 0
 
 
 def test_no_rows():
