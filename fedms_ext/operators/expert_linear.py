@@ -108,10 +108,11 @@ def expert_linear(
         active: E bools, which experts are applied; None means all. An expert that is not applied costs nothing: its A and B get no
             gradient (None), and its column of the gate gets zeros. If no expert is active on a floating weight, the result is
             F.linear(x, weight, bias), bit for bit, and does not depend on the gate.
-        dropout_p: 0 <= p < 1, the dropout on x in the LoRA branch. The experts share one mask.
+        dropout_p: 0 <= p < 1, the dropout on x in the LoRA branch, rounded to a multiple of 2**-16. The experts share one mask.
         seed: Seed of the mask, required if dropout_p > 0. A number, 0 <= seed < 2**63, or an int64 tensor with one element on the
-            device of x, which is read when the kernels run, so that each replay of a CUDA graph can have another mask. See
-            `fedms_ext.philox_mask`.
+            device of x, which is read when the kernels run, so that each replay of a CUDA graph can have another mask. Which values
+            a seed drops is told by `fedms_ext.philox_mask`, and fixed by the version of the masks, `fedms_ext.reference.MASK_VERSION`:
+            it is 2, with 16 random bits a value and 7 rounds of Philox.
         segments: E numbers of rows whose sum is the number of rows of x: only expert 0 applies to the first segments[0] rows, only
             expert 1 to the next segments[1] rows, and so on; a number may be 0. No expert applies to the rows of an expert that is
             not active. The gate is then one weight for each row, that of its own expert, and broadcasts to x.shape[:-1] + (1,). No

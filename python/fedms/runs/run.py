@@ -31,6 +31,7 @@ from fedms.storage.provenance import provenance
 from fedms.storage.run_folder import RunFolder
 from fedms.storage.validation import write_validation
 from fedms.training.device import one_gpu_each
+from fedms_ext.reference import MASK_VERSION
 
 OpenFolder = Callable[[RunConfig], RunFolder]
 Members = Callable[[], Sequence[int]]
@@ -110,11 +111,17 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
     folder = open_folder(experiment.config)
     try:
         device = task.device.device.type
-        began_on = folder.keep_data(task.dataset.name, data_mark(experiment.config, task.dataset), device)
+        began = folder.keep_data(task.dataset.name, data_mark(experiment.config, task.dataset), device, MASK_VERSION)
         notes = list(task.device.notes)
-        if began_on != device:
-            notes.append(f"the run began on {began_on} and went on on {device}: the same within rounding, not bit for bit")
-            progress.note(notes[-1])
+        changes = []
+        if began.device != device:
+            changes.append(f"the run began on {began.device} and went on on {device}: the same within rounding, not bit for bit")
+        if began.masks != MASK_VERSION and config.lora.dropout > 0:
+            changes.append(f"the run began with dropout masks of version {began.masks} and went on with version {MASK_VERSION}: the "
+                           "same seeds drop other values, so a run from its beginning gives other results")
+        for change in changes:
+            progress.note(change)
+        notes += changes
         summary = folder.summary
         if summary is not None and has_final(folder.path):
             return summary

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedms.config import RunConfig, config_from_dict, dump_toml, of_method
 from fedms.errors import ConfigError, RunFolderError
@@ -27,6 +27,18 @@ _LINES = (ROUNDS, VISITS, CLIENTS)      # files that grow line by line
 _OWN_NAMES = frozenset({CONFIG, DATA, SAMPLES, PROVENANCE, *_LINES, OUTCOME, SUMMARY, FINAL, VALIDATION, "report.html", "checkpoint",
                         "clients", "privacy.jsonl", "tensorboard", "wandb", LOCK})
 _FRESH = ".new-"
+
+
+class Beginning(NamedTuple):
+    """What a run began with, as its folder says; folders of older versions do not say all.
+
+    Attributes:
+        device: Kind of the device: "cpu", "cuda" or "mps". Older folders: "cpu".
+        masks: Version of the dropout masks, `fedms_ext.reference.MASK_VERSION`. Older folders: 1.
+    """
+
+    device: str
+    masks: int
 
 
 class RunFolder:
@@ -110,26 +122,28 @@ class RunFolder:
         """The summary of a run that has ended, else None."""
         return RunRecords.read(self.path).summary
 
-    def keep_data(self, name: str, fingerprint: str, device: str = "cpu") -> str:
-        """Write down which data the run is of, and the kind of device that it begins on.
+    def keep_data(self, name: str, fingerprint: str, device: str = "cpu", masks: int = 1) -> Beginning:
+        """Write down which data the run is of, and what it begins with.
 
         Args:
             name: Name of the data set, for errors.
             fingerprint: Hash of its samples, labels and groups, keyed in runs with privacy.
             device: Kind of the device that computes now: "cpu", "cuda" or "mps".
+            masks: Version of the dropout masks that are drawn now.
 
         Returns:
-            The kind of device that the run began on; "cpu" for folders of older versions, which do not say.
+            What the run began with.
 
         Raises:
             ConfigError: If an earlier part of the run was on other data, see :func:`check_same_data`.
         """
         check_same_data(self.path, name, fingerprint)
         if not (self.path / DATA).exists():
-            self._write(DATA, json.dumps({"name": name, "fingerprint": fingerprint, "device": device}))
-            return device
-        began_on = parse_json(read_regular(self.path / DATA)).get("device", "cpu")
-        return began_on if began_on in ("cpu", "cuda", "mps") else "cpu"
+            self._write(DATA, json.dumps({"name": name, "fingerprint": fingerprint, "device": device, "masks": masks}))
+            return Beginning(device, masks)
+        kept = parse_json(read_regular(self.path / DATA))
+        device, masks = kept.get("device"), kept.get("masks")
+        return Beginning(device if device in ("cpu", "cuda", "mps") else "cpu", masks if type(masks) is int else 1)
 
     def sync(self) -> dict[str, int]:
         """Make all records so far survive a power cut.
