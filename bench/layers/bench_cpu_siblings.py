@@ -1,6 +1,6 @@
 """Layers that share their input, computed together and one by one: one training step of three layers, and of MiniLM, with int8 weights.
 
-    pytest -q -s -o addopts= -o python_files='bench_*.py' bench/layers/bench_cpu_siblings.py
+    OMP_NUM_THREADS=1 pytest -q -s -o addopts= -o python_files='bench_*.py' bench/layers/bench_cpu_siblings.py
 
 Both ways take turns in one process; figures are medians over the turns, of the ratio with the 20th and the 80th percentile.
 """

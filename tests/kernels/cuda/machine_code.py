@@ -64,7 +64,8 @@ def tool(name: str) -> str:
 
 def compile_file(target: str, file: str) -> tuple[Path, str]:
     """The machine code (of compute_80: PTX), and what ptxas said about it."""
-    sources = sorted([*KERNELS.glob("*.h"), KERNELS / f"{file}.cu", ROOT / "csrc/include/fedms/cuda.h"])
+    headers = [ROOT / "csrc/include/fedms" / name for name in ("cuda.h", "dropout.h")]
+    sources = sorted([*KERNELS.glob("*.h"), KERNELS / f"{file}.cu", *headers])
     command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc/include'}", "-DFEDMS_WITH_SM90A", f"-arch={target}"]
     command += ["-ptx"] if target.startswith("compute") else ["-cubin", "-Xptxas=-v,-warn-spills,-warn-lmem-usage,-Werror"]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
