@@ -21,6 +21,7 @@ def keep_tile(seed, threshold, first_row, first_column, columns, ROWS: tl.conste
     `first_column` must be a multiple of 8. OCTETS says that `columns` is one too: then eight neighbors share one
     call of Philox, otherwise each value makes its own.
     """
+    threshold = threshold.to(tl.uint32)
     rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
     if OCTETS:
         octets = rows[:, None] * (columns // 8) + (first_column // 8 + tl.arange(0, COLUMNS // 8))[None, :]
@@ -44,7 +45,7 @@ def _lower(word, threshold):
 
 @triton.jit
 def _upper(word, threshold):
-    return ((word >> 16) >= threshold).to(tl.int8)
+    return (word >= threshold << 16).to(tl.int8)
 
 
 @triton.jit
