@@ -21,18 +21,20 @@ def keep_tile(seed, threshold, first_row, first_column, columns, ROWS: tl.conste
     `first_column` must be a multiple of 8. OCTETS says that `columns` is one too: then eight neighbors share one
     call of Philox, otherwise each value makes its own.
     """
-    threshold = threshold.to(tl.uint32)
-    rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+    threshold = tl.to_tensor(threshold).to(tl.uint32)
     if OCTETS:
-        octets = rows[:, None] * (columns // 8) + (first_column // 8 + tl.arange(0, COLUMNS // 8))[None, :]
-        w0, w1, w2, w3 = _words(seed, octets)
-        # The last axis of a join counts fastest: the lower and the upper half of w0, then those of w1, w2 and w3.
-        lower = tl.join(tl.join(_lower(w0, threshold), _lower(w2, threshold)), tl.join(_lower(w1, threshold), _lower(w3, threshold)))
-        upper = tl.join(tl.join(_upper(w0, threshold), _upper(w2, threshold)), tl.join(_upper(w1, threshold), _upper(w3, threshold)))
-        return tl.reshape(tl.join(lower, upper), (ROWS, COLUMNS))
+        first = tl.to_tensor(first_row).to(tl.int64) * (columns // 8) + first_column // 8
+        octets = tl.arange(0, ROWS)[:, None] * (columns // 8) + tl.arange(0, COLUMNS // 8)[None, :]
+        w0, w1, w2, w3 = _words(seed, (first & 0xFFFFFFFF).to(tl.uint32), (first >> 32).to(tl.uint32), octets.to(tl.uint32))
+        # The last axis of a join counts fastest: w0 w1 w2 w3 side by side, and of each word the lower half first.
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS // 2))
+        return tl.reshape(tl.join(_lower(words, threshold), _upper(words, threshold)), (ROWS, COLUMNS))
     else:
+        rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
         index = rows[:, None] * columns + (first_column + tl.arange(0, COLUMNS))[None, :]
-        w0, w1, w2, w3 = _words(seed, index >> 3)
+        octet = index >> 3
+        low = (octet & 0xFFFFFFFF).to(tl.uint32)
+        w0, w1, w2, w3 = _words(seed, low, (octet >> 32).to(tl.uint32), tl.zeros_like(low))
         place = (index >> 1) & 3
         word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
         return tl.where((index & 1) == 0, _lower(word, threshold), _upper(word, threshold))
@@ -49,8 +51,8 @@ def _upper(word, threshold):
 
 
 @triton.jit
-def _words(seed, counter):
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    return tl.philox(seed, low, high, zero, zero, 7)
+def _words(seed, low, high, offset):
+    """Four random words for each counter, which is high * 2^32 + low + offset."""
+    counter = low + offset
+    zero = tl.zeros_like(counter)
+    return tl.philox(seed, counter, high + (counter < offset).to(tl.uint32), zero, zero, 7)
