@@ -77,6 +77,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """dq, dk and dv, each (batch, rows, heads, width), or None as above."""
 
+# --- the norm of rows, csrc/include/fedms/rms_norm.h
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
+    """weight x / sqrt(mean(x^2) + epsilon) of every row of x (..., D), a new tensor, or None where an operand is not plain."""
+
 # --- the LoRA branch beside a frozen product of others, csrc/include/fedms/lora.h
 
 def lora_forward(

@@ -8,7 +8,7 @@ from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import Backend, available, explain, register_backend, use_backend
 from .graphs import graphed
-from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight, use_attention
+from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight, use_attention, use_rms_norm
 from .operators import attention, expert_linear
 from .quantization.quantize import dequantize, quantize
 from .reference import philox_mask
@@ -71,6 +71,7 @@ __all__ = [
     "unmerge",
     "use_attention",
     "use_backend",
+    "use_rms_norm",
 ]
 
 

@@ -9,6 +9,7 @@ namespace fedms::python {
 void define_cpu(py::module_& m);    // cpu_bindings.cpp
 void define_plain(py::module_& m);  // plain_bindings.cpp
 void define_attention(py::module_& m);  // attention_bindings.cpp
+void define_norm(py::module_& m);  // norm_bindings.cpp
 void define_cuda(py::module_ m);    // cuda_bindings.cpp
 
 namespace {
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   define_cpu(m);
   define_plain(m);
   define_attention(m);
+  define_norm(m);
   define_token_loss(m);
 #ifdef FEDMS_CUDA_ARCHS
   define_cuda(m.def_submodule("cuda"));

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms.errors import ModelError
-from fedms_ext import budget
+from fedms_ext import budget, use_rms_norm
 from fedms_ext.token_loss import FrozenHead
 
 from .base import FoundationModel, fingerprint, import_transformers, quiet_transformers
@@ -61,6 +61,7 @@ class CausalModel(FoundationModel):
                              "language model")
         self.transposed = _linear_instead_of_conv1d(decoder)
         self.fingerprint_of_whole = fingerprint(whole)
+        use_rms_norm(decoder)
         self.head = self._head_of(whole)
         self._check_head(whole)
         super().__init__(name, decoder, config.get_text_config().hidden_size, blocks)
