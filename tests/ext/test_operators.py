@@ -461,7 +461,7 @@ def test_refused_arguments(change, kind, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["_is_tracing", "_len_torch_dispatch_stack", "_functorch.peek_interpreter_stack", "_autograd._profiler_enabled"]
+    "name", ["_is_tracing", "_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_autograd._profiler_enabled"]
 )
 def test_where_pytorch_lacks_a_private_name_every_call_takes_the_dispatcher(monkeypatch, name):
     x, weight, bias, a, b, scale = operands([2, 3], dtype=torch.float32)

@@ -43,12 +43,14 @@ class World:
     Args:
         config: The run file.
         sizes: Number of training samples of each client.
+        device: Of the model.
+        foundation: The foundation model; None to load it.
     """
 
-    def __init__(self, config, sizes=SIZES):
-        self.foundation = models.load(config.model, config.task.kind)
+    def __init__(self, config, sizes=SIZES, device="cpu", foundation=None):
+        self.foundation = foundation or models.load(config.model, config.task.kind)
         self.dataset = data.load(config.data, self.foundation)
-        self.model = ExpertModel(self.foundation, self.dataset, config)
+        self.model = ExpertModel(self.foundation, self.dataset, config, device=device)
         ends = torch.tensor(sizes).cumsum(0)
         rows = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(3))
         assert int(ends[-1]) + 6 <= len(rows)
@@ -78,10 +80,8 @@ def digits():
     return World(load_config("digits", IMAGES))
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A tiny BERT and sentences of 1 to 9 words."""
-    folder = tmp_path_factory.mktemp("texts")
+def sentences(folder):
+    """Settings of a run on a tiny BERT and sentences of 1 to 9 words, both written into a folder."""
     draw = torch.Generator().manual_seed(5)
     lines = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (1 + n % 9,), generator=draw)) + f",{'good' if n % 2 else 'bad'}"
              for n in range(80)]
@@ -138,8 +138,8 @@ def test_settings_of_a_training_hold_for_each_client(digits, sets):
           3e-2 if "run.dtype=bf16" in sets else 1e-5)
 
 
-def test_sentences_of_many_lengths_share_a_pass(texts):
-    config = load_config("sentiment", [*IMAGES, *texts, "run.method=fedavg_ft", "sal.cache_dtype=bf16"])
+def test_sentences_of_many_lengths_share_a_pass(tmp_path):
+    config = load_config("sentiment", [*IMAGES, *sentences(tmp_path), "run.method=fedavg_ft", "sal.cache_dtype=bf16"])
     world = World(config)
     lengths = world.dataset.inputs.lengths
     assert len(set(lengths[torch.cat([split.train for split in world.splits])].tolist())) > 4

@@ -78,6 +78,16 @@ def test_a_federated_run_on_the_emulator_trains_as_on_the_cpu(emulated, tmp_path
     assert here["accuracy"]["personalized"] > 0.3  # of ten classes
 
 
+def test_eight_clients_side_by_side_on_the_emulator_train_as_one_by_one(emulated, tmp_path):
+    printed = run(
+        [sys.executable, HERE / "lockstep.py", tmp_path],
+        FEDMS_CUDA_EMULATED=str(emulated), FEDMS_TUNE="0", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    chosen = json.loads(printed.splitlines()[-1])
+    # A step of eight clients is one call of each layer; where a client has no batch left, it has no rows.
+    assert set(chosen) == {"cuda ForwardCall of 8", "cuda BackwardCall of 8"} and min(chosen.values()) >= 4
+
+
 def host_cost(emulated: Path, *before: str | Path, toggle: Path | None = None) -> dict[str, dict[str, int]]:
     """What host_cost.py counts, by case."""
     printed = run(
