@@ -119,7 +119,8 @@ def _show_reasons(found: Plan) -> None:
     paragraph("- ", f"A round of stage 1 on the client with the most training data, at {speeds}"
               + ("." if found.bandwidth is None else f", {size(found.bandwidth)} a second."))
     shown = found.chosen or found.options[0]
-    paragraph("- ", f"Memory at depth {shown.depth}: " + ", ".join(
+    clients = f", with {found.side_by_side} clients side by side" if found.side_by_side > 1 else ""
+    paragraph("- ", f"Memory at depth {shown.depth}{clients}: " + ", ".join(
         f"{part} {amount / 2**20:.0f} MiB" for part, amount in shown.memory.items()) + ".")
     paragraph("- ", f"The process around it (Python, its libraries, the data) takes {found.process / 2**20:.0f} MiB "
               "here, which the limit does not count.")

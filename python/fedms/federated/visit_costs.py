@@ -15,6 +15,7 @@ from fedms.errors import ConfigError
 from fedms.federated import encoding
 from fedms.federated.client import Client, Private
 from fedms.federated.devices import Fitting
+from fedms.federated.lockstep import together
 from fedms.federated.schedule import SalState
 from fedms.federated.server import STAGES, Server
 from fedms.federated.method import BroadcastPolicy, Method
@@ -37,7 +38,7 @@ class VisitMemory:
     Attributes:
         weights: The model with its experts, and the transposed weights of a quantized model as far as this depth needs them.
         training: The larger of the visits of both stages, with gradients and the optimizer's state, by the samples of a
-            micro-batch.
+            micro-batch; of clients side by side, those of all, by the samples of each one's micro-batch.
         judging: A pass without gradients through the whole model, by the samples of a chunk: for validation, and to build
             constants.
     """
@@ -68,10 +69,17 @@ class CostModel:
 
     Asking overwrites what is loaded into the model. Every device class is asked about alike: `[clients] budgets` is
     not read.
+
+    Args:
+        model: The model of this process.
+        method: The method.
+        config: The run file.
+        partition: The clients' samples.
+        side_by_side: Number of clients that are trained in one pass, see `fedms.federated.lockstep`. It counts for memory alone.
     """
 
-    def __init__(self, model: ExpertModel, method: Method, config: RunConfig, partition: Partition) -> None:
-        self.model, self.method, self.partition = model, method, partition
+    def __init__(self, model: ExpertModel, method: Method, config: RunConfig, partition: Partition, side_by_side: int = 1) -> None:
+        self.model, self.method, self.partition, self.side_by_side = model, method, partition, side_by_side
         self.config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ()})})
         self.server = Server(config, model.order, model.block_of, method)
         self.max_depth = config.sal.max_depth or len(model.order)
@@ -110,10 +118,13 @@ class CostModel:
             rows = self.longest.repeat(2 * samples)
             settings = getattr(self.config, stage).model_copy(
                 update={"batch": samples, "micro_batch": None, "epochs": 1})
-            client = Client(ClientSplit(0, None, rows, rows[:1], rows[:0]),
-                            self.config.model_copy(update={stage: settings}))
+            config = self.config.model_copy(update={stage: settings})
+            clients = [(Client(ClientSplit(i, None, rows, rows[:1], rows[:0]), config), Private()) for i in range(self.side_by_side)]
             self.model.clear()
-            self.method.client_step(self.model, client, Private(), message)
+            if self.side_by_side > 1:
+                together(self.method.visit, self.model, clients, message)
+            else:
+                self.method.client_step(self.model, *clients[0], message)
         return budget.memory_of(visit)
 
     def _judging(self, depth: int) -> Memory:
@@ -126,12 +137,13 @@ class CostModel:
 
     def constants(self, depth: int) -> int:
         """Return the bytes that the cache of the largest client holds at a depth, for training and validation samples of both
-        stages.
+        stages; of clients side by side, the bytes of as many such caches.
         """
         parts = [self.largest.validation, *([] if self.config.data.augment else [self.largest.train])]
         outputs, units = self.model.foundation.feature_dim + self.model.task.columns, self.model.dataset.units
-        return sum(self._prefix_bytes(part, depth) + (4 * outputs * int(units(part).sum()) if self.config.stage2.rounds else 0)
-                   for part in parts)
+        return self.side_by_side * sum(
+            self._prefix_bytes(part, depth) + (4 * outputs * int(units(part).sum()) if self.config.stage2.rounds else 0)
+            for part in parts)
 
     def building(self, depth: int, cache: str) -> int:
         """Return the bytes that are needed temporarily to compute the prefix outputs of the largest set of samples for a cache."""

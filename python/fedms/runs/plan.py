@@ -74,6 +74,7 @@ class Plan:
         speed: Operations a second by precision of the frozen weights, given or measured here.
         bandwidth: Bytes a second of the link, or None where transfers take no time.
         cache_bytes: `sal.cache_bytes` for the chosen option.
+        side_by_side: Number of clients whose training the memory holds at a time: those of `run.lockstep`.
     """
 
     options: list[Option]
@@ -83,6 +84,7 @@ class Plan:
     speed: dict[str, float]
     bandwidth: float | None
     cache_bytes: int
+    side_by_side: int = 1
 
     def fits(self, option: Option) -> bool:
         return self.limit is None or option.peak <= (1 - RESERVE) * self.limit
@@ -102,7 +104,7 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
 
     At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
     and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it. The
-    deepest one is chosen.
+    deepest one is chosen. With `[run] lockstep` memory is that of as many clients at a time, and all else that of one.
 
     Args:
         config: The run file.
@@ -135,7 +137,7 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
     if chosen and memory is not None and chosen.cache == "memory":
         left = int((1 - RESERVE) * memory) - chosen.peak
         cache_bytes = min(cache_bytes, (chosen.memory["cached features"] + left) // 2**20 * 2**20)
-    return Plan(options, memory, planner.process, chosen, speeds, bandwidth, cache_bytes)
+    return Plan(options, memory, planner.process, chosen, speeds, bandwidth, cache_bytes, planner.costs.side_by_side)
 
 
 class _Planner:
@@ -166,7 +168,7 @@ class _Planner:
         self.model = ExpertModel(foundation, dataset, plain, device=self.device)
         self.frozen = "fp32"
         partition = data.partition(dataset, config.data, config.clients, config.run.seed)
-        self.costs = CostModel(self.model, methods.create(config), config, partition)
+        self.costs = CostModel(self.model, methods.create(config), config, partition, min(config.run.lockstep, config.clients.count))
         loading = peak(self.device)
         self._visit()       # what stays of a first visit, such as buffers of the kernels, is a part of the process
         reset_peak(self.device)

@@ -173,6 +173,18 @@ def test_a_plan_without_limits_keeps_the_settings():
     assert found.settings["sal.cache_bytes"] == 2 * 1024**3
 
 
+def test_clients_side_by_side_take_the_memory_of_all(monkeypatch):
+    one = costs_of()
+    three = CostModel(one.model, one.method, one.config, one.partition, 3)
+    alone, together = one.memory(1, True).training, three.memory(1, True).training
+    assert three.constants(2) == 3 * one.constants(2) and three.work(1, True) == one.work(1, True)
+    assert together.per_sample == pytest.approx(3 * alone.per_sample, rel=0.1) and together.fixed > alone.fixed
+    monkeypatch.setattr(plan, "peak", lambda device: 0)     # the peak of loading hides all others on so small a model
+    found = plan.plan(load_config("digits", [*SMALL, "sal.max_depth=1", "run.lockstep=8"]), flops=1e9)
+    assert found.side_by_side == 3      # there are no more clients
+    assert found.options[0].memory["training step"] == pytest.approx(together.of(32), rel=0.1)
+
+
 def test_a_plan_for_little_memory_tries_4_bits(monkeypatch):
     monkeypatch.setattr(plan, "peak", lambda device: 0)
     found = plan.plan(load_config("digits", [*SMALL, "sal.max_depth=1"]), memory=1, flops=1e9)
