@@ -53,8 +53,12 @@ bool overlaps_shrink(int tile, int64_t r) { return TILES[tile].kind == Kind::wgm
 
 void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& stream) {
   if (tile < 0 || tile >= TILE_COUNT) throw Error("there is no tile " + text(tile));
-  const std::string name = "gemm " + gemm_tile_name(tile);
-  const Launch what{name.c_str(), g.m, g.n, g.k, g.r, stream};
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (int each = 0; each < TILE_COUNT; ++each) all.push_back("gemm " + gemm_tile_name(each));
+    return all;
+  }();
+  const Launch what{names[tile].c_str(), g.m, g.n, g.k, g.r, stream};
   if (g.m < 1 || g.n < 8 || g.k < 8 || g.r < 0) fail(what, "a size is too small");
   if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
   if (g.n % 8 || g.k % (g.w_scale ? 16 : 8)) fail(what, "n or k is not a multiple of 8 (k of 16 for an int8 w)");

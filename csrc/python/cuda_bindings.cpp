@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "device_tensor.h"
@@ -30,7 +31,7 @@ class Plan {
  public:
   Plan(bool bf16, bool fp32_experts, bool int8, int64_t m, int64_t n, int64_t k, std::vector<int> ranks, std::vector<int> rows,
        const cuda::DeviceProperties& chip, py::object owner)
-      : owner_(std::move(owner)), type_(bf16 ? BF16 : FP16), device_(DeviceTensor("owner", owner_).device()),
+      : checked_(1 + 2 * ranks.size()), owner_(std::move(owner)), type_(bf16 ? BF16 : FP16), device_(DeviceTensor("owner", owner_).device()),
         plan_({bf16 ? cuda::Element::bf16 : cuda::Element::fp16, fp32_experts, int8, m, n, k, std::move(ranks), std::move(rows)},
               chip, static_cast<const int32_t*>(DeviceTensor("owner", owner_).expect(device_, INT32).dense(1).data())) {}
 
@@ -122,7 +123,8 @@ class Plan {
 
   void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns, Origin origin) const {
     const bool int8 = plan_.shape().int8;
-    const DeviceTensor weight("weight", w, origin);
+    const DeviceTensor weight("weight", w, Origin::known);
+    if (origin == Origin::outside) check_once(weight, w, 0);
     of.w = weight.expect(device_, int8 ? INT8 : type_).data();
     of.w_stride = weight.rows(rows, columns);
     if (int8) of.w_scale = static_cast<float*>(dense("weight_scale", w_scale, FP32, rows));
@@ -134,7 +136,7 @@ class Plan {
     const size_t experts = shape.ranks.size();
     cuda::LayerOperands of{};
     if (a.size() != experts || b.size() != experts) throw Declined("there are more or fewer experts than the plan's");
-    for (size_t e = 0; e < experts; ++e) of.experts.push_back(expert(a[e], b[e], shape.ranks[e], origin));
+    for (size_t e = 0; e < experts; ++e) of.experts.push_back(expert(a[e], b[e], e, origin));
     of.factors.scale = static_cast<float*>(own("scale", scale, FP32, experts));
     if (!gate.is_none()) {
       const DeviceTensor tensor("gate", gate, origin);
@@ -156,9 +158,14 @@ class Plan {
     return of;
   }
 
-  cuda::Expert expert(py::handle a, py::handle b, int64_t rank, Origin origin) const {
+  cuda::Expert expert(py::handle a, py::handle b, size_t number, Origin origin) const {
     const cuda::LayerShape& shape = plan_.shape();
-    const DeviceTensor a_tensor("lora_a", a, origin), b_tensor("lora_b", b, origin);
+    const int64_t rank = shape.ranks[number];
+    const DeviceTensor a_tensor("lora_a", a, Origin::known), b_tensor("lora_b", b, Origin::known);
+    if (origin == Origin::outside) {
+      check_once(a_tensor, a, 1 + 2 * number);
+      check_once(b_tensor, b, 2 + 2 * number);
+    }
     a_tensor.expect(device_, experts_type()).matrix(rank, shape.k);
     b_tensor.expect(device_, experts_type()).matrix(shape.n, rank);
     if (plan_.joined_size() == 0) {  // the GEMMs read them where they are
@@ -167,6 +174,18 @@ class Plan {
     return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1), 0, 0, 0};
   }
 
+  // Asks whether a tensor is negated when it is read. Of a parameter that is asked once for each place in memory, since to ask
+  // takes twice as long as all else: a place in memory whose values lie there negated is made by `z.conj().imag` alone, which
+  // begins where no parameter does.
+  void check_once(const DeviceTensor& tensor, py::handle object, size_t slot) const {
+    const Place now{object.ptr(), tensor.data()};
+    if (Py_TYPE(object.ptr()) == parameter_type && checked_[slot] == now) return;
+    tensor.refuse_negated(object);
+    checked_[slot] = now;
+  }
+
+  using Place = std::pair<const PyObject*, const void*>;
+  mutable std::vector<Place> checked_;  // the weight, and A and B of each expert
   py::object owner_;
   Type type_;
   dlpack::Device device_;

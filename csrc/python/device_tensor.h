@@ -31,7 +31,7 @@ class DeviceTensor {
   DeviceTensor(const char* name, py::handle tensor, Origin origin = Origin::outside) : name_(name) {
     const PyTypeObject* const type = Py_TYPE(tensor.ptr());
     if (type != tensor_type && type != parameter_type) decline(std::string("is a ") + type->tp_name + ", not a torch.Tensor");
-    if (origin == Origin::outside && is_negated(tensor)) decline("is negated when it is read; pass .resolve_neg()");
+    if (origin == Origin::outside) refuse_negated(tensor);
     if (exchange) {
       if (exchange->tensor_from_py_object(tensor.ptr(), &view_.tensor) != 0) throw py::error_already_set();
     } else {
@@ -40,6 +40,10 @@ class DeviceTensor {
     data_ = static_cast<char*>(view_.tensor.data) + view_.tensor.byte_offset;
   }
   DeviceTensor(const DeviceTensor&) = delete;
+
+  void refuse_negated(py::handle tensor) const {
+    if (is_negated(tensor)) decline("is negated when it is read; pass .resolve_neg()");
+  }
 
   dlpack::Device device() const { return view_.tensor.device; }
   int64_t size(int d) const { return view_.size(d); }

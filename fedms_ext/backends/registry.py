@@ -12,6 +12,7 @@ from .base import Backend, Call
 _backends: dict[str, Backend] = {backend.name: backend for backend in (cuda, triton, cpu, eager)}
 _usable: list[Backend] = []
 _forced: list[tuple[Backend]] = []
+_preference: tuple[Backend | None, int] = (None, len(_backends))    # see `preference`
 
 
 def register_backend(backend: Backend, *, before: str = "eager") -> None:
@@ -74,10 +75,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     choice = (_named(name),)  # a tuple of its own: threads may leave in another order than they entered
     _forced.append(choice)
+    _note_preference()
     try:
         yield
     finally:
         _forced[:] = [other for other in _forced if other is not choice]
+        _note_preference()
 
 
 def choose(call: Call) -> Backend:
@@ -104,7 +107,12 @@ def preference() -> tuple[Backend | None, int]:
     Returns:
         The backend that was requested by name, or None, and the number of registered backends.
     """
-    return _forced[-1][0] if _forced else None, len(_backends)
+    return _preference
+
+
+def _note_preference() -> None:
+    global _preference
+    _preference = _forced[-1][0] if _forced else None, len(_backends)
 
 
 def cpu_is_chosen() -> bool:
@@ -133,8 +141,10 @@ def _named(name: str) -> Backend:
 
 def _find_usable() -> None:
     _usable[:] = [_backends[name] for name in available()]
+    _note_preference()
 
 
 _find_usable()
 if os.environ.get("FEDMS_BACKEND"):
     _forced.append((_named(os.environ["FEDMS_BACKEND"]),))
+    _note_preference()

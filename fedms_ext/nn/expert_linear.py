@@ -213,7 +213,7 @@ class ExpertLinear(FrozenLinear):
         if active is not None and gate is None and segments is None:
             a, b, scale = [*compress(a, active)], [*compress(b, active)], (*compress(scale, active),)
             active = None
-        dropout = experts.dropout if self.training else 0.0
+        dropout = experts.dropout if experts.dropout and self.training else 0.0
         if dropout > 0.0:
             applied = (*a, *b) if active is None else (*compress(a, active), *compress(b, active))
             dropout = dropout if any([pair.requires_grad for pair in applied]) else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -77,8 +78,8 @@ def _find_probes() -> tuple[Callable[[], object], ...]:
         return (
             torch._C._is_tracing,
             torch._C._len_torch_dispatch_stack,
-            torch._C._functorch.peek_interpreter_stack,
-            torch._C._autograd._profiler_enabled,
+            torch._C._are_functorch_transforms_active,
+            partial(getattr, torch.autograd.profiler, "_is_profiler_enabled", True),
         )
     except AttributeError:
         return (lambda: True,) * 4

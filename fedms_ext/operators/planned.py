@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import backends
 from ..backends import cuda, cuda_plan, device
@@ -33,29 +34,56 @@ class Planned:
         x_shape: Shape of the input.
         y_shape: Shape of the output.
         scale: Scales of the experts on the GPU, float32 (E,).
-        pair_shapes: Shapes of every A and every B.
+        numbers: Scales of the experts, the very tuple of the last call of this shape.
         backward: For each combination of needed gradients whether the plan computes that backward pass, or another backend does.
     """
 
-    def __init__(self, found: ForwardCall) -> None:
+    def __init__(self, found: ForwardCall, scale: Sequence[float]) -> None:
         x, weight, _, lora = found
         self.plan = cuda_plan.Plan(cuda_plan.shape_of(x, weight, lora)) if backends.choose(found) is cuda else None
         self.x_shape, self.y_shape = tuple(x.shape), (*x.shape[:-1], weight.n)
         self.scale = scale_on(lora.scale, x.device)
-        self.pair_shapes = [tuple(pair.shape) for pair in (*lora.a, *lora.b)]
         self.backward: dict[tuple[bool, ...], bool] = {}
+        self.numbers, self._dtype, self._data_dtype, self._device = scale, x.dtype, weight.data.dtype, x.device
+        self._rest = weight.kind, lora.gate is None, lora.dropout_p > 0.0, backends.preference()
+
+    def fits(self, x: Tensor, data: Tensor, scale: Sequence[float], *rest: object) -> bool:
+        """Return whether a call is one of these, as far as it can be told in a few steps.
+
+        Args:
+            x: (..., K).
+            data: The values of the weight.
+            scale: The very tuple of the call that this was made for, as which experts are applied is not looked at again.
+            rest: Kind of the weight, whether there is no gate, whether there is dropout, and `backends.preference()`.
+        """
+        return (
+            scale is self.numbers and x.shape == self.x_shape and x.dtype is self._dtype and data.dtype is self._data_dtype
+            and x.device == self._device and rest == self._rest
+        )  # fmt: skip
 
 
 class Plans(dict[tuple[object, ...], Planned]):
-    """The plans of a layer by shape. Copies of the layer and loaded layers start without plans."""
+    """The plans of a layer by shape. Copies of the layer and loaded layers start without plans.
+
+    Attributes:
+        last: The one of the last call, or None.
+    """
 
     MOST = 64
+    last: Planned | None = None
 
     def keep(self, key: tuple[object, ...], planned: Planned) -> None:
         """Keep a plan; if there are `MOST` plans already, drop the oldest one."""
         if len(self) >= self.MOST:
             self.pop(next(iter(self)), None)
-        self[key] = planned
+        self[key] = self.last = planned
+
+    def again(self, key: tuple[object, ...], scale: Sequence[float]) -> Planned | None:
+        """Return the plan of a shape, if there is one, as that of the last call; `scale` is the very tuple of this call."""
+        planned = self.get(key)
+        if planned is not None:
+            self.last, planned.numbers = planned, scale
+        return planned
 
     def __copy__(self) -> Plans:
         return Plans()
@@ -87,17 +115,20 @@ def planned_linear(
     """
     if is_observed() or is_autocast_enabled():
         return None
-    if isinstance(weight, Tensor):
+    # The exact type first, here and below: to ask whether something is an instance of Tensor takes 500 instructions.
+    if type(weight) is Parameter or isinstance(weight, Tensor):
         quantized, data, data_scale, kind = None, weight, None, FLOATING
     else:
         quantized, (data, data_scale), kind = weight, weight.operands, weight.kind
     if gate is not None:
         gate = _gate_of_rows(gate, x)
-    key = (x.shape, x.dtype, x.device, data.dtype, kind, *scale, *map(len, a), gate is None, dropout_p > 0.0,
-           backends.preference())  # fmt: skip
-    planned = plans.get(key)
-    if planned is None:
-        planned = _plan(plans, key, x, data, data_scale, quantized, a, b, scale, gate, dropout_p, seed)
+    planned = plans.last
+    rest = kind, gate is None, dropout_p > 0.0, backends.preference()
+    if planned is None or not planned.fits(x, data, scale, *rest):
+        key = (x.shape, x.dtype, x.device, data.dtype, *rest, *scale, *map(len, a))
+        planned = plans.again(key, scale)
+        if planned is None:
+            planned = _plan(plans, key, x, data, data_scale, quantized, a, b, scale, gate, dropout_p, seed)
     plan = planned.plan
     if plan is None:
         return None
@@ -115,8 +146,8 @@ def planned_linear(
         return y
     if quantized is not None:
         data, data_scale = quantized.for_dx() if needs[0] else (None, None)
-    made = (y, room, data, data_scale, seed if isinstance(seed, Tensor) else None)
-    return _apply(made, (planned, quantized, scale, dropout_p, seed, needs), x, gate, *a, *b)
+    call = planned, quantized, scale, dropout_p, seed, needs
+    return _apply((call, y, room, data, data_scale, None if type(seed) is int else seed), x, gate, *a, *b)
 
 
 def _gate_of_rows(gate: Tensor, x: Tensor) -> Tensor:
@@ -134,7 +165,7 @@ def _plan(
     kind, group = (FLOATING, 0) if quantized is None else (quantized.kind, quantized.group)
     n, k = data.shape if quantized is None else quantized.shape
     lora = Lora(a, b, Scales(scale), gate, None, dropout_p, seed)
-    planned = Planned(ForwardCall(x, Weight(data, data_scale, kind, group, n, k), None, lora))
+    planned = Planned(ForwardCall(x, Weight(data, data_scale, kind, group, n, k), None, lora), scale)
     if not device.is_capturing(x.device):
         plans.keep(key, planned)
     return planned
@@ -144,11 +175,9 @@ class _Planned(torch.autograd.Function):
     """Adds the result of a plan to autograd's graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any, made: tuple[Any, ...], call: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, made: tuple[Any, ...], x: Tensor, gate: Tensor | None, *pairs: Tensor) -> Tensor:
+        call, y, *kept = made  # in a tuple: of y itself autograd would return a view
         ctx.call = call
-        y, *kept = made  # in a tuple: of y itself autograd would return a view
         # x is needed only for the gradients of A.
         ctx.save_for_backward(x if True in call[-1][2 : 2 + len(pairs) // 2] else None, gate, *kept, *pairs)
         return y
@@ -163,26 +192,29 @@ _apply = untransformed_apply(_Planned)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the two tuples (both None), x, the gate, every A and every B."""
+    """Return the gradients of the tuple (None), x, the gate, every A and every B."""
     saved = ctx.saved_tensors  # read only once, as activation checkpointing requires
     x, gate, room, weight, weight_scale, seed, *pairs = saved
     planned, _, _, dropout_p, number, needs = ctx.call
     experts = len(pairs) // 2
-    if needs not in planned.backward:
-        planned.backward[needs] = backends.choose(_backward_call(ctx.call, dy, saved)) is cuda
-    if is_observed() or not planned.backward[needs]:
-        return None, None, *_general_gradients(ctx.call, dy, saved)
+    computes = planned.backward.get(needs)
+    if computes is None:
+        computes = planned.backward[needs] = backends.choose(_backward_call(ctx.call, dy, saved)) is cuda
+    if is_observed() or not computes:
+        return None, *_general_gradients(ctx.call, dy, saved)
     dx = dy.new_empty(*planned.x_shape) if needs[0] else None
     dgate = gate.new_empty(gate.shape) if needs[1] else None
-    made = [pair.new_empty(*shape) if needed else None for pair, shape, needed in zip(pairs, planned.pair_shapes, needs[2:])]
+    # Like a pair that is not dense they would not be dense, which the kernels decline.
+    made = [*map(torch.empty_like, pairs)] if False not in needs[2:] else [
+        torch.empty_like(pair) if needed else None for pair, needed in zip(pairs, needs[2:])]
     try:
         planned.plan.backward(
             dy, x, weight, weight_scale, pairs[:experts], pairs[experts:], planned.scale, gate, dropout_p,
             number if seed is None else seed, None, room, dx, dgate, made[:experts], made[experts:],
         )  # fmt: skip
-    except cuda_plan.Declined:  # a dy whose values share memory, such as the gradient of a sum
-        return None, None, *_general_gradients(ctx.call, dy, saved)
-    return None, None, dx, dgate, *made
+    except cuda_plan.Declined:  # such as a dy whose values share memory, the gradient of a sum
+        return None, *_general_gradients(ctx.call, dy, saved)
+    return None, dx, dgate, *made
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)

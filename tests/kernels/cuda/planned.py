@@ -218,6 +218,32 @@ def test_a_weight_of_another_format_takes_another_plan(monkeypatch):
         layer(x)
 
 
+def test_every_change_between_two_calls_is_noticed(short_way):
+    """The plan of the last call is tried first: what it depends on is changed one by one, and all is right each time."""
+    layer, x = layer_of(24, 32, [8, 8]), torch.randn(6, 24).bfloat16()
+    check(layer, x)
+    for rows in ((7,), (2, 3), (6,)):
+        check(layer, torch.randn(*rows, 24).bfloat16())
+    layer.add_expert("wide", LoRA(16, alpha=24))
+    check(layer, x)
+    state = layer.state_dict()
+    state["pairs.e0"][1] *= 3
+    layer.load_state_dict(state)  # another alpha, so another scale
+    check(layer, x)
+    layer.half()
+    check(layer, x.half())
+    with fedms_ext.use_backend("eager"), pytest.raises(AssertionError, match="general way"):
+        layer(x.half())
+    off, (dx, dy) = copy.deepcopy(layer), (x.half(), torch.randn(6, 32).half())
+    gradients(off, dx, dy)
+    off.set_state("e0", "off")
+    off.set_state("e1", "off")
+    y = off(dx).double()
+    want = reference.expert_linear(dx.double(), off.matrix().double(), off.bias.double(), [off.lora_a["wide"].double()],
+                                   [off.lora_b["wide"].double()], [1.5])
+    assert error(y, want) < 0.002
+
+
 @pytest.mark.parametrize("spoil", [
     lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]].unflatten(0, (2, -1)),  # rows with gaps, in three dimensions
     lambda x: x.t().contiguous().t(),
