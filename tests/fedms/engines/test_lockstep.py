@@ -60,7 +60,8 @@ class World:
     def visits(self, config, stage, privates=None, lockstep=False):
         """What each client's visit comes to: the visit, and the private state after it. All constants are computed anew."""
         method = methods.create(config)
-        self.model.config, self.model.cache = config, self.model._new_cache()
+        self.model.config = config      # first, as the new cache is that of the model's settings
+        self.model.cache = self.model._new_cache()
         self.model.start()
         server = Server(config, self.model.order, self.model.block_of, method, method.statistics(len(self.dataset.classes)))
         message = server.message(replace(server.start(self.shared(method)), stage=stage))
@@ -136,6 +137,14 @@ def test_settings_of_a_training_hold_for_each_client(digits, sets):
     kept = [after.tensors for _, after in first]
     agree(world.visits(config, "stage1", kept, lockstep=True), world.visits(config, "stage1", kept),
           3e-2 if "run.dtype=bf16" in sets else 1e-5)
+
+
+def test_visits_cost_the_same_on_a_model_that_had_another_cache(digits):
+    sets = ["run.method=fedavg", "stage1.steps=1"]
+    without = load_config("digits", [*IMAGES, *sets, "sal.cache=off"])
+    digits.visits(load_config("digits", [*IMAGES, *sets]), "stage1")
+    first, again = ([visit.flops for visit, _ in digits.visits(without, "stage1")] for _ in range(2))
+    assert first == again
 
 
 def test_sentences_of_many_lengths_share_a_pass(tmp_path):
