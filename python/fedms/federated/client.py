@@ -198,14 +198,19 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
     flops, started = model.meter.flops, time.perf_counter()
     reset_peak(model.device)
     model.clear()
-    reply, after, reason = None, private, None
-    try:
-        with memory_errors():
-            reply, after = step(model, client, private, message)
-    except ClientFailure as failure:
-        reason = printable(str(failure), REASON)
+    reply, after, reason = outcome_of(lambda: step(model, client, private, message), private)
     synchronize(model.device)
     return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak(model.device)), after
+
+
+def outcome_of(step: Callable[[], tuple[Reply, Private]], private: Private) -> tuple[Reply | None, Private, str | None]:
+    """Carry out a step; return the reply, the private state after it, and None, or None, the state before it, and the reason why it
+    failed."""
+    try:
+        with memory_errors():
+            return (*step(), None)
+    except ClientFailure as failure:
+        return None, private, printable(str(failure), REASON)
 
 
 @contextmanager

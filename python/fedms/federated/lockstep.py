@@ -21,9 +21,7 @@ from torch import Tensor
 
 from fedms.config import Stage
 from fedms.federated.client import (Client, ClientFailure, Group, Loss, Message, Private, Reply, Visit, batches_of,
-                                    diverged, load_moments, memory_errors, moments_of, own_loss_of, train)
-from fedms.federated.schema import REASON
-from fedms.foreign import printable
+                                    diverged, load_moments, memory_errors, moments_of, outcome_of, own_loss_of, train)
 from fedms.seeds import generator
 from fedms.tensors import Tensors
 from fedms.training.device import peak, reset_peak, synchronize
@@ -167,11 +165,7 @@ class Turn:
 
     def visit(self) -> tuple[Visit, Private]:
         """Return the visit and the client's private state after it; see `fedms.federated.client.visit`."""
-        reply, after, reason = None, self.private, None
-        try:
-            reply, after = self.step()
-        except ClientFailure as failure:
-            reason = printable(str(failure), REASON)
+        reply, after, reason = outcome_of(self.step, self.private)
         return Visit(reply, reason, self.flops, self.seconds, self.peak), after
 
 

@@ -35,12 +35,13 @@ class Seat:
             self.prefix = self._stream.prefix(part) if self._stream.keeps else None
         self._depths, self._kept, self._shifts = dict(model.depths), dict(model.kept), dict(model.shifts)
         self._corrections, self._gate, self._opinions = model.corrections.tensors, model.read_gate(), model.opinions_cache
-        self._tensors = {name: {n: nn.Parameter(p.detach().clone(), requires_grad=name == expert and n in trained)
-                                for n, p in model.applied(name).items()} for name in EXPERTS}
         self.head = copy.deepcopy(model.heads[expert])
-        for name, p in self.head.named_parameters():
-            p.requires_grad_(f"head/{name}" in trained)
-            self._tensors[expert][f"head/{name}"] = p
+        head = {f"head/{name}": p for name, p in self.head.named_parameters()}
+        self._tensors = {name: {n: head[n] if name == expert and n in head else nn.Parameter(p.detach().clone())
+                                for n, p in model.applied(name).items()} for name in EXPERTS}
+        for name, own in self._tensors.items():
+            for n, p in own.items():
+                p.requires_grad_(name == expert and n in trained)
         self.params: dict[str, nn.Parameter] = {name: self._tensors[expert][name] for name in trained}
 
     @property
