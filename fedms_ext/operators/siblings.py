@@ -85,7 +85,8 @@ def sibling_linears(x: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor] | 
     found = _C.siblings_forward(x, [(*weight.operands, *layer[1:]) for weight, layer in zip(weights, layers)])
     if found is None:
         return None
-    needs_x, needs = False, [(False,)] * len(layers)
+    needs_x = False
+    needs: list[tuple[bool, ...]] = [()] * len(layers)
     if torch.is_grad_enabled():
         needs_x = x.requires_grad
         needs = [tuple([t is not None and t.requires_grad for t in _inputs(layer)]) for layer in layers]
@@ -164,7 +165,7 @@ def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
-_Found = tuple[Tensor | None, list[Sequence[Tensor | None]]]
+_Found = tuple[Tensor | None, Sequence[Sequence[Tensor | None]]]
 
 
 def _joined(x: Tensor | None, k: int, layers: list[_Saved]) -> _Found | None:
