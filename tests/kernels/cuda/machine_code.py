@@ -132,7 +132,8 @@ def shared_memory() -> str:
     source = ('#include <cstdio>\n#include "heuristics.h"\nusing namespace fedms::cuda;\nint main() { for (const Tile& t : TILES)'
               ' std::printf("%s %d x %d, %d stages: %d bytes, %d threads\\n", t.kind == Kind::mma ? "mma" : "wgmma", t.bm, t.bn,'
               ' t.stages, t.shared_bytes(), t.threads());'
-              ' std::printf("shrink_ahead: %d bytes\\nlora_grad_strips: %d bytes\\n", SHRINK_SHARED_BYTES, STRIP_SHARED_BYTES); }')  # fmt: skip
+              ' std::printf("shrink_ahead: %d bytes\\n", SHRINK_SHARED_BYTES);'
+              ' std::printf("lora_grad_strips: %d bytes\\n", STRIP_SHARED_BYTES); }')  # fmt: skip
     command = ["c++", "-std=c++17", "-x", "c++", "-", f"-I{ROOT / 'csrc/include'}", f"-I{KERNELS}", f"-I{HERE}", "-o", str(program)]
     subprocess.run(command, input=source, text=True, check=True)
     text = subprocess.run([program], capture_output=True, text=True, check=True).stdout
