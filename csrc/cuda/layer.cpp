@@ -136,14 +136,20 @@ LayerPlan::Side LayerPlan::side(int64_t columns) const {
   // Two blocks of threads for each multiprocessor, as far as the columns and the ranks do not make them already.
   const int64_t blocks = lora_grad_partials_blocks(columns), each = blocks * (rounded_up(rank_, 32) / 32);
   const int64_t splits = std::max<int64_t>(1, 2 * chip_.multiprocessors / each);
-  Side side{columns, blocks, rounded_up(shape_.m, 64 * splits) / splits, {}};
-  for (int64_t rows : shape_.rows) side.splits.push_back(static_cast<int>((rows + side.rows_a_split - 1) / side.rows_a_split));
-  if (segments_.count == 0) side.splits = {static_cast<int>((shape_.m + side.rows_a_split - 1) / side.rows_a_split)};
-  return side;
+  const int64_t rows_a_split = rounded_up(shape_.m, 64 * splits) / splits;
+  return {columns, blocks, rows_a_split, splits_of(rows_a_split)};
+}
+
+std::vector<int> LayerPlan::splits_of(int64_t rows_a_split) const {
+  const auto of = [&](int64_t rows) { return static_cast<int>((rows + rows_a_split - 1) / rows_a_split); };
+  if (segments_.count == 0) return {of(shape_.m)};
+  std::vector<int> splits;
+  for (int64_t rows : shape_.rows) splits.push_back(of(rows));
+  return splits;
 }
 
 bool LayerPlan::runs_in_strips(const Needs& needs, const GemmChoice& choice) const {
-  return needs.dx && choice.overlaps_shrink && segments_.count == 0;
+  return needs.dx && choice.overlaps_shrink;
 }
 
 LayerPlan::Side LayerPlan::strips(int64_t columns, const Needs& needs) const {
@@ -152,19 +158,18 @@ LayerPlan::Side LayerPlan::strips(int64_t columns, const Needs& needs) const {
   // As many splits as there are multiprocessors for the strips of both sides.
   const int64_t splits = std::max<int64_t>(1, chip_.multiprocessors / all);
   const int64_t rows_a_split = rounded_up((shape_.m + splits - 1) / splits, 128);
-  return {columns, blocks, rows_a_split, {static_cast<int>((shape_.m + rows_a_split - 1) / rows_a_split)}};
+  return {columns, blocks, rows_a_split, splits_of(rows_a_split)};
 }
 
 bool LayerPlan::needs_parts(const Side& strips) const {
-  return strips.parts() > 1 || static_cast<int64_t>(shape_.ranks.size()) > LoraGradStrips::MOST_OUTPUTS;
+  return segments_.count > 0 || strips.parts() > 1 || static_cast<int64_t>(shape_.ranks.size()) > LoraGradStrips::MOST_OUTPUTS;
 }
 
 LayerPlan::Workspace LayerPlan::workspace(const Needs& needs, const GemmChoice& choice) const {
   Workspace at;
   const auto parts = [&](const Side& side) { return at.add(2 * side.parts() * side.columns * rank_); };
   if (needs.dx || needs.da) at.ds = at.add(shape_.m * t_pitch_);
-  const bool ds_is_ahead_of_dx = needs.dx && choice.overlaps_shrink;
-  if ((needs.dx || needs.da || needs.dgate) && !ds_is_ahead_of_dx) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
+  if ((needs.dx || needs.da || needs.dgate) && !runs_in_strips(needs, choice)) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
   const auto add_parts = [&](int64_t columns) {
     if (!runs_in_strips(needs, choice)) return parts(side(columns));
     const Side in_strips = strips(columns, needs);
@@ -235,6 +240,7 @@ void LayerPlan::compute_da_and_db(const LayerBackward& call, const Needs& needs,
   pass.m = shape_.m;
   pass.r = rank_;
   pass.t_stride = t_pitch_;
+  pass.segments = segments_;
   pass.maps = backward_maps_.get();
   std::vector<PartialSum> sums;
   const auto add = [&](int number, int64_t columns, const void* z, int64_t z_stride, const void* t, float* parts,
@@ -271,7 +277,7 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
     compute_dx(call, ds, choice, stream);
     return compute_da_and_db(call, needs, ds, floats(at.da_parts), floats(at.db_parts), stream);
   }
-  // One pass over dy: dB from T, and U = dy B, from which dS and the gate's gradient come, unless these are made ahead of dx.
+  // One pass over dy: dB from T, and U = dy B, from which dS and the gate's gradient come.
   const Side of_dy = side(shape_.n);
   LoraGradPartials pass = partials(of_dy, call.dy, call.dy_stride, of.t, floats(at.db_parts));
   pass.b = joined(of).b;

@@ -204,9 +204,10 @@ void lora_grad_strips(const LoraGradStrips& g, const Stream& stream) {
   }
   if (g.rows_a_split < STRIP_ROWS || g.rows_a_split % STRIP_ROWS) fail(what, "rows_a_split is not a positive multiple of 128");
   for (const LoraGradStrips::Side& side : g.sides) {
-    const bool in_place = g.rows_a_split >= g.m && int64_t(side.out.size()) <= LoraGradStrips::MOST_OUTPUTS;
-    if (side.c && !side.parts && !in_place) fail(what, "splits, or so many outputs, need parts");
+    const bool in_place = g.segments.count == 0 && g.rows_a_split >= g.m && int64_t(side.out.size()) <= LoraGradStrips::MOST_OUTPUTS;
+    if (side.c && !side.parts && !in_place) fail(what, "segments, splits, or so many outputs need parts");
   }
+  check_segments(what, g.segments, g.m);
   if constexpr (HAS_WGMMA) {
     start_lora_grad_strips(what, g);
   } else {

@@ -57,17 +57,25 @@ struct Ring {
   }
 
   // Calls issue(the stage's address), which issues multiplications, while those of the stage before may still run; that one is
-  // free then. How many there are must be known to the compiler: a branch between them would make it wait for each.
-  template <class Issue>
-  FEDMS_DEVICE void multiply(Reader& reader, Issue issue) const {
+  // free then. How many there are must be known to the compiler: a branch between them would make it wait for each. Before them it
+  // calls prepare(the stage's address).
+  template <class Issue, class Prepare>
+  FEDMS_DEVICE void multiply(Reader& reader, Issue issue, Prepare prepare) const {
+    const uint32_t stage = stages + reader.at.stage * STAGE_BYTES;
     ptx::barrier_wait(full(reader.at.stage), reader.at.phase);
+    prepare(stage);
     ptx::wgmma_fence();
-    issue(stages + reader.at.stage * STAGE_BYTES);
+    issue(stage);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     release(reader);
     reader.before = reader.at.stage;
     reader.at.advance();
+  }
+
+  template <class Issue>
+  FEDMS_DEVICE void multiply(Reader& reader, Issue issue) const {
+    multiply(reader, issue, [](uint32_t) {});
   }
 
   // Waits for all multiplications into `sum`.

@@ -20,6 +20,7 @@ struct Output {
 
 struct StripsArguments {
   int m, rows_a_split, count;  // of outputs
+  Segments segments;
   int columns[2];              // of dy and of x; 0: that side is left out
   int64_t split_stride[2];     // from the outputs of one split to those of the next
   Items<Output> outputs;
@@ -40,9 +41,9 @@ struct Strips {
   };
 
   static FEDMS_DEVICE Strip strip_of(const StripsArguments& g) {
-    const int first = ceil_div(g.columns[0], COLUMNS), strip = ptx::block_x(), begin = ptx::block_y() * g.rows_a_split;
-    const int side = strip >= first, end = g.m - begin < g.rows_a_split ? g.m : begin + g.rows_a_split;
-    return {side, (side ? strip - first : strip) * COLUMNS, begin, end};
+    const int first = ceil_div(g.columns[0], COLUMNS), strip = ptx::block_x(), side = strip >= first;
+    const RowBlock rows = row_block(g.segments, ptx::block_y(), g.rows_a_split, g.m, 0, false);
+    return {side, (side ? strip - first : strip) * COLUMNS, rows.row, rows.end};
   }
 
   static FEDMS_DEVICE void produce(const Strip& strip, const Maps& maps, const Stages& ring) {
@@ -61,17 +62,37 @@ struct Strips {
     Sums sum = {};
     ptx::keep_in_place(sum);
     for (int row = strip.begin; row < strip.end; row += ROWS) {
-      ring.multiply(reader, [&](uint32_t stage) {
+      const auto multiply = [&](uint32_t stage) {
 #pragma unroll
         for (int k16 = 0; k16 < ROWS / 16; ++k16) {
           const uint64_t z = matrix_descriptor(stage + k16 * 16 * 128, 0);
           const uint64_t t = matrix_descriptor(stage + ROWS * 128 + k16 * 16 * 128, 0);
           ptx::wgmma<T, RANKS, true, true>(sum, z, t);
         }
+      };
+      ring.multiply(reader, multiply, [&](uint32_t stage) {
+        // Behind the last row of a segment others begin; behind the last of all rows come zeros by themselves.
+        if (g.segments.count && strip.end - row < ROWS) keep_rows(stage, strip.end - row);
       });
     }
     ring.finish(reader, sum);
     write(g, strip, sum);
+  }
+
+  // Makes zeros of all but the first `rows` rows of both tiles of a stage, whatever they hold.
+  static FEDMS_DEVICE void keep_rows(uint32_t stage, int rows) {
+#pragma unroll 1
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll 1
+      for (int first = rows * 8 / 128 * 128; first < ROWS * 8; first += 128) {
+        const int chunk = first + ptx::thread();
+        const uint32_t place = stage + tile * ROWS * 128 + chunk * 16;
+        const Words kept = ptx::load_shared_128(place);
+        ptx::store_shared_128(place, chunk < rows * 8 ? kept : Words{});
+      }
+    }
+    ptx::fence_shared_for_tma();
+    ptx::named_barrier(1, 128);
   }
 
   static FEDMS_DEVICE void write(const StripsArguments& g, const Strip& strip, const Sums& sum) {
@@ -113,7 +134,7 @@ void start(const Launch& what, const LoraGradStrips& g, TensorMaps& kept) {
     return kept.of(of, what, Number<T>::is_bf16, data, g.m, columns, stride, ROWS);
   };
   constexpr Of of_z[] = {Of::x, Of::z}, of_t[] = {Of::s, Of::t};  // dy and dS are the GEMM's x and T
-  StripsArguments arguments{int(g.m), int(g.rows_a_split), 0, {}, {}, {}};
+  StripsArguments arguments{int(g.m), int(g.rows_a_split), 0, g.segments, {}, {}, {}};
   Maps maps{};
   int strips = 0;
   bool fp32 = g.fp32;
@@ -133,10 +154,10 @@ void start(const Launch& what, const LoraGradStrips& g, TensorMaps& kept) {
       for (const ExpertGrad& to : of.out) add(side, to);
     }
   }
+  const int splits = row_blocks(g.segments, arguments.rows_a_split, arguments.m);
   const auto launch_with = [&](auto* null) {
     using Out = std::remove_pointer_t<decltype(null)>;
-    launch(what, lora_grad_strips_kernel<T, Out>, {strips, ceil_div(g.m, g.rows_a_split)}, Strips<T, Out>::THREADS,
-           STRIP_SHARED_BYTES, arguments, maps);
+    launch(what, lora_grad_strips_kernel<T, Out>, {strips, splits}, Strips<T, Out>::THREADS, STRIP_SHARED_BYTES, arguments, maps);
   };
   fp32 ? launch_with(static_cast<float*>(nullptr)) : launch_with(static_cast<T*>(nullptr));
 }

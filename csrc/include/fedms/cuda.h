@@ -198,8 +198,9 @@ struct PartialSum {
 void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream);
 
 // z^T t over all rows, (c, r), with z (m, c) and t (m, r), of two sides in one launch: dB from dy and T, dA from x and dS. A block
-// has 64 columns of a side, and of the rows `rows_a_split`, a multiple of 128. Of all rows the sums go where `out` says; parts
-// of splits are left to reduce_partials. For compute capability 9.0; r is 64 at most; without segments and dropout.
+// has 64 columns of a side, and of the rows, or those of a segment, `rows_a_split`, a multiple of 128. Sums over all rows go where
+// `out` says; parts of splits and of segments are left to reduce_partials. For compute capability 9.0; r is 64 at most; without
+// dropout.
 struct LoraGradStrips {
   static constexpr int64_t MOST_OUTPUTS = 16;  // of a side
   struct Side {
@@ -212,6 +213,7 @@ struct LoraGradStrips {
   Element element;
   bool fp32;
   int64_t m, r, rows_a_split, t_stride;
+  Segments segments;
   Side sides[2];     // of dB, and of dA
   TensorMaps* maps;  // kept from call to call, or null
 };

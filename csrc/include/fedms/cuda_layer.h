@@ -19,7 +19,7 @@ struct LayerShape {
 };
 
 // How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink). Where it
-// does in a backward pass without segments, dA and dB are made in strips.
+// does in a backward pass, dA and dB are made in strips.
 struct GemmChoice {
   int tile = 0;
   bool overlaps_shrink = false;
@@ -89,6 +89,7 @@ class LayerPlan {
   void join(const LayerOperands& of, const Stream& stream) const;
   Gemm gemm(const LayerOperands& of, const std::shared_ptr<TensorMaps>& maps) const;
   Side side(int64_t columns) const;
+  std::vector<int> splits_of(int64_t rows_a_split) const;
   Workspace workspace(const Needs& needs, const GemmChoice& choice) const;
   LoraGradPartials partials(const Side& side, const void* z, int64_t z_stride, const void* t, float* g) const;
   void compute_dx(const LayerBackward& call, void* ds, const GemmChoice& choice, const Stream& stream) const;

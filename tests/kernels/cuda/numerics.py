@@ -172,6 +172,16 @@ def test_segments(monkeypatch, overlapped, tile, layer):
     check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
 
 
+def test_strips_end_with_their_segment(monkeypatch):
+    use_tile(monkeypatch, tiles()[-1], OVERLAPPED)
+    layer = Layer(270, 72, 40, [3, 40], "row", segments=(130, 140))
+    check(layer)
+    layer.x[130, 3] = float("nan")  # in the same box of 128 rows as the end of the first segment
+    with fedms_ext.use_backend("cuda"):
+        first, second, *_ = layer.run(expert_linear)[3:]
+    assert first.isfinite().all() and not second.isfinite().all()
+
+
 @pytest.mark.parametrize("segments, ranks", [((30, 40), [5, 2]), ((1, 1, 68), [2, 40, 7]), ((0, 70), [3, 3]),
                                              ((9,) * 8, [1, 2, 3, 4, 5, 6, 7, 33])], ids=str)  # fmt: skip
 def test_short_segments(segments, ranks):
