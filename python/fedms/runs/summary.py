@@ -111,11 +111,13 @@ class Summary:
         members = ({visit["client"] for visit in records.visits} | {client["id"] for client in seen}
                    if config.run.engine == "flower" else range(config.clients.count))
         simulated = [line["simulated_seconds"] for line in records.rounds if line["simulated_seconds"] is not None]
+        macro_f1, calibration_error, auroc = (mean(client.get(name) for client in tested)
+                                              for name in ("macro_f1", "calibration_error", "auroc"))
         return cls(
             config.run.method, config.model.id, outcome["fingerprint"], config.data.name, outcome["classes"],
             outcome["prompts"], config.run.seed, {stage: getattr(config, stage).rounds for stage in STAGES},
             accuracies(seen), mean(client["accuracy"]["zero_shot"] for client in tested),
-            *(mean(client.get(name) for client in tested) for name in ("macro_f1", "calibration_error", "auroc")), gate_summary(tested, outcome["learns_gate"]),
+            macro_f1, calibration_error, auroc, gate_summary(tested, outcome["learns_gate"]),
             outcome["global_test_accuracy"],
             {"as_it_arrives": accuracies(unseen)["mean"], "after_training": outcome["unseen_after_training"]}
             if unseen else None, outcome["final_depth"],
