@@ -65,9 +65,10 @@ def main(root: Path) -> None:
         text = "\n".join(parts)
         grade = textstat.automated_readability_index(text)
         print(f"| {group} | {len(text.split()):,} | {textstat.words_per_sentence(text):.1f} | {grade:.1f} |")
-    words = {page: len((root / page).read_text().split()) for page in pages if group_of(page) not in LOOKED_UP}
+    words = {page: sum(any(map(str.isalnum, word)) for word in (root / page).read_text().split())
+             for page in pages if group_of(page) not in LOOKED_UP}
     long = [f"{page} ({count:,})" for page, count in words.items() if count > MOST_WORDS]
-    print(f"\npages of more than {MOST_WORDS:,} words, markup counted, outside of reference and evidence: {', '.join(long) or 'none'}")
+    print(f"\npages of more than {MOST_WORDS:,} words, code and tables counted, outside of reference and evidence: {', '.join(long) or 'none'}")
     found = lint(texts)
     print(f"proselint: {len(found)} problems", *found, sep="\n")
 
