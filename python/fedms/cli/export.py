@@ -21,13 +21,14 @@ from .terminal import run_progress, show
     "fedms export runs/sentiment/fedms_plus-seed0 --out m7 --format merged -c 7",
     "fedms export fedms-client --out model                                 # at a client of a federation that has ended",
     notes=["Formats: mixture (all experts, the gate and the model), peft (a folder for each expert, with its head), "
+           "blend (of a language model whose layers mix by gate.weight: both experts of each client as one adapter of PEFT), "
            "merged (one expert added into the weights), onnx (the same, one file from inputs to logits).",
            "A model that runs code of its repository is exported only with --trust-remote-code, which runs that code."])
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended, or of a client "
                                           "(fedms client join) whose federation has.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
-    form: Annotated[str, typer.Option("--format", "-f", metavar="NAME", help="mixture, peft, merged or onnx.")] = "mixture",
+    form: Annotated[str, typer.Option("--format", "-f", metavar="NAME", help="mixture, peft, blend, merged or onnx.")] = "mixture",
     client: Annotated[Optional[str], typer.Option(
         "--client", "-c", metavar="ID", help="For merged and onnx: the client whose own expert is written.",
         show_default="the global expert")] = None,

@@ -1,6 +1,7 @@
 """What a run trained, in formats that others read: one folder, which appears whole or not at all.
 
     peft     a folder for each expert (global, client-ID) that PEFT's `PeftModel.from_pretrained` reads, and its head
+    blend    such a folder for each client, with its local and the global expert as one adapter
     merged   one expert added into the model's weights, as `AutoModel.from_pretrained` reads it, and its head
     onnx     the same, from inputs to logits, as one model.onnx
     mixture  all experts, the gate and the foundation model, for `fedms predict` and `fedms.load`
@@ -20,7 +21,7 @@ from fedms.exports.trained_run import TrainedRun, check_fingerprint, read_traine
 from fedms.models import FoundationModel
 from fedms.progress import Progress
 
-FORMATS = ("peft", "merged", "onnx", "mixture")
+FORMATS = ("peft", "blend", "merged", "onnx", "mixture")
 
 __all__ = ["FORMATS", "TrainedRun", "export", "read_manifest"]
 
@@ -45,7 +46,8 @@ def export(run: str | Path | TrainedRun, out: str | Path, form: str = "mixture",
         The folder that was written.
 
     Raises:
-        ConfigError: If the form or the client is unknown, or a client is given where all are written.
+        ConfigError: If the form or the client is unknown, a client is given where all are written, or the run cannot be written
+            in this form.
         RunFolderError: If the run has not ended, or `out` exists or cannot be written.
         CheckpointError: If the run's checkpoints are damaged.
         ModelError: If the model cannot be loaded, or is not the one of the run.
@@ -67,8 +69,8 @@ def export(run: str | Path | TrainedRun, out: str | Path, form: str = "mixture",
     with new_folder(out, overwrite, private=client is not None) as folder:
         if form == "mixture":
             mixture.write(folder, trained, foundation)
-        elif form == "peft":
-            peft.write(folder, trained, foundation)
+        elif form in ("peft", "blend"):
+            peft.write(folder, trained, foundation, blend=form == "blend")
         elif form == "merged":
             merged.write(folder, trained, foundation, client)
         else:

@@ -166,7 +166,7 @@ class Manifest(_Strict):
     """
 
     format: Annotated[int, Field(ge=1)]
-    kind: Literal["peft", "merged", "onnx", "mixture"]
+    kind: Literal["peft", "blend", "merged", "onnx", "mixture"]
     classes: Annotated[list[str], Field(min_length=1)]
     prompts: list[Annotated[list[str], Field(min_length=1)]] | None
     clients: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], str | None]

@@ -173,6 +173,11 @@ def test_exact_aggregation_is_merged_and_is_no_adapter(ended, tmp_path):
     assert mixture.predict(TEXTS).probability.tolist() == pytest.approx(found.values.tolist())
 
 
+def test_classifiers_are_not_blended(ended, tmp_path):
+    with pytest.raises(ConfigError, match="got blend, but the run is of task.kind 'classification'"):
+        export(ended("bert"), tmp_path / "out", "blend")
+
+
 @pytest.mark.parametrize("kind, client", [("bert", "anna"), ("llama", None), ("clip", "0"), ("siglip", None), ("vit", "y")])
 def test_merged_weights_give_the_same_logits(kind, client, ended, tmp_path):
     outcome, model = read_out(ended(kind))

@@ -17,10 +17,12 @@ from fedms.data.inputs import TextInputs
 from fedms.data.subset import Subset
 from fedms.errors import ConfigError
 from fedms.exports import export
+from fedms.exports.blend import stacked
 from fedms.exports.language_model import open_language_model
 from fedms.exports.mixture import load
 from fedms.exports.predict import predict
 from fedms.federated.client import Private
+from fedms.models import peft_format
 from fedms.models.generation import Sampling
 from fedms.runs import run
 
@@ -117,6 +119,63 @@ def test_peft_adapters_give_the_same_logits(folder, tmp_path, method):
             torch.testing.assert_close(found(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
         assert found.peft_config["default"].task_type == "CAUSAL_LM"
         transformers.AutoTokenizer.from_pretrained(tmp_path / "adapters" / name)
+
+
+def test_stacked_pairs_of_different_ranks_are_the_sum_of_their_products():
+    draw = torch.Generator().manual_seed(0)
+    pairs = [tuple(torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((rank, 7), (5, rank))) for rank in (3, 1, 4)]
+    factors = (0.7, -2.0, 0.0)
+    a, b = stacked(pairs, factors)
+    assert a.shape == (8, 7) and b.shape == (5, 8)
+    torch.testing.assert_close(b @ a, sum(f * (up @ down) for f, (down, up) in zip(factors, pairs)), rtol=1e-13, atol=1e-13)
+
+
+LAYERS = ["gate.mixing=layers", "gate.weight=0.3"]
+
+
+@pytest.mark.parametrize("sets", [
+    [*LAYERS, "run.method=fedms_plus"],
+    [*LAYERS, "lora.rslora=true", "sal.schedule=every", "sal.every=1", "sal.depth=1", "stage1.rounds=2"]], ids=str)
+def test_a_blend_in_peft_predicts_as_the_client_does(folder, tmp_path, sets):
+    """In the second case local experts train one block less than the global one did."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    path = finished(folder, *sets)
+    export(path, tmp_path / "blend", "blend")
+    language = open_language_model(path)
+    assert (language.trained.final.depth < language.trained.final.applied_depth) == ("sal.depth=1" in sets)
+    assert {p.name for p in (tmp_path / "blend").iterdir()} == {"client-0", "client-1", "fedms.json"}
+    ids = torch.tensor(language.prompt(QUESTION))
+    inputs = TextInputs({"input_ids": ids}, torch.tensor([0, len(ids)]), {"input_ids": 0})
+    seen = []
+    for client in (0, 1):
+        made = predict(language.model, language.trained, client, inputs)
+        place = tmp_path / "blend" / f"client-{client}"
+        assert place.stat().st_mode & 0o077 == 0 and "blended" in (place / "README.md").read_text()
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+        found = peft.PeftModel.from_pretrained(base, place).eval()
+        with torch.no_grad():
+            log_p = found(input_ids=ids[None]).logits[0, :-1].log_softmax(1)
+        asked = ids[-len(made.personalized):]
+        wanted = torch.stack([log_p.gather(1, ids[1:, None])[:, 0], -(log_p.exp() * log_p).sum(1), log_p.amax(1)], 1)[-len(asked):]
+        torch.testing.assert_close(made.personalized[:, :3], wanted, rtol=1e-4, atol=1e-4)
+        for alone in (made.global_, made.local):
+            assert float((alone[:, :3] - wanted).abs().max()) > 1e-2      # neither expert alone
+        seen.append(wanted)
+        assert peft_format.read_shape(place).rank == peft_format.read_shape(place).alpha == 16
+        pairs = peft_format.read_pairs(place, language.model.layers)
+        assert {len(pair) for name, pair in pairs.items() if name.endswith("lora_a")} == {16}
+    assert float((seen[0] - seen[1]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("sets, why", [
+    (["gate.mixing=layers"], "gate.weight is unset"), (["gate.weight=0.3"], 'gate.mixing = "outputs"'),
+    (["run.method=fedavg_ft"], "the method fedavg_ft mixes no experts")])
+def test_what_cannot_be_blended_is_refused(folder, tmp_path, sets, why):
+    with pytest.raises(ConfigError, match=f"--format: got blend, but {why}.*accepted: peft .*merged .*mixture"):
+        export(finished(folder, *sets), tmp_path / "blend", "blend")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_merged_model_gives_the_same_logits(folder, tmp_path):
