@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -207,11 +207,11 @@ def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
     return statistics.fmean(own < other for own, other in pairs) if pairs and run.method != "local" else None
 
 
-def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords]) -> Optional[Stat]:
-    """Return mean and spread over seeds of the difference in mean personalized accuracy, seed by seed."""
-    other = {r.seed: field_of(r.summary, "personalized_accuracy", "mean") for r in theirs}
-    gaps = [own - other[r.seed] for r in ours
-            if (own := field_of(r.summary, "personalized_accuracy", "mean")) is not None and other.get(r.seed) is not None]
+def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords],
+               value: Callable[[RunRecords], Optional[float]]) -> Optional[Stat]:
+    """Return mean and spread over seeds of the difference in a number of the runs, seed by seed; None without a seed in common."""
+    other = {r.seed: value(r) for r in theirs}
+    gaps = [own - its for r in ours if (own := value(r)) is not None and (its := other.get(r.seed)) is not None]
     return Stat.of(gaps)
 
 

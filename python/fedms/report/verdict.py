@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Optional
 
 from fedms.report.numbers import Stat, by_method, client_gap, field_of, focus_method, paired_gap
 from fedms.report.wording import ends, is_zero, percent, points, signed
@@ -13,48 +15,119 @@ ONE_SEED = "One seed: a difference of a few points may be chance."
 _Methods = Mapping[str, Sequence[RunRecords]]
 
 
+class _Accuracy:
+    """How methods are compared: by the mean accuracy of clients on their own test samples. Differences are in points."""
+
+    unit = "In points"
+
+    @staticmethod
+    def of(run: RunRecords) -> Optional[float]:
+        """Return the number that decides, the larger the better; None if the run has none."""
+        return field_of(run.summary, "personalized_accuracy", "mean")
+
+    @staticmethod
+    def best(stat: Stat) -> str:
+        return f"clients answer {percent(stat)} % of their own test data right on average"
+
+    @staticmethod
+    def value(stat: Stat) -> str:
+        return f"{percent(stat)} %"
+
+    @staticmethod
+    def size(gap: float) -> str:
+        return points(gap)
+
+    @staticmethod
+    def apart(focus: str, rival: str, gap: Stat) -> str:
+        return f"{focus} is {points(gap.mean)} {'ahead of' if gap.mean > 0 else 'behind'} {rival} ({ends(gap.interval)})"
+
+    signed = staticmethod(signed)
+
+
+class _Perplexity:
+    """How methods are compared on a language model: by the clients' mean negative log-likelihood of a token of their test answers,
+    told as the perplexity that it stands for. Differences are in percent of perplexity, so the lower one is the better one."""
+
+    unit = "In perplexity"
+
+    @staticmethod
+    def of(run: RunRecords) -> Optional[float]:
+        nats = field_of(run.summary, "language", "nats")
+        return None if nats is None else -nats
+
+    @staticmethod
+    def best(stat: Stat) -> str:
+        return f"the answers in clients' own test data have a perplexity of {math.exp(-stat.mean):.1f}"
+
+    @staticmethod
+    def value(stat: Stat) -> str:
+        return f"{math.exp(-stat.mean):.1f}"
+
+    @staticmethod
+    def size(gap: float) -> str:
+        return f"{100 * math.expm1(abs(gap)):.1f} %"
+
+    @staticmethod
+    def signed(gap: float) -> str:
+        return f"{100 * math.expm1(-gap):+.1f} %".replace("-", "−")
+
+    @classmethod
+    def apart(cls, focus: str, rival: str, gap: Stat) -> str:
+        low, high = (cls.signed(gap.mean + side * gap.interval.half) for side in (1, -1))
+        size = f"{cls.signed(gap.mean).lstrip('+−')} {'below' if gap.mean > 0 else 'above'}"
+        return f"The perplexity of {focus} is {size} that of {rival} (95 % interval {low} to {high} over {gap.n} seeds)"
+
+
+_Measure = type[_Accuracy] | type[_Perplexity]
+
+
 def headline(runs: Sequence[RunRecords]) -> str:
     """Return the outcome in a few sentences.
 
     The first says which method is best, where the method in focus stands, and whether a difference between them is shown; the
-    second, how many points lie between them. The last says how far the other methods are apart.
+    second, how much lies between them. The last says how far the other methods are apart. Language models are compared by their
+    perplexity, other models by their accuracy.
     """
-    methods = by_method([r for r in runs if r.summary])
-    found = {m: Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group) for m, group in methods.items()}
+    ended = [r for r in runs if r.summary]
+    measure: _Measure = _Perplexity if ended and all(_Perplexity.of(r) is not None for r in ended) else _Accuracy
+    methods = by_method(ended)
+    found = {m: Stat.of(map(measure.of, group)) for m, group in methods.items()}
     scores = {m: stat for m, stat in found.items() if stat}
     if not scores:
-        shared = Stat.of(field_of(r.summary, "global_test_accuracy") for group in methods.values() for r in group)
+        shared = Stat.of(field_of(r.summary, "global_test_accuracy") for r in ended)
         if shared is None:
             return "No run here has ended, so there is no outcome yet."
         return (f"The shared expert reaches {percent(shared)} % on the common test set. The clients' accuracies were not released: "
                 "privacy.score_noise was off.")
     focus = focus_method(scores)
     if len(scores) == 1:
-        return _alone(focus, scores[focus], methods)
-    gaps = {m: paired_gap(methods[focus], methods[m]) or Stat(scores[focus].mean - scores[m].mean, None)  # no seed in common
-            for m in scores if m != focus}
+        return _alone(focus, methods)
+    gaps = {m: paired_gap(methods[focus], methods[m], measure.of) or Stat(scores[focus].mean - scores[m].mean, None)
+            for m in scores if m != focus}      # without a spread if they have no seed in common
     one_seed = " " + ONE_SEED if any(gap.std is None for gap in gaps.values()) else ""
-    return f"{_verdict(focus, scores, gaps)}{_perplexity(methods[focus])} In points, {focus} is {_groups(gaps)}.{one_seed}"
+    return (f"{_verdict(measure, focus, scores, gaps)}{_before(methods[focus])} {measure.unit}, {focus} is {_groups(measure, gaps)}."
+            f"{one_seed}")
 
 
-def _verdict(focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
+def _verdict(measure: _Measure, focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
     """Return who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
     own, rival = scores[focus], max(gaps, key=lambda m: scores[m].mean)
     other, gap = scores[rival], gaps[rival]
-    best = f"clients answer {percent(max(own, other, key=lambda each: each.mean))} % of their own test data right on average"
+    best = measure.best(max(own, other, key=lambda each: each.mean))
     if own.mean == other.mean:
         return f"{focus} and {rival} are level and best of {len(scores)} methods: {best}."
     first, second = (focus, rival) if own.mean > other.mean else (rival, focus)
     place = _ordinal(1 + sum(each.mean > scores[second].mean for each in scores.values()))
-    outcome = f"{first}, best of {len(scores)} methods, {best}; {second} is {place} with {percent(scores[second])} %"
+    outcome = f"{first}, best of {len(scores)} methods, {best}; {second} is {place} with {measure.value(scores[second])}"
     if gap.std is None:
-        return f"With {outcome}, {points(gap.mean)} behind, which may be chance."
-    apart = f"{focus} is {points(gap.mean)} {'ahead of' if own.mean > other.mean else 'behind'} {rival} ({ends(gap.interval)})."
-    return f"No difference shown: with {outcome}. {apart}" if gap.may_be_zero else f"With {outcome}, more than chance explains. {apart}"
+        return f"With {outcome}, {measure.size(gap.mean)} behind, which may be chance."
+    apart = measure.apart(focus, rival, gap)
+    return f"No difference shown: with {outcome}. {apart}." if gap.may_be_zero else f"With {outcome}, more than chance explains. {apart}."
 
 
-def _alone(focus: str, own: Stat, methods: _Methods) -> str:
+def _alone(focus: str, methods: _Methods) -> str:
     """Return the outcome of runs of a single method."""
+    own = Stat.of(map(_Accuracy.of, methods[focus]))
     text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
     if found := _language(methods[focus]):
         text = f"{focus} reaches {found}; {percent(own)} % of the tokens are the most probable ones"
@@ -65,9 +138,9 @@ def _alone(focus: str, own: Stat, methods: _Methods) -> str:
     return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if len(methods[focus]) == 1 else "")
 
 
-def _perplexity(runs: Sequence[RunRecords]) -> str:
-    found = _language(runs)
-    return f" {runs[0].method} reaches {found}." if found else ""
+def _before(runs: Sequence[RunRecords]) -> str:
+    before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
+    return f" Before training it is {before.mean:.1f}." if before else ""
 
 
 def _language(runs: Sequence[RunRecords]) -> str:
@@ -79,17 +152,17 @@ def _language(runs: Sequence[RunRecords]) -> str:
     return f"a perplexity of {perplexity.mean:.1f}" + (f", zero-shot has {before.mean:.1f}" if before else "")
 
 
-def _groups(gaps: Mapping[str, Stat]) -> str:
+def _groups(measure: _Measure, gaps: Mapping[str, Stat]) -> str:
     """Return the methods that the one in focus is behind, not clearly apart from, level with, and ahead of."""
     groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
     for m in sorted(gaps, key=lambda m: gaps[m].mean):
         gap = gaps[m]
         if gap.may_be_zero:
-            groups["not clearly apart from "].append(f"{m} ({signed(gap.mean)} ± {100 * (gap.std or 0):.1f})")
+            groups["not clearly apart from "].append(f"{m} ({measure.signed(gap.mean)} ± {100 * (gap.std or 0):.1f})")
         elif is_zero(gap.mean):
             groups["level with "].append(m)
         else:
-            groups["ahead of " if gap.mean > 0 else "behind "].append(f"{m} ({signed(gap.mean)})")
+            groups["ahead of " if gap.mean > 0 else "behind "].append(f"{m} ({measure.signed(gap.mean)})")
     return "; ".join(words + _listing(_first(each, 2)) for words, each in groups.items() if each)
 
 

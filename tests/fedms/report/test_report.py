@@ -7,6 +7,7 @@ import csv
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import statistics
 from html.parser import HTMLParser
@@ -404,6 +405,25 @@ def test_headlines(tmp_path, ours, theirs, words):
         for seed, value in enumerate(values):
             with_accuracy(write_run(tmp_path / f"{method}{seed}", method, seed), value)
     assert report.headline(report.read_runs(tmp_path)[0]).endswith(words)
+
+
+def with_perplexity(path, nats):
+    language = {"nats": nats, "perplexity": math.exp(nats), "perplexity_zero_shot": 120.0}
+    edit(path / "summary.json", lambda s: {**s, "language": language})
+
+
+def test_language_models_are_compared_by_perplexity_however_their_accuracies_stand(tmp_path):
+    for method, of_seeds, accuracy in (("fedms", (3.90, 3.91, 3.92), 0.3), ("local", (4.00, 4.02, 4.01), 0.4)):
+        for seed, nats in enumerate(of_seeds):
+            path = write_run(tmp_path / f"{method}{seed}", method, seed)
+            with_accuracy(path, accuracy)
+            with_perplexity(path, nats)
+    change, half = math.expm1(-0.1), 4.303 * 0.01 / 3**0.5       # of 0.10, 0.11 and 0.09 nats
+    assert report.headline(report.read_runs(tmp_path)[0]) == (
+        f"With fedms, best of 2 methods, the answers in clients' own test data have a perplexity of {math.exp(3.91):.1f}; local is 2nd "
+        f"with {math.exp(4.01):.1f}, more than chance explains. The perplexity of fedms is {-100 * change:.1f} % below that of local "
+        f"(95 % interval −{-100 * math.expm1(-0.1 - half):.1f} % to −{-100 * math.expm1(-0.1 + half):.1f} % over 3 seeds). "
+        "Before training it is 120.0. In perplexity, fedms is ahead of local (−9.5 %).")
 
 
 def test_seeds_that_are_not_shared_give_no_spread(tmp_path):
