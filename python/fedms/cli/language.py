@@ -22,8 +22,8 @@ States = Annotated[Optional[Path], typer.Option(
 
 @command(
     EXPORT,
-    'fedms generate runs/dictionaries/fedms_plus-seed0 "What does \\"kernel\\" mean?" --client jargon',
-    'fedms generate runs/dictionaries/fedms_plus-seed0 "What is a cat?" --temperature 0.8 --seed 3')
+    'fedms generate runs/dictionaries/fedms-seed0 "What does \\"kernel\\" mean?" --client jargon',
+    'fedms generate runs/dictionaries/fedms-seed0 "What is a cat?" --temperature 0.8 --seed 3')
 def generate(
     folder: Run,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The question; "-" reads it from the standard input.')],
@@ -57,7 +57,7 @@ def generate(
 
 @command(
     EXPORT,
-    "fedms serve runs/dictionaries/fedms_plus-seed0 --port 8000",
+    "fedms serve runs/dictionaries/fedms-seed0 --port 8000",
     notes=['With OpenAI\'s client: `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=TOKEN)`, and as `model` the name of a '
            "client, or global."])
 def serve(
@@ -90,7 +90,7 @@ def serve(
 
 @command(
     EXPORT,
-    "fedms samples runs/dictionaries/fedms_plus-seed0 --clients 6",
+    "fedms samples runs/dictionaries/fedms-seed0 --clients 6",
     notes=["Each client is asked the first question of its test samples. The report shows the answers before and after training."])
 def samples(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
