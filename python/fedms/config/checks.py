@@ -129,6 +129,7 @@ def _is_encoding(name: str) -> bool:
 def _task_problems(c: RunConfig) -> Iterable[str]:
     model, data_set = registry.models().get(c.model.id), registry.data_sets().get(c.data.name)
     reads, holds = model and model.reads, data_set and data_set.holds
+    yield from _choice_problems(c)
     if c.task.kind == "classification":
         if reads == "conversations":
             yield f'task.kind: model.id {show(c.model.id)} is a causal language model; set task.kind to "causal_lm"'
@@ -143,6 +144,21 @@ def _task_problems(c: RunConfig) -> Iterable[str]:
         yield f"run.method: {c.run.method} is not for task.kind \"causal_lm\": {reason}"
     if c.model.head == "text":
         yield 'model.head: "text" are class prompts, which task.kind "causal_lm" has none of; leave it out'
+
+
+def _choice_problems(c: RunConfig) -> Iterable[str]:
+    asked = f"task.choices: got {c.task.choices}"
+    if c.task.choices == 1:
+        yield f"{asked}, among which there is nothing to choose; accepted: 0 for no choices, or 2 and more"
+    if not c.task.choices:
+        return
+    if c.task.kind != "causal_lm":
+        yield f'{asked}, but task.kind {show(c.task.kind)} has no answers in words; set it to 0'
+    own_text = c.data.name not in registry.data_sets() and c.data.messages is None and c.data.question is None
+    if c.data.loss_on == "all" or own_text:
+        yield f"{asked}, but without prompts (plain text, or data.loss_on = \"all\") no answer can be told from them; set it to 0"
+    if c.privacy.mode != "off":
+        yield f"{asked}, but with privacy.mode = {show(c.privacy.mode)} no client reports its choices; set it to 0"
 
 
 def _method_problems(c: RunConfig) -> Iterable[str]:

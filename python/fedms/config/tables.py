@@ -114,6 +114,9 @@ class TaskTable(Table):
     kind: Literal["classification", "causal_lm"] = Field(
         "classification", description="classification: one label a sample; causal_lm: the next token, with a causal language "
         "model")
+    choices: int = Field(
+        0, ge=0, le=64, description="causal_lm: each client's model is asked in the end to find a test sample's own answer among so many, "
+        "the others being those of its other test samples; 0: it is not asked")
 
 
 class HeadTable(Table):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
+from fedms.federated.choices import choice_accuracies
 from fedms.federated.client import Client, ClientFailure, Message, Private
 from fedms.federated.method import Method, Prediction
 from fedms.tasks import Task
@@ -37,6 +38,8 @@ def evaluate_client(method: Method, model: ExpertModel, client: Client, private:
     record["accuracy"] = {**{name: accuracy(task, opinion, targets) for name, opinion in opinions.items()},
                           **_mixture_accuracies(task, prediction, targets)}
     record.update(task.details(opinions, targets, (model.dataset, client.test)))
+    if model.config.task.choices:
+        record["language"].update(choice_accuracies(method, model, client, private, final, opinions))
     if prediction.weights is not None:
         own = prediction.weights[:, 1]
         record.update(gate_mean=float(own.mean()), gate_std=float(own.std(correction=0)),

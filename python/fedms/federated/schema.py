@@ -268,7 +268,8 @@ _NATS = Number(-1, LOSS)
 LANGUAGE = Table({
     "nats": _client(_NATS), **{f"nats_{name}": _client(_NATS, optional=True) for name in ("global", "local", "zero_shot")},
     "tokens": _client(Whole(1, EXACT)), "perplexity": _client(Number(0, 1e305)), "exact_match": _client(SHARE),
-    "bits_per_byte": _client(_NATS, null=True)})
+    "bits_per_byte": _client(_NATS, null=True),
+    **{name: _client(SHARE, null=True, optional=True) for name in ("choice_accuracy", "choice_accuracy_zero_shot")}})
 
 
 def _record_rule(record: dict[str, Any]) -> None:

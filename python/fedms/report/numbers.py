@@ -93,6 +93,7 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
             "personalized": Stat.of(client_mean(r, "zero_shot") for r in zero_shot.values()),
             "worst10": Stat.of(worst_tenth(client_values(r, "zero_shot")) for r in zero_shot.values()),
             "perplexity": Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in zero_shot.values()),
+            "choices": Stat.of(field_of(r.summary, "language", "choice_accuracy_zero_shot") for r in zero_shot.values()),
         })
     for method, group in by_method(runs).items():
         ended = [r for r in group if r.summary]
@@ -104,7 +105,8 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
                            "unseen": ("unseen_accuracy", "after_training"), "bytes_up": ("bytes_up",),
                            "bytes_down": ("bytes_down",), "flops": ("flops",), "seconds": ("seconds",),
                            "peak_memory_bytes": ("peak_memory_bytes",), "perplexity": ("language", "perplexity"),
-                           "bits_per_byte": ("language", "bits_per_byte")}.items():
+                           "bits_per_byte": ("language", "bits_per_byte"),
+                           "choices": ("language", "choice_accuracy")}.items():
             row[name] = Stat.of(field_of(r.summary, *keys) for r in ended)
         if method != "local":
             row["below_local"] = Stat.of(below_local(r, runs) for r in ended)

@@ -30,7 +30,7 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     text = io.StringIO()
     columns = ("method", "seed", "personalized_mean", "personalized_std", "personalized_worst10", "global_test",
                "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "calibration_error", "auroc", "below_local", "gate_mean",
-               "gate_collapsed", "perplexity", "bits_per_byte", "trainable_percent", "bytes_up", "bytes_down", "flops",
+               "gate_collapsed", "perplexity", "bits_per_byte", "choice_accuracy", "trainable_percent", "bytes_up", "bytes_down", "flops",
                "seconds", "peak_memory_bytes")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -42,7 +42,7 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
                          *(field_of(s, "unseen_accuracy", k) for k in ("as_it_arrives", "after_training")),
                          *(field_of(s, k) for k in ("zero_shot_accuracy", "macro_f1", "calibration_error", "auroc")),
                          below_local(run, runs), field_of(s, "gate", "mean"), field_of(s, "gate", "collapsed"),
-                         field_of(s, "language", "perplexity"), field_of(s, "language", "bits_per_byte"),
+                         *(field_of(s, "language", k) for k in ("perplexity", "bits_per_byte", "choice_accuracy")),
                          *(field_of(s, k) for k in columns[-6:])])
     write_text(path / "compare.csv", text.getvalue())
     header, rows = table(comparison(runs))
@@ -83,6 +83,7 @@ class _Column:
 _COLUMNS = (
     _Column("perplexity", "perplexity", "perplexity", lambda s: f"{s.mean:.2f}", 9, False),
     _Column("bits a byte", "bits\na byte", "bits_per_byte", lambda s: f"{s.mean:.3f}", 5, False),
+    _Column("own answer chosen %", "chosen\n%", "choices", lambda s: percent(s), 6),
     _Column("personalized %", "mean\nacc. %", "personalized", lambda s: percent(s), 8),
     _Column("worst 10 % of clients %", "worst 10 %\nacc. %", "worst10", lambda s: percent(s), 7),
     _Column("global test %", "global\ntest %", "global_test", lambda s: percent(s), 3),

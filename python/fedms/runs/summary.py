@@ -57,7 +57,8 @@ class Summary:
         notes: What a reader of the figures should know.
         language: For language models: nats a token (`nats*`, means over clients), the perplexities that these stand for,
             the number of `tokens`, `bits_per_byte`, and `exact_match`, the share of test answers that greedy generation
-            writes exactly; None for other tasks.
+            writes exactly; with `task.choices` mean `choice_accuracy*`, the shares of test samples whose own answer is found;
+            None for other tasks.
         privacy: For runs with privacy: what they guarantee, `statement` in a sentence. What would be added up of numbers of
             single clients is then None.
     """
@@ -200,8 +201,9 @@ def language_summary(clients: Sequence[Record]) -> dict[str, Any] | None:
     nats = {name: mean(one.get(name) for one in each) for name in each[0] if name.startswith("nats")}
     perplexities = {name.replace("nats", "perplexity"): None if value is None else math.exp(min(value, 700.0))
                     for name, value in nats.items()}
+    chosen = sorted({name for one in each for name in one if name.startswith("choice_accuracy")})
     return {**nats, **perplexities, "tokens": sum(one["tokens"] for one in each),
-            **{name: mean(one.get(name) for one in each) for name in ("bits_per_byte", "exact_match")}}
+            **{name: mean(one.get(name) for one in each) for name in ("bits_per_byte", "exact_match", *chosen)}}
 
 
 def _costs(visits: Sequence[Record]) -> dict[str, Any]:

@@ -222,14 +222,20 @@ class ExpertModel:
     @contextmanager
     def augmented_batches(self, part: Subset, rows: Tensor) -> Iterator[Subset]:
         """Replace the data set by augmented copies (`[data] augment`) of the rows (B,) of a subset, within the context, and
-        yield the subset of all copies. Their cached values are dropped at the end."""
-        kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache
+        yield the subset of all copies; see `reading`."""
         indices, images = part.indices[rows], cast(ImageInputs, self.dataset.inputs)
-        self.dataset = replace(self.dataset, inputs=images.augmented(indices, self.config.data.augment),
-                               labels=self.dataset.labels[indices])
-        self.cache, self.meter.paid, self.opinions_cache = ConstantCache(self.cache.max_bytes), set(), {}
+        copies = replace(self.dataset, inputs=images.augmented(indices, self.config.data.augment), labels=self.dataset.labels[indices])
+        with self.reading(copies) as every:
+            yield every
+
+    @contextmanager
+    def reading(self, dataset: Dataset) -> Iterator[Subset]:
+        """Read another data set within the context, and yield the subset of all its samples. Their cached values are dropped at the
+        end."""
+        kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache
+        self.dataset, self.cache, self.meter.paid, self.opinions_cache = dataset, ConstantCache(self.cache.max_bytes), set(), {}
         try:
-            yield Subset(torch.arange(len(rows)))
+            yield Subset(torch.arange(len(dataset)))
         finally:
             self.dataset, self.cache, self.meter.paid, self.opinions_cache = kept
 

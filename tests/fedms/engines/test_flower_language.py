@@ -56,6 +56,7 @@ def test_nodes_with_their_own_data_give_the_same_bits_and_records(folder, tmp_pa
     (lambda r: r["language"].update(nats="low"), "language.nats is 'low', expected a number"),
     (lambda r: r["language"].update(perplexity=float("inf")), "language.perplexity is"),
     (lambda r: r["language"].pop("tokens"), "language.tokens is missing"),
+    (lambda r: r["language"].update(choice_accuracy=1.5), "language.choice_accuracy is 1.5"),
     (lambda r: r["language"].update(more=1), "language.more: unknown"),
     (lambda r: r.pop("language"), "language or macro_f1 is missing")])
 def test_a_record_that_a_summary_cannot_be_made_of_is_refused(change, words):

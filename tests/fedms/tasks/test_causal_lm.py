@@ -202,6 +202,7 @@ def test_runs(folder, tmp_path, sets):
     assert all(visit["status"] == "ok" and math.isfinite(visit["loss"]) for visit in records.visits)
     language = summary["language"]
     assert language["perplexity"] == pytest.approx(math.exp(language["nats"])) and language["nats"] < language["nats_zero_shot"]
+    assert "choice_accuracy" not in language
     assert language["tokens"] == sum(client["language"]["tokens"] for client in records.clients)
     for client in records.clients:
         assert all(0 <= value <= 1 for value in client["accuracy"].values() if value is not None)
@@ -223,6 +224,8 @@ def test_caches_do_not_change_the_bits(folder, tmp_path, monkeypatch, sets):
 @pytest.mark.parametrize("sets, message", [
     (["run.method=fedper"], "run.method: fedper is not for"), (["run.method=feddpa"], "it weighs whole samples"),
     (["run.method=fedavg_prior"], "it shifts class logits"),
+    (["task.choices=1"], "task.choices: got 1, among which"), (["task.choices=2", "data.loss_on=all"], "without prompts"),
+    (["task.choices=2", "privacy.mode=secure"], "no client reports its choices"),
     (["model.head=text"], "model.head"), (["data.name=digits"], "data.name"), (["model.id=minilm"], "model.id")])
 def test_what_is_refused(folder, sets, message):
     with pytest.raises(ConfigError, match=message):
