@@ -219,14 +219,12 @@ class ExpertModel:
 
     # Samples
 
-    @contextmanager
-    def augmented_batches(self, part: Subset, rows: Tensor) -> Iterator[Subset]:
+    def augmented_batches(self, part: Subset, rows: Tensor) -> AbstractContextManager[Subset]:
         """Replace the data set by augmented copies (`[data] augment`) of the rows (B,) of a subset, within the context, and
         yield the subset of all copies; see `reading`."""
         indices, images = part.indices[rows], cast(ImageInputs, self.dataset.inputs)
-        copies = replace(self.dataset, inputs=images.augmented(indices, self.config.data.augment), labels=self.dataset.labels[indices])
-        with self.reading(copies) as every:
-            yield every
+        return self.reading(replace(self.dataset, inputs=images.augmented(indices, self.config.data.augment),
+                                    labels=self.dataset.labels[indices]))
 
     @contextmanager
     def reading(self, dataset: Dataset) -> Iterator[Subset]:

@@ -36,7 +36,7 @@ def outcome(path):
     return comparable(RunRecords.read(path)), CheckpointFolder(path / "checkpoint").load()[0].tensors
 
 
-@pytest.mark.parametrize("sets", [[], ["gate.on=logits", "run.method=fedms_plus"]], ids=str)
+@pytest.mark.parametrize("sets", [["task.choices=2"], ["gate.on=logits", "run.method=fedms_plus"]], ids=str)
 def test_nodes_with_their_own_data_give_the_same_bits_and_records(folder, tmp_path, sets):
     shards = tmp_path / "shards"
     write_shards(config(folder, "flower", *sets), shards, Progress())
@@ -50,6 +50,7 @@ def test_nodes_with_their_own_data_give_the_same_bits_and_records(folder, tmp_pa
     for part in ("rounds", "visits", "clients", "summary"):
         assert json.dumps(ours[part]) == json.dumps(theirs[part]), part
     assert all(client["language"]["bits_per_byte"] > 0 for client in ours["clients"])
+    assert any(client["language"].get("choice_accuracy") is not None for client in ours["clients"]) == ("task.choices=2" in sets)
 
 
 @pytest.mark.parametrize("change, words", [
