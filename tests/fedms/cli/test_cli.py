@@ -159,7 +159,7 @@ def test_a_run_shows_what_came_out(fake_runs, tmp_path):
     assert "loading ..." in result.stderr and "loading" not in result.stdout
     lines = result.stdout.splitlines()
     row = next(line for line in lines if line.startswith("fedms  "))
-    assert len(re.split(" {2,}", row)) == 11 and "39.7 MB" in row
+    assert len(re.split(" {2,}", row)) == 13 and "39.7 MB" in row
     assert next(line for line in lines if line).startswith("fedms reaches "), "the verdict comes first"
     assert f"report: {Path('runs/digits/fedms-seed3/report.html')}" in lines
     assert all(line == line.rstrip() for line in lines if line.startswith(("+", "-", "!", "report")))
