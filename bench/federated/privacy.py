@@ -136,7 +136,7 @@ def picture(records: Path, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "fedms"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), (("shared", "common test"), ("personalized", "mean of the clients"))):
-            for method in dict.fromkeys(line["method"] for line in lines):
+            for method, marker in zip(dict.fromkeys(line["method"] for line in lines), "os^"):
                 found: dict[str, list[float]] = {}
                 for line in lines:
                     if line["method"] == method:
@@ -145,7 +145,7 @@ def picture(records: Path, path: Path) -> None:
                 x = sorted(found, key=float)
                 means = [statistics.fmean(found[epsilon]) for epsilon in x]
                 ends = [[mean - min(found[e]) for e, mean in zip(x, means)], [max(found[e]) - mean for e, mean in zip(x, means)]]
-                axes.errorbar([float(e) for e in x], means, ends, color=color, marker="o", capsize=3, label=method)
+                axes.errorbar([float(e) for e in x], means, ends, color=color, marker=marker, capsize=3, label=method)
                 if without:
                     axes.axhline(statistics.fmean(without), color=color, linestyle="--", linewidth=1)
             axes.set(xscale="log", xlabel="epsilon of the run", title=title)
