@@ -336,7 +336,7 @@ def test_damaged_exports_are_refused(ended, tmp_path):
 
 def test_exports_that_cannot_be_made(ended, tmp_path):
     shutil.copytree(ended("bert"), tmp_path / "run")
-    with pytest.raises(ConfigError, match="got 'gguf'; accepted: peft, merged, onnx, mixture"):
+    with pytest.raises(ConfigError, match="got 'gguf'; accepted: peft, blend, merged, onnx, mixture"):
         export(tmp_path / "run", tmp_path / "out", "gguf")
     with pytest.raises(ConfigError, match="--client: the format peft holds all clients"):
         export(tmp_path / "run", tmp_path / "out", "peft", client="0")
