@@ -9,28 +9,12 @@
 #include <string>
 #include <utility>
 
-#include "fedms/cuda.h"
+#include "grid.h"
 
 namespace fedms::cuda {
 
-struct Grid {
-  int x, y = 1, z = 1;
-  // It starts while the launch before still runs, as soon as that one lets it, and waits for it in the kernel (compute capability
-  // 9.0). Only for a kernel of which every block calls ptx::wait_for_launch_before.
-  bool early = false;
-};
-
-// What an error message says of a launch.
-struct Launch {
-  const char* kernel;
-  int64_t m, n, k, r;
-  const Stream& stream;
-};
-
 [[noreturn]] inline void fail(const Launch& launch, const std::string& reason) {
-  throw Error(std::string(launch.kernel) + " (m " + std::to_string(launch.m) + ", n " + std::to_string(launch.n) +
-              ", k " + std::to_string(launch.k) + ", total rank " + std::to_string(launch.r) + ") on device " +
-              std::to_string(launch.stream.device) + ": " + reason);
+  throw Error(name_of(launch) + " on device " + std::to_string(launch.stream.device) + ": " + reason);
 }
 
 inline void check(cudaError_t error, const Launch& launch) {

@@ -17,8 +17,8 @@
 #include <ucontext.h>
 #include <vector>
 
-#include "fedms/cuda.h"
 #include "elements.h"
+#include "grid.h"
 
 #define FEDMS_DEVICE inline
 #define __global__
@@ -32,22 +32,8 @@ inline int64_t launches = 0;
 }
 extern "C" __attribute__((visibility("default"), used)) inline int64_t fedms_launches() { return emulator::launches; }
 
-struct Grid {
-  int x, y = 1, z = 1;
-  bool early = false;
-};
-
-struct Launch {
-  const char* kernel;
-  int64_t m, n, k, r;
-  const Stream& stream;
-};
-
-inline std::string name_of(const Launch& launch) {
-  return std::string(launch.kernel) + " (m " + std::to_string(launch.m) + ", n " + std::to_string(launch.n) + ", k " +
-         std::to_string(launch.k) + ", total rank " + std::to_string(launch.r) + "), emulated: ";
-}
-[[noreturn]] inline void fail(const Launch& launch, const std::string& reason) { throw Error(name_of(launch) + reason); }
+inline std::string emulated(const Launch& launch) { return name_of(launch) + ", emulated: "; }
+[[noreturn]] inline void fail(const Launch& launch, const std::string& reason) { throw Error(emulated(launch) + reason); }
 
 struct TensorMap {
   uint8_t* data;

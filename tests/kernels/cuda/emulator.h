@@ -321,7 +321,7 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
   ++launches;
   if (pace() == "none") return;
   if (threads % 32) fail(what, "the emulator wants whole warps");
-  Work work{name_of(what), grid, threads, shared_bytes, [=] { kernel(arguments...); }};
+  Work work{emulated(what), grid, threads, shared_bytes, [=] { kernel(arguments...); }};
   if (!grid.early) finish_left();
   may_let_next_start = !grid.early;
   next_may_start = false;

@@ -62,12 +62,17 @@ def test_numerics_on_the_emulator(emulated, pace, file):
     ))  # fmt: skip
 
 
-def test_a_federated_run_on_the_emulator_trains_as_on_the_cpu(emulated, tmp_path):
+def told_by(script: str, emulated: Path, folder: Path) -> dict:
+    """What a script of this folder, run on the emulator, prints last."""
     printed = run(
-        [sys.executable, HERE / "federated_round.py", tmp_path],
+        [sys.executable, HERE / script, folder],
         FEDMS_CUDA_EMULATED=str(emulated), FEDMS_TUNE="0", OMP_NUM_THREADS="1",
     )  # fmt: skip
-    found = json.loads(printed.splitlines()[-1])
+    return json.loads(printed.splitlines()[-1])
+
+
+def test_a_federated_run_on_the_emulator_trains_as_on_the_cpu(emulated, tmp_path):
+    found = told_by("federated_round.py", emulated, tmp_path)
     there, here = found["cuda"], found["cpu"]
     assert (there["device"], here["device"]) == ("cuda", "cpu")
     # The layers ran on the CUDA kernels; in float32, which they do not take, is the self-check alone.
@@ -79,11 +84,7 @@ def test_a_federated_run_on_the_emulator_trains_as_on_the_cpu(emulated, tmp_path
 
 
 def test_eight_clients_side_by_side_on_the_emulator_train_as_one_by_one(emulated, tmp_path):
-    printed = run(
-        [sys.executable, HERE / "lockstep.py", tmp_path],
-        FEDMS_CUDA_EMULATED=str(emulated), FEDMS_TUNE="0", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    chosen = json.loads(printed.splitlines()[-1])
+    chosen = told_by("lockstep.py", emulated, tmp_path)
     # A step of eight clients is one call of each layer; where a client has no batch left, it has no rows.
     assert set(chosen) == {"cuda ForwardCall of 8", "cuda BackwardCall of 8"} and min(chosen.values()) >= 4
 
