@@ -15,10 +15,9 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from scipy import stats
-
+from fedms.report import Stat
 from fedms.storage.records import RunRecords
 
 FIELDS = ("method", "seed", "client", "nats", "tokens", "seconds")
@@ -72,11 +71,11 @@ def _against(nats: dict, method: str, base: str, seeds: Sequence, clients: Seque
     """The change of perplexity against a method, in percent with its interval, and how many clients are better off."""
     if method == base:
         return "– | –"
-    changes = [_mean(nats, method, [seed], clients) - _mean(nats, base, [seed], clients) for seed in seeds]
-    half = stats.t.ppf(0.975, len(seeds) - 1) * stdev(changes) / len(seeds) ** 0.5 if len(seeds) > 1 else math.nan
-    percent = [100 * math.expm1(value) for value in (mean(changes), mean(changes) - half, mean(changes) + half)]
+    change = Stat.of(_mean(nats, method, [seed], clients) - _mean(nats, base, [seed], clients) for seed in seeds)
+    half = change.interval.half
+    percent = [100 * math.expm1(value) for value in (change.mean, change.mean - half, change.mean + half)]
     better = sum(nats[method, seed, client] < nats[base, seed, client] for seed in seeds for client in clients)
-    interval = f" ({percent[1]:+.1f} to {percent[2]:+.1f})" if len(seeds) > 1 else ""
+    interval = f" ({percent[1]:+.1f} to {percent[2]:+.1f})" if math.isfinite(half) else ""
     return f"{percent[0]:+.1f} %{interval} | {better} of {len(seeds) * len(clients)}"
 
 

@@ -16,9 +16,17 @@ _Methods = Mapping[str, Sequence[RunRecords]]
 
 
 class _Accuracy:
-    """How methods are compared: by the mean accuracy of clients on their own test samples. Differences are in points."""
+    """Compares methods by the mean accuracy of clients on their own test samples. Differences are in points.
+
+    Attributes:
+        unit: How the sentence begins that says how far methods are apart.
+        best: A sentence's part with the best method's value.
+    """
 
     unit = "In points"
+    best = "clients answer {} of their own test data right on average"
+    signed = staticmethod(signed)
+    size = staticmethod(points)
 
     @staticmethod
     def of(run: RunRecords) -> Optional[float]:
@@ -26,29 +34,28 @@ class _Accuracy:
         return field_of(run.summary, "personalized_accuracy", "mean")
 
     @staticmethod
-    def best(stat: Stat) -> str:
-        return f"clients answer {percent(stat)} % of their own test data right on average"
-
-    @staticmethod
     def value(stat: Stat) -> str:
         return f"{percent(stat)} %"
-
-    @staticmethod
-    def size(gap: float) -> str:
-        return points(gap)
 
     @staticmethod
     def apart(focus: str, rival: str, gap: Stat) -> str:
         return f"{focus} is {points(gap.mean)} {'ahead of' if gap.mean > 0 else 'behind'} {rival} ({ends(gap.interval)})"
 
-    signed = staticmethod(signed)
+    @staticmethod
+    def before(runs: Sequence[RunRecords]) -> str:
+        """Return a sentence about the model before training; empty here, since tables show it."""
+        return ""
 
 
-class _Perplexity:
-    """How methods are compared on a language model: by the clients' mean negative log-likelihood of a token of their test answers,
-    told as the perplexity that it stands for. Differences are in percent of perplexity, so the lower one is the better one."""
+class _Perplexity(_Accuracy):
+    """Compares language models by the perplexity of their clients' own test answers. Differences are in percent of perplexity.
+
+    The number x that decides is the mean log-likelihood of a token, so the larger is the better here, too. The perplexity is
+    exp(-x).
+    """
 
     unit = "In perplexity"
+    best = "the answers in clients' own test data have a perplexity of {}"
 
     @staticmethod
     def of(run: RunRecords) -> Optional[float]:
@@ -56,20 +63,16 @@ class _Perplexity:
         return None if nats is None else -nats
 
     @staticmethod
-    def best(stat: Stat) -> str:
-        return f"the answers in clients' own test data have a perplexity of {math.exp(-stat.mean):.1f}"
-
-    @staticmethod
     def value(stat: Stat) -> str:
         return f"{math.exp(-stat.mean):.1f}"
 
     @staticmethod
-    def size(gap: float) -> str:
-        return f"{100 * math.expm1(abs(gap)):.1f} %"
-
-    @staticmethod
     def signed(gap: float) -> str:
         return f"{100 * math.expm1(-gap):+.1f} %".replace("-", "−")
+
+    @classmethod
+    def size(cls, gap: float) -> str:
+        return cls.signed(-abs(gap)).lstrip("+")
 
     @classmethod
     def apart(cls, focus: str, rival: str, gap: Stat) -> str:
@@ -77,8 +80,10 @@ class _Perplexity:
         size = f"{cls.signed(gap.mean).lstrip('+−')} {'below' if gap.mean > 0 else 'above'}"
         return f"The perplexity of {focus} is {size} that of {rival} (95 % interval {low} to {high} over {gap.n} seeds)"
 
-
-_Measure = type[_Accuracy] | type[_Perplexity]
+    @staticmethod
+    def before(runs: Sequence[RunRecords]) -> str:
+        before = _zero_shot(runs)
+        return f" Before training it is {before.mean:.1f}." if before else ""
 
 
 def headline(runs: Sequence[RunRecords]) -> str:
@@ -89,7 +94,7 @@ def headline(runs: Sequence[RunRecords]) -> str:
     perplexity, other models by their accuracy.
     """
     ended = [r for r in runs if r.summary]
-    measure: _Measure = _Perplexity if ended and all(_Perplexity.of(r) is not None for r in ended) else _Accuracy
+    measure = _Perplexity if ended and all(_Perplexity.of(r) is not None for r in ended) else _Accuracy
     methods = by_method(ended)
     found = {m: Stat.of(map(measure.of, group)) for m, group in methods.items()}
     scores = {m: stat for m, stat in found.items() if stat}
@@ -105,15 +110,15 @@ def headline(runs: Sequence[RunRecords]) -> str:
     gaps = {m: paired_gap(methods[focus], methods[m], measure.of) or Stat(scores[focus].mean - scores[m].mean, None)
             for m in scores if m != focus}      # without a spread if they have no seed in common
     one_seed = " " + ONE_SEED if any(gap.std is None for gap in gaps.values()) else ""
-    return (f"{_verdict(measure, focus, scores, gaps)}{_before(methods[focus])} {measure.unit}, {focus} is {_groups(measure, gaps)}."
+    return (f"{_verdict(measure, focus, scores, gaps)}{measure.before(methods[focus])} {measure.unit}, {focus} is {_groups(measure, gaps)}."
             f"{one_seed}")
 
 
-def _verdict(measure: _Measure, focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
+def _verdict(measure: type[_Accuracy], focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
     """Return who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
     own, rival = scores[focus], max(gaps, key=lambda m: scores[m].mean)
     other, gap = scores[rival], gaps[rival]
-    best = measure.best(max(own, other, key=lambda each: each.mean))
+    best = measure.best.format(measure.value(max(own, other, key=lambda each: each.mean)))
     if own.mean == other.mean:
         return f"{focus} and {rival} are level and best of {len(scores)} methods: {best}."
     first, second = (focus, rival) if own.mean > other.mean else (rival, focus)
@@ -138,21 +143,21 @@ def _alone(focus: str, methods: _Methods) -> str:
     return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if len(methods[focus]) == 1 else "")
 
 
-def _before(runs: Sequence[RunRecords]) -> str:
-    before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
-    return f" Before training it is {before.mean:.1f}." if before else ""
+def _zero_shot(runs: Sequence[RunRecords]) -> Optional[Stat]:
+    """Return the perplexity of a language model before training; None for other tasks."""
+    return Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
 
 
 def _language(runs: Sequence[RunRecords]) -> str:
     """Return the perplexity of a language model, with the one before training; empty for other tasks."""
     perplexity = Stat.of(field_of(r.summary, "language", "perplexity") for r in runs)
-    before = Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
+    before = _zero_shot(runs)
     if not perplexity:
         return ""
     return f"a perplexity of {perplexity.mean:.1f}" + (f", zero-shot has {before.mean:.1f}" if before else "")
 
 
-def _groups(measure: _Measure, gaps: Mapping[str, Stat]) -> str:
+def _groups(measure: type[_Accuracy], gaps: Mapping[str, Stat]) -> str:
     """Return the methods that the one in focus is behind, not clearly apart from, level with, and ahead of."""
     groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
     for m in sorted(gaps, key=lambda m: gaps[m].mean):
