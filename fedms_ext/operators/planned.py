@@ -48,7 +48,8 @@ class Planned:
         self._rest = weight.kind, lora.gate is None, lora.dropout_p > 0.0, backends.preference()
 
     def fits(self, x: Tensor, data: Tensor, scale: Sequence[float], *rest: object) -> bool:
-        """Return whether a call is one of these, as far as it can be told in a few steps.
+        """Return whether this plan was made for a call like this one. Only what is cheap to read is compared; `Plans.again` finds a
+        plan by all that it depends on.
 
         Args:
             x: (..., K).

@@ -14,9 +14,9 @@ def group(layers: Sequence[ExpertLinear]) -> Siblings:
     """Compute layers that are called with the same input together, such as the query, key and value of an attention layer.
 
     The first of the layers that is called with x computes the outputs of all of them, and the others return theirs. On a CPU, with
-    weights in 8 or 4 bits, x is then quantized once, and with 8 bits the gradient of x is added up by the kernels. In all other
-    cases (other weights or devices, torch.compile, autocast, inference mode, profiling, segments, hooks that run before a layer,
-    or dropout in some of the layers only) each layer is computed by itself. Each output has the same bits as by itself, but for
+    weights in 8 bits and many rows, x is then quantized once, and the kernels add up the gradient of x. In all other cases (other
+    weights or devices, few rows, torch.compile, autocast, inference mode, profiling, segments, hooks that run before a layer, or
+    dropout in some of the layers only) each layer is computed by itself. Each output has the same bits as by itself, but for
     dropout, whose masks come from one seed for the group; the gradient of x is added up in another order.
 
     A layer that is called with another tensor than its siblings, or after x was changed in place, is computed for its own input.
