@@ -145,7 +145,9 @@ IDEAS = {
     "nine epochs, best kept": Idea(epochs=9), "rate 3e-3": Idea(lr=3e-3), "rate 3e-3, linear decay": Idea(lr=3e-3, decay=True),
     "rate 3e-3, nine epochs": Idea(lr=3e-3, epochs=9), "trained with the mixture's loss too": Idea(mixed=1.0),
     "mixture's loss alone, rate 3e-3, nine epochs": Idea(lr=3e-3, epochs=9, own=0.0, mixed=1.0),
-    "errors decorrelated": Idea(lr=3e-3, epochs=9, apart=1.0), "no prior on the private expert": Idea(epochs=9, prior=False),
+    "errors decorrelated": Idea(lr=3e-3, epochs=9, apart=1.0), "no prior on the private expert": Idea(prior=False),
+    "no prior on the private expert, nine epochs": Idea(epochs=9, prior=False),
+    "no prior on the private expert, rate 3e-3": Idea(lr=3e-3, prior=False),
     "private expert from scratch": Idea(lr=4e-3, epochs=9, start=0),
 }
 
@@ -227,36 +229,41 @@ def one_seed(setting: str, everything: tuple[Tensor, Tensor, Tensor], seed: int)
     def at(values: Tensor, rows: Tensor) -> Tensor:
         return values.gather(1, rows[..., None].expand(*rows.shape, values.shape[-1]))
 
-    def mixed(shared: dict[str, Tensor], own: dict[str, Tensor], sees: str = "bc", rows: Tensor = held) -> float:
+    def half(shared: dict[str, Tensor], own: dict[str, Tensor]) -> float:
+        return accuracy(shared["test"] + own["test"], y)
+
+    def gated(shared: dict[str, Tensor], own: dict[str, Tensor], sees: str = "bc", rows: Tensor = held) -> float:
         by = train.rows(rows)
         return accuracy(gate(at(shared["train"], rows), at(own["train"], rows), by.y, by.x, sees)(
             shared["test"], own["test"], test.x), y)
     ours = globally(history[-1])
 
-    def tuned(idea: Idea, rows: Tensor = rest, start: Expert | None = None, by: Tensor = shift) -> dict[str, Tensor]:
+    def tuned(idea: Idea, rows: Tensor = every, start: Expert | None = None, by: Tensor = shift) -> dict[str, Tensor]:
         return private(idea, data, rows, history[idea.start] if start is None else start, ours["train"], by, draw)
-    own = tuned(REFERENCE)
-    found = {"reference": mixed(ours, own), "global expert with the prior (fedavg_prior)": accuracy(ours["test"], y),
-             "private expert alone": accuracy(own["test"], y), "half and half": accuracy(ours["test"] + own["test"], y),
+    own, held_back = tuned(REFERENCE), tuned(REFERENCE, rest)
+    found = {"reference": half(ours, own), "global expert with the prior (fedavg_prior)": accuracy(ours["test"], y),
+             "private expert alone": accuracy(own["test"], y),
              "right expert for each sample (no gate can know)": float(
                  ((ours["test"].argmax(-1) == y) | (own["test"].argmax(-1) == y)).float().mean()),
-             "gate: a bias alone": mixed(ours, own, "b"), "gate: a private bias too": mixed(ours, own, "bcp"),
-             "gate: features too": mixed(ours, own, "bcf"), "gate: temperatures too": mixed(ours, own, "bct")}
+             "gate on held-out samples": gated(ours, held_back), "the same experts, half and half": half(ours, held_back),
+             "gate on held-out samples: a bias alone": gated(ours, held_back, "b"),
+             "gate on held-out samples: a private bias too": gated(ours, held_back, "bcp"),
+             "gate on held-out samples: features too": gated(ours, held_back, "bcf"),
+             "gate on held-out samples: temperatures too": gated(ours, held_back, "bct")}
     of_validation = gate(ours["validation"], own["validation"], data["validation"].y, data["validation"].x, "bc")
     found["gate on validation samples"] = accuracy(of_validation(ours["test"], own["test"], test.x), y)
-    found["gate on the expert's own training samples"] = mixed(ours, tuned(REFERENCE, every), "bc", every)
+    found["gate on the expert's own training samples"] = gated(ours, own, "bc", every)
     for name, idea in IDEAS.items():
-        found[name] = mixed(ours, tuned(idea))
+        found[name] = half(ours, tuned(idea))
     smooth = [sum(parts) / 3 for parts in zip(*history[-3:])]
-    found["global expert: mean of the last three rounds"] = mixed(globally(smooth), own)
+    found["global expert: mean of the last three rounds"] = half(globally(smooth), own)
     first, second = every[:, ::2], every[:, 1::2]
     apart = fedavg(train, rounds, first, draw)
-    found["experts on disjoint halves"] = mixed(globally(apart[-1]), tuned(Idea(lr=3e-3, epochs=9), second, apart[-4]), "bc", second)
+    found["experts on disjoint halves"] = half(globally(apart[-1]), tuned(Idea(lr=3e-3, epochs=9), second, apart[-4]))
     none = torch.zeros_like(shift)
     found["fedavg"] = accuracy(ours["test"] - shift, y)
     for lr in (1e-3, 3e-3):
-        found[f"fedavg_ft, rate {lr:g}"] = accuracy(tuned(Idea(lr=lr), every, by=none)["test"], y)
-    found["half and half, no sample held out for a gate"] = accuracy(ours["test"] + tuned(REFERENCE, every)["test"], y)
+        found[f"fedavg_ft, rate {lr:g}"] = accuracy(tuned(Idea(lr=lr), by=none)["test"], y)
     return found
 
 

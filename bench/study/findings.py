@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.study.plan import Setting, StudyRun
+from bench.study.plan import GATE, LABELS, Setting, StudyRun
 from fedms.config import registry
 from fedms.report.intervals import LEVEL, Interval, Ranks, average_ranks, by_seed
 from fedms.report.numbers import OURS
@@ -15,6 +15,7 @@ from fedms.storage.records import RunRecords
 
 StudyRecord = tuple[StudyRun, Mapping[str, Any]]
 POWER = 0.8
+GATED = ("fedms", GATE)      # what learns a gate, by its name in the records
 
 
 def as_run(line: Mapping[str, Any]) -> RunRecords:
@@ -50,14 +51,19 @@ def ranks_of(done: Sequence[StudyRecord]) -> Ranks | None:
     return average_ranks([block for block in blocks.values() if len(block) == most])
 
 
-def gate_line(label: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Say what a method's gate does in the mean over seeds, what it gains over a fixed mix, and what it could have gained."""
+def gate_line(id: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say what the gate of a method or an ablation does in the mean over seeds, what it gains over a fixed mix, and what it could have gained."""
     weight, entropy, half, oracle = (statistics.fmean(line["gate"][key] for line in lines) for key in (
         "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
-    return (f"- The gate of `{label}` gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
+    return (f"- The gate of {name_of(id)} gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
             f"{math.log(2):.2f}). Half and half of the same experts would have {100 * half:.1f} %: the gate is "
             f"{str_gap(_over(lines, _half(lines)))} points ahead of it. The right expert for each sample, which no gate can know, would have "
             f"{100 * oracle:.1f} %.")
+
+
+def name_of(id: str) -> str:
+    """Return what the page calls a method or an ablation."""
+    return LABELS.get(id, f"`{id}`")
 
 
 _Lines = Sequence[Mapping[str, Any]]
@@ -85,9 +91,8 @@ def _over(lines: _Lines, others: Sequence[float]) -> Interval:
 
 def findings_part(done: Sequence[StudyRecord]) -> list[str]:
     """Return what the page says first: where our methods stand, and where no difference is shown."""
-    settings = {run.setting: [line for other, line in done if other.setting == run.setting and other.id in registry.methods()]
-                for run, _ in done}
-    runs = {setting: [as_run(line) for line in lines] for setting, lines in settings.items()}
+    settings = {run.setting: [line for other, line in done if other.setting == run.setting] for run, _ in done}
+    runs = {setting: [as_run(line) for line in lines if line["id"] in registry.methods()] for setting, lines in settings.items()}
     found = []
     if ranks := ranks_of(done):
         places = [f"{name} {rank:.1f}" for name, rank in ranks.mean.items()]
@@ -104,11 +109,11 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
                 sentences.append(f"{setting.title}: {'; '.join(named)}.")
         if sentences:
             found.append(f"- `{ours}`, by the interval of seeds. " + " ".join(sentences))
-    verdicts = {ours: [gap.shows for setting in runs if (gap := _gap_to(ours, _half)(settings[setting], runs[setting])) is not None
-                       and not math.isinf(gap.half)] for ours in OURS}
+    verdicts = {id: [gap.shows for setting in runs if (gap := _gap_to(id, _half)(settings[setting], runs[setting])) is not None
+                     and not math.isinf(gap.half)] for id in GATED}
     if any(verdicts.values()):
-        counts = [f"`{ours}` {each.count('better')} of {len(each)}, behind on {each.count('worse')}"
-                  for ours, each in verdicts.items() if each]
+        counts = [f"{name_of(id)} {each.count('better')} of {len(each)}, behind on {each.count('worse')}"
+                  for id, each in verdicts.items() if each]
         found.append("- A learned gate should be ahead of half and half by the interval on two settings. It is ahead on: "
                      f"{'; '.join(counts)}.")
     return ["## What it shows", "\n".join(found), *_worth_of_mixing(settings, runs)] if found else []
@@ -119,7 +124,7 @@ def _worth_of_mixing(settings: Mapping[Setting, _Lines], runs: Mapping[Setting, 
     columns: dict[str, Callable[[_Lines, Sequence[RunRecords]], Interval | None]] = {
         "`fedms` over `fedavg_ft`": _ft_gap,
         **{f"mixture of `{ours}` over its better expert": _gap_to(ours, _better_expert) for ours in OURS},
-        **{f"gate of `{ours}` over half and half": _gap_to(ours, _half) for ours in OURS}}
+        **{f"gate of {name_of(id)} over half and half": _gap_to(id, _half) for id in GATED}}
     gaps = {title: {setting: gap(settings[setting], runs[setting]) for setting in runs} for title, gap in columns.items()}
     shown = [title for title, each in gaps.items() if any(each.values())]
     if not shown:
@@ -140,7 +145,7 @@ def _ft_gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:
 
 
 def _gap_to(method: str, rival: Callable[[_Lines], list[float]]) -> Callable[[_Lines, Sequence[RunRecords]], Interval | None]:
-    """Return a function of a setting's records that returns how far a method with a gate is ahead of what `rival` returns."""
+    """Return a function of a setting's records that returns how far a mixture is ahead of what `rival` returns."""
     def gap(lines: _Lines, runs: Sequence[RunRecords]) -> Interval | None:
         own = [line for line in lines if line["id"] == method and line.get("gate")]
         return _over(own, rival(own)) if own else None

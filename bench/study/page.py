@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.study.costs import costs_part
 from bench.study.diagram import ranks_figure
-from bench.study.findings import StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap, table
+from bench.study.findings import GATED, StudyRecord, as_run, findings_part, gap_of, gate_line, power_part, ranks_of, str_gap, table
 from bench.study.plan import ABLATIONS, COMMON, LABELS, SETTINGS, TUNED_ON, WITH_ALL_BLOCKS, Setting, StudyRun, tuning
 from bench.study.records import key_of, read_records
 from fedms import report
@@ -132,10 +132,13 @@ def render(planned: Sequence[StudyRun], lines: Sequence[Mapping[str, Any]], sour
     margins: list[tuple[float, str]] = []
     for setting in dict.fromkeys(run.setting for run in planned):
         here = [(run, line) for run, line in done if run.setting == setting and run.id in registry.methods()]
+        gates = [gate_line(id, found) for id in GATED if (
+            found := [line for run, line in done if run.setting == setting and run.id == id and line.get("gate")])]
         missing = _missing([run for run in planned if run.setting == setting and run.id in registry.methods()], of_run)
         parts.append(f"## {setting.title}")
         parts += _setting_part(setting, here, margins) if here else ["No run is done yet."]
         if here:
+            parts += ["\n".join(gates)] if gates else []
             runs = [as_run(line) for _, line in here]
             for ending, (draw, title, caption) in PICTURES.items():
                 if draw(runs):
@@ -195,9 +198,7 @@ def _setting_part(setting: Setting, done: Sequence[StudyRecord], margins: list[t
     margins += [(gap.mean, f"{str_gap(gap)} points against `{m}` ({setting.title}; {100 * scores['fedms']:.1f} against "
                  f"{100 * scores[m]:.1f} %, {100 * (scores['fedms'] / scores[m] - 1):+.1f} % relative)")
                 for m, gap in gaps.get("fedms", {}).items() if m not in OURS]
-    gates = [gate_line(ours, found) for ours in OURS
-             if (found := [line for run, line in done if run.id == ours and line.get("gate")])]
-    return parts + (["\n".join(gates)] if gates else [])
+    return parts
 
 
 def _provenance(setting: Setting, done: Sequence[StudyRecord]) -> str:

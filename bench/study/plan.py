@@ -23,8 +23,8 @@ SIZES = ("small", "full", "quick")
 FIRST = ("fedms", "fedavg", "fedavg_ft", "fedavg_prior", "local", "fedms_plus")     # what the claims rest on
 REST = tuple(method for method in registry.methods() if method not in FIRST)
 RIVALS = ("ditto", "apfl")              # private experts that train in all rounds: the best others of the earlier laboratory
-RELATIVES = ("feddpa", "flexlora", "fed_sb")    # what else is near to FedMS in the literature, on the cheap settings; there, too,
-                                                # fedms_plus with half and half in the place of its gate
+RELATIVES = ("feddpa", "flexlora", "fed_sb")    # what else is near to FedMS in the literature, on the cheap settings
+GATE = "fedms_plus-gate"                # the ablation that says whether fedms_plus would be better with a learned gate
 
 # Runs that follow each other in a process share its clients' constants; two processes run side by side on two cores.
 COMMON = ("run.threads=1",)
@@ -40,7 +40,7 @@ class Setting:
         source: A built-in run file, or the path of one.
         sets: The `--set` of its runs.
         seeds: The seeds of its runs.
-        more: Methods that run on it beside those that all settings have.
+        more: Methods and ablations that run on it beside what all settings have.
         first: The command that makes its data, which the runs read from `data`.
         data: The folder of these data, None if the data are built in.
     """
@@ -75,23 +75,24 @@ SMALL = ("data.split=[0.35, 0.15, 0.5]", "clients.unseen=0", "stage1.rounds=6", 
 SMALL_SENTENCES = ("data.max_samples=800", "data.max_tokens=24", "stage1.lr=2e-3")
 
 
-def _small_fashion(name: str, alpha: float, seeds: tuple[int, ...] = SEEDS) -> Setting:
+def _small_fashion(name: str, alpha: float, seeds: tuple[int, ...] = SEEDS, more: tuple[str, ...] = ()) -> Setting:
     return Setting(name, f"Fashion-MNIST with vit-small, Dirichlet {alpha}, 10 clients", "fashion",
-                   ("model.id=vit-small", "data.max_samples=700", f"data.alpha={alpha}", "clients.count=10", "stage1.lr=2e-3", *SMALL), seeds)
+                   ("model.id=vit-small", "data.max_samples=700", f"data.alpha={alpha}", "clients.count=10", "stage1.lr=2e-3", *SMALL),
+                   seeds, more)
 
 
 SMALL_SENTIMENT = Setting("sentiment-small", "Sentiment with MiniLM, four domains, 12 clients", "sentiment",
-                          (*SMALL_SENTENCES, *SMALL), more=RELATIVES)
+                          (*SMALL_SENTENCES, *SMALL), more=(*RELATIVES, GATE))
 SMALL_SENTIMENT_SKEWED = Setting("sentiment-0.3-small", "Sentiment with MiniLM, Dirichlet 0.3, 12 clients", "sentiment",
-                                 (*SMALL_SENTENCES, "data.partition=dirichlet", "data.alpha=0.3", *SMALL), more=RELATIVES)
+                                 (*SMALL_SENTENCES, "data.partition=dirichlet", "data.alpha=0.3", *SMALL), more=(*RELATIVES, GATE))
 SMALL_DIGITS = Setting("digits-small", "Digits with a small pretrained ViT, Dirichlet 0.3, 10 clients", "digits",
-                       ("model.id=vit-digits-pretrained", "data.alpha=0.3", "clients.count=10", *SMALL), more=RELATIVES)
+                       ("model.id=vit-digits-pretrained", "data.alpha=0.3", "clients.count=10", *SMALL), more=(*RELATIVES, GATE))
 SOLAR = Path("runs/solar")
 SMALL_SOLAR = Setting("solar-small", "Defects of solar cells with vit-small, six plants, 12 clients", "examples/solar_cells.toml",
                       (f"data.name={SOLAR}", "model.id=vit-small", "clients.count=12", "sal.schedule=capability_queue", "sal.depth=1",
                        "sal.queue=2", "sal.tau=0.01", "stage1.lr=2e-3", *SMALL), FEW_SEEDS,
                       first=f"python examples/solar_cells.py {SOLAR} --cells 800", data=SOLAR)
-SMALL_SETTINGS = (_small_fashion("fashion-small", 0.3), SMALL_SENTIMENT, SMALL_DIGITS, SMALL_SENTIMENT_SKEWED,
+SMALL_SETTINGS = (_small_fashion("fashion-small", 0.3, more=(GATE,)), SMALL_SENTIMENT, SMALL_DIGITS, SMALL_SENTIMENT_SKEWED,
                   _small_fashion("fashion-0.1-small", 0.1, FEW_SEEDS), _small_fashion("fashion-0.5-small", 0.5, FEW_SEEDS), SMALL_SOLAR)
 
 # The methods' own papers train all blocks from the start: what progressive activation does to each is seen beside that.
@@ -115,6 +116,7 @@ class Ablation:
     sets: tuple[str, ...]
 
 
+LEARNED = ("plus.gate_on=held_out",)
 ABLATIONS = {ablation.id: ablation for ablation in (
     Ablation("fedms-gate-fixed", "fedms, gate frozen (half and half)", "fedms", ("gate.weight=0.5",)),
     Ablation("fedms-gate-private", "fedms, gate private", "fedms", ("gate.training=private",)),
@@ -134,9 +136,9 @@ ABLATIONS = {ablation.id: ablation for ablation in (
     Ablation("fedms_plus-prior-both-stages", "fedms_plus, prior in stage 1 too", "fedms_plus", ("plus.prior_in_stage1=true",)),
     Ablation("fedms_plus-gate-on-training", "fedms_plus, gate on training samples", "fedms_plus", ("plus.gate_on=training",)),
     Ablation("fedms_plus-gate-on-validation", "fedms_plus, gate on validation samples", "fedms_plus", ("plus.gate_on=validation",)),
-    Ablation("fedms_plus-features", "fedms_plus, a gate that sees features too", "fedms_plus", ("plus.features=true",)),
-    Ablation("fedms_plus-no-confidences", "fedms_plus, no confidences", "fedms_plus", ("plus.confidences=false",)),
-    Ablation("fedms_plus-gate-fixed", "fedms_plus, half and half", "fedms_plus", ("gate.weight=0.5",)),
+    Ablation("fedms_plus-features", "fedms_plus, a gate that sees features too", "fedms_plus", (*LEARNED, "plus.features=true")),
+    Ablation("fedms_plus-no-confidences", "fedms_plus, a gate without confidences", "fedms_plus", (*LEARNED, "plus.confidences=false")),
+    Ablation(GATE, "fedms_plus with a learned gate", "fedms_plus", LEARNED),
 )}
 WITH_ALL_BLOCKS = {f"{method}-all-blocks": Ablation(f"{method}-all-blocks", f"{method}, all blocks", method, ALL_BLOCKS)
                    for method in FIRST}
@@ -202,10 +204,8 @@ def plan(size: str = "full", tuned: Path | None = None) -> list[StudyRun]:
         raise ConfigError(f"--size: got {size!r}; accepted: {', '.join(SIZES)}")
     _planned = partial(_plan_one, tuned=None if size == "small" else tuned)
     if size == "small":
-        half = ABLATIONS["fedms_plus-gate-fixed"]
-        return [run for seed in SEEDS for setting in SMALL_SETTINGS if seed in setting.seeds for run in (
-            *(_planned(setting, method, method, seed) for method in (*FIRST, *RIVALS, *setting.more)),
-            *([_planned(setting, half.id, half.method, seed, half.sets)] if setting.more else []))]
+        return [_planned(setting, id, ABLATIONS[id].method, seed, ABLATIONS[id].sets) if id in ABLATIONS else _planned(setting, id, id, seed)
+                for seed in SEEDS for setting in SMALL_SETTINGS if seed in setting.seeds for id in (*FIRST, *RIVALS, *setting.more)]
     if size == "quick":
         short = ("stage1.rounds=4", "stage2.rounds=2")
         return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]

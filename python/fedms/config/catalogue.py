@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedms.config.run_config import RunConfig
 
 class PlusTable(Table):
-    """The pieces of the method fedms_plus, each of which can be switched off; without them it is fedms."""
+    """The pieces of the method fedms_plus, each of which can be switched; with a gate on training samples and nothing else it is fedms."""
 
     prior: Literal["both", "global", "off"] = Field(
         "both", description="experts to whose logits the client's class prior is added, log p_client(y) - log p_all(y), in "
@@ -26,13 +26,13 @@ class PlusTable(Table):
     prior_in_stage1: bool = Field(
         False, description="the global expert is trained with that prior added, so that it need not learn it")
     smoothing: float = Field(1.0, gt=0, description="added to each class count before the prior's logarithm")
-    gate_on: Literal["held_out", "validation", "training"] = Field(
-        "held_out", description="samples that the gate is trained on, once the visit's expert is: a share held_out of the "
-        "client's training samples, which the expert then goes without, or its validation samples, which no other method may "
-        "fit; training: both are trained together on all training samples, as in fedms")
+    gate_on: Literal["off", "held_out", "validation", "training"] = Field(
+        "off", description="off: there is no gate, and both experts weigh the same, or as gate.weight says; else the samples that a "
+        "gate is trained on, once the visit's expert is: a share held_out of the client's training samples, which the expert then "
+        "goes without, or its validation samples, which no other method may fit; training: both are trained together on all "
+        "training samples, as in fedms")
     held_out: float = Field(
-        0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out; none with "
-        "gate.weight, which needs no gate")
+        0.2, gt=0, lt=1, description="share of each client's training samples kept for the gate with gate_on held_out")
     gate_epochs: int = Field(5, ge=1, description="epochs of the gate on those samples a visit")
     confidences: bool = Field(True, description="the gate sees both experts' confidences, not the features alone; with gate.mixing "
                               "layers there are none yet when it decides")
@@ -98,8 +98,16 @@ def _fedsa_lora_problems(config: RunConfig) -> Iterable[str]:
         yield f'aggregate.rule: "{config.aggregation}" needs B to be shared, which fedsa_lora keeps private'
 
 
+def _gate_weight(config: RunConfig) -> float | None:
+    return config.gate.weight
+
+
+def _plus_weight(config: RunConfig) -> float | None:
+    return 0.5 if config.gate.weight is None and config.plus.gate_on == "off" else config.gate.weight
+
+
 _FROZEN_HEAD = "its private head would be the model's frozen one"
-_GATE = (Constant("gate.lr", 1e-4, 1e-2), Constant("stage2.own_loss", 0.0, 2.0, log=False))
+_OWN_LOSS = Constant("stage2.own_loss", 0.0, 2.0, log=False)
 
 # In the order in which they are listed everywhere.
 for _method in (
@@ -145,11 +153,12 @@ for _method in (
               table="feddpa", tuned=(Constant("feddpa.scale", 0.25, 4.0),), two_stages=True, not_for_tokens="it weighs whole samples",
               color="#0e7490"),
     MethodRow("fedms", "fedms.methods.fedms:FedMS", "a global expert, then private ones, mixed by a gate that is averaged",
-              trained="as fedavg; in stage 2 a private copy and a gate", sent="stage 1, then the gate", tuned=_GATE,
-              two_stages=True, trains_gate=True, color="#c2410c"),
-    MethodRow("fedms_plus", "fedms.methods.fedms_plus:FedMSPlus", "fedms with class priors and a global expert that goes on",
-              trained="as fedms, with class priors; the global expert goes on", sent="all of it but the local expert",
-              settings=PlusTable, table="plus", tuned=_GATE, two_stages=True, trains_gate=True, sends_counts=True,
+              trained="as fedavg; in stage 2 a private copy and a gate", sent="stage 1, then the gate",
+              tuned=(Constant("gate.lr", 1e-4, 1e-2), _OWN_LOSS), two_stages=True, weight=_gate_weight, color="#c2410c"),
+    MethodRow("fedms_plus", "fedms.methods.fedms_plus:FedMSPlus",
+              "a global expert that goes on and private ones, mixed half and half, with class priors",
+              trained="as fedms without a gate, with class priors; the global expert goes on", sent="all of it but the local expert",
+              settings=PlusTable, table="plus", tuned=(_OWN_LOSS,), two_stages=True, weight=_plus_weight, sends_counts=True,
               color="#7f1d1d"),
 ):
     METHODS.add(_method)

@@ -89,7 +89,8 @@ class MethodRow(Row):
         aggregation: The aggregation rule that the method requires; None if `[aggregate] rule` may be any.
         needs_linear_head: Whether each client trains its own head, which has to be linear.
         two_stages: Whether stage 2 trains something different from stage 1. Otherwise the depth carries over to stage 2.
-        trains_gate: Whether experts are mixed by a trained gate.
+        weight: Returns the fixed weight in [0, 1] of the local expert in a mixture, None where a gate learns it; None for a method
+            whose experts [gate] does not mix.
         sends_counts: Whether clients send their number of samples of each class, to be added up by the server.
         not_for_tokens: Why the method cannot train causal language models; None if it can.
         check: Returns the problems of a run file with this method, one line each, beginning with the key to change.
@@ -104,7 +105,7 @@ class MethodRow(Row):
     aggregation: str | None = None
     needs_linear_head: bool = False
     two_stages: bool = False
-    trains_gate: bool = False
+    weight: Callable[[RunConfig], float | None] | None = None
     sends_counts: bool = False
     not_for_tokens: str | None = None
     check: Callable[[RunConfig], Iterable[str]] = no_problems

@@ -51,6 +51,12 @@ class RunConfig(Table):
         """The aggregation rule in force: the one that is set, else the method's own, else the mean."""
         return self.aggregate.rule or self.method_row.aggregation or "mean"
 
+    @property
+    def expert_weight(self) -> float | None:
+        """The fixed weight in [0, 1] of the local expert in the mixture; None if a gate learns it, or if there is no mixture."""
+        weight = self.method_row.weight
+        return None if weight is None else weight(self)
+
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
         from fedms.config.checks import problems_of

@@ -23,9 +23,9 @@ def check_blend(config: RunConfig) -> None:
     """Raise ConfigError unless the experts of a run's clients can be blended; the message names another format."""
     if config.task.kind != "causal_lm":
         why = f"the run is of task.kind {config.task.kind!r}, whose heads and class priors are mixed outside of the layers"
-    elif not config.method_row.trains_gate:
+    elif config.method_row.weight is None:
         why = f"the method {config.run.method} mixes no experts inside the layers"
-    elif config.gate.weight is None:
+    elif config.expert_weight is None:
         why = "gate.weight is unset, so a gate chooses the weights anew for each token"
     elif config.gate.mixing != "layers":
         why = f'gate.mixing = "{config.gate.mixing}" runs the model once for each expert'
@@ -51,7 +51,7 @@ def blends(trained: TrainedRun, model: ExpertModel) -> dict[str, Tensors]:
     Raises:
         RunFolderError: If no client's own expert is at hand.
     """
-    method, own = methods.create(trained.task.config), trained.task.config.gate.weight
+    method, own = methods.create(trained.task.config), trained.task.config.expert_weight
     found = {}
     for client, private in sorted(trained.private.items()):
         if not private.has_expert:

@@ -7,13 +7,14 @@ added to both experts' logits, so that the local expert need not spend its few s
 Ren et al., arXiv 2007.10740; logit calibration: Zhang et al., 2209.00189). The class counts of all clients are added up by
 the server; a deployment would use a secure sum.
 
-A gate on samples that no expert has seen. On the expert's own training samples the gate learns to trust an expert that
-knows them by heart. Here, once the expert of the visit is trained and chosen, the gate alone is trained on the client's
-validation samples, or on a share of the training samples that is kept from the expert.
+Half and half. Both experts weigh the same, since no gate has been shown to choose better (docs/evidence/mixture.md): nothing is
+trained, sent or held out for a mixture.
 
-Confidences. Which expert is right shows in how sure each is: the gate sees that, and has a bias. The frozen model's features, which
-the gate of `fedms` sees, it sees only where it is asked to: a client has a few dozen samples to fit a gate on, too few for the
-ten thousand weights behind them.
+A gate, where one is asked for, on samples that no expert has seen. On the expert's own training samples the gate learns to trust
+an expert that knows them by heart. Here, once the expert of the visit is trained and chosen, the gate alone is trained on the
+client's validation samples, or on a share of the training samples that is kept from the expert. It sees how sure both experts are,
+and has a bias. The frozen model's features, which the gate of `fedms` sees, it sees only where it is asked to: a client has a few
+dozen samples to fit a gate on, too few for the ten thousand weights behind them.
 
 A global expert that goes on. In stage 2 each visit first trains the global expert as in stage 1, so that it has had as many
 rounds at the end as federated averaging alone, and the mixture need not make up for those it missed.
@@ -97,8 +98,8 @@ class FedMSPlus(FedMS):
             return shared, after_shared
         self._shift(model, "stage2", counts, message.statistics)
         self.mixture.load(model, private, message, client.trained_depth(message), self._new_gate(model))
-        reply, after = train_mixture(self.mixture, model, client, private, message,
-                                     train_together if self.settings.gate_on == "training" else self._train_gate_after)
+        fit = self._train_gate_after if self.trains_gate and self.settings.gate_on != "training" else train_together
+        reply, after = train_mixture(self.mixture, model, client, private, message, fit)
         if shared is not None:
             size = shared.metrics["trained_params"] + reply.metrics["trained_params"]
             reply = replace(reply, tensors={**shared.tensors, **reply.tensors},
@@ -138,7 +139,7 @@ class FedMSPlus(FedMS):
         loss, moments = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows,
                               after_epoch=best.after_epoch)
         best.load(message)
-        if gate.params and len(gate_rows):
+        if len(gate_rows):
             _, gate_moments = train(model, client, message, private, self._gate_groups(gate), mixture.gate_loss(model), part,
                                     gate_rows, self.settings.gate_epochs)
             moments = {**moments, **gate_moments}
@@ -153,10 +154,10 @@ class FedMSPlus(FedMS):
     def _split(self, client: Client) -> tuple[Tensor, Subset, Tensor]:
         """Return the rows of the training samples for the local expert, the subset for the gate, and the gate's rows of it.
 
-        They are the same at every visit. Where `gate.weight` takes the gate's place, the expert has all training samples.
+        They are the same at every visit.
         """
         rows = torch.randperm(len(client.train), generator=generator(self.config.run.seed, "held-out", client.id))
         if self.settings.gate_on == "validation":
             return rows, client.validation, torch.arange(len(client.validation))
-        held_out = int(self.settings.held_out * len(rows)) if self.trains_gate else 0
+        held_out = int(self.settings.held_out * len(rows))
         return rows[held_out:], client.train, rows[:held_out]

@@ -49,7 +49,7 @@ class Mixture:
     @property
     def trains_gate(self) -> bool:
         """Whether the weights come from a gate. Otherwise they are fixed."""
-        return self.config.gate.weight is None
+        return self.config.expert_weight is None
 
     @property
     def shares_gate(self) -> bool:
@@ -93,7 +93,7 @@ class Mixture:
         Args:
             shared, own: (U, K) the experts' opinions, if they are known before the gate is computed.
         """
-        fixed = self.config.gate.weight
+        fixed = self.config.expert_weight
         if fixed is not None:
             return torch.tensor([1 - fixed, fixed], device=model.device).expand(len(features), 2)
         if not self.sees_confidences:

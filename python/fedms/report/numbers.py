@@ -163,10 +163,10 @@ def client_gap(run: RunRecords, name: str, other: str) -> Optional[float]:
 def learned_gate(run: RunRecords) -> bool:
     """Tell whether a run trained a gate.
 
-    A fixed weight, one weight for each client (apfl) and similarities (feddpa) are none.
+    A fixed weight, one weight for each client (apfl) and similarities (feddpa) are none, and cannot collapse. Earlier versions
+    recorded that a fixed weight could.
     """
-    row = registry.methods().get(run.method)
-    return row is not None and row.trains_gate and run.config["gate"].get("weight") is None
+    return run.config["gate"].get("weight") is None and field_of(run.summary, "gate", "collapsed") is not None
 
 
 IDLE_SHARE = 0.1        # of the visits of stage 2, from which on undone ones are worth a word

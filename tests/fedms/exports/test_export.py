@@ -222,7 +222,7 @@ def test_a_loaded_mixture_predicts_as_the_run_did(kind, ended, tmp_path):
         truth = [dataset.classes[i] for i in dataset.labels[split.test]]
         assert (table.label == truth).mean() == pytest.approx(recorded[split.id]["accuracy"]["personalized"])
         assert table.probability.between(1 / len(dataset.classes) - 1e-6, 1).all()
-        if config.method_row.trains_gate:
+        if config.method_row.weight is not None:
             assert table.gate_weight.mean() == pytest.approx(recorded[split.id]["gate_mean"], abs=1e-6)
         else:
             assert table.gate_weight.isna().all()

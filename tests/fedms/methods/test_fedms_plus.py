@@ -21,7 +21,8 @@ from fedms_ext import GateAdapter
 SMALL = ["data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=2", "stage2.rounds=2",
          "run.threads=1"]
 OFF = ["plus.prior=off", "plus.gate_on=training", "plus.confidences=false", "plus.global_in_stage2=false", "plus.features=true"]
-OTHER = ["plus.prior_in_stage1=true", "plus.gate_on=held_out", "gate.training=private", "gate.weight=0.5"]
+OTHER = ["plus.prior_in_stage1=true", "plus.gate_on=held_out", "gate.training=private", "gate.weight=0.3"]
+GATE = "plus.gate_on=held_out"
 
 
 def config(*sets):
@@ -47,9 +48,27 @@ def test_each_piece_can_be_switched(sets, tmp_path):
     assert summary["personalized_accuracy"]["mean"] is not None
 
 
-def test_samples_are_held_out_for_a_gate_alone():
+def test_without_a_gate_both_experts_weigh_the_same_and_nothing_of_a_mixture_travels(tmp_path):
+    """It is fedms with the weight 0.5 and the other pieces, bit for bit."""
+    def told(name, *sets):
+        run.run(config(*sets), tmp_path / name)
+        snapshot, _ = CheckpointFolder(tmp_path / name / "checkpoint").load()
+        sent = {key for key in snapshot.tensors if key.startswith("tensors/gate/") and snapshot.tensors[key].any()}
+        return sent, [client["accuracy"] for client in RunRecords.read(tmp_path / name).clients], RunRecords.read(tmp_path / name)
+
+    sent, found, records = told("plus", "run.method=fedms_plus")
+    assert {line["gate_mean"] for line in records.clients} == {0.5, None} and records.summary["gate"]["collapsed"] is None
+    method = methods.create(config("run.method=fedms_plus"))
+    assert method.broadcast_policy("stage2", "gate/out.bias") is BroadcastPolicy.NEVER
+    assert found == told("half", "run.method=fedms_plus", "gate.weight=0.5")[1]
+    off = [piece for piece in OFF if "gate_on" not in piece]
+    assert told("off", "run.method=fedms_plus", *off)[1] == told("fedms", "run.method=fedms", "gate.weight=0.5")[1]
+    assert told("other", "run.method=fedms_plus", "gate.weight=0.2")[2].clients[0]["gate_mean"] == pytest.approx(0.2)
+
+
+def test_a_gate_is_trained_on_samples_that_the_expert_goes_without():
     client = SimpleNamespace(train=range(20), validation=range(5), id=3)
-    for sets, kept, held in ((), 16, 4), (("gate.weight=0.5",), 20, 0), (("plus.gate_on=validation",), 20, 5):
+    for sets, kept, held in ((GATE,), 16, 4), (("plus.gate_on=validation",), 20, 5):
         rows, part, gate_rows = methods.create(config("run.method=fedms_plus", *sets))._split(client)
         assert (len(rows), len(gate_rows)) == (kept, held), sets
         assert part is client.train or held == 5
@@ -108,11 +127,11 @@ def test_a_gates_further_inputs_move_its_weights_by_a_linear_map():
 
 def test_a_gate_that_decides_before_there_are_outputs_sees_no_confidences():
     for sets, sees in (((), True), (("gate.mixing=layers", "gate.features=prefix"), False), (("plus.confidences=false",), False)):
-        assert methods.create(config("run.method=fedms_plus", *sets)).mixture.sees_confidences == sees
+        assert methods.create(config("run.method=fedms_plus", GATE, *sets)).mixture.sees_confidences == sees
 
 
 def test_features_and_confidences_have_rates_of_their_own():
-    method = methods.create(config("run.method=fedms_plus", "plus.confidence_lr=0.5"))
+    method = methods.create(config("run.method=fedms_plus", GATE, "plus.confidence_lr=0.5"))
     gate = GateAdapter(4, 2, side=4)
     groups = method._gate_groups(Group({f"gate/{n}": p for n, p in gate.named_parameters()}, 1e-3))
     assert [group.lr for group in groups] == [1e-3, 0.5] and set(groups[1].params) == {"gate/side.weight", "gate/out.bias"}
@@ -120,10 +139,10 @@ def test_features_and_confidences_have_rates_of_their_own():
 
 
 def test_a_gate_without_features_trains_and_sends_a_handful_of_numbers(tmp_path):
-    run.run(config("run.method=fedms_plus", "data.split=[0.4, 0.2, 0.4]"), tmp_path / "run")
+    run.run(config("run.method=fedms_plus", GATE, "data.split=[0.4, 0.2, 0.4]"), tmp_path / "run")
     snapshot, _ = CheckpointFolder(tmp_path / "run/checkpoint").load()
     tensors = {name.removeprefix("tensors/"): tensor for name, tensor in snapshot.tensors.items()}
-    method = methods.create(config("run.method=fedms_plus"))
+    method = methods.create(config("run.method=fedms_plus", GATE))
     sent = {name for name in tensors if method.broadcast_policy("stage2", name) is BroadcastPolicy.EVERY_ROUND and "gate/" in name}
     assert sent == {"gate/out.bias", "gate/side.weight"} and all(tensors[name].abs().max() > 0.01 for name in sent)
     assert not tensors["gate/out.weight"].any()
