@@ -22,7 +22,11 @@ void start(const Launch& what, const Gemm& g, int tile, const DeviceProperties& 
   if constexpr (HAS_WGMMA) {
     TensorMaps own;
     TensorMaps& maps = g.maps ? *g.maps : own;
-    const OverlappedShrink& ahead = g.shrink;
+    const GemmShrink& ahead = g.shrink;
+    if (ahead.inside) {
+      const NarrowArguments<T> narrow{arguments, of(ahead.a), ahead.a_stride, static_cast<T*>(ahead.s), ahead.factors};
+      return start_narrow_forward(what, narrow, chip.multiprocessors, maps);
+    }
     if (ahead.a) {
       const Launch shrink{"shrink_ahead", g.m, 0, g.k, g.r, what.stream};
       const ShrinkAheadArguments<T> of_shrink{int(g.m), int(g.k), int(g.r), ahead.experts, of(g.x), g.x_stride, of(ahead.a),
@@ -51,6 +55,8 @@ std::shared_ptr<TensorMaps> make_tensor_maps() { return std::make_shared<TensorM
 
 bool overlaps_shrink(int tile, int64_t r) { return TILES[tile].kind == Kind::wgmma && r <= OVERLAPPED_RANKS; }
 
+bool has_shrink_inside(int tile, int64_t r) { return tile == NARROW_TILE && r <= NARROW_RANKS; }
+
 void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& stream) {
   if (tile < 0 || tile >= TILE_COUNT) throw Error("there is no tile " + text(tile));
   static const std::vector<std::string> names = [] {
@@ -73,8 +79,9 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
     fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
   }
   if (g.shrink.a) {
-    const bool ranks_fit = overlaps_shrink(tile, g.r) && g.r > 0 && g.t_stride >= g.r && g.t_stride <= OVERLAPPED_RANKS;
-    if (int8 || has_dropout || !ranks_fit) fail(what, "no shrink can run ahead of this product");
+    const bool inside = g.shrink.inside, fits = inside ? has_shrink_inside(tile, g.r) : overlaps_shrink(tile, g.r);
+    const bool ranks_fit = fits && g.r > 0 && g.t_stride >= g.r && g.t_stride <= (inside ? NARROW_RANKS : OVERLAPPED_RANKS);
+    if (int8 || has_dropout || !ranks_fit || (inside && g.transposed)) fail(what, "no shrink can overlap this product or be in it");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

@@ -26,7 +26,7 @@ struct GemmArguments {
   int band;  // row blocks of a band of tiles, see layout.h
 };
 
-// Of a shrink that runs ahead of a GEMM (OverlappedShrink).
+// Of a shrink that runs ahead of a GEMM (GemmShrink).
 template <class T>
 struct ShrinkAheadArguments {
   int m, k, r, experts;
@@ -40,6 +40,16 @@ struct ShrinkAheadArguments {
   float* dgate;
   Factors factors;
   Segments segments;
+};
+
+// Of a GEMM that makes s and t itself (GemmShrink).
+template <class T>
+struct NarrowArguments {
+  GemmArguments<T> gemm;
+  const T* a;
+  int64_t a_stride;
+  T* s;
+  Factors factors;
 };
 
 // Two columns side by side, the first one even, of an output with n columns, an even number.
@@ -85,5 +95,8 @@ void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int
 template <class T>
 void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& arguments, bool backward, int blocks,
                         TensorMaps& maps);
+
+template <class T>
+void start_narrow_forward(const Launch& what, const NarrowArguments<T>& arguments, int multiprocessors, TensorMaps& maps);
 
 }  // namespace fedms::cuda

@@ -5,21 +5,10 @@
 //
 // Behind a shrink that runs ahead (shrink_sm90.cu) it starts before T is there: the thread that copies waits for the end of that
 // launch before it comes to the ranks of its first tile.
-#include <type_traits>
-
-#include "gemm.h"
-#include "ring.h"
+#include "tile_sm90.h"
 
 namespace fedms::cuda {
 namespace {
-
-constexpr int STEP = 64, BOX = 64 * 128;  // a box: 64 rows of 64 numbers, 128 bytes
-// From so many numbers on, 32 MiB, y leaves no room in the 50 MB of L2 for what the other tiles read, and whoever reads y next
-// would not find its beginning there: it is the first to be evicted.
-constexpr int64_t STREAMED = 16 << 20;
-
-template <int VALUE>
-using Count = std::integral_constant<int, VALUE>;
 
 // The operands as the tensor memory accelerator sees them.
 struct Maps {
@@ -32,19 +21,11 @@ struct WgmmaGemm {
   static constexpr int BM = tile.bm, BN = tile.bn;
   static constexpr int CONSUMERS = BM / 64;
   using Stages = Ring<tile.stages, tile.stage_bytes()>;
-  // What registers there are, 504 for each thread of a warpgroup, shared out in eights.
-  static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-  static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 504);
+  static_assert(CONSUMERS == 2);
   static_assert(Stages::BYTES + CONSUMERS * 2 * BOX + Stages::BARRIER_BYTES == tile.shared_bytes());
 
-  // The rows of a tile of this block, and its first column.
-  struct Place {
-    RowBlock rows;
-    int column;
-  };
-
   // Copies a box of x or T, and one of W or F, whose numbers are at `first` of the reduction; in F that is at `first_of_f`.
-  static FEDMS_DEVICE void load(const Maps& maps, const Place& place, bool ranks, int first, int first_of_f, uint32_t stage,
+  static FEDMS_DEVICE void load(const Maps& maps, const TilePlace& place, bool ranks, int first, int first_of_f, uint32_t stage,
                                 uint32_t full) {
     const uint32_t b = stage + BM * 128;
     ptx::tma_load(stage, ranks ? &maps.t : &maps.x, full, place.rows.row, first);
@@ -57,20 +38,9 @@ struct WgmmaGemm {
     }
   }
 
-  // Calls work(place) for the tiles of this block, one after the other. In segments every tile is whole: what two of them
-  // compute both comes out the same.
-  template <class F>
-  static FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, F work) {
-    const int blocks = row_blocks(g.segments, BM, g.m), columns = ceil_div(g.n, BN);
-    for (int t = ptx::block_x(); t < blocks * columns; t += ptx::blocks_x()) {
-      const Tile2 tile = place_tile(t, blocks, columns, g.band);
-      work(Place{row_block(g.segments, tile.row, BM, g.m, g.r, true), tile.column * BN});
-    }
-  }
-
   static FEDMS_DEVICE void produce(const GemmArguments<T>& g, const Maps& maps, const Stages& ring) {
     typename Stages::Cursor at;
-    for_tiles(g, [&](const Place& place) {
+    for_tiles<BM, BN>(g, [&](const TilePlace& place) {
       for (int first = 0; first < g.k; first += STEP) {
         ring.fill(at, [&](uint32_t stage, uint32_t full) { load(maps, place, false, first, first, stage, full); });
       }
@@ -97,9 +67,9 @@ struct WgmmaGemm {
 
   static FEDMS_DEVICE void consume(const GemmArguments<T>& g, const Maps& maps, const Stages& ring, uint32_t staged,
                                    int warpgroup) {
-    int boxes = 0;
+    TileWriter<T> writer{staged + warpgroup * 2 * BOX, warpgroup};
     typename Stages::Reader reader;
-    for_tiles(g, [&](const Place& place) {
+    for_tiles<BM, BN>(g, [&](const TilePlace& place) {
       Accumulator sum = {};
       ptx::keep_in_place(sum);
       const auto step = [&](auto count) {
@@ -118,36 +88,9 @@ struct WgmmaGemm {
         }
       }
       ring.finish(reader, sum);
-      write(g, maps, staged + warpgroup * 2 * BOX, boxes, warpgroup, place.rows.row + warpgroup * 64, place.column, sum);
+      writer.template write<BN>(g, maps.y, place.rows.row + warpgroup * 64, place.column, sum);
     });
-    if (ptx::thread() % 128 == 0) ptx::tma_store_wait_read<0>();
-  }
-
-  // Boxes of 64 x 64 through two places in shared memory, taken in turns also from one tile to the next; the tensor memory
-  // accelerator writes them behind our back.
-  static FEDMS_DEVICE void write(const GemmArguments<T>& g, const Maps& maps, uint32_t staged, int& boxes, int warpgroup,
-                                 int row, int column, Accumulator& sum) {
-    const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
-    const uint64_t policy = ptx::cache_policy(int64_t(g.m) * g.n > STREAMED);
-#pragma unroll
-    for (int box = 0; box < BN / 64; ++box) {
-      const uint32_t place = staged + boxes++ % 2 * BOX;
-      if (thread == 0) ptx::tma_store_wait_read<1>();
-      ptx::named_barrier(1 + warpgroup, 128);
-#pragma unroll
-      for (int i = 0; i < 32; i += 2) {
-        const int box_row = warp * 16 + accumulator_row(lane, i % 4), box_column = i / 4 * 8 + accumulator_column(lane, 0);
-        float low = sum[box * 32 + i], high = sum[box * 32 + i + 1];
-        add_bias(g.bias, column + box * 64 + box_column, g.n, low, high);
-        ptx::store_shared_u32(place + chunk_offset<8>(box_row, box_column / 8) + box_column % 8 * 2, pack<T>(low, high));
-      }
-      ptx::fence_shared_for_tma();
-      ptx::named_barrier(1 + warpgroup, 128);
-      if (thread == 0) {
-        ptx::tma_store(&maps.y, place, row, column + box * 64, policy);
-        ptx::tma_store_commit();
-      }
-    }
+    writer.finish();
   }
 
   static FEDMS_DEVICE void run(const GemmArguments<T>& g, const Maps& maps) {

@@ -45,6 +45,10 @@ constexpr int SHRINK_SHARED_BYTES = SHRINK_STAGES * ((SHRINK_ROWS + OVERLAPPED_R
 // Of strips of dy and x (strips_sm90.cu): the columns of one, and the rows of a stage.
 constexpr int STRIP_COLUMNS = 64, STRIP_ROWS = 128, STRIP_STAGES = 7;
 constexpr int STRIP_SHARED_BYTES = STRIP_STAGES * (2 * STRIP_ROWS * 128 + 16);
+// Of a GEMM that makes T itself (narrow_sm90.cu): its tile, and the ranks that it can have, which lie below W in every stage.
+constexpr int NARROW_TILE = 3, NARROW_RANKS = 32;
+constexpr int NARROW_SHARED_BYTES = TILES[NARROW_TILE].shared_bytes() + TILES[NARROW_TILE].stages * NARROW_RANKS * 128;
+static_assert(TILES[NARROW_TILE].kind == Kind::wgmma && TILES[NARROW_TILE].bn == 192 && NARROW_SHARED_BYTES <= 232448);
 static_assert(SHRINK_SHARED_BYTES <= 232448 && STRIP_SHARED_BYTES <= 232448);
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 // An int8 W is made wide in registers, and dropout between the ranks and W touches the accumulator in the middle: both are

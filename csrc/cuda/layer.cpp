@@ -122,8 +122,8 @@ void LayerPlan::forward(const LayerForward& call, const GemmChoice& choice, cons
   product.f = experts.b;
   product.f_stride = experts.b_stride;
   product.y = call.y;
-  if (choice.overlaps_shrink) {
-    product.shrink = {experts.a, experts.a_stride, call.s, nullptr, 0, factors(of)};
+  if (choice.shrink != ShrinkPlace::apart) {
+    product.shrink = {experts.a, experts.a_stride, call.s, nullptr, 0, factors(of), choice.shrink == ShrinkPlace::inside};
   } else {
     shrink({shape_.element, shape_.m, shape_.k, rank_, call.x, call.x_stride, experts.a, experts.a_stride, call.s, of.t, t_pitch_,
             factors(of), segments_, of.dropout},
@@ -149,7 +149,7 @@ std::vector<int> LayerPlan::splits_of(int64_t rows_a_split) const {
 }
 
 bool LayerPlan::runs_in_strips(const Needs& needs, const GemmChoice& choice) const {
-  return needs.dx && choice.overlaps_shrink;
+  return needs.dx && choice.shrink == ShrinkPlace::overlapped;
 }
 
 LayerPlan::Side LayerPlan::strips(int64_t columns, const Needs& needs) const {
@@ -224,7 +224,7 @@ void LayerPlan::compute_dx(const LayerBackward& call, void* ds, const GemmChoice
   product.y = call.dx;
   product.transposed = !shape_.int8;
   product.dropout = call.of.dropout;
-  if (choice.overlaps_shrink) {
+  if (choice.shrink == ShrinkPlace::overlapped) {
     product.shrink = {experts.b, experts.b_stride, const_cast<void*>(call.s), call.dgate, static_cast<int>(shape_.ranks.size()),
                       factors(call.of)};
   }

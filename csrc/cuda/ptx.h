@@ -187,7 +187,8 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
 
 #define FEDMS_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FEDMS_D32(i) FEDMS_D8(i), FEDMS_D8(i + 8), FEDMS_D8(i + 16), FEDMS_D8(i + 24)
+#define FEDMS_D16(i) FEDMS_D8(i), FEDMS_D8(i + 8)
+#define FEDMS_D32(i) FEDMS_D16(i), FEDMS_D16(i + 16)
 #define FEDMS_NAMES_0 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21" \
   ", %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -198,14 +199,15 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83" \
   ", %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FEDMS_NAMES_96 \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112" \
-  ", %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define FEDMS_NAMES_112 \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// d (64, N) += a (64, 16) b (16, N). The operands are descriptors of shared memory (layout.h); a
+// d (64, N) += a (64, 16) b (16, N), in the first N / 2 accumulators. The operands are descriptors of shared memory (layout.h); a
 // has its columns along memory, or with A_ACROSS its rows, and b its rows, or with B_ACROSS its columns.
-template <class T, int N, bool B_ACROSS, bool A_ACROSS = false>
-FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
+template <class T, int N, bool B_ACROSS, bool A_ACROSS = false, int D>
+FEDMS_DEVICE void wgmma(float (&d)[D], uint64_t a, uint64_t b) {
+  static_assert((N == 64 || N == 128 || N == 192 || N == 224 || N == 256) && N / 2 <= D);
 #define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, TRANSPOSED, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B            \
                ", 1, 1, 1, " TRANSPOSED ";"                                                                        \
@@ -224,11 +226,31 @@ FEDMS_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   } else if constexpr (N == 192) {
     FEDMS_WGMMA_OF("m64n192k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64, "%96", "%97", "%98, %99", FEDMS_D32(0),
                    FEDMS_D32(32), FEDMS_D32(64))
+  } else if constexpr (N == 224) {
+    FEDMS_WGMMA_OF("m64n224k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64 FEDMS_NAMES_96, "%112", "%113", "%114, %115",
+                   FEDMS_D32(0), FEDMS_D32(32), FEDMS_D32(64), FEDMS_D16(96))
   } else {
-    FEDMS_WGMMA_OF("m64n256k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64 FEDMS_NAMES_96, "%128", "%129",
+    FEDMS_WGMMA_OF("m64n256k16", FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64 FEDMS_NAMES_96 FEDMS_NAMES_112, "%128", "%129",
                    "%130, %131", FEDMS_D32(0), FEDMS_D32(32), FEDMS_D32(64), FEDMS_D32(96))
   }
 #undef FEDMS_WGMMA_OF
+#undef FEDMS_WGMMA
+}
+
+// The same with a in registers. What each thread holds of it are its accumulators of 16 columns, packed in pairs.
+template <class T, int N, bool B_ACROSS, int D>
+FEDMS_DEVICE void wgmma_from_registers(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N == 192 && N / 2 <= D);
+#define FEDMS_WGMMA(TYPE)                                                                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " {" FEDMS_NAMES_0 FEDMS_NAMES_32 FEDMS_NAMES_64 \
+               "}, {%96, %97, %98, %99}, %100, 1, 1, 1, %101;"                                                                \
+               : FEDMS_D32(0), FEDMS_D32(32), FEDMS_D32(64)                                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(B_ACROSS)))
+  if constexpr (Number<T>::is_bf16) {
+    FEDMS_WGMMA("bf16");
+  } else {
+    FEDMS_WGMMA("f16");
+  }
 #undef FEDMS_WGMMA
 }
 

@@ -46,12 +46,12 @@ struct Ring {
     ptx::sync_block();
   }
 
-  // Waits until a stage is free and calls load(its address, the barrier that its copies complete), which starts copies of
-  // STAGE_BYTES in all.
+  // Waits until a stage is free and calls load(its address, the barrier that its copies complete), which starts copies of so many
+  // bytes in all.
   template <class Load>
-  FEDMS_DEVICE void fill(Cursor& at, Load load) const {
+  FEDMS_DEVICE void fill(Cursor& at, Load load, int bytes = STAGE_BYTES) const {
     ptx::barrier_wait(empty(at.stage), at.phase ^ 1);
-    ptx::barrier_arrive_expect(full(at.stage), STAGE_BYTES);
+    ptx::barrier_arrive_expect(full(at.stage), bytes);
     load(stages + at.stage * STAGE_BYTES, full(at.stage));
     at.advance();
   }

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,14 @@ cuda::Stream current_stream(const dlpack::Device& device) {
     handle = reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
   }
   return {device.id, handle};
+}
+
+// As fedms_ext/backends/cuda_plan.py names them.
+cuda::ShrinkPlace place_of(const std::string& name) {
+  if (name == "apart") return cuda::ShrinkPlace::apart;
+  if (name == "overlapped") return cuda::ShrinkPlace::overlapped;
+  if (name == "inside") return cuda::ShrinkPlace::inside;
+  throw py::value_error("a shrink is apart, overlapped or inside, not " + name);
 }
 
 // A plan as Python has it: how its GEMMs run is chosen there.
@@ -228,10 +237,10 @@ void define_plan(py::module_& m) {
       .def_property_readonly("room_size", &Plan::room_size)
       .def_property_readonly("s_at", &Plan::s_at)
       .def_property_readonly("reads_expert_in_place", [](const Plan& plan) { return plan.plan().joined_size() == 0; })
-      .def("choose_forward", [](Plan& plan, int tile, bool overlaps_shrink) { plan.forward_choice = {tile, overlaps_shrink}; },
-           py::arg("tile"), py::arg("overlaps_shrink"))
-      .def("choose_dx", [](Plan& plan, int tile, bool overlaps_shrink) { plan.dx_choice = {tile, overlaps_shrink}; },
-           py::arg("tile"), py::arg("overlaps_shrink"));
+      .def("choose_forward", [](Plan& plan, int tile, const std::string& shrink) { plan.forward_choice = {tile, place_of(shrink)}; },
+           py::arg("tile"), py::arg("shrink"))
+      .def("choose_dx", [](Plan& plan, int tile, const std::string& shrink) { plan.dx_choice = {tile, place_of(shrink)}; },
+           py::arg("tile"), py::arg("shrink"));
   define_fast_method<&Plan::forward>(
       plan, "forward", "forward(x, weight, weight_scale, bias, a, b, scale, gate, dropout_p, seed, y, s, room)");
   define_fast_method<&Plan::backward>(
@@ -255,6 +264,7 @@ void define_cuda(py::module_ m) {
   m.def("gemm_tiles", &cuda::gemm_tiles, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
         py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
   m.def("overlaps_shrink", &cuda::overlaps_shrink, py::arg("tile"), py::arg("r"));
+  m.def("has_shrink_inside", &cuda::has_shrink_inside, py::arg("tile"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
   m.def("gemm", &gemm, py::arg("x"), py::arg("weight"), py::arg("t"), py::arg("f"), py::arg("y"), py::arg("transposed"),
         py::arg("rank"), py::arg("tile"), py::arg("chip"));

@@ -18,7 +18,8 @@ _kernels: Any = devices.cuda_kernels()
 # The error of a pass for a tensor that the kernels cannot read in place. It is a ValueError.
 Declined: type[ValueError] = _kernels.Declined if _kernels is not None else ValueError
 
-# Smallest number of output columns for which the shrink overlaps the GEMM, if nothing was measured.
+# Smallest number of output columns for which the shrink overlaps the GEMM, if nothing was measured, and from which it is never
+# inside the GEMM.
 _WIDE = 2048
 
 
@@ -111,13 +112,13 @@ class Plan:
         # In a forward pass dropout affects only S.
         return self._choose(
             "forward", self.shape.n, self.shape.k, False, run,
-            lambda config: self._kernels.choose_forward(config.tile, config.overlaps_shrink),
+            lambda config: self._kernels.choose_forward(config.tile, config.shrink),
         )  # fmt: skip
 
     def _choose_dx(self, run: Callable[[], None]) -> bool:
         return self._choose(
             "dx", self.shape.k, self.shape.n, self.shape.has_dropout, run,
-            lambda config: self._kernels.choose_dx(config.tile, config.overlaps_shrink),
+            lambda config: self._kernels.choose_dx(config.tile, config.shrink),
         )  # fmt: skip
 
     def _choose(
@@ -131,13 +132,13 @@ class Plan:
         shape = self.shape
         m = 1 << (shape.m - 1).bit_length()
         full_tiles = all(rows == 0 or rows >= 128 for rows in shape.segments or ())
-        # A shrink that overlaps the GEMM supports neither dropout nor an int8 W.
-        may_overlap = not (shape.has_dropout or shape.int8)
-        key = (name, str(shape.dtype), m, n, k, self.rank, shape.int8, has_dropout, may_overlap, shape.fp32_experts,
+        # A shrink that overlaps the GEMM, or is in it, supports neither dropout nor an int8 W.
+        plain = not (shape.has_dropout or shape.int8)
+        key = (name, str(shape.dtype), m, n, k, self.rank, shape.int8, has_dropout, plain, shape.fp32_experts,
                shape.segments is not None, full_tiles)  # fmt: skip
 
         def ways() -> dict[str, GemmConfig]:
-            configs = gemm_configs(chip_of(shape.device), m, n, k, self.rank, shape.int8, has_dropout, full_tiles, may_overlap)
+            configs = gemm_configs(chip_of(shape.device), name, m, n, k, self.rank, shape.int8, has_dropout, full_tiles, plain)
             return {str(config): config for config in configs}
 
         def run_with(config: GemmConfig) -> None:
@@ -174,32 +175,39 @@ class GemmConfig(NamedTuple):
 
     Attributes:
         tile: Number of the tile.
-        overlaps_shrink: Whether the kernel that computes S, or dS in a backward pass, runs on some multiprocessors while the GEMM
-            starts on the others (programmatic dependent launch). Otherwise the GEMM starts when S, or dS, is there.
+        shrink: Where S, or dS in a backward pass, is computed. "apart": by a kernel before the GEMM. "overlapped": by a kernel that
+            runs on some multiprocessors while the GEMM starts on the others (programmatic dependent launch). "inside": by the GEMM
+            itself, tile by tile.
     """
 
     tile: int
-    overlaps_shrink: bool
+    shrink: str
 
     def __str__(self) -> str:
-        return _kernels.gemm_tile_name(self.tile) + (", overlapped shrink" if self.overlaps_shrink else "")
+        return _kernels.gemm_tile_name(self.tile) + ("" if self.shrink == "apart" else f", shrink {self.shrink}")
 
 
 def gemm_configs(
-    chip: object, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, may_overlap: bool
+    chip: object, name: str, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, plain: bool
 ) -> list[GemmConfig]:
     """Return the valid configurations of a GEMM. The first one is the fastest according to the cost model.
 
     Args:
         chip: The C++ object that describes the GPU.
+        name: "forward" or "dx".
         m, n, k: Number of rows, output columns and terms of each sum.
         rank: Total rank.
         int8: Whether the weight is int8.
         has_dropout: Whether the output is masked.
         full_tiles: Whether every segment has at least as many rows as a tile of wgmma, or none.
-        may_overlap: Whether the shrink may overlap the GEMM.
+        plain: Whether the weight is not int8 and the LoRA branch has no dropout.
     """
     tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, has_dropout, full_tiles)
-    apart = [GemmConfig(tile, False) for tile in tiles]
-    overlapped = [GemmConfig(tile, True) for tile in tiles if may_overlap and _kernels.overlaps_shrink(tile, rank)]
-    return overlapped + apart if n >= _WIDE else apart + overlapped
+    apart = [GemmConfig(tile, "apart") for tile in tiles]
+    overlapped = [GemmConfig(tile, "overlapped") for tile in tiles if plain and _kernels.overlaps_shrink(tile, rank)]
+    if n >= _WIDE:
+        return overlapped + apart
+    # Every tile in a row of tiles repeats the products of a shrink inside, which only pays in narrow layers.
+    may_be_inside = plain and name == "forward"
+    inside = [GemmConfig(tile, "inside") for tile in tiles if may_be_inside and _kernels.has_shrink_inside(tile, rank)]
+    return apart + overlapped + inside

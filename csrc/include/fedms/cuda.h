@@ -2,8 +2,8 @@
 // that a pass is made of (cuda_layer.h makes them). Forward: the experts side by side (join_experts), S = x A^T (shrink), and
 // y = x W^T + T B^T + bias (gemm). Backward: one pass over dy for dB and U (lora_grad_partials), dS and dgate from U
 // (finalize_row_grads), the GEMM again for dx, a pass over x for dA, and the sums of all gradients (reduce_partials). On compute
-// capability 9.0 there is another way: S, and backward dS and dgate, in a launch that overlaps the GEMM (OverlappedShrink), and both
-// gradients in one launch (lora_grad_strips).
+// capability 9.0 there are other ways: S, and backward dS and dgate, in a launch that overlaps the GEMM, and both gradients in one
+// launch (lora_grad_strips); or S in the GEMM itself (GemmShrink).
 //
 // Pointers lead to memory of the device. A stride is the numbers from one row to the next; along a row they lie side by
 // side, and rows start at multiples of 16 bytes. Nothing is allocated, nothing waits for the GPU, and nothing is read
@@ -63,17 +63,19 @@ struct DeviceProperties {
   int shared_memory;   // bytes that a block may have
 };
 
-// A launch of few blocks that makes t ahead of a gemm, which starts while it runs and waits for it before it comes to the ranks
-// (programmatic dependent launch, compute capability 9.0). Forward it makes s and t from the gemm's x, as shrink does. For a gemm
+// How t is made for a gemm, on compute capability 9.0: by a launch of few blocks ahead of it, and the gemm starts while that runs and
+// waits for it before it comes to the ranks (programmatic dependent launch); or `inside`, by the gemm itself. Forward it makes s and t from the gemm's x, as shrink does. For a gemm
 // that is `transposed`, whose x is dy and whose t is ds, it makes ds = dy a with scale and gate, and dgate as RowGrads has it, from
-// the s that is there. r is from 1 to 64; without dropout; for the tiles of overlaps_shrink.
-struct OverlappedShrink {
+// the s that is there. r is at least 1; without dropout; for the tiles and ranks of overlaps_shrink or, inside, of has_shrink_inside. A
+// gemm that is transposed has no shrink inside.
+struct GemmShrink {
   const void* a = nullptr;  // (r, k), or (k, r) if the gemm is transposed; null: there is no such launch, t is there already
   int64_t a_stride = 0;
   void* s = nullptr;        // (m, r), dense; if the gemm is transposed it is read, for dgate alone
   float* dgate = nullptr;   // null: it is not wanted
   int experts = 0;
   Factors factors{};
+  bool inside = false;
 };
 
 // The operands as the tensor memory accelerator sees them. It takes the driver a while to make them, so whoever calls again with
@@ -102,7 +104,7 @@ struct Gemm {
   bool transposed;
   Dropout dropout;
   Segments segments;
-  OverlappedShrink shrink;
+  GemmShrink shrink;
   TensorMaps* maps;  // kept from call to call, or null
 };
 
@@ -111,6 +113,7 @@ struct Gemm {
 std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout, bool full_tiles);
 std::string gemm_tile_name(int tile);
 bool overlaps_shrink(int tile, int64_t r);
+bool has_shrink_inside(int tile, int64_t r);
 void gemm(const Gemm& gemm, int tile, const DeviceProperties& chip, const Stream& stream);
 
 // s (m, r), dense, = drop(x) a^T with x (m, k) and a (r, k), and t (m, r) = s with scale and gate; zeros in t up to its

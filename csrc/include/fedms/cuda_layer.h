@@ -18,11 +18,15 @@ struct LayerShape {
   std::vector<int> rows;   // of each expert, one after the other; empty: every row takes all experts
 };
 
-// How a GEMM runs: the number of its tile, and whether the launch that makes T, or dS, overlaps it (overlaps_shrink). Where it
-// does in a backward pass, dA and dB are made in strips.
+// Where T, or dS, is made for a GEMM: in a launch before it, in one that overlaps it (overlaps_shrink), or in the GEMM itself
+// (has_shrink_inside), which a forward pass alone can do.
+enum class ShrinkPlace { apart, overlapped, inside };
+
+// How a GEMM runs: the number of its tile, and where T, or dS, is made. Where that overlaps it in a backward pass, dA and dB are
+// made in strips.
 struct GemmChoice {
   int tile = 0;
-  bool overlaps_shrink = false;
+  ShrinkPlace shrink = ShrinkPlace::apart;
 };
 
 // What both passes read. `t` and `joined` are room for LayerPlan::t_size() and joined_size() numbers of the element's type: the

@@ -273,32 +273,38 @@ inline uint32_t described(uint64_t descriptor, bool transposed, int row, int k) 
   if (!transposed) return swizzled(start + row % 8 * 128 + row / 8 * stride + k * 2);
   return swizzled(start + row % 64 * 2 + row / 64 * leading + k % 8 * 128 + k / 8 * stride);
 }
+template <class T>
+float described_number(uint64_t descriptor, bool transposed, int row, int k) {
+  const uint32_t address = described(descriptor, transposed, row, k);
+  check_fenced(address & ~3u, 4);
+  uint16_t bits;
+  std::memcpy(&bits, at(address, 2), 2);
+  return Number<T>::widen(T{bits});
+}
 
-template <class T, int N, bool B_ACROSS, bool A_ACROSS = false>
-void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  struct Lane {
-    float* d;
-    uint64_t a, b;
-  } lane{d, a, b};
-  in_warpgroup("wgmma", &lane, [](const void* const* all) {
-    std::vector<Lane> lanes(128);
+// What a thread brings to a wgmma. Its registers of a are read when the hardware may read them, so `a` is their place.
+struct WgmmaLane {
+  float* d;
+  const uint32_t* a;
+  uint64_t a_descriptor, b;
+};
+
+// d += a b, where read_a(lanes, a) gives the numbers of a.
+template <class T, int N, bool B_ACROSS, class ReadA>
+void multiply_in_warpgroup(const char* what, const WgmmaLane& lane, ReadA read_a) {
+  in_warpgroup(what, &lane, [read_a](const void* const* all) {
+    std::vector<WgmmaLane> lanes(128);
     for (int i = 0; i < 128; ++i) {
-      lanes[i] = *static_cast<const Lane*>(all[i]);
-      if (lanes[i].a != lanes[0].a || lanes[i].b != lanes[0].b) {
+      lanes[i] = *static_cast<const WgmmaLane*>(all[i]);
+      if (lanes[i].a_descriptor != lanes[0].a_descriptor || lanes[i].b != lanes[0].b) {
         problem("the threads of a warpgroup disagree about wgmma");
       }
     }
-    block->multiplications[self->number / 128].add(block->late, [lanes] {
+    block->multiplications[self->number / 128].add(block->late, [lanes, read_a] {
       static float a[64][16], b[16][N];
-      const auto read = [](uint32_t address) {
-        check_fenced(address & ~3u, 4);
-        uint16_t bits;
-        std::memcpy(&bits, at(address, 2), 2);
-        return Number<T>::widen(T{bits});
-      };
+      read_a(lanes, a);
       for (int k = 0; k < 16; ++k) {
-        for (int i = 0; i < 64; ++i) a[i][k] = read(described(lanes[0].a, A_ACROSS, i, k));
-        for (int j = 0; j < N; ++j) b[k][j] = read(described(lanes[0].b, B_ACROSS, j, k));
+        for (int j = 0; j < N; ++j) b[k][j] = described_number<T>(lanes[0].b, B_ACROSS, j, k);
       }
       for (int thread = 0; thread < 128; ++thread) {
         for (int v = 0; v < N / 2; ++v) {
@@ -310,6 +316,33 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
       }
     });
   });
+}
+
+template <class T, int N, bool B_ACROSS, bool A_ACROSS = false, int D>
+void wgmma(float (&d)[D], uint64_t a, uint64_t b) {
+  static_assert(N / 2 <= D);
+  multiply_in_warpgroup<T, N, B_ACROSS>("wgmma", {d, nullptr, a, b}, [](const std::vector<WgmmaLane>& lanes, float (&to)[64][16]) {
+    for (int k = 0; k < 16; ++k) {
+      for (int i = 0; i < 64; ++i) to[i][k] = described_number<T>(lanes[0].a_descriptor, A_ACROSS, i, k);
+    }
+  });
+}
+
+// The fragment of a as the PTX manual draws it for wgmma.m64nNk16: 16 rows for each warp.
+template <class T, int N, bool B_ACROSS, int D>
+void wgmma_from_registers(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N / 2 <= D);
+  const auto read = [](const std::vector<WgmmaLane>& lanes, float (&to)[64][16]) {
+    for (int thread = 0; thread < 128; ++thread) {
+      for (int word = 0; word < 4; ++word) {
+        for (int half = 0; half < 2; ++half) {
+          const int row = thread / 32 * 16 + thread % 32 / 4 + word % 2 * 8, k = 2 * (thread % 4) + word / 2 * 8 + half;
+          to[row][k] = number<T>(lanes[thread].a[word], half);
+        }
+      }
+    }
+  };
+  multiply_in_warpgroup<T, N, B_ACROSS>("wgmma with a in registers", {d, a, 0, b}, read);
 }
 
 }  // namespace ptx

@@ -46,7 +46,8 @@ def cases(names, *values):
 
 
 DTYPES = [torch.bfloat16, torch.float16]
-APART, OVERLAPPED = False, True  # how the launch that makes S, or dS, lies to the GEMM
+APART, OVERLAPPED, INSIDE = "apart", "overlapped", "inside"  # where S, or dS, is made
+NARROW = next(tile for tile in tiles() if backend._kernels.has_shrink_inside(tile, 1))
 SMALL = 1  # 64 x 64: where the tile is not what is tested
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
 
@@ -62,11 +63,13 @@ def alone(monkeypatch):
     torch.set_default_device(None)
 
 
-def use_tile(monkeypatch, tile, overlapped=False):
-    """`overlapped`: S and dS are made by launches that overlap the GEMMs, where the tile can do that."""
+def use_tile(monkeypatch, tile, shrink=APART):
+    """`shrink`: where S and dS are made, if the tile can do that."""
 
-    def configs(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_overlap):
-        return [cuda_plan.GemmConfig(tile, overlapped and may_overlap and backend._kernels.overlaps_shrink(tile, rank))]
+    def configs(chip, name, m, n, k, rank, int8, has_dropout, full_tiles, plain):
+        can = {APART: True, OVERLAPPED: backend._kernels.overlaps_shrink(tile, rank),
+               INSIDE: name == "forward" and backend._kernels.has_shrink_inside(tile, rank)}  # fmt: skip
+        return [cuda_plan.GemmConfig(tile, shrink if plain and can[shrink] else APART)]
 
     monkeypatch.setattr(cuda_plan, "gemm_configs", configs)
 
@@ -88,17 +91,45 @@ def test_the_gemm_alone_as_the_benchmark_times_it(transposed):
 
 
 # Sizes that end inside a tile, a step of the reduction and a step of the ranks.
-@cases("tile, overlapped, dtype", tiles(), [APART, OVERLAPPED], DTYPES)
-def test_every_tile(monkeypatch, tile, overlapped, dtype):
-    use_tile(monkeypatch, tile, overlapped)
+@cases("tile, shrink, dtype", tiles(), [APART, OVERLAPPED], DTYPES)
+def test_every_tile(monkeypatch, tile, shrink, dtype):
+    use_tile(monkeypatch, tile, shrink)
     check(Layer(150, 200, 264, [17, 3], "row and expert", dtype))
 
 
-@cases("tile, overlapped", [tile for tile in tiles() if backend._kernels.gemm_tile_name(tile).startswith("wgmma")], [APART, OVERLAPPED])
-def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, overlapped, tile):
+@cases("tile, shrink", [tile for tile in tiles() if backend._kernels.gemm_tile_name(tile).startswith("wgmma")], [APART, OVERLAPPED])
+def test_more_tiles_than_multiprocessors_and_more_steps_than_stages(monkeypatch, shrink, tile):
     # The emulated chip has four multiprocessors.
-    use_tile(monkeypatch, tile, overlapped)
-    check(Layer(390, 520, 520, [40 if overlapped else 70], "row"), needs=[0])
+    use_tile(monkeypatch, tile, shrink)
+    check(Layer(390, 520, 520, [70 if shrink == APART else 40], "row"), needs=[0])
+
+
+# Tiles end before the rows and columns do, with them, and behind them; there are more steps than stages, and more tiles than the
+# four multiprocessors of the emulated chip.
+@cases("sizes_and_ranks, gate, dtype", [((150, 200, 264), [17, 3]), ((260, 72, 392), [32]), ((1, 8, 8), [5]), ((129, 328, 192), [1, 7, 8])],
+       ["row and expert", "none", "row"], DTYPES)  # fmt: skip
+def test_a_forward_pass_in_one_launch(monkeypatch, sizes_and_ranks, gate, dtype):
+    sizes, ranks = sizes_and_ranks
+    use_tile(monkeypatch, NARROW, INSIDE)
+    check(Layer(*sizes, ranks, gate, dtype), needs=[2 + len(ranks)])  # the gradient of a B tells what S holds
+
+
+def test_segments_of_a_forward_pass_in_one_launch(monkeypatch):
+    use_tile(monkeypatch, NARROW, INSIDE)
+    check(Layer(259, 24, 200, [3, 17, 30], "row", segments=(131, 0, 128)), needs=[3])
+    layer = Layer(400, 40, 48, [2, 3, 9], "row", segments=(130, 140, 130))
+    check_not_applied(layer, [True, False, True], row=140, backend="cuda")
+
+
+def test_infinities_meet_no_zeros_behind_the_last_rank(monkeypatch):
+    use_tile(monkeypatch, NARROW, INSIDE)
+    layer = Layer(70, 72, 40, [5])
+    layer.weight, layer.a[0] = layer.weight.abs(), layer.a[0].abs()
+    layer.b[0] = layer.b[0].abs()
+    layer.x[7, 3] = float("inf")
+    with fedms_ext.use_backend("cuda"):
+        y = layer.run(expert_linear, needs=[0])[0]
+    assert (y[7] == float("inf")).all() and y.isfinite().all(dim=1).sum() == len(y) - 1
 
 
 @cases("tile", tiles(has_dropout=True))
@@ -165,10 +196,10 @@ def test_int8_weight(monkeypatch, dtype_and_p, tile):
     check_quantized(Layer(70, 144, 80, [5, 2], "row and expert", dtype, dropout_p=p), "int8", 64)
 
 
-@cases("tile, overlapped, layer", tiles(), [APART, OVERLAPPED], [((128, 150), [8, 8], "none"), ((131, 0, 140), [3, 17, 40], "row")])
-def test_segments(monkeypatch, overlapped, tile, layer):
+@cases("tile, shrink, layer", tiles(), [APART, OVERLAPPED], [((128, 150), [8, 8], "none"), ((131, 0, 140), [3, 17, 40], "row")])
+def test_segments(monkeypatch, shrink, tile, layer):
     segments, ranks, gate = layer
-    use_tile(monkeypatch, tile, overlapped)
+    use_tile(monkeypatch, tile, shrink)
     check(Layer(sum(segments), 72, 264, ranks, gate, segments=segments))
 
 
@@ -230,9 +261,9 @@ def test_bits_repeat(monkeypatch):
 
 
 @on_gpu
-@cases("tile, overlapped, sizes", tiles(), [APART, OVERLAPPED], [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
-def test_large(monkeypatch, tile, overlapped, sizes):
-    use_tile(monkeypatch, tile, overlapped)
+@cases("tile, shrink, sizes", tiles(), [APART, OVERLAPPED, INSIDE], [(1000, 768, 768), (517, 4096, 4104), (4096, 768, 3072)])
+def test_large(monkeypatch, tile, shrink, sizes):
+    use_tile(monkeypatch, tile, shrink)
     check(Layer(*sizes, [16, 16], "row and expert"))
 
 
@@ -243,12 +274,12 @@ def test_the_tiles_of_the_cost_model():
 
 
 @on_gpu
-@pytest.mark.parametrize("overlapped", [APART, OVERLAPPED])
-def test_graph_replay(monkeypatch, overlapped):
-    if overlapped:
-        use_tile(monkeypatch, tiles()[-1], overlapped)
+@pytest.mark.parametrize("shrink", [APART, OVERLAPPED, INSIDE])
+def test_graph_replay(monkeypatch, shrink):
+    if shrink != APART:
+        use_tile(monkeypatch, NARROW, shrink)
     monkeypatch.setattr(backend, "shared_plan", cuda_plan.shared_plan)  # a plan cannot be made within a capture
-    check_graph_replay(Layer(1000, 768, 768, [16, 8], "row and expert", dropout_p=0 if overlapped else 0.1), "cuda")
+    check_graph_replay(Layer(1000, 768, 768, [16, 8], "row and expert", dropout_p=0.1 if shrink == APART else 0), "cuda")
 
 
 @on_gpu

@@ -27,6 +27,7 @@ DEVICE = device.current().type
 def poisoned(monkeypatch):
     """Memory that the kernels are given holds NaN, which stays where they do not write."""
     monkeypatch.setenv("FEDMS_TUNE", "0")
+    cuda_plan.choices.cache_clear()  # a test may have put its own in their place
     torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then fills all new memory with NaN, that of C++ too
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
@@ -108,7 +109,7 @@ def test_a_layer_takes_the_short_way_and_is_right(short_way, dtype, rows, k, n, 
 @pytest.fixture
 def overlapped(short_way, monkeypatch):
     """Shrinks overlap the GEMMs, and dA and dB are made in strips."""
-    monkeypatch.setattr(cuda_plan, "gemm_configs", lambda *args: [cuda_plan.GemmConfig(tile=2, overlaps_shrink=True)])
+    monkeypatch.setattr(cuda_plan, "gemm_configs", lambda *args: [cuda_plan.GemmConfig(tile=2, shrink="overlapped")])
 
 
 # The emulated GPU has four multiprocessors: at 24 -> 40 two strips are split along the rows, as is one of dB alone.
@@ -131,13 +132,36 @@ def test_strips_without_frozen_pairs(overlapped, frozen):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the emulator counts")
-def test_few_launches(overlapped):
+@pytest.mark.parametrize("ways, launches", [
+    ("overlapped", 3 + 3),  # experts side by side, S, y; dS, dx, all of dA and dB
+    ("narrow", 2 + 3),      # experts side by side, y; the same
+])  # fmt: skip
+def test_few_launches(request, ways, launches):
+    request.getfixturevalue(ways)
     counter = ctypes.CDLL(os.environ["FEDMS_CUDA_EMULATED"]).fedms_launches
     counter.restype = ctypes.c_int64
     layer, x, dy = layer_of(200, 264, [16]), torch.randn(20, 200).bfloat16(), torch.randn(20, 264).bfloat16()
     before = counter()
     gradients(layer, x, dy)
-    assert counter() - before == 3 + 3  # experts side by side, S, y; dS, dx, all of dA and dB
+    assert counter() - before == launches
+
+
+@pytest.fixture
+def narrow(short_way, monkeypatch):
+    """The forward pass makes S inside the GEMM."""
+
+    def configs(chip, name, *args):
+        return [cuda_plan.GemmConfig(tile=3, shrink="inside" if name == "forward" else "overlapped")]
+
+    monkeypatch.setattr(cuda_plan, "gemm_configs", configs)
+
+
+@pytest.mark.parametrize("rows, k, n, ranks", [((130,), 72, 200, [16]), ((1,), 8, 8, [1]), ((2, 65), 72, 48, [3, 8, 21])], ids=str)
+def test_a_forward_pass_in_one_launch(narrow, rows, k, n, ranks):
+    layer, x = layer_of(k, n, ranks), torch.randn(*rows, k).bfloat16()
+    check(layer, x)
+    dy = torch.randn(*rows, n).bfloat16()
+    assert all(torch.equal(one, two) for one, two in zip(gradients(layer, x, dy), gradients(layer, x, dy), strict=True))
 
 
 @pytest.mark.parametrize("shape, of_gate", [((6, 5), (6, 2)), ((6, 5), (1, 2)), ((30,), (30, 2)), ((6, 5), (6, 5, 2))], ids=str)
