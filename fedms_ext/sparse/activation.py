@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -186,7 +187,8 @@ def _exchange(old: Mapping[Any, Route], new: Mapping[Any, Route]) -> None:
 class ConstantPrefix:
     """Runs the first `depth` blocks of a model separately from the rest.
 
-    `capture` runs a forward pass without autograd up to the end of the prefix and returns the input of the next block.
+    `capture` runs a forward pass without autograd up to the end of the prefix and returns the input of the next block; it
+    shows the states between blocks on the way there, for prefixes that will be shorter.
     `replay` lets a forward pass skip the prefix and continue from such a tensor. What comes before the blocks (embeddings,
     masks) still runs in `replay`, because later blocks need the masks.
 
@@ -209,33 +211,46 @@ class ConstantPrefix:
             raise ValueError(f"depth must lie in 0..{len(self.blocks)}, got {self.depth}")
 
     @torch.no_grad()
-    def capture(self, forward: Callable[[], object]) -> Tensor:
+    def capture(self, forward: Callable[[], object],
+                on_the_way: Mapping[int, Callable[[Tensor], object]] = MappingProxyType({})) -> Tensor:
         """Run `forward()` to the end of the prefix and return the hidden state there, (B, T, D).
 
+        Args:
+            forward: Runs the model.
+            on_the_way: Functions by number of blocks, each less than `depth`. Each is called with the hidden state
+                (B, T, D) behind so many blocks as the pass goes by; it has to copy what it keeps.
+
         Raises:
+            ValueError: If a number of blocks in `on_the_way` does not lie in 0..depth - 1.
             RuntimeError: If the forward pass does not reach the end of the prefix, or if a block does not take or return
                 the hidden state as described above.
         """
+        if on_the_way and not 0 <= min(on_the_way) <= max(on_the_way) < self.depth:
+            raise ValueError(f"on_the_way must hold numbers of blocks below the depth {self.depth}, got {sorted(on_the_way)}")
         here = threading.get_ident()     # other threads may run the model at the same time
 
         def after(_: nn.Module, args: tuple[object, ...], out: object) -> None:
             if threading.get_ident() == here:
-                _stop(_hidden(out))
+                raise _PrefixEnd(_tensor(_hidden(out)))
 
         def before(_: nn.Module, args: tuple[object, ...]) -> None:
             if threading.get_ident() == here:
-                _stop(*args[:1])
+                raise _PrefixEnd(_tensor(*args[:1]))
 
-        if self.depth == len(self.blocks):
-            handle = self.blocks[-1].register_forward_hook(after)
-        else:
-            handle = self.blocks[self.depth].register_forward_pre_hook(before)
-        try:
-            forward()
-        except _PrefixEnd as end:
-            return end.hidden
-        finally:
-            handle.remove()
+        def passing(see: Callable[[Tensor], object], _: nn.Module, args: tuple[object, ...]) -> None:
+            if threading.get_ident() == here:
+                see(_tensor(*args[:1]))
+
+        with ExitStack() as hooks:
+            for number, see in on_the_way.items():
+                hooks.callback(self.blocks[number].register_forward_pre_hook(partial(passing, see)).remove)
+            last = (self.blocks[-1].register_forward_hook(after) if self.depth == len(self.blocks)
+                    else self.blocks[self.depth].register_forward_pre_hook(before))
+            hooks.callback(last.remove)
+            try:
+                forward()
+            except _PrefixEnd as end:
+                return end.hidden
         raise RuntimeError(f"the forward pass never reached block {self.depth + 1}; are the blocks called in order, "
                            "with the hidden state as first positional argument?")
 
@@ -265,11 +280,11 @@ class _PrefixEnd(Exception):
         self.hidden = hidden
 
 
-def _stop(hidden: object = None) -> None:
+def _tensor(hidden: object = None) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise RuntimeError(f"a block's hidden state is {type(hidden).__name__}, expected a tensor; it must be the first "
                            "positional argument and the first thing that the block returns")
-    raise _PrefixEnd(hidden)
+    return hidden
 
 
 def _hidden(out: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 Such values are the outputs of the constant prefix, the logits of a frozen expert, and pooled features. A value must depend
 on nothing but its key. A cache holds at most `max_bytes`: it drops the least recently used values first, and does not keep
-a value that is larger than the whole cache.
+a value that is larger than the whole cache. A value that is not needed yet can be offered to it: it takes the place that is
+left, and gives it up before any value that was asked for.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -132,6 +134,13 @@ class ConstantCache:
             self.nbytes += value.nbytes
         return value
 
+    def offer(self, key: Key, value: Tensor | Ragged) -> None:
+        """Keep a value that will be asked for later if there is room for it; it is then the first to be dropped."""
+        if key not in self.entries and self.nbytes + value.nbytes <= self.max_bytes:
+            self.entries[key] = value
+            self.entries.move_to_end(key, last=False)
+            self.nbytes += value.nbytes
+
 
 class DiskCache:
     """A cache on disk: one memory-mapped safetensors file for each value, which is kept after the process ends.
@@ -157,17 +166,26 @@ class DiskCache:
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
         """Return the value of a key, from the cache or by calling `compute`."""
-        name = hashlib.sha256(repr((self.fingerprint, key)).encode()).hexdigest()
-        path = self.folder / (name + self.SUFFIX)
+        path = self._path(key)
         value = self._read(path)
         if value is None:
             value = compute()
-            if not self._write(path, value):
+            if not self._write(path, value, self.max_bytes):
                 return value
             value = self._read(path)
             if value is None:
                 raise OSError(f"{path}: cannot be read back although it was just written; the disk may be failing")
         return value
+
+    def offer(self, key: Key, value: Tensor | Ragged) -> None:
+        """Keep a value that will be asked for later if there is room for it; it is then the first to be dropped."""
+        path, room = self._path(key), self.max_bytes - self.nbytes
+        if value.nbytes <= room and not path.exists() and self._write(path, value, room):
+            with suppress(FileNotFoundError):       # another process has dropped it
+                os.utime(path, (0, 0))
+
+    def _path(self, key: Key) -> Path:
+        return self.folder / (hashlib.sha256(repr((self.fingerprint, key)).encode()).hexdigest() + self.SUFFIX)
 
     @property
     def nbytes(self) -> int:
@@ -191,13 +209,14 @@ class DiskCache:
             return None
         return tensors["tensor"] if "tensor" in tensors else Ragged.from_tensors(tensors)
 
-    def _write(self, path: Path, value: Tensor | Ragged) -> bool:
+    def _write(self, path: Path, value: Tensor | Ragged, most: int) -> bool:
+        """Write a value's file, and return whether it was written. A file of more than `most` bytes is not."""
         from safetensors.torch import save
 
         parts = {"tensor": value} if isinstance(value, Tensor) else value.tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
         data = save(tensors, {"sha256": _digest(tensors)})
-        if len(data) > self.max_bytes:
+        if len(data) > most:
             return False
         temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
         try:

@@ -239,6 +239,19 @@ def test_capture_and_replay_are_the_full_forward(model, depth):
         assert all(torch.equal(g, w) for g, w in zip(got, torch.autograd.grad(want, trained, dy)))
 
 
+def test_states_on_the_way_are_those_of_shorter_prefixes(model):
+    want = {depth: ConstantPrefix(model, depth).capture(model.run) for depth in range(BLOCKS + 1)}
+    for depth in range(1, BLOCKS + 1):
+        seen = {}
+        last = ConstantPrefix(model, depth).capture(
+            model.run, {number: lambda hidden, number=number: seen.update({number: hidden.clone()}) for number in range(depth)})
+        assert torch.equal(last, want[depth]) and list(seen) == list(range(depth))
+        assert all(torch.equal(hidden, want[number]) for number, hidden in seen.items())
+    for number in (-1, 2):
+        with pytest.raises(ValueError, match=rf"numbers of blocks below the depth 2, got \[{number}\]"):
+            ConstantPrefix(model, 2).capture(model.run, {number: print})
+
+
 def test_what_is_replayed_decides(model):
     prefix = ConstantPrefix(model, 2)
     hidden, want = prefix.capture(model.run), model.run()
@@ -358,6 +371,21 @@ def test_no_budget_no_cache():
     counting = Counting(ConstantCache(0))
     counting.get("a", 1), counting.get("a", 1)
     assert counting.calls == ["a", "a"] and not counting.cache.entries
+
+
+def test_cache_gives_up_what_was_only_offered_first():
+    counting = Counting(ConstantCache(40))
+    counting.get("a", 4)
+    for key in "bcd":       # of four floats each, of which there is room for one
+        counting.cache.offer(key, torch.full((4,), float(ord(key))))
+    assert list(counting.cache.entries) == ["b", "a"] and counting.cache.nbytes == 32
+    counting.get("b", 4)        # asked for: from now on a value like any other
+    counting.cache.offer("a", torch.zeros(4))
+    counting.cache.offer("e", torch.full((1,), float(ord("e"))))
+    assert list(counting.cache.entries) == ["e", "a", "b"]
+    counting.get("f", 2)
+    assert list(counting.cache.entries) == ["a", "b", "f"] and counting.calls == ["a", "f"]
+    counting.get("a", 4)
 
 
 def test_cache_holds_ragged_rows_and_keys_of_many_parts():

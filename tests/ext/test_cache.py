@@ -80,6 +80,20 @@ def test_the_budget_is_never_exceeded(tmp_path):
     assert cache.nbytes == kept      # larger than the budget: not kept, and nothing made room for it
 
 
+def test_what_is_offered_takes_the_room_that_is_left(tmp_path):
+    cache, value = DiskCache(tmp_path, 3000, ""), torch.ones(200)
+    kept = cache.get(("asked for",), lambda: value)
+    for name in "abc":      # one file has a little more than 800 bytes
+        cache.offer((name,), value * ord(name))
+    assert cache.nbytes <= 3000 and len(list(tmp_path.iterdir())) == 3
+    assert torch.equal(cache.get(("a",), lambda: 1 / 0), value * ord("a"))
+    cache.offer(("a",), torch.zeros(1))
+    cache.get(("d",), lambda: value)     # b is dropped for it, which nobody has asked for
+    for name, want in (("asked for", kept), ("a", value * ord("a")), ("d", value)):
+        assert torch.equal(cache.get((name,), lambda: 1 / 0), want)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_full_disk_costs_time_only(tmp_path, monkeypatch):
     cache, computed = DiskCache(tmp_path, 10**6, ""), []
 
