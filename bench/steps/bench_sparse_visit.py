@@ -30,6 +30,7 @@ from fedms.data.dataset import make_dataset  # noqa: E402
 from fedms.data.inputs import ImageInputs, TextInputs  # noqa: E402
 from fedms.federated.client import Client, Message, Private  # noqa: E402
 from fedms.models.base import FoundationModel  # noqa: E402
+from fedms.training.constants import new_cache  # noqa: E402
 
 
 EPOCHS = 3
@@ -70,7 +71,7 @@ class Visit:
 
     def __call__(self) -> None:
         if self.first:
-            self.model.cache = self.model._new_cache()
+            self.model.cache = new_cache(self.model)
         self.model.clear()
         self.method.client_step(self.model, self.client, Private(), self.message)
 

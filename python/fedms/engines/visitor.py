@@ -83,7 +83,7 @@ class Visitor:
             return
         for start in range(0, len(clients), self.lockstep):
             group = clients[start:start + self.lockstep]
-            turns = together(self.method.visit, self.model, [(self.clients[i], state(i)) for i in group], message)
+            turns = together(self.method.visit, self.model, [(self.clients[i], state(i)) for i in group], message, self.server.ahead)
             for client, turn in zip(group, turns):
                 yield self.do(errand, message, client, state(client), turn=turn)
 
@@ -99,7 +99,10 @@ class Visitor:
 
         turn: The same visit, if it was carried out together with others.
         """
-        came, after = visit(self.method.client_step, self.model, client, private, message) if turn is None else turn.visit()
+        if turn is None:
+            came, after = visit(self.method.client_step, self.model, client, private, message, self.server.ahead(message, client))
+        else:
+            came, after = turn.visit()
         packed = None if came.reply is None else pack_reply(came.reply, self.server.config.wire.dtype)
         return (replace(came, reply=None), packed), after
 

@@ -192,12 +192,15 @@ class Visit:
 ClientStep = Callable[[ExpertModel, Client, Private, Message], tuple[Reply, Private]]
 
 
-def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private,
-          message: Message) -> tuple[Visit, Private]:
-    """Carry out a method's step and measure it. A client that fails keeps its previous private state."""
+def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private, message: Message,
+          ahead: Sequence[int] = ()) -> tuple[Visit, Private]:
+    """Carry out a method's step and measure it. A client that fails keeps its previous private state.
+
+    ahead: See `Server.ahead`.
+    """
     flops, started = model.meter.flops, time.perf_counter()
     reset_peak(model.device)
-    model.clear()
+    model.clear(ahead)
     reply, after, reason = outcome_of(lambda: step(model, client, private, message), private)
     synchronize(model.device)
     return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak(model.device)), after

@@ -43,6 +43,8 @@ class Device:
         work: See `Fitting`.
         visit_flops, visit_seconds: The budget of a visit, which limits the number of blocks that are trained.
         load, seed: How much its speed varies from round to round, and the seed of that.
+        keeps_ahead: Whether its cache makes provision for later rounds: not if its memory is limited, as all of that is planned for
+            the largest depth.
     """
 
     max_depth: int | None = None
@@ -55,6 +57,7 @@ class Device:
     visit_seconds: float | None = None
     load: float = 0.0
     seed: int | None = None
+    keeps_ahead: bool = True
 
     def now(self, stage: str, round: int) -> Device:
         """Return the same device with its speed in a round, in which it also does other work."""
@@ -92,7 +95,7 @@ def device_of(config: RunConfig, client: int, fitting: Fitting = Fitting()) -> D
     return replace(common, max_depth=min(depths, default=None), max_rank=tier.rank, flops=tier.flops and tier.flops * speed,
                    bandwidth_up=tier.bandwidth_up and tier.bandwidth_up * link,
                    bandwidth_down=tier.bandwidth_down and tier.bandwidth_down * link, load=load,
-                   seed=derive_seed(config.run.seed, "load", client) if load else None)
+                   seed=derive_seed(config.run.seed, "load", client) if load else None, keeps_ahead=tier.memory is None)
 
 
 def _class_of(config: RunConfig, client: int) -> int:

@@ -106,13 +106,14 @@ class Turn:
 
     Attributes:
         client, private: The client, and its private state before the visit.
+        ahead: See `Server.ahead`.
         flops, seconds, peak: What the visit has cost; of a training together with others, an equal share of its seconds.
         training: The training that the visit waits for, or None if it has ended.
         seat: What the client has in the model, set aside while it waits.
     """
 
-    def __init__(self, visiting: Visiting, client: Client, private: Private) -> None:
-        self.client, self.private, self._visiting = client, private, visiting
+    def __init__(self, visiting: Visiting, client: Client, private: Private, ahead: Sequence[int]) -> None:
+        self.client, self.private, self.ahead, self._visiting = client, private, ahead, visiting
         self.flops, self.seconds, self.peak = 0, 0.0, 0
         self.training: Training | None = None
         self.seat: Seat
@@ -141,7 +142,7 @@ class Turn:
                 if isinstance(answer, ClientFailure):
                     raise answer
                 if answer is None:
-                    model.clear()
+                    model.clear(self.ahead)
                 else:
                     self.seat.load(model)
                 with memory_errors():
@@ -170,7 +171,8 @@ class Turn:
 
 
 def together(visit: Callable[[ExpertModel, Client, Private, Message], Visiting], model: ExpertModel,
-             clients: Sequence[tuple[Client, Private]], message: Message) -> list[Turn]:
+             clients: Sequence[tuple[Client, Private]], message: Message,
+             ahead: Callable[[Message, Client], Sequence[int]] = lambda *_: ()) -> list[Turn]:
     """Carry out the visits of several clients side by side.
 
     Args:
@@ -178,12 +180,13 @@ def together(visit: Callable[[ExpertModel, Client, Private, Message], Visiting],
         model: The model of this process.
         clients: The clients, each with its private state.
         message: The server's message.
+        ahead: `Server.ahead`; by default the clients' caches make no provision for later rounds.
 
     Returns:
         The visits, all of which have ended, in the order of the clients.
     """
     reset_peak(model.device)
-    turns = [Turn(visit(model, client, private, message), client, private) for client, private in clients]
+    turns = [Turn(visit(model, client, private, message), client, private, ahead(message, client)) for client, private in clients]
     for turn in turns:
         turn.go_on(model)
     while waiting := [turn for turn in turns if turn.training is not None]:

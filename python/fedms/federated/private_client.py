@@ -34,7 +34,7 @@ def contribute(server: PrivateServer, method: Method, model: ExpertModel, client
         return sums.encode({}, accuracy=accuracy), private, None
     if not client.n_train:
         return sums.nothing(), private, "it has no training samples"
-    model.clear()
+    model.clear(server.ahead(message, client))
     try:
         with memory_errors():
             reply, after = (step or method.client_step)(model, client, private, message)

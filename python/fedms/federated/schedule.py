@@ -37,6 +37,9 @@ class Schedule(Protocol):
                 client has validation samples.
         """
 
+    def soonest(self, depth: int, rounds: int) -> SalState:
+        """Return the state at a depth after so many rounds from which activation goes on soonest."""
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -49,6 +52,9 @@ class Fixed:
 
     def advance(self, state: SalState, score: float | None) -> SalState:
         return replace(state, rounds=state.rounds + 1)
+
+    def soonest(self, depth: int, rounds: int) -> SalState:
+        return SalState(depth, rounds)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class Every:
         rounds = state.rounds + 1
         grown = min(state.depth + self.step, self.max_depth) if rounds % self.n == 0 else state.depth
         return replace(state, rounds=rounds, depth=grown)
+
+    def soonest(self, depth: int, rounds: int) -> SalState:
+        return SalState(depth, rounds)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,26 @@ class CapabilityQueue:
         if gain < self.tau and state.depth < self.max_depth:
             return replace(state, queue=(), depth=min(state.depth + self.step, self.max_depth))
         return replace(state, queue=queue[1:])
+
+    def soonest(self, depth: int, rounds: int) -> SalState:
+        used_up = -(-(depth - self.depth) // self.step) * self.size     # scores that earlier activations have cleared away
+        return SalState(depth, rounds, (0.0,) * max(0, min(self.size - 1, rounds - used_up)))
+
+
+def depths_ahead(schedule: Schedule, depth: int, rounds: int, left: int) -> tuple[int, ...]:
+    """Return the depths to which a schedule can go on, ascending.
+
+    Args:
+        schedule: The schedule.
+        depth: The present depth.
+        rounds: Number of rounds since its start.
+        left: Number of rounds after which it can still activate blocks.
+    """
+    state, reached = schedule.soonest(depth, rounds), {depth}
+    for number in range(left):
+        state = schedule.advance(state, -2.0 - number)      # lower every time, by more than scores in [0, 1] can fall
+        reached.add(state.depth)
+    return tuple(sorted(reached - {depth}))
 
 
 def from_config(sal, blocks: int) -> Schedule:

@@ -190,6 +190,19 @@ class Server:
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
                        sent[BroadcastPolicy.EVERY_ROUND], sent[BroadcastPolicy.ONCE], state.statistics)
 
+    def ahead(self, message: Message, participant: Participant) -> Sequence[int]:
+        """Return the depths that a client may come to train at in later rounds, ascending, for which its cache makes provision; none
+        if its device has no memory for them.
+        """
+        if message.stage not in STAGES or not participant.device.keeps_ahead:
+            return ()
+        before, left = message.round - 1, getattr(self.config, message.stage).rounds - message.round
+        if not self.method.restarts_depth:      # both stages are one for the schedule
+            before += self.config.stage1.rounds * (message.stage == "stage2")
+            left += self.config.stage2.rounds * (message.stage == "stage1")
+        later = schedule.depths_ahead(self.schedule, message.depth, before, left)
+        return [depth for depth in later if participant.trained_depth(replace(message, depth=depth)) == depth]
+
     def awaited(self) -> int:
         """Return the number of replies that a round waits for."""
         return self.config.clients.awaited_of(len(self.members))

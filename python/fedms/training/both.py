@@ -64,11 +64,11 @@ def _side_by_side(model: ExpertModel, part: Subset, say: Callable[[Tensor, Seque
         return model.in_chunks(part, one_by_one, width)
     with model.stream("local") as stream:
         prefix = stream.prefix(part) if stream.keeps and len(part) else None
-        kept = stream.prefix_depth, stream.prefix_hash
+        depth = stream.prefix_depth
     with model.stream("streams") as stream:
         with segmented(model.layers, (1, 1)):    # half of the rows with each expert
             costs = budget.block_costs(model.foundation.module)
-        both = replace(stream, costs=costs, prefix_depth=kept[0], prefix_hash=kept[1])
+        both = replace(stream, costs=costs, prefix_depth=depth)
 
     def start(rows: Tensor) -> Tensor | None:
         if prefix is not None:

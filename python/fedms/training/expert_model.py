@@ -7,7 +7,7 @@ cached. The model is on one device; tensors that are read from it are copied to 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms.config import RunConfig
-from fedms.data import Dataset, made_cache_dir
+from fedms.data import Dataset
 from fedms.data.inputs import ImageInputs
 from fedms.data.subset import Subset
 from fedms.errors import ConfigError
@@ -25,15 +25,16 @@ from fedms.models import FoundationModel
 from fedms.seeds import generator
 from fedms.tasks import Task
 from fedms.tensors import Tensors, digest_of, freeze_none
+from fedms.training.constants import new_cache
 from fedms.training.corrections import Corrections
-from fedms.training.device import ACTIVATIONS, describe, format_on
+from fedms.training.device import ACTIVATIONS, format_on
 from fedms.training.flop_meter import Constant, FlopMeter, Key
 from fedms.training.graphs import StepGraphs
 from fedms.training.imported import imported_tensors
 from fedms.training.streams import Stream
 from fedms.training.tasks import task_of
-from fedms_ext import (ConstantCache, DiskCache, GateAdapter, LoRA, activate, activation_order, attach, budget, build_info,
-                       deactivate, expert_layers, prefix_depth, prefix_hash, quantize, reset_expert)
+from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_order, attach, budget, deactivate, expert_layers,
+                       prefix_depth, prefix_hash, quantize, reset_expert)
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -79,29 +80,16 @@ class ExpertModel:
         self.heads = nn.ModuleDict({name: self.task.new_head() for name in EXPERTS}).to(self.device)
         self.gate = self._new_gate()
         self.imported = {} if config.lora.start is None else imported_tensors(self, Path(config.lora.start))
-        self.cache = self._new_cache()
+        self.cache = new_cache(self)
         self.meter, self.graphs, self.corrections = FlopMeter(), StepGraphs(self), Corrections(self.layers)
         self.depths = {name: (0, 0) for name in EXPERTS}    # (trained, applied) depth of each expert
         self.shifts = self._no_shifts()                     # added to each expert's opinion, (K,)
         self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
+        self.ahead: Sequence[int] = ()                      # depths to which activation may go on, see `kept_ahead`
         self.opinions_cache: dict[tuple[str, str, str], Tensor] = {}    # of experts on whole parts, in this visit
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
-
-    def _new_cache(self) -> ConstantCache | DiskCache:
-        sal, run = self.config.sal, self.config.run
-        if sal.cache != "disk":
-            return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
-        # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
-        arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, self.config.model.frozen,
-                                          self.config.model.full_precision, sal.cache_dtype)
-        if self.device.type != "cpu":
-            arithmetic += (describe(self.device),)
-        if run.dtype != "fp32":
-            arithmetic += (run.dtype,)
-        return DiskCache(made_cache_dir() / "constants", sal.cache_bytes,
-                         repr((self.foundation.fingerprint, self.dataset.fingerprint, self.prefix_chunk, arithmetic)))
 
     def _new_gate(self, side: int = 0) -> GateAdapter:
         gate = self.config.gate
@@ -138,9 +126,11 @@ class ExpertModel:
         self.corrections.replace({})
         self.clear()
 
-    def clear(self) -> None:
-        """Forget the loaded experts and their opinions. Called at the start of every visit."""
-        self.opinions_cache = {}
+    def clear(self, ahead: Sequence[int] = ()) -> None:
+        """Forget the loaded experts and their opinions. Called at the start of every visit.
+
+        ahead: Depths to which activation may go on in later visits. Outputs of the prefix are kept for them too."""
+        self.ahead, self.opinions_cache = ahead, {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
         self._open = None
@@ -230,12 +220,13 @@ class ExpertModel:
     def reading(self, dataset: Dataset) -> Iterator[Subset]:
         """Read another data set within the context, and yield the subset of all its samples. Their cached values are dropped at the
         end."""
-        kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache
-        self.dataset, self.cache, self.meter.paid, self.opinions_cache = dataset, ConstantCache(self.cache.max_bytes), set(), {}
+        kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache, self.ahead
+        self.dataset, self.cache, self.meter.paid = dataset, ConstantCache(self.cache.max_bytes), set()
+        self.opinions_cache, self.ahead = {}, ()
         try:
             yield Subset(torch.arange(len(dataset)))
         finally:
-            self.dataset, self.cache, self.meter.paid, self.opinions_cache = kept
+            self.dataset, self.cache, self.meter.paid, self.opinions_cache, self.ahead = kept
 
     def targets(self, part: Subset, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return the targets (U, ...) of the rows of a subset."""
@@ -305,10 +296,12 @@ class ExpertModel:
                 self._freeze_kept(expert)
         self.corrections.show(name is not None)     # the foundation model alone has none
         untrained = prefix_depth(module)
-        depth = min(untrained, self.boundary)
-        hashed = digest_of(self.corrections.below(depth) if name is not None else ())
-        self._open = Stream(self, name, budget.block_costs(module), untrained, depth, prefix_hash(module, depth) + hashed)
+        self._open = Stream(self, name, budget.block_costs(module), untrained, min(untrained, self.boundary))
         return self._open
+
+    def hash_below(self, depth: int, name: str | None) -> str:
+        """Return a hash of the pairs and corrections in the first `depth` blocks, for a stream that is open; see `Stream.name`."""
+        return prefix_hash(self.foundation.module, depth) + digest_of(self.corrections.below(depth) if name is not None else ())
 
     def opinion(self, expert: str, part: Subset, rows: Tensor) -> Tensor:
         """Return the opinion (U, K) of an expert for the rows (B,) of a subset, differentiable by its trained parameters."""
@@ -385,10 +378,11 @@ class ExpertModel:
         """Return the opinion (U, K) of the untrained foundation model, or None if it has none."""
         return self.task.zero_shot(self.features(part), self.targets(part))
 
-    def constant(self, key: Key, compute: Callable[[], Constant], flops: Callable[[], int]) -> Constant:
+    def constant(self, key: Key, compute: Callable[[], Constant], flops: Callable[[], int],
+                 with_it: Callable[[], Iterable[Key]] = tuple) -> Constant:
         """Return a value that depends only on its key; see `FlopMeter.constant`. Tensors are on the device; rows of different
         lengths stay on the CPU, and each batch is moved when it is used."""
-        value = self.meter.constant(self.cache, key, compute, flops)
+        value = self.meter.constant(self.cache, key, compute, flops, with_it)
         return value.to(self.device) if isinstance(value, Tensor) else value
 
     def in_chunks(self, part: Subset, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 from torch import Tensor
@@ -33,16 +33,23 @@ class FlopMeter:
         self.flops += flops
 
     def constant(self, cache: ConstantCache | DiskCache, key: Key, compute: Callable[[], Constant],
-                 flops: Callable[[], int]) -> Constant:
+                 flops: Callable[[], int], with_it: Callable[[], Iterable[Key]] = tuple) -> Constant:
         """Return a value that depends only on its key, from the cache or by calling `compute`.
+
+        Args:
+            cache: The cache.
+            key: The key.
+            compute: Computes the value.
+            flops: Returns the operations that this takes.
+            with_it: Returns keys of further values that these operations give and that are kept too, so that they are paid for.
 
         A client's device would compute each value once in a run, so its operations are counted once, even if this process
         has the value from an earlier run, or has to compute it again after dropping it or after a restart.
         """
-        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        name = _name(key)
         due = name not in self.paid
         if due:
-            self.paid.add(name)
+            self.paid |= {name, *map(_name, with_it())}
             self.flops += flops()
         counted = self.flops
         value = cast(Constant, cache.get(key, compute))     # what was computed under the key
@@ -50,3 +57,7 @@ class FlopMeter:
             counted += flops()
         self.flops = counted
         return value
+
+
+def _name(key: Key) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -33,7 +33,7 @@ class Seat:
         trained = model.trainable(expert).keys()
         with model.stream(expert) as self._stream:
             self.prefix = self._stream.prefix(part) if self._stream.keeps else None
-        self._depths, self._kept, self._shifts = dict(model.depths), dict(model.kept), dict(model.shifts)
+        self._depths, self._kept, self._shifts, self._ahead = dict(model.depths), dict(model.kept), dict(model.shifts), model.ahead
         self._corrections, self._gate, self._opinions = model.corrections.tensors, model.read_gate(), model.opinions_cache
         self.head = copy.deepcopy(model.heads[expert])
         head = {f"head/{name}": p for name, p in self.head.named_parameters()}
@@ -68,7 +68,7 @@ class Seat:
 
     def load(self, model: ExpertModel) -> None:
         """Load into the model what the client had there, with the copies as they are by now."""
-        model.clear()
+        model.clear(self._ahead)
         for name in EXPERTS:
             depth, applied = self._depths[name]
             model.load(name, {**self._tensors[name], **self._corrections}, depth=depth, applied_depth=applied, keep=self._kept[name])

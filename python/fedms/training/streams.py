@@ -1,10 +1,10 @@
 """`Stream`: a configuration in which the model runs, and its cost."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.tasks.base import shifted
+from fedms.training.constants import kept_ahead
+from fedms.training.flop_meter import Key
 from fedms_ext import ConstantPrefix, ExpertLinear, PairState, Ragged, gated
 from fedms_ext.budget import BlockCost
 
@@ -32,7 +34,6 @@ class Stream:
         costs: Cost of each block.
         untrained: Number of blocks below the first trained pair.
         prefix_depth: Number of blocks in the constant prefix, which are not run again.
-        prefix_hash: Hash of everything but the sample that the output of the prefix depends on.
     """
 
     model: ExpertModel
@@ -40,7 +41,11 @@ class Stream:
     costs: Sequence[BlockCost]
     untrained: int
     prefix_depth: int
-    prefix_hash: str
+
+    @cached_property
+    def prefix_hash(self) -> str:
+        """Hash of everything but the sample that the output of the prefix depends on."""
+        return self.model.hash_below(self.prefix_depth, self.name)
 
     @property
     def keeps(self) -> bool:
@@ -81,7 +86,7 @@ class Stream:
         if not self.keeps:
             part, rows = Subset(part.indices[rows]), torch.arange(len(rows))
             self.charge_prefix(part.indices)
-        prefix = self.prefix(part) if self.keeps else self._prefix_of(part)
+        prefix = self.prefix(part) if self.keeps else self._outputs(part)[self.prefix_depth]
         return prefix.pad(rows).to(self.model.device)
 
     def charge_prefix(self, indices: Tensor) -> None:
@@ -122,24 +127,48 @@ class Stream:
         return tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
 
     def prefix(self, part: Subset) -> Ragged:
-        """Return the output of the constant prefix for every sample of a subset, each (T_i, D), from the cache if it is there."""
-        return self.model.constant((part.key, "prefix", self.prefix_depth, self.prefix_hash), lambda: self._prefix_of(part),
-                                   lambda: self._prefix_flops(part))
+        """Return the output of the constant prefix for every sample of a subset, each (T_i, D), from the cache if it is there.
 
-    def _prefix_of(self, part: Subset) -> Ragged:
-        """Compute `prefix`."""
+        Where it is computed, outputs behind fewer blocks are kept with it, see `kept_ahead`."""
+        further: dict[int, Ragged] = {}
+
+        def compute() -> Ragged:
+            further.update(self._outputs(part, self._ahead(part)))
+            return further.pop(self.prefix_depth)
+
+        prefix = self.model.constant(self._key(part, self.prefix_depth), compute, lambda: self._prefix_flops(part),
+                                     lambda: [self._key(part, depth) for depth in self._ahead(part)])
+        for depth, outputs in further.items():
+            self.model.cache.offer(self._key(part, depth), outputs)
+        return prefix
+
+    def _ahead(self, part: Subset) -> Sequence[int]:
+        """Return `kept_ahead`; nothing for the foundation model alone, whose outputs serve the experts only by chance."""
+        return () if self.name is None else kept_ahead(self.model, part.indices, self.prefix_depth)
+
+    def _key(self, part: Subset, depth: int) -> Key:
+        """Return the key of the outputs of the first `depth` blocks."""
+        return part.key, "prefix", depth, self.prefix_hash if depth == self.prefix_depth else self.model.hash_below(depth, self.name)
+
+    def _outputs(self, part: Subset, ahead: Iterable[int] = ()) -> dict[int, Ragged]:
+        """Compute the outputs of the prefix, and behind the fewer blocks `ahead`, by number of blocks."""
         model = self.model
         prefix = ConstantPrefix(model.foundation.module, self.prefix_depth)
         lengths = model.dataset.inputs.lengths[part.indices]
-        outputs: Ragged | None = None
+        outputs: dict[int, Ragged] = {}
+
+        def put(depth: int, rows: Tensor, hidden: Tensor) -> None:
+            hidden = hidden.float()
+            if depth not in outputs:
+                outputs[depth] = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
+            for row, output in zip(rows.tolist(), hidden):
+                outputs[depth].put(row, output[:lengths[row]])
+
         for rows in model.chunks(part, model.prefix_chunk):
             inputs = model.inputs(part.indices[rows])
+            see = {depth: partial(put, depth, rows) for depth in ahead}
             with model.precision():
-                hidden = prefix.capture(lambda: model.foundation.features(inputs)).float()
-            if outputs is None:
-                outputs = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
-            for row, output in zip(rows.tolist(), hidden):
-                outputs.put(row, output[:lengths[row]])
+                put(self.prefix_depth, rows, prefix.capture(lambda: model.foundation.features(inputs), see))
         return outputs
 
     def _prefix_flops(self, part: Subset) -> int:

@@ -21,6 +21,7 @@ from fedms.federated.server import Server
 from fedms.runs.run import run
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords, comparable
+from fedms.training.constants import new_cache
 from fedms.training.expert_model import ExpertModel
 
 # Query and key are left out: their gradients are so small here that rounding turns the sign of AdamW's steps.
@@ -61,7 +62,7 @@ class World:
         """What each client's visit comes to: the visit, and the private state after it. All constants are computed anew."""
         method = methods.create(config)
         self.model.config = config      # first, as the new cache is that of the model's settings
-        self.model.cache = self.model._new_cache()
+        self.model.cache = new_cache(self.model)
         self.model.start()
         server = Server(config, self.model.order, self.model.block_of, method, method.statistics(len(self.dataset.classes)))
         message = server.message(replace(server.start(self.shared(method)), stage=stage))

@@ -250,7 +250,8 @@ def _visit(head: dict[str, Any], parts: dict[str, bytes], identity: Identity, op
     with ClientFolder(identity.state, head["run"], identity.client, head["config"]) as folder:
         state, message = folder.load(head["kept"]), _message(head, parts, folder)
         session.model.meter.paid = set(state.paid_constants)
-        came, after = visit(experiment.method.client_step, session.model, client, Private(state.tensors), message)
+        came, after = visit(experiment.method.client_step, session.model, client, Private(state.tensors), message,
+                            experiment.server.ahead(message, client))
         digest = folder.save(State(after.tensors, frozenset(session.model.meter.paid)), message.stage, message.round)
     answer = {"visit": {"reason": came.reason, "flops": came.flops, "seconds": came.seconds,
                         "peak_memory_bytes": came.peak_memory_bytes}, "kept": digest, "private": bool(after.tensors)}

@@ -1,0 +1,63 @@
+"""Where the constants of samples are kept, and how many outputs of the frozen blocks.
+
+The output of the constant prefix is kept for each sample. When the schedule activates more blocks, the prefix becomes shorter, and
+its shorter output is needed. The first pass through the prefix goes by it, so it is kept then, and each sample passes the frozen
+blocks only once in a run.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedms.data import made_cache_dir
+from fedms.training.device import describe
+from fedms_ext import ConstantCache, DiskCache, build_info
+
+if TYPE_CHECKING:
+    from fedms.training.expert_model import ExpertModel
+
+STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
+
+
+def new_cache(model: ExpertModel) -> ConstantCache | DiskCache:
+    """Return an empty cache of a model's constants, or with `[sal] cache = "disk"` the one that earlier runs have filled."""
+    sal, run = model.config.sal, model.config.run
+    if sal.cache != "disk":
+        return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
+    # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
+    arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, model.config.model.frozen,
+                                      model.config.model.full_precision, sal.cache_dtype)
+    if model.device.type != "cpu":
+        arithmetic += (describe(model.device),)
+    if run.dtype != "fp32":
+        arithmetic += (run.dtype,)
+    return DiskCache(made_cache_dir() / "constants", sal.cache_bytes,
+                     repr((model.foundation.fingerprint, model.dataset.fingerprint, model.prefix_chunk, arithmetic)))
+
+
+def prefix_bytes(model: ExpertModel, part: Tensor) -> int:
+    """Return the bytes in which the cache keeps one output of the frozen blocks for samples (n,)."""
+    storage = model.config.sal.cache_dtype
+    scales = 4 if storage == "int8" else 0
+    tokens = int(model.dataset.inputs.lengths[part].sum())
+    return tokens * (STORED[storage] * model.foundation.width + scales) + 16 * len(part)
+
+
+def boundaries(model: ExpertModel, depths: Iterable[int]) -> list[int]:
+    """Return the numbers of blocks in the constant prefixes at these depths of activation, without 0: the largest first."""
+    return sorted({model.untrained_below(depth) for depth in depths} - {0}, reverse=True)
+
+
+def kept_ahead(model: ExpertModel, part: Tensor, prefix_depth: int) -> Sequence[int]:
+    """Return the numbers of blocks behind which outputs for samples (n,) are kept beside that of the prefix, for later rounds: the
+    next ones of those in `ExpertModel.ahead`.
+
+    All outputs for a set of samples take at most half of `[sal] cache_bytes`, as a client has two sets, for training and for
+    validation.
+    """
+    later = [depth for depth in boundaries(model, model.ahead) if depth < prefix_depth]
+    most = model.cache.max_bytes // 2 // max(prefix_bytes(model, part), 1)
+    return later[:max(most - 1, 0)]
