@@ -1,6 +1,7 @@
 """`fedms plan`: what each depth costs on a client's device."""
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -143,6 +144,6 @@ def _show_lines(title: str, settings: Mapping[str, Any]) -> None:
     tables: dict[str, list[str]] = {}
     for key, value in settings.items():
         name, _, entry = key.partition(".")
-        tables.setdefault(name, []).append(f'{entry} = "{value}"' if isinstance(value, str) else f"{entry} = {value}")
+        tables.setdefault(name, []).append(f"{entry} = {json.dumps(value)}")
     for name, lines in tables.items():
         console.print(f"[{name}]", *lines, sep="\n", markup=False, soft_wrap=True)

@@ -168,14 +168,18 @@ class Server:
             return BroadcastPolicy.NEVER
         return self.method.broadcast_policy(stage, name)
 
+    @property
+    def first_stage(self) -> str:
+        """The first stage that has rounds."""
+        return next(stage for stage in STAGES if getattr(self.config, stage).rounds)
+
     def start(self, tensors: Tensors) -> ServerState:
-        """Return the state before the first round of the first stage that has rounds."""
+        """Return the state before the first round."""
         sal = self.schedule.start()
-        first = next(stage for stage in STAGES if getattr(self.config, stage).rounds)
         # An expert that was trained before (`[lora] start`) is applied in every block where its B is not zero.
         active = [self.order.index(block) + 1 for name, block in self.block_of.items()
                   if self.config.lora.start is not None and name.endswith("lora_b") and tensors[name].any()]
-        return ServerState(first, 1, tensors, sal, max([sal.depth, *active]))
+        return ServerState(self.first_stage, 1, tensors, sal, max([sal.depth, *active]))
 
     def message(self, state: ServerState, busy: Collection[int] = ()) -> Message:
         """Return the message of the next round. After the last round it holds the final tensors, for evaluation, and names no
@@ -192,16 +196,20 @@ class Server:
 
     def ahead(self, message: Message, participant: Participant) -> Sequence[int]:
         """Return the depths that a client may come to train at in later rounds, ascending, for which its cache makes provision; none
-        if its device has no memory for them.
+        without `[sal] cache_ahead`, or if its device has no memory for them.
         """
-        if message.stage not in STAGES or not participant.device.keeps_ahead:
+        if message.stage not in STAGES or not self.config.sal.cache_ahead or not participant.device.keeps_ahead:
             return ()
-        before, left = message.round - 1, getattr(self.config, message.stage).rounds - message.round
-        if not self.method.restarts_depth:      # both stages are one for the schedule
-            before += self.config.stage1.rounds * (message.stage == "stage2")
-            left += self.config.stage2.rounds * (message.stage == "stage1")
-        later = schedule.depths_ahead(self.schedule, message.depth, before, left)
+        later = self.depths_ahead(message.stage, message.round, message.depth)
         return [depth for depth in later if participant.trained_depth(replace(message, depth=depth)) == depth]
+
+    def depths_ahead(self, stage: str, round: int, depth: int) -> Sequence[int]:
+        """Return the depths to which activation can go on after a round that has this depth, ascending."""
+        before, left = round - 1, getattr(self.config, stage).rounds - round
+        if not self.method.restarts_depth:      # both stages are one for the schedule
+            before += self.config.stage1.rounds if stage == "stage2" else 0
+            left += self.config.stage2.rounds if stage == "stage1" else 0
+        return schedule.depths_ahead(self.schedule, depth, before, left)
 
     def awaited(self) -> int:
         """Return the number of replies that a round waits for."""

@@ -2,7 +2,7 @@
 a run's own model, data, method and settings, before anything is trained."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,14 +21,11 @@ from fedms.federated.server import STAGES, Server
 from fedms.federated.method import BroadcastPolicy, Method
 from fedms.seeds import generator
 from fedms.tensors import Tensors, freeze_none, is_a
+from fedms.training.constants import boundaries, prefix_bytes
 from fedms.training.expert_model import ExpertModel
 from fedms_ext import ConstantCache, budget
 from fedms_ext.budget import Memory
 
-# Copies of a part's prefix outputs, as they are stored, that exist while they are computed beside what is kept: the new
-# ones, and on disk the file's bytes too.
-BUILDING = {"memory": 1, "disk": 2, "off": 0}
-STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
 
 
 @dataclass(frozen=True)
@@ -135,21 +132,38 @@ class CostModel:
             self.model.opinions("global", Subset(self.longest.repeat(samples)))
         return budget.memory_of(judge)
 
-    def constants(self, depth: int) -> int:
+    def boundaries(self, depth: int, ahead: bool) -> list[int]:
+        """Return the numbers of blocks behind which outputs of the frozen blocks are kept, in a run that comes to a depth: with `ahead`
+        (`[sal] cache_ahead`) all that the run needs, else those that it needs last."""
+        start = self.server.schedule.start().depth
+        later = self.server.depths_ahead(self.server.first_stage, 1, start) if ahead else ()
+        return boundaries(self.model, {depth, *(min(each, depth) for each in (start, *later) if later)})
+
+    def constants(self, depth: int, ahead: bool = False) -> int:
         """Return the bytes that the cache of the largest client holds at a depth, for training and validation samples of both
-        stages; of clients side by side, the bytes of as many such caches.
+        stages; of clients side by side, the bytes of as many such caches. `ahead`: see `boundaries`.
         """
         parts = [self.largest.validation, *([] if self.config.data.augment else [self.largest.train])]
         outputs, units = self.model.foundation.feature_dim + self.model.task.columns, self.model.dataset.units
-        return self.side_by_side * sum(
-            self._prefix_bytes(part, depth) + (4 * outputs * int(units(part).sum()) if self.config.stage2.rounds else 0)
-            for part in parts)
+        needed, wanted = (self.side_by_side * sum(
+            prefix_bytes(self.model, part) * len(self.boundaries(depth, more))
+            + (4 * outputs * int(units(part).sum()) if self.config.stage2.rounds else 0)
+            for part in parts) for more in (False, ahead))
+        return max(needed, min(wanted, self.config.sal.cache_bytes))
 
-    def building(self, depth: int, cache: str) -> int:
-        """Return the bytes that are needed temporarily to compute the prefix outputs of the largest set of samples for a cache."""
-        every = [part for split in (*self.partition.clients, *self.partition.unseen)
-                 for part in (split.train, split.validation, split.test)]
-        return BUILDING[cache] * max(self._prefix_bytes(part, depth) for part in (*every, self.partition.global_test))
+    def building(self, depth: int, cache: str, ahead: bool = False) -> int:
+        """Return the bytes that are needed temporarily to compute prefix outputs of the largest set of samples for a cache: the
+        outputs as they are stored, and on disk the bytes of a file too. `ahead`: see `boundaries`."""
+        if cache == "off" or not self.boundaries(depth, False):
+            return 0
+
+        def largest(parts: Iterable[Tensor]) -> int:
+            return max(prefix_bytes(self.model, part) for part in parts)
+
+        splits, files = (*self.partition.clients, *self.partition.unseen), cache == "disk"
+        visited = largest(part for split in splits for part in (split.train, split.validation))
+        tested = largest([*(split.test for split in splits), self.partition.global_test])
+        return max(visited * (len(self.boundaries(depth, ahead)) + files), tested * (1 + files))
 
     def experts(self, depth: int) -> int:
         """Return the bytes of experts outside the model.
@@ -160,16 +174,6 @@ class CostModel:
         kept = 3 if self.config.clients.optimizer == "kept" else 1
         one = _nbytes(self._load(depth))
         return one * (self.config.clients.count * kept * bool(self.config.stage2.rounds) + 6)
-
-    def _tokens(self, part: Tensor) -> int:
-        return int(self.model.dataset.inputs.lengths[part].sum())
-
-    def _prefix_bytes(self, part: Tensor, depth: int) -> int:
-        if self.model.untrained_below(depth) == 0:
-            return 0
-        storage = self.config.sal.cache_dtype
-        scales = 4 if storage == "int8" else 0
-        return self._tokens(part) * (STORED[storage] * self.model.foundation.width + scales) + 16 * len(part)
 
     # Operations and bytes
 

@@ -41,6 +41,7 @@ class Option:
         depth: Number of blocks that are trained.
         frozen: Precision of the frozen weights, as `model.frozen`.
         cache: Where constants are kept, as `sal.cache`.
+        ahead: Whether those of later rounds are kept too, as `sal.cache_ahead`.
         micro_batch: Samples of a forward and backward pass.
         memory: Bytes by what they are for.
         work: What a visit computes and sends.
@@ -51,6 +52,7 @@ class Option:
     depth: int
     frozen: str
     cache: str
+    ahead: bool
     micro_batch: int
     memory: dict[str, int]
     work: VisitWork
@@ -94,7 +96,7 @@ class Plan:
         """What to put into the run file for the chosen option, by dotted key."""
         assert self.chosen is not None
         return {"model.frozen": self.chosen.frozen, "sal.max_depth": self.chosen.depth, "sal.cache": self.chosen.cache,
-                "sal.cache_bytes": self.cache_bytes, "stage1.micro_batch": self.chosen.micro_batch,
+                "sal.cache_bytes": self.cache_bytes, "sal.cache_ahead": self.chosen.ahead, "stage1.micro_batch": self.chosen.micro_batch,
                 "stage2.micro_batch": self.chosen.micro_batch}
 
 
@@ -103,8 +105,8 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
     """Find out what a round costs at each depth, and which settings fit a client's device.
 
     At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
-    and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it. The
-    deepest one is chosen. With `[run] lockstep` memory is that of as many clients at a time, and all else that of one.
+    and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it; each with
+    `[sal] cache_ahead`, if the run file has it and the schedule goes on to that depth in steps, then without. The deepest one is chosen. With `[run] lockstep` memory is that of as many clients at a time, and all else that of one.
 
     Args:
         config: The run file.
@@ -195,20 +197,23 @@ class _Planner:
         costs, sal = self.costs, self.config.sal
         replays = sal.cache != "off"
         traced = costs.memory(depth, replays)
+        grows = sal.cache_ahead and replays and len(costs.boundaries(depth, True)) > len(costs.boundaries(depth, False))
         for cache in ("memory", "disk") if sal.cache == "memory" else (sal.cache,):
             for micro_batch in _halves(max(self.config.stage1.batch, self.config.stage2.batch)):
                 work = costs.work(depth, replays, min(micro_batch, self.config.stage1.batch))
                 seconds = work.flops / speed
                 if bandwidth is not None:
                     seconds += (work.bytes_up + work.bytes_down) / bandwidth
-                yield Option(depth, self.frozen, cache, micro_batch, self._memory(traced, depth, cache, micro_batch),
-                             work, 100 * work.trained_params / self.model.fm_params, seconds)
+                for ahead in (True, False) if grows else (sal.cache_ahead,):
+                    yield Option(depth, self.frozen, cache, ahead, micro_batch,
+                                 self._memory(traced, depth, cache, ahead, micro_batch), work,
+                                 100 * work.trained_params / self.model.fm_params, seconds)
 
-    def _memory(self, traced: VisitMemory, depth: int, cache: str, micro_batch: int) -> dict[str, int]:
+    def _memory(self, traced: VisitMemory, depth: int, cache: str, ahead: bool, micro_batch: int) -> dict[str, int]:
         # On disk the constants are mapped while a batch of them is read.
         costs = self.costs
-        constants = costs.constants(depth) if cache == "memory" else 0
-        building = costs.building(depth, cache) + traced.judging.of(self.model.CHUNK)
+        constants = costs.constants(depth, ahead) if cache == "memory" else 0
+        building = costs.building(depth, cache, ahead) + traced.judging.of(self.model.CHUNK)
         working = max(traced.training.of(micro_batch), building)
         parts = {"weights": traced.weights, "experts": costs.experts(depth), "cached features": constants,
                  "training step": working}

@@ -34,7 +34,7 @@ from fedms.training.imported import imported_tensors
 from fedms.training.streams import Stream
 from fedms.training.tasks import task_of
 from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_order, attach, budget, deactivate, expert_layers,
-                       prefix_depth, prefix_hash, quantize, reset_expert)
+                       prefix_depth, quantize, reset_expert)
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -298,10 +298,6 @@ class ExpertModel:
         untrained = prefix_depth(module)
         self._open = Stream(self, name, budget.block_costs(module), untrained, min(untrained, self.boundary))
         return self._open
-
-    def hash_below(self, depth: int, name: str | None) -> str:
-        """Return a hash of the pairs and corrections in the first `depth` blocks, for a stream that is open; see `Stream.name`."""
-        return prefix_hash(self.foundation.module, depth) + digest_of(self.corrections.below(depth) if name is not None else ())
 
     def opinion(self, expert: str, part: Subset, rows: Tensor) -> Tensor:
         """Return the opinion (U, K) of an expert for the rows (B,) of a subset, differentiable by its trained parameters."""

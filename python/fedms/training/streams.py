@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fedms.data.subset import Subset
 from fedms.tasks.base import shifted
+from fedms.tensors import digest_of
 from fedms.training.constants import kept_ahead
 from fedms.training.flop_meter import Key
-from fedms_ext import ConstantPrefix, ExpertLinear, PairState, Ragged, gated
+from fedms_ext import ConstantPrefix, ExpertLinear, PairState, Ragged, gated, prefix_hash
 from fedms_ext.budget import BlockCost
 
 if TYPE_CHECKING:
@@ -45,7 +46,12 @@ class Stream:
     @cached_property
     def prefix_hash(self) -> str:
         """Hash of everything but the sample that the output of the prefix depends on."""
-        return self.model.hash_below(self.prefix_depth, self.name)
+        return self._hash(self.prefix_depth)
+
+    def _hash(self, depth: int) -> str:
+        """Return a hash of the pairs and corrections in the first `depth` blocks."""
+        corrections = self.model.corrections.below(depth) if self.name is not None else ()
+        return prefix_hash(self.model.foundation.module, depth) + digest_of(corrections)
 
     @property
     def keeps(self) -> bool:
@@ -148,7 +154,7 @@ class Stream:
 
     def _key(self, part: Subset, depth: int) -> Key:
         """Return the key of the outputs of the first `depth` blocks."""
-        return part.key, "prefix", depth, self.prefix_hash if depth == self.prefix_depth else self.model.hash_below(depth, self.name)
+        return part.key, "prefix", depth, self.prefix_hash if depth == self.prefix_depth else self._hash(depth)
 
     def _outputs(self, part: Subset, ahead: Iterable[int] = ()) -> dict[int, Ragged]:
         """Compute the outputs of the prefix, and behind the fewer blocks `ahead`, by number of blocks."""
