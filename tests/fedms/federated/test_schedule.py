@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
 from fedms.config import load_config
-from fedms.federated.schedule import CapabilityQueue, Every, Fixed, SalState, from_config
+from fedms.federated.schedule import CapabilityQueue, Every, Fixed, SalState, depths_ahead, from_config
 
 
 def depths(schedule, scores):
@@ -46,6 +47,26 @@ def test_steps_stop_at_max_depth():
     assert depths(CapabilityQueue(2, 0.1, 1, 3, 5), [0.5] * 6) == [1, 1, 4, 4, 5, 5, 5]
     assert depths(Every(n=2, depth=1, step=2, max_depth=4), [None] * 6) == [1, 1, 3, 3, 4, 4, 4]
     assert depths(Fixed(2), [0.5, 0.5]) == [2, 2, 2]
+
+
+def test_the_depths_ahead_are_those_that_can_be_reached():
+    assert depths_ahead(Every(2, 1, 3, 12), 1, 0, 7) == (4, 7, 10) and depths_ahead(Every(2, 1, 3, 12), 7, 5, 2) == (10,)
+    assert depths_ahead(Fixed(2), 2, 0, 9) == ()
+    queue = CapabilityQueue(4, 0.01, 1, 2, 6)
+    assert depths_ahead(queue, 1, 0, 7) == (3,)             # the queue is full after four rounds, and again after eight
+    assert depths_ahead(queue, 1, 3, 5) == (3, 5)           # it may hold three scores
+    assert depths_ahead(queue, 3, 4, 5) == (5,)             # it is empty
+    draw = random.Random(1)
+    for _ in range(200):
+        rounds = draw.randint(1, 20)
+        schedule = draw.choice([Every(draw.randint(1, 4), 1, draw.randint(1, 3), 9),
+                                CapabilityQueue(2 * draw.randint(1, 3), draw.choice([-0.1, 0.0, 0.1]), 1, draw.randint(1, 3), 9)])
+        states = [schedule.start()]
+        for _ in range(rounds):
+            states.append(schedule.advance(states[-1], draw.choice([None, draw.random()])))
+        for done, state in enumerate(states):
+            later = {each.depth for each in states[done:]} - {state.depth}
+            assert later <= set(depths_ahead(schedule, state.depth, done, rounds - done)), (schedule, states, done)
 
 
 @pytest.mark.parametrize("score", [None, math.nan, math.inf])
