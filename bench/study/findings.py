@@ -98,17 +98,6 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
         places = [f"{name} {rank:.1f}" for name, rank in ranks.mean.items()]
         found.append(f"- Average ranks over {ranks.blocks} settings and seeds: {', '.join(places)}. Ranks that are closer than "
                      f"{ranks.critical:.1f} are not shown to differ.")
-    for ours in OURS:
-        sentences = []
-        for setting, each in runs.items():
-            gaps = {m: gap for m in dict.fromkeys(run.method for run in each) if m != ours and (gap := gap_of(each, ours, m))}
-            if any(not math.isinf(gap.half) for gap in gaps.values()):
-                groups = (("ahead of", "better"), ("behind", "worse"), ("no difference shown to", "no difference shown"))
-                named = [f"{words} {', '.join(names)}" for words, verdict in groups
-                         if (names := [m for m, gap in gaps.items() if gap.shows == verdict])]
-                sentences.append(f"{setting.title}: {'; '.join(named)}.")
-        if sentences:
-            found.append(f"- `{ours}`, by the interval of seeds. " + " ".join(sentences))
     verdicts = {id: [gap.shows for setting in runs if (gap := _gap_to(id, _half)(settings[setting], runs[setting])) is not None
                      and not math.isinf(gap.half)] for id in GATED}
     if any(verdicts.values()):
@@ -116,7 +105,20 @@ def findings_part(done: Sequence[StudyRecord]) -> list[str]:
                   for id, each in verdicts.items() if each]
         found.append("- A learned gate should be ahead of half and half by the interval on two settings. It is ahead on: "
                      f"{'; '.join(counts)}.")
-    return ["## What it shows", "\n".join(found), *_worth_of_mixing(settings, runs)] if found else []
+    standing = [part for ours in OURS for part in _standing(ours, runs)]
+    return ["## What it shows", "\n".join(found), *standing, *_worth_of_mixing(settings, runs)] if found or standing else []
+
+
+def _standing(ours: str, runs: Mapping[Setting, Sequence[RunRecords]]) -> list[str]:
+    """Return a table of the methods that one of ours is ahead of, behind, and not shown to differ from, by setting."""
+    rows = []
+    for setting, each in runs.items():
+        gaps = {m: gap for m in dict.fromkeys(run.method for run in each) if m != ours and (gap := gap_of(each, ours, m))}
+        if any(not math.isinf(gap.half) for gap in gaps.values()):
+            rows.append([setting.title, *(", ".join(m for m, gap in gaps.items() if gap.shows == verdict) or "–"
+                                          for verdict in ("better", "worse", "no difference shown"))])
+    header = ["setting", "ahead of", "behind", "no difference shown to"]
+    return [f"Where `{ours}` stands, by the interval of seeds:", table(header, rows)] if rows else []
 
 
 def _worth_of_mixing(settings: Mapping[Setting, _Lines], runs: Mapping[Setting, Sequence[RunRecords]]) -> list[str]:

@@ -43,7 +43,7 @@ OF_SIZE = {
     "small": """\
 This is the small study: seven settings, the six methods that claims rest on, and two rivals that train a private expert in all
 rounds, `ditto` and `apfl`; on settings that are cheap, three more relatives, `feddpa`, `flexlora` (all devices at full rank) and `fed_sb`
-(at four times the rank). There are 700 images, 800 sentences, 800 solar cells or 900 digits a seed, half of them for testing, so that a
+(at four times the rank). Where there are five seeds, `fedms_plus` runs once more with a learned gate. There are 700 images, 800 sentences, 800 solar cells or 900 digits a seed, half of them for testing, so that a
 client has 19 to 32 samples to train on. The model of the digits is a small one that was pretrained on other digits; the other two are
 foundation models of 22 million parameters. All methods have the same learning rates in the same stages, and none is tuned: methods are compared at
 equal rates, not each at its best. The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings,
