@@ -6,9 +6,44 @@
 namespace fedms::cuda {
 namespace {
 
+// A product by itself is one sibling.
+std::vector<GemmSibling> siblings_of(const Gemm& g) {
+  if (!g.siblings.empty()) return g.siblings;
+  return {{g.transposed ? g.k : g.n, g.w, g.w_stride, 0, int(g.r), 0, g.shrink.experts, g.transposed ? g.shrink.a : g.f,
+           g.transposed ? g.shrink.a_stride : g.f_stride, g.bias, g.y, g.x, g.x_stride}};
+}
+
 int blocks_ahead(const Gemm& g, int tile, const DeviceProperties& chip) {
-  const int tiles = row_blocks(g.segments, TILES[tile].bm, int(g.m)) * ceil_div(g.n, TILES[tile].bn);
-  return shrink_ahead_blocks(TILES[tile], chip, row_blocks(g.segments, SHRINK_ROWS, int(g.m)), tiles, g.k);
+  int columns = 0;
+  for (const GemmSibling& sibling : siblings_of(g)) columns += ceil_div(sibling.width, TILES[tile].bn);
+  const int tiles = row_blocks(g.segments, TILES[tile].bm, int(g.m)) * (g.transposed ? ceil_div(g.n, TILES[tile].bn) : columns);
+  const int shrinks = g.transposed ? std::max<int>(1, g.siblings.size()) : 1;
+  return shrink_ahead_blocks(TILES[tile], chip, row_blocks(g.segments, SHRINK_ROWS, int(g.m)), tiles, g.k, shrinks);
+}
+
+bool has_shrink(const Gemm& g) { return g.shrink.a != nullptr || (g.transposed && !g.siblings.empty()); }
+
+template <class T>
+void start_ahead(const Gemm& g, int blocks, TensorMaps& maps, const Stream& stream) {
+  const Launch what{"shrink_ahead", g.m, 0, g.k, g.r, stream};
+  const GemmShrink& ahead = g.shrink;
+  ShrinkAheadArguments<T> arguments{int(g.m), int(g.r), ahead.experts, 0, {}, static_cast<T*>(ahead.s), static_cast<T*>(g.t),
+                                    g.t_stride, ahead.dgate, ahead.factors, g.segments};
+  const auto add = [&](const void* x, int64_t x_stride, const void* a, int64_t a_stride, int64_t k, int first, int ranks, int64_t width,
+                       int first_expert, int experts) {
+    arguments.sibling[arguments.siblings++] = {static_cast<const T*>(x), x_stride, static_cast<const T*>(a), a_stride, int(k), first,
+                                               ranks, int(width), first_expert, experts};
+  };
+  if (!g.transposed) add(g.x, g.x_stride, ahead.a, ahead.a_stride, g.k, 0, int(g.r), g.t_stride, 0, ahead.experts);
+  if (g.transposed) {
+    const std::vector<GemmSibling> siblings = siblings_of(g);
+    for (size_t i = 0; i < siblings.size(); ++i) {
+      const GemmSibling& of = siblings[i];
+      const int64_t end = i + 1 < siblings.size() ? siblings[i + 1].first_rank : g.t_stride;
+      add(of.x, of.x_stride, of.b, of.b_stride, of.width, of.first_rank, of.ranks, end - of.first_rank, of.first_expert, of.experts);
+    }
+  }
+  start_shrink_ahead(what, arguments, g.transposed, blocks, maps);
 }
 
 template <class T>
@@ -27,18 +62,29 @@ void start(const Launch& what, const Gemm& g, int tile, const DeviceProperties& 
       const NarrowArguments<T> narrow{arguments, of(ahead.a), ahead.a_stride, static_cast<T*>(ahead.s), ahead.factors};
       return start_narrow_forward(what, narrow, chip.multiprocessors, maps);
     }
-    if (ahead.a) {
-      const Launch shrink{"shrink_ahead", g.m, 0, g.k, g.r, what.stream};
-      const ShrinkAheadArguments<T> of_shrink{int(g.m), int(g.k), int(g.r), ahead.experts, of(g.x), g.x_stride, of(ahead.a),
-                                              ahead.a_stride, static_cast<T*>(ahead.s), static_cast<T*>(g.t), g.t_stride,
-                                              ahead.dgate, ahead.factors, g.segments};
-      start_shrink_ahead(shrink, of_shrink, g.transposed, blocks_ahead(g, tile, chip), maps);
-    }
-    start_wgmma_gemm(what, arguments, tile, g.transposed, ahead.a != nullptr, chip.multiprocessors, maps);
+    const bool runs_ahead = has_shrink(g);
+    if (runs_ahead) start_ahead<T>(g, blocks_ahead(g, tile, chip), maps, what.stream);
+    start_wgmma_gemm(what, arguments, siblings_of(g), tile, g.transposed, runs_ahead, chip.multiprocessors, maps);
   }
 }
 
 std::string text(int value) { return std::to_string(value); }
+
+// The siblings of a product add up to it, and their ranks are in place.
+void check_siblings(const Launch& what, const Gemm& g, int tile) {
+  if (g.siblings.empty()) return;
+  int64_t width = 0, rank = 0;
+  for (const GemmSibling& of : g.siblings) {
+    if (of.width < 8 || of.width % 8) fail(what, "the width of a sibling is not a positive multiple of 8");
+    if (of.first_rank < rank || of.first_rank % 16 || of.ranks < 1) fail(what, "the ranks of a sibling are out of place");
+    width += of.width;
+    rank = of.first_rank + of.ranks;
+  }
+  if (g.siblings.size() > MOST_SIBLINGS || TILES[tile].kind != Kind::wgmma || g.segments.count || g.w_scale || g.dropout.p > 0) {
+    fail(what, "siblings are 4 at most, for tiles of wgmma, without segments, int8 and dropout");
+  }
+  if (width != (g.transposed ? g.k : g.n) || rank > g.r) fail(what, "the siblings do not add up to the product");
+}
 
 }  // namespace
 
@@ -69,6 +115,7 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
   if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
   if (g.n % 8 || g.k % (g.w_scale ? 16 : 8)) fail(what, "n or k is not a multiple of 8 (k of 16 for an int8 w)");
   check_segments(what, g.segments, g.m);
+  check_siblings(what, g, tile);
   const bool has_dropout = g.dropout.p > 0, int8 = g.w_scale != nullptr;
   bool full_tiles = true;
   for (int e = 0, begin = 0; e < g.segments.count; begin = g.segments.ends[e++]) {
@@ -78,14 +125,28 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
   if (!takes(TILES[tile], int8, has_dropout, full_tiles) || (int8 && g.transposed) || (has_dropout && !g.transposed && !int8)) {
     fail(what, "this tile does not take an int8 w, dropout, or short segments in this way");
   }
-  if (g.shrink.a) {
+  if (has_shrink(g)) {
     const bool inside = g.shrink.inside, fits = inside ? has_shrink_inside(tile, g.r) : overlaps_shrink(tile, g.r);
     const bool ranks_fit = fits && g.r > 0 && g.t_stride >= g.r && g.t_stride <= (inside ? NARROW_RANKS : OVERLAPPED_RANKS);
-    if (int8 || has_dropout || !ranks_fit || (inside && g.transposed)) fail(what, "no shrink can overlap this product or be in it");
+    const bool in_vain = inside && (g.transposed || !g.siblings.empty());
+    if (int8 || has_dropout || !ranks_fit || in_vain) fail(what, "no shrink can overlap this product or be in it");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);
   start<Fp16>(what, g, tile, chip);
+}
+
+void shrink_ahead(const Gemm& g, const DeviceProperties& chip, const Stream& stream) {
+  const Launch what{"shrink_ahead", g.m, 0, g.k, g.r, stream};
+  if (!HAS_WGMMA || chip.capability != 90) fail(what, "the device or this build has no wgmma");
+  if (!has_shrink(g) || g.r < 1 || g.t_stride < g.r || g.t_stride > OVERLAPPED_RANKS) fail(what, "the total rank is not from 1 to 64");
+  if constexpr (HAS_WGMMA) {
+    TensorMaps own;
+    TensorMaps& maps = g.maps ? *g.maps : own;
+    const int items = row_blocks(g.segments, SHRINK_ROWS, int(g.m)) * int(siblings_of(g).size());
+    const int blocks = std::min(items, chip.multiprocessors);
+    g.element == Element::bf16 ? start_ahead<Bf16>(g, blocks, maps, stream) : start_ahead<Fp16>(g, blocks, maps, stream);
+  }
 }
 
 }  // namespace fedms::cuda

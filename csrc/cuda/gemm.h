@@ -26,14 +26,29 @@ struct GemmArguments {
   int band;  // row blocks of a band of tiles, see layout.h
 };
 
+// What differs between the siblings of a product, of which there is one at least.
+template <class T>
+struct Siblings {
+  int count;
+  struct Sibling {
+    int width;              // columns of y, or, transposed, terms of the sums
+    int first_rank, ranks;  // in T
+    const T* bias;
+  } each[MOST_SIBLINGS];
+};
+
 // Of a shrink that runs ahead of a GEMM (GemmShrink).
 template <class T>
 struct ShrinkAheadArguments {
-  int m, k, r, experts;
-  const T* x;
-  int64_t x_stride;
-  const T* a;
-  int64_t a_stride;
+  int m, r, experts, siblings;  // experts and siblings: how many
+  struct Sibling {
+    const T* x;
+    int64_t x_stride;
+    const T* a;
+    int64_t a_stride;
+    int k, first_rank, ranks, width;  // width: of its columns in T
+    int first_expert, experts;
+  } sibling[MOST_SIBLINGS];
   T* s;
   T* t;
   int64_t t_stride;
@@ -75,11 +90,11 @@ struct TensorMaps {
     int64_t rows, columns, stride;
     int box_rows;
     bool bf16;
-  } kept[COUNT];
+  } kept[MOST_SIBLINGS][COUNT];
 
   const TensorMap& of(Operand operand, const Launch& what, bool bf16, const void* data, int64_t rows, int64_t columns,
-                      int64_t stride, int box_rows) {
-    Kept& k = kept[operand];
+                      int64_t stride, int box_rows, int sibling = 0) {
+    Kept& k = kept[sibling][operand];
     const bool same = k.data == data && k.rows == rows && k.columns == columns && k.stride == stride &&
                       k.box_rows == box_rows && k.bf16 == bf16;
     if (!same) k = {tensor_map(what, bf16, data, rows, columns, stride, box_rows), data, rows, columns, stride, box_rows, bf16};
@@ -90,8 +105,8 @@ struct TensorMaps {
 template <class T>
 void start_mma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed);
 template <class T>
-void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, int tile, bool transposed, bool early, int multiprocessors,
-                      TensorMaps& maps);
+void start_wgmma_gemm(const Launch& what, const GemmArguments<T>& arguments, const std::vector<GemmSibling>& siblings, int tile,
+                      bool transposed, bool early, int multiprocessors, TensorMaps& maps);
 template <class T>
 void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& arguments, bool backward, int blocks,
                         TensorMaps& maps);

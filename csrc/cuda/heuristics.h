@@ -109,15 +109,16 @@ inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, in
 // How many blocks a shrink has that runs ahead of a GEMM of wgmma: few, which leaves the multiprocessors to the GEMM, but enough to
 // be done when its first tiles come to the ranks. In clock cycles: a block of the shrink needs `row` for each of its row blocks, at
 // 28 bytes a cycle, the least that a multiprocessor is expected to get where few read. The GEMM's first blocks start at once, and
-// as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in turn.
-inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, int row_blocks, int tiles, int64_t k) {
+// as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in turn. `shrinks`: how
+// many parts k has, each of which is a shrink of its own (siblings).
+inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, int row_blocks, int tiles, int64_t k, int shrinks = 1) {
   const double loop = double(k) * tile.bm * tile.bn / 2048, ends = 500 + double(tile.bm) * tile.bn * 2 / 32;
-  const double row = double(k) * SHRINK_ROWS * 2 / 28;
-  const int all = chip.multiprocessors, most = std::min(row_blocks, all);
+  const double row = double(k) / shrinks * SHRINK_ROWS * 2 / 28;
+  const int all = chip.multiprocessors, items = row_blocks * shrinks, most = std::min(items, all);
   double least = INFINITY;
   int best = 1;
   for (int blocks = 1; blocks <= most; ++blocks) {
-    const double done = ceil_div(row_blocks, blocks) * row;
+    const double done = ceil_div(items, blocks) * row;
     const auto end_of = [&](int block, double start) {
       return block >= tiles ? done : std::max(start + loop, done) + ends + (ceil_div(tiles - block, all) - 1) * (loop + ends);
     };

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(256) join_experts_kernel(__grid_constant__ con
   const Expert& e = experts.item[ptx::block_y()];
   const int width = e.end - e.first;
   const int64_t of_a = int64_t(width) * g.k, i = int64_t(ptx::block_x()) * 256 + ptx::thread();
-  if (i >= of_a + int64_t(g.n) * width) return;
+  if (i >= of_a + int64_t(e.rows) * width) return;
   const auto value_at = [&](int rank, const void* data, int64_t place) {
     const float value = rank < e.rank ? widened(static_cast<const From*>(data)[place]) : 0;
     return T{Number<T>::narrow(value)};
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(256) join_experts_kernel(__grid_constant__ con
     if (g.a_t) g.a_t[int64_t(column) * g.pitch + to_rank] = value;
   } else {
     const int rank = int((i - of_a) % width), row = int((i - of_a) / width);
-    g.b[int64_t(row) * g.pitch + e.first + rank] = value_at(rank, e.b, row * e.b_row_stride + rank * e.b_column_stride);
+    g.b[int64_t(e.first_row + row) * g.pitch + e.first + rank] = value_at(rank, e.b, row * e.b_row_stride + rank * e.b_column_stride);
   }
 }
 
@@ -45,7 +45,8 @@ void join_experts(const JoinExperts& g, const std::vector<Expert>& experts, cons
     for (int i = 0; i < count; ++i) {
       const Expert& e = some.item[i];
       if (e.rank < 0 || e.first < 0 || e.end < e.first + e.rank || e.end > g.pitch) fail(what, "an expert's ranks are out of place");
-      most = std::max(most, (e.end - e.first) * (g.n + g.k));
+      if (e.first_row < 0 || e.rows < 1 || int64_t(e.first_row) + e.rows > g.n) fail(what, "an expert's rows are out of place");
+      most = std::max(most, (e.end - e.first) * (e.rows + g.k));
     }
     if (most == 0) return;
     for_element(g.element, [&](auto* null) {

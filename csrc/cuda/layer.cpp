@@ -81,6 +81,7 @@ void LayerPlan::join(const LayerOperands& of, const Stream& stream) const {
     experts[e].rank = shape_.ranks[e];
     experts[e].first = firsts_[e];
     experts[e].end = e + 1 < experts.size() ? firsts_[e + 1] : static_cast<int32_t>(pitch_);
+    experts[e].rows = static_cast<int32_t>(shape_.n);
   }
   const Joined to = joined(of);
   join_experts({shape_.element, shape_.fp32_experts, shape_.n, shape_.k, ranks_, pitch_, const_cast<void*>(to.a),
@@ -247,14 +248,14 @@ void LayerPlan::compute_da_and_db(const LayerBackward& call, const Needs& needs,
                        const std::vector<void*>& out) {
     const Side side = strips(columns, needs);
     std::vector<PartialSum> of_side;
-    add_sums(of_side, side, parts, out, number == 1);
+    add_sums(of_side, side, parts, out, number == LoraGradStrips::OF_DA);
     pass.rows_a_split = side.rows_a_split;
     pass.sides[number] = {z, columns, z_stride, t, parts, {}};
     if (parts) return void(sums.insert(sums.end(), of_side.begin(), of_side.end()));
     for (const PartialSum& sum : of_side) pass.sides[number].out.push_back(sum.to);
   };
   if (needs.db) add(0, shape_.n, call.dy, call.dy_stride, call.of.t, db_parts, call.db);
-  if (needs.da) add(1, shape_.k, call.x, call.x_stride, ds, da_parts, call.da);
+  if (needs.da) add(LoraGradStrips::OF_DA, shape_.k, call.x, call.x_stride, ds, da_parts, call.da);
   if (needs.da || needs.db) lora_grad_strips(pass, stream);
   reduce_partials(shape_.element, shape_.fp32_experts, rank_, sums, stream);
 }

@@ -196,15 +196,20 @@ void lora_grad_partials(const LoraGradPartials& g, const Stream& stream) {
 int64_t lora_grad_strips_blocks(int64_t c) { return ceil_div(c, STRIP_COLUMNS); }
 
 void lora_grad_strips(const LoraGradStrips& g, const Stream& stream) {
-  const LoraGradStrips::Side &of_db = g.sides[0], &of_da = g.sides[1];
-  const Launch what{"lora_grad_strips", g.m, of_db.c, of_da.c, g.r, stream};
-  check_sizes(what, g.m, std::max(of_db.c, of_da.c), g.r);
-  if (g.r > OVERLAPPED_RANKS || of_db.c % 8 || of_da.c % 8) {
-    fail(what, "the total rank is above 64, or the columns are not a multiple of 8");
+  const LoraGradStrips::Side& of_da = g.sides[LoraGradStrips::OF_DA];
+  int64_t columns = -of_da.c, outputs = 0;
+  for (const LoraGradStrips::Side& side : g.sides) {
+    columns += side.c;
+    if (side.c && !side.parts && &side != &of_da) outputs += side.out.size();
   }
+  const Launch what{"lora_grad_strips", g.m, columns, of_da.c, g.r, stream};
+  check_sizes(what, g.m, columns + of_da.c, g.r);
+  if (g.r > OVERLAPPED_RANKS) fail(what, "the total rank is above 64");
   if (g.rows_a_split < STRIP_ROWS || g.rows_a_split % STRIP_ROWS) fail(what, "rows_a_split is not a positive multiple of 128");
   for (const LoraGradStrips::Side& side : g.sides) {
-    const bool in_place = g.segments.count == 0 && g.rows_a_split >= g.m && int64_t(side.out.size()) <= LoraGradStrips::MOST_OUTPUTS;
+    const int64_t own = &side == &of_da ? side.out.size() : outputs;
+    const bool in_place = g.segments.count == 0 && g.rows_a_split >= g.m && own <= LoraGradStrips::MOST_OUTPUTS;
+    if (side.c % 8) fail(what, "the columns of a side are not a multiple of 8");
     if (side.c && !side.parts && !in_place) fail(what, "segments, splits, or so many outputs need parts");
   }
   check_segments(what, g.segments, g.m);

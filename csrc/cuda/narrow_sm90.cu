@@ -24,17 +24,17 @@ struct NarrowForward {
 
   static FEDMS_DEVICE void produce(const NarrowArguments<T>& g, const Maps& maps, const Stages& ring) {
     typename Stages::Cursor at;
-    for_tiles<BM, BN>(g.gemm, [&](const TilePlace& place) {
+    for_tiles<BM>(g.gemm, ceil_div(g.gemm.n, BN), [&](const RowBlock& rows, int block) {
       for (int first = 0; first < g.gemm.k; first += STEP) {
         ring.fill(at, [&](uint32_t stage, uint32_t full) {
-          ptx::tma_load(stage, &maps.x, full, place.rows.row, first);
-          ptx::tma_load(stage + BM * 128, &maps.w, full, place.column, first);
-          ptx::tma_load(stage + (BM + BN) * 128, &maps.a, full, place.rows.first_rank, first);
+          ptx::tma_load(stage, &maps.x, full, rows.row, first);
+          ptx::tma_load(stage + BM * 128, &maps.w, full, block * BN, first);
+          ptx::tma_load(stage + (BM + BN) * 128, &maps.a, full, rows.first_rank, first);
         });
       }
-      if (place.rows.ranks == 0) return;
+      if (rows.ranks == 0) return;
       const auto load_b = [&](uint32_t stage, uint32_t full) {
-        ptx::tma_load(stage, &maps.f, full, place.column, place.rows.first_rank);
+        ptx::tma_load(stage, &maps.f, full, block * BN, rows.first_rank);
       };
       ring.fill(at, load_b, BN * 128);
     });
@@ -57,15 +57,15 @@ struct NarrowForward {
 
   static FEDMS_DEVICE void consume(const NarrowArguments<T>& g, const Maps& maps, const Stages& ring, uint32_t staged,
                                    int warpgroup) {
-    TileWriter<T> writer{staged + warpgroup * 2 * BOX, warpgroup};
+    TileWriter<T> writer{staged + warpgroup * 2 * BOX, warpgroup, int64_t(g.gemm.m) * g.gemm.n > STREAMED};
     typename Stages::Reader reader;
-    for_tiles<BM, BN>(g.gemm, [&](const TilePlace& place) {
-      const Values values{place.rows, place.rows.row + warpgroup * 64};
+    for_tiles<BM>(g.gemm, ceil_div(g.gemm.n, BN), [&](const RowBlock& rows, int block) {
+      const Values values{rows, rows.row + warpgroup * 64};
       float factor[VALUES];  // under way while W's part is multiplied
 #pragma unroll
       for (int i = 0; i < VALUES; ++i) {
         const int row = values.row(i), rank = values.rank(i);
-        factor[i] = values.own(i) ? factor_of(g.factors, g.gemm.segments, place.rows.owner, row, rank) : 0;
+        factor[i] = values.own(i) ? factor_of(g.factors, g.gemm.segments, rows.owner, row, rank) : 0;
       }
       Accumulator sum = {};
       ptx::keep_in_place(sum);
@@ -80,7 +80,7 @@ struct NarrowForward {
       }
       ring.finish(reader, sum);
       uint32_t t[RANKS / 16][4];
-      make_t(g, values, place.column == 0, factor, sum, t);
+      make_t(g, values, block == 0, factor, sum, t);
       const auto multiply_by_b = [&](auto count) {
         ring.multiply(reader, [&](uint32_t stage) {
 #pragma unroll
@@ -90,12 +90,12 @@ struct NarrowForward {
         });
         ring.finish(reader, sum);
       };
-      switch (ceil_div(place.rows.ranks, 16)) {
+      switch (ceil_div(rows.ranks, 16)) {
         case 0: break;
         case 1: multiply_by_b(Count<1>()); break;
         default: multiply_by_b(Count<2>());
       }
-      writer.template write<BN>(g.gemm, maps.y, values.first_row, place.column, sum);
+      writer.template write<BN>(g.gemm.bias, g.gemm.n, maps.y, values.first_row, block * BN, sum);
     });
     writer.finish();
   }

@@ -12,8 +12,11 @@ namespace {
 
 constexpr int STEP = 64, BOX = 64 * 128;  // a box: 64 rows of 64 numbers, 128 bytes
 
+// Backward each sibling has a dy and a B of its own; forward there is one x, and the A of all.
+template <bool BACKWARD>
 struct Maps {
-  TensorMap x, a;
+  static constexpr int SIBLINGS = BACKWARD ? MOST_SIBLINGS : 1;
+  TensorMap x[SIBLINGS], a[SIBLINGS];
 };
 
 // BACKWARD: x is dy, and A is B, given as (k, r).
@@ -26,22 +29,27 @@ struct WgmmaShrink {
 
   using Sums = float[RANKS / 2];
 
+  // Calls work(rows, sibling) for the row blocks of all siblings that are this block's.
   template <class F>
   static FEDMS_DEVICE void for_row_blocks(const ShrinkAheadArguments<T>& g, F work) {
     const int blocks = row_blocks(g.segments, ROWS, g.m);
-    for (int i = ptx::block_x(); i < blocks; i += ptx::blocks_x()) work(row_block(g.segments, i, ROWS, g.m, g.r, false));
+    for (int i = ptx::block_x(); i < blocks * g.siblings; i += ptx::blocks_x()) {
+      const int sibling = BACKWARD ? i / blocks : 0;
+      work(row_block(g.segments, i - sibling * blocks, ROWS, g.m, g.sibling[sibling].ranks, false), sibling);
+    }
   }
 
-  static FEDMS_DEVICE void produce(const ShrinkAheadArguments<T>& g, const Maps& maps, const Stages& ring) {
+  static FEDMS_DEVICE void produce(const ShrinkAheadArguments<T>& g, const Maps<BACKWARD>& maps, const Stages& ring) {
     typename Stages::Cursor at;
-    for_row_blocks(g, [&](const RowBlock& rows) {
-      for (int first = 0; first < g.k; first += STEP) {
+    for_row_blocks(g, [&](const RowBlock& rows, int sibling) {
+      const int k = g.sibling[sibling].k;
+      for (int first = 0; first < k; first += STEP) {
         ring.fill(at, [&](uint32_t stage, uint32_t full) {
-          ptx::tma_load(stage, &maps.x, full, rows.row, first);
+          ptx::tma_load(stage, &maps.x[sibling], full, rows.row, first);
           if constexpr (BACKWARD) {
-            ptx::tma_load(stage + ROWS * 128, &maps.a, full, first, rows.first_rank);
+            ptx::tma_load(stage + ROWS * 128, &maps.a[sibling], full, first, rows.first_rank);
           } else {
-            ptx::tma_load(stage + ROWS * 128, &maps.a, full, rows.first_rank, first);
+            ptx::tma_load(stage + ROWS * 128, &maps.a[sibling], full, rows.first_rank, first);
           }
         });
       }
@@ -50,10 +58,11 @@ struct WgmmaShrink {
 
   static FEDMS_DEVICE void consume(const ShrinkAheadArguments<T>& g, const Stages& ring, int warpgroup) {
     typename Stages::Reader reader;
-    for_row_blocks(g, [&](const RowBlock& rows) {
+    for_row_blocks(g, [&](const RowBlock& rows, int sibling) {
+      const int k = g.sibling[sibling].k;
       Sums sum = {};
       ptx::keep_in_place(sum);
-      for (int first = 0; first < g.k; first += STEP) {
+      for (int first = 0; first < k; first += STEP) {
         ring.multiply(reader, [&](uint32_t stage) {
 #pragma unroll
           for (int k16 = 0; k16 < STEP / 16; ++k16) {
@@ -64,12 +73,14 @@ struct WgmmaShrink {
         });
       }
       ring.finish(reader, sum);
-      write(g, rows, rows.row + warpgroup * 64, sum);
+      write(g, g.sibling[sibling], rows, rows.row + warpgroup * 64, sum);
     });
   }
 
   // What becomes of the sums of 64 rows, of which those of another segment are somebody else's.
-  static FEDMS_DEVICE void write(const ShrinkAheadArguments<T>& g, const RowBlock& rows, int first_row, const Sums& sum) {
+  using Sibling = typename ShrinkAheadArguments<T>::Sibling;
+  static FEDMS_DEVICE void write(const ShrinkAheadArguments<T>& g, const Sibling& of, const RowBlock& rows, int first_row,
+                                 const Sums& sum) {
     const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
     const auto row = [&](int i) { return first_row + warp * 16 + accumulator_row(lane, i % 4); };
     const auto rank = [&](int i) { return i / 4 * 8 + accumulator_column(lane, i); };
@@ -77,32 +88,35 @@ struct WgmmaShrink {
     Sums factor;  // all of them under way before the first number is written
 #pragma unroll
     for (int i = 0; i < RANKS / 2; ++i) {
-      factor[i] = own(i) ? factor_of(g.factors, g.segments, rows.owner, row(i), rank(i)) : 0;
+      factor[i] = own(i) ? factor_of(g.factors, g.segments, rows.owner, row(i), of.first_rank + rank(i)) : 0;
     }
     T* const s = BACKWARD ? nullptr : g.s;
 #pragma unroll
-    for (int i = 0; i < RANKS / 2; ++i) put_s(s, g.t, g.t_stride, g.r, rows, row(i), rank(i), sum[i], factor[i]);
+    for (int i = 0; i < RANKS / 2; ++i) {
+      if (rank(i) < of.width) put_s(s, g.t + of.first_rank, g.t_stride, g.r, rows, row(i), rank(i), sum[i], factor[i]);
+    }
     if constexpr (BACKWARD) {
-      if (g.dgate) write_dgate(g, rows, sum, own, row, rank);
+      if (g.dgate) write_dgate(g, of, rows, sum, own, row, rank);
     }
   }
 
   // The gate's gradient in these rows: for each expert its scale times the sum over its ranks of S times dy B.
   template <class Own, class Row, class Rank>
-  static FEDMS_DEVICE void write_dgate(const ShrinkAheadArguments<T>& g, const RowBlock& rows, const Sums& sum, Own own, Row row,
-                                       Rank rank) {
+  static FEDMS_DEVICE void write_dgate(const ShrinkAheadArguments<T>& g, const Sibling& of, const RowBlock& rows, const Sums& sum,
+                                       Own own, Row row, Rank rank) {
     Sums product;
 #pragma unroll
     for (int i = 0; i < RANKS / 2; ++i) {
-      product[i] = own(i) ? sum[i] * Number<T>::widen(g.s[int64_t(row(i)) * g.r + rank(i)]) : 0;
+      product[i] = own(i) ? sum[i] * Number<T>::widen(g.s[int64_t(row(i)) * g.r + of.first_rank + rank(i)]) : 0;
     }
     const int columns = g.segments.count ? 1 : g.experts;
-    for (int column = 0; column < columns; ++column) {
+    const int end = g.segments.count ? 1 : of.first_expert + of.experts;
+    for (int column = of.first_expert; column < end; ++column) {
       const int expert = g.segments.count ? rows.owner : column;
       float total[2] = {};  // of the two rows of this thread
 #pragma unroll
       for (int i = 0; i < RANKS / 2; ++i) {
-        const bool of_expert = rank(i) < rows.ranks && (g.segments.count || g.factors.expert[rank(i)] == expert);
+        const bool of_expert = rank(i) < rows.ranks && (g.segments.count || g.factors.expert[of.first_rank + rank(i)] == expert);
         total[i % 4 / 2] += of_expert ? product[i] : 0;
       }
 #pragma unroll
@@ -116,7 +130,7 @@ struct WgmmaShrink {
     }
   }
 
-  static FEDMS_DEVICE void run(const ShrinkAheadArguments<T>& g, const Maps& maps) {
+  static FEDMS_DEVICE void run(const ShrinkAheadArguments<T>& g, const Maps<BACKWARD>& maps) {
     ptx::let_next_launch_start();
     const uint32_t memory = ptx::shared_memory();
     const Stages ring{memory, memory + Stages::BYTES};
@@ -129,7 +143,7 @@ struct WgmmaShrink {
 
 template <class T, bool BACKWARD>
 __global__ void __launch_bounds__(WgmmaShrink<T, BACKWARD>::THREADS, 1)
-    shrink_ahead_kernel(__grid_constant__ const ShrinkAheadArguments<T> arguments, __grid_constant__ const Maps maps) {
+    shrink_ahead_kernel(__grid_constant__ const ShrinkAheadArguments<T> arguments, __grid_constant__ const Maps<BACKWARD> maps) {
   WgmmaShrink<T, BACKWARD>::run(arguments, maps);
 }
 
@@ -139,16 +153,19 @@ template <class T>
 void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& g, bool backward, int blocks,
                         TensorMaps& kept) {
   using Of = TensorMaps::Operand;
-  const int ranks = ranks_with_gaps(g.segments, g.r);
-  const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-    return kept.of(of, what, Number<T>::is_bf16, data, rows, columns, stride, box_rows);
+  const auto start = [&](auto* kernel, auto maps) {
+    for (int i = 0; i < g.siblings; ++i) {
+      const auto& of = g.sibling[i];
+      const auto map = [&](Of operand, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+        return kept.of(operand, what, Number<T>::is_bf16, data, rows, columns, stride, box_rows, i);
+      };
+      const int ranks = g.segments.count ? ranks_with_gaps(g.segments, g.r) : of.ranks;
+      maps.x[i] = map(Of::x, of.x, g.m, of.k, of.x_stride, SHRINK_ROWS);
+      maps.a[i] = backward ? map(Of::a, of.a, of.k, ranks, of.a_stride, STEP) : map(Of::a, of.a, ranks, of.k, of.a_stride, 64);
+    }
+    launch(what, kernel, {blocks}, WgmmaShrink<T, false>::THREADS, SHRINK_SHARED_BYTES, g, maps);
   };
-  const auto start = [&](auto* kernel) {
-    const TensorMap x = map(Of::x, g.x, g.m, g.k, g.x_stride, SHRINK_ROWS);
-    const TensorMap a = backward ? map(Of::a, g.a, g.k, ranks, g.a_stride, STEP) : map(Of::a, g.a, ranks, g.k, g.a_stride, 64);
-    launch(what, kernel, {blocks}, WgmmaShrink<T, false>::THREADS, SHRINK_SHARED_BYTES, g, Maps{x, a});
-  };
-  backward ? start(shrink_ahead_kernel<T, true>) : start(shrink_ahead_kernel<T, false>);
+  backward ? start(shrink_ahead_kernel<T, true>, Maps<true>{}) : start(shrink_ahead_kernel<T, false>, Maps<false>{});
 }
 template void start_shrink_ahead(const Launch&, const ShrinkAheadArguments<Bf16>&, bool, int, TensorMaps&);
 template void start_shrink_ahead(const Launch&, const ShrinkAheadArguments<Fp16>&, bool, int, TensorMaps&);

@@ -9,8 +9,10 @@ namespace {
 
 constexpr int COLUMNS = STRIP_COLUMNS, ROWS = STRIP_ROWS;  // rows of 128 bytes
 
+constexpr int SIDES = LoraGradStrips::SIDES;
+
 struct Maps {
-  TensorMap z[2], t[2];  // of dB: dy and T; of dA: x and dS
+  TensorMap z[SIDES], t[SIDES];  // of dB: a sibling's dy, and T; of dA: x and dS
 };
 
 struct Output {
@@ -21,8 +23,8 @@ struct Output {
 struct StripsArguments {
   int m, rows_a_split, count;  // of outputs
   Segments segments;
-  int columns[2];              // of dy and of x; 0: that side is left out
-  int64_t split_stride[2];     // from the outputs of one split to those of the next
+  int columns[SIDES];          // of each dy and of x; 0: that side is left out
+  int64_t split_stride[SIDES];  // from the outputs of one split to those of the next
   Items<Output> outputs;
 };
 
@@ -41,9 +43,14 @@ struct Strips {
   };
 
   static FEDMS_DEVICE Strip strip_of(const StripsArguments& g) {
-    const int first = ceil_div(g.columns[0], COLUMNS), strip = ptx::block_x(), side = strip >= first;
+    int side = 0, strip = ptx::block_x();
+    for (; side < SIDES - 1; ++side) {
+      const int of_side = ceil_div(g.columns[side], COLUMNS);
+      if (strip < of_side) break;
+      strip -= of_side;
+    }
     const RowBlock rows = row_block(g.segments, ptx::block_y(), g.rows_a_split, g.m, 0, false);
-    return {side, (side ? strip - first : strip) * COLUMNS, rows.row, rows.end};
+    return {side, strip * COLUMNS, rows.row, rows.end};
   }
 
   static FEDMS_DEVICE void produce(const Strip& strip, const Maps& maps, const Stages& ring) {
@@ -130,22 +137,22 @@ __global__ void __launch_bounds__(Strips<T, Out>::THREADS, 1)
 template <class T>
 void start(const Launch& what, const LoraGradStrips& g, TensorMaps& kept) {
   using Of = TensorMaps::Operand;
-  const auto map = [&](Of of, const void* data, int64_t columns, int64_t stride) {
-    return kept.of(of, what, Number<T>::is_bf16, data, g.m, columns, stride, ROWS);
+  const auto map = [&](Of of, int sibling, const void* data, int64_t columns, int64_t stride) {
+    return kept.of(of, what, Number<T>::is_bf16, data, g.m, columns, stride, ROWS, sibling);
   };
-  constexpr Of of_z[] = {Of::x, Of::z}, of_t[] = {Of::s, Of::t};  // dy and dS are the GEMM's x and T
   StripsArguments arguments{int(g.m), int(g.rows_a_split), 0, g.segments, {}, {}, {}};
   Maps maps{};
   int strips = 0;
   bool fp32 = g.fp32;
   const auto add = [&](int side, const ExpertGrad& to) { arguments.outputs.item[arguments.count++] = {to, side}; };
-  for (int side = 0; side < 2; ++side) {
+  for (int side = 0; side < SIDES; ++side) {
     const LoraGradStrips::Side& of = g.sides[side];
     if (of.c == 0) continue;
     strips += ceil_div(of.c, COLUMNS);
     arguments.columns[side] = int(of.c);
-    maps.z[side] = map(of_z[side], of.z, of.c, of.z_stride);
-    maps.t[side] = map(of_t[side], of.t, g.r, g.t_stride);
+    const bool of_da = side == LoraGradStrips::OF_DA;  // dy and dS are the GEMM's x and T
+    maps.z[side] = map(of_da ? Of::z : Of::x, of_da ? 0 : side, of.z, of.c, of.z_stride);
+    maps.t[side] = map(of_da ? Of::t : Of::s, 0, of.t, g.r, g.t_stride);
     if (of.parts) {
       fp32 = true;
       arguments.split_stride[side] = of.c * g.r;

@@ -21,20 +21,14 @@ static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 504);
 template <int VALUE>
 using Count = std::integral_constant<int, VALUE>;
 
-// The rows of a tile of this block, and its first column.
-struct TilePlace {
-  RowBlock rows;
-  int column;
-};
-
-// Calls work(place) for the tiles of this block, one after the other. In segments every tile is whole: what two of them
-// compute both comes out the same.
-template <int BM, int BN, class T, class F>
-FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, F work) {
-  const int blocks = row_blocks(g.segments, BM, g.m), columns = ceil_div(g.n, BN);
+// Calls work(rows, number of the block of columns) for the tiles of this block, one after the other, of `columns` blocks of columns. In
+// segments every tile is whole: what two of them compute both comes out the same.
+template <int BM, class T, class F>
+FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, int columns, F work) {
+  const int blocks = row_blocks(g.segments, BM, g.m);
   for (int t = ptx::block_x(); t < blocks * columns; t += ptx::blocks_x()) {
     const Tile2 tile = place_tile(t, blocks, columns, g.band);
-    work(TilePlace{row_block(g.segments, tile.row, BM, g.m, g.r, true), tile.column * BN});
+    work(row_block(g.segments, tile.row, BM, g.m, g.r, true), tile.column);
   }
 }
 
@@ -43,13 +37,16 @@ FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, F work) {
 template <class T>
 struct TileWriter {
   uint32_t staged;  // the two places
-  int warpgroup, boxes = 0;
+  int warpgroup;
+  bool streams;     // the outputs are too large for the L2 cache
+  int boxes = 0;
 
+  // With a bias (n,) or null.
   template <int BN, int D>
-  FEDMS_DEVICE void write(const GemmArguments<T>& g, const TensorMap& y, int row, int column, const float (&sum)[D]) {
+  FEDMS_DEVICE void write(const T* bias, int n, const TensorMap& y, int row, int column, const float (&sum)[D]) {
     static_assert(BN / 2 <= D);
     const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
-    const uint64_t policy = ptx::cache_policy(int64_t(g.m) * g.n > STREAMED);
+    const uint64_t policy = ptx::cache_policy(streams);
 #pragma unroll
     for (int box = 0; box < BN / 64; ++box) {
       const uint32_t place = staged + boxes++ % 2 * BOX;
@@ -59,7 +56,7 @@ struct TileWriter {
       for (int i = 0; i < 32; i += 2) {
         const int box_row = warp * 16 + accumulator_row(lane, i % 4), box_column = i / 4 * 8 + accumulator_column(lane, 0);
         float low = sum[box * 32 + i], high = sum[box * 32 + i + 1];
-        add_bias(g.bias, column + box * 64 + box_column, g.n, low, high);
+        add_bias(bias, column + box * 64 + box_column, n, low, high);
         ptx::store_shared_u32(place + chunk_offset<8>(box_row, box_column / 8) + box_column % 8 * 2, pack<T>(low, high));
       }
       ptx::fence_shared_for_tma();

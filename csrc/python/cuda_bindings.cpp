@@ -9,23 +9,11 @@
 
 #include "device_tensor.h"
 #include "fast_call.h"
+#include "work_stream.h"
 #include "fedms/cuda_layer.h"
 
 namespace fedms::python {
 namespace {
-
-// The stream that torch queues work of a device on now.
-cuda::Stream current_stream(const dlpack::Device& device) {
-  if (device.type == dlpack::cpu) return {0, nullptr};  // the emulator
-  void* handle = nullptr;
-  if (exchange && exchange->current_work_stream) {
-    if (exchange->current_work_stream(device.type, device.id, &handle) != 0) throw py::error_already_set();
-  } else {
-    const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(device.id);
-    handle = reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
-  }
-  return {device.id, handle};
-}
 
 // As fedms_ext/backends/cuda_plan.py names them.
 cuda::ShrinkPlace place_of(const std::string& name) {
@@ -178,9 +166,9 @@ class Plan {
     a_tensor.expect(device_, experts_type()).matrix(rank, shape.k);
     b_tensor.expect(device_, experts_type()).matrix(shape.n, rank);
     if (plan_.joined_size() == 0) {  // the GEMMs read them where they are
-      return {a_tensor.data(), a_tensor.rows(rank, shape.k), 1, b_tensor.data(), b_tensor.rows(shape.n, rank), 1, 0, 0, 0};
+      return {a_tensor.data(), a_tensor.rows(rank, shape.k), 1, b_tensor.data(), b_tensor.rows(shape.n, rank), 1, 0, 0, 0, 0, 0};
     }
-    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1), 0, 0, 0};
+    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1), 0, 0, 0, 0, 0};
   }
 
   // Asks whether a tensor is negated when it is read. Of a parameter that is asked once for each place in memory, since to ask
@@ -250,6 +238,8 @@ void define_plan(py::module_& m) {
 
 }  // namespace
 
+void define_cuda_group(py::module_& m);  // cuda_group_bindings.cpp
+
 void define_cuda(py::module_ m) {
   m.doc() = "The layer plans of csrc/include/fedms/cuda_layer.h; an error of CUDA is a RuntimeError that names the launch.";
   py::register_local_exception<Declined>(m, "Declined", PyExc_ValueError);
@@ -269,6 +259,7 @@ void define_cuda(py::module_ m) {
   m.def("gemm", &gemm, py::arg("x"), py::arg("weight"), py::arg("t"), py::arg("f"), py::arg("y"), py::arg("transposed"),
         py::arg("rank"), py::arg("tile"), py::arg("chip"));
   define_plan(m);
+  define_cuda_group(m);
 }
 
 }  // namespace fedms::python

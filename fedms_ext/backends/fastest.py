@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
+
+import torch
 
 from . import device as devices
 from .autotune import Choices
@@ -28,8 +31,14 @@ def is_faster(name: str, passes: Passes, rival: Backend, call: Call) -> bool:
     return chosen == passes
 
 
+def fastest_of(device: torch.device, shape: tuple[object, ...], ways: Mapping[str, Callable[[], object]]) -> str:
+    """Return the name of the fastest of several ways to compute something of a shape; the first one if nothing can be measured."""
+    choices = _choices(devices.properties(device).capability)
+    return choices.choose(device, shape, lambda: {name: name for name in ways}, lambda name: ways[name]())
+
+
 @lru_cache(maxsize=None)
-def _choices(capability: tuple[int, int]) -> Choices[Passes]:
+def _choices(capability: tuple[int, int]) -> Choices[Any]:
     major, minor = capability
     return Choices(f"backends-sm{major}{minor}-{devices.build_id()[:16]}.json")
 

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedms_ext import backends
+from fedms_ext.backends.device import ON_GPU, is_capturing
 from fedms_ext.nn.seeds import draw_seed
+from fedms_ext.operators.planned_siblings import GroupPlans
 from fedms_ext.operators.siblings import may_be_joined, sibling_linears
 
 if TYPE_CHECKING:
     from fedms_ext.nn.expert_linear import ExpertLinear
+
+_MOST_CALLS = 64
 
 
 class _Held:
@@ -70,21 +75,24 @@ class Siblings:
 
     Args:
         layers: At least two layers with the same number of input features.
+        on_cpu: Whether to compute them together on a CPU, too. On a GPU they are where that was measured to be faster.
     """
 
-    def __init__(self, layers: Sequence[ExpertLinear]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[ExpertLinear], on_cpu: bool = True) -> None:
+        self.layers, self.on_cpu = tuple(layers), on_cpu
         self._start()
 
     def _start(self) -> None:
         self.together: bool | None = None     # whether the layers have proved to share their input; None: not known yet
+        self.plans: GroupPlans = {}           # what the CUDA kernels keep for the group
+        self._apart: set[tuple[object, ...]] = set()   # the calls on a GPU that are computed one by one
         self._of_thread = threading.local()
 
-    def __getstate__(self) -> tuple[ExpertLinear, ...]:
-        return self.layers
+    def __getstate__(self) -> tuple[tuple[ExpertLinear, ...], bool]:
+        return self.layers, self.on_cpu
 
-    def __setstate__(self, layers: tuple[ExpertLinear, ...]) -> None:
-        self.layers = layers
+    def __setstate__(self, state: tuple[tuple[ExpertLinear, ...], bool]) -> None:
+        self.layers, self.on_cpu = state
         self._start()
 
     def part(self) -> None:
@@ -95,7 +103,11 @@ class Siblings:
 
     def output(self, layer: ExpertLinear, x: Tensor) -> Tensor | None:
         """Return the output of one of the layers, or None if it has to be computed by itself."""
-        if self.together is False or not may_be_joined(x):
+        on_gpu = getattr(x, ON_GPU)
+        if self.together is False or not (on_gpu or self.on_cpu) or not may_be_joined(x):
+            return None
+        call = self._call(x) if on_gpu else None
+        if call in self._apart:
             return None
         index = next((i for i, other in enumerate(self.layers) if other is layer), None)
         if index is None:   # a copy of the layer
@@ -109,7 +121,21 @@ class Siblings:
                 self.together, self._of_thread.held = True, None
             if y is not None or self.together is False:
                 return y
-        return self._compute(index, x)
+        y = self._compute(index, x)
+        if y is None and call is not None and not is_capturing(x.device):
+            if len(self._apart) >= _MOST_CALLS:
+                self._apart.clear()
+            self._apart.add(call)
+        return y
+
+    def _call(self, x: Tensor) -> tuple[object, ...]:
+        """Return what is cheap to read of what decides whether a call on a GPU is computed one by one.
+
+        If something else changes, such as the dropout of an expert, layers that could be computed together stay apart: that is slower,
+        but never wrong.
+        """
+        states = [(layer.training, layer.frozen is None, len(layer.off), len(layer.experts), len(layer.routes)) for layer in self.layers]
+        return x.shape, x.dtype, x.device, torch.is_grad_enabled(), backends.preference(), *states
 
     def _missed(self, held: _Held) -> None:
         """Drop the outputs that were held, since they are not those that are asked for."""
@@ -125,11 +151,13 @@ class Siblings:
         drops = {part.dropout_p > 0 for part in parts}
         if len(drops) > 1:
             return None
+        if True in drops and getattr(x, ON_GPU):   # before a seed is drawn: the CUDA kernels compute no group with dropout
+            return None
         if True in drops:
             # One number from the generator, as for a layer by itself; each sibling makes a seed of its own from it.
             seed: Any = draw_seed(x)   # on the CPU it is a number
             parts = [part._replace(seed=(seed + i - index) % 2**63) for i, part in enumerate(parts)]
-        ys = sibling_linears(x, parts)
+        ys = sibling_linears(self.plans, x, parts)
         if ys is None:
             return None
         others = {i: (y, _State(self.layers[i])) for i, y in enumerate(ys) if i != index}

@@ -122,7 +122,7 @@ def planned_linear(
     else:
         quantized, (data, data_scale), kind = weight, weight.operands, weight.kind
     if gate is not None:
-        gate = _gate_of_rows(gate, x)
+        gate = gate_of_rows(gate, x)
     planned = plans.last
     rest = kind, gate is None, dropout_p > 0.0, backends.preference()
     if planned is None or not planned.fits(x, data, scale, *rest):
@@ -151,7 +151,7 @@ def planned_linear(
     return _apply((call, y, room, data, data_scale, None if type(seed) is int else seed), x, gate, *a, *b)
 
 
-def _gate_of_rows(gate: Tensor, x: Tensor) -> Tensor:
+def gate_of_rows(gate: Tensor, x: Tensor) -> Tensor:
     """Return the gate as float32 (M, E), without a copy if possible."""
     shape = (*x.shape[:-1], gate.shape[-1])
     return (gate if gate.shape == shape else gate.expand(shape)).reshape(-1, shape[-1]).to(torch.float32)

@@ -1,8 +1,8 @@
 """Linear layers with experts that share their input, computed together: one call for the outputs and one for the gradients.
 
-The query, the key and the value of an attention layer read the same x. Together x is quantized once instead of three times, and
-the gradient of x is one sum of three products instead of three tensors that autograd adds up. Only the C++ kernels do so, on
-weights of 8 bits and many rows; every other call is declined, and the caller computes its layers one by one.
+The query, the key and the value of an attention layer read the same x. On a CPU x is then quantized once instead of three times,
+and the gradient of x is one sum of three products instead of three tensors that autograd adds up: the C++ kernels do so, on weights
+of 8 bits and many rows. On a GPU see `planned_siblings`. Every other call is declined, and the caller computes its layers one by one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from .. import _C, backends
+from ..backends import cuda
 from ..backends.device import ON_GPU
 from ..quantization.formats import EIGHT_BITS
 from .arguments import Quantized, settled_scale
 from .definition import gradients
 from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
+from .planned_siblings import GroupPlans, planned_siblings
 
 
 # With fewer values in x the checks of a group take as long as what it saves: three layers 384 -> 384 on 512 rows gain nothing, on
@@ -54,31 +56,30 @@ class Sibling(NamedTuple):
 def may_be_joined(x: Tensor) -> bool:
     """Return whether layers of x can be computed together, as far as x and the surroundings of the call tell.
 
-    x must be a plain tensor on the CPU with at least `FEWEST_VALUES` values whose changes in place are counted, which those of
-    inference mode are not. No compiler, transform, profiler or autocast may be at work.
+    x must be a plain tensor whose changes in place are counted, which those of inference mode are not: on a GPU one of bf16 or fp16,
+    on the CPU one with at least `FEWEST_VALUES` values. No compiler, transform, profiler or autocast may be at work.
     """
-    return (
-        type(x) is Tensor
-        and x.numel() >= FEWEST_VALUES
-        and not getattr(x, ON_GPU)
-        and not x.is_inference()
-        and not is_observed()
-        and not is_autocast_enabled()
-        and backends.cpu_is_chosen()
-    )
+    if type(x) is not Tensor or x.is_inference() or is_observed() or is_autocast_enabled():
+        return False
+    if getattr(x, ON_GPU):
+        return x.dtype in (torch.bfloat16, torch.float16) and cuda.unavailable() is None
+    return x.numel() >= FEWEST_VALUES and backends.cpu_is_chosen()
 
 
-def sibling_linears(x: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor] | None:
+def sibling_linears(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor] | None:
     """Return y (..., N) of every layer, or None if they have to be computed one by one.
 
-    Each y has the bits that `expert_linear` gives by itself. The outputs share one node of autograd's graph, as those of
-    `torch.unbind` do: the gradient of x is the sum over the layers in their order, and a backward pass from one of the outputs
-    frees what a later one from another output would need.
+    On a CPU each y has the bits that `expert_linear` gives by itself; on a GPU it has those of the same sums with another tile. The
+    outputs share one node of autograd's graph, as those of `torch.unbind` do: the gradient of x is the sum over the layers in their
+    order, and a backward pass from one of the outputs frees what a later one from another output would need.
 
     Args:
+        plans: What the CUDA kernels keep for the group.
         x: (..., K), for which `may_be_joined` is true.
         layers: At least one layer.
     """
+    if getattr(x, ON_GPU):
+        return planned_siblings(plans, x, layers)
     weights: list[Any] = [layer.weight for layer in layers]
     if any([isinstance(weight, Tensor) or weight.kind not in EIGHT_BITS for weight in weights]):
         return None

@@ -10,14 +10,20 @@ from fedms_ext.nn.linear import class_name
 from fedms_ext.nn.siblings import Siblings
 
 
-def group(layers: Sequence[ExpertLinear]) -> Siblings:
+def group(layers: Sequence[ExpertLinear], *, on_cpu: bool = True) -> Siblings:
     """Compute layers that are called with the same input together, such as the query, key and value of an attention layer.
 
     The first of the layers that is called with x computes the outputs of all of them, and the others return theirs. On a CPU, with
-    weights in 8 bits and many rows, x is then quantized once, and the kernels add up the gradient of x. In all other cases (other
-    weights or devices, few rows, torch.compile, autocast, inference mode, profiling, segments, hooks that run before a layer, or
-    dropout in some of the layers only) each layer is computed by itself. Each output has the same bits as by itself, but for
-    dropout, whose masks come from one seed for the group; the gradient of x is added up in another order.
+    weights in 8 bits and many rows, x is then quantized once, and the kernels add up the gradient of x. Each output has the same bits
+    as by itself, but for dropout, whose masks come from one seed for the group; the gradient of x is added up in another order.
+
+    On a GPU of compute capability 9.0 the CUDA kernels compute up to four layers in bf16 or fp16 with one product forward, and the
+    gradient of x is one product. They do so where they are chosen for each of the layers, and where both passes together were
+    measured to be faster than one by one, at the first call of a shape. There must be no dropout, and at most 64 ranks in all, where
+    those of a layer count up to a multiple of 16. The outputs may differ from those of a layer by itself in their rounding.
+
+    In all other cases (other weights, few rows on a CPU, torch.compile, autocast, inference mode, profiling, segments, hooks that
+    run before a layer, or dropout or a gate in some of the layers only) each layer is computed by itself.
 
     A layer that is called with another tensor than its siblings, or after x was changed in place, is computed for its own input.
     So grouping layers that are no siblings is slower, but never wrong. The outputs share one node of autograd's graph, as those of
@@ -25,6 +31,7 @@ def group(layers: Sequence[ExpertLinear]) -> Siblings:
 
     Args:
         layers: At least two layers with the same number of input features. A layer leaves the group that it was in.
+        on_cpu: Whether to compute them together on a CPU, too.
 
     Returns:
         The group. Its method `part` undoes the grouping.
@@ -45,7 +52,7 @@ def group(layers: Sequence[ExpertLinear]) -> Siblings:
     for layer in layers:
         if layer.siblings is not None:
             layer.siblings.part()
-    siblings = Siblings(layers)
+    siblings = Siblings(layers, on_cpu)
     for layer in layers:
         layer.siblings = siblings
     return siblings
@@ -59,7 +66,7 @@ _NAMES = (
 )
 
 
-def group_siblings(model: nn.Module) -> list[Siblings]:
+def group_siblings(model: nn.Module, on_cpu: bool = True) -> list[Siblings]:
     """Group the layers with experts that share their input, as far as their names tell.
 
     They are children of one module, have one of the usual sets of names and the same number of input features. Where the names
@@ -67,6 +74,7 @@ def group_siblings(model: nn.Module) -> list[Siblings]:
 
     Args:
         model: Any module. Layers that are in a group already stay there.
+        on_cpu: As in `group`. If it is true, those groups are computed together on a CPU from now on, too.
 
     Returns:
         The new groups, in the model's order.
@@ -76,6 +84,9 @@ def group_siblings(model: nn.Module) -> list[Siblings]:
         for names in _NAMES:
             layers = [layer for name in names if isinstance(layer := module._modules.get(name), ExpertLinear)]
             same = len({layer.in_features for layer in layers}) == 1
-            if len(layers) > 1 and same and all(layer.siblings is None for layer in layers):
-                groups.append(group(layers))
+            there = {layer.siblings for layer in layers}
+            if len(layers) > 1 and same and there == {None}:
+                groups.append(group(layers, on_cpu=on_cpu))
+            for old in there - {None}:
+                old.on_cpu |= on_cpu
     return groups

@@ -73,7 +73,7 @@ Targets = str | Sequence[str]
 
 
 def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], blocks: str | None = None, *,
-           exclude: Targets = (), overrides: Mapping[str, Mapping[str, LoRA]] | None = None, group: bool = False) -> list[str]:
+           exclude: Targets = (), overrides: Mapping[str, Mapping[str, LoRA]] | None = None, group: bool | None = None) -> list[str]:
     """Freeze the model and add LoRA experts to its target layers, in place.
 
     Each layer stays the same object, so its hooks, its attributes and all references to it remain valid. A second call with
@@ -92,9 +92,10 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
         overrides: Other shapes for some targets, by name ending, such as `{"fc1": {"global": LoRA(rank=4, alpha=8)}}`. If
             several endings match, the longest one is used.
         group: Whether to compute the query, key and value of an attention layer together, and the two inputs of a gated MLP,
-            where the names of the layers tell that they are such; see `fedms_ext.group`. It is off by default because a whole
-            training step of MiniLM on int8 gains nothing that can be measured (0.99 and 1.02 times as fast), although layers of
-            2048 rows by themselves gain up to 12 % (`bench/layers/bench_cpu_siblings.py`).
+            where the names of the layers tell that they are such; see `fedms_ext.group`. None: on a GPU, where that was measured
+            to be faster, and not on a CPU, because there a whole training step of MiniLM on int8 gains nothing that can be measured
+            (0.99 and 1.02 times as fast), although layers of 2048 rows by themselves gain up to 12 %
+            (`bench/layers/bench_cpu_siblings.py`).
 
     Returns:
         Dotted names of the layers that now hold the experts, in the model's order.
@@ -132,8 +133,8 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
             ExpertLinear.join(layer, shapes[name]).block = numbers[name]
     model.fedms_blocks = blocks  # type: ignore[assignment]  # torch's stubs: only tensors and modules
     _leave_fused_paths(model)
-    if group:
-        group_siblings(model)
+    if group is not False:
+        group_siblings(model, on_cpu=group is True)
     return list(chosen)
 
 

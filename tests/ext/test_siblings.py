@@ -396,10 +396,19 @@ def test_siblings_are_found_by_their_names(names, other, found):
     assert not any(hasattr(module, "siblings") for module in model.modules())
 
 
-def test_attach_groups_nothing_by_itself():
+def test_attach_joins_nothing_on_a_cpu_by_itself(monkeypatch):
     model = nn.Sequential(Attention(("query", "key", "value")))
-    fedms_ext.attach(model, "all-linear", {"a": LoRA(2, 4)}, blocks="")
+    fedms_ext.attach(model, "all-linear", {"a": LoRA(2, 4)}, blocks="", group=False)
     assert all(layer.siblings is None for layer in fedms_ext.expert_layers(model).values())
+    joined = []
+    monkeypatch.setattr("fedms_ext.nn.siblings.sibling_linears", lambda *args: joined.append(args))
+    fedms_ext.attach(model, "all-linear", {"b": LoRA(2, 4)}, blocks="")
+    x = torch.randn(4, K)
+    model[0].query(x)
+    assert not joined
+    fedms_ext.attach(model, "all-linear", {"c": LoRA(2, 4)}, blocks="", group=True)
+    model[0].query(x)
+    assert joined
 
 
 def test_a_new_group_replaces_the_old_one():

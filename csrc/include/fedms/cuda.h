@@ -83,10 +83,31 @@ struct GemmShrink {
 struct TensorMaps;
 std::shared_ptr<TensorMaps> make_tensor_maps();
 
+// One of several products that share an operand and run in one launch, those of layers that have the same input. `gemm` has their
+// sum over n, or, if it is transposed, over k. The ranks of a sibling begin in t at a multiple of 16; where the numbers of the next
+// one begin, b has zeros.
+constexpr int MOST_SIBLINGS = 4;
+struct GemmSibling {
+  int64_t width;              // of its weight: n, or, transposed, k
+  const void* w;
+  int64_t w_stride;
+  int first_rank, ranks;      // of its experts in t; ranks counts up to a multiple of 16
+  int first_expert, experts;  // in the factors
+  const void* b;              // (width, ranks): f, or, transposed, what the shrink that runs ahead multiplies x with
+  int64_t b_stride;
+  const void* bias;           // (width,) or null; not transposed
+  void* y;                    // (m, width), dense; not transposed
+  const void* x;              // (m, width); transposed
+  int64_t x_stride;
+};
+
 // y (m, n), dense, = x w + t f + bias, in one fp32 accumulator. x is (m, k), t (m, r), and r may be 0. w and f are given
 // as (n, k) and (n, r), or, with `transposed`, as (k, n) and (r, n): then dropout masks t f. k and n are multiples of 8.
 // `w_scale` (n,) or null: w is int8, not transposed, with one scale a column of y; k is a multiple of 16. Dropout may mask t f
 // there too.
+//
+// With siblings, one launch makes the y of all of them from one x and their parts of t; or, transposed, the one y = the sum of all
+// x w, + t f, whose t the shrink that runs ahead makes from all x. For the tiles of wgmma; without segments.
 struct Gemm {
   Element element;
   int64_t m, n, k, r;
@@ -106,7 +127,11 @@ struct Gemm {
   Segments segments;
   GemmShrink shrink;
   TensorMaps* maps;  // kept from call to call, or null
+  std::vector<GemmSibling> siblings;  // in the place of w, f, bias and y, or, transposed, of x, w and the shrink's a; may be empty
 };
+
+// The shrink that runs ahead of a product, alone.
+void shrink_ahead(const Gemm& gemm, const DeviceProperties& chip, const Stream& stream);
 
 // The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `full_tiles`:
 // no segment is shorter than 128 rows.
@@ -200,12 +225,13 @@ struct PartialSum {
 // or, with `fp32`, float.
 void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream);
 
-// z^T t over all rows, (c, r), with z (m, c) and t (m, r), of two sides in one launch: dB from dy and T, dA from x and dS. A block
-// has 64 columns of a side, and of the rows, or those of a segment, `rows_a_split`, a multiple of 128. Sums over all rows go where
+// z^T t over all rows, (c, r), with z (m, c) and t (m, r), of all sides in one launch: dB from dy and T, which siblings have one
+// each of, and dA from x and dS. A block has 64 columns of a side, and of the rows, or those of a segment, `rows_a_split`, a multiple of 128. Sums over all rows go where
 // `out` says; parts of splits and of segments are left to reduce_partials. For compute capability 9.0; r is 64 at most; without
 // dropout.
 struct LoraGradStrips {
-  static constexpr int64_t MOST_OUTPUTS = 16;  // of a side
+  static constexpr int64_t MOST_OUTPUTS = 16;  // of dA, and of all sides of dB
+  static constexpr int OF_DA = MOST_SIBLINGS, SIDES = MOST_SIBLINGS + 1;
   struct Side {
     const void* z;
     int64_t c, z_stride;          // c: a multiple of 8; 0 leaves the side out
@@ -217,20 +243,21 @@ struct LoraGradStrips {
   bool fp32;
   int64_t m, r, rows_a_split, t_stride;
   Segments segments;
-  Side sides[2];     // of dB, and of dA
-  TensorMaps* maps;  // kept from call to call, or null
+  Side sides[SIDES];  // of the dB of each sibling, the only one's first, and of dA
+  TensorMaps* maps;   // kept from call to call, or null
 };
 int64_t lora_grad_strips_blocks(int64_t c);
 void lora_grad_strips(const LoraGradStrips& call, const Stream& stream);
 
 // An expert's A (rank, k) and B (n, rank) with any strides, of the element's type or float32. `first`: its first rank among
-// all; `end`: where the next expert's begin, with zeros from `first` + rank on.
+// all; `end`: where the next expert's begin, with zeros from `first` + rank on. Of siblings each B has `rows` rows of its own, from
+// `first_row` on, and those of others nobody writes to.
 struct Expert {
   const void* a;
   int64_t a_row_stride, a_column_stride;
   const void* b;
   int64_t b_row_stride, b_column_stride;
-  int32_t rank, first, end;
+  int32_t rank, first, end, rows, first_row;
 };
 // The experts side by side, rounded to the element's type: a (ranks, k), dense, and b (n, ranks) and, where it is not null,
 // a_t (k, ranks), whose rows are `pitch` numbers apart. The last expert's `end` may be the pitch: there are zeros up to it.

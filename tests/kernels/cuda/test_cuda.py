@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 
 import fedms_ext
 from fedms_ext.backends import cuda, device
+from sampled import FULL
 
 HERE = Path(__file__).parent
 TIMES = 20  # as host_cost.py repeats each case
@@ -53,9 +55,11 @@ def emulated() -> Path:
     return next((build / "emulated").glob("_C*.so"))
 
 
-@pytest.mark.parametrize("file", ["numerics.py", "planned.py"])
-@pytest.mark.parametrize("pace", ["late", "early"])
-def test_numerics_on_the_emulator(emulated, pace, file):
+# The kernels of groups are those of the other files: both paces are for a long run.
+@pytest.mark.parametrize("file, pace", [
+    *itertools.product(["numerics.py", "planned.py"], ["late", "early"]), *itertools.product(["siblings.py"], ["late", "early"][: 1 + FULL])
+])  # fmt: skip
+def test_numerics_on_the_emulator(emulated, file, pace):
     print(run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file],
         FEDMS_CUDA_EMULATED=str(emulated), FEDMS_EMULATOR=pace,
