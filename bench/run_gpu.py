@@ -140,12 +140,12 @@ def test(steps: Steps, quick: bool, dest: Path) -> None:
         checked, uncached = [sanitizer, "--error-exitcode", "9", *PYTEST], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         steps.run("compute-sanitizer", [*checked, str(TESTS / "on_gpu.py"), "-k", SANITIZED], 1800, **uncached)
         if fedms_ext.explain("cuda") is None:
-            kernels = [*checked, *CUDA_TESTS, "-k", "every_tile or dropout or int8 or segments"]
+            kernels = [*checked, *CUDA_TESTS, "-k", "every_tile or dropout or int8 or segments or one_launch"]
             steps.run("compute-sanitizer, CUDA kernels", kernels, 1800, **uncached)
     if profiler := shutil.which("ncu"):  # needs the right to read counters, which is not everyone's
         steps.run(
             "counters",
-            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm|shrink|lora_grad_partials",
+            [profiler, "--csv", "--metrics", ",".join(COUNTERS), "--kernel-name", "regex:gemm|shrink|narrow|lora_grad_partials",
              "--launch-count", "40", sys.executable, "-m", "bench.layers.bench_gpu_linear", "--quick"],
             900, FEDMS_TUNE="0",
         )  # fmt: skip

@@ -3,7 +3,8 @@
     python -m bench.kernels.bench_gpu_kernels [--quick] [--seconds S] [--json FILE] [--rehearse]
 
 "tiles": the frozen GEMM with the ranks in it, forward and dx, with every legal tile of Triton's and the CUDA kernels, beside
-cuBLAS without ranks; the CUDA kernels without ranks too. "launches": what each kernel of forward and backward takes, by
+cuBLAS without ranks; the CUDA kernels without ranks too. "passes": forward, and forward and backward, of narrow layers on the CUDA
+kernels, with S or dS made before the GEMM, by a launch that overlaps it, and inside of it. "launches": what each kernel of forward and backward takes, by
 PyTorch's profiler, on each backend.
 """
 
@@ -29,6 +30,7 @@ from fedms_ext.backends import triton as backend
 # (K, N, rows, total rank)
 SHAPES = [(4096, 4096, 8192, 32), (768, 768, 12608, 32), (8192, 8192, 8192, 32), (4096, 14336, 8192, 32)]
 QUICK = SHAPES[:2]
+NARROW = [(768, 768, 12608, 32), (384, 384, 2048, 8), (3072, 768, 12608, 32), (1024, 1024, 8192, 16)]
 REHEARSAL = [(64, 48, 70, 8)]
 Call = Callable[[], object]
 
@@ -115,6 +117,36 @@ def tiles(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
             report.add(f"GEMM of {what}, {k} -> {n}, {m} rows, rank {rank}", facts, calls, "bare GEMM")
 
 
+def passes(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
+    """The passes of a layer in every configuration, which is what is measured at the first call of a shape."""
+    like = dict(dtype=report.dtype, device=report.clock.device)
+    for k, n, rows, rank in shapes:
+        o = Operands.random((k, n, rows, rank), False, like)
+        if cuda.unavailable() or not devices.runs_cuda(o.x.device):
+            return
+        a, b, dy, scale = o.a.float(), o.b.float(), torch.randn(rows, n, **like), torch.ones(1, device=o.x.device)
+        plan = cuda_plan.Plan(cuda_plan.Shape(o.x.device, report.dtype, True, False, False, rows, n, k, (rank,), None))
+        y, dx, room, da, db = dy.new_empty(rows, n), o.x.new_empty(rows, k), o.x.new_empty(plan.room_size), a.clone(), b.clone()
+        kernels, chip = plan._kernels, cuda_plan.chip_of(o.x.device)
+
+        def forward(config: cuda_plan.GemmConfig) -> None:
+            kernels.choose_forward(config.tile, config.shrink)
+            kernels.forward(o.x, o.w, None, None, [a], [b], scale, None, 0.0, 0, y, None, room)
+
+        def backward(config: cuda_plan.GemmConfig) -> None:
+            kernels.choose_dx(config.tile, config.shrink)
+            kernels.backward(dy, o.x, o.w, None, [a], [b], scale, None, 0.0, 0, None, room, dx, None, [da], [db])
+
+        for name, run, base in (("forward", forward, lambda: F.linear(o.x, o.w)), ("dx", backward, lambda: dy @ o.w)):
+            sizes = (rows, n, k) if name == "forward" else (rows, k, n)
+            configs = cuda_plan.gemm_configs(chip, name, *sizes, rank, False, False, True, True)
+            calls = {"bare GEMM": base} | {str(config): lambda config=config: run(config) for config in configs}
+            forward(cuda_plan.GemmConfig(configs[0].tile, "apart"))  # fills the room
+            what = "forward" if name == "forward" else "backward"
+            facts = dict(m=rows, n=n, k=k, rank=rank, dtype=str(report.dtype), what=what)
+            report.add(f"The {what} pass of {k} -> {n}, {rows} rows, rank {rank}, float32 experts", facts, calls, "bare GEMM")
+
+
 def launches(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
     from torch.profiler import ProfilerActivity, profile
 
@@ -154,6 +186,7 @@ def main() -> None:
     report = Report(__doc__, seconds=0.3, quick_seconds=0.05)
     shapes = REHEARSAL if report.rehearse else QUICK if report.quick else SHAPES
     launches(report, shapes[:2])
+    passes(report, REHEARSAL if report.rehearse else NARROW[:2] if report.quick else NARROW)
     tiles(report, shapes)
     report.close()
 

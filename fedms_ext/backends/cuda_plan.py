@@ -98,33 +98,40 @@ class Plan:
 
     def _first_forward(self, *args: Any) -> None:
         """Choose how the GEMM runs. When that is final, `forward` is the C++ function itself."""
-        if self._choose_forward(lambda: self._kernels.forward(*args)):
+        y, s, room = args[-3:]
+        written = [y, room[self.s_at :] if s is None and room is not None else s]
+        if self._choose_forward(lambda: self._kernels.forward(*args), written):
             self.forward = self._kernels.forward
         self._kernels.forward(*args)
 
     def _first_backward(self, *args: Any) -> None:
         """Choose how a pass with dx runs. When that is final, `backward` is the C++ function itself."""
-        if args[-4] is not None and self._choose_dx(lambda: self._kernels.backward(*args)):
+        dx, dgate, da, db = args[-4:]
+        if dx is not None and self._choose_dx(lambda: self._kernels.backward(*args), [dx, dgate, *da, *db]):
             self.backward = self._kernels.backward
         self._kernels.backward(*args)
 
-    def _choose_forward(self, run: Callable[[], None]) -> bool:
+    def _choose_forward(self, run: Callable[[], None], written: list[Tensor | None]) -> bool:
         # In a forward pass dropout affects only S.
         return self._choose(
-            "forward", self.shape.n, self.shape.k, False, run,
+            "forward", self.shape.n, self.shape.k, False, run, written,
             lambda config: self._kernels.choose_forward(config.tile, config.shrink),
         )  # fmt: skip
 
-    def _choose_dx(self, run: Callable[[], None]) -> bool:
+    def _choose_dx(self, run: Callable[[], None], written: list[Tensor | None]) -> bool:
         return self._choose(
-            "dx", self.shape.k, self.shape.n, self.shape.has_dropout, run,
+            "dx", self.shape.k, self.shape.n, self.shape.has_dropout, run, written,
             lambda config: self._kernels.choose_dx(config.tile, config.shrink),
         )  # fmt: skip
 
     def _choose(
-        self, name: str, n: int, k: int, has_dropout: bool, run: Callable[[], None], take: Callable[[GemmConfig], None]
-    ) -> bool:
+        self, name: str, n: int, k: int, has_dropout: bool, run: Callable[[], None], written: list[Tensor | None],
+        take: Callable[[GemmConfig], None],
+    ) -> bool:  # fmt: skip
         """Set the fastest configuration of a GEMM (M, N) with the reduction K, and return whether it is final.
+
+        `run` computes the pass and writes the tensors `written`. A configuration whose results differ from those of the first one,
+        which the cost model expects to be the fastest, is not taken.
 
         Numbers of rows are rounded up to a power of two. A shape that first occurs while a CUDA graph is captured is measured at
         its next call.
@@ -145,7 +152,12 @@ class Plan:
             take(config)
             run()
 
-        take(choices(devices.properties(shape.device).capability).choose(shape.device, key, ways, run_with))
+        def result_with(config: GemmConfig) -> list[Tensor]:
+            tensors = [tensor.fill_(float("nan")) for tensor in written if tensor is not None]
+            run_with(config)
+            return tensors
+
+        take(choices(devices.properties(shape.device).capability).choose(shape.device, key, ways, run_with, result_with))
         return not devices.is_capturing(shape.device)
 
 

@@ -81,6 +81,20 @@ def test_nothing_is_measured_where_it_cannot_be(measured, monkeypatch):
     assert measured == [] and not Choices("gemm.json").path.exists()
 
 
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf"), 1.1], ids=str)
+def test_a_way_with_another_result_is_left_out(measured, wrong):
+    """It would be the fastest. Rounding, and numbers that are not finite in the first result, make no difference."""
+    right = torch.tensor([1.0, -2.0, float("nan"), float("inf")])
+    results = {"the first": right, "rounded": right * 1.001, "bad": right * wrong}
+
+    def result(name):
+        return [torch.zeros(3), results[name]]
+
+    with pytest.warns(UserWarning, match="'bad' gives another result than 'the first' for shape, so it is not used"):
+        chosen = Choices("gemm.json").choose(GPU, ("shape",), lambda: {name: name for name in results}, lambda name: name, result)
+    assert chosen == "rounded" and measured == ["the first", "rounded"]
+
+
 def test_ways_are_timed_on_the_gpus_own_clock_and_device(monkeypatch, tmp_path):
     """The GPU sleeps until all calls are queued, so that no time of Python lies between the events."""
     said: list[str] = []
