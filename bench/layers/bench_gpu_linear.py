@@ -1,4 +1,5 @@
-"""One expert linear layer on a GPU, beside its peers: forward, and forward + backward.
+"""One expert linear layer on a GPU, beside its peers: forward, and forward + backward; and layers that share their input, together
+and one by one.
 
     python -m bench.layers.bench_gpu_linear [--quick] [--seconds S] [--json FILE] [--rehearse]
 
@@ -6,13 +7,18 @@ All ratios are to the bare frozen GEMM: F.linear, and for forward + backward F.l
 one of gpu_work.py. Peers: PEFT, PEFT compiled, NeMo AutoModel's Triton kernels beside a frozen GEMM (where nemo-automodel
 is installed), and the operator sequences of Unsloth (`addmm_` into the frozen GEMM's output, dx written by `addmm_`) and of
 LoRAFusion (S apart, then one GEMM that adds it; dS and dB from dy), both written anew here on cuBLAS.
+
+Of layers that share their input the ratios are to the bare frozen GEMMs of all, forward and backward, and PyTorch's sums of their dx.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +27,17 @@ from bench.kernels.work import SHAPES, Work
 from torch import Tensor
 
 import fedms_ext
-from fedms_ext import expert_linear
+from fedms_ext import ExpertLinear, LoRA, expert_linear
 
 QUICK = SHAPES[:3]
 CUDA = "fedms, CUDA C++"  # csrc/cuda, which is not the default
 REHEARSAL = [(64, 48, 70, 8)]
+# Layers that share their input: K, the N of each, rows, the rank of each. Query, key and value; with fewer heads of key and value;
+# the gate and the up projection of an MLP.
+SIBLINGS = [(4096, (4096,) * 3, 8192, 16), (768, (768,) * 3, 12608, 16), (4096, (4096, 1024, 1024), 8192, 16),
+            (4096, (14336,) * 2, 8192, 16), (384, (384,) * 3, 2048, 8)]  # fmt: skip
+QUICK_SIBLINGS = SIBLINGS[:2]
+SIBLINGS_REHEARSAL = [(64, (48, 40), 70, 8)]
 
 
 def unsloth(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -183,9 +195,49 @@ def run(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
             report.add(f"{k} -> {n}, {rows} rows, rank {rank}, {what}, floor {floor:.3f}", facts, calls, "bare GEMM")
 
 
+def sibling_layers(k: int, ns: Sequence[int], rank: int, like: dict[str, Any]) -> list[ExpertLinear]:
+    """Layers k -> n with one trained expert each, whose B is not zero."""
+    layers = []
+    for n in ns:
+        layer = ExpertLinear(k, n, bias=False, experts={"only": LoRA(rank, alpha=rank)}, **like)
+        layer.set_state("only", "trained")
+        torch.nn.init.normal_(layer.lora_b["only"])
+        layers.append(layer)
+    return layers
+
+
+def of_siblings(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, dys: list[Tensor]) -> Callable[[], object]:
+    """Forward and backward of layers that share x, with the gradients of x and of all experts."""
+    trained = [p for layer in layers if isinstance(layer, ExpertLinear) for p in layer.parameters() if p.requires_grad]
+    x = x.detach().requires_grad_()
+    return lambda: torch.autograd.grad([layer(x) for layer in layers], [x, *trained], dys)
+
+
+def run_siblings(report: Report, shapes: list[tuple[int, tuple[int, ...], int, int]]) -> None:
+    for k, ns, rows, rank in shapes:
+        torch.manual_seed(0)
+        like = dict(dtype=report.dtype, device=report.clock.device)
+        x, dys = torch.randn(rows, k, **like), [torch.randn(rows, n, **like) for n in ns]
+        layers = sibling_layers(k, ns, rank, like)
+        calls = {
+            "bare GEMM": of_siblings([partial(F.linear, weight=layer.weight) for layer in layers], x, dys),
+            "fedms, one by one": of_siblings(layers, x, dys),
+        }
+        if "cuda" in fedms_ext.available():
+            grouped = sibling_layers(k, ns, rank, like)
+            fedms_ext.group(grouped)
+            calls[f"{CUDA}, one by one"] = on_backend("cuda", calls["fedms, one by one"])
+            calls[f"{CUDA}, together"] = on_backend("cuda", of_siblings(grouped, x, dys))
+            with patch("fedms_ext.backends.fastest.fastest_of", return_value="together"):  # whether it is faster or not
+                calls[f"{CUDA}, together"]()
+        facts = dict(k=k, ns=ns, rows=rows, rank=rank, dtype=str(report.dtype), what="siblings")
+        report.add(f"{k} -> {', '.join(map(str, ns))} from one input, {rows} rows, rank {rank} each, forward + backward", facts, calls, "bare GEMM")
+
+
 def main() -> None:
     report = Report(__doc__, seconds=0.3, quick_seconds=0.05)
     run(report, REHEARSAL if report.rehearse else QUICK if report.quick else SHAPES)
+    run_siblings(report, SIBLINGS_REHEARSAL if report.rehearse else QUICK_SIBLINGS if report.quick else SIBLINGS)
     report.close()
 
 

@@ -241,7 +241,8 @@ class ExpertLinear(FrozenLinear):
             gate = gate[..., [i for i, name in enumerate(self.experts) if name not in self.off]]
         drops = self.training and any([pair.requires_grad for pair in (*a, *b)])
         dropout = self.experts[names[0]].dropout if drops else 0.0
-        return Sibling(weight, self.bias, a, b, [self.experts[name].scale for name in names], gate, dropout, 0)
+        scale = [self.experts[name].scale for name in names] if self.off else self.experts.scales
+        return Sibling(weight, self.bias, a, b, scale, gate, dropout, 0)
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate

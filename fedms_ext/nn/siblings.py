@@ -54,7 +54,7 @@ class _State:
         route = layer._route()
         self.tensors = [*weight, layer._parameters.get("bias"), route.gate, *pairs]
         self.versions = [0 if t is None or t.is_inference() else t._version for t in self.tensors]
-        self.numbers = (layer.training, layer.off.copy(), [lora.scale for lora in layer.experts.values()],
+        self.numbers = (layer.training, layer.off.copy(), layer.experts.scales,
                         [pair.requires_grad for pair in pairs], route.segments, len(layer.routes))
 
     def is_still(self, layer: ExpertLinear) -> bool:
@@ -106,9 +106,6 @@ class Siblings:
         on_gpu = getattr(x, ON_GPU)
         if self.together is False or not (on_gpu or self.on_cpu) or not may_be_joined(x):
             return None
-        call = self._call(x) if on_gpu else None
-        if call in self._apart:
-            return None
         index = next((i for i, other in enumerate(self.layers) if other is layer), None)
         if index is None:   # a copy of the layer
             return None
@@ -121,6 +118,9 @@ class Siblings:
                 self.together, self._of_thread.held = True, None
             if y is not None or self.together is False:
                 return y
+        call = self._call(x) if on_gpu else None
+        if call in self._apart:
+            return None
         y = self._compute(index, x)
         if y is None and call is not None and not is_capturing(x.device):
             if len(self._apart) >= _MOST_CALLS:
@@ -135,7 +135,7 @@ class Siblings:
         but never wrong.
         """
         states = [(layer.training, layer.frozen is None, len(layer.off), len(layer.experts), len(layer.routes)) for layer in self.layers]
-        return x.shape, x.dtype, x.device, torch.is_grad_enabled(), backends.preference(), *states
+        return x.shape, x.dtype, x.device, x.requires_grad, backends.preference(), *states
 
     def _missed(self, held: _Held) -> None:
         """Drop the outputs that were held, since they are not those that are asked for."""

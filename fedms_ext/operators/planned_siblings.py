@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import cuda, cuda_plan, device, fastest
-from ..backends.base import FLOATING, BackwardCall, ForwardCall, Lora, Needs, Scales, Weight, dense_rows, scale_on
+from ..backends.base import FLOATING, ForwardCall, Lora, Scales, Weight, dense_rows, scale_on
 from ..backends.cuda_group import GroupPlan, GroupShape, obstacle
 from .arguments import settled_scale
 from .definition import gradients
@@ -63,7 +63,7 @@ def planned_siblings(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) ->
         return None
     kinds = [(weight.shape, weight.dtype) for weight in weights]
     ranks = [tuple(map(len, layer.lora_a)) for layer in layers]
-    key = (x.shape, x.dtype, x.device, gates[0], backends.preference(), *kinds, *ranks, *chain(*[layer.scale for layer in layers]))
+    key = (x.shape, x.dtype, x.device, x.requires_grad, gates[0], backends.preference(), *kinds, *ranks, *chain(*[layer.scale for layer in layers]))
     if key not in plans:
         planned = _plan(x, layers)
         if device.is_capturing(x.device):  # a plan that is made then has memory of the graph
@@ -90,16 +90,20 @@ def _plan(x: Tensor, layers: Sequence[Sibling]) -> PlannedGroup | None:
     if len(fp32) > 1 or obstacle(shape) is not None:
         return None
     planned = PlannedGroup(GroupPlan(shape), x, layers)
-    return planned if _is_faster(planned, x, layers, calls) else None
+    try:
+        return planned if _is_faster(planned, x, layers, calls) else None
+    except cuda_plan.Declined:
+        return None
 
 
 def _is_faster(planned: PlannedGroup, x: Tensor, layers: Sequence[Sibling], calls: Sequence[ForwardCall]) -> bool:
-    """Return whether both passes, with all gradients, are faster together than one by one: measured once for each shape.
+    """Return whether both passes are faster together than one by one: measured once for each shape, with every gradient but that of x,
+    which is made if x needs it.
 
     Where nothing can be measured the layers are computed one by one.
     """
-    shape, gated = planned.plan.shape, layers[0].gate is not None
-    needs = [True, gated, *[True] * 2 * sum(map(len, shape.ranks))]
+    shape, gated, needs_x = planned.plan.shape, layers[0].gate is not None, x.requires_grad
+    needs = [needs_x, gated, *[True] * 2 * sum(map(len, shape.ranks))]
 
     def together() -> None:
         gate = _joined_gate(x, layers)
@@ -107,14 +111,19 @@ def _is_faster(planned: PlannedGroup, x: Tensor, layers: Sequence[Sibling], call
         _joined(planned, [x, gate, room, *_weights(layers), *_pairs(layers)], needs, ys)
 
     def one_by_one() -> None:
-        dx = None
-        for call in calls:
-            y, s = cuda.forward(call)
-            every = [True] * len(call.lora.a)
-            own, *_ = cuda.backward(BackwardCall(y, x, call.weight, call.lora, s, Needs(True, gated, every, every)))
-            dx = own if dx is None else dx.add_(own)
+        dx: Tensor | None = None
+        for call, own in zip(calls, planned.experts):
+            plan = cuda_plan.shared_plan(cuda_plan.shape_of(x, call.weight, call.lora))
+            gate = None if call.lora.gate is None else gate_of_rows(call.lora.gate, x)
+            branch = call.lora.a, call.lora.b, planned.scale[own], gate, 0.0, 0
+            y, room = x.new_empty(*x.shape[:-1], call.weight.n), x.new_empty(plan.room_size)
+            plan.forward(x, call.weight.data, None, call.bias, *branch, y, None, room)
+            of_x = torch.empty_like(x) if needs_x else None
+            pairs = [[*map(torch.empty_like, some)] for some in (call.lora.a, call.lora.b)]
+            plan.backward(y, x, call.weight.data, None, *branch, None, room, of_x, None if gate is None else torch.empty_like(gate), *pairs)
+            dx = of_x if dx is None else dx.add_(of_x)
 
-    key = ("siblings", x.dtype, 1 << (shape.m - 1).bit_length(), shape.k, *shape.ns, *shape.ranks, shape.fp32_experts, gated)
+    key = ("siblings", x.dtype, 1 << (shape.m - 1).bit_length(), shape.k, *shape.ns, *shape.ranks, shape.fp32_experts, gated, needs_x)
     ways = {"one by one": one_by_one, "together": together}
     with torch.no_grad():
         return fastest.fastest_of(x.device, key, ways) == "together"

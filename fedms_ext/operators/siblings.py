@@ -56,13 +56,14 @@ class Sibling(NamedTuple):
 def may_be_joined(x: Tensor) -> bool:
     """Return whether layers of x can be computed together, as far as x and the surroundings of the call tell.
 
-    x must be a plain tensor whose changes in place are counted, which those of inference mode are not: on a GPU one of bf16 or fp16,
-    on the CPU one with at least `FEWEST_VALUES` values. No compiler, transform, profiler or autocast may be at work.
+    x must be a plain tensor whose changes in place are counted, which those of inference mode are not: on the CPU one with at least
+    `FEWEST_VALUES` values; on a GPU one of bf16 or fp16 while gradients are recorded, since without them little is gained, and Python
+    takes longer for a group than for its layers. No compiler, transform, profiler or autocast may be at work.
     """
     if type(x) is not Tensor or x.is_inference() or is_observed() or is_autocast_enabled():
         return False
     if getattr(x, ON_GPU):
-        return x.dtype in (torch.bfloat16, torch.float16) and cuda.unavailable() is None
+        return x.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and cuda.unavailable() is None
     return x.numel() >= FEWEST_VALUES and backends.cpu_is_chosen()
 
 

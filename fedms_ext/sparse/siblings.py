@@ -18,9 +18,9 @@ def group(layers: Sequence[ExpertLinear], *, on_cpu: bool = True) -> Siblings:
     as by itself, but for dropout, whose masks come from one seed for the group; the gradient of x is added up in another order.
 
     On a GPU of compute capability 9.0 the CUDA kernels compute up to four layers in bf16 or fp16 with one product forward, and the
-    gradient of x is one product. They do so where they are chosen for each of the layers, and where both passes together were
-    measured to be faster than one by one, at the first call of a shape. There must be no dropout, and at most 64 ranks in all, where
-    those of a layer count up to a multiple of 16. The outputs may differ from those of a layer by itself in their rounding.
+    gradient of x is one product. They do so in training, where they are chosen for each of the layers, and where both passes together
+    were measured to be faster than one by one, at the first call of a shape. There must be no dropout, and at most 64 ranks in all,
+    where those of a layer count up to a multiple of 16. The outputs may differ from those of a layer by itself in their rounding.
 
     In all other cases (other weights, few rows on a CPU, torch.compile, autocast, inference mode, profiling, segments, hooks that
     run before a layer, or dropout or a gate in some of the layers only) each layer is computed by itself.

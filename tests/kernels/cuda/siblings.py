@@ -142,8 +142,7 @@ def test_every_tile(passes, monkeypatch, tile):
     """With more tiles than the four multiprocessors of the emulator, and more steps than stages."""
     layers, x = layers_of(328, (520, 264, 136), [(9,), (16,), (4, 4)]), input_of(300, 328)
     siblings = group(layers)
-    with torch.no_grad():
-        layers[0](x)
+    layers[0](x)
     (planned,) = siblings.plans.values()
     planned.plan._kernels.forward_tile = planned.plan._kernels.dx_tile = tile
     monkeypatch.setattr(cuda_group.GroupPlan, "_choose", lambda *args: False)
@@ -294,6 +293,10 @@ def test_both_ways_are_measured(passes, monkeypatch):
     monkeypatch.setattr(planned_siblings.fastest, "fastest_of", choose)
     refused(layers, x)
     assert tried == ["one by one", "together"] and passes == ["forward", "backward"]
+    refused(layers, input_of(34, 72, needs=False))
+    assert len(tried) == 4
+    refused(layers, torch.randn(72, 35).bfloat16().t().requires_grad_())  # which the kernels cannot read
+    assert len(tried) == 4
 
 
 def test_without_a_measurement_they_are_computed_one_by_one(monkeypatch, passes):
@@ -324,3 +327,23 @@ def test_activation_checkpointing(passes):
     ys = checkpoint(lambda x: tuple(layer(x) for layer in layers), x, use_reentrant=False)
     assert all(map(torch.equal, first[2:], torch.autograd.grad(ys, [x, *pairs_of(layers)], dys)))
     assert passes == ["forward", "backward", "forward", "forward", "backward"]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="for a GPU")
+def test_replays_of_a_graph(passes):
+    layers, x = layers_of(200, (136, 40, 40), [(8,)] * 3), input_of(150, 200)
+    group(layers)
+    dys = dys_of(layers, x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results(layers, x, dys)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(layers, x, dys)
+    assert passes == ["forward", "backward"] * 2
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    assert all(map(torch.equal, captured, results(layers, x, dys)))
