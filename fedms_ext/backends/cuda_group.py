@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,19 +79,24 @@ class GroupPlan:
 
     def _first_forward(self, *args: Any) -> None:
         """Choose the tile of the GEMM. When that is final, `forward` is the C++ function itself."""
-        if self._choose("forward_tile", lambda: self._kernels.forward(*args)):
+        ys, room = args[-2:]
+        if self._choose("forward_tile", lambda: self._kernels.forward(*args), [*ys, *self.s_of(room)]):
             self.forward = self._kernels.forward
         self._kernels.forward(*args)
 
     def _first_backward(self, *args: Any) -> None:
         """Choose the tile of a pass with dx. When that is final, `backward` is the C++ function itself."""
-        if args[-4] is not None and self._choose("dx_tile", lambda: self._kernels.backward(*args)):
+        dx, dgate, da, db = args[-4:]
+        if dx is not None and self._choose("dx_tile", lambda: self._kernels.backward(*args), [dx, dgate, *da, *db]):
             self.backward = self._kernels.backward
         self._kernels.backward(*args)
 
-    def _choose(self, name: str, run: Callable[[], None]) -> bool:
-        """Set the fastest tile of a GEMM, and return whether it is final: a shape that first occurs while a CUDA graph is captured
-        is measured at its next call."""
+    def _choose(self, name: str, run: Callable[[], None], written: Sequence[torch.Tensor | None]) -> bool:
+        """Set the fastest tile of a GEMM, and return whether it is final.
+
+        `run` computes the pass and writes the tensors `written`. A tile whose results differ from those of the first one is not taken.
+        A shape that first occurs while a CUDA graph is captured is measured at its next call.
+        """
         shape = self.shape
         m = 1 << (shape.m - 1).bit_length()
         key = ("group", name, str(shape.dtype), m, *shape.ns, shape.k, *shape.ranks, shape.fp32_experts)
@@ -101,7 +106,12 @@ class GroupPlan:
             setattr(self._kernels, name, config.tile)
             run()
 
+        def result_with(config: GemmConfig) -> list[torch.Tensor]:
+            tensors = [tensor.fill_(float("nan")) for tensor in written if tensor is not None]
+            run_with(config)
+            return tensors
+
         found = choices(devices.properties(shape.device).capability)
-        chosen = found.choose(shape.device, key, lambda: {str(config): config for config in configs}, run_with)
+        chosen = found.choose(shape.device, key, lambda: {str(config): config for config in configs}, run_with, result_with)
         setattr(self._kernels, name, chosen.tile)
         return not devices.is_capturing(shape.device)

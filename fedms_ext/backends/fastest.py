@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import device as devices
 from .autotune import Choices
@@ -31,10 +32,17 @@ def is_faster(name: str, passes: Passes, rival: Backend, call: Call) -> bool:
     return chosen == passes
 
 
-def fastest_of(device: torch.device, shape: tuple[object, ...], ways: Mapping[str, Callable[[], object]]) -> str:
-    """Return the name of the fastest of several ways to compute something of a shape; the first one if nothing can be measured."""
+def fastest_of(device: torch.device, shape: tuple[object, ...], ways: Mapping[str, Callable[[], Sequence[Tensor]]]) -> str:
+    """Return the name of the fastest of several ways to compute something of a shape; the first one if nothing can be measured.
+
+    Each way returns all that it computes. One whose results are not those of the first is not taken.
+    """
     choices = _choices(devices.properties(device).capability)
-    return choices.choose(device, shape, lambda: {name: name for name in ways}, lambda name: ways[name]())
+
+    def run(name: str) -> Sequence[Tensor]:
+        return ways[name]()
+
+    return choices.choose(device, shape, lambda: {name: name for name in ways}, run, run)
 
 
 @lru_cache(maxsize=None)

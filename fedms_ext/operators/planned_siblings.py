@@ -105,12 +105,17 @@ def _is_faster(planned: PlannedGroup, x: Tensor, layers: Sequence[Sibling], call
     shape, gated, needs_x = planned.plan.shape, layers[0].gate is not None, x.requires_grad
     needs = [needs_x, gated, *[True] * 2 * sum(map(len, shape.ranks))]
 
-    def together() -> None:
+    def together() -> list[Tensor]:
         gate = _joined_gate(x, layers)
         ys, room = _outputs(planned, x, layers, gate)
-        _joined(planned, [x, gate, room, *_weights(layers), *_pairs(layers)], needs, ys)
+        found = _joined(planned, [x, gate, room, *_weights(layers), *_pairs(layers)], needs, ys)
+        return [*ys, *[gradient for gradient in found if gradient is not None]]
 
-    def one_by_one() -> None:
+    def one_by_one() -> list[Tensor]:
+        ys: list[Tensor] = []
+        dgates: list[Tensor] = []
+        das: list[Tensor] = []
+        dbs: list[Tensor] = []
         dx: Tensor | None = None
         for call, own in zip(calls, planned.experts):
             plan = cuda_plan.shared_plan(cuda_plan.shape_of(x, call.weight, call.lora))
@@ -118,10 +123,15 @@ def _is_faster(planned: PlannedGroup, x: Tensor, layers: Sequence[Sibling], call
             branch = call.lora.a, call.lora.b, planned.scale[own], gate, 0.0, 0
             y, room = x.new_empty(*x.shape[:-1], call.weight.n), x.new_empty(plan.room_size)
             plan.forward(x, call.weight.data, None, call.bias, *branch, y, None, room)
-            of_x = torch.empty_like(x) if needs_x else None
-            pairs = [[*map(torch.empty_like, some)] for some in (call.lora.a, call.lora.b)]
-            plan.backward(y, x, call.weight.data, None, *branch, None, room, of_x, None if gate is None else torch.empty_like(gate), *pairs)
+            of_x, of_gate = torch.empty_like(x) if needs_x else None, None if gate is None else torch.empty_like(gate)
+            da, db = ([*map(torch.empty_like, some)] for some in (call.lora.a, call.lora.b))
+            plan.backward(y, x, call.weight.data, None, *branch, None, room, of_x, of_gate, da, db)
+            ys.append(y)
+            dgates += [] if of_gate is None else [of_gate]
+            das += da
+            dbs += db
             dx = of_x if dx is None else dx.add_(of_x)
+        return [*ys, *([] if dx is None else [dx]), *([torch.cat(dgates, dim=1)] if dgates else []), *das, *dbs]
 
     key = ("siblings", x.dtype, 1 << (shape.m - 1).bit_length(), shape.k, *shape.ns, *shape.ranks, shape.fp32_experts, gated, needs_x)
     ways = {"one by one": one_by_one, "together": together}
