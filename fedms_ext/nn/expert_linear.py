@@ -233,16 +233,24 @@ class ExpertLinear(FrozenLinear):
         route = self._route()
         if route.segments is not None or self._forward_pre_hooks or "forward" in vars(self):
             return None
-        weight = self.matrix() if self.frozen is None else self.frozen
-        names = self.applied
-        a, b = ([pairs._parameters[name] for name in names] for pairs in (self.lora_a, self.lora_b))
-        gate = None if route.gate is None or not names else self._gate_of_rows(x, route)
-        if gate is not None and self.off:
-            gate = gate[..., [i for i, name in enumerate(self.experts) if name not in self.off]]
-        drops = self.training and any([pair.requires_grad for pair in (*a, *b)])
-        dropout = self.experts[names[0]].dropout if drops else 0.0
-        scale = [self.experts[name].scale for name in names] if self.off else self.experts.scales
-        return Sibling(weight, self.bias, a, b, scale, gate, dropout, 0)
+        modules: dict[str, Any] = self._modules   # and `_parameters`: see `forward`
+        weight, experts = self.operand(), self.experts
+        a, b, scale = [*modules["lora_a"]._parameters.values()], [*modules["lora_b"]._parameters.values()], experts.scales
+        gate = None if route.gate is None or not a else self._gate_of_rows(x, route)
+        if self.off:
+            applied = [i for i, name in enumerate(experts) if name not in self.off]
+            a, b, scale = ([every[i] for i in applied] for every in (a, b, scale))
+            gate = gate[..., applied] if gate is not None and applied else None
+        dropout = experts.dropout if experts.dropout and self.training else 0.0
+        if dropout > 0.0 and not any([pair.requires_grad for pair in (*a, *b)]):
+            dropout = 0.0
+        return Sibling(weight, self._parameters["bias"] if "bias" in self._parameters else self.bias, a, b, scale, gate, dropout, 0)
+
+    def operand(self) -> Any:
+        """Return the weight as the operators take it: (N, K), a tensor or a quantized weight."""
+        frozen = self._modules.get("frozen")
+        weight = self._parameters.get("weight") if frozen is None and self.plain is nn.Linear else frozen
+        return self.matrix() if weight is None else weight
 
     def _gate_of_rows(self, x: Tensor, route: Route) -> Tensor:
         gate = route.gate

@@ -49,7 +49,7 @@ class _State:
         # These dicts are read in place of attributes because that is several times as fast; see `ExpertLinear.forward`.
         modules: dict[str, Any] = layer._modules
         frozen = modules.get("frozen")
-        weight = frozen.operands if frozen is not None else (layer.matrix(),)
+        weight = frozen.operands if frozen is not None else (layer.operand(),)
         pairs = [*modules["lora_a"]._parameters.values(), *modules["lora_b"]._parameters.values()]
         route = layer._route()
         self.tensors = [*weight, layer._parameters.get("bias"), route.gate, *pairs]
@@ -87,6 +87,7 @@ class Siblings:
         self.plans: GroupPlans = {}           # what the CUDA kernels keep for the group
         self._apart: set[tuple[object, ...]] = set()   # the calls on a GPU that are computed one by one
         self._of_thread = threading.local()
+        self._numbers = {id(layer): number for number, layer in enumerate(self.layers)}
 
     def __getstate__(self) -> tuple[tuple[ExpertLinear, ...], bool]:
         return self.layers, self.on_cpu
@@ -106,7 +107,7 @@ class Siblings:
         on_gpu = getattr(x, ON_GPU)
         if self.together is False or not (on_gpu or self.on_cpu) or not may_be_joined(x):
             return None
-        index = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        index = self._numbers.get(id(layer))
         if index is None:   # a copy of the layer
             return None
         held: _Held | None = getattr(self._of_thread, "held", None)

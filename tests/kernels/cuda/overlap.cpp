@@ -78,7 +78,9 @@ void emulated_overlap() {
 
 struct Case {
   const char* name;
-  int m, k, n;
+  int m, k, n, shrinks = 1;  // of k / shrinks terms each: those of siblings, backward
+
+  int items() const { return ceil_div(m, 128) * shrinks; }
 };
 
 constexpr int MULTIPROCESSORS = 132;  // of an H200
@@ -88,12 +90,12 @@ constexpr double TILE = 348.3 / 8, BEHIND = 1.9, START = 0.5, PUBLISH = 1.5;
 
 // `rate`: GB/s that a block of the shrink reads with. Tiles are dealt out in turn; the last blocks start where the shrink's end.
 double played(const Case& of, int shrink_blocks, double rate) {
-  const int rows = ceil_div(of.m, 128), tiles = rows * ceil_div(of.n, 256);
-  const double row = 128.0 * of.k * 2 / (rate * 1e3), main = (TILE - BEHIND) * of.k / 4096;
+  const int tiles = ceil_div(of.m, 128) * ceil_div(of.n, 256);
+  const double row = 128.0 * of.k / of.shrinks * 2 / (rate * 1e3), main = (TILE - BEHIND) * of.k / 4096;
   std::vector<double> free_at(MULTIPROCESSORS, START);
   double done = 0;
   for (int i = 0; i < shrink_blocks; ++i) {
-    const double end = ceil_div(rows - i, shrink_blocks) * row;
+    const double end = ceil_div(of.items() - i, shrink_blocks) * row;
     free_at[MULTIPROCESSORS - 1 - i] = end + START;
     done = std::max(done, end + PUBLISH);
   }
@@ -114,15 +116,16 @@ void blocks_of_a_shrink() {
                         {"14336 -> 4096", 8192, 14336, 4096}, {"768 -> 768", 12608, 768, 768},
                         {"768 -> 3072", 12608, 768, 3072},    {"3072 -> 768", 12608, 3072, 768},
                         {"few rows", 1024, 4096, 4096},       {"fewer rows", 300, 768, 768},
-                        {"one row", 1, 4096, 4096}};
+                        {"one row", 1, 4096, 4096},           {"three siblings, 4096 -> 4096", 8192, 3 * 4096, 4096, 3},
+                        {"three siblings, 768 -> 768", 12608, 3 * 768, 768, 3}};
   for (const Case& of : cases) {
     const int rows = ceil_div(of.m, 128), tiles = rows * ceil_div(of.n, 256);
-    const int chosen = shrink_ahead_blocks(tile, chip, rows, tiles, of.k);
-    expect(chosen >= 1 && chosen <= std::min(rows, MULTIPROCESSORS), "a number of blocks", chosen, rows);
+    const int chosen = shrink_ahead_blocks(tile, chip, rows, tiles, of.k, of.shrinks), most = std::min(of.items(), MULTIPROCESSORS);
+    expect(chosen >= 1 && chosen <= most, "a number of blocks", chosen, most);
     std::printf("%s, %d rows: %d blocks;", of.name, of.m, chosen);
     for (double rate : {45, 65, 90}) {
       double best = INFINITY;
-      for (int blocks = 1; blocks <= std::min(rows, MULTIPROCESSORS); ++blocks) best = std::min(best, played(of, blocks, rate));
+      for (int blocks = 1; blocks <= most; ++blocks) best = std::min(best, played(of, blocks, rate));
       const double time = played(of, chosen, rate);
       std::printf(" at %g GB/s %.1f us (at best %.1f)%s", rate, time, best, rate == 90 ? "\n" : ",");
       expect(time <= best * 1.01, "another number of blocks would take less time", time, best);

@@ -109,6 +109,10 @@ def test_a_pass_is_few_calls_of_python_and_few_launches(emulated):
     # Experts side by side, S, y; then the pass over dy, dS, dx, the pass over x, and the sums of all gradients.
     assert cases["forward"]["launches"] == 3 and cases["forward and backward"]["launches"] == 3 + 5
     assert cases["forward"]["calls"] <= 18 and cases["forward and backward"]["calls"] <= 43
+    # Three layers that share their input, one by one and in one call a pass.
+    one_by_one, together = cases["three layers"], cases["a group of three"]
+    assert one_by_one["launches"] == 3 * (3 + 5) and together["launches"] == 3 + 3
+    assert together["calls"] <= one_by_one["calls"] + 75
 
 
 def test_instructions_of_the_host(emulated, tmp_path):
