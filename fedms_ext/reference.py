@@ -18,9 +18,8 @@ _MASK32 = 0xFFFFFFFF
 MASK_VERSION = 2
 
 
-def philox_4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor], rounds: int = 7
-) -> tuple[Tensor, ...]:
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor],
+                rounds: int = 7) -> tuple[Tensor, ...]:
     """Return four random words for each counter by Philox4x32.
 
     The generator is that of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. With 7 rounds, the fewest with
@@ -104,19 +103,9 @@ def _gate_rows(gate: Tensor | None, x: Tensor, experts: int, segments: Sequence[
     return None if gate is None else gate.expand(*x.shape[:-1], experts).reshape(-1, experts)
 
 
-def expert_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float] | Tensor,
-    gate: Tensor | None = None,
-    active: Sequence[bool] | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    segments: Sequence[int] | None = None,
-) -> Tensor:
+def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+                  scale: Sequence[float] | Tensor, gate: Tensor | None = None, active: Sequence[bool] | None = None,
+                  dropout_p: float = 0.0, seed: int | Tensor | None = None, segments: Sequence[int] | None = None) -> Tensor:
     """Return y = x W^T + b + sum over the active experts e of scale_e * gate_e * (dropout(x) A_e^T) B_e^T.
 
     The arguments are those of `fedms_ext.expert_linear`. Autograd can differentiate the result any number of times. Unlike the
@@ -147,19 +136,11 @@ def lora_branch(
     ).to(x.dtype)  # fmt: skip
 
 
-def expert_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float] | Tensor,
-    gate: Tensor | None = None,
-    active: Sequence[bool] | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    segments: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+def expert_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+                           scale: Sequence[float] | Tensor, gate: Tensor | None = None,
+                           active: Sequence[bool] | None = None, dropout_p: float = 0.0,
+                           seed: int | Tensor | None = None, segments: Sequence[int] | None = None,
+                           ) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Return the gradients of `expert_linear`, written out by hand: dx, dgate, [dA_e], [dB_e].
 
     `dy` (..., N) is the gradient of the output, and the other arguments are those of the forward pass. dgate has the shape
@@ -253,22 +234,10 @@ def quantize_rows(x: Tensor, steps: int = 255) -> tuple[Tensor, Tensor]:
     return q, torch.where(scale.isfinite(), scale, torch.nan)
 
 
-def frozen_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float] | Tensor,
-    gate: Tensor | None = None,
-    active: Sequence[bool] | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    segments: Sequence[int] | None = None,
-    steps: int = 255,
-    rotated: bool = False,
-) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, lora_a: Sequence[Tensor],
+                  lora_b: Sequence[Tensor], scale: Sequence[float] | Tensor, gate: Tensor | None = None,
+                  active: Sequence[bool] | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+                  segments: Sequence[int] | None = None, steps: int = 255, rotated: bool = False) -> Tensor:
     """Return `expert_linear` for an int8 weight, (..., N) in float64. The arithmetic is float64 too.
 
     For the frozen product, and for nothing else, each row of x is quantized by `quantize_rows`. The gradient of x is that of the
@@ -372,14 +341,8 @@ def groups_as_int8(codes: Tensor, scale: Tensor, kind: str, group: int = GROUP) 
     return ((product + (1 << 14)) >> 15).float(), (largest * (top / 63)).squeeze(1)
 
 
-def token_log_prob(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    cap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def token_log_prob(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, scale: float = 1.0,
+                   cap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-probability that a head gives to one token at each position, computed from all logits at once.
 
         z = scale * (hidden weight^T + bias),  with a cap: z = cap * tanh(z / cap),  log_p = z[label] - logsumexp(z)
