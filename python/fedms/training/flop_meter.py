@@ -36,27 +36,31 @@ class FlopMeter:
                  flops: Callable[[], int], with_it: Callable[[], Iterable[Key]] = tuple) -> Constant:
         """Return a value that depends only on its key, from the cache or by calling `compute`.
 
+        A client's device would compute each value once in a run, so its operations are counted once, even if this process
+        has the value from an earlier run, or has to compute it again after dropping it or after a restart.
+
         Args:
             cache: The cache.
             key: The key.
             compute: Computes the value.
-            flops: Returns the operations that this takes.
+            flops: Returns the operations that this takes, and counts by itself the constants that the value is computed from.
             with_it: Returns keys of further values that these operations give and that are kept too, so that they are paid for.
-
-        A client's device would compute each value once in a run, so its operations are counted once, even if this process
-        has the value from an earlier run, or has to compute it again after dropping it or after a restart.
         """
         name = _name(key)
         due = name not in self.paid
         if due:
             self.paid |= {name, *map(_name, with_it())}
-            self.flops += flops()
+            self._add(flops)
         counted = self.flops
         value = cast(Constant, cache.get(key, compute))     # what was computed under the key
-        if not due and value.nbytes > cache.max_bytes:      # too large to be kept: computed every time
-            counted += flops()
         self.flops = counted
+        if not due and value.nbytes > cache.max_bytes:      # too large to be kept: computed every time
+            self._add(flops)
         return value
+
+    def _add(self, flops: Callable[[], int]) -> None:
+        own = flops()       # before the sum is read, as it may count constants
+        self.flops += own
 
 
 def _name(key: Key) -> str:

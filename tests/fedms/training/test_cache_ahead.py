@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedms.config import load_config
+from fedms.data.subset import Subset
 from fedms.federated.client import Private, visit
 from fedms.federated.lockstep import together
 from fedms.federated.visit_costs import CostModel, device_memory
@@ -112,6 +113,23 @@ def test_what_is_counted_is_what_is_done(world):
     assert sum(counted["true"]) < sum(counted["false"])
     side_by_side = [visits[own].flops for visits, _, _ in world.rounds(world.begin(), lockstep=True)]
     assert side_by_side == counted["true"]
+
+
+def test_logits_and_features_pay_for_the_prefix_that_they_start_from(world):
+    world.begin()
+    model, part = world.model, Subset(torch.arange(20))
+    moved = {name: tensor + 0.1 for name, tensor in model.initial(0).items()}
+    model.load("global", moved, depth=0, applied_depth=3)
+    model.load("local", moved, depth=1, applied_depth=3)
+    for stream, ask in (("global", lambda: model.frozen_opinions("global", part)), (None, lambda: model.features(part))):
+        model.meter.flops = 0
+        ask()
+        with model.stream(stream) as used:
+            below = used.chunk_flops(part, model.prefix_chunk, last=3)
+            assert model.meter.flops == below + used.live_flops(part) > below > 0
+        before = model.meter.flops
+        ask()
+        assert model.meter.flops == before
 
 
 def test_the_bits_are_those_of_a_run_that_computes_anew(world):
