@@ -193,7 +193,7 @@ ClientStep = Callable[[ExpertModel, Client, Private, Message], tuple[Reply, Priv
 
 
 def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private, message: Message,
-          ahead: Sequence[int] = ()) -> tuple[Visit, Private]:
+          ahead: Sequence[int] | None = None) -> tuple[Visit, Private]:
     """Carry out a method's step and measure it. A client that fails keeps its previous private state.
 
     ahead: See `Server.ahead`.

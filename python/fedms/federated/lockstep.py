@@ -112,7 +112,7 @@ class Turn:
         seat: What the client has in the model, set aside while it waits.
     """
 
-    def __init__(self, visiting: Visiting, client: Client, private: Private, ahead: Sequence[int]) -> None:
+    def __init__(self, visiting: Visiting, client: Client, private: Private, ahead: Sequence[int] | None) -> None:
         self.client, self.private, self.ahead, self._visiting = client, private, ahead, visiting
         self.flops, self.seconds, self.peak = 0, 0.0, 0
         self.training: Training | None = None
@@ -172,7 +172,7 @@ class Turn:
 
 def together(visit: Callable[[ExpertModel, Client, Private, Message], Visiting], model: ExpertModel,
              clients: Sequence[tuple[Client, Private]], message: Message,
-             ahead: Callable[[Message, Client], Sequence[int]] = lambda *_: ()) -> list[Turn]:
+             ahead: Callable[[Message, Client], Sequence[int] | None] = lambda *_: None) -> list[Turn]:
     """Carry out the visits of several clients side by side.
 
     Args:

@@ -194,14 +194,13 @@ class Server:
         return Message(state.stage, state.round, clients, state.sal.depth, state.applied_depth,
                        sent[BroadcastPolicy.EVERY_ROUND], sent[BroadcastPolicy.ONCE], state.statistics)
 
-    def ahead(self, message: Message, participant: Participant) -> Sequence[int]:
-        """Return the depths that a client may come to train at in later rounds, ascending, for which its cache makes provision; none
-        without `[sal] cache_ahead`, or if its device has no memory for them.
+    def ahead(self, message: Message, participant: Participant) -> Sequence[int] | None:
+        """Return the depths to which activation may go on in later rounds, ascending, for which a client's cache makes provision; None
+        if it makes none: without `[sal] cache_ahead`, or if its device has no memory for that.
         """
         if message.stage not in STAGES or not self.config.sal.cache_ahead or not participant.device.keeps_ahead:
-            return ()
-        later = self.depths_ahead(message.stage, message.round, message.depth)
-        return [depth for depth in later if participant.trained_depth(replace(message, depth=depth)) == depth]
+            return None
+        return self.depths_ahead(message.stage, message.round, message.depth)
 
     def depths_ahead(self, stage: str, round: int, depth: int) -> Sequence[int]:
         """Return the depths to which activation can go on after a round that has this depth, ascending."""

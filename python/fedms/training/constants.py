@@ -2,7 +2,7 @@
 
 The output of the constant prefix is kept for each sample. When the schedule activates more blocks, the prefix becomes shorter, and
 its shorter output is needed. The first pass through the prefix goes by it, so it is kept then, and each sample passes the frozen
-blocks only once in a run.
+blocks only once in a run. Where frozen pairs inside the prefix change, the pass starts above the blocks that have none.
 """
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def boundaries(model: ExpertModel, depths: Iterable[int]) -> list[int]:
     return sorted({model.untrained_below(depth) for depth in depths} - {0}, reverse=True)
 
 
+def pass_start(model: ExpertModel, part: Tensor, depth: int) -> int:
+    """Return behind how many blocks a pass starts that computes outputs behind `depth` blocks for samples (n,).
+
+    It starts from the output below all applied pairs, which stays the same when frozen pairs above it change: in every round at a client
+    that trains fewer blocks than are active, and in stage 2. Where that is not kept it starts from the inputs, 0: without
+    `[sal] cache_ahead`, if a cache of half its size cannot hold two outputs, or if it holds no exact ones.
+    """
+    below = model.untrained_below(max(applied for _, applied in model.depths.values()))
+    exact = model.config.sal.cache_dtype == model.config.run.dtype == "fp32"
+    return below if below < depth and model.ahead is not None and exact and _outputs_in_room(model, part) > 1 else 0
+
+
 def kept_ahead(model: ExpertModel, part: Tensor, prefix_depth: int) -> Sequence[int]:
     """Return the numbers of blocks behind which outputs for samples (n,) are kept beside that of the prefix, for later rounds: the
     next ones of those in `ExpertModel.ahead`.
@@ -58,6 +70,10 @@ def kept_ahead(model: ExpertModel, part: Tensor, prefix_depth: int) -> Sequence[
     All outputs for a set of samples take at most half of `[sal] cache_bytes`, as a client has two sets, for training and for
     validation.
     """
-    later = [depth for depth in boundaries(model, model.ahead) if depth < prefix_depth]
-    most = model.cache.max_bytes // 2 // max(prefix_bytes(model, part), 1)
-    return later[:max(most - 1, 0)]
+    later = [depth for depth in boundaries(model, model.ahead or ()) if depth < prefix_depth]
+    kept = 1 + (pass_start(model, part, prefix_depth) > 0)
+    return later[:max(_outputs_in_room(model, part) - kept, 0)]
+
+
+def _outputs_in_room(model: ExpertModel, part: Tensor) -> int:
+    return model.cache.max_bytes // 2 // max(prefix_bytes(model, part), 1)

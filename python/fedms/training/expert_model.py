@@ -86,7 +86,7 @@ class ExpertModel:
         self.shifts = self._no_shifts()                     # added to each expert's opinion, (K,)
         self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
-        self.ahead: Sequence[int] = ()                      # depths to which activation may go on, see `kept_ahead`
+        self.ahead: Sequence[int] | None = None             # see `clear`
         self.opinions_cache: dict[tuple[str, str, str], Tensor] = {}    # of experts on whole parts, in this visit
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
@@ -126,10 +126,10 @@ class ExpertModel:
         self.corrections.replace({})
         self.clear()
 
-    def clear(self, ahead: Sequence[int] = ()) -> None:
+    def clear(self, ahead: Sequence[int] | None = None) -> None:
         """Forget the loaded experts and their opinions. Called at the start of every visit.
 
-        ahead: Depths to which activation may go on in later visits. Outputs of the prefix are kept for them too."""
+        ahead: Depths to which activation may go on in later visits, for which the cache makes provision; None if it makes none."""
         self.ahead, self.opinions_cache = ahead, {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
@@ -222,7 +222,7 @@ class ExpertModel:
         end."""
         kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache, self.ahead
         self.dataset, self.cache, self.meter.paid = dataset, ConstantCache(self.cache.max_bytes), set()
-        self.opinions_cache, self.ahead = {}, ()
+        self.opinions_cache, self.ahead = {}, None
         try:
             yield Subset(torch.arange(len(dataset)))
         finally:

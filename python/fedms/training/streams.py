@@ -13,7 +13,7 @@ from torch import Tensor
 from fedms.data.subset import Subset
 from fedms.tasks.base import shifted
 from fedms.tensors import digest_of
-from fedms.training.constants import kept_ahead
+from fedms.training.constants import kept_ahead, pass_start
 from fedms.training.flop_meter import Key
 from fedms_ext import ConstantPrefix, ExpertLinear, PairState, Ragged, gated, prefix_hash
 from fedms_ext.budget import BlockCost
@@ -92,7 +92,7 @@ class Stream:
         if not self.keeps:
             part, rows = Subset(part.indices[rows]), torch.arange(len(rows))
             self.charge_prefix(part.indices)
-        prefix = self.prefix(part) if self.keeps else self._outputs(part)[self.prefix_depth]
+        prefix = self.prefix(part) if self.keeps else self._outputs(part, 0, self.prefix_depth)[self.prefix_depth]
         return prefix.pad(rows).to(self.model.device)
 
     def charge_prefix(self, indices: Tensor) -> None:
@@ -136,45 +136,56 @@ class Stream:
         """Return the output of the constant prefix for every sample of a subset, each (T_i, D), from the cache if it is there.
 
         Where it is computed, outputs behind fewer blocks are kept with it, see `kept_ahead`."""
+        return self._behind(part, self.prefix_depth)
+
+    def _behind(self, part: Subset, depth: int) -> Ragged:
+        """Return `prefix` for the first `depth` blocks, which belong to the prefix."""
+        model = self.model
+        start = pass_start(model, part.indices, depth)
+        # The foundation model alone keeps nothing ahead: only by chance would its outputs serve the experts.
+        every = () if self.name is None else kept_ahead(model, part.indices, self.prefix_depth)
+        ahead = [number for number in every if start < number < depth]
         further: dict[int, Ragged] = {}
 
         def compute() -> Ragged:
-            further.update(self._outputs(part, self._ahead(part)))
-            return further.pop(self.prefix_depth)
+            further.update(self._outputs(part, start, depth, ahead))
+            return further.pop(depth)
 
-        prefix = self.model.constant(self._key(part, self.prefix_depth), compute, lambda: self._prefix_flops(part),
-                                     lambda: [self._key(part, depth) for depth in self._ahead(part)])
-        for depth, outputs in further.items():
-            self.model.cache.offer(self._key(part, depth), outputs)
-        return prefix
+        def flops() -> int:
+            if start:
+                self._behind(part, start)       # counted on its own
+            return self.chunk_flops(part, model.prefix_chunk, first=start, last=depth)
 
-    def _ahead(self, part: Subset) -> Sequence[int]:
-        """Return `kept_ahead`; nothing for the foundation model alone, whose outputs serve the experts only by chance."""
-        return () if self.name is None else kept_ahead(self.model, part.indices, self.prefix_depth)
+        outputs = model.constant(self._key(part, depth), compute, flops, lambda: [self._key(part, number) for number in ahead])
+        for number, later in further.items():
+            model.cache.offer(self._key(part, number), later)
+        return outputs
 
     def _key(self, part: Subset, depth: int) -> Key:
         """Return the key of the outputs of the first `depth` blocks."""
         return part.key, "prefix", depth, self.prefix_hash if depth == self.prefix_depth else self._hash(depth)
 
-    def _outputs(self, part: Subset, ahead: Iterable[int] = ()) -> dict[int, Ragged]:
-        """Compute the outputs of the prefix, and behind the fewer blocks `ahead`, by number of blocks."""
-        model = self.model
-        prefix = ConstantPrefix(model.foundation.module, self.prefix_depth)
+    def _outputs(self, part: Subset, start: int, depth: int, ahead: Iterable[int] = ()) -> dict[int, Ragged]:
+        """Compute the outputs of the first `depth` blocks from those of the first `start`, and on the way those of the first `ahead`;
+        by number of blocks."""
+        model, module = self.model, self.model.foundation.module
+        before = self._behind(part, start) if start else None
         lengths = model.dataset.inputs.lengths[part.indices]
         outputs: dict[int, Ragged] = {}
 
-        def put(depth: int, rows: Tensor, hidden: Tensor) -> None:
+        def put(number: int, rows: Tensor, hidden: Tensor) -> None:
             hidden = hidden.float()
-            if depth not in outputs:
-                outputs[depth] = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
+            if number not in outputs:
+                outputs[number] = Ragged.empty(lengths, hidden[0], model.config.sal.cache_dtype)
             for row, output in zip(rows.tolist(), hidden):
-                outputs[depth].put(row, output[:lengths[row]])
+                outputs[number].put(row, output[:lengths[row]])
 
         for rows in model.chunks(part, model.prefix_chunk):
             inputs = model.inputs(part.indices[rows])
-            see = {depth: partial(put, depth, rows) for depth in ahead}
-            with model.precision():
-                put(self.prefix_depth, rows, prefix.capture(lambda: model.foundation.features(inputs), see))
+            see = {number: partial(put, number, rows) for number in ahead}
+            replayed = nullcontext() if before is None else ConstantPrefix(module, start).replay(before.pad(rows).to(model.device))
+            with replayed, model.precision():
+                put(depth, rows, ConstantPrefix(module, depth).capture(lambda: model.foundation.features(inputs), see))
         return outputs
 
     def _prefix_flops(self, part: Subset) -> int:
@@ -191,7 +202,11 @@ class Stream:
                 return torch.stack([prefix.row(i).mean(0) for i in range(len(prefix))])
             firsts = (model.dataset.answers[part.indices] - 1).tolist()
             return torch.cat([prefix.row(i)[first:-1] for i, first in enumerate(firsts)])
-        return model.constant((part.key, "prefix features", self.prefix_depth, self.prefix_hash), compute, lambda: 0)
+
+        def flops() -> int:
+            self.prefix(part)       # counted on its own
+            return 0
+        return model.constant((part.key, "prefix features", self.prefix_depth, self.prefix_hash), compute, flops)
 
     def forward_flops(self, samples: int, length: int, first: int = 0, last: int | None = None) -> int:
         """Return `budget.forward_flops` without visiting the layers again for every batch."""

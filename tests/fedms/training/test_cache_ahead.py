@@ -8,11 +8,14 @@ from functools import partial
 import pytest
 import torch
 
+from fedms import methods
 from fedms.config import load_config
+from fedms.data import ClientSplit
 from fedms.data.subset import Subset
-from fedms.federated.client import Private, visit
+from fedms.federated.client import Client, Private, visit
 from fedms.federated.lockstep import together
-from fedms.federated.visit_costs import CostModel, device_memory
+from fedms.federated.server import Server
+from fedms.federated.visit_costs import CostModel
 from fedms.progress import Progress
 from fedms.runs.experiment import LoadedTask
 from fedms.training.constants import new_cache, prefix_bytes
@@ -98,6 +101,28 @@ def test_each_sample_passes_each_frozen_block_once(world, sets, tmp_path, monkey
             hook.remove()
 
 
+@pytest.mark.parametrize("sets", [
+    ["clients.budgets=[{share=1, max_depth=2}]"], ["run.method=fedms", "stage1.rounds=2", "stage2.rounds=2"],
+    ["run.method=fedms", "stage1.rounds=2", "stage2.rounds=2", "gate.features=prefix", "sal.order=interleaved"]])
+def test_blocks_below_all_applied_pairs_are_passed_once(world, sets):
+    experiment = world.begin(*sets)
+    below_all, every = world.model.blocks, sum(len(client.train) + len(client.validation) for client in experiment.clients)
+    passes, hooks = frozen_passes(world.model)
+    flops = []
+    try:
+        for visits, message, _ in world.rounds(experiment):
+            was, below_all = below_all, world.model.untrained_below(message.applied_depth)
+            assert not any(passes[block] for block in range(1, below_all + 1)) or was == world.model.blocks
+            assert all(passes[block] in (0, every) for block in range(1, below_all + 1)), message
+            flops.append(sum(came.flops for came in visits))
+            passes.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    anew = [sum(came.flops for came in visits) for visits, _, _ in world.rounds(world.begin(*sets, "sal.cache_ahead=false"))]
+    assert flops[0] == anew[0] and all(flop <= other for flop, other in zip(flops, anew)) and sum(flops) < sum(anew)
+
+
 def test_what_is_counted_is_what_is_done(world):
     counted = {}
     for ahead in ("true", "false"):
@@ -134,8 +159,9 @@ def test_logits_and_features_pay_for_the_prefix_that_they_start_from(world):
 
 def test_the_bits_are_those_of_a_run_that_computes_anew(world):
     ends = []
+    same = ["run.method=fedms_plus", "stage1.rounds=2", "stage2.rounds=2", "clients.budgets=[{share=0.5, max_depth=1}, {share=0.5}]"]
     for sets in (["sal.cache_ahead=true"], ["sal.cache_ahead=false"], ["sal.cache_bytes=100000"]):
-        *_, (_, _, state) = world.rounds(world.begin(*sets, "run.method=fedms_plus", "stage1.rounds=2", "stage2.rounds=2"))
+        *_, (_, _, state) = world.rounds(world.begin(*sets, *same))
         ends.append({name: tensor.numpy().tobytes() for name, tensor in state.tensors.items()})
     assert ends[0] == ends[1] == ends[2]
 
@@ -174,20 +200,19 @@ def test_plans_count_what_is_kept(world):
 
 
 def test_who_makes_no_provision(world):
-    """A client that cannot come to a depth, a device whose memory is planned, an evaluation, and a schedule that stays."""
-    def ahead(*sets, stage="stage1", round=1, client=0):
-        experiment = world.begin(*sets)
-        message = experiment.server.message(replace(
-            experiment.server.start(experiment.method.initial(world.model)), stage=stage, round=round))
-        return list(experiment.server.ahead(message, experiment.clients[client]))
+    """A device whose memory is planned, an evaluation, and a schedule that stays."""
+    def ahead(*sets, stage="stage1", round=1):
+        config = load_config("digits", [*GROWS, *sets])
+        method, model = methods.create(config), world.model
+        server = Server(config, list(range(model.blocks, 0, -1)), model.block_of, method)
+        state = server.start({})
+        client = Client(ClientSplit(0, None, *[torch.empty(0)] * 3), config)
+        return server.ahead(server.message(replace(state, stage=stage, round=round)), client)
 
-    assert ahead() == [2, 3, 4] and ahead(round=3) == [2] and ahead(round=4) == [] == ahead(stage="done")
-    assert ahead("clients.budgets=[{share=1, max_depth=3}]") == [2, 3]
-    assert ahead("sal.schedule=all") == [] == ahead("sal.schedule=fixed") == ahead("sal.cache_ahead=false")
+    assert ahead() == (2, 3, 4) and ahead(round=3) == (2,) and ahead(round=4) == () and ahead(stage="done") is None
+    assert ahead("sal.schedule=all") == () == ahead("sal.schedule=fixed") and ahead("sal.cache_ahead=false") is None
     both = ["stage1.rounds=2", "stage2.rounds=2", "sal.every=2"]
-    assert ahead(*both) == [2] and ahead(*both, round=2) == [2] and ahead(*both, stage="stage2", round=2) == []
-    assert ahead(*both, "run.method=fedms") == []           # which begins anew in stage 2
-    limit = ["clients.budgets=[{share=1, memory='1GiB'}]"]
-    assert ahead(*limit) == []
-    costs = world.costs(world.begin(*limit))
-    assert device_memory(costs, 2) < 2**30
+    assert ahead(*both) == (2,) == ahead(*both, round=2) and ahead(*both, stage="stage2", round=2) == ()
+    assert ahead(*both, "run.method=fedms") == ()           # which begins anew in stage 2
+    assert ahead("clients.budgets=[{share=1, memory='1GiB'}]") is None
+    assert ahead("clients.budgets=[{share=1, max_depth=2}]") == (2, 3, 4)       # passes start below what others train
