@@ -4,19 +4,26 @@
     fedms compare fashion --methods fedms --seeds 3 --out runs/all --set sal.schedule=all
     python -m bench.federated.schedules runs/progressive runs/all --figure schedules.svg
 
-On models of 12 and of 30 blocks, with depths that grow in the middle of a run and train half of the blocks on average:
+On models of 12 and of 30 blocks, with depths that grow in the middle of a run:
 
     SETS="--set run.threads=1 --set clients.unseen=0 --set stage2.rounds=0 --set sal.every=2"
     VISION="--set model.id=vit-small --set data.max_samples=400 --set data.split=[0.35,0.15,0.5] --set clients.count=8"
     VISION="$VISION --set stage1.rounds=8 --set stage1.lr=2e-3 --set stage1.batch=8"
-    fedms compare fashion --methods fedavg_prior $SETS $VISION --set sal.schedule=every --set sal.step=3 --out runs/progressive12
+    EVERY="--set sal.schedule=every --set sal.step=3"
+    fedms compare fashion --methods fedavg_prior $SETS $VISION $EVERY --out runs/progressive12
+    fedms compare fashion --methods fedavg_prior $SETS $VISION $EVERY --set sal.max_depth=8 --out runs/eight12
+    fedms compare fashion --methods fedavg_prior $SETS $VISION $EVERY --set sal.cache_ahead=false --out runs/anew12
     fedms compare fashion --methods fedavg_prior $SETS $VISION --set sal.schedule=all --out runs/all12
-    python -m bench.federated.schedules runs/progressive12 runs/all12
+    python -m bench.federated.schedules runs/progressive12 runs/eight12 runs/anew12 runs/all12
 
     LANGUAGE="--set data.max_samples=144 --set stage1.rounds=8"
-    fedms compare dictionaries --methods fedavg $SETS $LANGUAGE --set sal.schedule=every --set sal.depth=1 --set sal.step=9 --out runs/progressive30
+    EVERY="--set sal.schedule=every --set sal.depth=1 --set sal.step=7"
+    fedms compare dictionaries --methods fedavg $SETS $LANGUAGE $EVERY --out runs/progressive30
     fedms compare dictionaries --methods fedavg $SETS $LANGUAGE --set sal.schedule=all --out runs/all30
     python -m bench.federated.schedules runs/progressive30 runs/all30
+
+The first run grows by three blocks to ten, at the depths 1, 4, 7 and 10; the second one stops at eight; the third one computes
+what is constant anew whenever the depth has grown. The language model grows by seven, to 22.
 
 Accuracies are the clients' personalized test accuracies; operations are all that the clients did in training. Both are
 compared with the last folder's, seed by seed. The picture shows validation accuracy over operations.

@@ -168,9 +168,9 @@ class SalTable(Table):
     cache_bytes: Size = Field(
         2 * 1024**3, description='most that the cache may hold, e.g. "2GiB"')
     cache_ahead: bool = Field(
-        True, description="whether the first pass of samples through the frozen blocks also keeps the outputs that the schedule "
-        "may need later, where more blocks are active, so that no sample passes a frozen block twice; as far as half of "
-        "cache_bytes goes for each set of samples")
+        True, description="whether the first pass of samples through the frozen blocks also keeps the outputs that later rounds "
+        "may start from, when more blocks are active or frozen pairs have changed; they take at most half of cache_bytes for each "
+        "set of samples")
 
     @property
     def has_budget(self) -> bool:
