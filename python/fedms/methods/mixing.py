@@ -166,10 +166,11 @@ class Mixture:
             opinion = model.opinions("global", part)
             return Prediction(opinion, global_=opinion)
         self.load(model, private, final, final.depth, gate)
+        if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
+            features = self._features(model, part)
+            return Prediction(*mixed_opinions(model, part, lambda units, shared, own: self.weights(model, features[units], shared, own)))
         both = both_opinions(model, part)
         mixed, weights = self.on_all(model, part, both)
-        if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
-            mixed = mixed_opinions(model, part, weights)
         return Prediction(mixed, *both, weights)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message, gate: Tensors) -> Speaker:
