@@ -139,7 +139,8 @@ def passes(report: Report, shapes: list[tuple[int, int, int, int]]) -> None:
 
         for name, run, base in (("forward", forward, lambda: F.linear(o.x, o.w)), ("dx", backward, lambda: dy @ o.w)):
             sizes = (rows, n, k) if name == "forward" else (rows, k, n)
-            configs = cuda_plan.gemm_configs(chip, name, *sizes, rank, False, False, True, True)
+            fits = name == "forward" or cuda._kernels.narrow_backward_parts(chip, rows, n, k, rank) > 0
+            configs = cuda_plan.gemm_configs(chip, *sizes, rank, False, False, True, True, fits)
             calls = {"bare GEMM": base} | {str(config): lambda config=config: run(config) for config in configs}
             forward(cuda_plan.GemmConfig(configs[0].tile, "apart"))  # fills the room
             what = "forward" if name == "forward" else "backward"

@@ -149,4 +149,21 @@ void shrink_ahead(const Gemm& g, const DeviceProperties& chip, const Stream& str
   }
 }
 
+int64_t narrow_backward_parts(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r) {
+  const Tile& tile = TILES[NARROW_TILE];
+  const int columns = ceil_div(k, tile.bn);
+  const bool fits = runs_on(tile, chip) && NARROW_BACKWARD_SHARED_BYTES <= chip.shared_memory && r <= NARROW_RANKS &&
+                    columns <= chip.multiprocessors && ceil_div(n, 64) <= NARROW_COLUMNS * columns;
+  return fits ? std::min(chip.multiprocessors / columns, ceil_div(m, tile.bm)) : 0;
+}
+
+void narrow_backward(const NarrowBackward& g, const DeviceProperties& chip, const Stream& stream) {
+  const Launch what{"narrow_backward", g.m, g.n, g.k, g.r, stream};
+  if (g.m < 1 || g.n < 8 || g.k < 8 || g.r < 1 || g.n % 8 || g.k % 8) fail(what, "a size is too small, or n or k is no multiple of 8");
+  if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
+  const int64_t parts = narrow_backward_parts(chip, g.m, g.n, g.k, g.r);
+  if (parts == 0) fail(what, "the ranks are more than 32, n is too large for k, or the device or this build has no wgmma");
+  if constexpr (HAS_WGMMA) start_narrow_backward(what, g, parts);
+}
+
 }  // namespace fedms::cuda

@@ -88,16 +88,19 @@ struct TensorMaps {
     TensorMap map;
     const void* data = nullptr;
     int64_t rows, columns, stride;
-    int box_rows;
+    int box_rows, box_columns;
     bool bf16;
   } kept[MOST_SIBLINGS][COUNT];
 
   const TensorMap& of(Operand operand, const Launch& what, bool bf16, const void* data, int64_t rows, int64_t columns,
-                      int64_t stride, int box_rows, int sibling = 0) {
+                      int64_t stride, int box_rows, int sibling = 0, int box_columns = 64) {
     Kept& k = kept[sibling][operand];
     const bool same = k.data == data && k.rows == rows && k.columns == columns && k.stride == stride &&
-                      k.box_rows == box_rows && k.bf16 == bf16;
-    if (!same) k = {tensor_map(what, bf16, data, rows, columns, stride, box_rows), data, rows, columns, stride, box_rows, bf16};
+                      k.box_rows == box_rows && k.box_columns == box_columns && k.bf16 == bf16;
+    if (!same) {
+      k = {tensor_map(what, bf16, data, rows, columns, stride, box_rows, box_columns), data, rows, columns, stride, box_rows, box_columns,
+           bf16};
+    }
     return k.map;
   }
 };
@@ -113,5 +116,6 @@ void start_shrink_ahead(const Launch& what, const ShrinkAheadArguments<T>& argum
 
 template <class T>
 void start_narrow_forward(const Launch& what, const NarrowArguments<T>& arguments, int multiprocessors, TensorMaps& maps);
+void start_narrow_backward(const Launch& what, const NarrowBackward& call, int64_t parts);
 
 }  // namespace fedms::cuda

@@ -48,6 +48,11 @@ constexpr int STRIP_SHARED_BYTES = STRIP_STAGES * (2 * STRIP_ROWS * 128 + 16);
 // Of a GEMM that makes T itself (narrow_sm90.cu): its tile, and the ranks that it can have, which lie below W in every stage.
 constexpr int NARROW_TILE = 3, NARROW_RANKS = 32;
 constexpr int NARROW_SHARED_BYTES = TILES[NARROW_TILE].shared_bytes() + TILES[NARROW_TILE].stages * NARROW_RANKS * 128;
+// Of the same backward (narrow_backward_sm90.cu), with T and dS of a tile beside the stages. A block makes dB of so many blocks of 64
+// columns of dy at most.
+constexpr int NARROW_BACKWARD_SHARED_BYTES = NARROW_SHARED_BYTES + 2 * TILES[NARROW_TILE].bm * NARROW_RANKS * 2 + 16;
+constexpr int NARROW_COLUMNS = TILES[NARROW_TILE].bn / 64;
+static_assert(NARROW_BACKWARD_SHARED_BYTES <= 232448);
 static_assert(TILES[NARROW_TILE].kind == Kind::wgmma && TILES[NARROW_TILE].bn == 192 && NARROW_SHARED_BYTES <= 232448);
 static_assert(SHRINK_SHARED_BYTES <= 232448 && STRIP_SHARED_BYTES <= 232448);
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);

@@ -153,6 +153,11 @@ bool LayerPlan::runs_in_strips(const Needs& needs, const GemmChoice& choice) con
   return needs.dx && choice.shrink == ShrinkPlace::overlapped;
 }
 
+bool LayerPlan::runs_inside(const Needs& needs, const GemmChoice& choice) const {
+  return choice.shrink == ShrinkPlace::inside && needs.dx && needs.da && needs.db && !needs.dgate && segments_.count == 0 &&
+         narrow_backward_parts(chip_, shape_.m, shape_.n, shape_.k, rank_) > 0;
+}
+
 LayerPlan::Side LayerPlan::strips(int64_t columns, const Needs& needs) const {
   const int64_t blocks = lora_grad_strips_blocks(columns);
   const int64_t all = (needs.db ? lora_grad_strips_blocks(shape_.n) : 0) + (needs.da ? lora_grad_strips_blocks(shape_.k) : 0);
@@ -162,6 +167,10 @@ LayerPlan::Side LayerPlan::strips(int64_t columns, const Needs& needs) const {
   return {columns, blocks, rows_a_split, splits_of(rows_a_split)};
 }
 
+LayerPlan::Side LayerPlan::inside(int64_t columns) const {
+  return {columns, 0, 0, {static_cast<int>(narrow_backward_parts(chip_, shape_.m, shape_.n, shape_.k, rank_))}};
+}
+
 bool LayerPlan::needs_parts(const Side& strips) const {
   return segments_.count > 0 || strips.parts() > 1 || static_cast<int64_t>(shape_.ranks.size()) > LoraGradStrips::MOST_OUTPUTS;
 }
@@ -169,6 +178,11 @@ bool LayerPlan::needs_parts(const Side& strips) const {
 LayerPlan::Workspace LayerPlan::workspace(const Needs& needs, const GemmChoice& choice) const {
   Workspace at;
   const auto parts = [&](const Side& side) { return at.add(2 * side.parts() * side.columns * rank_); };
+  if (runs_inside(needs, choice)) {
+    at.db_parts = parts(inside(shape_.n));
+    at.da_parts = parts(inside(shape_.k));
+    return at;
+  }
   if (needs.dx || needs.da) at.ds = at.add(shape_.m * t_pitch_);
   if ((needs.dx || needs.da || needs.dgate) && !runs_in_strips(needs, choice)) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
   const auto add_parts = [&](int64_t columns) {
@@ -232,6 +246,20 @@ void LayerPlan::compute_dx(const LayerBackward& call, void* ds, const GemmChoice
   cuda::gemm(product, choice.tile, chip_, stream);
 }
 
+// dx, dA and dB in one launch, and the sums of its parts.
+void LayerPlan::narrow_backward(const LayerBackward& call, float* da_parts, float* db_parts, const Stream& stream) const {
+  const LayerOperands& of = call.of;
+  const Joined experts = joined(of);
+  cuda::narrow_backward({shape_.element, shape_.m, shape_.n, shape_.k, rank_, call.dy, call.x, of.w, experts.a, experts.b, of.t,
+                         call.dy_stride, call.x_stride, of.w_stride, experts.a_stride, experts.b_stride, t_pitch_, factors(of), call.dx,
+                         da_parts, db_parts, backward_maps_.get()},
+                        chip_, stream);
+  std::vector<PartialSum> sums;
+  add_sums(sums, inside(shape_.n), db_parts, call.db, false);
+  add_sums(sums, inside(shape_.k), da_parts, call.da, true);
+  reduce_partials(shape_.element, shape_.fp32_experts, rank_, sums, stream);
+}
+
 // dA and dB in strips, which all gradients come out of without a sum of parts if there are enough of them.
 void LayerPlan::compute_da_and_db(const LayerBackward& call, const Needs& needs, const void* ds, float* da_parts, float* db_parts,
                                   const Stream& stream) const {
@@ -274,6 +302,7 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
   if (needs.db && !call.room_is_filled) {
     apply_scale_and_gate({shape_.element, shape_.m, rank_, call.s, of.t, t_pitch_, factors(of), segments_}, stream);
   }
+  if (runs_inside(needs, choice)) return narrow_backward(call, floats(at.da_parts), floats(at.db_parts), stream);
   if (runs_in_strips(needs, choice)) {
     compute_dx(call, ds, choice, stream);
     return compute_da_and_db(call, needs, ds, floats(at.da_parts), floats(at.db_parts), stream);

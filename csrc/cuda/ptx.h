@@ -185,13 +185,19 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// The same value. What follows from it is computed where it is used, and not kept in registers over a loop.
+FEDMS_DEVICE int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 #define FEDMS_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FEDMS_D16(i) FEDMS_D8(i), FEDMS_D8(i + 8)
 #define FEDMS_D32(i) FEDMS_D16(i), FEDMS_D16(i + 16)
+#define FEDMS_NAMES_HALF "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FEDMS_NAMES_0 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21" \
-  ", %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  FEDMS_NAMES_HALF ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FEDMS_NAMES_32 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
   ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -207,7 +213,7 @@ FEDMS_DEVICE void keep_in_place(float (&d)[N]) {
 // has its columns along memory, or with A_ACROSS its rows, and b its rows, or with B_ACROSS its columns.
 template <class T, int N, bool B_ACROSS, bool A_ACROSS = false, int D>
 FEDMS_DEVICE void wgmma(float (&d)[D], uint64_t a, uint64_t b) {
-  static_assert((N == 64 || N == 128 || N == 192 || N == 224 || N == 256) && N / 2 <= D);
+  static_assert((N == 32 || N == 64 || N == 128 || N == 192 || N == 224 || N == 256) && N / 2 <= D);
 #define FEDMS_WGMMA(SHAPE, TYPE, NAMES, A, B, TRANSPOSED, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B            \
                ", 1, 1, 1, " TRANSPOSED ";"                                                                        \
@@ -219,7 +225,9 @@ FEDMS_DEVICE void wgmma(float (&d)[D], uint64_t a, uint64_t b) {
   } else {                                           \
     FEDMS_WGMMA(SHAPE, "f16", __VA_ARGS__);          \
   }
-  if constexpr (N == 64) {
+  if constexpr (N == 32) {
+    FEDMS_WGMMA_OF("m64n32k16", FEDMS_NAMES_HALF, "%16", "%17", "%18, %19", FEDMS_D16(0))
+  } else if constexpr (N == 64) {
     FEDMS_WGMMA_OF("m64n64k16", FEDMS_NAMES_0, "%32", "%33", "%34, %35", FEDMS_D32(0))
   } else if constexpr (N == 128) {
     FEDMS_WGMMA_OF("m64n128k16", FEDMS_NAMES_0 FEDMS_NAMES_32, "%64", "%65", "%66, %67", FEDMS_D32(0), FEDMS_D32(32))

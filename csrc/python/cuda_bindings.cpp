@@ -255,6 +255,7 @@ void define_cuda(py::module_ m) {
         py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
   m.def("overlaps_shrink", &cuda::overlaps_shrink, py::arg("tile"), py::arg("r"));
   m.def("has_shrink_inside", &cuda::has_shrink_inside, py::arg("tile"), py::arg("r"));
+  m.def("narrow_backward_parts", &cuda::narrow_backward_parts, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
   m.def("gemm", &gemm, py::arg("x"), py::arg("weight"), py::arg("t"), py::arg("f"), py::arg("y"), py::arg("transposed"),
         py::arg("rank"), py::arg("tile"), py::arg("chip"));

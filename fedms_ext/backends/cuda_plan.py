@@ -106,31 +106,37 @@ class Plan:
 
     def _first_backward(self, *args: Any) -> None:
         """Choose how a pass with dx runs. When that is final, `backward` is the C++ function itself."""
-        dx, dgate, da, db = args[-4:]
-        if dx is not None and self._choose_dx(lambda: self._kernels.backward(*args), [dx, dgate, *da, *db]):
+        if args[-4] is not None and self._choose_dx(lambda: self._kernels.backward(*args), *args[-4:]):
             self.backward = self._kernels.backward
         self._kernels.backward(*args)
 
     def _choose_forward(self, run: Callable[[], None], written: list[Tensor | None]) -> bool:
         # In a forward pass dropout affects only S.
         return self._choose(
-            "forward", self.shape.n, self.shape.k, False, run, written,
+            "forward", self.shape.n, self.shape.k, False, True, run, written,
             lambda config: self._kernels.choose_forward(config.tile, config.shrink),
         )  # fmt: skip
 
-    def _choose_dx(self, run: Callable[[], None], written: list[Tensor | None]) -> bool:
+    def _choose_dx(
+        self, run: Callable[[], None], dx: Tensor, dgate: Tensor | None, da: list[Tensor | None], db: list[Tensor | None]
+    ) -> bool:
+        shape = self.shape
+        # The GEMM that computes dS computes parts of dA and dB too, but not the gradient of the gate.
+        asked = dgate is None and all(any(each is not None for each in gradients) for gradients in (da, db))
+        fits = _kernels.narrow_backward_parts(chip_of(shape.device), shape.m, shape.n, shape.k, self.rank) > 0
         return self._choose(
-            "dx", self.shape.k, self.shape.n, self.shape.has_dropout, run, written,
+            "dx", shape.k, shape.n, shape.has_dropout, asked and fits and shape.segments is None, run, [dx, dgate, *da, *db],
             lambda config: self._kernels.choose_dx(config.tile, config.shrink),
         )  # fmt: skip
 
     def _choose(
-        self, name: str, n: int, k: int, has_dropout: bool, run: Callable[[], None], written: list[Tensor | None],
-        take: Callable[[GemmConfig], None],
+        self, name: str, n: int, k: int, has_dropout: bool, may_be_inside: bool, run: Callable[[], None],
+        written: list[Tensor | None], take: Callable[[GemmConfig], None],
     ) -> bool:  # fmt: skip
         """Set the fastest configuration of a GEMM (M, N) with the reduction K, and return whether it is final.
 
-        `run` computes the pass and writes the tensors `written`. A configuration whose results differ from those of the first one,
+        `may_be_inside` tells whether the GEMM can compute S, or dS, itself. `run` computes the pass and writes the tensors
+        `written`. A configuration whose results differ from those of the first one,
         which the cost model expects to be the fastest, is not taken.
 
         Numbers of rows are rounded up to a power of two. A shape that first occurs while a CUDA graph is captured is measured at
@@ -141,11 +147,13 @@ class Plan:
         full_tiles = all(rows == 0 or rows >= 128 for rows in shape.segments or ())
         # A shrink that overlaps the GEMM, or is in it, supports neither dropout nor an int8 W.
         plain = not (shape.has_dropout or shape.int8)
-        key = (name, str(shape.dtype), m, n, k, self.rank, shape.int8, has_dropout, plain, shape.fp32_experts,
+        may_be_inside = may_be_inside and plain and n < _WIDE
+        key = (name, str(shape.dtype), m, n, k, self.rank, shape.int8, has_dropout, plain, may_be_inside, shape.fp32_experts,
                shape.segments is not None, full_tiles)  # fmt: skip
 
         def ways() -> dict[str, GemmConfig]:
-            configs = gemm_configs(chip_of(shape.device), name, m, n, k, self.rank, shape.int8, has_dropout, full_tiles, plain)
+            chip = chip_of(shape.device)
+            configs = gemm_configs(chip, m, n, k, self.rank, shape.int8, has_dropout, full_tiles, plain, may_be_inside)
             return {str(config): config for config in configs}
 
         def run_with(config: GemmConfig) -> None:
@@ -200,26 +208,24 @@ class GemmConfig(NamedTuple):
 
 
 def gemm_configs(
-    chip: object, name: str, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, plain: bool
-) -> list[GemmConfig]:
+    chip: object, m: int, n: int, k: int, rank: int, int8: bool, has_dropout: bool, full_tiles: bool, may_overlap: bool,
+    may_be_inside: bool,
+) -> list[GemmConfig]:  # fmt: skip
     """Return the valid configurations of a GEMM. The first one is the fastest according to the cost model.
 
     Args:
         chip: The C++ object that describes the GPU.
-        name: "forward" or "dx".
         m, n, k: Number of rows, output columns and terms of each sum.
         rank: Total rank.
         int8: Whether the weight is int8.
         has_dropout: Whether the output is masked.
         full_tiles: Whether every segment has at least as many rows as a tile of wgmma, or none.
-        plain: Whether the weight is not int8 and the LoRA branch has no dropout.
+        may_overlap: Whether a shrink may overlap the GEMM.
+        may_be_inside: Whether the GEMM may compute S, or dS, itself. Every tile in a row of tiles repeats these products, which
+            only pays in narrow layers.
     """
     tiles = _kernels.gemm_tiles(chip, m, n, k, rank, int8, has_dropout, full_tiles)
     apart = [GemmConfig(tile, "apart") for tile in tiles]
-    overlapped = [GemmConfig(tile, "overlapped") for tile in tiles if plain and _kernels.overlaps_shrink(tile, rank)]
-    if n >= _WIDE:
-        return overlapped + apart
-    # Every tile in a row of tiles repeats the products of a shrink inside, which only pays in narrow layers.
-    may_be_inside = plain and name == "forward"
+    overlapped = [GemmConfig(tile, "overlapped") for tile in tiles if may_overlap and _kernels.overlaps_shrink(tile, rank)]
     inside = [GemmConfig(tile, "inside") for tile in tiles if may_be_inside and _kernels.has_shrink_inside(tile, rank)]
-    return apart + overlapped + inside
+    return (overlapped + apart if n >= _WIDE else apart + overlapped) + inside

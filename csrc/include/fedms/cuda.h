@@ -249,6 +249,23 @@ struct LoraGradStrips {
 int64_t lora_grad_strips_blocks(int64_t c);
 void lora_grad_strips(const LoraGradStrips& call, const Stream& stream);
 
+// dx (m, k), dense, = dy w + ds a with ds = dy b with scale and gate, and parts of both gradients over the rows, (parts, k, r) of x^T ds
+// and (parts, n, r) of dy^T t; reduce_partials adds them up. w is (n, k), a (r, k), b (n, r), t (m, r). For compute capability 9.0; r is
+// from 1 to 32; n, k and what narrow_backward_parts says of them; without dropout, segments, and an int8 w.
+struct NarrowBackward {
+  Element element;
+  int64_t m, n, k, r;
+  const void *dy, *x, *w, *a, *b, *t;
+  int64_t dy_stride, x_stride, w_stride, a_stride, b_stride, t_stride;
+  Factors factors;
+  void* dx;
+  float *da_parts, *db_parts;
+  TensorMaps* maps;  // kept from call to call, or null
+};
+// How many parts there are; 0 where it cannot run: n may not be much larger than k, whose tiles share the columns of dy.
+int64_t narrow_backward_parts(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r);
+void narrow_backward(const NarrowBackward& call, const DeviceProperties& chip, const Stream& stream);
+
 // An expert's A (rank, k) and B (n, rank) with any strides, of the element's type or float32. `first`: its first rank among
 // all; `end`: where the next expert's begin, with zeros from `first` + rank on. Of siblings each B has `rows` rows of its own, from
 // `first_row` on, and those of others nobody writes to.

@@ -19,7 +19,8 @@ struct LayerShape {
 };
 
 // Where T, or dS, is made for a GEMM: in a launch before it, in one that overlaps it (overlaps_shrink), or in the GEMM itself
-// (has_shrink_inside), which a forward pass alone can do.
+// (has_shrink_inside). Backward the last one is narrow_backward, if dx, dA and dB are needed and dgate is not, outside of segments;
+// otherwise it is as apart.
 enum class ShrinkPlace { apart, overlapped, inside };
 
 // How a GEMM runs: the number of its tile, and where T, or dS, is made. Where that overlaps it in a backward pass, dA and dB are
@@ -97,8 +98,11 @@ class LayerPlan {
   Workspace workspace(const Needs& needs, const GemmChoice& choice) const;
   LoraGradPartials partials(const Side& side, const void* z, int64_t z_stride, const void* t, float* g) const;
   void compute_dx(const LayerBackward& call, void* ds, const GemmChoice& choice, const Stream& stream) const;
+  bool runs_inside(const Needs& needs, const GemmChoice& choice) const;
+  void narrow_backward(const LayerBackward& call, float* da_parts, float* db_parts, const Stream& stream) const;
   bool runs_in_strips(const Needs& needs, const GemmChoice& choice) const;
   Side strips(int64_t columns, const Needs& needs) const;
+  Side inside(int64_t columns) const;
   bool needs_parts(const Side& strips) const;
   void compute_da_and_db(const LayerBackward& call, const Needs& needs, const void* ds, float* da_parts, float* db_parts,
                          const Stream& stream) const;

@@ -1,6 +1,6 @@
 """`fedms serve`: an endpoint on this machine in the form of OpenAI's chat completions. `model` names the client.
 
-    GET  /v1/models             the clients, and "global" if they share an expert
+    GET  /v1/models             the clients, and "global"
     POST /v1/chat/completions   messages, model, max_tokens, temperature, top_p, seed, stream
 
 It listens on the loopback address alone, and answers only who knows the token.
@@ -23,9 +23,10 @@ from starlette.routing import Route
 
 from fedms.data.conversations import ROLES
 from fedms.errors import ConfigError, DataError
-from fedms.exports.language_model import GLOBAL, LanguageModel
+from fedms.exports.language_model import LanguageModel
 from fedms.models.generation import Sampling
 
+GLOBAL = "global"           # the name of the expert that all clients share
 LARGEST_REQUEST = 2**20     # bytes
 
 
@@ -68,7 +69,7 @@ def endpoint(language: LanguageModel, token: str) -> Starlette:
         if (refused := _refusal(request, token)) is not None:
             return refused
         return JSONResponse({"object": "list", "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "fedms"} for name in language.names]})
+            {"id": name, "object": "model", "created": 0, "owned_by": "fedms"} for name in (GLOBAL, *language.clients)]})
 
     async def complete(request: Request) -> Response:
         if (refused := _refusal(request, token)) is not None:
@@ -88,8 +89,7 @@ def endpoint(language: LanguageModel, token: str) -> Starlette:
         try:
             language.trained.client(client)
         except ConfigError as error:
-            shared = f"; {GLOBAL!r} is the expert of all clients" if language.shares_expert else ""
-            return _error(404, f"model: {str(error).removeprefix('client: ')}{shared}")
+            return _error(404, f"model: {str(error).removeprefix('client: ')}; {GLOBAL!r} is the expert of all clients")
         try:
             language.prompt(messages)
             if question.stream:

@@ -38,14 +38,17 @@ inline std::string emulated(const Launch& launch) { return name_of(launch) + ", 
 struct TensorMap {
   uint8_t* data;
   int64_t rows, columns, stride;
-  int box_rows;
+  int box_rows, box_columns;
+
+  int row_bytes() const { return box_columns * 2; }  // of a box in shared memory: as many as the swizzle has
 };
 
 inline TensorMap tensor_map(const Launch& what, bool, const void* data, int64_t rows, int64_t columns, int64_t stride,
-                            int box_rows) {
+                            int box_rows, int box_columns) {
   if (reinterpret_cast<uintptr_t>(data) % 16 || stride * 2 % 16) fail(what, "a tensor map needs rows at multiples of 16 bytes");
-  if (box_rows < 1 || box_rows > 256 || rows < 1 || columns < 1) fail(what, "a tensor map has a size out of range");
-  return {static_cast<uint8_t*>(const_cast<void*>(data)), rows, columns, stride, box_rows};
+  const bool fits = box_rows >= 1 && box_rows <= 256 && (box_columns == 64 || box_columns == 32);
+  if (!fits || rows < 1 || columns < 1) fail(what, "a tensor map has a size out of range");
+  return {static_cast<uint8_t*>(const_cast<void*>(data)), rows, columns, stride, box_rows, box_columns};
 }
 
 namespace emulator {
@@ -309,8 +312,12 @@ inline void check_fenced(uint32_t address, int bytes) {
   }
 }
 
-// The 128-byte swizzle: bits 4 to 6 of an address are changed by bits 7 to 9.
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+// The 128-byte swizzle: bits 4 to 6 of an address are changed by bits 7 to 9. The 64-byte one: bits 4 and 5, by bits 7 and 8.
+inline uint32_t swizzled(uint32_t address, int bytes) { return address ^ (address >> 3 & (bytes == 128 ? 0x70 : 0x30)); }
+// Tiles start where the pattern of a swizzle does.
+inline void check_start(uint32_t address, int bytes) {
+  if (address % (8 * bytes)) problem("a box must start at a multiple of eight of its rows");
+}
 
 }  // namespace emulator
 

@@ -198,21 +198,21 @@ inline void prefetch_map(const TensorMap*) {}
 inline void tma_load(uint32_t to, const TensorMap* given, uint32_t barrier, int row, int column) {
   const TensorMap map = *given;  // the thread may be over before the copy
   Block* in = block;             // and another block may run then
-  if (to % 1024) problem("a box with the 128-byte swizzle must start at a multiple of 1024 bytes");
-  at(to + map.box_rows * 128 - 16, 16);
+  check_start(to, map.row_bytes());
+  at(to + map.box_rows * map.row_bytes() - 16, 16);
   const auto copy = [=] {
     for (int i = 0; i < map.box_rows; ++i) {
-      for (int j = 0; j < 64; ++j) {
+      for (int j = 0; j < map.box_columns; ++j) {
         const int64_t from_row = int64_t(row) + i, from_column = int64_t(column) + j;
         uint16_t value = 0;
         if (from_row >= 0 && from_row < map.rows && from_column >= 0 && from_column < map.columns) {
           std::memcpy(&value, map.data + (from_row * map.stride + from_column) * 2, 2);
         }
-        std::memcpy(in->shared + swizzled(to + i * 128 + j * 2), &value, 2);
+        std::memcpy(in->shared + swizzled(to + i * map.row_bytes() + j * 2, map.row_bytes()), &value, 2);
       }
     }
     Barrier& full = in->barriers[barrier];
-    full.bytes -= map.box_rows * 128;
+    full.bytes -= map.box_rows * map.row_bytes();
     complete(full);
   };
   barrier_at(barrier);
@@ -227,14 +227,15 @@ inline void fence_shared_for_tma() {
 inline uint64_t cache_policy(bool) { return 0; }
 inline void tma_store(const TensorMap* given, uint32_t from, int row, int column, uint64_t) {
   const TensorMap map = *given;
-  if (from % 1024) problem("a box with the 128-byte swizzle must start at a multiple of 1024 bytes");
-  check_fenced(from, map.box_rows * 128);
+  check_start(from, map.row_bytes());
+  check_fenced(from, map.box_rows * map.row_bytes());
   self->stores.add(block->late, [=] {
     for (int i = 0; i < map.box_rows; ++i) {
-      for (int j = 0; j < 64; ++j) {
+      for (int j = 0; j < map.box_columns; ++j) {
         const int64_t to_row = int64_t(row) + i, to_column = int64_t(column) + j;
         if (to_row >= map.rows || to_column >= map.columns) continue;
-        std::memcpy(map.data + (to_row * map.stride + to_column) * 2, block->shared + swizzled(from + i * 128 + j * 2), 2);
+        const uint32_t place = swizzled(from + i * map.row_bytes() + j * 2, map.row_bytes());
+        std::memcpy(map.data + (to_row * map.stride + to_column) * 2, block->shared + place, 2);
       }
     }
   });
@@ -262,16 +263,20 @@ void wgmma_wait() {
 
 template <int N>
 void keep_in_place(float (&)[N]) {}
+inline int computed_here(int value) { return value; }
 
 // Where a descriptor puts number `row` along the columns (or rows of a) and `k` along the reduction: the canonical
-// layouts with the 128-byte swizzle of the PTX manual, "asynchronous warpgroup level canonical layouts".
+// layouts with the 128-byte and the 64-byte swizzle of the PTX manual, "asynchronous warpgroup level canonical layouts".
 inline uint32_t described(uint64_t descriptor, bool transposed, int row, int k) {
   const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4, leading = uint32_t(descriptor >> 16 & 0x3FFF) << 4;
   const uint32_t stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) problem("a descriptor without the 128-byte swizzle, or off its base");
-  // K-major ((8, m), (T, 2)) : ((8T, SBO), (1, T)); MN-major ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)); T = 8.
-  if (!transposed) return swizzled(start + row % 8 * 128 + row / 8 * stride + k * 2);
-  return swizzled(start + row % 64 * 2 + row / 64 * leading + k % 8 * 128 + k / 8 * stride);
+  const int swizzle = descriptor >> 62 == 1 ? 128 : descriptor >> 62 == 2 ? 64 : 0;
+  if (swizzle == 0 || (descriptor >> 49 & 7)) problem("a descriptor without the 128-byte or the 64-byte swizzle, or off its base");
+  // K-major ((8, m), (T, 2)) : ((8T, SBO), (1, T)); MN-major with 128 bytes ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)), with 64 bytes
+  // ((T, 4, m), (8, k)) : ((1, T, LBO), (4T, SBO)); T = 8.
+  if (!transposed) return swizzled(start + row % 8 * swizzle + row / 8 * stride + k * 2, swizzle);
+  const int of_row = swizzle / 2;
+  return swizzled(start + row % of_row * 2 + row / of_row * leading + k % 8 * swizzle + k / 8 * stride, swizzle);
 }
 template <class T>
 float described_number(uint64_t descriptor, bool transposed, int row, int k) {

@@ -102,11 +102,10 @@ void swizzle() {
       const int place = chunk_offset<CHUNKS>(row, chunk);
       expect(place % 16 == 0 && place >= 0 && place < ROWS * CHUNKS * 16, "a chunk leaves its tile", row, chunk);
       places.insert(place);
-      // What the tensor memory accelerator does, address by address.
-      if (CHUNKS == 8) {
-        const int straight = (row * 8 + chunk) * 16;
-        expect(place == (straight ^ (straight >> 3 & 0x70)), "the 128-byte swizzle differs", row, chunk);
-      }
+      // What the tensor memory accelerator does, address by address, to rows of 128 and of 64 bytes.
+      const int straight = (row * CHUNKS + chunk) * 16;
+      if (CHUNKS == 8) expect(place == (straight ^ (straight >> 3 & 0x70)), "the 128-byte swizzle differs", row, chunk);
+      if (CHUNKS == 4) expect(place == (straight ^ (straight >> 3 & 0x30)), "the 64-byte swizzle differs", row, chunk);
     }
   }
   expect(places.size() == size_t(ROWS * CHUNKS), "two chunks share a place", CHUNKS);

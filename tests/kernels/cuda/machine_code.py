@@ -28,7 +28,7 @@ TABLE = HERE / "resources.txt"
 # The files of each target. 8.6 and 8.9 run the code of 8.0 where they have none of their own; Jetson's 8.7 does not.
 FAMILY = ("gemm_sm80", "shrink", "lora_grad", "reduce", "join")
 TARGETS = {"sm_80": FAMILY, "sm_86": FAMILY, "sm_87": FAMILY, "sm_89": FAMILY, "sm_90": FAMILY,
-           "sm_90a": ("gemm_sm90", "narrow_sm90", "shrink_sm90", "strips_sm90")}  # fmt: skip
+           "sm_90a": ("gemm_sm90", "narrow_sm90", "narrow_backward_sm90", "shrink_sm90", "strips_sm90")}  # fmt: skip
 MOST_SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_90a": 232448}
 # What must be in the code of a kernel; the kernels that only add have none of it.
 # ACQBULK is griddepcontrol.wait, PREEXIT griddepcontrol.launch_dependents.
@@ -36,6 +36,7 @@ WANTED = {"mma_gemm": ("HMMA", "LDGSTS", "LDSM"), "shrink_ahead": ("HGMMA", "UTM
           "shrink": ("HMMA", "LDGSTS", "LDSM"), "lora_grad_partials": ("HMMA", "LDGSTS", "LDSM"),
           "lora_grad_strips": ("HGMMA", "UTMALDG", "SYNCS"),
           "narrow_forward": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"),
+          "narrow_backward": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"),
           "wgmma_gemm": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "ACQBULK")}  # fmt: skip
 LOCAL = ("STL", "LDL")
 COUNTED = (*LOCAL, "HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG", "SYNCS", "ACQBULK", "PREEXIT")
@@ -134,6 +135,7 @@ def shared_memory() -> str:
               ' std::printf("%s %d x %d, %d stages: %d bytes, %d threads\\n", t.kind == Kind::mma ? "mma" : "wgmma", t.bm, t.bn,'
               ' t.stages, t.shared_bytes(), t.threads());'
               ' std::printf("narrow_forward: %d bytes\\n", NARROW_SHARED_BYTES);'
+              ' std::printf("narrow_backward: %d bytes\\n", NARROW_BACKWARD_SHARED_BYTES);'
               ' std::printf("shrink_ahead: %d bytes\\n", SHRINK_SHARED_BYTES);'
               ' std::printf("lora_grad_strips: %d bytes\\n", STRIP_SHARED_BYTES); }')  # fmt: skip
     command = ["c++", "-std=c++17", "-x", "c++", "-", f"-I{ROOT / 'csrc/include'}", f"-I{KERNELS}", f"-I{HERE}", "-o", str(program)]

@@ -66,10 +66,10 @@ def alone(monkeypatch):
 def use_tile(monkeypatch, tile, shrink=APART):
     """`shrink`: where S and dS are made, if the tile can do that."""
 
-    def configs(chip, name, m, n, k, rank, int8, has_dropout, full_tiles, plain):
-        can = {APART: True, OVERLAPPED: backend._kernels.overlaps_shrink(tile, rank),
-               INSIDE: name == "forward" and backend._kernels.has_shrink_inside(tile, rank)}  # fmt: skip
-        return [cuda_plan.GemmConfig(tile, shrink if plain and can[shrink] else APART)]
+    def configs(chip, m, n, k, rank, int8, has_dropout, full_tiles, may_overlap, may_be_inside):
+        can = {APART: True, OVERLAPPED: may_overlap and backend._kernels.overlaps_shrink(tile, rank),
+               INSIDE: may_be_inside and backend._kernels.has_shrink_inside(tile, rank)}  # fmt: skip
+        return [cuda_plan.GemmConfig(tile, shrink if can[shrink] else APART)]
 
     monkeypatch.setattr(cuda_plan, "gemm_configs", configs)
 
@@ -114,10 +114,26 @@ def test_a_forward_pass_in_one_launch(monkeypatch, sizes_and_ranks, gate, dtype)
     check(Layer(*sizes, ranks, gate, dtype), needs=[2 + len(ranks)])  # the gradient of a B tells what S holds
 
 
+# The emulated chip has four multiprocessors: with two blocks of columns of x, dA and dB have two parts, of two of four blocks of rows.
+@cases("sizes_and_ranks, gate, dtype", [((390, 200, 72), [17, 3]), ((140, 72, 136), [32]), ((1, 8, 8), [5]), ((129, 264, 328), [1, 7, 8])],
+       ["row", "none", "expert"], DTYPES)  # fmt: skip
+def test_a_backward_pass_in_one_launch_and_its_sums(monkeypatch, sizes_and_ranks, gate, dtype):
+    sizes, ranks = sizes_and_ranks
+    use_tile(monkeypatch, NARROW, INSIDE)
+    check(Layer(*sizes, ranks, gate, dtype), needs=[0, *range(2, 2 + 2 * len(ranks))])  # all but the gate
+
+
+# Without some gradients, with that of the gate, and where dy has more columns than one block of columns of x can take.
+@pytest.mark.parametrize("n, needs", [(40, [0]), (40, [2, 3]), (40, [0, 1, 2, 3]), (264, [0, 2, 3])], ids=str)
+def test_a_backward_pass_that_takes_more_launches(monkeypatch, n, needs):
+    use_tile(monkeypatch, NARROW, INSIDE)
+    check(Layer(70, 8, n, [5], "row"), needs=needs)
+
+
 def test_segments_of_a_forward_pass_in_one_launch(monkeypatch):
     use_tile(monkeypatch, NARROW, INSIDE)
     check(Layer(259, 24, 200, [3, 17, 30], "row", segments=(131, 0, 128)), needs=[3])
-    layer = Layer(400, 40, 48, [2, 3, 9], "row", segments=(130, 140, 130))
+    layer = Layer(392, 16, 24, [2, 3, 9], "row", segments=(130, 132, 130))
     check_not_applied(layer, [True, False, True], row=140, backend="cuda")
 
 
@@ -126,10 +142,11 @@ def test_infinities_meet_no_zeros_behind_the_last_rank(monkeypatch):
     layer = Layer(70, 72, 40, [5])
     layer.weight, layer.a[0] = layer.weight.abs(), layer.a[0].abs()
     layer.b[0] = layer.b[0].abs()
-    layer.x[7, 3] = float("inf")
+    layer.x[7, 3] = layer.dy[9, 3] = float("inf")
     with fedms_ext.use_backend("cuda"):
-        y = layer.run(expert_linear, needs=[0])[0]
+        y, dx, *_ = layer.run(expert_linear, needs=[0, 2, 3])
     assert (y[7] == float("inf")).all() and y.isfinite().all(dim=1).sum() == len(y) - 1
+    assert (dx[9] == float("inf")).all() and dx.isfinite().all(dim=1).sum() == len(dx) - 1
 
 
 @cases("tile", tiles(has_dropout=True))
