@@ -159,7 +159,9 @@ def token_log_prob(
     gradient: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes log_p (n,), confidence (n, 2), best (n,) int64 and, unless it is None, gradient (n, d) of n hidden states (n, d)
-    and their labels (n,) int64. `work` is (chunk, V)."""
+    and their labels (n,) int64. `work` is (chunk, TOKEN_STRETCH)."""
+
+TOKEN_STRETCH: int
 
 # The plans of csrc/include/fedms/cuda_layer.h, where the build has CUDA kernels; fedms_ext/backends/cuda_plan.py is their only user.
 cuda: Any

@@ -44,7 +44,7 @@ void token_log_prob(const py::object& hidden, const py::object& weight, const py
   head.cap = cap;
   const float* states = data_of<float>("hidden", hidden, "torch.float32", n * d);
   const int64_t* tokens = data_of<int64_t>("labels", labels, "torch.int64", n);
-  float* logits = data_of<float>("work", work, "torch.float32", chunk * v);
+  float* logits = data_of<float>("work", work, "torch.float32", chunk * fedms::TOKEN_STRETCH);
   const fedms::TokenLogProb out{data_of<float>("log_p", log_p, "torch.float32", n),
                                 data_of<float>("confidence", confidence, "torch.float32", 2 * n),
                                 data_of<int64_t>("best", best, "torch.int64", n),
@@ -60,4 +60,5 @@ void define_token_loss(py::module_ m) {
         py::arg("weight_scale"), py::arg("bias"), py::arg("labels"), py::arg("scale"), py::arg("cap"), py::arg("chunk"),
         py::arg("work"), py::arg("log_p"), py::arg("confidence"), py::arg("best"), py::arg("gradient"),
         "Writes log_p, confidence, best and, unless it is None, gradient; see csrc/include/fedms/token_loss.h.");
+  m.attr("TOKEN_STRETCH") = fedms::TOKEN_STRETCH;
 }

@@ -1,8 +1,6 @@
 """The operator in C++, csrc/cpu/loss: logits, softmax and gradient of a chunk of positions in one call."""
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
@@ -10,15 +8,6 @@ from fedms_ext import _C
 from fedms_ext.quantization.formats import EIGHT_BITS
 
 from .call import HeadCall, Result, empty_result
-
-
-class _Kept(threading.local):
-    """Memory for logits that a thread keeps: mapped anew at every call, its page faults would take a tenth of the call."""
-
-    logits = torch.empty(0)
-
-
-_kept = _Kept()
 
 
 def supports(hidden: Tensor, head: HeadCall) -> bool:
@@ -32,12 +21,9 @@ def forward(hidden: Tensor, head: HeadCall, labels: Tensor, chunk: int, needs_gr
     """Compute log-probabilities and, if asked, gradients by the C++ kernel, `chunk` positions at a time."""
     result = empty_result(hidden, needs_gradient)
     chunk = min(chunk, max(len(hidden), 1))
-    size = chunk * len(head.weight)
-    if _kept.logits.numel() < size:
-        _kept.logits = hidden.new_empty(size)
     packed, packed_scale = head.quantized[:2] if head.quantized else (None, None)
     _C.token_log_prob(hidden.contiguous(), head.weight.detach(), packed, packed_scale,
                       None if head.bias is None else head.bias.detach().contiguous(), labels.contiguous(), head.scale,
-                      head.cap or 0.0, chunk, _kept.logits[:size], result.log_p, result.confidence,
+                      head.cap or 0.0, chunk, hidden.new_empty(chunk * _C.TOKEN_STRETCH), result.log_p, result.confidence,
                       result.best, result.gradient if needs_gradient else None)
     return result

@@ -73,7 +73,8 @@ def token_log_prob(hidden: Tensor, head: FrozenHead, labels: Tensor, chunk: int 
         hidden: (n, D), floating. Float32 on the CPU is computed in C++, tensors on a GPU in Triton, others in PyTorch.
         head: The head with V tokens. It gets no gradient.
         labels: (n,) int64, each in 0..V-1, on the device of `hidden`.
-        chunk: Number of positions whose logits are in memory at the same time, at least 1.
+        chunk: Number of positions whose logits are in memory at the same time, at least 1. In C++ it is those of 1,536 tokens at a
+            time, on other backends those of all V.
 
     Returns:
         `TokenStatistics`, in the dtype of `hidden`.

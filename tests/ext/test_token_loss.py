@@ -104,6 +104,34 @@ def test_bfloat16_runs_in_pytorch():
     torch.testing.assert_close(got.log_p.double(), expected(hidden, head, labels)[0], rtol=3e-2, atol=0.2)
 
 
+def test_a_stretch_of_impossible_tokens_counts_for_nothing(isa):
+    """The sums over the vocabulary begin with tokens whose logits are all minus infinity."""
+    hidden, head, _ = case(5, 8, 3500, None, 1.0, True)
+    head.bias[:1700] = float("-inf")
+    labels = torch.randint(1700, 3500, (5,))
+    got = token_log_prob(hidden, head, labels)
+    possible = FrozenHead(head.weight[1700:].clone(), head.bias[1700:].clone())
+    want = expected(hidden, possible, labels - 1700)
+    torch.testing.assert_close(got.log_p.double(), want[0], rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(got.confidence.double(), want[1], rtol=2e-6, atol=2e-5)
+    assert torch.equal(got.best, want[2] + 1700)
+    gradient, = torch.autograd.grad(got.log_p.sum(), hidden)
+    torch.testing.assert_close(gradient, torch.autograd.grad(want[0].sum(), hidden)[0], rtol=1e-5, atol=2e-5)
+
+
+def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(isa):
+    """The label has all but 1e-5 of the probability, so the gradient is a small difference from the label's row of the weight."""
+    hidden, head, labels = case(6, 32, 4099, None, 1.0, False)
+    with torch.no_grad():
+        head.weight.mul_(0.1)
+        rows = head.weight[labels]
+        hidden.copy_(rows * (20 / rows.square().sum(1, keepdim=True)))
+    got, want = token_log_prob(hidden, head, labels), expected(hidden, head, labels)
+    gradient, = torch.autograd.grad(got.log_p.sum(), hidden)
+    exact, = torch.autograd.grad(want[0].sum(), hidden)
+    assert float(want[0].detach().exp().min()) > 0.99 and relative(gradient, exact) < 1e-5
+
+
 # An int8 head
 
 def language_head() -> tuple[Tensor, Tensor, Tensor]:

@@ -63,8 +63,11 @@ struct Part {
   float *s, *y;
   bool masked = false;                     // dropout on the x that makes S
   bool add = false;                        // to what y holds
+  int64_t first = 0, columns = n;          // those of the product that y has; first is that of a panel
 
   int64_t rank() const { return static_cast<int64_t>(shrink.size()); }
+  int64_t first_panel() const { return first / layout.kernels->panel; }
+  int64_t last_panel() const { return (first + columns + layout.kernels->panel - 1) / layout.kernels->panel; }
 };
 
 // The products of one x (m, k), which is quantized once for all of them: the layouts agree in what the rows look like.
@@ -166,7 +169,7 @@ const float* const* expand_panel(const Part& p, int64_t column, int64_t columns)
 void multiply(const Part& p, int64_t panel, int64_t first, int64_t count, const Strip& from, const float* weighed) {
   const Packed& layout = p.layout;
   const int64_t width = layout.kernels->panel, rank = p.rank();
-  const int64_t column = panel * width, columns = std::min(width, p.n - column);
+  const int64_t column = panel * width, columns = std::min(width, p.first + p.columns - column);
   const uint8_t* packed = p.weight.packed;
   const float* scales =
       layout.nibble_group ? reinterpret_cast<const float*>(packed + layout.scales_at) : p.weight.scale;
@@ -186,10 +189,10 @@ void multiply(const Part& p, int64_t panel, int64_t first, int64_t count, const 
   const bool whole = columns == width, in_place = whole && !p.expand.empty();
   strip.expand = in_place ? p.expand.data() : rank > 0 ? expand_panel(p, column, columns) : nullptr;
   strip.expand_column = in_place ? column : 0;
-  float* const y = p.y + first * p.n + column;
+  float* const y = p.y + first * p.columns + column - p.first;
   if (whole && !p.add) {
     strip.y = y;
-    strip.y_stride = p.n;
+    strip.y_stride = p.columns;
     layout.kernels->multiply(strip);
     return;
   }
@@ -207,7 +210,7 @@ void multiply(const Part& p, int64_t panel, int64_t first, int64_t count, const 
   layout.kernels->multiply(strip);
   for (int64_t i = 0; i < count; ++i) {
     const float* const row = tile + i * width;
-    float* const to = y + i * p.n;
+    float* const to = y + i * p.columns;
     if (p.add) {
       for (int64_t c = 0; c < columns; ++c) to[c] += row[c];
     } else {
@@ -236,7 +239,8 @@ void run_by_rows(const std::vector<Product>& products, int threads, int64_t row_
       prepare(p, first, count, strip, 0, chunk, reinterpret_cast<float*>(memory + strip_size));
       const float* weighed = strip.weighed;
       for (const Part& part : p.parts) {
-        for (int64_t panel = 0; panel < part.layout.panels; ++panel) multiply(part, panel, first, count, strip, weighed);
+        for (int64_t panel = part.first_panel(); panel < part.last_panel(); ++panel)
+          multiply(part, panel, first, count, strip, weighed);
         weighed += chunk * part.rank();
       }
     }
@@ -260,7 +264,8 @@ void run_by_panels(const std::vector<Product>& products, int threads, int64_t ro
         const Part& part = p.parts[i];
         // Parts with a y of their own need not wait for one another; the last barrier is before the strip is written again.
 #pragma omp for schedule(static) nowait
-        for (int64_t panel = 0; panel < part.layout.panels; ++panel) multiply(part, panel, 0, m, strip, weighed);
+        for (int64_t panel = part.first_panel(); panel < part.last_panel(); ++panel)
+          multiply(part, panel, 0, m, strip, weighed);
         weighed += m * part.rank();
       }
 #pragma omp barrier
@@ -278,8 +283,8 @@ void run(const std::vector<Product>& products) {
     row_size = std::max(row_size, row_size_of(p.layout()));
     ranks = std::max(ranks, p.ranks());
     for (const Part& part : p.parts) {
-      panels = std::max(panels, part.layout.panels);
-      multiplications += m * part.n * p.k;
+      panels = std::max(panels, part.last_panel() - part.first_panel());
+      multiplications += m * part.columns * p.k;
     }
   }
   const int threads = threads_for(multiplications, INTEGER_WORK, std::max(panels, m));
@@ -301,6 +306,19 @@ void int8_forward(const std::vector<Int8Layer>& layers, const float* x) {
 
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y) {
   int8_forward({{weight, lora, s, y}}, x);
+}
+
+void int8_columns(const Int8Weight& weight, int64_t m, int64_t n, int64_t k, const float* x, int64_t first, int64_t count,
+                  float* y) {
+  const Packed layout = layout_of(n, k, weight.packed, weight.packed_size);
+  Lora none;
+  none.m = m;
+  none.n = n;
+  none.k = k;
+  Part part{weight, layout, none, n, {}, {}, nullptr, y};
+  part.first = first;
+  part.columns = count;
+  run({{x, m, k, {std::move(part)}}});
 }
 
 void int8_backward(const std::vector<Int8LayerGradients>& layers, const float* x, float* dx) {

@@ -82,6 +82,12 @@ struct Int8Weight {
 // s (m, R) and y (m, n) are written. Throws as int8_unpack.
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y);
 
+// Columns first .. first + count - 1 of y = x W^T + bias alone, as a dense (m, count). The bits are those of all columns together.
+// first is a multiple of INT8_PANEL. Throws as int8_unpack.
+constexpr int64_t INT8_PANEL = 192;  // a multiple of the panels of all kernels
+void int8_columns(const Int8Weight& weight, int64_t m, int64_t n, int64_t k, const float* x, int64_t first, int64_t count,
+                  float* y);
+
 // The gradients of lora_backward, with the difference that out.dx is written: dx = dy W + its LoRA part. `transposed`
 // is W^T (k, n), quantized apart from W and packed; it is not looked at where out.dx is null.
 void int8_backward(const Int8Weight& transposed, const Lora& lora, const float* dy, const float* x, const float* s,

@@ -31,7 +31,11 @@ struct TokenLogProb {
   float* gradient;     // (n, width): of log_p[i] with respect to hidden[i]; or null
 };
 
-// hidden (n, width), labels (n,). `work` holds chunk * vocabulary floats: the logits of `chunk` positions at a time.
+// Tokens whose logits are in memory at the same time. The sums of exponentials are made as the vocabulary is passed through
+// (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that logits come from the cache and go nowhere.
+constexpr int64_t TOKEN_STRETCH = 1536;
+
+// hidden (n, width), labels (n,). `work` holds chunk * TOKEN_STRETCH floats.
 // Throws std::invalid_argument for a label outside the vocabulary, and as int8_unpack does.
 void token_log_prob(const TokenHead& head, int64_t n, const float* hidden, const int64_t* labels, int64_t chunk,
                     float* work, const TokenLogProb& out);

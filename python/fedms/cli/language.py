@@ -11,7 +11,7 @@ import typer
 from fedms.errors import ConfigError, RunFolderError
 
 from .command import EXPORT, command
-from .terminal import show
+from .terminal import run_progress, show
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended, or of its export in the format "
                                      "mixture.")]
@@ -59,7 +59,7 @@ def generate(
     EXPORT,
     "fedms serve runs/dictionaries/fedms-seed0 --port 8000",
     notes=['With OpenAI\'s client: `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=TOKEN)`, and as `model` the name of a '
-           "client, or global."])
+           "client, or global for the expert that they share."])
 def serve(
     folder: Run,
     port: Annotated[int, typer.Option("--port", "-p", metavar="N", min=1, max=65535, help="Port on this machine.")] = 8000,
@@ -83,7 +83,7 @@ def serve(
     language = open_language_model(folder, states)
     key = token or secrets.token_urlsafe(24)
     server = uvicorn.Server(uvicorn.Config(endpoint(language, key), host="127.0.0.1", port=port, log_level="warning"))
-    show(f"http://127.0.0.1:{port}/v1   clients: {', '.join(('global', *language.clients))}")
+    show(f"http://127.0.0.1:{port}/v1   clients: {', '.join(language.names)}")
     show(f"API key: {key}" if token is None else "API key: as given")
     server.run()
 
@@ -103,7 +103,8 @@ def samples(
     from fedms.models.generation import Sampling
     from fedms.report import write_report
 
-    write_samples(folder, clients, Sampling(max_new_tokens))
+    with run_progress(folder) as progress:
+        write_samples(folder, clients, Sampling(max_new_tokens), progress)
     show(f"report: {write_report(folder)}")
 
 

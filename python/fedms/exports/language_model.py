@@ -18,6 +18,8 @@ from fedms.models.generation import Sampling, Token, text_pieces
 from fedms.training.answering import Answerer
 from fedms.training.expert_model import ExpertModel
 
+GLOBAL = "global"           # the name by which the expert that all clients share is addressed
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -56,6 +58,16 @@ class LanguageModel:
         groups = self.trained.task.groups
         names = list(groups.values())
         return {name if name is not None and names.count(name) == 1 else str(i): i for i, name in groups.items()}
+
+    @property
+    def shares_expert(self) -> bool:
+        """Whether the clients share an expert, which answers where no client is named."""
+        return self.method.name != "local"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all that answer: the global expert, if there is one, and the clients."""
+        return (GLOBAL, *self.clients) if self.shares_expert else (*self.clients,)
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
         """Return the tokens of a question, or of a conversation whose last message is to be answered."""
@@ -107,8 +119,8 @@ class LanguageModel:
         with self._alone:
             if self._loaded is None or self._loaded[0] != number:
                 private = Private() if number is None else self.trained.private.get(number, Private())
-                if number is None and self.method.name == "local":
-                    raise ConfigError("client: the method local shares no expert; give a client")
+                if number is None and not self.shares_expert:
+                    raise ConfigError(f"client: the method {self.method.name} shares no expert; clients are: {', '.join(self.clients)}")
                 self.model.clear()
                 self._loaded = number, Answerer(self.model, self.method.speaker(self.model, private, self.trained.final))
             return self._loaded[1]

@@ -1,6 +1,6 @@
 """`fedms serve`: an endpoint on this machine in the form of OpenAI's chat completions. `model` names the client.
 
-    GET  /v1/models             the clients, and "global"
+    GET  /v1/models             the clients, and "global" if they share an expert
     POST /v1/chat/completions   messages, model, max_tokens, temperature, top_p, seed, stream
 
 It listens on the loopback address alone, and answers only who knows the token.
@@ -23,10 +23,9 @@ from starlette.routing import Route
 
 from fedms.data.conversations import ROLES
 from fedms.errors import ConfigError, DataError
-from fedms.exports.language_model import LanguageModel
+from fedms.exports.language_model import GLOBAL, LanguageModel
 from fedms.models.generation import Sampling
 
-GLOBAL = "global"           # the name of the expert that all clients share
 LARGEST_REQUEST = 2**20     # bytes
 
 
@@ -69,7 +68,7 @@ def endpoint(language: LanguageModel, token: str) -> Starlette:
         if (refused := _refusal(request, token)) is not None:
             return refused
         return JSONResponse({"object": "list", "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "fedms"} for name in (GLOBAL, *language.clients)]})
+            {"id": name, "object": "model", "created": 0, "owned_by": "fedms"} for name in language.names]})
 
     async def complete(request: Request) -> Response:
         if (refused := _refusal(request, token)) is not None:
@@ -89,7 +88,8 @@ def endpoint(language: LanguageModel, token: str) -> Starlette:
         try:
             language.trained.client(client)
         except ConfigError as error:
-            return _error(404, f"model: {str(error).removeprefix('client: ')}; {GLOBAL!r} is the expert of all clients")
+            shared = f"; {GLOBAL!r} is the expert of all clients" if language.shares_expert else ""
+            return _error(404, f"model: {str(error).removeprefix('client: ')}{shared}")
         try:
             language.prompt(messages)
             if question.stream:

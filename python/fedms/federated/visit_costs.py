@@ -154,16 +154,16 @@ class CostModel:
     def building(self, depth: int, cache: str, ahead: bool = False) -> int:
         """Return the bytes that are needed temporarily to compute prefix outputs of the largest set of samples for a cache: the
         outputs as they are stored, and on disk the bytes of a file too. `ahead`: see `boundaries`."""
-        if cache == "off" or not self.boundaries(depth, False):
+        visited, tested = len(self.boundaries(depth, ahead)), len(self.boundaries(depth, False))
+        if cache == "off" or not visited:
             return 0
 
         def largest(parts: Iterable[Tensor]) -> int:
             return max(prefix_bytes(self.model, part) for part in parts)
 
         splits, files = (*self.partition.clients, *self.partition.unseen), cache == "disk"
-        visited = largest(part for split in splits for part in (split.train, split.validation))
-        tested = largest([*(split.test for split in splits), self.partition.global_test])
-        return max(visited * (len(self.boundaries(depth, ahead)) + files), tested * (1 + files))
+        return max(largest(part for split in splits for part in (split.train, split.validation)) * (visited + files),
+                   largest([*(split.test for split in splits), self.partition.global_test]) * (tested + files))
 
     def experts(self, depth: int) -> int:
         """Return the bytes of experts outside the model.

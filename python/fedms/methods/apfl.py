@@ -23,7 +23,7 @@ from fedms.methods.steps import BestEpoch, load_private, make_reply, private_lr_
 from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
-from fedms.training.both import mixed_opinions
+from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
@@ -70,19 +70,18 @@ class APFL(FedAvg):
         return private.tensors.get(ALPHA, torch.tensor(self.settings.alpha).logit()).clone()
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
-        prediction = super().predict(model, part, private, final)
         if not private.has_expert:                          # never visited: no model of its own
-            return prediction
-        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
-                   applied_depth=final.applied_depth)
-        ours, own = prediction.global_, model.opinions("local", part)
+            return super().predict(model, part, private, final)
+        shared = shared_expert(model, final, self.config)
+        model.load("global", shared, depth=0, applied_depth=final.applied_depth)
+        model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
         alpha = self._alpha(private).to(model.device)
         weight = alpha.sigmoid()
-        weights = torch.stack([1 - weight, weight]).expand(len(own), 2)
-        if model.task.mixes_opinions:
-            return Prediction(model.task.blend(alpha, own, ours), ours, own, weights)
-        model.load("global", shared_expert(model, final, self.config), depth=0, applied_depth=final.applied_depth)
-        return Prediction(mixed_opinions(model, part, weights), ours, own, weights)
+        weights = torch.stack([1 - weight, weight])
+        if not model.task.mixes_opinions:
+            return Prediction(*mixed_opinions(model, part, lambda units, *_: weights.expand(len(units), 2)))
+        ours, own = both_opinions(model, part)
+        return Prediction(model.task.blend(alpha, own, ours), ours, own, weights.expand(len(own), 2))
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
         speaker = super().speaker(model, private, final)

@@ -166,10 +166,11 @@ class Mixture:
             opinion = model.opinions("global", part)
             return Prediction(opinion, global_=opinion)
         self.load(model, private, final, final.depth, gate)
+        if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
+            features = self._features(model, part)
+            return Prediction(*mixed_opinions(model, part, lambda units, shared, own: self.weights(model, features[units], shared, own)))
         both = both_opinions(model, part)
         mixed, weights = self.on_all(model, part, both)
-        if self.config.gate.mixing == "outputs" and not model.task.mixes_opinions:
-            mixed = mixed_opinions(model, part, weights)
         return Prediction(mixed, *both, weights)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message, gate: Tensors) -> Speaker:
@@ -193,7 +194,14 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The result of training a mixture: the mean training loss, the local expert's tensors, and the optimizer's state."""
+    """The result of training a mixture.
+
+    Attributes:
+        loss: The mean training loss. Where the losses of the mixture and of the local expert are added, it is their mean, weighted as
+            in the sum, so that it can be compared with the loss of a single expert.
+        kept: The local expert's tensors.
+        moments: The optimizer's state.
+    """
 
     loss: float
     kept: Tensors
@@ -231,7 +239,7 @@ def train_together(mixture: Mixture, model: ExpertModel, client: Client, private
     best.load(message)
     if mixture.trains_gate:
         model.load_gate(best.further)
-    return Fitted(loss, best.kept, moments)
+    return Fitted(loss / (1 + mixture.config.stage2.own_loss), best.kept, moments)
 
 
 class GateNumbers(TypedDict):

@@ -13,6 +13,7 @@ from fedms_ext.token_loss import FrozenHead, mixture_log_prob, token_log_prob
 from .base import Score, Task
 
 LOG_P, ENTROPY, LARGEST, RIGHT, TOKEN, HIDDEN = range(6)
+ROWS = 16                 # positions whose logits of a mixture are made at a time: what is computed from them comes from the cache
 LARGEST_NATS = 700.0      # whose exponential is still a number
 
 
@@ -66,7 +67,8 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def mixed_opinion(self, head: nn.Module, shared: Tensor, own: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-        parts = zip(shared.split(self.chunk), own.split(self.chunk), weights.split(self.chunk), targets.split(self.chunk))
+        few = min(self.chunk, ROWS)
+        parts = zip(shared.split(few), own.split(few), weights.split(few), targets.split(few))
         found = []
         for ours, mine, gate, wanted in parts:
             log_p = _mixed(torch.stack([self.head(ours).log_softmax(-1), self.head(mine).log_softmax(-1)], 1), gate)

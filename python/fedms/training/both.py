@@ -24,23 +24,37 @@ def both_opinions(model: ExpertModel, part: Subset) -> tuple[Tensor, Tensor]:
         return model.opinions("global", part), model.opinions("local", part)
 
     def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
-        targets = model.targets(part, rows)
-        return torch.cat([shifted(model.task.opinion(model.heads[e], own, targets), model.shifts[e])
-                          for e, own in zip(EXPERTS, halves)], dim=1)
+        return torch.cat(_opinions_of(model, halves, model.targets(part, rows)), dim=1)
 
     shared, own = _side_by_side(model, part, say, len(EXPERTS) * model.task.columns).chunk(len(EXPERTS), dim=1)
     return shared, own
 
 
+# Returns the weights (B, 2) of the units at positions (B,) of a subset, from the opinions (B, K) of the global and the local expert.
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @torch.no_grad()
-def mixed_opinions(model: ExpertModel, part: Subset, weights: Tensor) -> Tensor:
-    """Return the complete opinion (U, K) of the mixture with weights (U, 2) for a whole subset, for tasks whose `Task.mix`
-    cannot compute all of it from the experts' opinions."""
+def mixed_opinions(model: ExpertModel, part: Subset, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return for a whole subset the complete opinion (U, K) of the mixture, the opinions of the global and of the local expert, and
+    the weights (U, 2). It is for tasks whose `Task.mix` cannot compute all of the first from the second and the third; a pass
+    through the model serves them all."""
+    task = model.task
+
     def say(rows: Tensor, halves: Sequence[Tensor]) -> Tensor:
-        shared, own = halves
-        return model.task.mixed_opinion(model.heads["global"], shared, own, weights[model.units(part, rows)],
-                                       model.targets(part, rows))
-    return _side_by_side(model, part, say, model.task.columns)
+        targets = model.targets(part, rows)
+        shared, own = _opinions_of(model, halves, targets)
+        weights = weigh(model.units(part, rows), shared, own)
+        return torch.cat([task.mixed_opinion(model.heads["global"], *halves, weights, targets), shared, own, weights], dim=1)
+
+    mixed, shared, own, weights = _side_by_side(model, part, say, 3 * task.columns + len(EXPERTS)).split(
+        [task.columns] * 3 + [len(EXPERTS)], dim=1)
+    return mixed, shared, own, weights
+
+
+def _opinions_of(model: ExpertModel, halves: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
+    """Return each expert's opinion (B, K) from its features (B, D)."""
+    return [shifted(model.task.opinion(model.heads[e], own, targets), model.shifts[e]) for e, own in zip(EXPERTS, halves)]
 
 
 def share_prefix(model: ExpertModel) -> bool:

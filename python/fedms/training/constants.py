@@ -1,8 +1,9 @@
 """Where the constants of samples are kept, and how many outputs of the frozen blocks.
 
 The output of the constant prefix is kept for each sample. When the schedule activates more blocks, the prefix becomes shorter, and
-its shorter output is needed. The first pass through the prefix goes by it, so it is kept then, and each sample passes the frozen
-blocks only once in a run. Where frozen pairs inside the prefix change, the pass starts above the blocks that have none.
+the output behind fewer blocks is needed. The first pass through the prefix has been there, so that output is kept then, and no
+sample passes a frozen block twice while the depth grows. Where frozen pairs inside the prefix change, the pass starts behind the
+blocks below them.
 """
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def pass_start(model: ExpertModel, part: Tensor, depth: int) -> int:
 
     It starts from the output below all applied pairs, which stays the same when frozen pairs above it change: in every round at a client
     that trains fewer blocks than are active, and in stage 2. Where that is not kept it starts from the inputs, 0: without
-    `[sal] cache_ahead`, if a cache of half its size cannot hold two outputs, or if it holds no exact ones.
+    `[sal] cache_ahead`, if half of the cache cannot hold two outputs, or if what it holds is not exact.
     """
     below = model.untrained_below(max(applied for _, applied in model.depths.values()))
     exact = model.config.sal.cache_dtype == model.config.run.dtype == "fp32"

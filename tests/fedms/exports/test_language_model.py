@@ -79,7 +79,7 @@ def test_streamed_text_is_the_answer_and_sampling_repeats(folder):
     assert language.answer(QUESTION, "ann", Sampling(8, temperature=1.5, seed=4)) != answer
     with pytest.raises(ConfigError, match="there is no client 'carl'"):
         language.answer(QUESTION, "carl")
-    with pytest.raises(ConfigError, match="shares no expert; give a client"):
+    with pytest.raises(ConfigError, match="local shares no expert; clients are: ann, bob"):
         open_language_model(finished(folder, "run.method=local")).answer(QUESTION)
 
 
@@ -224,6 +224,7 @@ def test_samples_before_and_after_in_the_report(folder):
 
     path = finished(folder, "run.method=fedms")
     done = CliRunner().invoke(app, ["samples", str(path), "--clients", "2", "--max-new-tokens", "5"])
+    assert all(f"client {name} answers ({i} of 2)" in done.stderr for i, name in enumerate(("ann", "bob"), start=1))
     assert done.exit_code == 0, done.output
     found = json.loads((path / "samples.json").read_text())
     assert [row["group"] for row in found] == ["ann", "bob"] and (path / "samples.json").stat().st_mode & 0o077 == 0
@@ -257,6 +258,19 @@ def served(folder):
     yield language, f"http://127.0.0.1:{port}/v1"
     server.should_exit = True
     thread.join(20)
+
+
+def test_the_endpoint_lists_who_answers(folder):
+    """With the method local the clients share no expert, so none is listed."""
+    from starlette.testclient import TestClient
+
+    from fedms.exports.serve import endpoint
+
+    client = TestClient(endpoint(open_language_model(finished(folder, "run.method=local")), "the-token"),
+                        headers={"authorization": "Bearer the-token"})
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["ann", "bob"]
+    question = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 3}
+    assert [client.post("/v1/chat/completions", json={**question, "model": name}).status_code for name in ("bob", "global")] == [200, 404]
 
 
 def test_the_endpoint_with_the_client_of_openai(served):

@@ -460,7 +460,7 @@ def test_fedms(world, training):
     private = [{**o, **g} if training == "private" else o for o, g in zip(own, gates)]
     done = world.round("fedms", stage="stage2", private=private, sets=["gate.lr=0.003", "stage2.own_loss=0.5", *sets])
     sent = {name: t for name, t in world.shared.items() if name.startswith("gate/")}
-    trained = []
+    trained, losses = [], []
     for client in (0, 1):
         indices = world.splits[client].train
         inputs, labels = world.dataset.inputs.batch(indices), world.dataset.labels[indices]
@@ -472,13 +472,19 @@ def test_fedms(world, training):
             mine = world.plain.logits(parts(values)[0] | parts(values)[1], inputs)
             weights = gate_by_hand(values, features) if gate else torch.tensor([[0.75, 0.25]])
             mixed = weights[:, :1] * theirs + weights[:, 1:] * mine
-            return F.cross_entropy(mixed, labels) + 0.5 * F.cross_entropy(mine, labels)
+            value = F.cross_entropy(mixed, labels) + 0.5 * F.cross_entropy(mine, labels)
+            losses[-1].append(float(value.detach()))
+            return value
         start = {**own[client], **gate}
+        losses.append([])
         want = adamw(start, loss, lambda name: 0.003 if name.startswith("gate/") else LR["stage2"])
         trained.append({name: want[name] for name in gate})
         kept = want if training == "private" else {name: want[name] for name in own[client]}
         same(done.kept[client].tensors, kept, start)
         same(done.replies[client], trained[-1] if training == "aggregated" else {}, start)
+    counts = [len(world.splits[client].train) for client in (0, 1)]
+    mean_loss = sum(n * sum(values) / len(values) for n, values in zip(counts, losses)) / sum(counts)
+    assert done.record["loss"] == pytest.approx(mean_loss / 1.5, rel=1e-4)      # comparable with that of a single expert
     if training == "aggregated":
         mean = world.averaged(trained)
         same({name: done.state.tensors[name] for name in mean}, mean, world.shared)

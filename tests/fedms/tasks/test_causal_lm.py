@@ -108,7 +108,8 @@ def test_the_mixture_of_probabilities(folder, weight):
     targets = model.targets(part)
     expected = p.gather(1, targets[:, None]).squeeze(1).log()
     torch.testing.assert_close(model.task.mix(weights, shared, own, "probabilities")[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
-    whole = mixed_opinions(model, part, weights)
+    whole, *alone, used = mixed_opinions(model, part, lambda units, *_: weights[units])
+    assert all(map(torch.equal, alone, (shared, own))) and torch.equal(used, weights)
     torch.testing.assert_close(whole[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(whole[:, 3].bool(), p.argmax(-1) == targets)
 

@@ -190,7 +190,8 @@ def test_plans_count_what_is_kept(world):
     assert [costs.boundaries(depth, False) for depth in (1, 2, 3, 4)] == [[3], [2], [1], []]
     assert [costs.constants(depth, True) for depth in (1, 2, 3, 4)] == [one, 2 * one, 3 * one, 3 * one]
     assert [costs.constants(depth) for depth in (1, 2, 3, 4)] == [one, one, one, 0]
-    assert costs.building(3, "memory", True) == 3 * costs.building(3, "memory") > 0 == costs.building(3, "off", True)
+    assert costs.building(3, "memory", True) == costs.building(4, "memory", True) == 3 * costs.building(3, "memory") > 0
+    assert costs.building(3, "off", True) == 0 == costs.building(4, "disk") < costs.building(3, "memory") < costs.building(3, "disk")
     client = experiment.clients[largest]
     message = experiment.server.message(experiment.server.start(experiment.method.initial(world.model)))
     visit(experiment.method.client_step, world.model, client, Private(), message, experiment.server.ahead(message, client))
