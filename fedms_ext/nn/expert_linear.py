@@ -239,7 +239,7 @@ class ExpertLinear(FrozenLinear):
         gate = None if route.gate is None or not a else self._gate_of_rows(x, route)
         if self.off:
             applied = [i for i, name in enumerate(experts) if name not in self.off]
-            a, b, scale = ([every[i] for i in applied] for every in (a, b, scale))
+            a, b, scale = [a[i] for i in applied], [b[i] for i in applied], tuple([scale[i] for i in applied])
             gate = gate[..., applied] if gate is not None and applied else None
         dropout = experts.dropout if experts.dropout and self.training else 0.0
         if dropout > 0.0 and not any([pair.requires_grad for pair in (*a, *b)]):
