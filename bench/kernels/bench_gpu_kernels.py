@@ -3,9 +3,9 @@
     python -m bench.kernels.bench_gpu_kernels [--quick] [--seconds S] [--json FILE] [--rehearse]
 
 "tiles": the frozen GEMM with the ranks in it, forward and dx, with every legal tile of Triton's and the CUDA kernels, beside
-cuBLAS without ranks; the CUDA kernels without ranks too. "passes": forward, and forward and backward, of narrow layers on the CUDA
-kernels, with S or dS made before the GEMM, by a launch that overlaps it, and inside of it. "launches": what each kernel of forward and backward takes, by
-PyTorch's profiler, on each backend.
+cuBLAS without ranks; the CUDA kernels without ranks too. "passes": the forward and the backward pass of narrow layers on
+the CUDA kernels, with S or dS made before the GEMM, by a launch that overlaps it, and inside of it. "launches": what each kernel of
+forward and backward takes, by PyTorch's profiler, on each backend.
 """
 
 from __future__ import annotations
