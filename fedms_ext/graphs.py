@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .backends import device as devices
 from .nn.seeds import seeds_on_device
@@ -42,7 +43,8 @@ def graphed(step: Step, parameters: Iterable[Tensor] = (), *, most: int = 8) -> 
     memory, such as parameters that an optimizer updates.
 
     Args:
-        step: A function of positional arguments, each a tensor or None, that returns one tensor.
+        step: A function of positional arguments that returns one tensor. Each argument is a tensor, None, or a tuple, list or
+            dictionary of these.
         parameters: Other tensors that get gradients. If one of them moves to other memory, or `requires_grad` of one changes, the
             step is captured again.
         most: Largest number of graphs that are kept. The least recently used graph is dropped first. Each graph has its own memory
@@ -55,6 +57,10 @@ def graphed(step: Step, parameters: Iterable[Tensor] = (), *, most: int = 8) -> 
         ValueError: If `most` is less than 1.
     """
     return Graphed(step, parameters, most)
+
+
+class CaptureError(RuntimeError):
+    """A step does what a CUDA graph cannot hold."""
 
 
 class Graphed:
@@ -71,25 +77,27 @@ class Graphed:
         self.captures: OrderedDict[Key, _Capture] = OrderedDict()
         self._met: set[Key] = set()
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *arguments: Any) -> Tensor:
         """Run the step, or replay its graph.
 
         Raises:
+            CaptureError: If the step does what cannot be captured.
             RuntimeError: In the backward pass, if the same graph was replayed after the forward pass, so that the tensors that the
                 backward pass needs were overwritten.
         """
+        inputs, form = tree_flatten(arguments)
         if not _fits(inputs):
-            return self.step(*inputs)
+            return self.step(*arguments)
         wanted = [p for p in self.parameters if p.requires_grad] if torch.is_grad_enabled() else []
-        key = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), *map(_shape, inputs), *[p.data_ptr() for p in wanted])
+        key = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), form, *map(_shape, inputs), *[p.data_ptr() for p in wanted])
         if key not in self._met:
             self._met.add(key)
             with seeds_on_device():
-                return self.step(*inputs)
+                return self.step(*arguments)
         if key not in self.captures:
             while len(self.captures) >= self.most:
                 self.captures.popitem(last=False)
-            self.captures[key] = _Capture(self.step, inputs, wanted)
+            self.captures[key] = _Capture(self.step, inputs, form, wanted)
         self.captures.move_to_end(key)
         return _Replay.apply(self.captures[key], len(inputs), *inputs, *wanted)
 
@@ -114,32 +122,40 @@ class _Capture:
         turn: Number of replays of the forward pass.
     """
 
-    def __init__(self, step: Step, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, step: Step, inputs: Sequence[Tensor | None], form: TreeSpec, parameters: Sequence[Tensor]) -> None:
         self.inputs = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
         self.wanted = [t for t in (*self.inputs, *parameters) if t is not None and t.requires_grad]
         self.turn = 0
         (device,) = {t.device for t in inputs if t is not None}
         # The warm-up and the capture must not advance the random number generators.
+        arguments = tree_unflatten(self.inputs, form)
         with devices.guard(device), seeds_on_device(), torch.random.fork_rng([device]):
-            self._warm_up(step, device)
-            pool = torch.cuda.graph_pool_handle()
-            self.forward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward, pool=pool):
-                out = step(*self.inputs)
-            self.out = out.detach()
-            self.differentiable = out.requires_grad
-            if self.differentiable:
-                self.dy = torch.empty_like(self.out)
-                self.backward = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.backward, pool=pool):
-                    self.gradients = self._gradients(out, self.dy)
+            self._warm_up(step, arguments, device)
+            try:
+                self._capture(step, arguments)
+            except RuntimeError as error:
+                raise CaptureError(f"this step cannot be captured as a CUDA graph: {error}; a step must not wait for the GPU, nor copy "
+                                   "from the CPU's memory") from error
 
-    def _warm_up(self, step: Step, device: torch.device) -> None:
+    def _capture(self, step: Step, arguments: Sequence[Any]) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        self.forward = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=pool):
+            out = step(*arguments)
+        self.out = out.detach()
+        self.differentiable = out.requires_grad
+        if self.differentiable:
+            self.dy = torch.empty_like(self.out)
+            self.backward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.backward, pool=pool):
+                self.gradients = _Gradients(self._gradients(out, self.dy))
+
+    def _warm_up(self, step: Step, arguments: Sequence[Any], device: torch.device) -> None:
         """Run both passes once on another stream, as PyTorch requires, to initialize libraries, fill caches and measure choices."""
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            out = step(*self.inputs)
+            out = step(*arguments)
             if out.requires_grad:
                 self._gradients(out, torch.zeros_like(out))
         current.wait_stream(stream)
@@ -149,9 +165,34 @@ class _Capture:
 
     def fill(self, inputs: Sequence[Tensor | None]) -> None:
         """Copy inputs to the memory that the graph reads."""
-        for there, here in zip(self.inputs, inputs):
-            if there is not None and here is not None:
-                there.detach().copy_(here)
+        with torch.no_grad():
+            torch._foreach_copy_([t for t in self.inputs if t is not None], [t for t in inputs if t is not None])
+
+
+class _Gradients:
+    """The gradients that a graph computes, one behind the other in memory, so that one copy takes all of them.
+
+    Args:
+        gradients: Of each tensor, or None.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        self.shapes = [None if g is None else g.shape for g in gradients]
+        self.places: dict[torch.dtype, list[int]] = {}
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.places.setdefault(gradient.dtype, []).append(place)
+        self.flat = {dtype: torch.cat([gradients[place].flatten() for place in places]) for dtype, places in self.places.items()}
+
+    def copies(self) -> list[Tensor | None]:
+        """Return copies, which the next replay leaves alone."""
+        found: list[Tensor | None] = [None] * len(self.shapes)
+        for dtype, places in self.places.items():
+            shapes = [self.shapes[place] for place in places]
+            parts = self.flat[dtype].clone().split([shape.numel() for shape in shapes])
+            for place, part, shape in zip(places, parts, shapes):
+                found[place] = part.view(shape)
+        return found
 
 
 class _Replay(torch.autograd.Function):
@@ -178,6 +219,5 @@ class _Replay(torch.autograd.Function):
                                "run the backward pass of a step before the next call of it")
         capture.dy.copy_(dy)
         capture.backward.replay()
-        # Copies, as the next replay overwrites the graph's memory.
-        found = iter([None if g is None else g.clone() for g in capture.gradients])
+        found = iter(capture.gradients.copies())
         return None, None, *[next(found) if asks else None for asks in ctx.asks]

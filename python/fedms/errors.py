@@ -6,6 +6,7 @@ defined in that room; those that several rooms raise are defined here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 DONE, FAILED, USAGE, UNAVAILABLE, FOLDER, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -120,3 +121,12 @@ def all_errors() -> Iterator[type[FedMSError]]:
         found.add(kind)
         waiting += kind.__subclasses__()
     yield from sorted(found, key=lambda kind: kind.__name__)
+
+
+@contextmanager
+def blamed_on(key: str) -> Iterator[None]:
+    """Turn a ValueError, within the context, into a ConfigError that names this key of the run file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None

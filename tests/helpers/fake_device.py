@@ -31,6 +31,7 @@ _BETWEEN = {_aten.copy_.default, _aten._foreach_copy_.default, _aten._to_copy.de
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
 _GETTERS = {Tensor.device.__get__: lambda device: device, Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
             Tensor.is_cpu.__get__: lambda device: device.type == "cpu", Tensor.get_device: lambda device: device.index or 0}
+_FROM_DATA = {torch.tensor, torch.as_tensor}
 _VIEWS_OF_MEMORY = {Tensor.numpy, Tensor.__array__}
 
 
@@ -89,6 +90,12 @@ class _Autocast(torch.autocast):
         super().__init__("cpu", *args, **kwargs)
 
 
+def _refuse_in_capture(what: str) -> None:
+    """A copy between the CPU's memory and the GPU's waits for the GPU."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} between devices: operation not permitted when stream is capturing")
+
+
 def _done(device: torch.device) -> None:
     assert device.type == "cuda"
 
@@ -119,6 +126,8 @@ class _Above(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and generator.device.type != target.type:
             raise RuntimeError(f"Expected a '{target.type}' device type for generator but found '{generator.device.type}'")
+        if func in _FROM_DATA and target.type == "cuda":
+            _refuse_in_capture("a copy")
         made = func(*args, **{**kwargs, "device": CPU})
         self.fake.put(made, target.type == "cuda")
         return made
@@ -137,6 +146,7 @@ class _Above(TorchFunctionMode):
         target = here if target is None else torch.device(target)
         if target.type == here.type:
             return tensor.to(*rest, **kwargs)
+        _refuse_in_capture("a copy")
         kwargs["copy"] = True
         moved = tensor.to(*[x for x in rest if isinstance(x, torch.dtype)], **kwargs)
         self.fake.put(moved, target.type == "cuda")
@@ -154,6 +164,8 @@ class _Below(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = list(_tensors((_on_one_device(func, args), kwargs)))
         there = [self.fake.lies_on_it(t) for t in tensors]
+        if len(set(there)) == 2 and (func in _BETWEEN or any(t.dim() > 0 for t, on_gpu in zip(tensors, there) if not on_gpu)):
+            _refuse_in_capture(str(func))
         if any(there) and func not in _BETWEEN:
             self._check(func, tensors, there)
             for value in (*args, *kwargs.values()):

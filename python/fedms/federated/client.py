@@ -26,6 +26,7 @@ from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.device import peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import LossOn
 
 
 class ClientFailure(FedMSError):
@@ -236,15 +237,6 @@ def validate(model: ExpertModel, client: Client, expert: str) -> Score:
 # a gradient overflows. A visit fails after more than MOST_SKIPPED overflows in a row.
 FIRST_SCALE, MOST_SKIPPED = 2.0**12, 12
 
-Loss = Callable[[Tensor], Tensor]               # mean loss over the units of the rows (B,) of a subset
-LossOn = Callable[[Subset], Loss]
-
-
-def own_loss_of(model: ExpertModel, expert: str) -> LossOn:
-    """Return the loss of a single expert's opinion."""
-    return lambda part: lambda rows: model.task.loss(model.opinion(expert, part, rows), model.targets(part, rows))
-
-
 @dataclass(frozen=True)
 class Group:
     """Parameters with one learning rate.
@@ -351,7 +343,7 @@ def batches_of(model: ExpertModel, part: Subset, rows: Tensor, settings: Stage, 
                 return
 
 
-def accumulate(loss_of: Loss, batch: Tensor, micro_batch: int, units: Callable[[Tensor], int] = len,
+def accumulate(loss_of: Callable[[Tensor], Tensor], batch: Tensor, micro_batch: int, units: Callable[[Tensor], int] = len,
                scaler: torch.amp.GradScaler | None = None) -> float:
     """Add the gradients of the mean loss of a batch (B,) to the parameters, in micro-batches of `micro_batch` samples.
 

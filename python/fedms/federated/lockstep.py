@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from fedms.config import Stage
-from fedms.federated.client import (Client, ClientFailure, Group, Loss, Message, Private, Reply, Visit, batches_of,
-                                    diverged, load_moments, memory_errors, moments_of, outcome_of, own_loss_of, train)
+from fedms.federated.client import (Client, ClientFailure, Group, Message, Private, Reply, Visit, batches_of, diverged,
+                                    load_moments, memory_errors, moments_of, outcome_of, train)
 from fedms.seeds import generator
 from fedms.tensors import Tensors
 from fedms.training.device import peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import Proximal, own_loss_of
 from fedms.training.seats import Seat, SideBySide
-
-Penalty = Callable[[Mapping[str, Tensor]], Tensor]      # of what is trained, by name; added to the loss
 
 
 class Trained(NamedTuple):
@@ -56,7 +55,7 @@ class Training:
     expert: str
     message: Message
     lr: float
-    penalty: Penalty | None = None
+    penalty: Proximal | None = None
     epochs: int | None = None
     after_epoch: Callable[[], None] | None = None
 
@@ -73,14 +72,9 @@ class Training:
         """
         params, own = model.trainable(self.expert), own_loss_of(model, self.expert)
         loss, moments = train(model, client, self.message, private, [Group(self.named(params), self.lr)],
-                              own if self.penalty is None else lambda part: penalized(own(part), self.penalty, params),
+                              own if self.penalty is None else lambda part: self.penalty.added_to(own(part), params),
                               epochs=self.epochs, after_epoch=self.after_epoch)
         return Trained(loss, moments, sum(p.numel() for p in params.values()))
-
-
-def penalized(loss_of: Loss, penalty: Penalty, params: Mapping[str, Tensor]) -> Loss:
-    """Return a loss with a penalty on the trained parameters added."""
-    return lambda rows: loss_of(rows) + penalty(params)
 
 
 Visiting = Generator[Training, Trained, tuple[Reply, Private]]
@@ -303,8 +297,9 @@ class _Lockstep:
         model = self.model
         losses = self.clients.losses({trainee.number: rows for trainee, rows in pieces})
         for number, (trainee, rows) in enumerate(pieces):
-            if trainee.training.penalty is not None:
-                losses[number] = losses[number] + trainee.training.penalty(trainee.turn.seat.params)
+            penalty = trainee.training.penalty
+            if penalty is not None:
+                losses[number] = losses[number] + penalty.of(trainee.turn.seat.params, penalty.anchors)
             losses[number] = losses[number] * (model.count_units(trainee.part, rows) / model.count_units(trainee.part, trainee.batch))
             before = model.meter.flops
             trainee.turn.seat.charge(rows)

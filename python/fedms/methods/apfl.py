@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train
+from fedms.federated.client import Client, Group, Message, Private, Reply, train
 from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
@@ -25,6 +25,8 @@ from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
 from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import Loss, own_loss_of
+from fedms.training.streams import Batch
 
 ALPHA = "apfl/alpha"        # the logit of alpha, scalar
 
@@ -49,10 +51,13 @@ class APFL(FedAvg):
         params = model.trainable("local")
 
         def loss_on(part: Subset) -> Loss:
-            ours = model.frozen_opinions("global", part)
-            return lambda rows: model.task.loss(
-                model.task.blend(alpha, model.opinion("local", part, rows), ours[model.units(part, rows)]),
-                model.targets(part, rows))
+            own, ours = own_loss_of(model, "local")(part), model.frozen_opinions("global", part)
+
+            def compute(alpha: Tensor, ours: Tensor, batch: Batch, targets: Tensor, shift: Tensor | None) -> Tensor:
+                opinion = model.opinion_of("local", batch, targets, shift)
+                return model.task.loss(model.task.blend(alpha, opinion, ours), targets)
+            return replace(own, key=(own.key, "blended"), compute=compute,
+                           read=lambda rows: (alpha, ours[model.units(part, rows)], *own.read(rows)))
 
         def judge() -> Score:
             own = model.opinions("local", client.validation)

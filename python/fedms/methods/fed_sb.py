@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Loss, Message, Private, Reply, train, validate
+from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
 from fedms.federated.method import BroadcastPolicy, Prediction
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import lr_of, make_reply
@@ -24,6 +24,7 @@ from fedms.seeds import generator
 from fedms.tensors import Tensors, is_a
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import own_loss_of
 
 
 class FedSB(FedAvg):
@@ -57,11 +58,13 @@ class FedSB(FedAvg):
                  for name, p in params.items() if is_core(name)}
         trained = {**params, **{name: core.values for name, core in cores.items()}}
 
-        def loss_on(part: Subset) -> Loss:
+        def loss_on(part: Subset) -> Callable[[Tensor], Tensor]:
+            of_products = own_loss_of(model, "global")(part)
+
             def loss(rows: Tensor) -> Tensor:
                 for core in cores.values():
                     core.show()
-                return model.task.loss(model.opinion("global", part, rows), model.targets(part, rows))
+                return of_products(rows)
             return loss
         try:
             mean, moments = train(model, client, message, private, [Group(trained, lr_of(client, message))], loss_on)

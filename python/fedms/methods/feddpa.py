@@ -21,6 +21,7 @@ from fedms.federated.method import Prediction
 from fedms.methods.fedavg_ft import FedAvgFT
 from fedms.seeds import generator
 from fedms.training.expert_model import ExpertModel
+from fedms.training.layer_mixture import all_layer_mixture
 
 REFERENCES = "feddpa/references"        # (S, D) features of training samples
 
@@ -42,7 +43,7 @@ class FedDPA(FedAvgFT):
             return replace(prediction, personalized=prediction.global_, local=None)
         own = self._weight(model.features(part), private.tensors[REFERENCES].to(model.device))
         weights = torch.stack([1 - own, own], dim=1)
-        return replace(prediction, personalized=model.all_layer_mixture(part, weights), weights=weights)
+        return replace(prediction, personalized=all_layer_mixture(model, part, weights), weights=weights)
 
     def _weight(self, features: Tensor, references: Tensor) -> Tensor:
         """Weights (n,) of the local expert for features (n, D)."""

@@ -5,16 +5,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Loss, LossOn, Message, Private, Reply, train, validate
+from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
 from fedms.federated.method import Prediction
 from fedms.methods.steps import BestEpoch, make_reply, private_lr_of, shared_expert
 from fedms.tasks import Score
@@ -22,6 +22,9 @@ from fedms.tensors import Tensors
 from fedms.training.answering import Speaker
 from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
+from fedms.training.layer_mixture import all_layer_mixture, layer_mixture_of, units_of_positions
+from fedms.training.losses import Loss, LossOn, own_loss_of
+from fedms.training.streams import Batch
 
 
 def is_few(name: str) -> bool:
@@ -30,6 +33,15 @@ def is_few(name: str) -> bool:
     These are a handful of numbers, and may take larger steps than the many weights behind the features.
     """
     return name == "gate/out.bias" or name.startswith("gate/side.")
+
+
+class _Mixed(NamedTuple):
+    """A mixture's opinion (U, K) on a subset, in the two parts of a `Loss`: `compute` gets what `read` returned, and the local expert's
+    opinion (U, K)."""
+
+    key: Hashable
+    read: Callable[[Tensor], Sequence[Any]]
+    compute: Callable[[Sequence[Any], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,46 +107,63 @@ class Mixture:
         """
         fixed = self.config.expert_weight
         if fixed is not None:
-            return torch.tensor([1 - fixed, fixed], device=model.device).expand(len(features), 2)
+            # Filled, not copied: a copy to the device cannot be captured in a CUDA graph.
+            return torch.stack([torch.full((len(features),), weight, device=model.device) for weight in (1 - fixed, fixed)], 1)
         if not self.sees_confidences:
             return model.gate(features)
         sure = model.task.confidences
         return model.gate(features, torch.cat([sure(shared), sure(own.detach())], 1))
 
-    def opinion_on(self, model: ExpertModel, part: Subset) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a function of rows (B,) of a subset and the local expert's opinion (U, K) that returns the mixture's opinion.
-
-        The global expert's opinion and the gate's features are constant for each sample and cached.
-        """
+    def _opinion_on(self, model: ExpertModel, part: Subset) -> _Mixed:
+        """Return the mixture's opinion on a subset. The global expert's opinion and the gate's features are constant for each sample
+        and cached."""
         features = self._features(model, part)
         if self.config.gate.mixing == "layers":
-            return lambda rows, _: model.layer_mixture(part, rows, self.weights(model, features[model.units(part, rows)]))
+            with model.stream("mixture") as stream:
+                key = stream.key
+
+            def read(rows: Tensor) -> Sequence[Any]:
+                with model.stream("mixture") as stream:
+                    batch = stream.read(part, rows)
+                return (features[model.units(part, rows)], batch, model.targets(part, rows), dict(model.shifts),
+                        units_of_positions(model, part, rows))
+
+            def in_layers(read: Sequence[Any], _: Tensor) -> Tensor:
+                features, batch, targets, shifts, places = read
+                return layer_mixture_of(model, batch, targets, shifts, self.weights(model, features), places)
+            return _Mixed(("layers", key), read, in_layers)
         shared = model.frozen_opinions("global", part)
 
-        def mixture(rows: Tensor, own: Tensor) -> Tensor:
+        def of_outputs(read: Sequence[Any], own: Tensor) -> Tensor:
+            features, shared = read
+            return model.task.mix(self.weights(model, features, shared, own), shared, own, self.config.gate.on)
+
+        def both(rows: Tensor) -> Sequence[Any]:
             units = model.units(part, rows)
-            weights = self.weights(model, features[units], shared[units], own)
-            return model.task.mix(weights, shared[units], own, self.config.gate.on)
-        return mixture
+            return features[units], shared[units]
+        return _Mixed("outputs", both, of_outputs)
 
     def joint_loss(self, model: ExpertModel) -> LossOn:
         """Return the training loss of the local expert and the gate: the mean of loss(mixture) + own_loss * loss(local)."""
         own_loss, loss_of = self.config.stage2.own_loss, model.task.loss
 
         def on(part: Subset) -> Loss:
-            mixture = self.opinion_on(model, part)
+            local, mixed = own_loss_of(model, "local")(part), self._opinion_on(model, part)
 
-            def loss(rows: Tensor) -> Tensor:
-                targets, own = model.targets(part, rows), model.opinion("local", part, rows)
-                return loss_of(mixture(rows, own), targets) + own_loss * loss_of(own, targets)
-            return loss
+            def compute(read: Sequence[Any], batch: Batch, targets: Tensor, shift: Tensor | None) -> Tensor:
+                own = model.opinion_of("local", batch, targets, shift)
+                return loss_of(mixed.compute(read, own), targets) + own_loss * loss_of(own, targets)
+            return Loss(model, ("joint", local.key, mixed.key), (*local.params, *self.gate_group(model).params.values()),
+                        lambda rows: (mixed.read(rows), *local.read(rows)), compute)
         return on
 
     def gate_loss(self, model: ExpertModel) -> LossOn:
         """Return the training loss of the gate alone: the mean loss of the mixture with both experts constant."""
         def on(part: Subset) -> Loss:
-            mixture, own = self.opinion_on(model, part), model.opinions("local", part)
-            return lambda rows: model.task.loss(mixture(rows, own[model.units(part, rows)]), model.targets(part, rows))
+            mixed, own = self._opinion_on(model, part), model.opinions("local", part)
+            return Loss(model, ("gate", mixed.key), tuple(self.gate_group(model).params.values()),
+                        lambda rows: (mixed.read(rows), own[model.units(part, rows)], model.targets(part, rows)),
+                        lambda read, own, targets: model.task.loss(mixed.compute(read, own), targets))
         return on
 
     @torch.no_grad()
@@ -148,7 +177,7 @@ class Mixture:
         features = self._features(model, part)
         if self.config.gate.mixing == "layers":
             weights = self.weights(model, features)
-            return model.all_layer_mixture(part, weights), weights
+            return all_layer_mixture(model, part, weights), weights
         shared, own = streams or (model.frozen_opinions("global", part), model.opinions("local", part))
         weights = self.weights(model, features, shared, own)
         return model.task.mix(weights, shared, own, self.config.gate.on), weights

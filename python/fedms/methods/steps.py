@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,10 +15,11 @@ from torch import Tensor
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply, validate
-from fedms.federated.lockstep import Penalty, Training, Visiting, alone
+from fedms.federated.lockstep import Training, Visiting, alone
 from fedms.tasks import Score
 from fedms.tensors import Tensors, freeze_none, is_a
 from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import Proximal
 
 
 def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Tensors:
@@ -33,13 +33,13 @@ def shared_expert(model: ExpertModel, message: Message, config: RunConfig) -> Te
 
 def train_shared(model: ExpertModel, client: Client, private: Private, message: Message, *,
                  start: Mapping[str, Tensor] = MappingProxyType({}),
-                 penalty: Penalty | None = None) -> tuple[Reply, Private]:
+                 penalty: Proximal | None = None) -> tuple[Reply, Private]:
     """Carry out `shared_visit` by itself."""
     return alone(shared_visit(model, client, private, message, start=start, penalty=penalty), model, client, private)
 
 
 def shared_visit(model: ExpertModel, client: Client, private: Private, message: Message, *,
-                 start: Mapping[str, Tensor] = MappingProxyType({}), penalty: Penalty | None = None) -> Visiting:
+                 start: Mapping[str, Tensor] = MappingProxyType({}), penalty: Proximal | None = None) -> Visiting:
     """The visit of federated averaging: load the shared expert, validate it, train it, and send the result.
 
     Tensors that the message does not contain are private: they start as in `start`, are trained with the others, and stay at
@@ -61,13 +61,13 @@ def shared_visit(model: ExpertModel, client: Client, private: Private, message: 
 
 
 def train_private(model: ExpertModel, client: Client, private: Private, message: Message,
-                  start: Mapping[str, Tensor], penalty: Penalty | None = None) -> tuple[Reply, Private]:
+                  start: Mapping[str, Tensor], penalty: Proximal | None = None) -> tuple[Reply, Private]:
     """Carry out `private_visit` by itself."""
     return alone(private_visit(model, client, private, message, start, penalty), model, client, private)
 
 
 def private_visit(model: ExpertModel, client: Client, private: Private, message: Message, start: Mapping[str, Tensor],
-                  penalty: Penalty | None = None) -> Visiting:
+                  penalty: Proximal | None = None) -> Visiting:
     """A visit that trains a private expert and sends nothing. At the first visit the expert starts as `start`."""
     load_private(model, client, private, message, start)
     received = validate(model, client, "local")
@@ -78,11 +78,9 @@ def private_visit(model: ExpertModel, client: Client, private: Private, message:
     return reply, Private({**private.tensors, **best.kept, **moments})
 
 
-def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.device) -> Penalty:
-    """Return a penalty: strength / 2 times the squared distance of the trained parameters from their anchors."""
-    there = {name: tensor.to(device) for name, tensor in anchors.items()}
-    return lambda params: strength / 2 * cast(
-        Tensor, sum((p - there[name]).square().sum() for name, p in params.items()))
+def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.device) -> Proximal:
+    """Return a penalty of the distance from anchors, which are moved to the device."""
+    return Proximal(strength, {name: tensor.to(device) for name, tensor in anchors.items()})
 
 
 def load_private(model: ExpertModel, client: Client, private: Private, message: Message,

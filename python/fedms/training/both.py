@@ -93,6 +93,7 @@ def _side_by_side(model: ExpertModel, part: Subset, say: Callable[[Tensor, Seque
     def compute(rows: Tensor) -> Tensor:
         hidden = start(rows)
         with model.stream("streams"), segmented(model.layers, (len(rows), len(rows))):
-            features = both.features(part, rows.repeat(len(EXPERTS)), None if hidden is None else torch.cat([hidden, hidden]))
+            batch = both.read(part, rows.repeat(len(EXPERTS)), None if hidden is None else torch.cat([hidden, hidden]))
+            features = both.features_of(batch)
         return say(rows, features.chunk(len(EXPERTS)))
     return model.in_chunks(part, compute, width)

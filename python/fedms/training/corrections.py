@@ -17,6 +17,7 @@ class Corrections:
         self.layers = layers
         self.tensors: Tensors = {}
         self.originals: Tensors = {}    # the weights of those layers without it
+        self._shown = False
 
     def replace(self, tensors: Tensors) -> None:
         """Replace the corrections, without adding them to the weights yet.
@@ -37,6 +38,9 @@ class Corrections:
     @torch.no_grad()
     def show(self, shown: bool) -> None:
         """Set the weights of the layers with or without their corrections."""
+        if shown == self._shown:
+            return
+        self._shown = shown
         for name, original in self.originals.items():
             self._weight(name).copy_(original + self.tensors[name].to(original.device) if shown else original)
 

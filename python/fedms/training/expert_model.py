@@ -20,10 +20,11 @@ from fedms.config import RunConfig
 from fedms.data import Dataset
 from fedms.data.inputs import ImageInputs
 from fedms.data.subset import Subset
-from fedms.errors import ConfigError
+from fedms.errors import ConfigError, blamed_on
 from fedms.models import FoundationModel
 from fedms.seeds import generator
 from fedms.tasks import Task
+from fedms.tasks.base import shifted
 from fedms.tensors import Tensors, digest_of, freeze_none
 from fedms.training.constants import new_cache
 from fedms.training.corrections import Corrections
@@ -31,7 +32,7 @@ from fedms.training.device import ACTIVATIONS, format_on
 from fedms.training.flop_meter import Constant, FlopMeter, Key
 from fedms.training.graphs import StepGraphs
 from fedms.training.imported import imported_tensors
-from fedms.training.streams import Stream
+from fedms.training.streams import Batch, Stream
 from fedms.training.tasks import task_of
 from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_order, attach, budget, deactivate, expert_layers,
                        prefix_depth, quantize, reset_expert)
@@ -67,13 +68,13 @@ class ExpertModel:
                               "texts; leave it out")
         self.fm_params = foundation.parameter_count
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
-        with _blamed_on("model.targets"):
+        with blamed_on("model.targets"):
             attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
         self.freeze(config.model.frozen)
         self.layers = expert_layers(foundation.module)
         self.blocks = len(blocks_of(foundation.module))
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
-        with _blamed_on("sal.order"):
+        with blamed_on("sal.order"):
             self.order = activation_order(self.blocks, config.sal.order)
         self.task = task_of(foundation, dataset, config, self.device) if task is None else task
         foundation.to(self.device)
@@ -88,6 +89,7 @@ class ExpertModel:
         self.boundary = self.untrained_below(config.sal.depth)
         self.ahead: Sequence[int] | None = None             # see `clear`
         self.opinions_cache: dict[tuple[str, str, str], Tensor] = {}    # of experts on whole parts, in this visit
+        self._streams: dict[str, Stream] = {}               # of what is loaded now
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
 
@@ -100,7 +102,7 @@ class ExpertModel:
         """Quantize the frozen weights of Linear layers as `[model] frozen` says, but for those of `[model] full_precision`. All must
         be in full precision before."""
         if frozen != "fp32":
-            with _blamed_on("model.full_precision"):
+            with blamed_on("model.full_precision"):
                 quantize(self.foundation.module, format_on(self.device, frozen), exclude=self.config.model.full_precision or None)
             # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantized.
             for parameter in self.foundation.module.parameters():
@@ -113,11 +115,11 @@ class ExpertModel:
         reset_expert(self.foundation.module, "global", generator(seed, "init", "expert"))
         head = self.task.new_head()
         self.task.reset_head(head, generator(seed, "init", "head"))
-        self.heads["global"] = head.to(self.device)
+        self.heads["global"].load_state_dict(head.state_dict())
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):     # by default those of all GPUs
             torch.manual_seed(generator(seed, "init", "gate").initial_seed())
-            self.gate = self._new_gate()
-        self._open = None
+            self.load_gate({f"gate/{name}": t for name, t in self._new_gate().state_dict().items()})
+        self._forget_streams()
         return {**self.read("global"), **self.read_gate(), **self.imported}
 
     def start(self) -> None:
@@ -133,7 +135,7 @@ class ExpertModel:
         self.ahead, self.opinions_cache = ahead, {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
-        self._open = None
+        self._forget_streams()
 
     def _no_shifts(self) -> dict[str, Tensor | None]:
         return {name: torch.zeros(self.task.columns, device=self.device) if self.task.shifts else None for name in EXPERTS}
@@ -150,7 +152,7 @@ class ExpertModel:
         """
         self.depths[expert], self.kept[expert] = (depth, applied_depth), keep
         self.boundary = self.untrained_below(max(trained for trained, _ in self.depths.values()))
-        self._open = None
+        self._forget_streams()
         with torch.no_grad():
             targets = self.applied(expert)
             if targets:     # a language model has no head, and at depth 0 no pair is applied
@@ -279,6 +281,9 @@ class ExpertModel:
             if around is not None and self._open is not around:
                 self._live = self._opened(around.name)
 
+    def _forget_streams(self) -> None:
+        self._streams, self._open = {}, None
+
     def _opened(self, name: str | None) -> Stream:
         if self._open is not None and self._open.name == name is not None:
             return self._open
@@ -295,34 +300,23 @@ class ExpertModel:
             if name == expert:
                 self._freeze_kept(expert)
         self.corrections.show(name is not None)     # the foundation model alone has none
-        untrained = prefix_depth(module)
-        self._open = Stream(self, name, budget.block_costs(module), untrained, min(untrained, self.boundary))
+        self._open = self._streams.get(name) if name is not None else None
+        if self._open is None:
+            untrained = prefix_depth(module)
+            self._open = Stream(self, name, budget.block_costs(module), untrained, min(untrained, self.boundary))
+            if name is not None:
+                self._streams[name] = self._open
         return self._open
 
     def opinion(self, expert: str, part: Subset, rows: Tensor) -> Tensor:
         """Return the opinion (U, K) of an expert for the rows (B,) of a subset, differentiable by its trained parameters."""
         with self.stream(expert) as stream:
-            return stream.opinion(part, rows)
+            return self.opinion_of(expert, stream.read(part, rows), self.targets(part, rows), self.shifts[expert])
 
-    def layer_mixture(self, part: Subset, rows: Tensor, weights: Tensor) -> Tensor:
-        """(U, K) opinion with the experts mixed inside each trained layer by `weights`: one stream. Layers whose
-        local pair is frozen hold the same pair twice; the global one alone is applied there, with weight 1.
-
-        weights: (B, 2); per token (U, 2), where the positions before an answer take those of its first token."""
-        mixed = [layer for layer in self.layers.values() if layer.block in self.order[:self.depths["local"][0]]]
-        with self.stream("mixture") as stream:
-            features = stream.features(part, rows, mixing=(mixed, self._gates(part, rows, weights)))
-        return self.task.layer_opinion(dict(self.heads.items()), self.shifts, features, self.targets(part, rows), weights)
-
-    def _gates(self, part: Subset, rows: Tensor, weights: Tensor) -> Tensor:
-        """Return the weights in the shape that layers expect: (B, 2), or (B, T, 2) made from the weights of units (U, 2)."""
-        if not self.task.per_token:
-            return weights
-        indices = part.indices[rows]
-        lengths, counts = self.dataset.inputs.lengths[indices], self.dataset.units(indices)
-        places = torch.arange(int(lengths.max())) - (lengths - counts - 1)[:, None]
-        of_sample = places.clamp_min(0).minimum(counts[:, None] - 1)
-        return weights[(of_sample + (counts.cumsum(0) - counts)[:, None]).to(weights.device)]
+    def opinion_of(self, expert: str, batch: Batch, targets: Tensor, shift: Tensor | None) -> Tensor:
+        """Compute `opinion` of a batch with targets (U, ...) and what is added to the opinion (K,)."""
+        with self.stream(expert) as stream:
+            return shifted(self.task.opinion(self.heads[expert], stream.features_of(batch), targets), shift)
 
     @torch.no_grad()
     def opinions(self, expert: str, part: Subset) -> Tensor:
@@ -332,11 +326,6 @@ class ExpertModel:
         if key not in self.opinions_cache:
             self.opinions_cache[key] = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows), self.task.columns)
         return self.opinions_cache[key]
-
-    @torch.no_grad()
-    def all_layer_mixture(self, part: Subset, weights: Tensor) -> Tensor:
-        """Return the opinion (U, K) of `layer_mixture` for a whole subset, with weights (U, 2)."""
-        return self.in_chunks(part, lambda rows: self.layer_mixture(part, rows, weights[self.units(part, rows)]), self.task.columns)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
         """Return `opinions` of an expert that does not change; cached by a hash of its tensors."""
@@ -392,12 +381,3 @@ class ExpertModel:
 def _copies(tensors: Mapping[str, Tensor]) -> Tensors:
     """Return copies of tensors on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _blamed_on(key: str) -> Iterator[None]:
-    """Turn a ValueError of the model into a ConfigError that names this key of the run file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from None

@@ -2,52 +2,50 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedms_ext import graphed
+from fedms_ext.graphs import Graphed
 
 if TYPE_CHECKING:
     from fedms.training.expert_model import ExpertModel
-    from fedms.training.streams import Stream
 
-Live = Callable[..., Tensor]
+Compute = Callable[..., Tensor]
 
 
 class StepGraphs:
-    """CUDA graphs of the passes through a model's blocks, forward and backward, in which one expert is trained: alone, or mixed with
-    the frozen global one inside the layers.
+    """CUDA graphs of losses and their gradients; see `fedms.training.losses.Loss`.
 
-    Passes of several clients at once are not captured: their numbers of rows are in the layers, not arguments of the pass.
+    Attributes:
+        kept: The graphs of each loss, by its key and its parameters.
     """
 
-    # Ways to run the model of which graphs are kept, each with those of its shapes; activation makes new ones.
-    MOST = 2
+    # Losses whose graphs are kept, each with those of its shapes. A visit has up to three; activation makes new ones.
+    MOST = 4
 
     def __init__(self, model: ExpertModel) -> None:
         self.model = model
-        self.kept: OrderedDict[object, Live] = OrderedDict()
+        self.kept: OrderedDict[Hashable, Graphed] = OrderedDict()
 
-    def of(self, stream: Stream, live: Live) -> Live:
-        """Return the graphs of a pass of a stream, captured at their first call; or `live` if the pass is not captured.
+    def of(self, key: Hashable, compute: Compute, params: Sequence[Tensor]) -> Compute:
+        """Return a function that computes a loss by CUDA graphs, which are captured when shapes occur again; or `compute` without
+        `[run] graphs`.
 
         Args:
-            stream: The stream.
-            live: Computes the pass.
+            key: Of functions with the same key, the first one is captured.
+            compute: Computes the loss.
+            params: The parameters that get gradients.
         """
-        model = self.model
-        expert = "local" if stream.name == "mixture" else stream.name
-        trains = torch.is_grad_enabled() and expert in model.depths
-        if not (model.config.run.graphs and trains) or any(layer.routes for layer in model.layers.values()):
-            return live
-        key = (stream.name, stream.prefix_depth, stream.replays, stream.states)
+        if not (self.model.config.run.graphs and torch.is_grad_enabled()):
+            return compute
+        key = key, tuple(map(id, params))       # which the graphs keep alive, so that no other one gets its id
         if key not in self.kept:
             while len(self.kept) >= self.MOST:
                 self.kept.popitem(last=False)
-            trained = [p for layer in model.layers.values() for p in (layer.lora_a[expert], layer.lora_b[expert])]
-            self.kept[key] = graphed(live, trained)
+            self.kept[key] = graphed(compute, params)
         self.kept.move_to_end(key)
         return self.kept[key]

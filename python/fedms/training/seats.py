@@ -96,10 +96,9 @@ class SideBySide:
         with model.stream(self.seats[0].expert) as stream:
             length = int(model.dataset.inputs.lengths[indices].max())
             hidden = torch.cat([self._padded(seat, its, length) for seat, its in own]) if stream.keeps else None
+            batch = stream.batch(indices, hidden)
             with self._bank.used(samples):
-                features = stream.live(hidden, model.inputs(indices))
-        if model.task.per_token:
-            features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
+                features = stream.features_of(batch)
         units = [model.count_units(seat.part, its) for seat, its in own]
         return [self._loss(seat, its, features) for (seat, its), features in zip(own, features.split(units))]
 

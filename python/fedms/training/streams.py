@@ -1,17 +1,16 @@
 """`Stream`: a configuration in which the model runs, and its cost."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
-from fedms.tasks.base import shifted
 from fedms.tensors import digest_of
 from fedms.training.constants import kept_ahead, pass_start
 from fedms.training.flop_meter import Key
@@ -23,6 +22,20 @@ if TYPE_CHECKING:
 
 # Layers, and the gate (B, E) or (B, T, E) by which they weight their experts; see `fedms_ext.gated`.
 Mixing = tuple[Sequence[ExpertLinear], Tensor]
+
+
+class Batch(NamedTuple):
+    """What a pass through the model reads of a batch of B samples with U units: tensors on the device.
+
+    Attributes:
+        inputs: Keyword arguments of the foundation model's forward method.
+        hidden: (B, T, ..., D) output of the constant prefix, padded with zeros; None where a pass starts from the inputs.
+        places: (U,) int64 numbers of the positions that predict the units, among all B * T positions; None if a sample is a unit.
+    """
+
+    inputs: dict[str, Tensor]
+    hidden: Tensor | None
+    places: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -64,25 +77,56 @@ class Stream:
         output is computed again for each batch (see `ExpertModel.prefix_chunk`)."""
         return self.keeps or (self.prefix_depth > 0 and self.model.task.per_token)
 
-    def opinion(self, part: Subset, rows: Tensor) -> Tensor:
-        """Return the opinion (U, K) of the expert for the rows (B,) of a subset, differentiable by its trained parameters."""
-        model = self.model
-        opinion = model.task.opinion(model.heads[self.name], self.features(part, rows), model.targets(part, rows))
-        return shifted(opinion, model.shifts[self.name])
+    @cached_property
+    def trains(self) -> bool:
+        """Whether a pass with gradients has one for a pair."""
+        return any(pair[name].requires_grad for layer in self.model.layers.values() for pair in (layer.lora_a, layer.lora_b)
+                   for name, state in layer.states.items() if state is PairState.TRAINED)
 
-    def features(self, part: Subset, rows: Tensor, hidden: Tensor | None = None, mixing: Mixing | None = None) -> Tensor:
-        """Return the features (U, D) of the rows (B,) of a subset, computed from the output `hidden` of the prefix if it is given; see
-        the method `hidden`."""
-        model = self.model
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """What determines the kernels of a pass, beside the shapes of its batch."""
+        return self.name, self.prefix_depth, self.replays, tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
+
+    def features(self, part: Subset, rows: Tensor) -> Tensor:
+        """Return the features (U, D) of the rows (B,) of a subset."""
+        return self.features_of(self.read(part, rows))
+
+    def read(self, part: Subset, rows: Tensor, hidden: Tensor | None = None) -> Batch:
+        """Read the batch of the rows (B,) of a subset, and count the operations of a pass through it.
+
+        Args:
+            hidden: Output of the prefix, if it is known already.
+        """
         indices = part.indices[rows]
+        batch = self.batch(indices, self.hidden(part, rows) if hidden is None else hidden)
+        self.charge(indices, torch.is_grad_enabled() and self.trains)
+        return batch
+
+    def batch(self, indices: Tensor, hidden: Tensor | None) -> Batch:
+        """Return the batch of samples (B,), of which the output of the prefix is known or not needed."""
+        model, places = self.model, None
+        if model.task.per_token:
+            width = int(model.dataset.inputs.lengths[indices].max())
+            places = model.dataset.at_units(indices, width).flatten().nonzero().squeeze(1).to(model.device)
+        return Batch(model.inputs(indices), hidden, places)
+
+    def features_of(self, batch: Batch, mixing: Mixing | None = None) -> Tensor:
+        """Compute the features (U, D) float32 of a batch.
+
+        Args:
+            batch: The batch.
+            mixing: Layers that mix their experts, and the gate; None for none.
+        """
+        model = self.model
         if model.config.lora.dropout:       # on where something is trained; the foundation model's own never is
             for layer in model.layers.values():
                 layer.train(torch.is_grad_enabled())
-        features = self.live(self.hidden(part, rows) if hidden is None else hidden, model.inputs(indices), mixing)
-        self.charge(indices, features.requires_grad)
-        if model.task.per_token:
-            features = features[model.dataset.at_units(indices, features.shape[1]).to(features.device)]
-        return features
+        prefix = ConstantPrefix(model.foundation.module, self.prefix_depth)
+        with (nullcontext() if batch.hidden is None else prefix.replay(batch.hidden), model.precision(),
+              nullcontext() if mixing is None else gated(*mixing)):
+            features = model.foundation.features(batch.inputs).float()
+        return features if batch.places is None else features.flatten(0, 1)[batch.places]
 
     def hidden(self, part: Subset, rows: Tensor) -> Tensor | None:
         """Return the output (B, T, ..., D) of the prefix for the rows (B,) of a subset, padded with zeros; None if a pass starts from
@@ -108,29 +152,6 @@ class Stream:
         if trains:
             model.meter.add(sum(cost.backward(len(indices) * length, length) for cost in self.costs[self.untrained:]))
         model.meter.add(model.task.head_flops(int(model.dataset.units(indices).sum()), trains))
-
-    def live(self, hidden: Tensor | None, inputs: Mapping[str, Tensor], mixing: Mixing | None = None) -> Tensor:
-        """Compute the features, (B, D) or per token (B, T, D) float32.
-
-        Args:
-            hidden: Output (B, T, D) of the prefix, from which to go on; None to start from the inputs.
-            inputs: Inputs of the model by name.
-            mixing: Layers that mix their experts, which the stream determines, and the gate; None for none.
-        """
-        model, names = self.model, tuple(inputs)
-        layers, gate = mixing or ((), None)
-
-        def live(hidden: Tensor | None, gate: Tensor | None, *values: Tensor) -> Tensor:
-            replayed = nullcontext() if hidden is None else ConstantPrefix(model.foundation.module, self.prefix_depth).replay(hidden)
-            with replayed, model.precision(), nullcontext() if gate is None else gated(layers, gate):
-                return model.foundation.features(dict(zip(names, values))).float()
-
-        return model.graphs.of(self, live)(hidden, gate, *inputs.values())
-
-    @cached_property
-    def states(self) -> tuple[tuple[PairState, ...], ...]:
-        """The state of each pair of each layer."""
-        return tuple(tuple(layer.states.values()) for layer in self.model.layers.values())
 
     def prefix(self, part: Subset) -> Ragged:
         """Return the output of the constant prefix for every sample of a subset, each (T_i, D), from the cache if it is there.

@@ -17,6 +17,7 @@ from fedms.runs import run
 from fedms.storage.records import RunRecords, comparable
 from fedms.training.both import both_opinions, mixed_opinions
 from fedms.training.expert_model import ExpertModel
+from fedms.training.layer_mixture import layer_mixture
 from fedms_ext import budget
 
 SETS = ["run.method=fedms", "clients.count=3", "stage1.rounds=2", "data.global_test=0", "stage1.batch=4", "stage2.batch=4"]
@@ -176,7 +177,7 @@ def test_mixing_inside_the_layers_by_token(folder, gate):
     log_p = mixed_in_layers(model, part, wide, pairs)
     loss = F.nll_loss(log_p, targets)
     params = model.trainable("local")
-    mixture = model.layer_mixture(part, rows, narrow)
+    mixture = layer_mixture(model, part, rows, narrow)
     found = torch.autograd.grad(model.task.loss(mixture, targets), [narrow, *params.values()])
     torch.testing.assert_close(mixture[:, 0].double(), log_p.gather(1, targets[:, None]).squeeze(1).detach(), rtol=1e-4, atol=1e-4)
     of = [pairs[f"{name.removeprefix('expert/')}.local"] for name in params]

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parents[2]
 sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "fedms" / "engines")]
 
 from fake_device import FakeCuda
-from test_lockstep import IMAGES, World, agree, sentences
+from visits import IMAGES, World, agree, sentences
 
 from fedms import models
 from fedms.config import load_config
