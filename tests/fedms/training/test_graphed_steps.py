@@ -49,7 +49,7 @@ def world(tmp_path_factory):
         yield world
 
 
-def graphs_change_nothing(world, config, stage, of_gate=0.0):
+def graphs_change_nothing(world, config, stage, of_gate=0.0, rounding=0.0):
     """Asserts that a visit with graphs comes to what it comes to without them; returns how many were captured and replayed."""
     plain = world.visits(config, stage)
     world.model.graphs = StepGraphs(world.model)
@@ -57,10 +57,10 @@ def graphs_change_nothing(world, config, stage, of_gate=0.0):
     found = world.visits(with_run(config, graphs=True), stage)
     for (one, kept), (other, own) in zip(found, plain, strict=True):
         assert one.reply is not None, one.reason
-        assert one.flops == other.flops and one.reply.metrics == pytest.approx(other.reply.metrics, rel=of_gate, abs=0)
+        assert one.flops == other.flops and one.reply.metrics == pytest.approx(other.reply.metrics, rel=of_gate + rounding, abs=0)
         for tensors, wanted in ((kept.tensors, own.tensors), (one.reply.tensors, other.reply.tensors)):
-            assert all(torch.equal(tensors[n], t) for n, t in wanted.items() if "gate/" not in n or not of_gate)
-            same(tensors, wanted, of_gate)
+            assert rounding or all(torch.equal(tensors[n], t) for n, t in wanted.items() if "gate/" not in n or not of_gate)
+            same(tensors, wanted, of_gate + rounding)
     return world.graphs.captured - before[0], world.graphs.replays - before[1]
 
 
@@ -88,7 +88,8 @@ def test_a_language_model_is_captured_where_batches_have_as_many_positions_and_t
     folder = write_federation(tmp_path, ["amy", "bob"], 16, lambda who, number: who)
     config = of_language_model(folder, *SETS, 'model.targets=["v_proj","down_proj"]', "run.method=fedms")
     with gpu_with(config, CLIENT) as world:
-        assert graphs_change_nothing(world, config, stage) == (2, 4)
+        # The CPU's products, which stand in for the GPU's, depend on how memory is aligned (not with MKL_CBWR=COMPATIBLE).
+        assert graphs_change_nothing(world, config, stage, rounding=1e-6) == (2, 4)
 
 
 def test_a_step_that_cannot_be_captured_says_why(world, monkeypatch):
