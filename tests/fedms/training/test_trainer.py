@@ -15,7 +15,7 @@ from fedms.data import TextInputs
 from fedms.data.subset import Subset
 from fedms.engines.local import LocalEngine
 from fedms.federated import encoding
-from fedms.federated.client import Client, ClientFailure, Private, accumulate, own_loss_of, train
+from fedms.federated.client import Client, ClientFailure, Private, accumulate, train
 from fedms.federated.devices import Device, device_of
 from fedms.federated.server import AllClientsFailed, Server
 from fedms.progress import Progress
@@ -24,6 +24,7 @@ from fedms.storage.records import OPTIONAL, SUMMARY_FIELDS, RunRecords, comparab
 from fedms.storage.run_folder import RunFolder
 from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import own_loss_of
 from fedms.training.streams import Stream
 
 SMALL = ["run.method=fedms", "data.max_samples=300", "clients.count=3", "clients.unseen=1", "stage1.rounds=3", "stage2.rounds=2",
