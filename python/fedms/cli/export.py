@@ -9,7 +9,7 @@ import typer
 from fedms.errors import RunFolderError
 
 from .command import EXPORT, command
-from .options import Trust, check_suffix, checked_device
+from .options import Trust, UseDevice, check_suffix, checked_device
 from .server import installed
 from .terminal import run_progress, show
 
@@ -83,9 +83,7 @@ def predict(
                                                     show_default="as in the run")] = None,
     quoting: Annotated[Optional[str], typer.Option("--quoting", metavar="NAME", help="standard, or none where quotation marks "
                                                    "mean nothing.", show_default="as in the run")] = None,
-    device: Annotated[str, typer.Option(
-        "--device", metavar="NAME", help="Where to compute: auto (the first CUDA GPU that works, else the CPU), cpu, cuda, cuda:N, "
-        "mps.")] = "auto",
+    device: UseDevice = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Predict with an exported mixture, as one of its clients."""

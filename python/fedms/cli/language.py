@@ -11,6 +11,7 @@ import typer
 from fedms.errors import ConfigError, RunFolderError
 
 from .command import EXPORT, command
+from .options import UseDevice, checked_device
 from .terminal import run_progress, show
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended, or of its export in the format "
@@ -37,6 +38,7 @@ def generate(
         help="Sample from the fewest most likely tokens whose probabilities add up to this (nucleus sampling).")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the sampling.")] = 0,
     states: States = None,
+    device: UseDevice = "auto",
 ) -> None:
     """Answer a question with a run's language model, as one of its clients."""
     if not 0 < top_p <= 1:
@@ -46,7 +48,7 @@ def generate(
     from fedms.models.generation import Sampling
 
     question = sys.stdin.read() if prompt == "-" else prompt
-    language = open_language_model(folder, states)
+    language = open_language_model(folder, states, checked_device(device))
     try:
         for piece in language.stream(question, client, Sampling(max_new_tokens, temperature, top_p, seed)):
             print(piece, end="", flush=True)
@@ -67,6 +69,7 @@ def serve(
         "--token", metavar="TOKEN", envvar="FEDMS_TOKEN", help="API key that requests must send.",
         show_default="a new one, shown at the start")] = None,
     states: States = None,
+    device: UseDevice = "auto",
 ) -> None:
     """Serve a run's language model on this machine, in the form of OpenAI's chat completions."""
     if token is not None and len(token) < 8:
@@ -80,7 +83,7 @@ def serve(
         raise ConfigError(f"fedms serve needs {error.name}, which is not installed: pip install 'fedms[lm]'") from None
     from fedms.exports.language_model import open_language_model
 
-    language = open_language_model(folder, states)
+    language = open_language_model(folder, states, checked_device(device))
     key = token or secrets.token_urlsafe(24)
     server = uvicorn.Server(uvicorn.Config(endpoint(language, key), host="127.0.0.1", port=port, log_level="warning"))
     show(f"http://127.0.0.1:{port}/v1   clients: {', '.join(language.names)}")
@@ -96,6 +99,7 @@ def samples(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
     clients: Annotated[int, typer.Option("--clients", metavar="N", min=1, help="How many clients, those with the lowest ids.")] = 3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Most tokens.")] = 64,
+    device: UseDevice = "auto",
 ) -> None:
     """Record what some clients of a language model answer, and show it in the run's report."""
     _check(folder)
@@ -103,8 +107,9 @@ def samples(
     from fedms.models.generation import Sampling
     from fedms.report import write_report
 
+    where = checked_device(device)
     with run_progress(folder) as progress:
-        write_samples(folder, clients, Sampling(max_new_tokens), progress)
+        write_samples(folder, clients, Sampling(max_new_tokens), progress, where)
     show(f"report: {write_report(folder)}")
 
 

@@ -60,6 +60,9 @@ Method = Annotated[Optional[str], typer.Option(
 Device = Annotated[Optional[str], typer.Option(
     "--device", metavar="NAME", autocompletion=_complete(("auto", "cpu", "cuda", "mps")),
     help="Same as --set run.device=NAME: auto (the first CUDA GPU that works, else the CPU), cpu, cuda, cuda:N, mps.")]
+UseDevice = Annotated[str, typer.Option(
+    "--device", metavar="NAME", autocompletion=_complete(("auto", "cpu", "cuda", "mps")),
+    help="Where to compute: auto (the first CUDA GPU that works, else the CPU), cpu, cuda, cuda:N, mps.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier runs in the output folder.")]
 Track = Annotated[Optional[list[str]], typer.Option(
     "--track", metavar="NAME", autocompletion=_complete(("tensorboard", "wandb", "mlflow")),

@@ -126,12 +126,13 @@ class LanguageModel:
             return self._loaded[1]
 
 
-def open_language_model(folder: Path, states: Path | None = None) -> LanguageModel:
+def open_language_model(folder: Path, states: Path | None = None, device: str = "auto") -> LanguageModel:
     """Open the language model of a run folder, or of a folder that `fedms export --format mixture` wrote.
 
     Args:
         folder: The folder.
         states: For a run on Flower, the folder in which clients keep their private experts.
+        device: Where it computes, as in `[run] device`.
 
     Raises:
         RunFolderError, CheckpointError, ConfigError, ModelError: As `fedms export` and `fedms.load` do.
@@ -139,7 +140,7 @@ def open_language_model(folder: Path, states: Path | None = None) -> LanguageMod
     if (folder / MANIFEST).is_file():
         from fedms.exports.mixture import load
 
-        loaded = load(folder)
+        loaded = load(folder, device=device)
         return LanguageModel(loaded.model, loaded.trained)
     trained = read_trained_run(folder, states)
     task = trained.task
@@ -148,4 +149,4 @@ def open_language_model(folder: Path, states: Path | None = None) -> LanguageMod
                           "predict`")
     foundation = models.load(task.config.model, task.config.task.kind)
     check_fingerprint(foundation, task)
-    return LanguageModel(bind(foundation, task), trained)
+    return LanguageModel(bind(foundation, task, device), trained)

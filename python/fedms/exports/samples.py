@@ -15,7 +15,7 @@ from fedms.training.answering import Answerer, Speaker
 
 
 def write_samples(run: Path, clients: int = 3, sampling: Sampling = Sampling(),
-                  progress: Progress | None = None) -> Path:
+                  progress: Progress | None = None, device: str = "auto") -> Path:
     """Ask some clients of a finished run the first question of their test samples, and write what is answered.
 
     Args:
@@ -23,6 +23,7 @@ def write_samples(run: Path, clients: int = 3, sampling: Sampling = Sampling(),
         clients: How many clients, those with the lowest ids.
         sampling: How tokens are chosen.
         progress: Told of what is being loaded, and which client answers.
+        device: Where they are computed, as in `[run] device`.
 
     Returns:
         The path of `samples.json` in the run folder: for each client the question, the answer in the data, that of the
@@ -34,7 +35,7 @@ def write_samples(run: Path, clients: int = 3, sampling: Sampling = Sampling(),
     """
     progress = progress or Progress()
     progress.phase(f"loading the model of {run}")
-    language = open_language_model(run)
+    language = open_language_model(run, device=device)
     model, config, tokenizer = language.model, language.trained.task.config, language.tokenizer
     dataset = data.load(config.data, model.foundation)
     partition = data.partition(dataset, config.data, config.clients, config.run.seed)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -10,9 +11,10 @@ from dataclasses import replace
 import pytest
 import tiny_language_models as tiny
 import torch
+from fake_device import FakeCuda
 from typer.testing import CliRunner
 
-from fedms import methods
+from fedms import methods, models
 from fedms.data.inputs import TextInputs
 from fedms.data.subset import Subset
 from fedms.errors import ConfigError
@@ -214,9 +216,26 @@ def test_the_command_line(folder):
     assert done.exit_code == 0 and done.stdout == wanted + "\n"
     for words, said in ((["generate", str(path / "no"), "x"], "no such folder"), (["generate", str(path), "x", "-c", "carl"], "carl"),
                         (["generate", str(path), "x", "--top-p", "0"], "--top-p"), (["serve", str(path), "--token", "short"], "--token"),
-                        (["generate", str(path), "x" * 500], "leaves no room|expected 1 to")):
+                        (["generate", str(path), "x" * 500], "leaves no room|expected 1 to"),
+                        (["generate", str(path), "x", "--device", "gpu"], '--device: got "gpu"'),
+                        (["serve", str(path), "--device", "cuda:9"], "run.device: got .cuda:9., but .*; use \"cpu\", or \"auto\""),
+                        (["samples", str(path), "--device", "gpu"], '--device: got "gpu"')):
         done = CliRunner().invoke(app, words)
         assert done.exit_code in (2, 4), done.output
+        assert "--device" not in words or re.search(said, " ".join(done.output.split())), done.output
+
+
+@pytest.mark.parametrize("sets", [["run.method=fedms"], ["gate.mixing=layers"]], ids=str)
+def test_on_a_gpu_it_answers_as_on_the_cpu(folder, sets, monkeypatch):
+    path = finished(folder, *sets)
+    wanted = open_language_model(path, device="cpu").answer(QUESTION, "bob", Sampling(6))
+    foundation = models.load(tiny.configuration(folder, *SETS).model, "causal_lm")      # on the CPU, as always
+    monkeypatch.setattr(models, "load", lambda *_, **__: foundation)
+    with FakeCuda() as gpu:
+        language = open_language_model(path, device="cuda")
+        assert language.model.device.type == "cuda" and all(map(gpu.lies_on_it, foundation.module.parameters()))
+        answer = language.answer(QUESTION, "bob", Sampling(6))
+    assert answer.text == wanted.text and answer.log_p == pytest.approx(wanted.log_p, abs=1e-4)
 
 
 def test_samples_before_and_after_in_the_report(folder):
