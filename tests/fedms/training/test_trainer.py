@@ -206,9 +206,8 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
     model.load("local", own, depth=1, applied_depth=3)
     apart = [model.opinions(e, part) for e in ("global", "local")]
     batches = []
-    features = Stream.features
-    monkeypatch.setattr(Stream, "features", lambda stream, part, rows, *rest: batches.append(len(rows)) or features(
-        stream, part, rows, *rest))
+    read = Stream.read
+    monkeypatch.setattr(Stream, "read", lambda stream, part, rows, *rest: batches.append(len(rows)) or read(stream, part, rows, *rest))
     model.opinions_cache.clear()        # answers are kept during a visit, and these were just given one by one
     together = both_opinions(model, part)
     assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model.chunks(part))
