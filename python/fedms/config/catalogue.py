@@ -103,7 +103,7 @@ def _gate_weight(config: RunConfig) -> float | None:
 
 
 def _plus_weight(config: RunConfig) -> float | None:
-    return 0.5 if config.gate.weight is None and config.plus.gate_on == "off" else config.gate.weight
+    return 0.5 if config.gate.weight is None and config.settings.gate_on == "off" else config.gate.weight
 
 
 _FROZEN_HEAD = "its private head would be the model's frozen one"

@@ -45,7 +45,7 @@ def mixed_opinions(model: ExpertModel, part: Subset, weigh: Weigh) -> tuple[Tens
         targets = model.targets(part, rows)
         shared, own = _opinions_of(model, halves, targets)
         weights = weigh(model.units(part, rows), shared, own)
-        return torch.cat([task.mixed_opinion(model.heads["global"], *halves, weights, targets), shared, own, weights], dim=1)
+        return torch.cat([task.mixed_opinion(model.heads["global"], halves[0], halves[1], weights, targets), shared, own, weights], dim=1)
 
     mixed, shared, own, weights = _side_by_side(model, part, say, 3 * task.columns + len(EXPERTS)).split(
         [task.columns] * 3 + [len(EXPERTS)], dim=1)
