@@ -156,18 +156,20 @@ def _gap_to(method: str, rival: Callable[[_Lines], list[float]]) -> Callable[[_L
 
 def power_part(done: Sequence[StudyRecord]) -> list[str]:
     """Say which differences these seeds could have shown, from how much differences vary between them."""
-    sentences = []
+    rows = []
     for setting in dict.fromkeys(run.setting for run, _ in done):
         runs = [as_run(line) for run, line in done if run.setting == setting and run.id in registry.methods()]
         gaps = [gap for m in dict.fromkeys(run.method for run in runs)
                 if m != OURS[0] and (gap := gap_of(runs, OURS[0], m)) and gap.seeds > 2]
         if gaps:
             half, seeds = statistics.median(gap.half for gap in gaps), min(gap.seeds for gap in gaps)
-            sentences.append(f"{setting.title}: the interval reaches {100 * half:.1f} points to either side (median over methods, "
-                             f"{seeds} seeds), and a true difference of {100 * half * detectable(seeds):.1f} points would have been found "
-                             "four times in five.")
-    return [f"**What these seeds can show**, for differences to `{OURS[0]}`. " + " ".join(sentences)
-            + " Smaller ones need more seeds or more test samples: `SEEDS` in `bench/study/plan.py`."] if sentences else []
+            rows.append([setting.title, str(seeds), f"{100 * half:.1f}", f"{100 * half * detectable(seeds):.1f}"])
+    if not rows:
+        return []
+    return [f"**What these seeds can show**, in points of difference to `{OURS[0]}`, median over methods: how far the interval reaches to "
+            "either side, and the true difference that would have been found four times in five. Smaller ones need more seeds or more test "
+            "samples: `SEEDS` in `bench/study/plan.py`.",
+            table(["setting", "seeds", "interval", "difference found"], rows)]
 
 
 def detectable(seeds: int) -> float:
