@@ -57,5 +57,4 @@ class FedALT(Method):
 
 register_method("fedalt", FedALT, "an individual and a rest-of-world expert, mixed by each client's own gate",
                 trained="a private expert and gate beside the average of all others", sent="the private expert",
-                tuned=(Constant("gate.lr", 1e-4, 1e-2),), weight=lambda config: config.gate.weight,
-                color="#0d9488")
+                tuned=(Constant("gate.lr", 1e-4, 1e-2),), weight=lambda config: config.gate.weight, color="#0d9488")
