@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 
 _aten = torch.ops.aten
 # Operators that PyTorch itself carries out between devices.
@@ -71,7 +71,7 @@ class FakeCuda:
         return tensor.untyped_storage()._cdata in self._storages
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        return CUDA if self.lies_on_it(tensor) else CPU
+        return META if tensor.is_meta else CUDA if self.lies_on_it(tensor) else CPU
 
     def put(self, tensor: Tensor, there: bool) -> None:
         """Says where a tensor lies whose storage is new."""
@@ -120,7 +120,7 @@ class _Above(TorchFunctionMode):
         if func is Tensor.cuda:
             return self._to(args[0], CUDA)
         device = kwargs.get("device")
-        if device is None:
+        if device is None or torch.device(device).type == "meta":       # of a model before its weights are read
             return func(*args, **kwargs)
         target = torch.device(device)
         generator = kwargs.get("generator")
