@@ -197,7 +197,12 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
           ahead: Sequence[int] | None = None) -> tuple[Visit, Private]:
     """Carry out a method's step and measure it. A client that fails keeps its previous private state.
 
-    ahead: See `Server.ahead`.
+    Args:
+        step: The method's step.
+        model: The model of this process.
+        client, private: The client, and its private state before the visit.
+        message: The server's message.
+        ahead: See `Server.ahead`.
     """
     flops, started = model.meter.flops, time.perf_counter()
     reset_peak(model.device)
@@ -236,6 +241,7 @@ def validate(model: ExpertModel, client: Client, expert: str) -> Score:
 # In fp16 the loss is scaled, so that small gradients do not become zero. The scale starts at FIRST_SCALE and is halved whenever
 # a gradient overflows. A visit fails after more than MOST_SKIPPED overflows in a row.
 FIRST_SCALE, MOST_SKIPPED = 2.0**12, 12
+
 
 @dataclass(frozen=True)
 class Group:

@@ -27,7 +27,6 @@ from fedms_ext import ConstantCache, budget
 from fedms_ext.budget import Memory
 
 
-
 @dataclass(frozen=True)
 class VisitMemory:
     """Bytes that a visit needs at one depth and one precision of the frozen weights, with or without replayed prefixes.

@@ -131,7 +131,9 @@ class ExpertModel:
     def clear(self, ahead: Sequence[int] | None = None) -> None:
         """Forget the loaded experts and their opinions. Called at the start of every visit.
 
-        ahead: Depths to which activation may go on in later visits, for which the cache makes provision; None if it makes none."""
+        Args:
+            ahead: Depths that later visits may train at. The cache keeps outputs for them, too; None for this visit's alone.
+        """
         self.ahead, self.opinions_cache = ahead, {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
