@@ -9,6 +9,7 @@ tests of the CUDA C++ kernels pass, $FEDMS_CACHE gets a record of it, and those 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 Step = dict[str, object]
 
 
+@functools.cache
 def machine() -> dict[str, object]:
     def git(*command: str) -> str:
         if shutil.which("git") is None:  # nor need the sources have a history
@@ -82,10 +84,13 @@ def machine() -> dict[str, object]:
 
 
 class Steps:
-    """Runs commands in the root of the repository, until the time is over, and keeps what became of them."""
+    """Runs commands in the root of the repository, until the time is over, and keeps what became of them.
 
-    def __init__(self, end: float) -> None:
-        self._end = end
+    The report is written again after each of them, so that whoever ends this process has what was found until then.
+    """
+
+    def __init__(self, end: float, dest: Path) -> None:
+        self._end, self._dest = end, dest
         self.done: dict[str, Step] = {}
 
     def left(self) -> float:
@@ -96,8 +101,7 @@ class Steps:
         """`shards`: as many processes side by side, each with its share of the tests."""
         limit = min(limit, self.left())
         if limit < RESERVE:
-            self.done[name] = {"command": " ".join(command), "status": "left out: no time", "seconds": 0.0, "output": ""}
-            return self.done[name]
+            return self._keep(name, {"command": " ".join(command), "status": "left out: no time", "seconds": 0.0, "output": ""})
         start = time.perf_counter()
         jobs = [os.environ | environment | {"FEDMS_SHARD": f"{i}/{shards}"} for i in range(shards)]
         with ThreadPoolExecutor(shards) as pool:
@@ -107,10 +111,13 @@ class Steps:
         print(f"{name}: {status} after {seconds} s", flush=True)
         output = "\n".join(said for result, said in results if shards == 1 or result != 0)
         last = "; ".join(said.strip().splitlines()[-1] for _, said in results if said.strip())
-        self.done[name] = {
-            "command": " ".join(command), "status": status, "seconds": seconds, "last": last, "output": output,
-        }  # fmt: skip
-        return self.done[name]
+        return self._keep(name, {"command": " ".join(command), "status": status, "seconds": seconds, "last": last,
+                                 "output": output})
+
+    def _keep(self, name: str, step: Step) -> Step:
+        self.done[name] = step
+        (self._dest / "report.md").write_text(report(self))
+        return step
 
     @staticmethod
     def _one(command: list[str], limit: float, environment: dict[str, str]) -> tuple[int | str, str]:
@@ -239,14 +246,13 @@ def main() -> int:
     dest = options.dest.resolve()
     dest.mkdir(parents=True, exist_ok=True)
     (dest / "machine.json").write_text(json.dumps(machine(), indent=1))
-    steps = Steps(options.since + options.seconds if options.quick else float("inf"))
+    steps = Steps(options.since + options.seconds if options.quick else float("inf"), dest)
     if not options.rehearse:
         self_check(steps)
         test(steps, options.quick, dest)
     train(steps, options)
     lockstep(steps, options)
     measure(steps, options, dest)
-    (dest / "report.md").write_text(report(steps))
     print(dest / "report.md")
     in_time = [step["status"] for step in steps.done.values() if not str(step["status"]).startswith("left out")]
     return 1 if any(status != 0 for status in in_time) else 0

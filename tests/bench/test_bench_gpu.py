@@ -60,14 +60,15 @@ def test_peers_agree(linear):
     assert torch.equal(peers["fedms, none applied"][0](x), peers["bare GEMM"][0](x))
 
 
-def test_nothing_begins_or_goes_on_when_the_time_is_over(gpu, monkeypatch):
-    step = gpu.Steps(time.time() + gpu.RESERVE / 2).run("late", [sys.executable, "-c", "1 / 0"], 60)
+def test_nothing_begins_or_goes_on_when_the_time_is_over(gpu, monkeypatch, tmp_path):
+    step = gpu.Steps(time.time() + gpu.RESERVE / 2, tmp_path).run("late", [sys.executable, "-c", "1 / 0"], 60)
     assert step["status"] == "left out: no time"
     monkeypatch.setattr(gpu, "RESERVE", 0)
     endless = "import subprocess, sys; print('began', flush=True); subprocess.run([sys.executable, '-c', 'while True: pass'])"
-    steps = gpu.Steps(time.time() + 3)
+    steps = gpu.Steps(time.time() + 3, tmp_path)
     step = steps.run("long", [sys.executable, "-c", endless], 60)
     assert step["status"].startswith("timed out") and "began" in step["output"] and steps.left() < 0.5
+    assert "## long: timed out" in (tmp_path / "report.md").read_text()     # whoever ends the whole run has this
 
 
 def test_shards_run_every_test_once(gpu, tmp_path):
@@ -75,7 +76,7 @@ def test_shards_run_every_test_once(gpu, tmp_path):
     (tmp_path / "test_five.py").write_text(
         "import pytest\n\n@pytest.mark.parametrize('i', range(5))\ndef test(i): assert i != 3, f'ran {i}'"
     )
-    step = gpu.Steps(float("inf")).run("five", [*gpu.PYTEST, str(tmp_path)], 60, shards=2)
+    step = gpu.Steps(float("inf"), tmp_path).run("five", [*gpu.PYTEST, str(tmp_path)], 60, shards=2)
     assert step["status"] == 1 and "ran 3" in step["output"]
     assert "3 passed" in step["last"] and "1 failed, 1 passed" in step["last"]
 
