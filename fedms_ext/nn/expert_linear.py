@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -34,8 +34,15 @@ class Route:
 
 _EVERYWHERE = Route()
 
-# One value for each thread (or asyncio task), so that two threads can run the same layers with different routes.
-ROUTES: ContextVar[Mapping[nn.Module, Route]] = ContextVar("fedms_routes", default={})
+
+class _Here(threading.local):
+    """The routes that the calling thread has set, by layer: two threads can run the same layers with different ones. torch.compile traces
+    the attributes of a `threading.local`, but no `ContextVar`."""
+
+    routes: Mapping[nn.Module, Route] = {}
+
+
+HERE = _Here()
 
 
 class ExpertLinear(FrozenLinear):
@@ -181,7 +188,7 @@ class ExpertLinear(FrozenLinear):
     def _route(self) -> Route:
         if not self.routes:
             return _EVERYWHERE
-        own = ROUTES.get().get(self)
+        own = HERE.routes.get(self)
         if own is None and torch._C._current_graph_task_id() != -1:
             # Activation checkpointing recomputes a layer in a thread of autograd, which has no route of its own.
             if len(self.routes) > 1:

@@ -133,20 +133,29 @@ def reader(model: nn.Module, name: str) -> str | None:
         outer = model.get_submodule(".".join(steps[:depth]))
         if not isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             kind: type = type(outer)
-            if tuple(steps[depth:]) in _weights_read(kind, vars(outer).get("forward")):
+            if tuple(steps[depth:]) in _weights_read(kind, _own_forward(outer)):
                 return class_name(outer)
     return None
+
+
+def _own_forward(module: nn.Module) -> object:
+    """Return the function of a forward method that was set on the instance, or None. What decorates it is left out."""
+    found = vars(module).get("forward")
+    if found is None:
+        return None
+    found = inspect.unwrap(found)
+    return inspect.unwrap(getattr(found, "__func__", found))
 
 
 @lru_cache(maxsize=1024)
 def _weights_read(kind: type, replaced: object) -> frozenset[tuple[str, ...]]:
     """Return the attribute paths from `self` to the submodules whose weight the methods of a class read.
 
-    `replaced` is the forward method that was set on the instance, or None.
+    `replaced` is the function of the forward method that was set on the instance, or None.
     """
     methods = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items() if base is not nn.Module}
     if replaced is not None:
-        methods["forward"] = inspect.unwrap(getattr(replaced, "__func__", replaced))  # type: ignore[arg-type]
+        methods["forward"] = replaced
     found: set[tuple[str, ...]] = set()
     for name, method in methods.items():
         method = inspect.unwrap(method) if callable(method) else method

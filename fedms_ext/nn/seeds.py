@@ -19,11 +19,12 @@ def draw_seed(x: Tensor) -> int | Tensor:
     """Draw the seed of a mask for x from torch's default generator.
 
     Returns:
-        A number from the CPU's generator. If x is on a GPU, and the call is inside `seeds_on_device` or a CUDA graph is being
-        captured, an int64 tensor (1,) on that GPU from the GPU's generator: a number would be a constant of the graph, and every
-        replay would drop the same values.
+        A number from the CPU's generator. Below torch.compile, and if x is on a GPU, and the call is inside `seeds_on_device` or a CUDA
+        graph is being captured, an int64 tensor (1,) from the generator of x's device: a number would be a constant of the graph, and
+        every run of it would drop the same values.
     """
-    if devices.is_real(x.device) and (_ON_DEVICE.get() or devices.is_capturing(x.device)):
+    on_device = torch.compiler.is_compiling() or (devices.is_real(x.device) and (_ON_DEVICE.get() or devices.is_capturing(x.device)))
+    if on_device:
         return torch.randint(_MOST, (1,), device=x.device)
     return int(torch.randint(_MOST, ()))
 

@@ -10,7 +10,6 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -18,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from fedms_ext.nn.expert_linear import ROUTES, ExpertLinear, Route
+from fedms_ext.nn.expert_linear import HERE, ExpertLinear, Route
 from fedms_ext.nn.lora import PairState
+from fedms_ext.sparse.skipping import hidden_of, skipping
 from fedms_ext.sparse.surgery import layers_of, block_list, expert_layers
 
 ORDERS = ("top_down", "bottom_up", "interleaved")
@@ -164,15 +163,14 @@ def segmented(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], segme
 @contextmanager
 def _routed(layers: Mapping[str, ExpertLinear] | Sequence[ExpertLinear], **change: Any) -> Iterator[None]:
     chosen = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
-    outer = ROUTES.get()
+    outer = HERE.routes
     changed: dict[nn.Module, Route] = {layer: replace(outer.get(layer, Route()), **change) for layer in chosen}
-    inner = {**outer, **changed}
-    token = ROUTES.set(inner)
+    HERE.routes = inner = {**outer, **changed}
     _exchange(outer, inner)
     try:
         yield
     finally:
-        ROUTES.reset(token)
+        HERE.routes = outer
         _exchange(inner, outer)
 
 
@@ -231,7 +229,7 @@ class ConstantPrefix:
 
         def after(_: nn.Module, args: tuple[object, ...], out: object) -> None:
             if threading.get_ident() == here:
-                raise _PrefixEnd(_tensor(_hidden(out)))
+                raise _PrefixEnd(_tensor(hidden_of(out)))
 
         def before(_: nn.Module, args: tuple[object, ...]) -> None:
             if threading.get_ident() == here:
@@ -261,17 +259,8 @@ class ConstantPrefix:
         If blocks return more than the hidden state, as T5's blocks return position biases, it has to be the same for all
         blocks: the first block is run to get it. Otherwise the forward pass raises a RuntimeError.
         """
-        skipped = list(self.blocks)[:self.depth]
-        replay = _Replay(skipped, hidden)
-        token = _REPLAYS.set({**_REPLAYS.get(), **{block: replay for block in skipped}})
-        for block in skipped:
-            _Skip.enter(block)
-        try:
+        with skipping(list(self.blocks)[:self.depth], hidden):
             yield
-        finally:
-            _REPLAYS.reset(token)
-            for block in skipped:
-                _Skip.leave(block)
 
 
 class _PrefixEnd(Exception):
@@ -285,93 +274,3 @@ def _tensor(hidden: object = None) -> Tensor:
         raise RuntimeError(f"a block's hidden state is {type(hidden).__name__}, expected a tensor; it must be the first "
                            "positional argument and the first thing that the block returns")
     return hidden
-
-
-def _hidden(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-class _Skip:
-    """Replaces a block's forward method while a thread replays a prefix. In other threads it calls the original method."""
-
-    lock = threading.Lock()
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block, self.replaced, self.users = block, vars(block).get("forward"), 0
-
-    @classmethod
-    def enter(cls, block: nn.Module) -> None:
-        with cls.lock:
-            skip = vars(block).get("forward")
-            if not isinstance(skip, cls):
-                block.forward = skip = cls(block)
-            skip.users += 1
-
-    @classmethod
-    def leave(cls, block: nn.Module) -> None:
-        with cls.lock:
-            skip: Any = block.forward
-            skip.users -= 1
-            if skip.users == 0:
-                del block.forward
-                if skip.replaced is not None:
-                    block.forward = skip.replaced
-
-    def run(self, *args: object, **kwargs: object) -> object:
-        forward = partial(type(self.block).forward, self.block) if self.replaced is None else self.replaced
-        return forward(*args, **kwargs)
-
-    def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
-        replay = _REPLAYS.get().get(self.block)
-        if replay is None:
-            return self.run(hidden, *args, **kwargs)
-        flags = tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, bool)))
-        return replay.output(self.block, flags, hidden, lambda: self.run(hidden, *args, **kwargs))
-
-
-class _Replay:
-    """The outputs of skipped blocks in one replay, in the form in which the blocks return them.
-
-    The form (a tensor or a tuple, and what follows the hidden state) is found by running a block of each class once. If the
-    tuple holds anything but None after the hidden state, the first block is run in every replay, and the other blocks are
-    taken to return the same values; running the second block once verifies that.
-    """
-
-    rests: dict[object, tuple[None, ...] | str | None] = {}   # by class and flags; None: a tensor, no tuple
-    checked: set[object] = set()
-
-    def __init__(self, blocks: Sequence[nn.Module], hidden: Tensor) -> None:
-        self.blocks, self.hidden, self.rest = blocks, hidden, ()
-
-    @torch.no_grad()
-    def output(self, block: nn.Module, flags: object, hidden: Tensor, run: Callable[[], object]) -> object:
-        form = (type(block), flags)
-        known = self.rests.get(form, "unknown")
-        if isinstance(known, str) and (block is self.blocks[0] or form not in self.checked):
-            out = run()
-            self._learn(form, block, out)
-            known, hidden = self.rests[form], _hidden(out)     # so that the second block is checked on its own input
-        hidden = self.hidden if block is self.blocks[-1] else hidden
-        return hidden if known is None else (hidden, *(self.rest if isinstance(known, str) else known))
-
-    def _learn(self, form: tuple[type, object], block: nn.Module, out: object) -> None:
-        rest = out[1:] if isinstance(out, tuple) else None
-        if rest is None or all(value is None for value in rest):
-            self.rests[form] = rest
-            return
-        self.rests[form] = "carried"
-        if block is self.blocks[0]:
-            self.rest = rest
-            return
-        mine, other = tree_leaves(rest), tree_leaves(self.rest)
-        if len(mine) != len(other) or not all(_same(a, b) for a, b in zip(mine, other)):
-            raise RuntimeError(f"{form[0].__name__} returns values of its own besides the hidden state (attention weights, a "
-                               "cache), which a skipped block cannot; turn these outputs off, or replay no prefix (depth=0)")
-        self.checked.add(form)
-
-
-def _same(a: object, b: object) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
-
-
-_REPLAYS: ContextVar[Mapping[nn.Module, _Replay]] = ContextVar("fedms_replays", default={})

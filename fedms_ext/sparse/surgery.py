@@ -13,6 +13,7 @@ from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import class_name, is_linear, obstacle, reader, replaced_forward
 from fedms_ext.nn.lora import LoRA, check_experts
 from fedms_ext.sparse.siblings import group_siblings
+from fedms_ext.sparse.skipping import restore_forward
 
 ALL_LINEAR = "all-linear"
 
@@ -230,6 +231,7 @@ def detach(model: nn.Module) -> None:
     The parameters stay frozen."""
     for layer in expert_layers(model).values():
         layer.leave()
+    restore_forward(model)
     for module, attribute, value in model.__dict__.pop("fedms_fused", []):
         setattr(module, attribute, value)
     model.__dict__.pop("fedms_blocks", None)

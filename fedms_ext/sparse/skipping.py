@@ -1,0 +1,123 @@
+"""`skipping`: let a thread run a model without its first blocks."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@contextmanager
+def skipping(blocks: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
+    """Let the model's forward pass skip blocks, within the context and in the calling thread.
+
+    Args:
+        blocks: The first blocks of a model, in the order in which it calls them; see `ConstantPrefix` for what they must be like.
+        hidden: What the last of them is to return, (B, T, D).
+    """
+    for block in blocks:
+        if not isinstance(vars(block).get("forward"), _Skippable):
+            block.forward = _Skippable(block)
+    replay, outer = _Replay(blocks, hidden), _HERE.replays
+    _HERE.replays = {**outer, **{block: replay for block in blocks}}
+    try:
+        yield
+    finally:
+        _HERE.replays = outer
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Give every block that was skipped once its own forward method again."""
+    for block in model.modules():
+        skippable = vars(block).get("forward")
+        if isinstance(skippable, _Skippable):
+            del block.forward
+            if skippable.replaced is not None:
+                block.forward = skippable.replaced
+
+
+def hidden_of(out: Any) -> Tensor:
+    """Return the hidden state (B, T, D) in what a block returns."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+class _Skippable:
+    """A block's forward method, which a thread can skip. It stays until `detach`: to put it in place and to take it away in each pass
+    would need a lock, since other threads may run the model, and torch.compile could not trace it.
+
+    Attributes:
+        replaced: The forward method that the block itself had before, or None if it had that of its class.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.replaced = block, vars(block).get("forward")
+
+    @property
+    def __wrapped__(self) -> Callable[..., object]:
+        return type(self.block).forward.__get__(self.block) if self.replaced is None else self.replaced
+
+    def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
+        replay = _HERE.replays.get(self.block)
+        if replay is None:
+            return self.__wrapped__(hidden, *args, **kwargs)
+        flags = tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, bool)))
+        return replay.output(self.block, flags, hidden, lambda: self.__wrapped__(hidden, *args, **kwargs))
+
+
+class _Replay:
+    """The outputs of skipped blocks in one replay, in the form in which the blocks return them.
+
+    The form (a tensor or a tuple, and what follows the hidden state) is found by running a block of each class once. If the
+    tuple holds anything but None after the hidden state, the first block is run in every replay, and the other blocks are
+    taken to return the same values; running the second block once verifies that.
+    """
+
+    rests: dict[object, tuple[None, ...] | str | None] = {}   # by class and flags; None: a tensor, no tuple
+    checked: set[object] = set()
+
+    def __init__(self, blocks: Sequence[nn.Module], hidden: Tensor) -> None:
+        self.blocks, self.hidden, self.rest = blocks, hidden, ()
+
+    def output(self, block: nn.Module, flags: object, hidden: Tensor, run: Callable[[], object]) -> object:
+        """Return what a skipped block returns in place of `run()`, which runs it on its input `hidden` (B, T, D)."""
+        form = (type(block), flags)
+        known = self.rests.get(form, "unknown")
+        if isinstance(known, str) and (block is self.blocks[0] or form not in self.checked):
+            with torch.no_grad():
+                out = run()
+            self._learn(form, block, out)
+            known, hidden = self.rests[form], hidden_of(out)   # so that the second block is checked on its own input
+        hidden = self.hidden if block is self.blocks[-1] else hidden
+        return hidden if known is None else (hidden, *(self.rest if isinstance(known, str) else known))
+
+    def _learn(self, form: tuple[type, object], block: nn.Module, out: object) -> None:
+        rest = out[1:] if isinstance(out, tuple) else None
+        if rest is None or all(value is None for value in rest):
+            self.rests[form] = rest
+            return
+        self.rests[form] = "carried"
+        if block is self.blocks[0]:
+            self.rest = rest
+            return
+        mine, other = tree_leaves(rest), tree_leaves(self.rest)
+        if len(mine) != len(other) or not all(_same(a, b) for a, b in zip(mine, other)):
+            raise RuntimeError(f"{form[0].__name__} returns values of its own besides the hidden state (attention weights, a "
+                               "cache), which a skipped block cannot; turn these outputs off, or replay no prefix (depth=0)")
+        self.checked.add(form)
+
+
+def _same(a: object, b: object) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+
+
+class _Here(threading.local):
+    """What the calling thread replays, by block. torch.compile traces the attributes of a `threading.local`, but no `ContextVar`."""
+
+    replays: Mapping[nn.Module, _Replay] = {}
+
+
+_HERE = _Here()
