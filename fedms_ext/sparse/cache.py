@@ -12,12 +12,19 @@ import json
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:     # not on Windows
+    fcntl = None        # type: ignore[assignment]
 
 Key = tuple[object, ...]
 
@@ -148,7 +155,7 @@ class DiskCache:
     Each file is written under a temporary name and renamed, so it is either complete or absent. A process verifies the
     checksum of a file when it first opens it, and computes the value of a damaged file again. If the disk is full, values
     are not stored but computed at each request. A file is mapped only while its value is in use, so the cache takes no
-    memory.
+    memory. While one process computes a value, others that ask for the same one wait for it.
 
     Args:
         folder: Created if it does not exist. Several processes may share it.
@@ -166,16 +173,49 @@ class DiskCache:
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
         """Return the value of a key, from the cache or by calling `compute`."""
-        path = self._path(key)
-        value = self._read(path)
-        if value is None:
-            value = compute()
-            if not self._write(path, value, self.max_bytes):
+        value = self.find(key)
+        if value is not None:
+            return value
+        with self.alone(key):
+            value = self.find(key)      # of another process, for which this one has waited
+            if value is not None:
                 return value
-            value = self._read(path)
-            if value is None:
-                raise OSError(f"{path}: cannot be read back although it was just written; the disk may be failing")
+            value = compute()
+            if not self.keep(key, value):
+                return value
+        value = self.find(key)
+        if value is None:
+            raise OSError(f"{self._path(key)}: cannot be read back although it was just written; the disk may be failing")
         return value
+
+    def find(self, key: Key) -> Tensor | Ragged | None:
+        """Return the value of a key, or None if it is not there, or damaged."""
+        return self._read(self._path(key))
+
+    def keep(self, key: Key, value: Tensor | Ragged) -> bool:
+        """Store a value. Return False if it is larger than the whole cache, or the disk is full."""
+        return self._write(self._path(key), value, self.max_bytes)
+
+    @contextmanager
+    def alone(self, key: Key) -> Iterator[None]:
+        """Keep other processes out of the same context for the same key. Ask for no other key of this cache within it, unless the value
+        depends on that one: two processes could wait for each other.
+
+        Where the file system has no locks nobody waits, and two processes may compute the same value.
+        """
+        place = int(self._path(key).stem[:15], 16)      # a byte of the lock file, which need not be there
+        with suppress(OSError, AttributeError):
+            fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, place)
+        try:
+            yield
+        finally:
+            with suppress(OSError, AttributeError):
+                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
+
+    @cached_property
+    def _locks(self) -> BinaryIO:
+        """The lock file. It stays open: to close it would end all locks that this process has in it."""
+        return open(os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
 
     def offer(self, key: Key, value: Tensor | Ragged) -> None:
         """Keep a value that will be asked for later if there is room for it; it is then the first to be dropped."""

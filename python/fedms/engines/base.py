@@ -80,6 +80,7 @@ class Engine(ABC):
         self.visited = 0                                 # clients of the round under way that have been visited
         self.sent = {"bytes_up": 0, "bytes_down": 0}     # in the round under way
         self.slowest: float | None = None                # simulated seconds of its slowest client
+        self.elsewhere: float | None = None              # seconds of visits that other runs made; None if there is nothing to share
         self.started = time.perf_counter()
         self.seconds_before = 0.0                        # spent on the run by processes before this one
         self.private_rounds: PrivateRounds | None = None
@@ -185,7 +186,7 @@ class Engine(ABC):
             self.private_rounds.visit_clients if self.private_rounds else
             self.buffered.visit_clients if self.buffered else self._visit_clients)
         while state.stage != "done":
-            started = time.perf_counter()
+            started, elsewhere = time.perf_counter(), self.elsewhere or 0.0
             try:
                 visit_clients(state, collected)
             except Interrupted:
@@ -193,7 +194,8 @@ class Engine(ABC):
                 raise
             state, record = self.server.step(state, collected)
             hidden = self.private_rounds is not None and self.private_rounds.hides_traffic
-            record.update(dict.fromkeys(self.sent) if hidden else self.sent, simulated_seconds=self.slowest, seconds=time.perf_counter() - started)
+            record.update(dict.fromkeys(self.sent) if hidden else self.sent, simulated_seconds=self.slowest,
+                          seconds=time.perf_counter() - started + (self.elsewhere or 0.0) - elsewhere)
             self.folder.append_round(record)
             self.visited, self.sent, self.slowest = 0, dict.fromkeys(self.sent, 0), None
             collected = self.server.collect(state)
@@ -269,6 +271,8 @@ class Engine(ABC):
         if visit is None:
             return record
         record.update(flops=visit.flops, seconds=visit.seconds, peak_memory_bytes=visit.peak_memory_bytes)
+        if visit.elsewhere is not None:
+            self.elsewhere = (self.elsewhere or 0.0) + visit.elsewhere
         if visit.reply is None:
             record["reason"] = visit.reason
             self.keep(arrival)
@@ -302,7 +306,7 @@ class Engine(ABC):
             tensors |= prefixed("buffered/", self.buffered.tensors())
         self.checkpoints.save(Snapshot(
             {"server": server, **buffered, "visited": self.visited, "sent": self.sent, "slowest": self.slowest,
-             "received": sorted(self.received), "records": self.folder.sync(),
+             "elsewhere": self.elsewhere, "received": sorted(self.received), "records": self.folder.sync(),
              "seconds": self.seconds_before + time.perf_counter() - self.started, **self.own_state()},
             tensors, self.private()))
 
@@ -317,7 +321,7 @@ class Engine(ABC):
         try:
             self.visited, self.sent, self.slowest = saved["visited"], saved["sent"], saved["slowest"]
             self.received = {(digest, client) for digest, client in saved["received"]}
-            self.seconds_before = saved["seconds"]
+            self.seconds_before, self.elsewhere = saved["seconds"], saved.get("elsewhere")     # older checkpoints have none
             self.restore_own(saved, snapshot.private)
             self.folder.rewind(saved["records"])
             if self.buffered is not None:

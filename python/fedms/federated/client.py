@@ -26,7 +26,11 @@ from fedms.tasks import Score
 from fedms.tensors import Tensors
 from fedms.training.device import peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
+from fedms.training.flop_meter import Elsewhere
 from fedms.training.losses import LossOn
+
+if TYPE_CHECKING:
+    from fedms.federated.shared_visits import SharedVisits
 
 
 class ClientFailure(FedMSError):
@@ -140,13 +144,15 @@ class Client(Participant):
         split: The client's samples for training, validation and testing.
         config: The run file.
         fitting: What the planner found about the model's memory and operations; see `device_of`.
+        shared: Where visits are that other runs have in common with this one, or None.
     """
 
     n_train: int
     n_validation: int
 
-    def __init__(self, split: ClientSplit, config: RunConfig, fitting: Fitting = Fitting()) -> None:
-        self.split, self.config, self.fitting = split, config, fitting
+    def __init__(self, split: ClientSplit, config: RunConfig, fitting: Fitting = Fitting(),
+                 shared: SharedVisits | None = None) -> None:
+        self.split, self.config, self.fitting, self.shared = split, config, fitting, shared
         self.id, self.group = split.id, split.group
         self.n_train, self.n_validation = len(split.train), len(split.validation)
 
@@ -181,6 +187,8 @@ class Visit:
         flops: Floating-point operations of the visit.
         seconds: Its duration.
         peak_memory_bytes: The most memory in use during it.
+        elsewhere: How much of its duration is that of a part that another run has made; None if it has no part that runs can
+            share.
     """
 
     reply: Reply | None
@@ -188,6 +196,7 @@ class Visit:
     flops: int
     seconds: float
     peak_memory_bytes: int
+    elsewhere: float | None = None
 
 
 ClientStep = Callable[[ExpertModel, Client, Private, Message], tuple[Reply, Private]]
@@ -207,9 +216,12 @@ def visit(step: ClientStep, model: ExpertModel, client: Client, private: Private
     flops, started = model.meter.flops, time.perf_counter()
     reset_peak(model.device)
     model.clear(ahead)
+    model.meter.elsewhere = None
     reply, after, reason = outcome_of(lambda: step(model, client, private, message), private)
     synchronize(model.device)
-    return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started, peak(model.device)), after
+    elsewhere = model.meter.elsewhere or Elsewhere()
+    return Visit(reply, reason, model.meter.flops - flops, time.perf_counter() - started + elsewhere.seconds,
+                 max(peak(model.device), elsewhere.peak_memory_bytes), model.meter.elsewhere and elsewhere.seconds), after
 
 
 def outcome_of(step: Callable[[], tuple[Reply, Private]], private: Private) -> tuple[Reply | None, Private, str | None]:

@@ -44,11 +44,26 @@ def shared_visit(model: ExpertModel, client: Client, private: Private, message: 
 
     Tensors that the message does not contain are private: they start as in `start`, are trained with the others, and stay at
     the client. Early stopping (`[stage2] keep = "best"`) restores them if training raised the validation loss.
+
+    Runs of a comparison share a visit that is determined by the message: without tensors to start from, and without a penalty.
     """
-    frozen_a = client.config.aggregation == "freeze_a"
-    model.load("global", {**start, **private.tensors, **shared_expert(model, message, client.config)},
-               depth=client.trained_depth(message), applied_depth=message.applied_depth,
-               keep=is_a if frozen_a else freeze_none)
+    brought = shared_expert(model, message, client.config)
+
+    def load(tensors: Mapping[str, Tensor]) -> None:
+        model.load("global", {**start, **private.tensors, **brought, **tensors}, depth=client.trained_depth(message),
+                   applied_depth=message.applied_depth, keep=is_a if client.config.aggregation == "freeze_a" else freeze_none)
+
+    visiting = _averaging_visit(model, client, private, message, load, penalty)
+    if client.shared is not None and not start and penalty is None:
+        visiting = client.shared.visiting(visiting, model, client, private, message, brought, load)
+    return (yield from visiting)
+
+
+def _averaging_visit(model: ExpertModel, client: Client, private: Private, message: Message,
+                     load: Callable[[Mapping[str, Tensor]], None], penalty: Proximal | None) -> Visiting:
+    """`shared_visit`, carried out by this run. `load`: loads the expert into the model, with some tensors in the place of those that
+    the client begins with."""
+    load({})
     received, before = validate(model, client, "global"), model.read_trained("global")
     loss, moments, size = yield Training("global", message, lr_of(client, message), penalty)
     trained = model.read_trained("global")

@@ -1,6 +1,7 @@
 """Many runs: the methods of a comparison, the trials of a tuning, one after the other or in several processes."""
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from fedms.storage.records import CONFIG, RunRecords
 from fedms.storage.run_folder import check_same_config, check_same_data
 from fedms.storage.validation import VALIDATION
 from fedms.training.device import one_gpu_each
+
+SHARED_VISITS = ".shared-visits"        # beside the run folders
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,14 @@ class BatchRun:
 
 
 class BatchRunner:
-    """Carries out runs one after the other. Runs that agree in model and data share them."""
+    """Carries out runs one after the other. Runs that agree in model and data share them.
 
-    def __init__(self) -> None:
-        self._tasks = LoadedTasks()
+    Args:
+        shared: Folder of the visits that runs have in common, of this process or others; None to share none.
+    """
+
+    def __init__(self, shared: Path | None = None) -> None:
+        self._tasks, self._shared = LoadedTasks(), shared
 
     def __call__(self, run: BatchRun, progress: Progress, stop: Callable[[], bool], *,
                  overwrite: bool = False) -> dict[str, Any] | None:
@@ -87,12 +94,12 @@ class BatchRunner:
         task = self._tasks.of(run.config, progress)
         for other in run.beside:
             check_same_data(other, run.config.data.name, data_mark(run.config, task.dataset))
-        return run_on(task, run.config, open_folder, progress, stop, tested=run.tested)
+        return run_on(task, run.config, open_folder, progress, stop, tested=run.tested, shared=self._shared)
 
 
 def compare(config: RunConfig, names: Sequence[str], seeds: Sequence[int], out: Path, *, overwrite: bool = False,
             jobs: int = 1, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
-            settings: Mapping[str, RunConfig] = MappingProxyType({})) -> None:
+            settings: Mapping[str, RunConfig] = MappingProxyType({}), share: bool = True) -> None:
     """Run every method with every seed into `out/METHOD-seedN/`, on the same model, data and partition.
 
     Runs that have ended already stay as they are, those that were stopped go on; see :func:`carry_out`.
@@ -107,16 +114,18 @@ def compare(config: RunConfig, names: Sequence[str], seeds: Sequence[int], out: 
         progress: Told of the progress of all runs.
         stop: Asked between clients whether to stop; the runs can then be resumed.
         settings: The run file of a method, where it is not `config`.
+        share: Whether a visit that several runs have in common is made by one of them alone.
 
     Raises:
         FedMSError: What :func:`carry_out` raises.
     """
     carry_out([BatchRun(with_run(settings.get(name, config), method=name, seed=seed), Path(out) / f"{name}-seed{seed}")
-               for seed in seeds for name in names], overwrite=overwrite, jobs=jobs, progress=progress, stop=stop)
+               for seed in seeds for name in names], overwrite=overwrite, jobs=jobs, progress=progress, stop=stop,
+              shared=Path(out) / SHARED_VISITS if share else None)
 
 
 def carry_out(runs: Sequence[BatchRun], *, overwrite: bool = False, jobs: int = 1, progress: Progress | None = None,
-              stop: Callable[[], bool] = lambda: False) -> None:
+              stop: Callable[[], bool] = lambda: False, shared: Path | None = None) -> None:
     """Carry out many runs, `jobs` at a time.
 
     Runs that have ended stay as they are, those that were stopped go on. A run is found again by its folder and the
@@ -128,6 +137,7 @@ def carry_out(runs: Sequence[BatchRun], *, overwrite: bool = False, jobs: int = 
         jobs: Number of processes.
         progress: Told of the progress of all runs.
         stop: Asked between clients whether to stop.
+        shared: Folder of the visits that runs have in common, which goes when all runs have ended; None to share none.
 
     Raises:
         ConfigError: If a folder holds a run with other settings.
@@ -141,21 +151,29 @@ def carry_out(runs: Sequence[BatchRun], *, overwrite: bool = False, jobs: int = 
     if len(todo) < len(runs):
         progress.note(f"{len(runs) - len(todo)} of {len(runs)} runs have ended already and stay as they are")
     try:
-        if min(jobs, len(todo)) < 2:
-            carry_out_one = BatchRunner()
-            for run in todo:
-                carry_out_one(run, progress, stop, overwrite=overwrite)
-            return
-        progress.start(sum(run.visits for run in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
-        done = 0
-        for run, seconds in in_processes(partial(_timed_runner, overwrite=overwrite), todo, jobs, progress, stop,
-                                         one_gpu_each(*(run.config.run.device for run in todo))):
-            done += 1
-            progress.done(f"{run.title}: {seconds:.0f} s ({done} of {len(todo)})")
-        if done < len(todo):
-            raise Interrupted("the runs under way have stopped between two clients")
+        _carry_out(todo, overwrite, jobs, progress, stop, shared)
     finally:
         progress.close()
+    if shared is not None:
+        shutil.rmtree(shared, ignore_errors=True)
+
+
+def _carry_out(todo: Sequence[BatchRun], overwrite: bool, jobs: int, progress: Progress, stop: Callable[[], bool],
+               shared: Path | None) -> None:
+    """Carry out runs that have not ended yet. The arguments are those of `carry_out`."""
+    if min(jobs, len(todo)) < 2:
+        carry_out_one = BatchRunner(shared)
+        for run in todo:
+            carry_out_one(run, progress, stop, overwrite=overwrite)
+        return
+    progress.start(sum(run.visits for run in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
+    done = 0
+    for run, seconds in in_processes(partial(_timed_runner, overwrite=overwrite, shared=shared), todo, jobs, progress, stop,
+                                     one_gpu_each(*(run.config.run.device for run in todo))):
+        done += 1
+        progress.done(f"{run.title}: {seconds:.0f} s ({done} of {len(todo)})")
+    if done < len(todo):
+        raise Interrupted("the runs under way have stopped between two clients")
 
 
 def _beside(run: BatchRun, runs: Sequence[BatchRun]) -> tuple[Path, ...]:
@@ -164,9 +182,9 @@ def _beside(run: BatchRun, runs: Sequence[BatchRun]) -> tuple[Path, ...]:
                  and (other.config.data, other.config.model) == (run.config.data, run.config.model))
 
 
-def _timed_runner(overwrite: bool) -> Work[BatchRun, float]:
+def _timed_runner(overwrite: bool, shared: Path | None) -> Work[BatchRun, float]:
     """Return what a worker process does with each run that it is given: it returns the seconds that the run took."""
-    carry_out_one = BatchRunner()
+    carry_out_one = BatchRunner(shared)
 
     def timed(run: BatchRun, progress: Progress, stop: Callable[[], bool]) -> float:
         started = time.perf_counter()

@@ -15,6 +15,7 @@ from fedms.config import CLIENTS, ConfigError, RunConfig, config_from_dict, regi
 from fedms.data import Dataset, Partition, Shard, describe
 from fedms.federated.client import Client
 from fedms.federated.server import Server
+from fedms.federated.shared_visits import SharedVisits, can_share
 from fedms.federated.devices import Fitting
 from fedms.federated.visit_costs import fitting_of
 from fedms.federated.method import Method
@@ -98,11 +99,12 @@ class LoadedTask:
             progress.note(note)
         self.model = ExpertModel(self.foundation, self.dataset, config, device=self.device.device)
 
-    def experiment(self, config: RunConfig) -> Experiment:
+    def experiment(self, config: RunConfig, shared: Path | None = None) -> Experiment:
         """Build a run on this model and data.
 
         Args:
             config: Its run file, which may leave open how many clients there are.
+            shared: Folder of the visits that it has in common with other runs, see `fedms.federated.shared_visits`; None to share none.
 
         Raises:
             ConfigError: If the number of clients that follows from the data does not fit the rest of the run file.
@@ -122,8 +124,9 @@ class LoadedTask:
             fitting = fitting_of(self.model, method, config, partition)
         else:
             partition, fitting = self.shard.partition, Fitting(self.shard.fitting)
-        clients, unseen = (tuple(Client(split, config, fitting) for split in splits)
-                           for splits in (partition.clients, partition.unseen))
+        visits = SharedVisits(shared, self.model, config) if shared is not None and can_share(config) else None
+        clients = tuple(Client(split, config, fitting, visits) for split in partition.clients)
+        unseen = tuple(Client(split, config, fitting) for split in partition.unseen)
         return Experiment(config, partition, fitting, method, server, clients, unseen)
 
 

@@ -33,6 +33,9 @@ from fedms.storage.validation import write_validation
 from fedms.training.device import one_gpu_each
 from fedms_ext.reference import MASK_VERSION
 
+SHARED = ("visits that several runs of the comparison have in common were made by one of them; all of them state the time and the "
+          "memory that it took there")
+
 OpenFolder = Callable[[RunConfig], RunFolder]
 Members = Callable[[], Sequence[int]]
 
@@ -87,7 +90,7 @@ def opener(out: Path, overwrite: bool, resume: bool) -> OpenFolder:
 
 
 def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progress: Progress, stop: Callable[[], bool],
-           grid: Any = None, members: Members | None = None, tested: bool = True) -> dict[str, Any] | None:
+           grid: Any = None, members: Members | None = None, tested: bool = True, shared: Path | None = None) -> dict[str, Any] | None:
     """Carry out a run on a model and data that are loaded already: all steps of :func:`run` but the first.
 
     Args:
@@ -99,6 +102,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
         grid: For engine "flower", access to the nodes.
         members: For engine "flower", who takes part, see :func:`run`.
         tested: Whether to evaluate on test data at the end; if not, on validation data, by engine "local" alone.
+        shared: Folder of the visits that it has in common with other runs, see :meth:`LoadedTask.experiment`.
 
     Returns:
         The summary; None if the run is not tested. A run that has ended already is left as it is.
@@ -106,7 +110,7 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
     Raises:
         FedMSError: See :func:`run`.
     """
-    experiment = task.experiment(config)
+    experiment = task.experiment(config, shared)
     experiment.server.check()
     folder = open_folder(experiment.config)
     try:
@@ -137,9 +141,10 @@ def run_on(task: LoadedTask, config: RunConfig, open_folder: OpenFolder, progres
             if summary is not None:     # of a version that did not keep the final tensors
                 return summary
             outcome = evaluate(engine, state, final, folder, task, experiment, progress)
+            notes += [] if engine.elsewhere is None else [SHARED]
             folder.write_outcome({**outcome, "notes": [*outcome["notes"], *notes],
                                   "final_depth": {stage: state.final_depth.get(stage) for stage in STAGES},
-                                  "seconds": engine.seconds_before + time.perf_counter() - started})
+                                  "seconds": engine.seconds_before + time.perf_counter() - started + (engine.elsewhere or 0.0)})
         return folder.write_summary(summarize(folder.path))
     finally:
         folder.close()

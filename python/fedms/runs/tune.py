@@ -18,7 +18,7 @@ from scipy.stats import qmc
 from fedms.config import Constant, RunConfig, config_from_dict, read_tables, registry, with_run
 from fedms.errors import ConfigError, RunFolderError
 from fedms.progress import Progress
-from fedms.runs.batch import BatchRun, carry_out
+from fedms.runs.batch import SHARED_VISITS, BatchRun, carry_out
 from fedms.storage.durable import write_durably
 from fedms.storage.validation import read_validation
 
@@ -103,7 +103,7 @@ def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, 
     planned = [Trial(name, number, values, Path(out) / "trials" / f"{name}-{number}")
                for name in names for number, values in enumerate(trials(config, name, count))]
     carry_out([BatchRun(trial_config(config, trial), trial.folder, tested=False) for trial in planned],
-              overwrite=overwrite, jobs=jobs, progress=progress, stop=stop)
+              overwrite=overwrite, jobs=jobs, progress=progress, stop=stop, shared=Path(out) / SHARED_VISITS)
     found = [_judged(trial) for trial in planned]
     for name in names:
         best = min((trial for trial in found if trial.method == name), key=lambda trial: trial.rank)

@@ -25,18 +25,23 @@ STORED = {"fp32": 4, "bf16": 2, "int8": 1}         # bytes a value
 
 def new_cache(model: ExpertModel) -> ConstantCache | DiskCache:
     """Return an empty cache of a model's constants, or with `[sal] cache = "disk"` the one that earlier runs have filled."""
-    sal, run = model.config.sal, model.config.run
+    sal = model.config.sal
     if sal.cache != "disk":
         return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
-    # Bits depend on the arithmetic too: on torch, on the kernels' instruction set, on the number of threads.
-    arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, model.config.model.frozen,
-                                      model.config.model.full_precision, sal.cache_dtype)
+    return DiskCache(made_cache_dir() / "constants", sal.cache_bytes, origin(model))
+
+
+def origin(model: ExpertModel) -> str:
+    """Return a text that says what the bits of a value depend on beside the values that it is computed from: model, data, arithmetic."""
+    config, run = model.config, model.config.run
+    # On torch, on the kernels' instruction set, on the number of threads.
+    arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, config.model.frozen,
+                                      config.model.full_precision, config.sal.cache_dtype)
     if model.device.type != "cpu":
         arithmetic += (describe(model.device),)
     if run.dtype != "fp32":
         arithmetic += (run.dtype,)
-    return DiskCache(made_cache_dir() / "constants", sal.cache_bytes,
-                     repr((model.foundation.fingerprint, model.dataset.fingerprint, model.prefix_chunk, arithmetic)))
+    return repr((model.foundation.fingerprint, model.dataset.fingerprint, model.prefix_chunk, arithmetic))
 
 
 def prefix_bytes(model: ExpertModel, part: Tensor) -> int:

@@ -224,13 +224,14 @@ class ExpertModel:
     def reading(self, dataset: Dataset) -> Iterator[Subset]:
         """Read another data set within the context, and yield the subset of all its samples. Their cached values are dropped at the
         end."""
-        kept = self.dataset, self.cache, self.meter.paid, self.opinions_cache, self.ahead
-        self.dataset, self.cache, self.meter.paid = dataset, ConstantCache(self.cache.max_bytes), set()
+        meter = self.meter
+        kept = self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.ahead
+        self.dataset, self.cache, meter.paid, meter.asked = dataset, ConstantCache(self.cache.max_bytes), set(), set()
         self.opinions_cache, self.ahead = {}, None
         try:
             yield Subset(torch.arange(len(dataset)))
         finally:
-            self.dataset, self.cache, self.meter.paid, self.opinions_cache, self.ahead = kept
+            self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.ahead = kept
 
     def targets(self, part: Subset, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return the targets (U, ...) of the rows of a subset."""

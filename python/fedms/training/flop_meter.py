@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from torch import Tensor
@@ -13,21 +14,38 @@ Key = tuple[str | int, ...]
 Constant = TypeVar("Constant", Tensor, Ragged)
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the part of a visit has cost that another run has made; see `fedms.federated.shared_visits`.
+
+    Attributes:
+        seconds: Its duration, 0 if this run has made it.
+        peak_memory_bytes: The most memory in use during it, likewise.
+    """
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
 class FlopMeter:
     """Counts operations on the clients' devices.
 
     Attributes:
         flops: Operations so far.
         paid: Names of the cached values whose operations are counted already.
+        asked: Names of the cached values that were asked for; whoever wants to know empties it before.
+        elsewhere: Of the visit under way, the part that runs can share, or None if it has none.
     """
 
     def __init__(self) -> None:
-        self.flops = 0
-        self.paid: set[str] = set()
+        self.restart()
 
     def restart(self) -> None:
         """Reset the counters at the start of a run."""
-        self.flops, self.paid = 0, set()
+        self.flops = 0
+        self.paid: set[str] = set()
+        self.asked: set[str] = set()
+        self.elsewhere: Elsewhere | None = None
 
     def add(self, flops: int) -> None:
         self.flops += flops
@@ -47,6 +65,7 @@ class FlopMeter:
             with_it: Returns keys of further values that these operations give and that are kept too, so that they are paid for.
         """
         name = _name(key)
+        self.asked.add(name)
         due = name not in self.paid
         if due:
             self.paid |= {name, *map(_name, with_it())}
