@@ -16,6 +16,11 @@ def rows(count=7, width=24):
     return [torch.randn(int(n), width) * 3 for n in torch.randint(1, 9, (count,))]
 
 
+def files(folder):
+    """The files of values, and whatever else lies there but the lock file."""
+    return [file for file in folder.iterdir() if file.name != ".lock"]
+
+
 def same(a, b):
     if isinstance(a, Ragged):
         return a.tensors().keys() == b.tensors().keys() and all(
@@ -56,7 +61,7 @@ def test_what_is_kept_comes_back_in_another_process(tmp_path, value):
 def test_damage_is_computed_again(tmp_path):
     value = torch.randn(50)
     DiskCache(tmp_path, 10**6, "").get(("a",), lambda: value)
-    (file,) = tmp_path.iterdir()
+    (file,) = files(tmp_path)
     whole = file.read_bytes()
     for place in range(0, len(whole), 7):
         for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:]):
@@ -85,13 +90,13 @@ def test_what_is_offered_takes_the_room_that_is_left(tmp_path):
     kept = cache.get(("asked for",), lambda: value)
     for name in "abc":      # one file has a little more than 800 bytes
         cache.offer((name,), value * ord(name))
-    assert cache.nbytes <= 3000 and len(list(tmp_path.iterdir())) == 3
+    assert cache.nbytes <= 3000 and len(files(tmp_path)) == 3
     assert torch.equal(cache.get(("a",), lambda: 1 / 0), value * ord("a"))
     cache.offer(("a",), torch.zeros(1))
     cache.get(("d",), lambda: value)     # b is dropped for it, which nobody has asked for
     for name, want in (("asked for", kept), ("a", value * ord("a")), ("d", value)):
         assert torch.equal(cache.get((name,), lambda: 1 / 0), want)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(files(tmp_path)) == 3
 
 
 def test_a_full_disk_costs_time_only(tmp_path, monkeypatch):
@@ -103,7 +108,27 @@ def test_a_full_disk_costs_time_only(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     for _ in range(2):
         assert torch.equal(cache.get(("a",), lambda: computed.append(1) or torch.ones(3)), torch.ones(3))
-    assert len(computed) == 2 and list(tmp_path.iterdir()) == []
+    assert len(computed) == 2 and files(tmp_path) == []
+
+
+def test_a_process_waits_for_the_value_that_another_one_computes(tmp_path):
+    cache, value = DiskCache(tmp_path, 10**6, ""), torch.ones(3)
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        def compute():
+            assert torch.equal(cache.get(("inner",), lambda: value), value)     # a value may depend on others
+            os.write(told, b"!")
+            time.sleep(0.3)
+            return value
+        cache.get(("a",), compute)
+        os._exit(0)
+    os.read(ready, 1)
+    assert cache.find(("a",)) is None
+    assert torch.equal(cache.get(("b",), lambda: value * 2), value * 2)     # another value is not waited for
+    assert cache.find(("a",)) is None
+    assert torch.equal(cache.get(("a",), lambda: 1 / 0), value)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_memory_counts_what_it_stores():

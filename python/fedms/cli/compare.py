@@ -41,6 +41,9 @@ def compare(
     jobs: Jobs = 1,
     tuned: Annotated[Optional[Path], typer.Option(
         "--tuned", metavar="DIR", help="Folder with the choices of fedms tune, METHOD.toml.")] = None,
+    share: Annotated[bool, typer.Option(
+        "--share/--no-share", help="Visits that several runs have in common are made by one of them. Records are the same but for times "
+        "and memory, which the others take over from it.")] = True,
     force: Force = False,
     track: Track = None,
 ) -> None:
@@ -59,7 +62,7 @@ def compare(
     settings = tuning.chosen(tuned, config) if tuned else {}
     with resume_hint(out), run_progress(out, track) as progress, polite_stop() as stop:
         batch.compare(config, chosen, numbers, out, overwrite=force, jobs=jobs, progress=progress, stop=stop,
-                      settings=settings)
+                      settings=settings, share=share)
     show_results(out)
 
 

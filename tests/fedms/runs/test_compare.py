@@ -44,12 +44,7 @@ class Heard(Progress):
 
 
 def everything(folder):
-    """All records but for what a run's neighbors change: which of them computed a constant that both need."""
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k != "flops"}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-    return {path.name: json.dumps(strip(comparable(RunRecords.read(path)))) for path in sorted(folder.iterdir())}
+    return {path.name: json.dumps(comparable(RunRecords.read(path))) for path in sorted(folder.iterdir())}
 
 
 def test_processes_give_what_one_does_and_ended_runs_stay(tmp_path):
