@@ -39,7 +39,8 @@ class _Here(threading.local):
     """The routes that the calling thread has set, by layer: two threads can run the same layers with different ones. torch.compile traces
     the attributes of a `threading.local`, but no `ContextVar`."""
 
-    routes: Mapping[nn.Module, Route] = {}
+    def __init__(self) -> None:     # in each thread
+        self.routes: Mapping[nn.Module, Route] = {}
 
 
 HERE = _Here()

@@ -117,7 +117,8 @@ def _same(a: object, b: object) -> bool:
 class _Here(threading.local):
     """What the calling thread replays, by block. torch.compile traces the attributes of a `threading.local`, but no `ContextVar`."""
 
-    replays: Mapping[nn.Module, _Replay] = {}
+    def __init__(self) -> None:     # in each thread
+        self.replays: Mapping[nn.Module, _Replay] = {}
 
 
 _HERE = _Here()
