@@ -98,6 +98,14 @@ bool avx512_has_vnni() {
 #endif
 }
 
+bool avx512_has_bf16() {
+#ifdef FEDMS_X86
+  return available(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 Isa detected_isa() {
   Isa best = Isa::portable;
   for (Isa isa : ALL_ISAS)

@@ -155,6 +155,19 @@ def test_an_int8_head_has_its_gradient_from_the_float_weight():
     assert relative(both_ways, exact) > 5 * relative(ours, exact)
 
 
+@pytest.mark.parametrize("n, d, v", [(1, 1, 1), (9, 5, 77), (70, 70, 1999), (3, 33, 4099), (13, 130, 96)])
+def test_the_gradient_of_an_int8_head_is_that_of_its_logits_through_the_float_weight(isa, n, d, v):
+    """Two rounded operands of 8 significant bits, where the CPU multiplies bfloat16 with AVX-512; else float32."""
+    hidden, head, labels = case(n, d, v, None, 0.8, False)
+    head = FrozenHead(head.weight, scale=0.8, dtype="int8")
+    gradient, = torch.autograd.grad(token_log_prob(hidden, head, labels, 6).log_p.sum(), hidden)
+    p = head(hidden).double().softmax(-1)
+    want = 0.8 * (F.one_hot(labels, v).double() - p) @ head.weight.double()
+    terms = 0.8 * (p.square() @ head.weight.double().square()).sqrt()
+    error = (gradient.double() - want).abs()
+    assert (error <= 1e-5 + (2**-7 if isa == "avx512" else 0) * terms).all()
+
+
 def test_an_int8_head_has_the_logits_of_the_int8_product():
     hidden, labels, weight = language_head()
     head = FrozenHead(weight, dtype="int8")

@@ -11,6 +11,7 @@
 
 #include "../lora/operands.h"
 #include "fedms/isa.h"
+#include "rounded_products.h"
 #include "row_kernels.h"
 
 namespace fedms {
@@ -22,6 +23,15 @@ LogitRowKernel row_kernel() {
   if (isa() != Isa::portable) return logit_row_avx2;
 #endif
   return logit_row_portable;
+}
+
+// For the gradient of a quantized head, where the CPU has it; otherwise null, and the products are those of float.
+RoundedProducts rounded_products(const TokenHead& head) {
+#ifdef FEDMS_X86
+  if (head.quantized.packed && isa() == Isa::avx512 && avx512_has_bf16()) return rounded_products_avx512bf16;
+#endif
+  static_cast<void>(head);
+  return nullptr;
 }
 
 // Tokens whose rows of the weight are multiplied at a time: with the columns of a register tile they stay in the L1 cache.
@@ -65,8 +75,11 @@ void add_products(const TokenHead& head, int64_t rows, const float* e, int64_t f
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = column; factor[i] != 1.0f && c < last; ++c) gradient[i * d + c] *= factor[i];
     }
-    std::vector<float> block(rows * TOKENS);  // of e: its rows lie far apart
-    for (int64_t from = 0; from < count && column < last; from += TOKENS) {
+    const RoundedProducts rounded = rounded_products(head);
+    if (rounded && column < last)
+      rounded(rows, count, last - column, e, count, head.weight + first * d + column, d, gradient + column, d);
+    std::vector<float> block(rounded ? 0 : rows * TOKENS);  // of e: its rows lie far apart
+    for (int64_t from = 0; !rounded && from < count && column < last; from += TOKENS) {
       const int64_t some = std::min(TOKENS, count - from);
       for (int64_t i = 0; i < rows; ++i) std::memcpy(&block[i * some], e + i * count + from, some * sizeof(float));
       const std::vector<const float*> weights = weight_rows(head, first + from, some, column);

@@ -3,7 +3,7 @@
 
 namespace fedms {
 
-// avxvnni is AVX2 and AVX-VNNI. avx512 is F, DQ, BW and VL, and VNNI where the CPU has it. dotprod and i8mm are Arm's.
+// avxvnni is AVX2 and AVX-VNNI. avx512 is F, DQ, BW and VL, and VNNI and BF16 where the CPU has them. dotprod and i8mm are Arm's.
 enum class Isa { portable, avx2, avxvnni, avx512, dotprod, i8mm };
 
 // From the slowest to the fastest of a CPU.
@@ -14,6 +14,7 @@ const char* name(Isa isa);
 // Whether this CPU, its operating system and this build have it.
 bool available(Isa isa);
 bool avx512_has_vnni();
+bool avx512_has_bf16();
 
 // The best one that is available.
 Isa detected_isa();
