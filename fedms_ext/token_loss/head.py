@@ -23,7 +23,7 @@ class FrozenHead(nn.Module):
         scale: factor of the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         cap: the soft cap of Gemma 2, above 0; None: no cap.
         dtype: "fp32": the logits come from `weight`; "int8" or "int8_rotated": from a copy in that format (see
-            `QuantizedWeight`), the gradient still from `weight`.
+            `QuantizedWeight`), the gradient still from `weight`, which may be rounded to bfloat16 (see `token_log_prob`).
 
     Raises:
         ValueError: for a weight that is no matrix, a bias of another size, a scale or cap that is not finite and above 0, or

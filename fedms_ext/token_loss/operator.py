@@ -66,7 +66,8 @@ def token_log_prob(hidden: Tensor, head: FrozenHead, labels: Tensor, chunk: int 
     positions.
 
     The gradient of a chunk is computed together with its logits, from the float weight (an int8 product would lose it: see
-    `csrc/include/fedms/token_loss.h`), and multiplied in the backward pass. Any loss that is a function of log_p is therefore
+    `csrc/include/fedms/token_loss.h`), and multiplied in the backward pass. Under an int8 head, a CPU with AVX-512 BF16 rounds
+    the probabilities and the float weight to bfloat16 in that product. Any loss that is a function of log_p is therefore
     differentiated correctly: a mean, weights by position, or `mixture_log_prob` of the outputs of two heads.
 
     Args:
