@@ -127,7 +127,7 @@ class CostModel:
         self._load(depth)
 
         def judge(samples: int) -> None:
-            self.model.opinions_cache.clear()
+            self.model.forget_opinions()
             self.model.opinions("global", Subset(self.longest.repeat(samples)))
         return budget.memory_of(judge)
 

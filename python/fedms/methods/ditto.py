@@ -14,6 +14,7 @@ from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import private_visit, proximal, shared_expert, shared_visit
 from fedms.training.answering import Speaker
+from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 
 
@@ -31,13 +32,13 @@ class Ditto(FedAvg):
         return replace(reply, metrics={**own.metrics, "trained_params": size}), private
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
-        prediction = super().predict(model, part, private, final)
         if not private.has_expert:                          # never visited: no model of its own
-            return prediction
-        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=final.depth,
-                   applied_depth=final.applied_depth)
-        own = model.opinions("local", part)
-        return replace(prediction, personalized=own, local=own)
+            return super().predict(model, part, private, final)
+        shared = shared_expert(model, final, self.config)
+        model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
+        model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
+        ours, own = both_opinions(model, part)
+        return Prediction(own, global_=ours, local=own)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
         if not private.has_expert:

@@ -39,6 +39,7 @@ from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_or
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
+OPINIONS = 32 * 1024**2         # bytes of the opinions that outlast a visit
 
 
 class ExpertModel:
@@ -88,7 +89,9 @@ class ExpertModel:
         self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
         self.ahead: Sequence[int] | None = None             # see `clear`
-        self.opinions_cache: dict[tuple[str, str, str], Tensor] = {}    # of experts on whole parts, in this visit
+        self.opinions_cache: dict[tuple[str, str, str], Tensor]     # of experts on whole parts, in this visit
+        self.opinions_before: ConstantCache                         # the same, of all visits
+        self.forget_opinions()
         self._streams: dict[str, Stream] = {}               # of what is loaded now
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
@@ -225,13 +228,14 @@ class ExpertModel:
         """Read another data set within the context, and yield the subset of all its samples. Their cached values are dropped at the
         end."""
         meter = self.meter
-        kept = self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.ahead
+        kept = self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.opinions_before, self.ahead
         self.dataset, self.cache, meter.paid, meter.asked = dataset, ConstantCache(self.cache.max_bytes), set(), set()
-        self.opinions_cache, self.ahead = {}, None
+        self.ahead = None
+        self.forget_opinions()
         try:
             yield Subset(torch.arange(len(dataset)))
         finally:
-            self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.ahead = kept
+            self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.opinions_before, self.ahead = kept
 
     def targets(self, part: Subset, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return the targets (U, ...) of the rows of a subset."""
@@ -324,11 +328,24 @@ class ExpertModel:
     @torch.no_grad()
     def opinions(self, expert: str, part: Subset) -> Tensor:
         """Return the opinion (U, K) of an expert for a whole subset. It is kept until the expert changes, because a visit
-        validates the same expert several times."""
+        validates the same expert several times.
+
+        The first opinion of a visit is often the last one of the visit before. It is then not computed again, but its operations are
+        counted, as a client's device is not asked to remember it."""
         key = (expert, part.key, self._digest(expert))
         if key not in self.opinions_cache:
-            self.opinions_cache[key] = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows), self.task.columns)
+            with self.stream(expert) as stream:
+                before = self.meter.flops
+                self.opinions_cache[key] = cast(Tensor, self.opinions_before.get(
+                    (*key[1:], stream.prefix_depth),
+                    lambda: self.in_chunks(part, lambda rows: self.opinion(expert, part, rows), self.task.columns)))
+                if self.meter.flops == before:
+                    self.meter.add(stream.live_flops(part))
         return self.opinions_cache[key]
+
+    def forget_opinions(self) -> None:
+        """Drop all opinions that are kept, so that they are computed again."""
+        self.opinions_cache, self.opinions_before = {}, ConstantCache(OPINIONS)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
         """Return `opinions` of an expert that does not change; cached by a hash of its tensors."""

@@ -101,7 +101,7 @@ def test_the_mixture_of_probabilities(folder, weight):
     model.load("local", {**model.read("global"), **model.read_trained("local")}, depth=2, applied_depth=3)   # one prefix
     shared, own = both_opinions(model, part)
     for expert, together in (("global", shared), ("local", own)):
-        model.opinions_cache.clear()
+        model.forget_opinions()
         torch.testing.assert_close(together, model.opinions(expert, part), rtol=1e-4, atol=1e-4)
     weights = torch.tensor([1 - weight, weight]).expand(len(shared), 2)
     both = torch.stack([plain_log_p(model, e, part).exp() for e in ("global", "local")])

@@ -204,18 +204,18 @@ def test_both_streams_run_as_one_batch(tmp_path, monkeypatch, sets, prefixes_agr
     batches = []
     read = Stream.read
     monkeypatch.setattr(Stream, "read", lambda stream, part, rows, *rest: batches.append(len(rows)) or read(stream, part, rows, *rest))
-    model.opinions_cache.clear()        # answers are kept during a visit, and these were just given one by one
+    model.forget_opinions()        # answers are kept during a visit, and these were just given one by one
     together = both_opinions(model, part)
     assert sum(batches) == 2 * len(part) and len(batches) == (1 if prefixes_agree else 2) * len(model.chunks(part))
     for a, b in zip(apart, together):
         assert torch.allclose(a, b, atol=1e-5)
     assert not torch.allclose(*together, atol=1e-2)
     assert all(layer.segments is None for layer in model.layers.values())
-    model.opinions_cache.clear()
+    model.forget_opinions()
     model.meter.flops = 0
     both_opinions(model, part)
     two, model.meter.flops = model.meter.flops, 0
-    model.opinions_cache.clear()
+    model.forget_opinions()
     for expert in ("global", "local"):
         model.opinions(expert, part)
     assert two == model.meter.flops
