@@ -72,6 +72,7 @@ class Visit:
     def __call__(self) -> None:
         if self.first:
             self.model.cache = new_cache(self.model)
+        self.model.forget_opinions()        # the received expert is judged at each visit
         self.model.clear()
         self.method.client_step(self.model, self.client, Private(), self.message)
 

@@ -126,9 +126,10 @@ class ExpertModel:
         return {**self.read("global"), **self.read_gate(), **self.imported}
 
     def start(self) -> None:
-        """Reset the counters at the start of a run."""
+        """Reset the counters, and forget all opinions, at the start of a run."""
         self.meter.restart()
         self.corrections.replace({})
+        self.forget_opinions()
         self.clear()
 
     def clear(self, ahead: Sequence[int] | None = None) -> None:

@@ -35,8 +35,6 @@ def test_what_a_visit_ended_with_is_not_computed_again_by_the_next(sets, federat
     runner = BatchRunner()
     for most in (expert_model.OPINIONS, 0):
         monkeypatch.setattr(expert_model, "OPINIONS", most)
-        if most == 0:
-            runner._tasks.last.model.forget_opinions()
         passes[0] = 0
         for method in METHODS:
             folder = tmp_path / f"{method}-{most}"
