@@ -14,7 +14,7 @@ from fedms_ext import backends
 from fedms_ext.backends.device import ON_GPU, is_capturing
 from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.operators.planned_siblings import GroupPlans
-from fedms_ext.operators.siblings import may_be_joined, sibling_linears
+from fedms_ext.operators.siblings import joined_dtype, sibling_linears
 
 if TYPE_CHECKING:
     from fedms_ext.nn.expert_linear import ExpertLinear
@@ -29,14 +29,15 @@ class _Held:
         outputs: By the index of the layer: its output, and its state when the output was computed. Emptied when x is deleted.
     """
 
-    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, _State]]) -> None:
+    def __init__(self, x: Tensor, dtype: torch.dtype, outputs: dict[int, tuple[Tensor, _State]]) -> None:
         self.outputs = outputs
         self._x, self._version = weakref.ref(x, lambda _: outputs.clear()), x._version
-        self._mode = torch.is_grad_enabled(), x.requires_grad
+        self._mode = torch.is_grad_enabled(), x.requires_grad, dtype
 
-    def take(self, index: int, layer: ExpertLinear, x: Tensor) -> Tensor | None:
+    def take(self, index: int, layer: ExpertLinear, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return the output of a layer and forget it; None if it is not here, or if something has changed since."""
-        same = self._x() is x and self._version == x._version and self._mode == (torch.is_grad_enabled(), x.requires_grad)
+        mode = torch.is_grad_enabled(), x.requires_grad, dtype
+        same = self._x() is x and self._version == x._version and self._mode == mode
         if not same or index not in self.outputs or not self.outputs[index][1].is_still(layer):
             return None
         return self.outputs.pop(index)[0]
@@ -68,10 +69,10 @@ class Siblings:
     """Layers that share their input x. The first one that is called with x computes the outputs of all.
 
     The outputs of the others are held until they are asked for. They are used only for the same x, recognized by its identity and
-    by its counter of changes in place, in the same thread, under the same gradient mode and while the layer's tensors and settings
-    are unchanged. Otherwise a layer is computed anew: so layers that do not share their input are never wrong, only slower. If the
-    first outputs that are computed together are not all asked for, the layers are no siblings, and each is computed by itself from
-    then on.
+    by its counter of changes in place, in the same thread, under the same modes of gradients and of autocast, and while the layer's
+    tensors and settings are unchanged. Otherwise a layer is computed anew: so layers that do not share their input are never wrong,
+    only slower. If the first outputs that are computed together are not all asked for, the layers are no siblings, and each is
+    computed by itself from then on.
 
     Args:
         layers: At least two layers with the same number of input features.
@@ -105,38 +106,41 @@ class Siblings:
     def output(self, layer: ExpertLinear, x: Tensor) -> Tensor | None:
         """Return the output of one of the layers, or None if it has to be computed by itself."""
         on_gpu = getattr(x, ON_GPU)
-        if self.together is False or not (on_gpu or self.on_cpu) or not may_be_joined(x):
+        if self.together is False or not (on_gpu or self.on_cpu):
+            return None
+        dtype = joined_dtype(x)
+        if dtype is None:
             return None
         index = self._numbers.get(id(layer))
         if index is None:   # a copy of the layer
             return None
         held: _Held | None = getattr(self._of_thread, "held", None)
         if held is not None:
-            y = held.take(index, layer, x)
+            y = held.take(index, layer, x, dtype)
             if y is None:
                 self._missed(held)
             elif not held.outputs:
                 self.together, self._of_thread.held = True, None
             if y is not None or self.together is False:
                 return y
-        call = self._call(x) if on_gpu else None
+        call = self._call(x, dtype) if on_gpu else None
         if call in self._apart:
             return None
-        y = self._compute(index, x)
+        y = self._compute(index, x, dtype)
         if y is None and call is not None and not is_capturing(x.device):
             if len(self._apart) >= _MOST_CALLS:
                 self._apart.clear()
             self._apart.add(call)
         return y
 
-    def _call(self, x: Tensor) -> tuple[object, ...]:
+    def _call(self, x: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
         """Return what is cheap to read of what decides whether a call on a GPU is computed one by one.
 
         If something else changes, such as the dropout of an expert, layers that could be computed together stay apart: that is slower,
         but never wrong.
         """
         states = [(layer.training, layer.frozen is None, len(layer.off), len(layer.experts), len(layer.routes)) for layer in self.layers]
-        return x.shape, x.dtype, x.device, x.requires_grad, backends.preference(), *states
+        return x.shape, x.dtype, dtype, x.device, x.requires_grad, backends.preference(), *states
 
     def _missed(self, held: _Held) -> None:
         """Drop the outputs that were held, since they are not those that are asked for."""
@@ -145,7 +149,7 @@ class Siblings:
         if self.together is None and held.outputs and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             self.together = False
 
-    def _compute(self, index: int, x: Tensor) -> Tensor | None:
+    def _compute(self, index: int, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         parts = [part for layer in self.layers if (part := layer.as_sibling(x)) is not None]
         if len(parts) < len(self.layers):
             return None
@@ -162,5 +166,5 @@ class Siblings:
         if ys is None:
             return None
         others = {i: (y, _State(self.layers[i])) for i, y in enumerate(ys) if i != index}
-        self._of_thread.held = _Held(x, others)
+        self._of_thread.held = _Held(x, dtype, others)
         return ys[index]

@@ -212,10 +212,16 @@ def settled_scale(scale: Sequence[float | Tensor] | Tensor) -> Scales | Tensor:
 
 
 def under_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return tensors as torch's linear sees them under autocast: all but float64 in its dtype.
-
-    The first one, x, says which device type's.
-    """
+    """Return tensors as torch's linear sees them: where autocast is on for the device of the first one, x, all but float64 in its dtype."""
     x: Any = tensors[0]
+    if not torch.is_autocast_enabled(x.device.type):
+        return [*tensors]
     dtype = torch.get_autocast_dtype(x.device.type)
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def dtype_under_autocast(x: Tensor) -> torch.dtype:
+    """Return the dtype of what `under_autocast` makes of x, floating."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

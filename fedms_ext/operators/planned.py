@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from .. import backends
 from ..backends import cuda, cuda_plan, device
 from ..backends.base import FLOATING, BackwardCall, ForwardCall, Lora, Needs, Scales, Weight, scale_on
-from .arguments import Quantized
+from .arguments import Quantized, under_autocast
 from .definition import gradients
 from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
 
@@ -102,6 +102,9 @@ def planned_linear(
 ) -> Tensor | None:  # fmt: skip
     """Return y = x W^T + bias + the LoRA branch, or None if the call cannot take this shortcut.
 
+    Under autocast x, W and bias are converted to its dtype, as in torch's linear. A and B are not: the kernels round them as they
+    read them, and their gradients are float32.
+
     Args:
         plans: The plans of the layer.
         x: (..., K).
@@ -114,13 +117,15 @@ def planned_linear(
         dropout_p: Probability that a value of x is dropped in the branch.
         seed: Seed of the dropout mask; see `expert_linear`.
     """
-    if is_observed() or is_autocast_enabled():
+    if is_observed():
         return None
     # The exact type first, here and below: to ask whether something is an instance of Tensor takes 500 instructions.
     if type(weight) is Parameter or isinstance(weight, Tensor):
         quantized, data, data_scale, kind = None, weight, None, FLOATING
     else:
         quantized, (data, data_scale), kind = weight, weight.operands, weight.kind
+    if is_autocast_enabled():
+        x, bias, data = under_autocast(x, bias, data) if quantized is None else (*under_autocast(x), bias, data)
     if gate is not None:
         gate = gate_of_rows(gate, x)
     planned = plans.last

@@ -18,9 +18,9 @@ from .. import backends
 from ..backends import cuda, cuda_plan, device, fastest
 from ..backends.base import FLOATING, ForwardCall, Lora, Scales, Weight, dense_rows, scale_on
 from ..backends.cuda_group import GroupPlan, GroupShape, obstacle
-from .arguments import settled_scale
+from .arguments import settled_scale, under_autocast
 from .definition import gradients
-from .dispatch import is_observed, untransformed_apply
+from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
 from .planned import gate_of_rows
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ class PlannedGroup:
 def planned_siblings(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor] | None:
     """Return y (..., N) of every layer, or None if they have to be computed one by one.
 
+    Under autocast x is converted to its dtype once for all layers, and so are the weights and biases; see `planned_linear`.
+
     Args:
         plans: The plans of the group.
-        x: (..., K), for which `may_be_joined` of the module `siblings` is true.
+        x: (..., K), for which the module `siblings` has a `joined_dtype`.
         layers: At least two layers.
     """
     gates, weights = [layer.gate is None for layer in layers], _weights(layers)
@@ -61,6 +63,10 @@ def planned_siblings(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) ->
         return None
     if any([layer.dropout_p > 0 or not layer.lora_a for layer in layers]):
         return None
+    if is_autocast_enabled():
+        x, *cast = under_autocast(x, *weights, *[layer.bias for layer in layers])
+        weights, biases = cast[: len(layers)], cast[len(layers) :]
+        layers = [layer._replace(weight=weight, bias=bias) for layer, weight, bias in zip(layers, weights, biases)]
     kinds = [(weight.shape, weight.dtype) for weight in weights]
     ranks = [tuple(map(len, layer.lora_a)) for layer in layers]
     key = (x.shape, x.dtype, x.device, x.requires_grad, gates[0], backends.preference(), *kinds, *ranks, *chain(*[layer.scale for layer in layers]))

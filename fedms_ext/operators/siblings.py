@@ -18,7 +18,7 @@ from .. import _C, backends
 from ..backends import cuda
 from ..backends.device import ON_GPU
 from ..quantization.formats import EIGHT_BITS
-from .arguments import Quantized, settled_scale
+from .arguments import Quantized, dtype_under_autocast, settled_scale
 from .definition import gradients
 from .dispatch import is_autocast_enabled, is_observed, untransformed_apply
 from .planned_siblings import GroupPlans, planned_siblings
@@ -53,18 +53,22 @@ class Sibling(NamedTuple):
     seed: int
 
 
-def may_be_joined(x: Tensor) -> bool:
-    """Return whether layers of x can be computed together, as far as x and the surroundings of the call tell.
+def joined_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which layers of x are computed together, or None if they are not, as far as x and the surroundings tell.
 
     x must be a plain tensor whose changes in place are counted, which those of inference mode are not: on the CPU one with at least
-    `FEWEST_VALUES` values; on a GPU one of bf16 or fp16 while gradients are recorded, since without them little is gained, and Python
-    takes longer for a group than for its layers. No compiler, transform, profiler or autocast may be at work.
+    `FEWEST_VALUES` values and without autocast; on a GPU one that is bf16 or fp16, or that autocast makes so, while gradients are
+    recorded, since without them little is gained, and Python takes longer for a group than for its layers. No compiler, transform or
+    profiler may be at work.
     """
-    if type(x) is not Tensor or x.is_inference() or is_observed() or is_autocast_enabled():
-        return False
+    if type(x) is not Tensor or x.is_inference() or is_observed():
+        return None
     if getattr(x, ON_GPU):
-        return x.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and cuda.unavailable() is None
-    return x.numel() >= FEWEST_VALUES and backends.cpu_is_chosen()
+        dtype = dtype_under_autocast(x) if is_autocast_enabled() else x.dtype
+        is_taken = dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and cuda.unavailable() is None
+    else:
+        dtype, is_taken = x.dtype, x.numel() >= FEWEST_VALUES and not is_autocast_enabled() and backends.cpu_is_chosen()
+    return dtype if is_taken else None
 
 
 def sibling_linears(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) -> Sequence[Tensor] | None:
@@ -76,7 +80,7 @@ def sibling_linears(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) -> 
 
     Args:
         plans: What the CUDA kernels keep for the group.
-        x: (..., K), for which `may_be_joined` is true.
+        x: (..., K), for which there is a `joined_dtype`.
         layers: At least one layer.
     """
     if getattr(x, ON_GPU):

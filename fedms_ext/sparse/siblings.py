@@ -22,7 +22,10 @@ def group(layers: Sequence[ExpertLinear], *, on_cpu: bool = True) -> Siblings:
     were measured to be faster than one by one, at the first call of a shape. There must be no dropout, and at most 64 ranks in all,
     where those of a layer count up to a multiple of 16. The outputs may differ from those of a layer by itself in their rounding.
 
-    In all other cases (other weights, few rows on a CPU, torch.compile, autocast, inference mode, profiling, segments, hooks that
+    Under autocast on a GPU x is converted to its dtype once for all layers, and each weight by itself; the outputs and gradients have
+    the dtypes that they have one by one, and A and B are not converted, so their gradients are not rounded to 16 bits.
+
+    In all other cases (other weights, few rows or autocast on a CPU, torch.compile, inference mode, profiling, segments, hooks that
     run before a layer, or dropout or a gate in some of the layers only) each layer is computed by itself.
 
     A layer that is called with another tensor than its siblings, or after x was changed in place, is computed for its own input.

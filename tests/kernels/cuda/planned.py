@@ -106,6 +106,21 @@ def test_a_layer_takes_the_short_way_and_is_right(short_way, dtype, rows, k, n, 
     assert all(g.dtype == torch.float32 for g in first[2:])
 
 
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_converts_x_and_the_weight(short_way, dtype, of_x):
+    """The bits are those of a layer and an input that have autocast's dtype; A and B are float32 in both."""
+    layer, x = layer_of(72, 40, [3, 5], torch.float32), torch.randn(2, 33, 72).to(of_x)
+    typed, dy = copy.deepcopy(layer), torch.randn(2, 33, 40).to(dtype)
+    for parameter in typed.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    want = gradients(typed, x.to(dtype), dy)
+    with torch.autocast(DEVICE, dtype):
+        got = gradients(layer, x, dy)
+    assert [t.dtype for t in got] == [dtype, of_x] + [torch.float32] * 4
+    assert all(torch.equal(g, w.to(g.dtype)) for g, w in zip(got, want, strict=True))
+
+
 @pytest.fixture
 def overlapped(short_way, monkeypatch):
     """Shrinks overlap the GEMMs, and dA and dB are made in strips."""

@@ -3,6 +3,7 @@ it runs numerics.py."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 
@@ -12,6 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fedms_ext
+from fedms import data, models
+from fedms.config import load_config
+from fedms.data.subset import Subset
+from fedms.training.expert_model import ExpertModel
+from fedms.training.losses import own_loss_of
 from fedms_ext import ExpertLinear, LoRA, group, reference
 from fedms_ext.backends import cuda_group, cuda_plan, device
 from fedms_ext.operators import planned_siblings
@@ -52,6 +58,13 @@ def passes(monkeypatch):
             found.append(name), first(self, *args), setattr(self, name, lambda *args: getattr(self, f"_first_{name}")(*args))
         ) and None)
     return found
+
+
+def launches():
+    """How many kernels the emulator has launched."""
+    counter = ctypes.CDLL(os.environ["FEDMS_CUDA_EMULATED"]).fedms_launches
+    counter.restype = ctypes.c_int64
+    return counter()
 
 
 def layers_of(k, ns, ranks, dtype=BF16, dropout=0.0):
@@ -150,17 +163,103 @@ def test_every_tile(passes, monkeypatch, tile):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the emulator counts")
-@pytest.mark.parametrize("needs, launches", [(True, 3 + 3), (False, 3 + 2)])
-def test_few_launches(needs, launches):
-    counter = ctypes.CDLL(os.environ["FEDMS_CUDA_EMULATED"]).fedms_launches
-    counter.restype = ctypes.c_int64
-    layers, x = layers_of(72, (136, 40, 40), [(8,)] * 3), input_of(20, 72, needs=needs)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("needs, wanted_launches", [(True, 3 + 3), (False, 3 + 2)])
+def test_few_launches(needs, wanted_launches, autocast):
+    dtype = torch.float32 if autocast else BF16
+    layers, x = layers_of(72, (136, 40, 40), [(8,)] * 3, dtype), input_of(20, 72, dtype=dtype, needs=needs)
     group(layers)
-    dys = dys_of(layers, x)
-    results(layers, x, dys)
-    before = counter()
-    results(layers, x, dys)
-    assert counter() - before == launches  # experts side by side, every S, every y; every dS, dx, all of dA and dB
+    dys = [dy.bfloat16() for dy in dys_of(layers, x)]
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        results(layers, x, dys)
+        before = launches()
+        results(layers, x, dys)
+    assert launches() - before == wanted_launches  # experts side by side, every S, every y; every dS, dx, all of dA and dB
+
+
+def rounded(layers, x, dtype):
+    """Copies of layers and an input whose x, W and bias are what autocast makes of them; A and B stay float32."""
+    layers = copy.deepcopy(layers)
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+    return layers, x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("of_x", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_autocast(passes, dtype, of_x, gated):
+    """x is converted once; all else is as if x, the weights and the biases had autocast's dtype from the start."""
+    layers = layers_of(72, (136, 40, 40), [(5, 3)] * 3, torch.float32)
+    x, gate = input_of(2, 33, 72, dtype=of_x), torch.rand(2, 2, requires_grad=True) if gated else None
+    dys = [dy.to(dtype) for dy in dys_of(layers, x)]
+    typed, half = rounded(layers, x, dtype)
+    with torch.autocast(DEVICE, dtype):
+        apart = results(layers, x, dys, gate)
+        assert not passes
+        siblings = group(layers)
+        got = results(layers, x, dys, gate)
+    assert passes == ["forward", "backward"] and siblings.together
+    assert [t.dtype for t in got] == [t.dtype for t in apart] == [dtype] * 3 + [of_x] + [torch.float32] * (len(got) - 4)
+    want = wanted(typed, half, dys, None if gate is None else gate[:, None].expand(2, 33, 2).detach().requires_grad_())
+    if gated:
+        want[4] = want[4].sum(1)
+    compare(got, want, dtype)
+    compare(apart, want, dtype)
+    group(typed)
+    for found, same in zip(got, results(typed, half, dys, gate), strict=True):
+        assert torch.equal(found, same.to(found.dtype))
+
+
+def test_what_is_held_is_not_used_outside_of_autocast(passes):
+    layers, x = layers_of(72, (40, 24), [(8,), (8,)]), input_of(34, 72)
+    group(layers)
+    with torch.autocast(DEVICE, FP16):
+        first = layers[0](x)
+    second = layers[1](x)
+    assert (first.dtype, second.dtype) == (FP16, BF16) and passes == ["forward"]
+    compare([second.detach()], wanted(layers[1:], x, [second.detach()])[:1], BF16)
+
+
+def test_float64_is_left_alone_by_autocast(passes):
+    layers, x = layers_of(72, (40, 24), [(8,), (8,)], torch.float64), input_of(34, 72, dtype=torch.float64)
+    group(layers)
+    with torch.autocast(DEVICE, BF16), fedms_ext.use_backend("eager"):
+        check(layers, x)
+    assert not passes
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulator counts")
+def test_a_clients_step_in_bf16_joins_its_siblings(passes):
+    """A step as `fedms run` takes it, under autocast: the query, key and value of both trained blocks are joined."""
+    config = load_config("digits", [
+        "data.max_samples=24", 'model.targets=["q_proj","k_proj","v_proj"]', "clients.count=1", "clients.unseen=0", "lora.rank=4",
+        "run.threads=1", "run.device=cpu", "run.dtype=bf16",
+    ])  # fmt: skip
+    foundation = models.load(config.model)
+    model = ExpertModel(foundation, data.load(config.data, foundation), config)
+    tensors = {name: torch.randn(t.shape) / 4 if name.endswith("lora_b") else t for name, t in model.initial(0).items()}
+    model.load("global", tensors, depth=2, applied_depth=2)
+    loss = own_loss_of(model, "global")(Subset(torch.arange(8)))
+    batch = loss.read(torch.arange(8))
+    grouped, found = {layer: layer.siblings for layer in model.layers.values()}, []
+    for siblings in (True, False):
+        for layer, own in grouped.items():
+            layer.siblings = own if siblings else None
+        for _ in range(2):
+            before = launches()
+            y = loss.compute(*batch)
+            found.append([y.detach(), *torch.autograd.grad(y, loss.params)])
+        found[-1].append(launches() - before)
+        if siblings:
+            assert passes == ["forward", "forward", "backward", "backward"] * 2
+    together, apart = found[1], found[3]
+    # The lower block needs no gradient of x. One by one: three launches forward, five backward, or four without dx.
+    assert (together.pop(), apart.pop()) == (2 * (3 + 3) - 1, 3 * (2 * (3 + 5) - 1))
+    for got, want in zip(together, apart, strict=True):
+        assert error(got, want) < 0.02
+    assert len(passes) == 8
 
 
 @pytest.mark.parametrize("of_gate", [(6, 2), (1, 2), (6, 5, 2)], ids=str)
