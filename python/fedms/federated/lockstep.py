@@ -8,35 +8,21 @@ clients share the frozen products and the launches of kernels. One that has no b
 """
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedms.config import Stage
-from fedms.federated.client import (Client, ClientFailure, Group, Message, Private, Reply, Visit, batches_of, diverged,
-                                    load_moments, memory_errors, moments_of, outcome_of, train)
-from fedms.seeds import generator
-from fedms.tensors import Tensors
+from fedms.federated.client import Client, ClientFailure, Message, Private, Reply, Visit, memory_errors, outcome_of
+from fedms.federated.local_training import Group, Steps, Trained, Trainee, train
 from fedms.training.device import peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
 from fedms.training.losses import Proximal, own_loss_of
 from fedms.training.seats import Seat, SideBySide
-
-
-class Trained(NamedTuple):
-    """What a training has come to: the mean loss, the optimizer's state (empty if it is not kept), and the number of trained
-    parameters. The trained values are in the model."""
-
-    loss: float
-    moments: Tensors
-    size: int
 
 
 @dataclass(frozen=True)
@@ -71,10 +57,9 @@ class Training:
             ClientFailure: See `train`.
         """
         params, own = model.trainable(self.expert), own_loss_of(model, self.expert)
-        loss, moments = train(model, client, self.message, private, [Group(self.named(params), self.lr)],
-                              own if self.penalty is None else lambda part: self.penalty.added_to(own(part), params),
-                              epochs=self.epochs, after_epoch=self.after_epoch)
-        return Trained(loss, moments, sum(p.numel() for p in params.values()))
+        return train(model, client, self.message, private, [Group(self.named(params), self.lr)],
+                     own if self.penalty is None else lambda part: self.penalty.added_to(own(part), params),
+                     epochs=self.epochs, after_epoch=self.after_epoch)
 
 
 Visiting = Generator[Training, Trained, tuple[Reply, Private]]
@@ -147,6 +132,19 @@ class Turn:
             except ClientFailure as failure:
                 self.training, self._end = None, failure
 
+    def trainee(self, model: ExpertModel) -> Trainee:
+        """Return the client as one in the training that the visit waits for."""
+        training = self.training
+
+        def after_epoch() -> None:
+            with self.charged(model):
+                self.seat.load(model)
+                training.after_epoch()
+
+        group = Group(training.named(self.seat.params), training.lr)
+        return Trainee(model, self.client, training.message, self.private, [group], epochs=training.epochs,
+                       after_epoch=after_epoch if training.after_epoch else None)
+
     def step(self, *_: object) -> tuple[Reply, Private]:
         """Return what the visit has come to, as a `ClientStep` of its client does.
 
@@ -205,7 +203,7 @@ def _train_together(model: ExpertModel, turns: Sequence[Turn]) -> list[Trained |
     try:
         with memory_errors():
             turns[0].seat.load(model)
-            return _Lockstep(model, turns).run()
+            return Steps(model, [turn.trainee(model) for turn in turns], _SharedPass(model, turns)).run()
     except ClientFailure as failure:
         return [ClientFailure(f"{failure}; or a smaller run.lockstep, as {len(turns)} clients were trained together")] * len(turns)
     finally:
@@ -215,113 +213,31 @@ def _train_together(model: ExpertModel, turns: Sequence[Turn]) -> list[Trained |
             turn.seconds += (time.perf_counter() - started - sum(own)) / len(turns)
 
 
-class _Trainee:
-    """A client that is trained together with others: its parameters, its batches, and what it has done so far."""
-
-    def __init__(self, number: int, model: ExpertModel, turn: Turn, settings: Stage) -> None:
-        client, training = turn.client, turn.training
-        self.number, self.turn, self.training = number, turn, training
-        self.named = training.named(turn.seat.params)
-        self.part, self.rows = client.train, torch.arange(len(client.train))
-        self._batches = batches_of(model, self.part, self.rows, settings,
-                                   generator(client.seed(training.message, "shuffle")), training.epochs)
-        self.total, self.seen, self.done = 0.0, 0, 0
-        self.batch = torch.empty(0, dtype=torch.int64)
-        self.loss = 0.0         # of the batch
-        self.end: Trained | ClientFailure | None = None
-
-    def next(self) -> bool:
-        """Take the next batch; return whether there is one."""
-        batch = None if self.end is not None else next(self._batches, None)
-        if batch is not None:
-            self.batch, self.loss = batch, 0.0
-        return batch is not None
-
-    @property
-    def after_epoch(self) -> Callable[[], None] | None:
-        """What to call before the next step, if an epoch has just ended."""
-        return self.training.after_epoch if self.done and self.done % len(self.rows) == 0 else None
-
-
-class _Lockstep:
-    """The training of clients whose seats have the same layout; the loop of `train` for all of them at once."""
+class _SharedPass:
+    """Computes the gradients of clients whose seats have the same layout, all in one pass; see `Steps`."""
 
     def __init__(self, model: ExpertModel, turns: Sequence[Turn]) -> None:
-        self.model, self.config = model, turns[0].client.config
-        self.stage = turns[0].training.message.stage
-        self.settings = getattr(self.config, self.stage)
+        self.model, self.turns = model, turns
         self.clients = SideBySide(model, [turn.seat for turn in turns])
-        self.trainees = [_Trainee(number, model, turn, self.settings) for number, turn in enumerate(turns)]
-        params = [p for trainee in self.trainees for p in trainee.named.values()]
-        # One fused call for the parameters of all clients. Those of a client that has no gradient stay as they are.
-        self.optimizer = torch.optim.AdamW(params, lr=turns[0].training.lr, weight_decay=self.settings.weight_decay, fused=True)
-        self.keeps = self.config.clients.optimizer == "kept"
-        if self.keeps:
-            for trainee, turn in zip(self.trainees, turns):
-                load_moments(self.optimizer, trainee.named, turn.private.tensors, self.stage)
 
-    def run(self) -> list[Trained | ClientFailure]:
-        """Train until no client has a batch left."""
-        running = self.trainees
-        while running := [trainee for trainee in running if self._has_next(trainee)]:
-            self._step(running)
-        return [trainee.end or self._finished(trainee) for trainee in self.trainees]
+    def __call__(self, running: Mapping[int, Trainee], _: torch.amp.GradScaler) -> None:
+        batches = [trainee.batch.split(trainee.micro_batch) for trainee in running.values()]
+        for pieces in zip_longest(*batches):
+            self._accumulate(running, {number: rows for number, rows in zip(running, pieces) if rows is not None})
 
-    def _has_next(self, trainee: _Trainee) -> bool:
-        after_epoch = trainee.after_epoch
-        if not trainee.next():
-            return False
-        if after_epoch is not None:
-            self._score(trainee, after_epoch)
-        return True
-
-    def _score(self, trainee: _Trainee, after_epoch: Callable[[], None]) -> None:
-        with trainee.turn.charged(self.model):
-            trainee.turn.seat.load(self.model)
-            after_epoch()
-
-    def _step(self, running: Sequence[_Trainee]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        micro_batch = self.settings.micro_batch or self.settings.batch
-        for pieces in zip_longest(*(trainee.batch.split(micro_batch) for trainee in running)):
-            self._accumulate([(trainee, rows) for trainee, rows in zip(running, pieces) if rows is not None])
-        norms = torch.stack([torch.nn.utils.clip_grad_norm_(list(trainee.named.values()), self.settings.clip or float("inf"))
-                             for trainee in running]).tolist()
-        for trainee, norm in zip(running, norms):
-            self._judge(trainee, norm)
-        self.optimizer.step()
-
-    def _accumulate(self, pieces: Sequence[tuple[_Trainee, Tensor]]) -> None:
+    def _accumulate(self, running: Mapping[int, Trainee], pieces: Mapping[int, Tensor]) -> None:
         """Add the gradients of a micro-batch of each client. The sum of the losses gives each client's parameters the gradient
         of its own."""
-        model = self.model
-        losses = self.clients.losses({trainee.number: rows for trainee, rows in pieces})
-        for number, (trainee, rows) in enumerate(pieces):
-            penalty = trainee.training.penalty
-            if penalty is not None:
-                losses[number] = losses[number] + penalty.of(trainee.turn.seat.params, penalty.anchors)
-            losses[number] = losses[number] * (model.count_units(trainee.part, rows) / model.count_units(trainee.part, trainee.batch))
+        model, losses = self.model, []
+        for (number, rows), loss in zip(pieces.items(), self.clients.losses(pieces)):
+            turn, trainee = self.turns[number], running[number]
+            if (penalty := turn.training.penalty) is not None:
+                loss = loss + penalty.of(turn.seat.params, penalty.anchors)
+            losses.append(loss * (model.count_units(trainee.part, rows) / model.count_units(trainee.part, trainee.batch)))
             before = model.meter.flops
-            trainee.turn.seat.charge(rows)
-            trainee.turn.flops += model.meter.flops - before
+            turn.seat.charge(rows)
+            turn.flops += model.meter.flops - before
         together = torch.stack(losses)
         together.sum().backward()
-        for (trainee, _), loss in zip(pieces, together.detach().tolist()):
-            trainee.loss += loss
-
-    def _judge(self, trainee: _Trainee, norm: float) -> None:
-        """Count a client's step, or take the client out if it diverges."""
-        if not (math.isfinite(trainee.loss) and math.isfinite(norm)):
-            trainee.end = diverged(self.stage, trainee.loss, norm, trainee.done)
-            for p in trainee.named.values():
-                p.grad = None
-            return
-        units = self.model.count_units(trainee.part, trainee.batch)
-        trainee.total, trainee.seen = trainee.total + trainee.loss * units, trainee.seen + units
-        trainee.done += len(trainee.batch)
-
-    def _finished(self, trainee: _Trainee) -> Trained:
-        if trainee.training.after_epoch is not None:
-            self._score(trainee, trainee.training.after_epoch)
-        moments = moments_of(self.optimizer, trainee.named, self.stage) if self.keeps else {}
-        return Trained(trainee.total / max(trainee.seen, 1), moments, sum(p.numel() for p in trainee.named.values()))
+        for number, loss in zip(pieces, together.detach()):
+            running[number].losses.append(loss)

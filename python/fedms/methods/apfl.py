@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Message, Private, Reply, train
+from fedms.federated.client import Client, Message, Private, Reply
+from fedms.federated.local_training import Group, train
 from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
@@ -65,10 +66,10 @@ class APFL(FedAvg):
             return model.task.score(mixed, model.targets(client.validation))
 
         best = BestEpoch(model, client, judge(), judge, lambda: {ALPHA: alpha.detach().to("cpu", copy=True)})
-        mean, moments = train(model, client, message, private, [
+        mean, moments, size = train(model, client, message, private, [
             Group({f"local/{name}": p for name, p in params.items()}, private_lr_of(client, message)),
             Group({ALPHA: alpha}, self.settings.lr)], loss_on, after_epoch=best.after_epoch)
-        reply = make_reply(client, {}, None, best.score, loss=mean, trained_params=sum(p.numel() for p in params.values()) + 1)
+        reply = make_reply(client, {}, None, best.score, loss=mean, trained_params=size)
         return reply, Private({**private.tensors, **best.kept, **best.further, **moments})
 
     def _alpha(self, private: Private) -> Tensor:

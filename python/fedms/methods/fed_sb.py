@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
+from fedms.federated.client import Client, Message, Private, Reply, validate
+from fedms.federated.local_training import Group, train
 from fedms.federated.method import BroadcastPolicy, Prediction
 from fedms.methods.fedavg import FedAvg
 from fedms.methods.steps import lr_of, make_reply
@@ -67,12 +68,11 @@ class FedSB(FedAvg):
                 return of_products(rows)
             return loss
         try:
-            mean, moments = train(model, client, message, private, [Group(trained, lr_of(client, message))], loss_on)
+            mean, moments, size = train(model, client, message, private, [Group(trained, lr_of(client, message))], loss_on)
         finally:
             for core in cores.values():
                 core.close()
         sent = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
-        size = sum(p.numel() for p in trained.values())
         return (make_reply(client, sent, received.accuracy, received, loss=mean, trained_params=size),
                 Private({**private.tensors, **moments}))
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Message, Private, train, validate
+from fedms.federated.client import Client, Message, Private, validate
+from fedms.federated.local_training import Group, train
 from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Prediction
 from fedms.methods.fedavg_prior import log_prior
@@ -136,12 +137,12 @@ class FedMSPlus(FedMS):
         """Train the local expert, keep the best one, and then train the gate on samples that the expert has not seen."""
         rows, part, gate_rows = self._split(client)
         best = BestEpoch(model, client, validate(model, client, "local"))
-        loss, moments = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows,
-                              after_epoch=best.after_epoch)
+        loss, moments, _ = train(model, client, message, private, [expert], mixture.joint_loss(model), rows=rows,
+                                 after_epoch=best.after_epoch)
         best.load(message)
         if len(gate_rows):
-            _, gate_moments = train(model, client, message, private, self._gate_groups(gate), mixture.gate_loss(model), part,
-                                    gate_rows, self.settings.gate_epochs)
+            _, gate_moments, _ = train(model, client, message, private, self._gate_groups(gate), mixture.gate_loss(model), part,
+                                       gate_rows, self.settings.gate_epochs)
             moments = {**moments, **gate_moments}
         return Fitted(loss, best.kept, moments)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedms.config import RunConfig
 from fedms.data.subset import Subset
-from fedms.federated.client import Client, Group, Message, Private, Reply, train, validate
+from fedms.federated.client import Client, Message, Private, Reply, validate
+from fedms.federated.local_training import Group, train
 from fedms.federated.method import Prediction
 from fedms.methods.steps import BestEpoch, make_reply, private_lr_of, shared_expert
 from fedms.tasks import Score
@@ -264,7 +265,7 @@ def train_together(mixture: Mixture, model: ExpertModel, client: Client, private
     received, _ = mixture.validate(model, client)
     best = BestEpoch(model, client, received, lambda: mixture.validate(model, client)[0],
                      model.read_gate if mixture.trains_gate else dict)
-    loss, moments = train(model, client, message, private, [expert, gate], mixture.joint_loss(model), after_epoch=best.after_epoch)
+    loss, moments, _ = train(model, client, message, private, [expert, gate], mixture.joint_loss(model), after_epoch=best.after_epoch)
     best.load(message)
     if mixture.trains_gate:
         model.load_gate(best.further)

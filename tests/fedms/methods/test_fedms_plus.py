@@ -9,7 +9,7 @@ import torch
 
 from fedms import methods
 from fedms.config import load_config
-from fedms.federated.client import Group
+from fedms.federated.local_training import Group
 from fedms.federated.method import BroadcastPolicy
 from fedms.methods.fedavg_prior import log_prior
 from fedms.runs import run

@@ -12,7 +12,7 @@ from fake_device import CPU, CUDA, DeviceMismatch, FakeCuda
 
 from fedms import data, methods, models
 from fedms.config import load_config, registry
-from fedms.federated import client as client_side
+from fedms.federated import local_training
 from fedms.federated.client import Client, Private, visit
 from fedms.federated.evaluation import evaluate_client
 from fedms.federated.server import Collected, Server
@@ -85,8 +85,8 @@ MUTANTS = [
     (expert_model.ExpertModel, "_no_shifts", ", device=self.device", "", "fedavg"),
     (expert_model.ExpertModel, "in_chunks", ", device=self.device", "", "fedavg"),
     (expert_model, "_copies", '.to("cpu", copy=True)', ".clone()", "fedavg"),
-    (client_side, "moments_of", '.to("cpu", copy=True)', ".clone()", "fedavg"),
-    (client_side, "load_moments", ".to(p.device, copy=True)", ".clone()", "fedavg"),
+    (local_training, "moments_of", '.to("cpu", copy=True)', ".clone()", "fedavg"),
+    (local_training, "load_moments", ".to(p.device, copy=True)", ".clone()", "fedavg"),
     (APFL, "_train_own", ".to(model.device)", ".clone()", "apfl"),
     (FedMSPlus, "_shift", ".to(model.device)", ".clone()", "fedms_plus"),
     (surgery, "reset_expert", "device=generator.device", "device=a.device", "fedavg"),

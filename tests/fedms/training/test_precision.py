@@ -10,7 +10,8 @@ from fedms import data, models
 from fedms.config import load_config
 from fedms.data import ClientSplit
 from fedms.data.subset import Subset
-from fedms.federated.client import FIRST_SCALE, MOST_SKIPPED, Client, ClientFailure, Group, Message, Private, train
+from fedms.federated.client import Client, ClientFailure, Message, Private
+from fedms.federated.local_training import FIRST_SCALE, MOST_SKIPPED, Group, train
 from fedms.training.expert_model import ExpertModel
 
 SETS = ["data.max_samples=40", 'model.targets=["fc1"]', "clients.count=1", "clients.unseen=0", "lora.rank=2", "stage1.batch=4",
@@ -60,7 +61,7 @@ class Trained:
         self.p, self.scales = torch.nn.Parameter(torch.zeros(1)), []
         self.p.register_hook(lambda gradient: self.scales.append(float(gradient)))
         message = Message("stage1", 1, (0,), 1, 1, {})
-        self.loss, _ = train(model, client, message, Private(), [Group({"p": self.p}, 0.5)], lambda _: lambda rows: loss_of(self))
+        self.loss, *_ = train(model, client, message, Private(), [Group({"p": self.p}, 0.5)], lambda _: lambda rows: loss_of(self))
 
 
 def test_gradients_of_fp16_are_scaled_up_and_the_step_is_the_same():

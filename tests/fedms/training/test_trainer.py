@@ -15,7 +15,8 @@ from fedms.data import TextInputs
 from fedms.data.subset import Subset
 from fedms.engines.local import LocalEngine
 from fedms.federated import encoding
-from fedms.federated.client import Client, ClientFailure, Private, accumulate, train
+from fedms.federated.client import Client, ClientFailure, Private
+from fedms.federated.local_training import Group, accumulate, clip_each, train
 from fedms.federated.devices import Device, device_of
 from fedms.federated.server import AllClientsFailed, Server
 from fedms.progress import Progress
@@ -462,7 +463,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path):
     params, loss_of = model.trainable("global"), own_loss_of(model, "global")(client.train)
     found = []
     for micro_batch in (13, 5, 1):
-        loss = accumulate(loss_of, torch.arange(13), micro_batch)
+        loss = float(sum(accumulate(loss_of, torch.arange(13), micro_batch)))
         found.append((loss, torch.cat([p.grad.flatten() for p in params.values()])))
         for p in params.values():
             p.grad = None
@@ -471,11 +472,29 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path):
         assert float((gradient - found[0][1]).norm() / found[0][1].norm()) < 1e-5
 
 
+@pytest.mark.parametrize("most", [0.5, float("inf")])
+def test_gradients_of_each_client_are_clipped_as_by_pytorch(most):
+    draw = torch.Generator().manual_seed(3)
+    clients = [[torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 33), (5,), (3, 2))] for _ in range(3)]
+    for client, size in zip(clients, (0.001, 1.0, float("inf"))):
+        for p in client[:-1]:       # the last one has no gradient
+            p.grad = torch.randn(p.shape, generator=draw) * size
+    alone = [[torch.nn.Parameter(p.detach().clone()) for p in client] for client in clients]
+    for client, other in zip(clients, alone):
+        for p, q in zip(client, other):
+            q.grad = None if p.grad is None else p.grad.clone()
+    norms = clip_each(clients, most)
+    for client, other, norm in zip(clients, alone, norms):
+        assert equal({"norm": norm}, {"norm": torch.nn.utils.clip_grad_norm_(other, most)})
+        for p, q in zip(client[:-1], other):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, equal_nan=True)
+    assert all(client[-1].grad is None for client in clients)
+
+
 def test_training_refuses_infinite_gradients(tmp_path):
     session = Session(config(), tmp_path)
     message = session.server.message(session.server.start(session.model.initial(0)))
     p = torch.nn.Parameter(torch.zeros(1))
-    from fedms.federated.client import Group
     with pytest.raises(ClientFailure, match="gradient norm inf"):
         train(session.model, session.clients[0], message, Private(), [Group({"p": p}, 1.0)],
               lambda _: lambda rows: p.sqrt().sum())
