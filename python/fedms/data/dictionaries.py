@@ -15,13 +15,13 @@ length, the numbers in base 64.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import random
 import re
 import tempfile
 import zlib
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 
 from fedms.errors import DataError
@@ -77,8 +77,9 @@ def read(path: str | None, max_samples: int | None, seed: int) -> tuple[list[Exc
     return exchanges, owners
 
 
-def _some(found: list[tuple[str, str]], name: str, wanted: int) -> Iterator[Exchange]:
-    for word, body in found:
+def _some(found: list[bytes], name: str, wanted: int) -> Iterator[Exchange]:
+    for entry in found:
+        word, body = _split(name, entry.decode("utf-8", "replace"))
         answer = clean(name, body)
         if len(answer) > LONGEST:
             answer = answer[:LONGEST].rpartition(". ")[0] + "."
@@ -89,8 +90,8 @@ def _some(found: list[tuple[str, str]], name: str, wanted: int) -> Iterator[Exch
                 return
 
 
-def entries(folder: Path, name: str) -> list[tuple[str, str]]:
-    """Return (headword, definition) pairs in the order of the index. A definition that two headwords share occurs once.
+def entries(folder: Path, name: str) -> list[bytes]:
+    """Return the entries, headword and definition, in the order of the index. One that two headwords share occurs once.
 
     Raises:
         DataError: If the files are not in the DICT format.
@@ -101,7 +102,7 @@ def entries(folder: Path, name: str) -> list[tuple[str, str]]:
         lines = index.read_text(encoding="utf-8", errors="replace").splitlines()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{folder / name}: cannot be read as a dictionary ({error}); replace both files by whole copies") from error
-    found: dict[int, tuple[str, str]] = {}
+    found: dict[int, bytes] = {}
     for number, line in enumerate(lines, start=1):
         word, *place = line.split("\t")[:3]
         if word.startswith("00"):       # about the dictionary itself
@@ -113,14 +114,15 @@ def entries(folder: Path, name: str) -> list[tuple[str, str]]:
         if start + size > len(text):
             raise DataError(f"{index}, line {number}: ends at byte {start + size} of {definitions.name}, which has {len(text)}")
         if start not in found:
-            found[start] = _split(name, text[start:start + size].decode("utf-8", "replace"))
+            found[start] = text[start:start + size]
     return list(found.values())
 
 
 def _number(text: str) -> int:
-    if not text:
-        raise ValueError("empty")
-    return reduce(lambda value, digit: value * 64 + DIGITS.index(digit), text, 0)
+    if not text or "=" in text:
+        raise ValueError(f"no number of the digits {DIGITS}")
+    whole = text.rjust(-(-len(text) // 4) * 4, DIGITS[0])      # what base64 reads: three bytes of four digits
+    return int.from_bytes(base64.b64decode(whole, validate=True), "big")
 
 
 def _split(name: str, entry: str) -> tuple[str, str]:

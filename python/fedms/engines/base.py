@@ -80,7 +80,7 @@ class Engine(ABC):
         self.visited = 0                                 # clients of the round under way that have been visited
         self.sent = {"bytes_up": 0, "bytes_down": 0}     # in the round under way
         self.slowest: float | None = None                # simulated seconds of its slowest client
-        self.elsewhere: float | None = None              # seconds of visits that other runs made; None if there is nothing to share
+        self.elsewhere: float | None = None              # seconds that passed in other runs, see `Visit`
         self.started = time.perf_counter()
         self.seconds_before = 0.0                        # spent on the run by processes before this one
         self.private_rounds: PrivateRounds | None = None

@@ -183,8 +183,8 @@ class Visit:
         flops: Floating-point operations of the visit.
         seconds: Its duration.
         peak_memory_bytes: The most memory in use during it.
-        elsewhere: How much of its duration is that of a part that another run has made; None if it has no part that runs can
-            share.
+        elsewhere: How much of its duration did not pass in this run, as another one has made a part of it; None if it has no part
+            that runs can share.
     """
 
     reply: Reply | None

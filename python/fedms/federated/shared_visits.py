@@ -80,7 +80,8 @@ class SharedVisits:
             brought: Tensors of the global expert at the client, see `shared_expert`.
             load: Loads the expert into the model, with the given tensors in the place of those that the client begins with.
         """
-        key, meter = _key(model, client, message, brought), model.meter
+        began, meter = time.perf_counter(), model.meter
+        key = _key(model, client, message, brought)
         with self.cache.alone(key):
             kept = self.cache.find(key)
             made = None if kept is None else _read(kept)
@@ -89,10 +90,10 @@ class SharedVisits:
                 load(reply.tensors)
                 meter.add(costs["flops"])
                 meter.paid |= set(costs["paid"])
-                meter.elsewhere = Elsewhere(costs["seconds"], costs["peak_memory_bytes"])
+                meter.elsewhere = Elsewhere(costs["seconds"] - (time.perf_counter() - began), costs["peak_memory_bytes"])
                 return reply, private
-            meter.elsewhere, meter.asked = Elsewhere(), set()
             started, flops, paid = time.perf_counter(), meter.flops, set(meter.paid)
+            meter.elsewhere, meter.asked = Elsewhere(began - started), set()
             reply, after = yield from visiting
             if made is None and all(private.tensors.get(name) is tensor for name, tensor in after.tensors.items()):
                 self.cache.keep(key, _written(reply, {

@@ -16,11 +16,11 @@ Constant = TypeVar("Constant", Tensor, Ragged)
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What the part of a visit has cost that another run has made; see `fedms.federated.shared_visits`.
+    """What a part of a visit, which another run may have made, has cost there; see `fedms.federated.shared_visits`.
 
     Attributes:
-        seconds: Its duration, 0 if this run has made it.
-        peak_memory_bytes: The most memory in use during it, likewise.
+        seconds: What to add to the time that passed here: its duration, less the time to wait for it and to read it.
+        peak_memory_bytes: The most memory in use during it, 0 if it was made here.
     """
 
     seconds: float = 0.0
