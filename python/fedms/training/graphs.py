@@ -1,4 +1,8 @@
-"""CUDA graphs of training steps: `[run] graphs`."""
+"""CUDA graphs of training steps: `[run] graphs`.
+
+A graph holds the loss and its gradients. Clipping and AdamW stay outside: they are less than a tenth of a step's operators, and their
+state is a client's own, which a graph would have to be given at each visit.
+"""
 from __future__ import annotations
 
 from collections import OrderedDict

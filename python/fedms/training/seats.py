@@ -79,6 +79,9 @@ class Seat:
 class SideBySide:
     """Computes steps of several clients in one pass.
 
+    The pairs of each client stay tensors of its own. One tensor for those of all would save no launch: the operator takes them as
+    segments in one call for each layer, and AdamW takes all of them in one call, whatever their number.
+
     Args:
         model: The model. Whenever a pass is computed, one of these clients is loaded.
         seats: What the clients have loaded; all of one `layout`.

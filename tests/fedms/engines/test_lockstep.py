@@ -1,6 +1,8 @@
 """Clients side by side (`run.lockstep`), against the same clients one after the other."""
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import os
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 from private_runs import configuration, new_key
 from tiny_language_models import configuration as of_language_model, write_federation
+from torch.utils._python_dispatch import TorchDispatchMode
 from visits import IMAGES, World, agree, same, sentences
 
 from fedms import methods
 from fedms.config import ConfigError, load_config, registry, with_run
 from fedms.errors import Interrupted
+from fedms.federated.local_training import Steps
 from fedms.runs.run import run
 from fedms.storage.checkpoint import CheckpointFolder
 from fedms.storage.records import RunRecords, comparable
@@ -103,6 +107,46 @@ def test_a_client_that_diverges_is_left_out_alone(digits):
     (visit, after) = found[1]
     assert visit.reply is None and visit.reason.startswith("training diverged: loss nan") and "stage1.lr may help" in visit.reason
     assert after.tensors == poisoned[1]     # the very tensors of before
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that are called within the context, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_a_step_calls_does_not_grow_with_its_clients_where_they_share_it(digits, monkeypatch):
+    """A layer, and the optimizer, are called once for all clients; the optimizer and the clipping are few calls beside the pass."""
+    steps = []
+
+    def counted(step, self, running):
+        backward = self._backward
+
+        def alone(*arguments):
+            with Counter() as inner:
+                backward(*arguments)
+            steps[-1].append(inner.calls)
+        with Counter() as outer:
+            steps.append([len(running), outer.calls])
+            self._backward = alone
+            step(self, running)
+            self._backward = backward
+    monkeypatch.setattr(Steps, "_step", functools.partialmethod(functools.partial(counted, Steps._step)))
+    config = load_config("digits", [*IMAGES, "run.method=fedavg"])
+    for lockstep in (False, True):
+        digits.visits(config, "stage1", lockstep=lockstep)
+    one = [step for step in steps if step[0] == 1][1]       # the first step makes the optimizer's state
+    three = next(step for step in steps if step[0] == 3)
+    for _, outer, inner in (one, three):
+        assert inner["fedms_ext.expert_linear.default"] == inner["fedms_ext.expert_linear_backward.default"] == 8
+        assert outer["aten._fused_adamw_.default"] == 1 and outer["aten._foreach_norm.Scalar"] == 1
+    assert 10 * (one[1] - one[2]).total() < one[2].total()
 
 
 def test_too_little_memory_says_that_fewer_clients_together_may_help(digits, monkeypatch):
