@@ -52,7 +52,7 @@ def _unknown_settings(model: nn.Module) -> str | None:
     return None
 
 
-def accelerate(model: nn.Module) -> Accelerated:
+def accelerate(model: nn.Module, *, group: bool | None = None) -> Accelerated:
     """Run the LoRA linear layers of a PEFT model on `fedms_ext.expert_linear`, in place.
 
     Only the class of each layer changes, so parameters, the `state_dict`, adapters (including rsLoRA), `set_adapter`,
@@ -65,6 +65,9 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     Args:
         model: A `peft.PeftModel`, or any module that contains LoRA layers of PEFT. A second call changes nothing.
+        group: Whether to compute the query, key and value of an attention layer together, and the two inputs of a gated MLP, as in
+            `fedms_ext.attach`; see `fedms_ext.group`. None or true: on a GPU, where that was measured to be faster. On a CPU only
+            layers of int8 weights are, which PEFT computes itself.
 
     Returns:
         The names of the accelerated and of the skipped modules.
@@ -78,6 +81,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     from peft.utils import AuxiliaryTrainingWrapper
 
     from fedms_ext.nn.peft_linear import PeftLinear
+    from fedms_ext.sparse.siblings import group_siblings
 
     layers, skipped = [], {}
     unknown = _unknown_settings(model)
@@ -91,10 +95,14 @@ def accelerate(model: nn.Module) -> Accelerated:
         else:
             module.__class__ = PeftLinear
             if reason := cast(PeftLinear, module).obstacle() or unknown:
+                if module.siblings is not None:
+                    module.siblings.part()
                 module.__class__ = lora.Linear
                 skipped[name] = reason
             else:
                 layers.append(name)
     if not layers and not skipped:
         raise ValueError(f"{type(model).__name__} holds no LoRA layer; make one with peft.get_peft_model first")
+    if group is not False:
+        group_siblings(model, on_cpu=False)
     return Accelerated(tuple(layers), skipped)

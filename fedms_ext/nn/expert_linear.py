@@ -18,7 +18,7 @@ from fedms_ext.nn.linear import class_name, obstacle, unplain
 from fedms_ext.nn.lora import STATES, Experts, LoRA, PairState, check_experts, saved_pair
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.seeds import draw_seed
-from fedms_ext.nn.siblings import Siblings
+from fedms_ext.nn.siblings import SharesInput, Siblings
 from fedms_ext.operators import expert_linear
 from fedms_ext.operators.planned import Plans, planned_linear
 from fedms_ext.operators.siblings import Sibling
@@ -46,7 +46,7 @@ class _Here(threading.local):
 HERE = _Here()
 
 
-class ExpertLinear(FrozenLinear):
+class ExpertLinear(FrozenLinear, SharesInput):
     """`y = x W^T + b + sum over applied experts e of s_e * g_e * (x A_e^T) B_e^T`.
 
     A drop-in replacement for `nn.Linear`. `weight` (N, K) and `bias` (N,) keep their names in the `state_dict` and never
@@ -233,9 +233,7 @@ class ExpertLinear(FrozenLinear):
         return expert_linear(x, weight, bias, a, b, scale, gate, active, dropout, seed, segments)
 
     def as_sibling(self, x: Tensor) -> Sibling | None:
-        """Return what this layer's output is computed from besides x, with the seed 0, or None if it has to be called for that.
-
-        It has to be if rows of x take different experts (`segments`), if its `forward` was replaced, or if it has a hook that runs
+        """See `SharesInput`. The layer has to be called if rows of x take different experts (`segments`), if its `forward` was replaced, or if it has a hook that runs
         before it, which may change x or load the weight.
         """
         route = self._route()
@@ -253,6 +251,19 @@ class ExpertLinear(FrozenLinear):
         if dropout > 0.0 and not any([pair.requires_grad for pair in (*a, *b)]):
             dropout = 0.0
         return Sibling(weight, self._parameters["bias"] if "bias" in self._parameters else self.bias, a, b, scale, gate, dropout, 0)
+
+    def sibling_kind(self) -> tuple[object, ...]:
+        """See `SharesInput`."""
+        return self.training, self.frozen is None, len(self.off), len(self.experts), len(self.routes)
+
+    def sibling_state(self) -> tuple[list[Tensor | None], tuple[object, ...]]:
+        """See `SharesInput`."""
+        modules: dict[str, Any] = self._modules   # and `_parameters`: see `forward`
+        frozen, route = modules.get("frozen"), self._route()
+        pairs = [*modules["lora_a"]._parameters.values(), *modules["lora_b"]._parameters.values()]
+        weight = frozen.operands if frozen is not None else (self.operand(),)
+        return [*weight, self._parameters.get("bias"), route.gate, *pairs], (
+            self.training, self.off.copy(), self.experts.scales, [pair.requires_grad for pair in pairs], route.segments, len(self.routes))
 
     def operand(self) -> Any:
         """Return the weight as the operators take it: (N, K), a tensor or a quantized weight."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fedms_ext.nn.linear import class_name, passed_by, replaced_forward, unplain
 from fedms_ext.nn.seeds import draw_seed
+from fedms_ext.nn.siblings import SharesInput
 from fedms_ext.operators import expert_linear
+from fedms_ext.operators.siblings import Sibling
 
 
 def _hooks_everywhere() -> bool:
@@ -19,7 +21,7 @@ def _hooks_everywhere() -> bool:
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
-class PeftLinear(lora.Linear):
+class PeftLinear(lora.Linear, SharesInput):
     """A `peft.tuners.lora.Linear` whose forward and backward pass are computed by `fedms_ext.expert_linear`.
 
     It computes `W x + b + sum over active adapters of s B A dropout(x)`. Parameters and their names, adapters, merging and
@@ -62,19 +64,40 @@ class PeftLinear(lora.Linear):
     def _adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
 
+    def _is_left_to_peft(self) -> bool:
+        return not self._adapters() or self.disable_adapters or self.merged or _hooks_everywhere() or self.obstacle() is not None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = self._adapters()
-        by_peft = not adapters or args or kwargs or self.disable_adapters or self.merged or _hooks_everywhere()
-        if by_peft or self.obstacle() is not None:
+        if args or kwargs or self._is_left_to_peft():
             return super().forward(x, *args, **kwargs)
-        dropout = self.lora_dropout[adapters[0]]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            together = self.siblings.output(self, x)
+            if together is not None:
+                return together
+        weight, bias, a, b, scale, _, p, _ = self._operands()
+        return expert_linear(x, weight, bias, a, b, scale, dropout_p=p, seed=draw_seed(x) if p > 0 else None)
+
+    def _operands(self) -> Sibling:
+        adapters = self._adapters()
         base: Any = self.base_layer
-        down: Any = self.lora_A
-        up: Any = self.lora_B
-        return expert_linear(
-            x, base.weight, base.bias,
-            [down[name].weight for name in adapters], [up[name].weight for name in adapters],
-            [self.scaling[name] for name in adapters], dropout_p=p,
-            seed=draw_seed(x) if p > 0 else None,
-        )  # fmt: skip
+        dropout = self.lora_dropout[adapters[0]]
+        a, b = ([held[name].weight for name in adapters] for held in (self.lora_A, self.lora_B))
+        p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
+        return Sibling(base.weight, base.bias, a, b, [self.scaling[name] for name in adapters], None, p, 0)
+
+    def as_sibling(self, x: Tensor) -> Sibling | None:
+        """See `SharesInput`. The layer has to be called if PEFT computes it, if hooks run before it, or if a scale is a tensor."""
+        if self._forward_pre_hooks or self._is_left_to_peft():
+            return None
+        found = self._operands()
+        return None if any([isinstance(scale, Tensor) for scale in found.scale]) else found
+
+    def sibling_kind(self) -> tuple[object, ...]:
+        """See `SharesInput`."""
+        return self.training, len(self.merged_adapters), self.disable_adapters, *self.active_adapters
+
+    def sibling_state(self) -> tuple[list[Tensor | None], tuple[object, ...]]:
+        """See `SharesInput`. Only of a layer that is not left to PEFT."""
+        weight: Any
+        weight, bias, a, b, scale, _, p, _ = self._operands()
+        return [weight, bias, *a, *b], (*scale, p, [pair.requires_grad for pair in (*a, *b)])

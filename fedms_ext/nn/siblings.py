@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,33 @@ from fedms_ext import backends
 from fedms_ext.backends.device import ON_GPU, is_capturing
 from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.operators.planned_siblings import GroupPlans
-from fedms_ext.operators.siblings import joined_dtype, sibling_linears
-
-if TYPE_CHECKING:
-    from fedms_ext.nn.expert_linear import ExpertLinear
+from fedms_ext.operators.siblings import Sibling, joined_dtype, sibling_linears
 
 _MOST_CALLS = 64
+
+
+class SharesInput:
+    """A linear layer, a module, that can be computed together with others that read the same x.
+
+    Attributes:
+        in_features: Number of input features.
+        siblings: The layers that share their input with this one, or None. Set by `fedms_ext.group`. `forward` asks it first.
+    """
+
+    in_features: int
+    siblings: Siblings | None = None
+
+    def as_sibling(self, x: Tensor) -> Sibling | None:
+        """Return what this layer's output is computed from besides x, with the seed 0, or None if it has to be called for that."""
+        raise NotImplementedError
+
+    def sibling_kind(self) -> tuple[object, ...]:
+        """Return what is cheap to read of what decides whether this layer can be computed together with others."""
+        raise NotImplementedError
+
+    def sibling_state(self) -> tuple[list[Tensor | None], tuple[object, ...]]:
+        """Return what the output of this layer depends on besides x, now: all tensors, and all settings."""
+        raise NotImplementedError
 
 
 class _Held:
@@ -34,35 +55,24 @@ class _Held:
         self._x, self._version = weakref.ref(x, lambda _: outputs.clear()), x._version
         self._mode = torch.is_grad_enabled(), x.requires_grad, dtype
 
-    def take(self, index: int, layer: ExpertLinear, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def take(self, index: int, layer: SharesInput, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return the output of a layer and forget it; None if it is not here, or if something has changed since."""
         mode = torch.is_grad_enabled(), x.requires_grad, dtype
         same = self._x() is x and self._version == x._version and self._mode == mode
-        if not same or index not in self.outputs or not self.outputs[index][1].is_still(layer):
+        if not same or index not in self.outputs:
             return None
-        return self.outputs.pop(index)[0]
+        then, now = self.outputs[index][1], _State(layer)
+        same = (len(now.tensors) == len(then.tensors) and all(map(is_, now.tensors, then.tensors))
+                and now.versions == then.versions and now.settings == then.settings)
+        return self.outputs.pop(index)[0] if same else None
 
 
 class _State:
     """What the output of a layer depends on besides x, at one moment."""
 
-    def __init__(self, layer: ExpertLinear) -> None:
-        # These dicts are read in place of attributes because that is several times as fast; see `ExpertLinear.forward`.
-        modules: dict[str, Any] = layer._modules
-        frozen = modules.get("frozen")
-        weight = frozen.operands if frozen is not None else (layer.operand(),)
-        pairs = [*modules["lora_a"]._parameters.values(), *modules["lora_b"]._parameters.values()]
-        route = layer._route()
-        self.tensors = [*weight, layer._parameters.get("bias"), route.gate, *pairs]
+    def __init__(self, layer: SharesInput) -> None:
+        self.tensors, self.settings = layer.sibling_state()
         self.versions = [0 if t is None or t.is_inference() else t._version for t in self.tensors]
-        self.numbers = (layer.training, layer.off.copy(), layer.experts.scales,
-                        [pair.requires_grad for pair in pairs], route.segments, len(layer.routes))
-
-    def is_still(self, layer: ExpertLinear) -> bool:
-        """Return whether the layer has the same tensors with the same values, and the same settings."""
-        now = _State(layer)
-        return (len(now.tensors) == len(self.tensors) and all(map(is_, now.tensors, self.tensors))
-                and now.versions == self.versions and now.numbers == self.numbers)
 
 
 class Siblings:
@@ -79,7 +89,7 @@ class Siblings:
         on_cpu: Whether to compute them together on a CPU, too. On a GPU they are where that was measured to be faster.
     """
 
-    def __init__(self, layers: Sequence[ExpertLinear], on_cpu: bool = True) -> None:
+    def __init__(self, layers: Sequence[SharesInput], on_cpu: bool = True) -> None:
         self.layers, self.on_cpu = tuple(layers), on_cpu
         self._start()
 
@@ -90,10 +100,10 @@ class Siblings:
         self._of_thread = threading.local()
         self._numbers = {id(layer): number for number, layer in enumerate(self.layers)}
 
-    def __getstate__(self) -> tuple[tuple[ExpertLinear, ...], bool]:
+    def __getstate__(self) -> tuple[tuple[SharesInput, ...], bool]:
         return self.layers, self.on_cpu
 
-    def __setstate__(self, state: tuple[tuple[ExpertLinear, ...], bool]) -> None:
+    def __setstate__(self, state: tuple[tuple[SharesInput, ...], bool]) -> None:
         self.layers, self.on_cpu = state
         self._start()
 
@@ -103,7 +113,7 @@ class Siblings:
             if layer.siblings is self:
                 layer.siblings = None
 
-    def output(self, layer: ExpertLinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: SharesInput, x: Tensor) -> Tensor | None:
         """Return the output of one of the layers, or None if it has to be computed by itself."""
         on_gpu = getattr(x, ON_GPU)
         if self.together is False or not (on_gpu or self.on_cpu):
@@ -139,8 +149,8 @@ class Siblings:
         If something else changes, such as the dropout of an expert, layers that could be computed together stay apart: that is slower,
         but never wrong.
         """
-        states = [(layer.training, layer.frozen is None, len(layer.off), len(layer.experts), len(layer.routes)) for layer in self.layers]
-        return x.shape, x.dtype, dtype, x.device, x.requires_grad, backends.preference(), *states
+        kinds = [layer.sibling_kind() for layer in self.layers]
+        return x.shape, x.dtype, dtype, x.device, x.requires_grad, backends.preference(), *kinds
 
     def _missed(self, held: _Held) -> None:
         """Drop the outputs that were held, since they are not those that are asked for."""

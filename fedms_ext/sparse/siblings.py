@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.linear import class_name
-from fedms_ext.nn.siblings import Siblings
+from fedms_ext.nn.siblings import SharesInput, Siblings
 
 
-def group(layers: Sequence[ExpertLinear], *, on_cpu: bool = True) -> Siblings:
+def group(layers: Sequence[SharesInput], *, on_cpu: bool = True) -> Siblings:
     """Compute layers that are called with the same input together, such as the query, key and value of an attention layer.
 
     The first of the layers that is called with x computes the outputs of all of them, and the others return theirs. On a CPU, with
@@ -40,12 +39,13 @@ def group(layers: Sequence[ExpertLinear], *, on_cpu: bool = True) -> Siblings:
         The group. Its method `part` undoes the grouping.
 
     Raises:
-        TypeError: If one of them is not an `ExpertLinear`.
+        TypeError: If one of them is neither an `ExpertLinear` nor a layer of PEFT that `accelerate` took over.
         ValueError: If there are fewer than two layers, one of them twice, or their numbers of input features differ.
     """
     for layer in layers:
-        if not isinstance(layer, ExpertLinear):
-            raise TypeError(f"group takes layers with experts; this is a {class_name(layer)}; call fedms_ext.attach first")
+        if not isinstance(layer, SharesInput):
+            raise TypeError(f"group takes layers with experts; this is a {class_name(layer)}; call fedms_ext.attach first, or "
+                            "fedms_ext.accelerate on a PEFT model")
     if len(layers) < 2 or len({id(layer) for layer in layers}) < len(layers):
         raise ValueError(f"got {len(layers)} layers, {len({id(layer) for layer in layers})} of them distinct; a group is at least "
                          "two layers, each of them once")
@@ -85,7 +85,7 @@ def group_siblings(model: nn.Module, on_cpu: bool = True) -> list[Siblings]:
     groups = []
     for module in model.modules():
         for names in _NAMES:
-            layers = [layer for name in names if isinstance(layer := module._modules.get(name), ExpertLinear)]
+            layers = [layer for name in names if isinstance(layer := module._modules.get(name), SharesInput)]
             same = len({layer.in_features for layer in layers}) == 1
             there = {layer.siblings for layer in layers}
             if len(layers) > 1 and same and there == {None}:

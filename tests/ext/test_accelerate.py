@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fedms_ext
 from fedms_ext import accelerate, expert_linear
 
 peft = pytest.importorskip("peft")
@@ -62,6 +63,27 @@ def test_the_layers_call_our_operator_and_not_peft(monkeypatch):
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda *args, **kw: pytest.fail("PEFT's forward was called"))
     model(**TOKENS)
     assert len(calls) == len(done.layers)
+
+
+def test_siblings_are_grouped_and_a_layer_that_is_left_to_peft_leaves_them():
+    model = bert()
+    assert all(layer.siblings is None for layer in layers_of(copy.deepcopy(model), group=False))
+    layers, before = layers_of(model), outputs(model)
+    grouped = [layer for layer in layers if layer.siblings is not None]
+    assert len(grouped) == 2 * 3 and len({layer.siblings for layer in grouped}) == 2     # of two blocks query, key and value
+    twin = pickle.loads(pickle.dumps(model))
+    assert_same(outputs(twin), before, 0)
+    grouped[0].get_base_layer().weight.requires_grad_()
+    assert "trained" in " ".join(accelerate(model).skipped.values())
+    assert grouped[0].siblings is None and grouped[1].siblings.layers == grouped[2].siblings.layers == tuple(grouped[1:3])
+    fedms_ext.group(grouped[1:3])       # on a CPU, too: there float weights are computed one by one
+    grouped[0].get_base_layer().weight.requires_grad_(False)
+    assert_same(outputs(model), before)
+
+
+def layers_of(model: nn.Module, **settings) -> list[nn.Module]:
+    named = dict(model.named_modules())
+    return [named[name] for name in accelerate(model, **settings).layers]
 
 
 def test_twice_is_once():

@@ -262,6 +262,47 @@ def test_a_clients_step_in_bf16_joins_its_siblings(passes):
     assert len(passes) == 8
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(72, n, dtype=BF16) for n in (136, 40, 40))
+
+    def forward(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_accelerated_peft_model(passes, autocast):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(Attention()), peft.LoraConfig(
+        r=8, lora_alpha=12, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False))  # fmt: skip
+    if autocast:
+        model.float()
+    apart, x = copy.deepcopy(model), input_of(33, 72, dtype=torch.float32 if autocast else BF16)
+    fedms_ext.accelerate(apart, group=False)
+    fedms_ext.accelerate(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.Linear)]
+    assert len({layer.siblings for layer in layers}) == 1 and layers[0].siblings.on_cpu is False
+    dys, found = [torch.randn(33, n).to(BF16) for n in (136, 40, 40)], []
+    for each in (model, apart):
+        with torch.autocast(DEVICE, BF16, enabled=autocast):
+            ys = each(x)
+        found.append([*ys, *torch.autograd.grad(ys, [x, *[p for p in each.parameters() if p.requires_grad]], dys)])
+    assert passes == ["forward", "backward"] and layers[0].siblings.together
+    assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+    compare(*found, BF16)
+    # What changes between the calls is seen, and what PEFT has to compute it computes.
+    with model.disable_adapter(), apart.disable_adapter(), torch.autocast(DEVICE, BF16, enabled=autocast):
+        assert all(map(torch.equal, model(x), apart(x)))
+    model.eval()
+    assert len(passes) == 2
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        first = layers[0](x)
+        with torch.no_grad():
+            layers[1].lora_B["default"].weight.zero_()
+        compare([first, layers[1](x)], [found[1][0], layers[1].base_layer(x)], BF16)
+
+
 @pytest.mark.parametrize("of_gate", [(6, 2), (1, 2), (6, 5, 2)], ids=str)
 def test_a_gate_of_samples_or_of_tokens(passes, of_gate):
     layers, x = layers_of(40, (24, 72), [(3, 8), (16, 1)]), input_of(6, 5, 40)
