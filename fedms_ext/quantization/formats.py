@@ -13,6 +13,8 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EIGHT_BITS = ("int8", "int8_rotated")
 KINDS = (*EIGHT_BITS, *HALVES, "nf4", "int4")
 
+STRIP = 2**16       # values that the CPU quantizes to 8 bits at a time: what is computed on the way then stays in its cache
+
 
 def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     """Quantize a weight (N, K) to the logical form (q, scale); see `nn.QuantizedWeight`.
@@ -21,8 +23,9 @@ def quantize(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
         ValueError: If a value lies beyond the range of fp16.
     """
     if kind in EIGHT_BITS:
-        q, scale = quantize_weight(rotate(weight.float()) if kind == "int8_rotated" else weight)
-        return q.to(torch.int8), scale
+        rows = STRIP // max(weight.shape[1], 1) if weight.device.type == "cpu" else len(weight)
+        strips = [quantize_weight(rotate(strip.float()) if kind == "int8_rotated" else strip) for strip in weight.split(max(rows, 1))]
+        return torch.cat([q.to(torch.int8) for q, _ in strips]), torch.cat([scale for _, scale in strips])
     if kind in HALVES:
         q = weight.to(HALVES[kind], copy=True)
         if not q.isfinite().all():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedms_ext import QuantizedWeight, reference
-from fedms_ext.quantization.formats import KINDS
+from fedms_ext.quantization.formats import KINDS, quantize
 
 FOUR_BITS = ["nf4", "int4"]
 
@@ -123,3 +123,15 @@ def test_refusals():
         held.load_state_dict({**held.state_dict(), "q": torch.ones(2, 4, dtype=torch.int8), "scale": torch.ones(2)})
     with pytest.raises(RuntimeError, match='Missing key.*"identity"'):
         held.load_state_dict({name: tensor for name, tensor in held.state_dict().items() if name != "identity"})
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (700, 576), (3, 1), (5, 70_000), (0, 8)])
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated"])
+def test_strips_of_rows_are_quantized_to_the_same_bits(shape, kind):
+    weight = torch.randn(shape)
+    q, scale = quantize(weight, kind, 64)
+    if shape[0]:
+        whole, levels = reference.quantize_weight(reference.rotate(weight) if kind == "int8_rotated" else weight)
+        assert torch.equal(q, whole.to(torch.int8)) and torch.equal(scale, levels)
+    else:
+        assert q.shape == shape and scale.shape == (0,)
