@@ -89,9 +89,8 @@ class ExpertModel:
         self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
         self.ahead: Sequence[int] | None = None             # see `clear`
-        self.opinions_cache: dict[tuple[str, str, str], Tensor]     # of experts on whole parts, in this visit
-        self.opinions_before: ConstantCache                         # the same, of all visits
-        self.forget_opinions()
+        # Of experts on whole parts: in this visit, and in all visits of the run.
+        self.opinions_cache, self.opinions_before = dict[tuple[str, str, str], Tensor](), ConstantCache(OPINIONS)
         self._streams: dict[str, Stream] = {}               # of what is loaded now
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
@@ -328,24 +327,21 @@ class ExpertModel:
 
     @torch.no_grad()
     def opinions(self, expert: str, part: Subset) -> Tensor:
-        """Return the opinion (U, K) of an expert for a whole subset. It is kept until the expert changes, because a visit
-        validates the same expert several times.
-
-        The first opinion of a visit is often the last one of the visit before. It is then not computed again, but its operations are
-        counted, as a client's device is not asked to remember it."""
+        """Return the opinion (U, K) of an expert for a whole subset. It is kept until the expert changes, because a visit validates
+        the same expert several times, and often begins with the one that the visit before ended with. That one's operations are
+        counted again, as a client's device is not asked to remember it."""
         key = (expert, part.key, self._digest(expert))
         if key not in self.opinions_cache:
             with self.stream(expert) as stream:
                 before = self.meter.flops
-                self.opinions_cache[key] = cast(Tensor, self.opinions_before.get(
-                    (*key[1:], stream.prefix_depth),
-                    lambda: self.in_chunks(part, lambda rows: self.opinion(expert, part, rows), self.task.columns)))
+                self.opinions_cache[key] = cast(Tensor, self.opinions_before.get((*key[1:], stream.prefix_depth), lambda: self.in_chunks(
+                    part, lambda rows: self.opinion(expert, part, rows), self.task.columns)))
                 if self.meter.flops == before:
                     self.meter.add(stream.live_flops(part))
         return self.opinions_cache[key]
 
     def forget_opinions(self) -> None:
-        """Drop all opinions that are kept, so that they are computed again."""
+        """Drop all opinions that are kept."""
         self.opinions_cache, self.opinions_before = {}, ConstantCache(OPINIONS)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
