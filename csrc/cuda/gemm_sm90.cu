@@ -153,18 +153,12 @@ struct WgmmaGemm {
   static FEDMS_DEVICE void run(const Arguments& g, const Maps<TRANSPOSED>& maps) {
     const uint32_t memory = ptx::shared_memory(), staged = memory + Stages::BYTES;
     const Stages ring{memory, staged + CONSUMERS * 2 * BOX};
-    const int warpgroup = ptx::thread() / 128;
     if (ptx::thread() == 0) {
       for (const TensorMap* map : {&maps.x[0], &maps.w[0], &maps.t, &maps.f[0], &maps.y[0]}) ptx::prefetch_map(map);
     }
     ring.init(CONSUMERS);
-    if (warpgroup == CONSUMERS) {
-      ptx::give_registers<PRODUCER_REGISTERS>();
-      if (ptx::thread() == CONSUMERS * 128) produce(g, maps, ring);
-    } else {
-      ptx::take_registers<CONSUMER_REGISTERS>();
-      consume(g, maps, ring, staged, warpgroup);
-    }
+    share_out(
+        CONSUMERS, [&] { produce(g, maps, ring); }, [&](int warpgroup) { consume(g, maps, ring, staged, warpgroup); });
   }
 };
 

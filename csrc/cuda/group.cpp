@@ -167,16 +167,11 @@ void GroupPlan::compute_da_and_db(const GroupBackward& call, const Needs& needs,
   std::vector<PartialSum> sums;
   const auto add = [&](int number, int64_t columns, const void* z, int64_t z_stride, const void* t, const std::vector<void*>& out,
                        int first, int end) {
-    LoraGradStrips::Side& side = pass.sides[number];
-    side = {z, columns, z_stride, t, in_parts ? parts : nullptr, {}};
-    const bool is_a = number == LoraGradStrips::OF_DA;
+    std::vector<PartialSum> gradients;
     for (int e = first; e < end; ++e) {
-      if (!out[e]) continue;
-      // A sum is (columns, rank): so lies dB (n, rank), and dA (rank, k) the other way round.
-      const ExpertGrad to{firsts_[e], ranks_[e], out[e], is_a ? 1 : ranks_[e], is_a ? columns : 1};
-      if (in_parts) sums.push_back({parts, static_cast<int32_t>(columns), static_cast<int32_t>(count), to});
-      if (!in_parts) side.out.push_back(to);
+      if (out[e]) gradients.push_back(PartialSum::of(parts, columns, count, firsts_[e], ranks_[e], out[e], number == LoraGradStrips::OF_DA));
     }
+    pass.add(number, {z, columns, z_stride, t, in_parts ? parts : nullptr, {}}, gradients, sums);
     if (in_parts) parts += count * columns * rank_;
   };
   for (size_t i = 0; needs.db && i < call.layers.size(); ++i) {

@@ -154,7 +154,7 @@ bool LayerPlan::runs_in_strips(const Needs& needs, const GemmChoice& choice) con
 }
 
 bool LayerPlan::runs_inside(const Needs& needs, const GemmChoice& choice) const {
-  return choice.shrink == ShrinkPlace::inside && needs.dx && needs.da && needs.db && !needs.dgate && segments_.count == 0 &&
+  return choice.shrink == ShrinkPlace::inside && needs.dx && needs.da && needs.db && segments_.count == 0 &&
          narrow_backward_parts(chip_, shape_.m, shape_.n, shape_.k, rank_) > 0;
 }
 
@@ -202,9 +202,7 @@ void LayerPlan::add_sums(std::vector<PartialSum>& sums, const Side& side, const 
   for (size_t e = 0; e < out.size(); ++e) {
     const int32_t rank = shape_.ranks[e], count = segments_.count ? side.splits[e] : side.splits[0];
     if (out[e] && rank > 0) {
-      // A sum is (columns, rank): so lies dB (n, rank), and dA (rank, k) the other way round.
-      sums.push_back({parts, static_cast<int32_t>(side.columns), count,
-                      {segments_.count ? 0 : firsts_[e], rank, out[e], is_a ? 1 : rank, is_a ? side.columns : 1}});
+      sums.push_back(PartialSum::of(parts, side.columns, count, segments_.count ? 0 : firsts_[e], rank, out[e], is_a));
     }
     if (segments_.count) parts += int64_t(count) * side.columns * rank_;
   }
@@ -246,13 +244,14 @@ void LayerPlan::compute_dx(const LayerBackward& call, void* ds, const GemmChoice
   cuda::gemm(product, choice.tile, chip_, stream);
 }
 
-// dx, dA and dB in one launch, and the sums of its parts.
+// dx, the gate's gradient, dA and dB in one launch, and the sums of its parts.
 void LayerPlan::narrow_backward(const LayerBackward& call, float* da_parts, float* db_parts, const Stream& stream) const {
   const LayerOperands& of = call.of;
   const Joined experts = joined(of);
-  cuda::narrow_backward({shape_.element, shape_.m, shape_.n, shape_.k, rank_, call.dy, call.x, of.w, experts.a, experts.b, of.t,
-                         call.dy_stride, call.x_stride, of.w_stride, experts.a_stride, experts.b_stride, t_pitch_, factors(of), call.dx,
-                         da_parts, db_parts, backward_maps_.get()},
+  cuda::narrow_backward({shape_.element, shape_.m, shape_.n, shape_.k, rank_, call.dy, call.x, of.w, experts.a, experts.b, of.t, call.s,
+                         call.dy_stride, call.x_stride, of.w_stride, experts.a_stride, experts.b_stride, t_pitch_,
+                         static_cast<int64_t>(shape_.ranks.size()), factors(of), call.dx, call.dgate, da_parts, db_parts,
+                         backward_maps_.get()},
                         chip_, stream);
   std::vector<PartialSum> sums;
   add_sums(sums, inside(shape_.n), db_parts, call.db, false);
@@ -275,12 +274,10 @@ void LayerPlan::compute_da_and_db(const LayerBackward& call, const Needs& needs,
   const auto add = [&](int number, int64_t columns, const void* z, int64_t z_stride, const void* t, float* parts,
                        const std::vector<void*>& out) {
     const Side side = strips(columns, needs);
-    std::vector<PartialSum> of_side;
-    add_sums(of_side, side, parts, out, number == LoraGradStrips::OF_DA);
+    std::vector<PartialSum> gradients;
+    add_sums(gradients, side, parts, out, number == LoraGradStrips::OF_DA);
     pass.rows_a_split = side.rows_a_split;
-    pass.sides[number] = {z, columns, z_stride, t, parts, {}};
-    if (parts) return void(sums.insert(sums.end(), of_side.begin(), of_side.end()));
-    for (const PartialSum& sum : of_side) pass.sides[number].out.push_back(sum.to);
+    pass.add(number, {z, columns, z_stride, t, parts, {}}, gradients, sums);
   };
   if (needs.db) add(0, shape_.n, call.dy, call.dy_stride, call.of.t, db_parts, call.db);
   if (needs.da) add(LoraGradStrips::OF_DA, shape_.k, call.x, call.x_stride, ds, da_parts, call.da);

@@ -3,7 +3,9 @@
 //
 // A block keeps one block of columns of dx and goes through blocks of rows, so that it can sum up over them, in registers: dA of its
 // own columns of x, in one warpgroup, and dB of a share of the columns of dy, in the other, while these columns are in shared memory
-// for dx anyway. Each block leaves one part of both sums, which reduce_partials adds up in order.
+// for dx anyway. Each block leaves one part of both sums, which reduce_partials adds up in order. The blocks of the first columns make
+// the gate's gradient too, from the dy B of which each makes dS.
+#include "gate_grad.h"
 #include "tile_sm90.h"
 
 namespace fedms::cuda {
@@ -15,8 +17,11 @@ struct Maps {
 };
 
 struct NarrowBackwardArguments {
-  int m, n, k, r, columns;  // columns: blocks of them
-  float *da, *db;           // (parts, k, r) and (parts, n, r)
+  int m, n, k, r, experts;
+  int columns, parts;  // blocks of columns, for each of which so many blocks share the rows
+  float *da, *db;      // (parts, k, r) and (parts, n, r)
+  const void* s;
+  float* dgate;
   Factors factors;
 };
 
@@ -55,11 +60,14 @@ struct NarrowTile {
     }
   };
 
+  // The number of this block's block of columns, computed where it is needed.
+  static FEDMS_DEVICE int own_columns(const NarrowBackwardArguments& g) { return ptx::computed_here(ptx::block_x()) % g.columns; }
+
   // Calls work(first row) for the blocks of rows of this block.
   template <class F>
   static FEDMS_DEVICE void for_rows(const NarrowBackwardArguments& g, F work) {
-    const int blocks = ceil_div(g.m, BM), at_once = ptx::blocks_x() / g.columns;
-    for (int i = ptx::block_x() / g.columns; i < blocks; i += at_once) work(i * BM);
+    const int blocks = ceil_div(g.m, BM);
+    for (int i = ptx::block_x() / g.columns; i < blocks; i += g.parts) work(i * BM);
   }
 
   static FEDMS_DEVICE void produce(const NarrowBackwardArguments& g, const Maps& maps, const Memory& memory, int column_block) {
@@ -136,6 +144,7 @@ struct NarrowTile {
       }
       uint32_t ds[RANKS / 16][4];
       make_ds(g.r, factor, u, ds);
+      if (g.dgate && own_columns(g) == 0) write_dgate(g, first_row, u);
       ptx::named_barrier(3, CONSUMERS * 128);  // dA of the rows before is done with the last dS
       store_ds(ds, memory.ds, WARPGROUP * 64);
       ptx::fence_shared_for_tma();
@@ -155,11 +164,11 @@ struct NarrowTile {
     });
     writer.finish();
     keep_in_place(gradient);
-    const int part = ptx::block_x() / g.columns;
+    const int part = ptx::computed_here(ptx::block_x()) / g.columns;
     if constexpr (WARPGROUP == 0) {
-      write_part(g.da + int64_t(part) * g.k * g.r, column_block * BN, BOXES, g.k, g.r, gradient);
+      write_part(g.da + int64_t(part) * g.k * g.r, own_columns(g) * BN, BOXES, g.k, g.r, gradient);
     } else {
-      const Steps own = Steps::of(g, ptx::computed_here(column_block));
+      const Steps own = Steps::of(g, own_columns(g));
       write_part(g.db + int64_t(part) * g.n * g.r, own.first * STEP, own.own, g.n, g.r, gradient);
     }
   }
@@ -209,6 +218,14 @@ struct NarrowTile {
     for (int i = 0; i < VALUES; i += 2) ds[i / 8][i % 8 / 2] = pack<T>(value(i), value(i + 1));
   }
 
+  static FEDMS_DEVICE void write_dgate(const NarrowBackwardArguments& g, int first_row, float (&u)[VALUES]) {
+    const Place place;
+    const GateGrad<T> to{g.dgate, g.experts, static_cast<const T*>(g.s), g.r, g.factors.scale};
+    const auto row = [&](int i) { return first_row + place.row(i); };
+    const auto rank = [&](int i) { return place.rank(i); };
+    put_gate_grad(to, u, 0, g.experts, g.m, row, rank, [&](int i) { return rank(i) < g.r ? g.factors.expert[rank(i)] : -1; });
+  }
+
   static FEDMS_DEVICE void store_ds(const uint32_t (&ds)[RANKS / 16][4], uint32_t to, int first_row) {
     const Place place;
 #pragma unroll
@@ -239,14 +256,12 @@ struct NarrowTile {
     }
     memory.ring.init(CONSUMERS);
     memory.t.init(1);
-    const int warpgroup = ptx::thread() / 128, column_block = ptx::block_x() % g.columns;
-    if (warpgroup == CONSUMERS) {
-      ptx::give_registers<PRODUCER_REGISTERS>();
-      if (ptx::thread() == CONSUMERS * 128) produce(g, maps, memory, column_block);
-    } else {
-      ptx::take_registers<CONSUMER_REGISTERS>();
-      warpgroup == 0 ? consume<0>(g, maps, memory, column_block) : consume<1>(g, maps, memory, column_block);
-    }
+    const int column_block = ptx::block_x() % g.columns;
+    share_out(
+        CONSUMERS, [&] { produce(g, maps, memory, column_block); },
+        [&](int warpgroup) {
+          warpgroup == 0 ? consume<0>(g, maps, memory, column_block) : consume<1>(g, maps, memory, column_block);
+        });
   }
 };
 
@@ -272,7 +287,8 @@ void start(const Launch& what, const NarrowBackward& g, int64_t parts, TensorMap
   maps.t = map(Of::t, g.t, g.m, g.r, g.t_stride, tile.bm, NARROW_RANKS);
   maps.dx = map(Of::y, g.dx, g.m, g.k, g.k, 64);
   const int columns = ceil_div(g.k, tile.bn);
-  const NarrowBackwardArguments arguments{int(g.m), int(g.n), int(g.k), int(g.r), columns, g.da_parts, g.db_parts, g.factors};
+  const NarrowBackwardArguments arguments{int(g.m),   int(g.n),   int(g.k),   int(g.r), int(g.experts), columns,
+                                          int(parts), g.da_parts, g.db_parts, g.s,      g.dgate,        g.factors};
   launch(what, narrow_backward_kernel<T>, {int(parts) * columns}, tile.threads(), NARROW_BACKWARD_SHARED_BYTES, arguments, maps);
 }
 

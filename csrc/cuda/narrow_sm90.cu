@@ -122,18 +122,12 @@ struct NarrowForward {
   static FEDMS_DEVICE void run(const NarrowArguments<T>& g, const Maps& maps) {
     const uint32_t memory = ptx::shared_memory(), staged = memory + Stages::BYTES;
     const Stages ring{memory, staged + CONSUMERS * 2 * BOX};
-    const int warpgroup = ptx::thread() / 128;
     if (ptx::thread() == 0) {
       for (const TensorMap* map : {&maps.x, &maps.w, &maps.a, &maps.f, &maps.y}) ptx::prefetch_map(map);
     }
     ring.init(CONSUMERS);
-    if (warpgroup == CONSUMERS) {
-      ptx::give_registers<PRODUCER_REGISTERS>();
-      if (ptx::thread() == CONSUMERS * 128) produce(g, maps, ring);
-    } else {
-      ptx::take_registers<CONSUMER_REGISTERS>();
-      consume(g, maps, ring, staged, warpgroup);
-    }
+    share_out(
+        CONSUMERS, [&] { produce(g, maps, ring); }, [&](int warpgroup) { consume(g, maps, ring, staged, warpgroup); });
   }
 };
 

@@ -4,6 +4,7 @@
 // The GEMM is started as soon as all blocks of this kernel run (programmatic dependent launch). Its blocks multiply W's part on
 // the other multiprocessors meanwhile, and wait for the end of this kernel before they read T. So few blocks have to read all of x:
 // much of it is under way for each.
+#include "gate_grad.h"
 #include "gemm.h"
 #include "ring.h"
 
@@ -80,7 +81,7 @@ struct WgmmaShrink {
   // What becomes of the sums of 64 rows, of which those of another segment are somebody else's.
   using Sibling = typename ShrinkAheadArguments<T>::Sibling;
   static FEDMS_DEVICE void write(const ShrinkAheadArguments<T>& g, const Sibling& of, const RowBlock& rows, int first_row,
-                                 const Sums& sum) {
+                                 Sums& sum) {
     const int thread = ptx::thread() % 128, lane = thread % 32, warp = thread / 32;
     const auto row = [&](int i) { return first_row + warp * 16 + accumulator_row(lane, i % 4); };
     const auto rank = [&](int i) { return i / 4 * 8 + accumulator_column(lane, i); };
@@ -96,37 +97,13 @@ struct WgmmaShrink {
       if (rank(i) < of.width) put_s(s, g.t + of.first_rank, g.t_stride, g.r, rows, row(i), rank(i), sum[i], factor[i]);
     }
     if constexpr (BACKWARD) {
-      if (g.dgate) write_dgate(g, of, rows, sum, own, row, rank);
-    }
-  }
-
-  // The gate's gradient in these rows: for each expert its scale times the sum over its ranks of S times dy B.
-  template <class Own, class Row, class Rank>
-  static FEDMS_DEVICE void write_dgate(const ShrinkAheadArguments<T>& g, const Sibling& of, const RowBlock& rows, const Sums& sum,
-                                       Own own, Row row, Rank rank) {
-    Sums product;
-#pragma unroll
-    for (int i = 0; i < RANKS / 2; ++i) {
-      product[i] = own(i) ? sum[i] * Number<T>::widen(g.s[int64_t(row(i)) * g.r + of.first_rank + rank(i)]) : 0;
-    }
-    const int columns = g.segments.count ? 1 : g.experts;
-    const int end = g.segments.count ? 1 : of.first_expert + of.experts;
-    for (int column = of.first_expert; column < end; ++column) {
-      const int expert = g.segments.count ? rows.owner : column;
-      float total[2] = {};  // of the two rows of this thread
-#pragma unroll
-      for (int i = 0; i < RANKS / 2; ++i) {
-        const bool of_expert = rank(i) < rows.ranks && (g.segments.count || g.factors.expert[of.first_rank + rank(i)] == expert);
-        total[i % 4 / 2] += of_expert ? product[i] : 0;
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // four threads share a row
-        for (int lanes = 1; lanes < 4; lanes *= 2) total[half] += ptx::shuffle_xor(total[half], lanes);
-        const int to_row = row(2 * half);
-        if (ptx::thread() % 4 == 0 && to_row < rows.end) {
-          g.dgate[int64_t(to_row) * columns + column] = total[half] * g.factors.scale[expert];
-        }
-      }
+      if (g.dgate == nullptr) return;
+      const int columns = g.segments.count ? 1 : g.experts, first = g.segments.count ? rows.owner : of.first_expert;
+      const GateGrad<T> to{g.dgate, columns, g.s + of.first_rank, g.r, g.factors.scale};
+      put_gate_grad(to, sum, first, first + (g.segments.count ? 1 : of.experts), rows.end, row, rank, [&](int i) {
+        if (rank(i) >= rows.ranks) return -1;
+        return g.segments.count ? rows.owner : g.factors.expert[of.first_rank + rank(i)];
+      });
     }
   }
 

@@ -18,6 +18,20 @@ constexpr int64_t STREAMED = 16 << 20;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 504);
 
+// Shares out the work of a block: the warpgroup behind those that consume produces, by one thread that needs few registers, and
+// leaves the others to them.
+template <class Produce, class Consume>
+FEDMS_DEVICE void share_out(int consumers, Produce produce, Consume consume) {
+  const int warpgroup = ptx::thread() / 128;
+  if (warpgroup == consumers) {
+    ptx::give_registers<PRODUCER_REGISTERS>();
+    if (ptx::thread() == consumers * 128) produce();
+  } else {
+    ptx::take_registers<CONSUMER_REGISTERS>();
+    consume(warpgroup);
+  }
+}
+
 template <int VALUE>
 using Count = std::integral_constant<int, VALUE>;
 

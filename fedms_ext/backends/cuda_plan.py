@@ -121,8 +121,8 @@ class Plan:
         self, run: Callable[[], None], dx: Tensor, dgate: Tensor | None, da: list[Tensor | None], db: list[Tensor | None]
     ) -> bool:
         shape = self.shape
-        # The GEMM that computes dS computes parts of dA and dB too, but not the gradient of the gate.
-        asked = dgate is None and all(any(each is not None for each in gradients) for gradients in (da, db))
+        # The GEMM that computes dS computes parts of dA and dB too.
+        asked = all(any(each is not None for each in gradients) for gradients in (da, db))
         fits = _kernels.narrow_backward_parts(chip_of(shape.device), shape.m, shape.n, shape.k, self.rank) > 0
         return self._choose(
             "dx", shape.k, shape.n, shape.has_dropout, asked and fits and shape.segments is None, run, [dx, dgate, *da, *db],

@@ -14,6 +14,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fedms::cuda {
@@ -220,6 +221,12 @@ struct PartialSum {
   const float* g;
   int32_t c, parts;
   ExpertGrad to;
+
+  // That of an expert's dA (rank, c) or dB (c, rank), whose ranks begin with `first`.
+  static PartialSum of(const float* g, int64_t c, int64_t parts, int32_t first, int32_t rank, void* out, bool is_a) {
+    // A sum is (c, rank): so lies dB, and dA the other way round.
+    return {g, static_cast<int32_t>(c), static_cast<int32_t>(parts), {first, rank, out, is_a ? 1 : rank, is_a ? c : 1}};
+  }
 };
 // All sums of a backward pass in one launch for every 32 of them; r is that of all, and the outputs are of the element's type
 // or, with `fp32`, float.
@@ -245,21 +252,32 @@ struct LoraGradStrips {
   Segments segments;
   Side sides[SIDES];  // of the dB of each sibling, the only one's first, and of dA
   TensorMaps* maps;   // kept from call to call, or null
+
+  // Sets a side and, from the sums of its gradients, where they go; those of its parts, if it has parts, join what is `left`.
+  void add(int number, Side side, const std::vector<PartialSum>& gradients, std::vector<PartialSum>& left) {
+    if (side.parts) {
+      left.insert(left.end(), gradients.begin(), gradients.end());
+    } else {
+      for (const PartialSum& sum : gradients) side.out.push_back(sum.to);
+    }
+    sides[number] = std::move(side);
+  }
 };
 int64_t lora_grad_strips_blocks(int64_t c);
 void lora_grad_strips(const LoraGradStrips& call, const Stream& stream);
 
 // dx (m, k), dense, = dy w + ds a with ds = dy b with scale and gate, and parts of both gradients over the rows, (parts, k, r) of x^T ds
 // and (parts, n, r) of dy^T t; reduce_partials adds them up. w is (n, k), a (r, k), b (n, r), t (m, r). For compute capability 9.0; r is
-// from 1 to 32; n, k and what narrow_backward_parts says of them; without dropout, segments, and an int8 w.
+// from 1 to 32; n, k and what narrow_backward_parts says of them; without dropout, segments, and an int8 w. With dgate (m, experts), or
+// null, the gate's gradient from a dense s (m, r), as finalize_row_grads makes it.
 struct NarrowBackward {
   Element element;
   int64_t m, n, k, r;
-  const void *dy, *x, *w, *a, *b, *t;
-  int64_t dy_stride, x_stride, w_stride, a_stride, b_stride, t_stride;
+  const void *dy, *x, *w, *a, *b, *t, *s;
+  int64_t dy_stride, x_stride, w_stride, a_stride, b_stride, t_stride, experts;
   Factors factors;
   void* dx;
-  float *da_parts, *db_parts;
+  float *dgate, *da_parts, *db_parts;
   TensorMaps* maps;  // kept from call to call, or null
 };
 // How many parts there are; 0 where it cannot run: n may not be much larger than k, whose tiles share the columns of dy.

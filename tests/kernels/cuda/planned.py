@@ -175,11 +175,13 @@ def test_passes_in_one_launch(narrow, rows, k, n, ranks):
     assert all(torch.equal(one, two) for one, two in zip(gradients(layer, x, dy), gradients(layer, x, dy), strict=True))
 
 
-@pytest.mark.parametrize("shape, of_gate", [((6, 5), (6, 2)), ((6, 5), (1, 2)), ((30,), (30, 2)), ((6, 5), (6, 5, 2))], ids=str)
+@pytest.mark.parametrize("shape, of_gate", [((6, 5), (6, 2)), ((6, 5), (1, 2)), ((150,), (150, 2)), ((6, 5), (6, 5, 2))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gate_of_samples_or_of_tokens(short_way, shape, of_gate, dtype):
-    layer = layer_of(40, 24, [3, 8])
-    x, dy = torch.randn(*shape, 40).bfloat16(), torch.randn(*shape, 24).bfloat16()
+@pytest.mark.parametrize("way", ["short_way", "narrow"])
+def test_a_gate_of_samples_or_of_tokens(request, way, shape, of_gate, dtype):
+    request.getfixturevalue(way)
+    layer = layer_of(200, 24, [3, 8])
+    x, dy = torch.randn(*shape, 200).bfloat16(), torch.randn(*shape, 24).bfloat16()
     gate = torch.randn(of_gate).to(dtype).requires_grad_()
     with fedms_ext.gated([layer], gate):
         y = layer(x)
