@@ -258,6 +258,10 @@ class ConstantPrefix:
 
         If blocks return more than the hidden state, as T5's blocks return position biases, it has to be the same for all
         blocks: the first block is run to get it. Otherwise the forward pass raises a RuntimeError.
+
+        The first replay of a class of blocks runs one or two of them, to learn what they return. torch.compile traces a replay without
+        a graph break. If the first replay is itself compiled, the next call is traced once more; with blocks that return more than the
+        hidden state, the first one must not be compiled.
         """
         with skipping(list(self.blocks)[:self.depth], hidden):
             yield

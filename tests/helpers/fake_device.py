@@ -4,8 +4,8 @@
 (`tensor.device`), and refuses what PyTorch refuses on a real GPU: an operator whose tensors lie on two devices, a
 generator of another device, and a NumPy view of what is not in the CPU's memory.
 
-Why not fake tensors, a tensor subclass, or PrivateUse1: fake CUDA tensors fail at `.to` and at random numbers in a CPU
-build; a wrapper subclass that says `cuda` reaches device guards that a CPU build does not have as soon as autograd runs
+Why not fake tensors, a tensor subclass, or PrivateUse1: fake CUDA tensors have no values, and fail at `.to`, at random numbers and in
+autograd in a CPU build, unless `absent_gpu.cpp` is loaded before PyTorch; a wrapper subclass that says `cuda` reaches device guards that a CPU build does not have as soon as autograd runs
 backward; a renamed PrivateUse1 backend needs compiled kernels for every operator. Two modes, one above autograd and one
 below it, see every call of both passes, and the arithmetic stays that of the CPU.
 """

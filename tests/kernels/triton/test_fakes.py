@@ -1,6 +1,7 @@
 """The operators on CUDA tensors that are not there: shapes, dtypes and devices, also where sizes are symbols.
 
-Without a CUDA build of PyTorch autograd cannot run on such tensors, so the two operators are called one by one.
+Without a CUDA build of PyTorch autograd cannot run on such tensors, so the two operators are called one by one. Whole training steps
+of them are compiled in tests/fedms/training/compiled_for_cuda.py.
 """
 
 from __future__ import annotations
