@@ -187,8 +187,9 @@ class ConstantPrefix:
 
     `capture` runs a forward pass without autograd up to the end of the prefix and returns the input of the next block; it
     shows the states between blocks on the way there, for prefixes that will be shorter.
-    `replay` lets a forward pass skip the prefix and continue from such a tensor. What comes before the blocks (embeddings,
-    masks) still runs in `replay`, because later blocks need the masks.
+    `replay` lets a forward pass skip the prefix and continue from such a tensor. What comes before the blocks still runs in
+    `replay`, because later blocks need the masks; but a frozen module in evaluation mode whose output is the first block's input, as
+    the embeddings' is, runs only if something else reads that output. The first replay runs it, to find it.
 
     The model has to call its blocks one after the other, with the hidden state as the first positional argument, and has
     to take the next hidden state from the output of a block: the tensor itself or the first element of a tuple. The

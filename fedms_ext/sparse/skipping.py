@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fedms_ext.sparse.unread import Maker, Unread
+
 
 @contextmanager
 def skipping(blocks: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
     """Let the model's forward pass skip blocks, within the context and in the calling thread.
+
+    The module in front of them whose output is the first block's input, such as the embeddings, is skipped too, unless something else
+    reads that output. The first pass finds the module.
 
     Args:
         blocks: The first blocks of a model, in the order in which it calls them; see `ConstantPrefix` for what they must be like.
@@ -23,18 +28,19 @@ def skipping(blocks: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
         if not isinstance(vars(block).get("forward"), _Skippable):
             block.forward = _Skippable(block)
     replay, outer = _Replay(blocks, hidden), _HERE.replays
-    _HERE.replays = {**outer, **{block: replay for block in blocks}}
+    _HERE.replays = {**outer, **{block: replay for block in replay.modules()}}
     try:
         yield
     finally:
         _HERE.replays = outer
+        replay.end()
 
 
 def restore_forward(model: nn.Module) -> None:
-    """Give every block that was skipped once its own forward method again."""
+    """Give every module that was skipped once its own forward method again."""
     for block in model.modules():
         skippable = vars(block).get("forward")
-        if isinstance(skippable, _Skippable):
+        if isinstance(skippable, _Replaced):
             del block.forward
             if skippable.replaced is not None:
                 block.forward = skippable.replaced
@@ -45,12 +51,12 @@ def hidden_of(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-class _Skippable:
-    """A block's forward method, which a thread can skip. It stays until `detach`: to put it in place and to take it away in each pass
+class _Replaced:
+    """A module's forward method, which a thread can skip. It stays until `detach`: to put it in place and to take it away in each pass
     would need a lock, since other threads may run the model, and torch.compile could not trace it.
 
     Attributes:
-        replaced: The forward method that the block itself had before, or None if it had that of its class.
+        replaced: The forward method that the module itself had before, or None if it had that of its class.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -60,12 +66,33 @@ class _Skippable:
     def __wrapped__(self) -> Callable[..., object]:
         return type(self.block).forward.__get__(self.block) if self.replaced is None else self.replaced
 
+
+class _Skippable(_Replaced):
+    """The forward method of a block.
+
+    Attributes:
+        maker: The module that makes the input of this block if it is the first one; None: there is none; "unknown": no pass was watched.
+    """
+
+    maker: nn.Module | None | str = "unknown"
+
     def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         replay = _HERE.replays.get(self.block)
         if replay is None:
             return self.__wrapped__(hidden, *args, **kwargs)
         flags = tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, bool)))
         return replay.output(self.block, flags, hidden, lambda: self.__wrapped__(hidden, *args, **kwargs))
+
+
+class _PutOff(_Replaced):
+    """The forward method of the module that makes the first block's input. It runs when that is read."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        replay = _HERE.replays.get(self.block)
+        # torch.compile removes what nobody reads by itself. Dropout would leave the random numbers of later layers in another place.
+        if replay is None or torch.compiler.is_compiling() or self.block.training or not replay.takes_input():
+            return self.__wrapped__(*args, **kwargs)
+        return Unread.of(replay.hidden, lambda: self.__wrapped__(*args, **kwargs))
 
 
 class _Replay:
@@ -81,9 +108,42 @@ class _Replay:
 
     def __init__(self, blocks: Sequence[nn.Module], hidden: Tensor) -> None:
         self.blocks, self.hidden, self.rest = blocks, hidden, ()
+        self.has_input = False
+        self.first: _Skippable | None = vars(blocks[0])["forward"] if blocks else None
+        unknown = self.first is not None and self.first.maker == "unknown" and not torch.compiler.is_compiling()
+        self.watch = Maker() if unknown else None
+
+    def modules(self) -> list[nn.Module]:
+        """Return what is skipped: the blocks, and the module that makes their input if it is known."""
+        maker = None if self.first is None else self.first.maker
+        return [*self.blocks, maker] if isinstance(maker, nn.Module) else list(self.blocks)
+
+    def takes_input(self) -> bool:
+        """Return whether no input was made for the blocks yet. A second one may be for another part of the model."""
+        before, self.has_input = self.has_input, True
+        return not before
+
+    def end(self) -> None:
+        """Stop watching for the module that makes the input."""
+        if self.watch is not None:
+            self.watch.end()
+            self.watch = None
+
+    def _found_input(self, hidden: Tensor) -> None:
+        """Learn which module makes the first block's input; `hidden` is that input."""
+        watch, first = self.watch, self.first
+        if watch is None or first is None or torch.compiler.is_compiling():
+            return
+        alike = all(getattr(hidden, name) == getattr(self.hidden, name) for name in ("shape", "dtype", "device"))
+        first.maker = watch.find(hidden) if alike else None
+        if isinstance(first.maker, nn.Module):
+            first.maker.forward = _PutOff(first.maker)
+        self.end()
 
     def output(self, block: nn.Module, flags: object, hidden: Tensor, run: Callable[[], object]) -> object:
         """Return what a skipped block returns in place of `run()`, which runs it on its input `hidden` (B, T, D)."""
+        if block is self.blocks[0]:
+            self._found_input(hidden)
         form = (type(block), flags)
         known = self.rests.get(form, "unknown")
         if isinstance(known, str) and (block is self.blocks[0] or form not in self.checked):
