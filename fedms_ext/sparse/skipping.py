@@ -63,7 +63,7 @@ class _Replaced:
         self.block, self.replaced = block, vars(block).get("forward")
 
     @property
-    def __wrapped__(self) -> Callable[..., object]:
+    def __wrapped__(self) -> Callable[..., Any]:
         return type(self.block).forward.__get__(self.block) if self.replaced is None else self.replaced
 
 
