@@ -89,8 +89,8 @@ class ExpertModel:
         self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
         self.ahead: Sequence[int] | None = None             # see `clear`
-        # Of experts on whole parts: in this visit, and in all visits of the run.
-        self.opinions_cache, self.opinions_before = dict[tuple[str, str, str], Tensor](), ConstantCache(OPINIONS)
+        # Of experts on whole parts: in this visit, and in all visits of the run if constants are kept.
+        self.opinions_cache, self.opinions_before = dict[tuple[str, str, str], Tensor](), ConstantCache(0)
         self._streams: dict[str, Stream] = {}               # of what is loaded now
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
@@ -342,7 +342,7 @@ class ExpertModel:
 
     def forget_opinions(self) -> None:
         """Drop all opinions that are kept."""
-        self.opinions_cache, self.opinions_before = {}, ConstantCache(OPINIONS)
+        self.opinions_cache, self.opinions_before = {}, ConstantCache(OPINIONS if self.cache.max_bytes else 0)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
         """Return `opinions` of an expert that does not change; cached by a hash of its tensors."""

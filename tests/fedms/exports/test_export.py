@@ -157,6 +157,8 @@ def test_aggregation_that_leaves_a_as_it_was_drawn(ended, tmp_path):
     export(tmp_path / "run", tmp_path / "out", "peft")
     want = predict(model, outcome, None, inputs_for(model.foundation)).global_
     assert error(logits_of_readme(tmp_path / "out/global"), want) < 1e-5
+    others = predict(model, outcome, None, model.foundation.tokenize(TEXTS[::-1], 64)).global_      # as many, on the same model
+    assert error(others.flip(0), want) < 1e-5 < error(others, want)
 
 
 def test_exact_aggregation_is_merged_and_is_no_adapter(ended, tmp_path):

@@ -62,7 +62,6 @@ def test_generated_tokens_have_the_probability_that_the_method_predicts(folder, 
         own = language.trained.client(client)
         predict(model, language.trained, own, inputs)       # asks about every token, the prompt's, too
         model.dataset = replace(model.dataset, answers=torch.tensor([len(prompt)]))
-        model.forget_opinions()
         model.clear()
         made = methods.create(language.trained.task.config).predict(
             model, Subset(torch.arange(1)), language.trained.private.get(own, Private()), language.trained.final)

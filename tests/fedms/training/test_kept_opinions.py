@@ -20,8 +20,7 @@ def federation(tmp_path_factory):
     return tiny_language_models.write_federation(tmp_path_factory.mktemp("lm"), ["ann", "bob"], 12, lambda who, i: f"{who} {i}")
 
 
-@pytest.mark.parametrize("sets", [["digits", "sal.cache_bytes=20000"],
-                                  ["tokens", "sal.cache_dtype=bf16"], ["tokens", "sal.cache=off"]], ids=",".join)
+@pytest.mark.parametrize("sets", [["digits", "sal.cache_bytes=20000"], ["tokens", "sal.cache_dtype=bf16"]], ids=",".join)
 def test_what_a_visit_ended_with_is_not_computed_again_by_the_next(sets, federation, tmp_path, monkeypatch):
     kind, *sets = sets
     config = load_config("digits", [*DIGITS, *sets]) if kind == "digits" else tiny_language_models.configuration(
