@@ -64,8 +64,11 @@ def plain_linear(
         return None
     if dropout_p if seed is None else type(seed) is not int or not 0 <= seed < 2**63:
         return None
-    inputs = (x, gate, *lora_a, *lora_b)
-    needs = [isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs] if torch.is_grad_enabled() else [False]
+    inputs: tuple[Tensor | None, ...] = ()
+    needs: list[bool] = []
+    if torch.is_grad_enabled():
+        inputs = (x, gate, *lora_a, *lora_b)
+        needs = [isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs]
     trains = True in needs
     if trains and segments is not None:
         return None
