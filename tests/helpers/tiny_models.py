@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedms_ext import LoRA, attach, expert_layers
+
 WIDTH, BLOCKS = 24, 4
 
 
@@ -130,3 +132,12 @@ def chain() -> Model:
 
 
 MODELS = {"bert": bert, "vit": vit, "clip": clip, "llama": llama, "stack": stack, "tuple stack": tuple_stack, "chain": chain}
+
+
+def with_experts(model: nn.Module, *names: str, targets="all-linear") -> nn.Module:
+    """A model with experts of rank 3 that change what it computes."""
+    attach(model, targets, {name: LoRA(3, 6) for name in names})
+    for layer in expert_layers(model).values():
+        for b in layer.lora_b.values():
+            nn.init.normal_(b, std=0.1)
+    return model
