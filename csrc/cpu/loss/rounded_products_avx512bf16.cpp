@@ -1,8 +1,6 @@
-// AVX-512 with BF16: two products of bfloat16 a lane, at twice the rate of float.
+// AVX-512 with BF16: two products of bfloat16 a lane, at twice the rate of float. No templates of the standard library: what is
+// compiled here must not be shared with files for other CPUs.
 #include <immintrin.h>
-
-#include <algorithm>
-#include <vector>
 
 #include "rounded_products.h"
 
@@ -13,10 +11,13 @@ namespace {
 
 constexpr int ROWS = 6, VECTORS = 4;   // of a register tile
 constexpr int64_t COLUMNS = 16 * VECTORS;
-constexpr int64_t TOKENS = 96;         // at a time: their part of the weight, 12 KiB, stays in the L1 cache
-constexpr int64_t PAIRS = TOKENS / 2;  // of tokens, whose values lie side by side
+constexpr int64_t PAIRS = ROUNDED_PAIRS;  // of tokens, whose values lie side by side
+constexpr int64_t TOKENS = 2 * PAIRS;     // at a time: their part of the weight, 12 KiB, stays in the L1 cache
 
-inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0); }
+// The first `count` of 16 lanes; none where count is below 1.
+inline __mmask16 lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0);
+}
 
 // Rows of e as pairs, zeros behind the last token; `to` has PAIRS pairs a row.
 void pair_rows(int64_t rows, int64_t tokens, const float* e, int64_t stride, uint32_t* to) {
@@ -72,7 +73,7 @@ void multiply(int64_t rows, int64_t tokens, const __mmask16* mask, const uint32_
   const int64_t pairs = (tokens + 1) / 2, each = (tokens * ROWS + rows - 1) / rows;
   int64_t i = 0, fetched = 0;
   for (; i + ROWS <= rows; i += ROWS) {
-    for (const int64_t end = std::min(tokens, fetched + each); fetched < end; ++fetched)
+    for (const int64_t end = fetched + each < tokens ? fetched + each : tokens; fetched < end; ++fetched)
       FEDMS_UNROLL for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(next + fetched * stride + 16 * v);
     tile<ROWS>(pairs, mask, e + i * PAIRS, panel, y + i * y_stride, y_stride);
   }
@@ -82,12 +83,11 @@ void multiply(int64_t rows, int64_t tokens, const __mmask16* mask, const uint32_
 }  // namespace
 
 void rounded_products_avx512bf16(int64_t rows, int64_t tokens, int64_t columns, const float* e, int64_t e_stride,
-                                 const float* weight, int64_t weight_stride, float* y, int64_t y_stride) {
-  std::vector<uint32_t> paired(rows * PAIRS);
+                                 const float* weight, int64_t weight_stride, float* y, int64_t y_stride, uint32_t* work) {
   alignas(64) uint32_t panel[PAIRS * COLUMNS];
   for (int64_t first = 0; first < tokens; first += TOKENS) {
-    const int64_t some = std::min(TOKENS, tokens - first);
-    pair_rows(rows, some, e + first, e_stride, paired.data());
+    const int64_t some = tokens - first < TOKENS ? tokens - first : TOKENS;
+    pair_rows(rows, some, e + first, e_stride, work);
     for (int64_t c = 0; c < columns; c += COLUMNS) {
       __mmask16 mask[VECTORS];
       for (int v = 0; v < VECTORS; ++v) mask[v] = lanes(columns - c - 16 * v);
@@ -96,7 +96,7 @@ void rounded_products_avx512bf16(int64_t rows, int64_t tokens, int64_t columns, 
       // Behind the last token it is memory that is fetched in vain, which an instruction that only fetches may be given.
       const float* const next = last ? from - c + TOKENS * weight_stride : from + COLUMNS;
       pair_panel(some, mask, from, weight_stride, panel);
-      multiply(rows, some, mask, paired.data(), panel, y + c, y_stride, next, weight_stride);
+      multiply(rows, some, mask, work, panel, y + c, y_stride, next, weight_stride);
     }
   }
 }

@@ -76,8 +76,10 @@ void add_products(const TokenHead& head, int64_t rows, const float* e, int64_t f
       for (int64_t c = column; factor[i] != 1.0f && c < last; ++c) gradient[i * d + c] *= factor[i];
     }
     const RoundedProducts rounded = rounded_products(head);
-    if (rounded && column < last)
-      rounded(rows, count, last - column, e, count, head.weight + first * d + column, d, gradient + column, d);
+    if (rounded && column < last) {
+      std::vector<uint32_t> work(rows * ROUNDED_PAIRS);
+      rounded(rows, count, last - column, e, count, head.weight + first * d + column, d, gradient + column, d, work.data());
+    }
     std::vector<float> block(rounded ? 0 : rows * TOKENS);  // of e: its rows lie far apart
     for (int64_t from = 0; !rounded && from < count && column < last; from += TOKENS) {
       const int64_t some = std::min(TOKENS, count - from);
