@@ -253,7 +253,8 @@ def clip_each(clients: Sequence[Sequence[Tensor]], most: float) -> Sequence[Tens
     """Scale the gradients of each client's parameters so that their norm is at most `most`, as
     `torch.nn.utils.clip_grad_norm_` does for one client; return the norms () of before.
 
-    The norms of all gradients are computed by one call, so that on a GPU a step of many clients has few launches.
+    The norms of all gradients are computed by one call, so that on a GPU a step of many clients has few launches. Each client has
+    one gradient at least: that of its loss.
     """
     gradients = [[p.grad for p in params if p.grad is not None] for params in clients]
     lengths = iter(torch._foreach_norm([gradient for own in gradients for gradient in own]))
