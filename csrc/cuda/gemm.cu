@@ -128,8 +128,10 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
   if (has_shrink(g)) {
     const bool inside = g.shrink.inside, fits = inside ? has_shrink_inside(tile, g.r) : overlaps_shrink(tile, g.r);
     const bool ranks_fit = fits && g.r > 0 && g.t_stride >= g.r && g.t_stride <= (inside ? NARROW_RANKS : OVERLAPPED_RANKS);
-    const bool in_vain = inside && (g.transposed || !g.siblings.empty());
-    if (int8 || has_dropout || !ranks_fit || in_vain) fail(what, "no shrink can overlap this product or be in it");
+    if (int8 || has_dropout) fail(what, "t is made by a launch of its own with an int8 w or dropout");
+    if (!ranks_fit) fail(what, "t_stride or the total rank is too large for this tile, or t cannot be made with it");
+    if (inside && g.transposed) fail(what, "ds cannot be made inside of this product, see narrow_backward");
+    if (inside && !g.siblings.empty()) fail(what, "t of siblings cannot be made inside of their product");
   }
   if (!runs_on(TILES[tile], chip)) fail(what, "the device has too little shared memory, or it or this build no wgmma");
   if (g.element == Element::bf16) return start<Bf16>(what, g, tile, chip);

@@ -53,11 +53,7 @@ void tile(const Int8Strip& strip, int64_t row) {
   finish<M>(strip, row, sum);
 }
 
-void multiply(const Int8Strip& strip) {
-  int64_t row = 0;
-  for (; row + ROWS <= strip.rows; row += ROWS) tile<ROWS>(strip, row);
-  for (; row < strip.rows; ++row) tile<1>(strip, row);
-}
+void multiply(const Int8Strip& strip) { multiply_rows<ROWS, 1>(strip, 0); }
 
 }  // namespace
 

@@ -42,12 +42,7 @@ void tile(const Int8Strip& strip, int64_t row) {
   finish<M>(strip, row, sum);
 }
 
-void multiply(const Int8Strip& strip) {
-  int64_t row = 0;
-  for (; row + ROWS <= strip.rows; row += ROWS) tile<ROWS>(strip, row);
-  for (; row + 2 <= strip.rows; row += 2) tile<2>(strip, row);
-  if (row < strip.rows) tile<1>(strip, row);
-}
+void multiply(const Int8Strip& strip) { multiply_rows<ROWS, 2>(strip, 0); }
 
 }  // namespace
 

@@ -65,10 +65,10 @@ struct DeviceProperties {
 };
 
 // How t is made for a gemm, on compute capability 9.0: by a launch of few blocks ahead of it, and the gemm starts while that runs and
-// waits for it before it comes to the ranks (programmatic dependent launch); or `inside`, by the gemm itself. Forward it makes s and t from the gemm's x, as shrink does. For a gemm
-// that is `transposed`, whose x is dy and whose t is ds, it makes ds = dy a with scale and gate, and dgate as RowGrads has it, from
-// the s that is there. r is at least 1; without dropout; for the tiles and ranks of overlaps_shrink or, inside, of has_shrink_inside. A
-// gemm that is transposed has no shrink inside.
+// waits for it before it comes to the ranks (programmatic dependent launch); or `inside`, by the gemm itself. Forward it makes s and t
+// from the gemm's x, as shrink does. For a gemm that is `transposed`, whose x is dy and whose t is ds, it makes ds = dy a with scale and
+// gate, and dgate as RowGrads has it, from the s that is there. r is at least 1; without dropout and an int8 w; for the tiles and ranks
+// of overlaps_shrink or, inside, of has_shrink_inside. A gemm that is transposed or has siblings has no shrink inside.
 struct GemmShrink {
   const void* a = nullptr;  // (r, k), or (k, r) if the gemm is transposed; null: there is no such launch, t is there already
   int64_t a_stride = 0;
