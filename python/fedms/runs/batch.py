@@ -150,6 +150,8 @@ def carry_out(runs: Sequence[BatchRun], *, overwrite: bool = False, jobs: int = 
     todo = [replace(run, beside=() if overwrite else _beside(run, runs)) for run in runs if run not in ended]
     if len(todo) < len(runs):
         progress.note(f"{len(runs) - len(todo)} of {len(runs)} runs have ended already and stay as they are")
+    if shared is not None and overwrite:
+        shutil.rmtree(shared, ignore_errors=True)
     try:
         _carry_out(todo, overwrite, jobs, progress, stop, shared)
     finally:

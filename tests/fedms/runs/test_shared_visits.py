@@ -123,6 +123,14 @@ def test_damaged_files_are_made_again(tmp_path, alone, made):
     assert records(tmp_path) == records(alone) and len(made) > OF_FEDAVG + 2
 
 
+def test_to_replace_runs_is_to_make_their_visits_anew(tmp_path, made):
+    with pytest.raises(Interrupted):
+        batch.compare(config(), ["fedavg"], [0], tmp_path, stop=Calls(4))
+    made.clear()
+    batch.compare(config(), ["fedavg"], [0], tmp_path, overwrite=True)
+    assert len(made) == OF_FEDAVG
+
+
 def test_another_setting_is_another_visit(tmp_path, alone, made):
     other = config("stage1.lr=0.02")
     batch.compare(config(), ["fedavg", "ditto"], [0], tmp_path, settings={"ditto": other})
