@@ -84,8 +84,8 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
         seed: The seed of the run.
 
     Raises:
-        DataError: If the scheme is unknown, "natural" or "domains" is used without groups, or there are fewer samples than
-            clients.
+        DataError: If the scheme is unknown, "natural" or "domains" is used without groups, there are fewer samples than
+            clients, or no client gets a sample.
     """
     total = clients.count + clients.unseen
     if data.partition not in SCHEMES:
@@ -102,7 +102,8 @@ def partition(dataset: Dataset, data, clients, seed: int) -> Partition:
     in_test = _common_test(shares[: clients.count], labels, data.global_test, rng)
     shares = [share[~np.isin(share, in_test)] for share in shares]
     if not any(map(len, shares)):
-        raise DataError(f"{dataset.name}: {len(dataset)} samples leave none for the clients")
+        raise DataError(f"{dataset.name}: of its samples ({len(dataset)}) no client gets one; give more data or clients "
+                        "(clients.count), a smaller data.global_test, or another data.partition")
     by_class = _by_class(shares, labels)
     keys = [_key(names[i]) if data.partition == "own" else i for i in range(total)]
     parts = [part for key, of in zip(keys, by_class) for part in _split(key, of, data.split, seed, data.stratify)]

@@ -47,7 +47,8 @@ def fake_runs(monkeypatch):
         progress.phase("loading")
         write_run(out, config.run.method, config.run.seed)
 
-    def many(config, names, seeds, out, *, overwrite, jobs, progress, stop, settings):
+    def many(config, names, seeds, out, *, overwrite, jobs, progress, stop, settings, share):
+        assert share
         for seed in seeds:
             for name in names:
                 one(with_run(config, method=name, seed=seed), out / f"{name}-seed{seed}", overwrite=overwrite,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fedms.data import DataError, ImageInputs, make_dataset, partition
 from fedms.data.dataset import strata_of, stratified_sample
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 
@@ -56,11 +56,16 @@ def same(a, b):
     split=st.sampled_from([(0.6, 0.15, 0.25), (0.34, 0.33, 0.33), (0.9, 0.05, 0.05), (0.1, 0.1, 0.8)]),
     seed=st.integers(0, 2**31),
 )
+@example(n=1, classes=1, groups=2, count=1, unseen=0, scheme="natural", global_test=0.0, split=(0.6, 0.15, 0.25), seed=0)
 def test_any_partition_is_disjoint_and_complete(
     n, classes, groups, count, unseen, scheme, global_test, split, seed
 ):
     data = dataset(n, classes, groups, seed)
     config = settings_of(scheme, split=split, global_test=global_test)
+    if scheme == "natural" and not (data.groups < count + unseen).any():     # nobody holds a group that has samples
+        with pytest.raises(DataError, match=rf"of its samples \({n}\) no client gets one; give more data or clients"):
+            partition(data, config, clients_of(count, unseen), seed)
+        return
     result = partition(data, config, clients_of(count, unseen), seed)
     assert [c.id for c in (*result.clients, *result.unseen)] == list(range(count + unseen))
     participants = sum(len(part) for c in result.clients for part in (c.train, c.validation, c.test))
@@ -297,7 +302,7 @@ def test_domains_and_sizes_are_skewed_by_alpha():
         (dataset(), settings_of("classes", classes_per_client=4), clients_of(), "data.classes_per_client: 4, but the data set holds 3"),
         (dataset(n=5), settings_of("dirichlet"), clients_of(12), "12 clients, but only 5 samples"),
         (dataset(), settings_of(), clients_of(0), "at least one client, got 0"),
-        (dataset(n=1), settings_of(global_test=0.9), clients_of(1), "1 samples leave none for the clients"),
+        (dataset(n=1), settings_of(global_test=0.9), clients_of(1), "of its samples \\(1\\) no client gets one"),
     ],
 )
 def test_impossible_partitions(data, config, clients, message):
