@@ -70,15 +70,28 @@ def findings(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> list[dict
             reasons = sorted({str(v["reason"]) for v in lost if v.get("reason")})
             say(f"{run.method}, seed {run.seed}: {len(lost)} of {len(run.visits)} visits did not train"
                 + (f" ({few(reasons, most=3)})." if reasons else "."), "bad")
-        for note in (field_of(run.summary, "notes") or []):
-            say((f"Seed {run.seed}: {note}" if len({r.seed for r in runs}) > 1 else _sentence(note)) + ".")
         for note in run.notes:
             say(f"{run.path.name}: {note}.", "bad")
+    for text in _own_notes(runs):
+        say(text)
     for note in notes:
         say(note, "bad")
     if differing := differing_keys(runs):
         say("The runs differ in more than method and seed: " + ", ".join(differing) + ".", "bad")
     return found
+
+
+def _own_notes(runs: Sequence[RunRecords]) -> Iterable[str]:
+    """Yield what runs say of themselves, and of which seeds unless it is all."""
+    seeds_of: dict[str, set[int]] = {}
+    for run in runs:
+        for note in (field_of(run.summary, "notes") or []):
+            seeds_of.setdefault(note, set()).add(run.seed)
+    for note, seeds in seeds_of.items():
+        if seeds == {run.seed for run in runs}:
+            yield f"{_sentence(note)}."
+        else:
+            yield f"{'Seed' if len(seeds) == 1 else 'Seeds'} {few(sorted(seeds))}: {note}."
 
 
 def _idle_findings(runs: Sequence[RunRecords]) -> Iterable[tuple[str, str]]:

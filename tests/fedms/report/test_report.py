@@ -475,13 +475,14 @@ def test_a_method_without_a_gate(tmp_path, method):
     assert "its own global expert" not in report.headline(report.read_runs(path)[0])
 
 
-def test_notes_name_their_seed_where_there_are_several(tmp_path):
-    for seed in range(2):
+def test_notes_name_their_seeds_unless_all_have_them(tmp_path):
+    for seed in range(3):
         path = write_run(tmp_path / f"{seed}", seed=seed)
-        edit(path / "summary.json", lambda s: {**s, "notes": ["one class is missing"]})
-    assert finding(tmp_path / "0", "missing")["text"] == "One class is missing."
-    assert [f["text"] for f in findings(tmp_path) if "missing" in f["text"]] == [
-        "Seed 0: one class is missing.", "Seed 1: one class is missing."]
+        own = ["one class is missing", "the last one"][:1 + (seed == 2)] if seed else []
+        edit(path / "summary.json", lambda s: {**s, "notes": ["two are missing", *own]})
+    assert finding(tmp_path / "0", "missing")["text"] == "Two are missing."
+    assert [f["text"] for f in findings(tmp_path) if "missing" in f["text"] or "last one" in f["text"]] == [
+        "Two are missing.", "Seeds 1, 2: one class is missing.", "Seed 2: the last one."]
 
 
 # Tables
