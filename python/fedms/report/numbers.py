@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -82,8 +82,7 @@ def by_method(runs: Iterable[RunRecords]) -> dict[str, list[RunRecords]]:
 def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     """Return one row for each method, zero-shot first, with a :class:`Stat` over seeds of each figure in the summaries.
 
-    A figure that is unknown is None. `below_local` is the share of clients whose personalized accuracy is below that of the
-    `local` run of the same seed.
+    A figure that is unknown is None. `below_local` is the share of clients that do worse than in the `local` run of the same seed.
     """
     rows = []
     zero_shot = {r.seed: r for r in runs if client_values(r, "zero_shot")}
@@ -201,12 +200,22 @@ def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
     return {}
 
 
+def merit(client: Mapping[str, Any]) -> Optional[float]:
+    """Return the number by which a client's models are compared, the larger the better: of a language model the mean log-likelihood of a
+    token, else the accuracy on its own test samples."""
+    nats = field_of(client, "language", "nats")
+    return field_of(client, "accuracy", "personalized") if nats is None else -nats
+
+
 def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
-    """Return the share of clients that do worse than by training alone with the same seed, or None if that is unknown."""
-    alone = local_only(run, runs)
-    pairs = [(field_of(c, "accuracy", "personalized"), alone.get(c["id"])) for c in participants(run)]
-    pairs = [(own, other) for own, other in pairs if own is not None and other is not None]
-    return statistics.fmean(own < other for own, other in pairs) if pairs and run.method != "local" else None
+    """Return the share of clients that do worse than by training alone with the same seed (see `merit`), or None if that is unknown."""
+    local = next((other for other in runs if other.method == "local" and other.seed == run.seed and other.clients), None)
+    if local is None or run.method == "local":
+        return None
+    alone = {client["id"]: merit(client) for client in participants(local)}
+    pairs = [(merit(client), alone.get(client["id"])) for client in participants(run)]
+    worse = [own < other for own, other in pairs if own is not None and other is not None]
+    return statistics.fmean(worse) if worse else None
 
 
 def paired_gap(ours: Sequence[RunRecords], theirs: Sequence[RunRecords],

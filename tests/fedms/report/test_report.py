@@ -426,6 +426,16 @@ def test_language_models_are_compared_by_perplexity_however_their_accuracies_sta
         "Before training it is 120.0. In perplexity, fedms is ahead of local (−9.5 %).")
 
 
+def test_a_client_of_a_language_model_is_better_off_alone_where_its_perplexity_says_so(tmp_path):
+    for method in ("fedms", "local"):
+        path = write_run(tmp_path / method, method, clients=4, unseen=0)
+        with_perplexity(path, 4.0)
+        edit(path / "clients.jsonl", lambda c: {**c, "accuracy": {**c["accuracy"], "personalized": 0.1 if method == "fedms" else 0.9},
+                                                "language": {"nats": 4.0 - 0.1 * (method == "fedms") * (1 if c["id"] else -1)}})
+    rows = {row["method"]: row for row in report.comparison(report.read_runs(tmp_path)[0])}
+    assert rows["fedms"]["below_local"].mean == 0.25
+
+
 def test_seeds_that_are_not_shared_give_no_spread(tmp_path):
     with_accuracy(write_run(tmp_path / "a", "fedms", 0), 0.7)
     with_accuracy(write_run(tmp_path / "b", "local", 1), 0.6)
