@@ -95,7 +95,8 @@ def layers(k: int, rank: int) -> None:
     """Print the instructions of whole layers."""
     if shutil.which("qemu-aarch64") is None:
         return print("\nqemu-aarch64 is not installed, so whole layers are not counted (Debian: qemu-user)")
-    print(f"\n| {k} -> {k}, r = {rank} | rows | quantize x | multiply | instructions a row and 1,000 multiply-adds |\n| --- | ---: | ---: | ---: | ---: |")
+    print(f"\n| {k} -> {k}, r = {rank} | rows | quantize x | multiply | instructions a row and 1,000 multiply-adds |\n"
+          "| --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "arm_count"
         sources = [ROOT / "bench/kernels/arm_count.cpp", *(ROOT / f"csrc/cpu/int8/{name}.cpp" for name in KERNELS)]

@@ -169,7 +169,8 @@ void GroupPlan::compute_da_and_db(const GroupBackward& call, const Needs& needs,
                        int first, int end) {
     std::vector<PartialSum> gradients;
     for (int e = first; e < end; ++e) {
-      if (out[e]) gradients.push_back(PartialSum::of(parts, columns, count, firsts_[e], ranks_[e], out[e], number == LoraGradStrips::OF_DA));
+      const bool is_a = number == LoraGradStrips::OF_DA;
+      if (out[e]) gradients.push_back(PartialSum::of(parts, columns, count, firsts_[e], ranks_[e], out[e], is_a));
     }
     pass.add(number, {z, columns, z_stride, t, in_parts ? parts : nullptr, {}}, gradients, sums);
     if (in_parts) parts += count * columns * rank_;

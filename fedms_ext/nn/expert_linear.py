@@ -233,9 +233,8 @@ class ExpertLinear(FrozenLinear, SharesInput):
         return expert_linear(x, weight, bias, a, b, scale, gate, active, dropout, seed, segments)
 
     def as_sibling(self, x: Tensor) -> Sibling | None:
-        """See `SharesInput`. The layer has to be called if rows of x take different experts (`segments`), if its `forward` was replaced, or if it has a hook that runs
-        before it, which may change x or load the weight.
-        """
+        """See `SharesInput`. The layer has to be called if rows of x take different experts (`segments`), if its `forward` was replaced,
+        or if it has a hook that runs before it, which may change x or load the weight."""
         route = self._route()
         if route.segments is not None or self._forward_pre_hooks or "forward" in vars(self):
             return None

@@ -193,11 +193,14 @@ def idle_visits(run: RunRecords) -> Optional[tuple[int, int]]:
 
 def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
     """Return the accuracy of the `local` method by client in the run of the same seed; empty if there is none."""
-    for other in runs:
-        if other.method == "local" and other.seed == run.seed and other.clients:
-            return {c["id"]: c["accuracy"]["personalized"] for c in participants(other)
-                    if field_of(c, "accuracy", "personalized") is not None}
-    return {}
+    local = _local_run(run, runs)
+    found = {client["id"]: field_of(client, "accuracy", "personalized") for client in (participants(local) if local else ())}
+    return {number: accuracy for number, accuracy in found.items() if accuracy is not None}
+
+
+def _local_run(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[RunRecords]:
+    """Return the run of the `local` method with the same seed, or None if there is none with clients."""
+    return next((other for other in runs if other.method == "local" and other.seed == run.seed and other.clients), None)
 
 
 def merit(client: Mapping[str, Any]) -> Optional[float]:
@@ -209,7 +212,7 @@ def merit(client: Mapping[str, Any]) -> Optional[float]:
 
 def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
     """Return the share of clients that do worse than by training alone with the same seed (see `merit`), or None if that is unknown."""
-    local = next((other for other in runs if other.method == "local" and other.seed == run.seed and other.clients), None)
+    local = _local_run(run, runs)
     if local is None or run.method == "local":
         return None
     alone = {client["id"]: merit(client) for client in participants(local)}

@@ -15,7 +15,7 @@ from fedms.config import load_config, registry
 from fedms.federated import local_training
 from fedms.federated.client import Client, Private, visit
 from fedms.federated.evaluation import evaluate_client
-from fedms.federated.server import Collected, Server
+from fedms.federated.server import Server
 from fedms.methods.apfl import APFL
 from fedms.methods.fedms_plus import FedMSPlus
 from fedms.training import expert_model
