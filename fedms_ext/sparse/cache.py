@@ -130,16 +130,28 @@ class ConstantCache:
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
         """Return the value of a key, from the cache or by calling `compute`."""
-        if key in self.entries:
-            self.entries.move_to_end(key)
-            return self.entries[key]
-        value = compute()
-        if value.nbytes <= self.max_bytes:
-            while self.nbytes + value.nbytes > self.max_bytes:
-                self.nbytes -= self.entries.popitem(last=False)[1].nbytes
-            self.entries[key] = value
-            self.nbytes += value.nbytes
+        value = self.find(key)
+        if value is None:
+            value = compute()
+            self.keep(key, value)
         return value
+
+    def find(self, key: Key) -> Tensor | Ragged | None:
+        """Return the value of a key, or None if it is not there."""
+        if key not in self.entries:
+            return None
+        self.entries.move_to_end(key)
+        return self.entries[key]
+
+    def keep(self, key: Key, value: Tensor | Ragged) -> bool:
+        """Store a value whose key is not there. Return False if it is larger than the whole cache."""
+        if value.nbytes > self.max_bytes:
+            return False
+        while self.nbytes + value.nbytes > self.max_bytes:
+            self.nbytes -= self.entries.popitem(last=False)[1].nbytes
+        self.entries[key] = value
+        self.nbytes += value.nbytes
+        return True
 
     def offer(self, key: Key, value: Tensor | Ragged) -> None:
         """Keep a value that will be asked for later if there is room for it; it is then the first to be dropped."""

@@ -32,6 +32,7 @@ from fedms.training.device import ACTIVATIONS, format_on
 from fedms.training.flop_meter import Constant, FlopMeter, Key
 from fedms.training.graphs import StepGraphs
 from fedms.training.imported import imported_tensors
+from fedms.training.kept_opinions import KeptOpinions
 from fedms.training.streams import Batch, Stream
 from fedms.training.tasks import task_of
 from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_order, attach, budget, deactivate, expert_layers,
@@ -39,7 +40,6 @@ from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_or
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
-OPINIONS = 32 * 1024**2         # bytes of the opinions that outlast a visit
 
 
 class ExpertModel:
@@ -89,8 +89,7 @@ class ExpertModel:
         self.kept: dict[str, Callable[[str], bool]] = dict.fromkeys(EXPERTS, freeze_none)     # what training leaves as it is
         self.boundary = self.untrained_below(config.sal.depth)
         self.ahead: Sequence[int] | None = None             # see `clear`
-        # Of experts on whole parts: in this visit, and in all visits of the run if constants are kept.
-        self.opinions_cache, self.opinions_before = dict[tuple[str, str, str], Tensor](), ConstantCache(0)
+        self.kept_opinions = KeptOpinions(outlast=False)    # until `start`
         self._streams: dict[str, Stream] = {}               # of what is loaded now
         self._open: Stream | None = None                    # the stream that the pairs are set for
         self._live: Stream | None = None                    # the one whose context is open
@@ -137,7 +136,7 @@ class ExpertModel:
         Args:
             ahead: Depths that later visits may train at. The cache keeps outputs for them, too; None for this visit's alone.
         """
-        self.ahead, self.opinions_cache = ahead, {}
+        self.ahead, self.kept_opinions.visit = ahead, {}
         self.depths = {name: (0, 0) for name in EXPERTS}
         self.shifts = self._no_shifts()
         self._forget_streams()
@@ -228,14 +227,14 @@ class ExpertModel:
         """Read another data set within the context, and yield the subset of all its samples. Their cached values are dropped at the
         end."""
         meter = self.meter
-        kept = self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.opinions_before, self.ahead
+        kept = self.dataset, self.cache, meter.paid, meter.asked, self.kept_opinions, self.ahead
         self.dataset, self.cache, meter.paid, meter.asked = dataset, ConstantCache(self.cache.max_bytes), set(), set()
         self.ahead = None
         self.forget_opinions()
         try:
             yield Subset(torch.arange(len(dataset)))
         finally:
-            self.dataset, self.cache, meter.paid, meter.asked, self.opinions_cache, self.opinions_before, self.ahead = kept
+            self.dataset, self.cache, meter.paid, meter.asked, self.kept_opinions, self.ahead = kept
 
     def targets(self, part: Subset, rows: Tensor | slice = slice(None)) -> Tensor:
         """Return the targets (U, ...) of the rows of a subset."""
@@ -327,22 +326,23 @@ class ExpertModel:
 
     @torch.no_grad()
     def opinions(self, expert: str, part: Subset) -> Tensor:
-        """Return the opinion (U, K) of an expert for a whole subset. It is kept until the expert changes, because a visit validates
-        the same expert several times, and often begins with the one that the visit before ended with. That one's operations are
-        counted again, as a client's device is not asked to remember it."""
-        key = (expert, part.key, self._digest(expert))
-        if key not in self.opinions_cache:
+        """Return the opinion (U, K) of an expert for a whole subset. It is kept until the expert changes; see `KeptOpinions`."""
+        kept, what = self.kept_opinions, (part.key, self._digest(expert))
+        if (expert, *what) not in kept.visit:
             with self.stream(expert) as stream:
-                before = self.meter.flops
-                self.opinions_cache[key] = cast(Tensor, self.opinions_before.get((*key[1:], stream.prefix_depth), lambda: self.in_chunks(
-                    part, lambda rows: self.opinion(expert, part, rows), self.task.columns)))
-                if self.meter.flops == before:
+                key = (*what, stream.prefix_depth)
+                opinion = kept.find(key)
+                if opinion is None:
+                    opinion = self.in_chunks(part, lambda rows: self.opinion(expert, part, rows), self.task.columns)
+                    kept.keep(key, opinion)
+                else:
                     self.meter.add(stream.live_flops(part))
-        return self.opinions_cache[key]
+            kept.visit[(expert, *what)] = opinion
+        return kept.visit[(expert, *what)]
 
     def forget_opinions(self) -> None:
         """Drop all opinions that are kept."""
-        self.opinions_cache, self.opinions_before = {}, ConstantCache(OPINIONS if self.cache.max_bytes else 0)
+        self.kept_opinions = KeptOpinions(outlast=self.cache.max_bytes > 0)
 
     def frozen_opinions(self, expert: str, part: Subset) -> Tensor:
         """Return `opinions` of an expert that does not change; cached by a hash of its tensors."""

@@ -34,7 +34,7 @@ class Seat:
         with model.stream(expert) as self._stream:
             self.prefix = self._stream.prefix(part) if self._stream.keeps else None
         self._depths, self._kept, self._shifts, self._ahead = dict(model.depths), dict(model.kept), dict(model.shifts), model.ahead
-        self._corrections, self._gate, self._opinions = model.corrections.tensors, model.read_gate(), model.opinions_cache
+        self._corrections, self._gate, self._opinions = model.corrections.tensors, model.read_gate(), model.kept_opinions.visit
         self.head = copy.deepcopy(model.heads[expert])
         head = {f"head/{name}": p for name, p in self.head.named_parameters()}
         self._tensors = {name: {n: head[n] if name == expert and n in head else nn.Parameter(p.detach().clone())
@@ -72,7 +72,7 @@ class Seat:
         for name in EXPERTS:
             depth, applied = self._depths[name]
             model.load(name, {**self._tensors[name], **self._corrections}, depth=depth, applied_depth=applied, keep=self._kept[name])
-        model.shifts, model.opinions_cache = dict(self._shifts), self._opinions
+        model.shifts, model.kept_opinions.visit = dict(self._shifts), self._opinions
         model.load_gate(self._gate)
 
 

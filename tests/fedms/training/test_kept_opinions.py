@@ -8,7 +8,7 @@ from fedms.config import load_config, with_run
 from fedms.progress import Progress
 from fedms.runs.batch import BatchRun, BatchRunner
 from fedms.storage.records import RunRecords, comparable
-from fedms.training import expert_model
+from fedms.training import kept_opinions
 from fedms.training.expert_model import ExpertModel
 
 DIGITS = ["data.max_samples=60", "clients.count=2", "clients.unseen=0", "stage1.rounds=2", "stage2.rounds=2", "run.threads=1"]
@@ -32,8 +32,8 @@ def test_what_a_visit_ended_with_is_not_computed_again_by_the_next(sets, federat
         return in_chunks(*arguments)
     monkeypatch.setattr(ExpertModel, "in_chunks", counted)
     runner = BatchRunner()
-    for most in (expert_model.OPINIONS, 0):
-        monkeypatch.setattr(expert_model, "OPINIONS", most)
+    for most in (kept_opinions.MAX_BYTES, 0):
+        monkeypatch.setattr(kept_opinions, "MAX_BYTES", most)
         passes[0] = 0
         for method in METHODS:
             folder = tmp_path / f"{method}-{most}"
