@@ -10,7 +10,7 @@ from .backends import Backend, available, explain, register_backend, use_backend
 from .graphs import graphed
 from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight, use_attention, use_rms_norm
 from .operators import attention, expert_linear
-from .quantization.quantize import dequantize, quantize
+from .quantization.quantize import cast_frozen, dequantize, quantize
 from .reference import philox_mask
 from .sparse.activation import (
     ConstantPrefix,
@@ -49,6 +49,7 @@ __all__ = [
     "available",
     "budget",
     "build_info",
+    "cast_frozen",
     "deactivate",
     "dequantize",
     "detach",

@@ -1,4 +1,4 @@
-"""Quantize the frozen weights of a model in place, and restore the original weights."""
+"""Quantize the frozen weights of a model in place, or round them to 16 bits, and restore the original weights."""
 from __future__ import annotations
 
 import warnings
@@ -14,7 +14,7 @@ from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.nn.linear import is_linear, is_transposed, obstacle, reader, replaced_forward
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.quantized_weight import QuantizedWeight, tensor_sha256
-from fedms_ext.quantization.formats import KINDS
+from fedms_ext.quantization.formats import HALVES, KINDS
 from fedms_ext.reference import GROUP
 from fedms_ext.sparse.surgery import Targets, matches
 
@@ -57,7 +57,10 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
     if kind not in KINDS:
         raise ValueError(f"cannot quantize to {kind!r}; expected {', '.join(KINDS)}")
     _check_endings(model, exclude)
-    layers = _quantizable(model, exclude)
+    layers = _frozen_linears(model, exclude)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no Linear layer with a frozen weight of its own that can be quantized; "
+                         "freeze it first (requires_grad_(False)), or attach experts, which does so")
     replaced = [(name, reason) for name, layer in layers.items() if (reason := replaced_forward(layer)) is not None]
     if replaced:
         raise ValueError("layer {!r} cannot be quantized: {}".format(*replaced[0]))
@@ -70,11 +73,16 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
         (layer if isinstance(layer, FrozenLinear) else FrozenLinear.take(layer)).freeze(frozen[name])
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-    for module in model.modules():
-        # In evaluation mode PyTorch's encoder layers read the weights instead of calling their Linear layers.
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, FrozenLinear) for m in module.modules()):
-            module.activation_relu_or_gelu = 0
+    _switch_off_fused_path(model, layers)
     return list(layers)
+
+
+def _switch_off_fused_path(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Make PyTorch's encoder layers call those of their Linear layers, instead of reading the weights as they do in evaluation mode."""
+    changed = {*layers.values()}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not changed.isdisjoint(module.modules()):
+            module.activation_relu_or_gelu = 0
 
 
 def _check_endings(model: nn.Module, exclude: Targets | None) -> None:
@@ -85,7 +93,8 @@ def _check_endings(model: nn.Module, exclude: Targets | None) -> None:
                              f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
 
 
-def _quantizable(model: nn.Module, exclude: Targets | None) -> dict[str, nn.Module]:
+def _frozen_linears(model: nn.Module, exclude: Targets | None) -> dict[str, Any]:
+    """Return the linear layers, by dotted name, whose weight is frozen, theirs alone and read by nobody else, but for `exclude`."""
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     head = getattr(model, "get_output_embeddings", lambda: None)() if exclude is None else None
     layers = {}
@@ -99,9 +108,6 @@ def _quantizable(model: nn.Module, exclude: Targets | None) -> dict[str, nn.Modu
             continue
         if isinstance(layer, FrozenLinear) or replaced_forward(layer) or obstacle(layer) is None:
             layers[name] = layer
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no Linear layer with a frozen weight of its own that can be quantized; "
-                         "freeze it first (requires_grad_(False)), or attach experts, which does so")
     return layers
 
 
@@ -125,6 +131,42 @@ def _warn_of_unquantized(model: nn.Module, layers: Mapping[str, nn.Module]) -> N
         largest = sorted(stays, key=lambda name: -stays[name])[:3]
         warnings.warn(f"{share:.0%} of the bytes of the frozen weights are not quantized; the largest such weights are "
                       f"{', '.join(largest)}. Only linear layers that own their weight matrix are quantized", stacklevel=3)
+
+
+@torch.no_grad()
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Convert the frozen weights and biases of a model's linear layers to a dtype of 16 bits, in place, and leave all else as it is.
+
+    For models that run under `torch.autocast` alone: it makes of a float32 weight a copy in its dtype at every pass, and keeps that
+    copy until the backward pass. A weight that is in this dtype already takes half of the memory and no copy, and the model
+    computes the same bits. Experts, norms and embeddings stay in float32, as PEFT leaves adapters on a base model in bfloat16 and
+    as the steps of an optimizer need it. Outside of autocast such a layer refuses a float32 input.
+
+    Args:
+        model: Any module.
+        dtype: `torch.bfloat16` or `torch.float16`.
+
+    Returns:
+        Dotted names of the layers that are in this dtype now, in the model's order: those that `quantize` takes by default, without
+        layers that are quantized already, in float64, offloaded or patched.
+
+    Raises:
+        ValueError: If the dtype is another one, or a weight or bias is beyond its range. The model is unchanged then.
+    """
+    if dtype not in HALVES.values():
+        raise ValueError(f"cannot cast frozen weights to {dtype}; expected torch.bfloat16 or torch.float16")
+    layers = {name: layer for name, layer in _frozen_linears(model, None).items()
+              if layer.weight.is_floating_point() and layer.weight.dtype != torch.float64 and replaced_forward(layer) is None}
+    frozen = {f"{name}.{kind}": p for name, layer in layers.items() for kind, p in layer._parameters.items()
+              if p is not None and not p.requires_grad}
+    for name, p in frozen.items():
+        if p.numel() and not p.is_meta and not (largest := p.abs().amax()).to(dtype).isfinite():
+            raise ValueError(f"{name} has a value of magnitude {largest:.3g}, beyond the range of {str(dtype).removeprefix('torch.')}; "
+                             "use bfloat16 or float32")
+    for p in frozen.values():
+        p.data = p.to(dtype)
+    _switch_off_fused_path(model, layers)
+    return list(layers)
 
 
 @torch.no_grad()

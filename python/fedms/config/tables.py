@@ -28,9 +28,10 @@ class ModelTable(Table):
     frozen: Literal["fp32", "bf16", "fp16", "int8", "int8_rotated", "nf4", "int4"] = Field(
         "fp32", description="storage of the frozen Linear weights; on a CPU int8, nf4 and int4 compute in int8, bf16 and "
         "fp16 in fp32; int8_rotated: int8 for models of which some activations are far larger than others, such as language "
-        "models; a GPU does not round activations, and stores int8")
+        "models; a GPU does not round activations, and stores int8; fp32 weights are held in the 16 bits of run.dtype, as they are rounded "
+        "to these in any case")
     full_precision: tuple[str, ...] = Field(
-        (), description="Linear layers whose frozen weights stay in fp32, by the end of their names; for layers whose rounding changes "
+        (), description="Linear layers whose frozen weights are not quantized, by the end of their names; for layers whose rounding changes "
         "the predictions most")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
@@ -387,6 +388,7 @@ class RunTable(Table):
         "auto", description="where models compute; auto: the first CUDA GPU whose kernels pass a self-check, else the CPU; cuda: "
         "the first GPU; cuda:N: the one with this number, from 0. Messages, checkpoints and records do not depend on it")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="activations of the foundation model; experts, optimizer and sums are in fp32 in any case")
+        "fp32", description="activations of the foundation model, and its frozen Linear weights where model.frozen does not quantize them; "
+        "experts, norms, embeddings, optimizer and sums are in fp32 in any case")
     graphs: bool = Field(False, description="on a CUDA GPU, training steps whose shapes repeat are launched as CUDA graphs: less work "
                          "for the CPU, more memory of the GPU; ignored on other devices")

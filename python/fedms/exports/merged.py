@@ -62,9 +62,10 @@ def merge_expert(trained: TrainedRun, foundation: FoundationModel, client: str |
     Raises:
         ConfigError: If there is no such client or expert.
     """
-    task = trained.task
-    plain = task.config.model.model_copy(update={"frozen": "fp32"})     # nothing is merged into quantized weights
-    model = bind(foundation, replace(task, config=task.config.model_copy(update={"model": plain})))
+    task, config = trained.task, trained.task.config
+    # Into the model's own weights: nothing is merged into quantized ones, and in 16 bits the sum would be rounded twice.
+    plain = {"model": config.model.model_copy(update={"frozen": "fp32"}), "run": config.run.model_copy(update={"dtype": "fp32"})}
+    model = bind(foundation, replace(task, config=config.model_copy(update=plain)))
     number, experts = trained.client(client), trained.experts(model)
     name = "global" if number is None else f"client-{number}"
     if name not in experts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,14 @@ class Decoder:
         layers: Layers of the blocks in which the experts differ.
         shared: Number of blocks below them.
         experts: 1, or the number of experts of each layer, which then run as one batch.
+        precision: Makes the context in which the model runs, such as autocast.
     """
 
-    def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1) -> None:
+    def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1,
+                 precision: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         from .key_value_cache import growing_cache      # imports transformers, which takes seconds
 
-        self.model, self.layers, self.shared, self.experts = model, layers, shared, experts
+        self.model, self.layers, self.shared, self.experts, self.precision = model, layers, shared, experts, precision
         self.before: Callable[[Tensor], None] | None = None     # called with the tokens of every step, before it
         self.cache = growing_cache()
         accepted = inspect.signature(model.module.forward).parameters
@@ -79,13 +81,13 @@ class Decoder:
 
     @torch.inference_mode()     # beside what no_grad leaves out, no tensor counts its versions: 12 % of a step
     def step(self, ids: Tensor) -> Tensor:
-        """Read the next tokens (T,) int64, and return the hidden states (experts, D) after the last one."""
+        """Read the next tokens (T,) int64, and return the hidden states (experts, D) float32 after the last one."""
         ids = ids.to(next(self.model.module.parameters()).device)
         if self.before is not None:
             self.before(ids)
         arguments: dict[str, Any] = {"input_ids": ids.unsqueeze(0), self.cache_name: self.cache, "use_cache": True}
-        with self._side_by_side():
-            return self.model.module(**arguments).last_hidden_state[:, -1]
+        with self._side_by_side(), self.precision():
+            return self.model.module(**arguments).last_hidden_state[:, -1].float()
 
     @contextmanager
     def _side_by_side(self) -> Iterator[None]:

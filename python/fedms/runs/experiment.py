@@ -23,6 +23,7 @@ from fedms.models import FoundationModel
 from fedms.progress import Progress
 from fedms.training.device import choose
 from fedms.training.expert_model import ExpertModel
+from fedms.training.frozen import held_dtype
 from fedms.training.memory import hand_back_large_blocks
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def data_mark(config: RunConfig, dataset: Dataset) -> str:
 def basis(config: RunConfig) -> tuple[object, ...]:
     """Return what a loaded task depends on: runs that agree in it can share one."""
     return (config.task, config.model, config.head, data.stamp(config.data), config.lora,
-            config.run.model_dump(include={"threads", "device", "dtype"}),
+            config.run.model_dump(include={"threads", "device", "dtype"}), held_dtype(config),
             config.data.model_dump(exclude={"partition", "alpha", "classes_per_client", "split", "global_test"}),
             config.sal.model_dump(include={"order", "depth", "cache", "cache_dtype", "cache_bytes"}),
             config.gate.model_dump(include={"mixing", "features", "temperature", "bottleneck"}))

@@ -24,6 +24,7 @@ from fedms.progress import Progress
 from fedms.runs.experiment import with_clients
 from fedms.training.device import choose, peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
+from fedms.training.frozen import is_quantized, quantize_frozen
 from fedms.training.memory import hand_back_large_blocks, resident_memory
 from fedms_ext import budget, dequantize
 
@@ -159,7 +160,7 @@ class _Planner:
         hand_back_large_blocks()
         torch.set_num_threads(config.run.threads)
         progress.phase(f"loading model {config.model.id}")
-        # Loaded as every run does, in full precision; `freeze` quantizes it.
+        # Loaded as every run does, in full precision, or held in the 16 bits of `[run] dtype`; `freeze` quantizes it.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"frozen": "fp32"})})
         foundation = foundation or models.load(plain.model, plain.task.kind)
         progress.phase(f"loading data {config.data.name}")
@@ -181,12 +182,12 @@ class _Planner:
     def freeze(self, frozen: str) -> None:
         if frozen != self.frozen:
             module = self.model.foundation.module
-            if self.frozen != "fp32":
+            if is_quantized(self.config, self.frozen):
                 dequantize(module, self.originals)
             full = budget.weight_bytes(module)
             self.originals = {f"{name}.weight": m.weight for name, m in module.named_modules()
                               if isinstance(m, nn.Linear)}
-            self.model.freeze(frozen)
+            quantize_frozen(module, self.config, self.device, frozen)
             self.frozen = frozen
             # Both copies of the weights are there for a moment.
             self.loading = max(self.loading, full + budget.weight_bytes(self.model.foundation.module))

@@ -65,15 +65,19 @@ class Answerer:
                 with model.stream("local") as local:
                     boundary = local.prefix_depth
                 shared = boundary if share_prefix(model) else 0
-                decoder = Decoder(self.foundation, list(model.layers.values()), shared, experts=len(EXPERTS))
+                decoder = Decoder(self.foundation, list(model.layers.values()), shared, len(EXPERTS), model.precision)
             else:
                 boundary = stream.prefix_depth
-                decoder = Decoder(self.foundation, [], model.blocks)
+                decoder = self._plain_decoder()
             if speaker.sees == "prefix":
                 self._watch(stack, boundary)
             if speaker.sees == "final":
-                decoder.before = self._final_features(Decoder(self.foundation, [], model.blocks))
+                decoder.before = self._final_features(self._plain_decoder())
             yield from generate(decoder, prompt, self._mixture, self.foundation.stop_tokens, sampling)
+
+    def _plain_decoder(self) -> Decoder:
+        """Return a decoder of one stream."""
+        return Decoder(self.foundation, [], self.model.blocks, precision=self.model.precision)
 
     def _final_features(self, plain: Decoder) -> Callable[[Tensor], None]:
         """Take the gate's features from the foundation model alone, which reads the same tokens."""
@@ -91,7 +95,7 @@ class Answerer:
         stack.callback(inside.close)
 
         def watch(_: Any, args: tuple) -> None:
-            self._features = args[0][-1:, -1]       # of the last position; the last row, where there is one an expert
+            self._features = args[0][-1:, -1].float()       # of the last position; the last row, where there is one an expert
             if self.speaker.layers:
                 inside.close()
                 weights = self._weigh(None, None)
@@ -102,7 +106,8 @@ class Answerer:
         features = self._features
         if features is None:
             features = torch.empty(1, 0, device=self.model.device)
-        weights = self.speaker.weigh(features, shared, own)
+        with torch.autocast(self.model.device.type, enabled=False):     # the gate is in float32
+            weights = self.speaker.weigh(features, shared, own)
         self.weights.append(float(weights[0, 1]))
         return weights
 

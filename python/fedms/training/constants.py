@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedms.data import made_cache_dir
 from fedms.training.device import describe
+from fedms.training.frozen import is_quantized
 from fedms_ext import ConstantCache, DiskCache, build_info
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def new_cache(model: ExpertModel) -> ConstantCache | DiskCache:
 def origin(model: ExpertModel) -> str:
     """Return a text that says what the bits of a value depend on beside the values that it is computed from: model, data, arithmetic."""
     config, run = model.config, model.config.run
+    frozen = config.model.frozen if is_quantized(config, config.model.frozen) else "fp32"
     # On torch, on the kernels' instruction set, on the number of threads.
-    arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, config.model.frozen,
+    arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, frozen,
                                       config.model.full_precision, config.sal.cache_dtype)
     if model.device.type != "cpu":
         arithmetic += (describe(model.device),)

@@ -28,15 +28,16 @@ from fedms.tasks.base import shifted
 from fedms.tensors import Tensors, digest_of, freeze_none
 from fedms.training.constants import new_cache
 from fedms.training.corrections import Corrections
-from fedms.training.device import ACTIVATIONS, format_on
+from fedms.training.device import ACTIVATIONS
 from fedms.training.flop_meter import Constant, FlopMeter, Key
+from fedms.training.frozen import hold_in_16_bits, quantize_frozen
 from fedms.training.graphs import StepGraphs
 from fedms.training.imported import imported_tensors
 from fedms.training.kept_opinions import KeptOpinions
 from fedms.training.streams import Batch, Stream
 from fedms.training.tasks import task_of
 from fedms_ext import (ConstantCache, GateAdapter, LoRA, activate, activation_order, attach, budget, deactivate, expert_layers,
-                       prefix_depth, quantize, reset_expert)
+                       prefix_depth, reset_expert)
 from fedms_ext.sparse.activation import blocks_of
 
 EXPERTS = ("global", "local")
@@ -48,7 +49,7 @@ class ExpertModel:
     Args:
         foundation: The frozen model. Experts are attached to it in place, and it is moved to the device.
         dataset: The data set into which `Subset`s index. It stays on the CPU.
-        config: The run file. Its tables [task], [model], [lora], [sal] and [gate] are used.
+        config: The run file. Its tables [task], [model], [lora], [sal] and [gate] are used, and `[run] dtype`.
         task: The task; the default is that of the run file.
         device: Device of the model, its experts, heads and gate, and of cached values.
 
@@ -71,13 +72,14 @@ class ExpertModel:
         lora = LoRA(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.rslora)
         with blamed_on("model.targets"):
             attach(foundation.module, config.model.targets, {name: lora for name in EXPERTS}, blocks=foundation.blocks)
-        self.freeze(config.model.frozen)
+        quantize_frozen(foundation.module, config, self.device, config.model.frozen)
         self.layers = expert_layers(foundation.module)
         self.blocks = len(blocks_of(foundation.module))
         self.block_of = {f"expert/{name}.lora_{x}": layer.block for name, layer in self.layers.items() for x in "ab"}
         with blamed_on("sal.order"):
             self.order = activation_order(self.blocks, config.sal.order)
         self.task = task_of(foundation, dataset, config, self.device) if task is None else task
+        hold_in_16_bits(foundation.module, config)      # after the task, which may embed class prompts in float32
         foundation.to(self.device)
         self.heads = nn.ModuleDict({name: self.task.new_head() for name in EXPERTS}).to(self.device)
         self.gate = self._new_gate()
@@ -98,16 +100,6 @@ class ExpertModel:
         gate = self.config.gate
         width = self.foundation.feature_dim if gate.features == "final" else self.foundation.width
         return GateAdapter(width, len(EXPERTS), gate.bottleneck, gate.temperature, side).to(self.device)
-
-    def freeze(self, frozen: str) -> None:
-        """Quantize the frozen weights of Linear layers as `[model] frozen` says, but for those of `[model] full_precision`. All must
-        be in full precision before."""
-        if frozen != "fp32":
-            with blamed_on("model.full_precision"):
-                quantize(self.foundation.module, format_on(self.device, frozen), exclude=self.config.model.full_precision or None)
-            # One tensor keeps the whole file mapped that the model was loaded from, with all that was quantized.
-            for parameter in self.foundation.module.parameters():
-                parameter.data = parameter.data.clone()
 
     # Tensors in and out
 

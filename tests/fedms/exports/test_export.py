@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedms import cli, data, models
 from fedms.config import ConfigError, config_from_dict
 from fedms.data import DataError
 from fedms.exports import export
+from fedms.exports.merged import merge_expert
 from fedms.exports.predict import bind, predict
 from fedms.exports.trained_run import read_task, read_trained_run
 from fedms.models import peft_format
@@ -188,6 +190,17 @@ def test_merged_weights_give_the_same_logits(kind, client, ended, tmp_path):
     want = found.global_ if client is None else found.local
     assert error(logits_of_readme(tmp_path / "out"), want) < 1e-5
     assert not any("lora" in name for name in load_file(tmp_path / "out/model.safetensors"))
+
+
+def test_an_expert_of_a_run_in_16_bits_is_merged_into_the_weights_as_they_were(ended):
+    outcome, _ = read_out(ended("bert"))
+    merged = []
+    for dtype in ("fp32", "bf16"):
+        config = outcome.task.config.model_copy(update={"run": outcome.task.config.run.model_copy(update={"dtype": dtype})})
+        foundation = models.load(config.model)
+        merge_expert(replace(outcome, task=replace(outcome.task, config=config)), foundation, "anna")
+        merged.append(foundation.module.state_dict())
+    assert all(tensor.dtype == merged[0][name].dtype and torch.equal(tensor, merged[0][name]) for name, tensor in merged[1].items())
 
 
 @pytest.mark.parametrize("kind, client", [("bert", "berta")])

@@ -45,6 +45,22 @@ def finished(folder, *sets):
     return path
 
 
+def answered(language, client):
+    """The tokens of an answer and what generated them; the opinion and the gate's weights by which the method predicts them."""
+    stream, answerer = language._tokens(QUESTION, client, Sampling(7))
+    tokens, prompt = list(stream), language.prompt(QUESTION)
+    ids = torch.tensor([*prompt, *(token.id for token in tokens)])
+    inputs = TextInputs({"input_ids": ids}, torch.tensor([0, len(ids)]), {"input_ids": 0})
+    model = language.model
+    own = language.trained.client(client)
+    predict(model, language.trained, own, inputs)       # asks about every token, the prompt's, too
+    model.dataset = replace(model.dataset, answers=torch.tensor([len(prompt)]))
+    model.clear()
+    made = methods.create(language.trained.task.config).predict(
+        model, Subset(torch.arange(1)), language.trained.private.get(own, Private()), language.trained.final)
+    return tokens, answerer, made.personalized, made.weights
+
+
 @pytest.mark.parametrize("sets", [["run.method=fedms"], ["run.method=fedms_plus"], ["gate.mixing=layers"], ["gate.features=final"],
                                   ["gate.weight=0.3"], ["gate.on=logits"], ["run.method=apfl"], ["run.method=ditto"], ["run.method=fedavg"],
                                   ["run.method=local"], ["run.method=fedavg_ft"]], ids=str)
@@ -52,24 +68,24 @@ def test_generated_tokens_have_the_probability_that_the_method_predicts(folder, 
     """The answer goes back in as a sample: what `predict`, which knows no cache, says of its tokens is the same."""
     language = open_language_model(finished(folder, *sets))
     assert language.clients == {"ann": 0, "bob": 1}
-    prompt = language.prompt(QUESTION)
     for client in ("bob", 0):
-        stream, answerer = language._tokens(QUESTION, client, Sampling(7))
-        tokens = list(stream)
-        ids = torch.tensor([*prompt, *(token.id for token in tokens)])
-        inputs = TextInputs({"input_ids": ids}, torch.tensor([0, len(ids)]), {"input_ids": 0})
-        model = language.model
-        own = language.trained.client(client)
-        predict(model, language.trained, own, inputs)       # asks about every token, the prompt's, too
-        model.dataset = replace(model.dataset, answers=torch.tensor([len(prompt)]))
-        model.clear()
-        made = methods.create(language.trained.task.config).predict(
-            model, Subset(torch.arange(1)), language.trained.private.get(own, Private()), language.trained.final)
-        opinion = made.personalized
+        tokens, answerer, opinion, weights = answered(language, client)
         torch.testing.assert_close(torch.tensor([token.log_p for token in tokens]), opinion[:, 0], rtol=1e-4, atol=2e-4)
         assert bool((opinion[:, 3] == 1).all())     # greedy
-        if made.weights is not None:
-            torch.testing.assert_close(torch.tensor(answerer.weights), made.weights[:, 1], rtol=1e-3, atol=1e-4)
+        if weights is not None:
+            torch.testing.assert_close(torch.tensor(answerer.weights), weights[:, 1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sets", [[], ["gate.mixing=layers"]], ids=str)
+def test_a_run_in_16_bits_answers_in_them(folder, sets):
+    language = open_language_model(finished(folder, *sets, "run.dtype=bf16"))
+    layer, seen = [*language.model.layers.values()][-1], []
+    hook = layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    tokens, answerer, opinion, weights = answered(language, "bob")
+    hook.remove()
+    assert layer.weight.dtype == torch.bfloat16 and {*seen} == {torch.bfloat16}
+    torch.testing.assert_close(torch.tensor([token.log_p for token in tokens]), opinion[:, 0], rtol=0, atol=0.1)
+    torch.testing.assert_close(torch.tensor(answerer.weights), weights[:, 1], rtol=0, atol=0.02)
 
 
 def test_streamed_text_is_the_answer_and_sampling_repeats(folder):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from fedms import cli, data, methods, models
 from fedms.config import ConfigError, load_config
 from fedms.errors import FAILED, USAGE
@@ -171,6 +172,18 @@ def test_a_plan_without_limits_keeps_the_settings():
     assert {(o.frozen, o.cache, o.micro_batch) for o in found.options} == {("fp32", "memory", 32)}
     assert all(o.seconds == o.work.flops / 1e9 for o in found.options)
     assert found.settings["sal.cache_bytes"] == 2 * 1024**3
+
+
+def test_a_plan_in_16_bits_counts_half_of_the_frozen_linear_weights_and_tries_smaller_ones(monkeypatch):
+    full, half = (costs_of(f"run.dtype={dtype}") for dtype in ("fp32", "bf16"))
+    linear = sum(m.weight.nbytes + m.bias.nbytes for m in full.model.foundation.module.modules() if isinstance(m, nn.Linear))
+    memory = [costs.memory(1, True) for costs in (full, half)]
+    assert memory[0].weights - memory[1].weights == linear // 2
+    assert memory[1].training.of(8) < memory[0].training.of(8)
+    monkeypatch.setattr(plan, "peak", lambda device: 0)     # the peak of loading hides all others on so small a model
+    sets = ["sal.max_depth=1", "run.dtype=bf16", "model.frozen=bf16"]
+    tried = plan.plan(load_config("digits", [*SMALL, *sets]), memory=1, flops=1e9)
+    assert {option.frozen for option in tried.options} == {"nf4"}       # from weights held in bf16 to int8, and from these to nf4
 
 
 def test_clients_side_by_side_take_the_memory_of_all(monkeypatch):
