@@ -12,6 +12,7 @@ from fedms import cli, data, methods, models
 from fedms.config import ConfigError, load_config
 from fedms.errors import FAILED, USAGE
 from fedms.federated.visit_costs import CostModel, device_memory, fitting_of
+from fedms.progress import Progress
 from fedms.runs import plan, run
 from fedms.storage.records import RunRecords
 from fedms.training.expert_model import ExpertModel
@@ -175,15 +176,17 @@ def test_a_plan_without_limits_keeps_the_settings():
 
 
 def test_a_plan_in_16_bits_counts_half_of_the_frozen_linear_weights_and_tries_smaller_ones(monkeypatch):
-    full, half = (costs_of(f"run.dtype={dtype}") for dtype in ("fp32", "bf16"))
-    linear = sum(m.weight.nbytes + m.bias.nbytes for m in full.model.foundation.module.modules() if isinstance(m, nn.Linear))
-    memory = [costs.memory(1, True) for costs in (full, half)]
-    assert memory[0].weights - memory[1].weights == linear // 2
-    assert memory[1].training.of(8) < memory[0].training.of(8)
-    monkeypatch.setattr(plan, "peak", lambda device: 0)     # the peak of loading hides all others on so small a model
-    sets = ["sal.max_depth=1", "run.dtype=bf16", "model.frozen=bf16"]
-    tried = plan.plan(load_config("digits", [*SMALL, *sets]), memory=1, flops=1e9)
-    assert {option.frozen for option in tried.options} == {"nf4"}       # from weights held in bf16 to int8, and from these to nf4
+    monkeypatch.setattr(plan._Planner, "_visit", lambda planner: 1.0)
+    planner = plan._Planner(load_config("digits", [*SMALL, "run.dtype=bf16", "model.frozen=bf16"]), Progress(), None, None)
+    module, held = planner.model.foundation.module, planner.model.foundation.weight_bytes
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    values = sum(p.numel() for m in linear for p in (m.weight, m.bias))
+    assert {m.weight.dtype for m in linear} == {torch.bfloat16}
+    assert held == budget.weight_bytes(module) and held - 2 * values == sum(p.nbytes for p in module.parameters() if p.dtype == torch.float32)
+    for frozen, share in (("bf16", 1), ("int8", 0.6), ("nf4", 0.4)):
+        planner.freeze(frozen)
+        weights = planner.model.foundation.weight_bytes - (held - 2 * values)
+        assert 0 < weights <= share * 2 * values
 
 
 def test_clients_side_by_side_take_the_memory_of_all(monkeypatch):
