@@ -7,6 +7,7 @@ import torch  # noqa: F401  first: the kernels of this package run on the OpenMP
 from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import Backend, available, explain, register_backend, use_backend
+from .freed_memory import keep_freed_memory
 from .graphs import graphed
 from .nn import ExpertLinear, FrozenLinear, GateAdapter, LoRA, PairState, QuantizedWeight, use_attention, use_rms_norm
 from .operators import attention, expert_linear
@@ -61,6 +62,7 @@ __all__ = [
     "gated",
     "graphed",
     "group",
+    "keep_freed_memory",
     "merge",
     "philox_mask",
     "prefix_depth",

@@ -72,6 +72,7 @@ class Ragged:
     def _set(self, values: Tensor, lengths: Tensor) -> None:
         self.values, self.lengths = values, lengths
         self.offsets = torch.cumsum(lengths, 0) - lengths
+        self.equal = len(lengths) > 0 and bool((lengths == lengths[0]).all())    # in length, as those of images are
 
     def put(self, i: int, row: Tensor) -> None:
         """Store row i, (T_i, ..., D)."""
@@ -97,13 +98,14 @@ class Ragged:
     def row(self, i: int) -> Tensor:
         """Return row i, (T_i, ..., D), as a view if it is stored unchanged."""
         span = self._span(i)
-        row = self.values[span]
-        if self.scales is not None:
-            return row * self.scales[span]
-        return row.float() if row.dtype == torch.bfloat16 else row
+        return _restored(self.values[span], None if self.scales is None else self.scales[span])
 
     def pad(self, indices: Tensor) -> Tensor:
         """Return the rows at `indices` (B,), padded with zeros to the longest of them, as (B, T, ..., D)."""
+        if self.equal:      # one gather, which threads share
+            shape, at = (len(self), int(self.lengths[0])), indices.to(self.values.device)
+            values = self.values.unflatten(0, shape).index_select(0, at)
+            return _restored(values, None if self.scales is None else self.scales.unflatten(0, shape).index_select(0, at))
         return nn.utils.rnn.pad_sequence([self.row(i) for i in indices.tolist()], batch_first=True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -118,6 +120,13 @@ class Ragged:
         self.scales = tensors.get("scales")
         self._set(tensors["values"], tensors["lengths"])
         return self
+
+
+def _restored(values: Tensor, scales: Tensor | None) -> Tensor:
+    """Return stored values as they are read: unchanged, or in float32."""
+    if scales is not None:
+        return values * scales
+    return values.float() if values.dtype == torch.bfloat16 else values
 
 
 class ConstantCache:

@@ -153,6 +153,17 @@ def test_files_are_mapped_only_while_their_values_are_in_use(tmp_path):
     assert torch.equal(cache.get(("a",), lambda: 1 / 0).pad(torch.arange(3)), kept)
 
 
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [0, 0], [2, 5, 1]])
+def test_padded_rows_are_the_rows(storage, lengths):
+    ragged = Ragged([torch.randn(n, 2, 6) for n in lengths], storage)
+    chosen = torch.tensor([len(lengths) - 1, 0, len(lengths) - 1])
+    padded = ragged.pad(chosen)
+    assert padded.shape == (3, max(lengths[i] for i in chosen), 2, 6)
+    for i, got in zip(chosen.tolist(), padded):
+        assert torch.equal(got[:lengths[i]], ragged.row(i)) and not got[lengths[i]:].any()
+
+
 def test_rows_are_put_in_any_order():
     exact = rows()
     for storage in ("fp32", "bf16", "int8"):

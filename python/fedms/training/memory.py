@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -9,10 +10,9 @@ from pathlib import Path
 
 import psutil
 
-# glibc alone has them.
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-_M_MMAP_THRESHOLD = -3      # malloc.h
+from fedms_ext.freed_memory import keep_freed_memory, return_freed_memory
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # glibc alone has it
 _PEAK = re.compile(rb"VmHWM:\s*(\d+) kB")
 
 # Bytes from which a block of memory is one of its own, which goes back to the system when it is freed. Each page of such a block
@@ -26,9 +26,13 @@ def hand_back_large_blocks() -> None:
 
     Otherwise glibc raises that bound to 32 MiB step by step and keeps freed memory in pieces that do not fit later tensors. The
     process then uses half as much memory again as all that it holds. Call this before a model is loaded.
+
+    With `FEDMS_KEEP_MEMORY=1` in the environment freed memory is kept instead, see `fedms_ext.keep_freed_memory`.
     """
-    if _mallopt is not None:
-        _mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+    if os.environ.get("FEDMS_KEEP_MEMORY") == "1":
+        keep_freed_memory()
+    else:
+        return_freed_memory(LARGE_BLOCK)
 
 
 def reset_peak_memory() -> None:
