@@ -1,8 +1,8 @@
-"""`skipping`: let a thread run a model without its first blocks."""
+"""`skipping`: let a thread run a model without its first blocks. `entering`: let it change what blocks are given."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +24,7 @@ def skipping(blocks: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
         blocks: The first blocks of a model, in the order in which it calls them; see `ConstantPrefix` for what they must be like.
         hidden: What the last of them is to return, (B, T, D).
     """
-    for block in blocks:
-        if not isinstance(vars(block).get("forward"), _Skippable):
-            block.forward = _Skippable(block)
+    _replace_forward(blocks)
     replay, outer = _Replay(blocks, hidden), _HERE.replays
     _HERE.replays = {**outer, **{block: replay for block in replay.modules()}}
     try:
@@ -36,8 +34,32 @@ def skipping(blocks: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
         replay.end()
 
 
+@contextmanager
+def entering(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let functions change the hidden state (B, T, D) that blocks are given, within the context and in the calling thread.
+
+    A forward pre-hook does the same for all threads, but torch.compile cannot trace how one is registered.
+
+    Args:
+        changes: What returns the hidden state that a block gets instead of its argument, by block. A block that is skipped calls none.
+    """
+    _replace_forward(changes)
+    outer = _HERE.changes
+    _HERE.changes = {**outer, **changes}
+    try:
+        yield
+    finally:
+        _HERE.changes = outer
+
+
+def _replace_forward(blocks: Iterable[nn.Module]) -> None:
+    for block in blocks:
+        if not isinstance(vars(block).get("forward"), _Skippable):
+            block.forward = _Skippable(block)
+
+
 def restore_forward(model: nn.Module) -> None:
-    """Give every module that was skipped once its own forward method again."""
+    """Give every module that was skipped or entered once its own forward method again."""
     for block in model.modules():
         skippable = vars(block).get("forward")
         if isinstance(skippable, _Replaced):
@@ -52,7 +74,7 @@ def hidden_of(out: Any) -> Tensor:
 
 
 class _Replaced:
-    """A module's forward method, which a thread can skip. It stays until `detach`: to put it in place and to take it away in each pass
+    """A module's forward method, which a thread can skip or change. It stays until `detach`: to put it in place and to take it away in each pass
     would need a lock, since other threads may run the model, and torch.compile could not trace it.
 
     Attributes:
@@ -79,7 +101,8 @@ class _Skippable(_Replaced):
     def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         replay = _HERE.replays.get(self.block)
         if replay is None:
-            return self.__wrapped__(hidden, *args, **kwargs)
+            change = _HERE.changes.get(self.block)
+            return self.__wrapped__(hidden if change is None else change(hidden), *args, **kwargs)
         flags = tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, bool)))
         return replay.output(self.block, flags, hidden, lambda: self.__wrapped__(hidden, *args, **kwargs))
 
@@ -175,10 +198,11 @@ def _same(a: object, b: object) -> bool:
 
 
 class _Here(threading.local):
-    """What the calling thread replays, by block. torch.compile traces the attributes of a `threading.local`, but no `ContextVar`."""
+    """What the calling thread replays and changes, by block. torch.compile traces the attributes of a `threading.local`, but no `ContextVar`."""
 
     def __init__(self) -> None:     # in each thread
         self.replays: Mapping[nn.Module, _Replay] = {}
+        self.changes: Mapping[nn.Module, Callable[[Tensor], Tensor]] = {}
 
 
 _HERE = _Here()

@@ -1,4 +1,5 @@
-"""Blocks that a thread skips while it replays a constant prefix: other threads, what is restored, and torch.compile."""
+"""Blocks that a thread skips while it replays a constant prefix, or whose input it changes: other threads, what is restored, and
+torch.compile."""
 from __future__ import annotations
 
 import copy
@@ -8,6 +9,7 @@ import torch
 from tiny_models import BLOCKS, WIDTH, stack, with_experts
 
 from fedms_ext import ConstantPrefix, activate, detach, expert_layers, gated
+from fedms_ext.sparse.skipping import entering
 
 
 def test_each_thread_replays_its_own_prefix():
@@ -65,3 +67,31 @@ def test_a_replay_below_a_gate_is_one_graph():
         want = step(hidden, gate)
         torch.testing.assert_close(compiled(hidden, gate), want)
         assert not torch.allclose(model.run(), want)    # the gate is gone
+
+
+def test_a_thread_changes_what_a_block_is_given():
+    model = with_experts(stack(), "global")
+    blocks, want = model.inner.layers, model.run()
+    seen = []
+
+    def doubled(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return 2 * hidden
+
+    with entering({blocks[2]: doubled}):
+        found = model.run()
+        with entering({blocks[2]: lambda hidden: hidden, blocks[0]: lambda hidden: hidden}):
+            assert torch.equal(model.run(), want)
+        other = []
+        worker = threading.Thread(target=lambda: other.append(model.run()))
+        worker.start()
+        worker.join()
+        assert torch.equal(other[0], want) and len(seen) == 1      # no other thread's pass is changed
+        with ConstantPrefix(model, 3).replay(ConstantPrefix(model, 3).capture(model.run)):
+            model.run()
+        assert len(seen) == 2       # by `capture`; a block that is skipped is given nothing
+    assert torch.equal(model.run(), want)
+    with ConstantPrefix(model, 2).replay(2 * seen[0]):
+        assert torch.equal(model.run(), found)
+    detach(model)
+    assert not any("forward" in vars(block) for block in blocks)

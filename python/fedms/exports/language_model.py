@@ -107,7 +107,6 @@ class LanguageModel:
 
         def tokens() -> Iterator[Token]:
             with self._alone:
-                answerer.weights.clear()
                 yield from answerer.tokens(prompt, sampling)
         return tokens(), answerer
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedms_ext import ExpertLinear, segmented
+from fedms_ext.sparse.skipping import entering
 from fedms_ext.sparse.surgery import block_list
 
 from .causal_lm import CausalModel
@@ -73,8 +74,10 @@ class Decoder:
                  precision: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         from .key_value_cache import growing_cache      # imports transformers, which takes seconds
 
-        self.model, self.layers, self.shared, self.experts, self.precision = model, layers, shared, experts, precision
+        self.model, self.layers, self.experts, self.precision = model, layers if experts > 1 else (), experts, precision
         self.before: Callable[[Tensor], None] | None = None     # called with the tokens of every step, before it
+        self.blocks = block_list(model.module, model.blocks)
+        self.changes: dict[nn.Module, Callable[[Tensor], Tensor]] = {self.blocks[shared]: self._repeated} if experts > 1 else {}
         self.cache = growing_cache()
         accepted = inspect.signature(model.module.forward).parameters
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
@@ -86,21 +89,21 @@ class Decoder:
         if self.before is not None:
             self.before(ids)
         arguments: dict[str, Any] = {"input_ids": ids.unsqueeze(0), self.cache_name: self.cache, "use_cache": True}
-        with self._side_by_side(), self.precision():
+        with entering(self.changes), segmented(self.layers, (1,) * self.experts), self.precision():
             return self.model.module(**arguments).last_hidden_state[:, -1].float()
 
-    @contextmanager
-    def _side_by_side(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self.experts > 1:
-                blocks = block_list(self.model.module, self.model.blocks)
-                handle = blocks[self.shared].register_forward_pre_hook(self._repeated, with_kwargs=True)
-                stack.callback(handle.remove)
-                stack.enter_context(segmented(self.layers, (1,) * self.experts))
-            yield
+    def _repeated(self, hidden: Tensor) -> Tensor:
+        return hidden.repeat(self.experts, 1, 1)
 
-    def _repeated(self, _: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return (args[0].repeat(self.experts, 1, 1), *args[1:]), kwargs
+    def watch(self, number: int, see: Callable[[Tensor], None]) -> None:
+        """Call a function with the hidden state (rows, T, D) that the block of this number is given, counted from 0, in every step.
+        There is a row for each expert where they run as one batch already."""
+        block, change = self.blocks[number], self.changes.get(self.blocks[number])
+
+        def seen(hidden: Tensor) -> Tensor:
+            see(hidden)
+            return hidden if change is None else change(hidden)
+        self.changes[block] = seen
 
 
 def generate(decoder: Decoder, prompt: Sequence[int], mixture: Mixture, stop_tokens: Sequence[int],

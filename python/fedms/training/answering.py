@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from fedms.tasks.causal_lm import CausalLM
 from fedms.training.both import share_prefix
 from fedms.training.expert_model import EXPERTS, ExpertModel
 from fedms_ext import gated
-from fedms_ext.sparse.activation import blocks_of
 
 # The weights (U, 2) of the global and the local expert for tokens whose features are (U, D), by both experts' opinions (U, K)
 # about them, where these are known before.
@@ -40,40 +38,42 @@ class Speaker:
 
 
 class Answerer:
-    """Generates answers with the experts that a model holds. A new one is needed when other experts are loaded.
-
-    Attributes:
-        weights: Weight of the local expert for each token that was generated. Empty if one expert answers alone.
-    """
+    """Generates answers with the experts that a model holds. A new one is needed when other experts are loaded."""
 
     def __init__(self, model: ExpertModel, speaker: Speaker) -> None:
         if not isinstance(model.foundation, CausalModel) or not isinstance(model.task, CausalLM):
             raise TypeError(f"{model.foundation.name} writes no answers; expected a causal language model")
         self.model, self.speaker = model, speaker
         self.foundation, self.task = model.foundation, model.task
-        self.weights: list[float] = []
+        self._weights: list[Tensor] = []            # those of `weights`, each ()
         self._features: Tensor | None = None        # (1, D) of the position that the next token follows
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of the local expert for each token that was generated last. Empty if one expert answers alone."""
+        return torch.stack(self._weights).tolist() if self._weights else []
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
         """Yield the answer to a prompt; see `generation.generate`."""
         model, speaker = self.model, self.speaker
         both = len(speaker.experts) > 1 and not speaker.layers
-        name = "streams" if both else "mixture" if speaker.layers else speaker.experts[0]
-        with ExitStack() as stack:
-            stream = stack.enter_context(model.stream(name))
+        self._weights = []
+        with model.stream("streams" if both else "mixture" if speaker.layers else speaker.experts[0]) as stream:
             if both:
                 with model.stream("local") as local:
                     boundary = local.prefix_depth
                 shared = boundary if share_prefix(model) else 0
                 decoder = Decoder(self.foundation, list(model.layers.values()), shared, len(EXPERTS), model.precision)
             else:
-                boundary = stream.prefix_depth
-                decoder = self._plain_decoder()
-            if speaker.sees == "prefix":
-                self._watch(stack, boundary)
+                boundary, decoder = stream.prefix_depth, self._plain_decoder()
+            mixed = [layer for layer in model.layers.values() if layer.block > boundary] if speaker.layers else []
+            gate = torch.ones(1, len(EXPERTS), device=model.device)      # filled in every step
+            if speaker.sees == "prefix" or speaker.layers:
+                decoder.watch(boundary, partial(self._at_boundary, gate))
             if speaker.sees == "final":
                 decoder.before = self._final_features(self._plain_decoder())
-            yield from generate(decoder, prompt, self._mixture, self.foundation.stop_tokens, sampling)
+            with gated(mixed, gate):
+                yield from generate(decoder, prompt, self._mixture, self.foundation.stop_tokens, sampling)
 
     def _plain_decoder(self) -> Decoder:
         """Return a decoder of one stream."""
@@ -86,21 +86,11 @@ class Answerer:
                 self._features = plain.step(ids)
         return read
 
-    def _watch(self, stack: ExitStack, boundary: int) -> None:
-        """Take the gate's features at the end of the constant prefix, and set the weights of the layers above it."""
-        model = self.model
-        blocks = blocks_of(self.foundation.module)
-        mixed = [layer for layer in model.layers.values() if layer.block > boundary]
-        inside = ExitStack()
-        stack.callback(inside.close)
-
-        def watch(_: Any, args: tuple) -> None:
-            self._features = args[0][-1:, -1].float()       # of the last position; the last row, where there is one an expert
-            if self.speaker.layers:
-                inside.close()
-                weights = self._weigh(None, None)
-                inside.enter_context(gated(mixed, weights.expand(args[0].shape[1], 2).unsqueeze(0)))
-        stack.callback(blocks[boundary].register_forward_pre_hook(watch).remove)
+    def _at_boundary(self, gate: Tensor, hidden: Tensor) -> None:
+        """Take the gate's features at the end of the constant prefix, and the weights of the layers above it where they mix."""
+        self._features = hidden[-1:, -1].float()        # of the last position; the last row, where there is one an expert
+        if self.speaker.layers:
+            gate.copy_(self._weigh(None, None))
 
     def _weigh(self, shared: Tensor | None, own: Tensor | None) -> Tensor:
         features = self._features
@@ -108,7 +98,7 @@ class Answerer:
             features = torch.empty(1, 0, device=self.model.device)
         with torch.autocast(self.model.device.type, enabled=False):     # the gate is in float32
             weights = self.speaker.weigh(features, shared, own)
-        self.weights.append(float(weights[0, 1]))
+        self._weights.append(weights[0, 1])
         return weights
 
     @torch.no_grad()

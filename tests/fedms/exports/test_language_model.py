@@ -62,7 +62,8 @@ def answered(language, client):
 
 
 @pytest.mark.parametrize("sets", [["run.method=fedms"], ["run.method=fedms_plus"], ["gate.mixing=layers"], ["gate.features=final"],
-                                  ["gate.weight=0.3"], ["gate.on=logits"], ["run.method=apfl"], ["run.method=ditto"], ["run.method=fedavg"],
+                                  ["gate.weight=0.3"], ["gate.mixing=layers", "gate.weight=0.3"],
+                                  ["gate.on=logits"], ["run.method=apfl"], ["run.method=ditto"], ["run.method=fedavg"],
                                   ["run.method=local"], ["run.method=fedavg_ft"]], ids=str)
 def test_generated_tokens_have_the_probability_that_the_method_predicts(folder, sets):
     """The answer goes back in as a sample: what `predict`, which knows no cache, says of its tokens is the same."""

@@ -107,6 +107,34 @@ def test_two_experts_on_one_cache_equal_two_models_without_one(kind):
     assert len(found) == count and len({token.id for token in found}) > 1
 
 
+@pytest.mark.parametrize("mixing", ["outputs", "layers"])
+def test_a_step_with_two_experts_is_one_graph(mixing):
+    model, layers = with_experts("llama", 2)
+    gate, found = torch.ones(1, 2), []
+    hooks = [m for m in model.module.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+    def see(hidden):
+        gate.copy_(hidden[-1:, -1, :2].softmax(-1))
+
+    for compiled in (False, True):
+        if mixing == "outputs":
+            decoder = Decoder(model, layers, tiny.BLOCKS - 2, experts=2)
+        else:
+            decoder = Decoder(model, [], tiny.BLOCKS)
+            decoder.watch(tiny.BLOCKS - 2, see)
+        torch._dynamo.reset()
+        step = torch.compile(decoder.step, fullgraph=True, backend="eager") if compiled else decoder.step
+        with fedms_ext.gated(layers if mixing == "layers" else [], gate):
+            decoder.step(torch.tensor(PROMPT))
+            found.append((step(torch.tensor([5])), gate.clone()))
+    (wanted, gate_wanted), (got, gate_got) = found
+    assert got.shape == (2 if mixing == "outputs" else 1, tiny.WIDTH)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gate_got, gate_wanted)
+    assert (gate_wanted[0, 0] != 1) == (mixing == "layers")
+    assert hooks == [m for m in model.module.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
 def test_one_expert_equals_generation_of_transformers():
     model, whole = tiny.model(), tiny.whole()
     ours = list(generate(Decoder(model, [], tiny.BLOCKS), PROMPT, lambda h: model.head(h)[0].log_softmax(-1), (), Sampling(12)))
