@@ -90,21 +90,10 @@ bool available(Isa isa) {
   return isa == Isa::portable;
 }
 
-bool avx512_has_vnni() {
 #ifdef FEDMS_X86
-  return available(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
+bool avx512_has_vnni() { return available(Isa::avx512) && __builtin_cpu_supports("avx512vnni"); }
+bool avx512_has_bf16() { return available(Isa::avx512) && __builtin_cpu_supports("avx512bf16"); }
 #endif
-}
-
-bool avx512_has_bf16() {
-#ifdef FEDMS_X86
-  return available(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
 
 Isa detected_isa() {
   Isa best = Isa::portable;

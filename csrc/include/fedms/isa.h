@@ -13,6 +13,8 @@ const char* name(Isa isa);
 
 // Whether this CPU, its operating system and this build have it.
 bool available(Isa isa);
+
+// On x86 alone: whether the instructions of avx512 include these.
 bool avx512_has_vnni();
 bool avx512_has_bf16();
 
