@@ -16,7 +16,7 @@ from fedms.config import registry
 from fedms.errors import RunFolderError
 from fedms.report.figures import accuracy_by_bytes_figure, accuracy_by_flops_figure
 from fedms.report.numbers import OURS
-from fedms.report.wording import p_value
+from fedms.report.formats import p_value
 from fedms.storage.durable import write_durably
 from fedms.storage.records import RunRecords
 

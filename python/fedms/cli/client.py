@@ -40,7 +40,7 @@ def client_join(
     installed()
     from fedms.deployment import join
     from fedms.deployment.invitation import read_invitation
-    from fedms.report.wording import duration, size
+    from fedms.report.formats import duration, size
 
     with run_progress(state) as progress:
         found = join.prepare(read_invitation(invitation), data, name, progress, model)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from fedms.report.formats import duration, is_zero, percent, signed, size
 from fedms.report.numbers import Stat, field_of
-from fedms.report.wording import duration, is_zero, percent, signed, size
 from fedms.storage.records import RunRecords
 
 LARGE = 3
@@ -52,12 +52,16 @@ def outcome_cards(focus: str, rows: Sequence[dict[str, Any]]) -> list[Card]:
     def perplexity() -> Optional[Card]:
         if not (stat := own.get("perplexity")):
             return None
-        zero = next((row for row in others if row["method"] == "zero-shot" and row.get("perplexity")), None)
-        return Card("perplexity", f"{stat.mean:.2f}", f"{zero['perplexity'].mean:.2f} before training" if zero else "")
+        known = [(row["perplexity"].mean, row["method"]) for row in others if row.get("perplexity")]
+        beside = "{1} has {0:.2f}, the best other".format(*min(known)) if known else ""
+        return Card("perplexity", f"{stat.mean:.2f}", beside)
 
-    found = (perplexity(), share("mean accuracy of clients", "personalized"),
-             share("accuracy of the worst 10 % of clients", "worst10"), _better_off_alone(own),
-             share("global test", "global_test"), share("clients that did not train", "unseen"), share("macro F1", "macro_f1"))
+    if language := perplexity():
+        found = [language, _better_off_alone(own), share("tokens held to be the most probable ones", "personalized")]
+    else:
+        found = [share("mean accuracy of clients", "personalized"), share("accuracy of the worst 10 % of clients", "worst10"),
+                 _better_off_alone(own), share("global test", "global_test"), share("clients that did not train", "unseen"),
+                 share("macro F1", "macro_f1")]
     return [card for card in found if card][:LARGE]
 
 

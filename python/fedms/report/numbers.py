@@ -17,6 +17,7 @@ from fedms.storage.records import RunRecords, find_runs
 
 OURS = (registry.RECOMMENDED, "fedms")
 """Methods that reports speak of first and set in bold."""
+LARGEST_NATS = 700.0        # whose perplexity is a number of Python
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
             "method": "zero-shot", "seeds": len(zero_shot), "unfinished": 0,
             "personalized": Stat.of(client_mean(r, "zero_shot") for r in zero_shot.values()),
             "worst10": Stat.of(worst_tenth(client_values(r, "zero_shot")) for r in zero_shot.values()),
-            "perplexity": Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in zero_shot.values()),
+            "perplexity": _perplexity(field_of(r.summary, "language", "nats_zero_shot") for r in zero_shot.values()),
             "choices": Stat.of(field_of(r.summary, "language", "choice_accuracy_zero_shot") for r in zero_shot.values()),
         })
     for method, group in by_method(runs).items():
@@ -103,14 +104,20 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
                            "global_test": ("global_test_accuracy",), "trainable_percent": ("trainable_percent",),
                            "unseen": ("unseen_accuracy", "after_training"), "bytes_up": ("bytes_up",),
                            "bytes_down": ("bytes_down",), "flops": ("flops",), "seconds": ("seconds",),
-                           "peak_memory_bytes": ("peak_memory_bytes",), "perplexity": ("language", "perplexity"),
-                           "bits_per_byte": ("language", "bits_per_byte"),
+                           "peak_memory_bytes": ("peak_memory_bytes",), "bits_per_byte": ("language", "bits_per_byte"),
                            "choices": ("language", "choice_accuracy")}.items():
             row[name] = Stat.of(field_of(r.summary, *keys) for r in ended)
+        row["perplexity"] = _perplexity(field_of(r.summary, "language", "nats") for r in ended)
         if method != "local":
             row["below_local"] = Stat.of(below_local(r, runs) for r in ended)
         rows.append(row)
     return rows
+
+
+def _perplexity(nats: Iterable[Optional[float]]) -> Optional[Stat]:
+    """Return the perplexity that a mean over seeds of nats a token stands for, without a spread; None where none is known."""
+    stat = Stat.of(nats)
+    return stat and Stat(math.exp(min(stat.mean, LARGEST_NATS)), None, stat.n)
 
 
 def worst_tenth(values: Sequence[float]) -> float:
@@ -153,9 +160,8 @@ def client_mean(run: RunRecords, name: str) -> Optional[float]:
 
 
 def client_gap(run: RunRecords, name: str, other: str) -> Optional[float]:
-    """Return the mean over clients of one of their accuracies minus another; None if no client has both."""
-    gaps = [a - b for c in participants(run) if (a := field_of(c, "accuracy", name)) is not None
-            and (b := field_of(c, "accuracy", other)) is not None]
+    """Return the mean over clients of what one of their models is better by than another (see `merit`); None if no client has both."""
+    gaps = [a - b for c in participants(run) if (a := merit(c, name)) is not None and (b := merit(c, other)) is not None]
     return statistics.fmean(gaps) if gaps else None
 
 
@@ -192,32 +198,39 @@ def idle_visits(run: RunRecords) -> Optional[tuple[int, int]]:
 
 
 def local_only(run: RunRecords, runs: Iterable[RunRecords]) -> dict[int, float]:
-    """Return the accuracy of the `local` method by client in the run of the same seed; empty if there is none."""
-    local = _local_run(run, runs)
-    found = {client["id"]: field_of(client, "accuracy", "personalized") for client in (participants(local) if local else ())}
-    return {number: accuracy for number, accuracy in found.items() if accuracy is not None}
+    """Return how good the `local` method is by client in the run of the same seed (see `merit`); empty if there is none."""
+    local = next((other for other in runs if other.method == "local" and other.seed == run.seed and other.clients), None)
+    found = {client["id"]: merit(client) for client in (participants(local) if local else ())}
+    return {number: value for number, value in found.items() if value is not None}
 
 
-def _local_run(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[RunRecords]:
-    """Return the run of the `local` method with the same seed, or None if there is none with clients."""
-    return next((other for other in runs if other.method == "local" and other.seed == run.seed and other.clients), None)
+def merit(client: Mapping[str, Any], model: str = "personalized") -> Optional[float]:
+    """Return the number by which a client's models are compared on its own test samples, the larger the better.
+
+    It is the mean log-likelihood of a token for a language model, otherwise the accuracy.
+
+    Args:
+        client: A client's record.
+        model: One of its models, by the name under `accuracy`.
+    """
+    if field_of(client, "language", "nats") is None:
+        return field_of(client, "accuracy", model)
+    nats = field_of(client, "language", "nats" if model == "personalized" else f"nats_{model}")
+    return None if nats is None else -nats
 
 
-def merit(client: Mapping[str, Any]) -> Optional[float]:
-    """Return the number by which a client's models are compared, the larger the better: of a language model the mean log-likelihood of a
-    token, else the accuracy on its own test samples."""
-    nats = field_of(client, "language", "nats")
-    return field_of(client, "accuracy", "personalized") if nats is None else -nats
+def merits(run: RunRecords, model: str) -> list[float]:
+    """Return how good a model of each participant is that has it (see `merit`)."""
+    return [value for client in participants(run) if (value := merit(client, model)) is not None]
 
 
 def below_local(run: RunRecords, runs: Iterable[RunRecords]) -> Optional[float]:
     """Return the share of clients that do worse than by training alone with the same seed (see `merit`), or None if that is unknown."""
-    local = _local_run(run, runs)
-    if local is None or run.method == "local":
+    if run.method == "local":
         return None
-    alone = {client["id"]: merit(client) for client in participants(local)}
-    pairs = [(merit(client), alone.get(client["id"])) for client in participants(run)]
-    worse = [own < other for own, other in pairs if own is not None and other is not None]
+    alone = local_only(run, runs)
+    worse = [own < alone[client["id"]] for client in participants(run)
+             if client["id"] in alone and (own := merit(client)) is not None]
     return statistics.fmean(worse) if worse else None
 
 

@@ -16,11 +16,13 @@ from pydantic import BaseModel, TypeAdapter
 from fedms.foreign import conform, parse_json, read_regular
 from fedms.report.cards import cost_cards, outcome_cards
 from fedms.report.figures import CHARTS, GAIN, GRID, INK, LOSS, MUTED, SURFACE, as_svg, method_color, plain_style
-from fedms.report.numbers import by_method, comparison, differing_keys, field_of, focus_method, participants, read_runs
+from fedms.report.formats import duration, p_value, percent, size
+from fedms.report.measures import measure_of
+from fedms.report.numbers import by_method, comparison, differing_keys, field_of, focus_method, merit, participants, read_runs
 from fedms.report.significance import differences
 from fedms.report.tables import marked_table, write_text
 from fedms.report.verdict import headline
-from fedms.report.wording import duration, findings, interval, p_value, percent, signed, size, statements
+from fedms.report.wording import findings, statements
 from fedms.storage.records import CONFIG, SAMPLES, RunRecords
 
 TEMPLATES = Path(__file__).parent
@@ -78,7 +80,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         rounds=[{"title": _name(r), "rows": r.rounds} for r in runs if r.rounds],
         provenance=_provenance(runs), config=(focus_runs[0].path / CONFIG).read_text(encoding="utf-8"),
         differing=differing_keys(runs),
-        percent=percent, signed=signed, interval=interval, p_value=p_value, size=size, duration=duration,
+        percent=percent, p_value=p_value, size=size, duration=duration, measure=measure_of(runs), merit=merit,
     )
 
 
@@ -137,7 +139,7 @@ def _charts(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
 
 
 def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
-    """Return the personalized accuracy of each client by method, as a mean over seeds."""
+    """Return what each client reaches by method, as a mean over seeds."""
     methods = {m: group for m, group in by_method(runs).items() if any(r.clients for r in group)}
     if len(methods) < 2:
         return None
@@ -147,14 +149,14 @@ def _clients_by_method(runs: Sequence[RunRecords]) -> Optional[dict[str, Any]]:
         for run in group:
             for client in participants(run):
                 about.setdefault(client["id"], client)
-                if (v := field_of(client, "accuracy", "personalized")) is not None:
+                if (v := merit(client)) is not None:
                     values[client["id"]][method].append(v)
-    rows = []
+    measure, rows = measure_of(runs), []
     for number in sorted(values):
         means = {m: statistics.fmean(v) for m, v in values[number].items()}
         best = max(means.values())
         rows.append({"id": number, "group": about[number].get("group") or "–", "n_train": about[number].get("n_train"),
-                     "cells": [{"text": percent(means.get(m)), "best": means.get(m) == best, "method": m} for m in methods]})
+                     "cells": [{"text": measure.number(means.get(m)), "best": means.get(m) == best, "method": m} for m in methods]})
     return {"methods": list(methods), "rows": rows}
 
 
@@ -162,7 +164,7 @@ def _client_details(run: RunRecords) -> dict[str, Any]:
     names = [n for n in ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
              if any(field_of(c, "accuracy", n) is not None for c in run.clients)]
     gated = any(c.get("gate_mean") is not None for c in run.clients)
-    return {"title": _name(run), "method": run.method, "names": names, "gated": gated,
+    return {"title": _name(run), "method": run.method, "names": names, "gated": gated, "measure": measure_of([run]),
             "rows": sorted(run.clients, key=lambda c: c["id"])}
 
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedms.report.intervals import Interval, by_seed
-from fedms.report.numbers import by_method, field_of, focus_method, participants
+from fedms.report.numbers import by_method, focus_method, merit, participants
 from fedms.storage.records import RunRecords
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The comparison of the method in focus with another one, whose accuracies are subtracted.
+    """The comparison of the method in focus with another one, whose values are subtracted (see :func:`fedms.report.numbers.merit`).
 
     Attributes:
         against: The other method.
         pairs: Number of pairs of a client and a seed that both have.
-        gap: Mean difference of the personalized accuracy.
+        gap: Mean difference.
         better: Number of pairs that are better off.
         worse: Number of pairs that are worse off.
         p: p-value of Wilcoxon's signed-rank test.
@@ -50,10 +50,10 @@ def differences(runs: Sequence[RunRecords]) -> list[Difference]:
     if len(groups) < 2:
         return []
     focus = focus_method(groups)
-    own = _accuracies(groups[focus])
+    own = _merits(groups[focus])
     found = []
     for method, group in groups.items():
-        theirs = _accuracies(group)
+        theirs = _merits(group)
         paired = {pair: own[pair] - theirs[pair] for pair in sorted(own.keys() & theirs.keys())}
         interval, gaps = by_seed(paired), list(paired.values())
         if method != focus and interval is not None:
@@ -77,6 +77,5 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _accuracies(runs: Sequence[RunRecords]) -> dict[tuple[int, int], float]:
-    return {(run.seed, client["id"]): accuracy for run in runs for client in participants(run)
-            if (accuracy := field_of(client, "accuracy", "personalized")) is not None}
+def _merits(runs: Sequence[RunRecords]) -> dict[tuple[int, int], float]:
+    return {(run.seed, client["id"]): value for run in runs for client in participants(run) if (value := merit(client)) is not None}

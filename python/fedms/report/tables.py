@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fedms.errors import RunFolderError
+from fedms.report.formats import duration, p_value, percent, size
+from fedms.report.measures import measure_of
 from fedms.report.numbers import Stat, below_local, by_method, comparison, field_of, focus_method, read_runs
 from fedms.report.significance import differences
-from fedms.report.wording import duration, interval, p_value, percent, signed, size
 from fedms.storage.durable import write_durably
 
 
@@ -48,12 +49,13 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     header, rows = table(comparison(runs))
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
+    measure = measure_of(runs)
     if tests := differences(runs):
         lines += ["", f"{focus_method(by_method(runs))} against the others, paired by client and seed (Wilcoxon's signed-rank "
                   "test, corrected by Holm), and by seed, which is what counts, as clients of a seed share an expert:", "",
-                  "| against | points | 95 % interval by seed | shown | clients better | worse | p | p corrected |",
+                  f"| against | {measure.column} | 95 % interval by seed | shown | clients better | worse | p | p corrected |",
                   "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |"]
-        lines += [f"| {t.against} | {signed(t.gap)} | {interval(t.interval)} | {t.interval.shows} | {t.better} of {t.pairs} | "
+        lines += [f"| {t.against} | {measure.signed(t.gap)} | {measure.interval(t.interval)} | {t.interval.shows} | {t.better} of {t.pairs} | "
                   f"{t.worse} | {p_value(t.p)} | {p_value(t.corrected)} |" for t in tests]
     write_text(path / "compare.md", "\n".join(lines) + "\n")
     return path / "compare.csv", path / "compare.md"

@@ -2,88 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
+from fedms.report.formats import is_zero, percent
+from fedms.report.measures import Accuracy, Measure, Perplexity, measure_of
 from fedms.report.numbers import Stat, by_method, client_gap, field_of, focus_method, paired_gap
-from fedms.report.wording import ends, is_zero, percent, points, signed
 from fedms.storage.records import RunRecords
 
 ONE_SEED = "One seed: a difference of a few points may be chance."
-
-_Methods = Mapping[str, Sequence[RunRecords]]
-
-
-class _Accuracy:
-    """Compares methods by the mean accuracy of clients on their own test samples. Differences are in points.
-
-    Attributes:
-        unit: How the sentence begins that says how far methods are apart.
-        best: A sentence's part with the best method's value.
-    """
-
-    unit = "In points"
-    best = "clients answer {} of their own test data right on average"
-    signed = staticmethod(signed)
-    size = staticmethod(points)
-
-    @staticmethod
-    def of(run: RunRecords) -> Optional[float]:
-        """Return the number that decides, the larger the better; None if the run has none."""
-        return field_of(run.summary, "personalized_accuracy", "mean")
-
-    @staticmethod
-    def value(stat: Stat) -> str:
-        return f"{percent(stat)} %"
-
-    @staticmethod
-    def apart(focus: str, rival: str, gap: Stat) -> str:
-        return f"{focus} is {points(gap.mean)} {'ahead of' if gap.mean > 0 else 'behind'} {rival} ({ends(gap.interval)})"
-
-    @staticmethod
-    def before(runs: Sequence[RunRecords]) -> str:
-        """Return a sentence about the model before training; empty here, since tables show it."""
-        return ""
-
-
-class _Perplexity(_Accuracy):
-    """Compares language models by the perplexity of their clients' own test answers. Differences are in percent of perplexity.
-
-    The number x that decides is the mean log-likelihood of a token, so the larger is the better here, too. The perplexity is
-    exp(-x).
-    """
-
-    unit = "In perplexity"
-    best = "the answers in clients' own test data have a perplexity of {}"
-
-    @staticmethod
-    def of(run: RunRecords) -> Optional[float]:
-        nats = field_of(run.summary, "language", "nats")
-        return None if nats is None else -nats
-
-    @staticmethod
-    def value(stat: Stat) -> str:
-        return f"{math.exp(-stat.mean):.1f}"
-
-    @staticmethod
-    def signed(gap: float) -> str:
-        return f"{100 * math.expm1(-gap):+.1f} %".replace("-", "−")
-
-    @classmethod
-    def size(cls, gap: float) -> str:
-        return cls.signed(-abs(gap)).lstrip("+")
-
-    @classmethod
-    def apart(cls, focus: str, rival: str, gap: Stat) -> str:
-        low, high = (cls.signed(gap.mean + side * gap.interval.half) for side in (1, -1))
-        size = f"{cls.signed(gap.mean).lstrip('+−')} {'below' if gap.mean > 0 else 'above'}"
-        return f"The perplexity of {focus} is {size} that of {rival} (95 % interval {low} to {high} over {gap.n} seeds)"
-
-    @staticmethod
-    def before(runs: Sequence[RunRecords]) -> str:
-        before = _zero_shot(runs)
-        return f" Before training it is {before.mean:.1f}." if before else ""
 
 
 def headline(runs: Sequence[RunRecords]) -> str:
@@ -94,7 +21,7 @@ def headline(runs: Sequence[RunRecords]) -> str:
     perplexity, other models by their accuracy.
     """
     ended = [r for r in runs if r.summary]
-    measure = _Perplexity if ended and all(_Perplexity.of(r) is not None for r in ended) else _Accuracy
+    measure = measure_of(ended)
     methods = by_method(ended)
     found = {m: Stat.of(map(measure.of, group)) for m, group in methods.items()}
     scores = {m: stat for m, stat in found.items() if stat}
@@ -106,7 +33,7 @@ def headline(runs: Sequence[RunRecords]) -> str:
                 "privacy.score_noise was off.")
     focus = focus_method(scores)
     if len(scores) == 1:
-        return _alone(focus, methods)
+        return _alone(measure, focus, methods[focus])
     gaps = {m: paired_gap(methods[focus], methods[m], measure.of) or Stat(scores[focus].mean - scores[m].mean, None)
             for m in scores if m != focus}      # without a spread if they have no seed in common
     one_seed = " " + ONE_SEED if any(gap.std is None for gap in gaps.values()) else ""
@@ -114,7 +41,7 @@ def headline(runs: Sequence[RunRecords]) -> str:
             f"{one_seed}")
 
 
-def _verdict(measure: type[_Accuracy], focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
+def _verdict(measure: Measure, focus: str, scores: Mapping[str, Stat], gaps: Mapping[str, Stat]) -> str:
     """Return who is best, where the method in focus stands, and whether the gap between it and the best other is shown."""
     own, rival = scores[focus], max(gaps, key=lambda m: scores[m].mean)
     other, gap = scores[rival], gaps[rival]
@@ -130,34 +57,20 @@ def _verdict(measure: type[_Accuracy], focus: str, scores: Mapping[str, Stat], g
     return f"No difference shown: with {outcome}. {apart}." if gap.may_be_zero else f"With {outcome}, more than chance explains. {apart}."
 
 
-def _alone(focus: str, methods: _Methods) -> str:
+def _alone(measure: Measure, focus: str, runs: Sequence[RunRecords]) -> str:
     """Return the outcome of runs of a single method."""
-    own = Stat.of(map(_Accuracy.of, methods[focus]))
-    text = f"{focus} reaches {percent(own)} % mean personalized accuracy"
-    if found := _language(methods[focus]):
-        text = f"{focus} reaches {found}; {percent(own)} % of the tokens are the most probable ones"
-    gaps = {label: Stat.of(client_gap(r, "personalized", name) for r in methods[focus])
+    own = percent(Stat.of(map(Accuracy.of, runs)))
+    perplexity = Stat.of(map(Perplexity.of, runs)) if measure is Perplexity else None
+    reached = f"a perplexity of {Perplexity.value(perplexity)}" if perplexity else f"{own} % mean personalized accuracy"
+    gaps = {label: Stat.of(client_gap(r, "personalized", name) for r in runs)
             for name, label in (("zero_shot", "zero-shot"), ("global", "its own global expert"))}
-    parts = [f"{points(gap.mean)} {'above' if gap.mean > 0 else 'below'} {label}"
-             for label, gap in gaps.items() if gap and not is_zero(gap.mean)]
-    return text + (", " + _listing(parts) if parts else "") + "." + (" " + ONE_SEED if len(methods[focus]) == 1 else "")
+    parts = [measure.beside(gap.mean, label) for label, gap in gaps.items() if gap and not is_zero(gap.mean)]
+    text = f"{focus} reaches {reached}" + (", " + _listing(parts) if parts else "")
+    return (text + (f"; {own} % of the tokens are the most probable ones" if perplexity else "") + "."
+            + (" " + ONE_SEED if len(runs) == 1 else ""))
 
 
-def _zero_shot(runs: Sequence[RunRecords]) -> Optional[Stat]:
-    """Return the perplexity of a language model before training; None for other tasks."""
-    return Stat.of(field_of(r.summary, "language", "perplexity_zero_shot") for r in runs)
-
-
-def _language(runs: Sequence[RunRecords]) -> str:
-    """Return the perplexity of a language model, with the one before training; empty for other tasks."""
-    perplexity = Stat.of(field_of(r.summary, "language", "perplexity") for r in runs)
-    before = _zero_shot(runs)
-    if not perplexity:
-        return ""
-    return f"a perplexity of {perplexity.mean:.1f}" + (f", zero-shot has {before.mean:.1f}" if before else "")
-
-
-def _groups(measure: type[_Accuracy], gaps: Mapping[str, Stat]) -> str:
+def _groups(measure: Measure, gaps: Mapping[str, Stat]) -> str:
     """Return the methods that the one in focus is behind, not clearly apart from, level with, and ahead of."""
     groups: dict[str, list[str]] = {"behind ": [], "not clearly apart from ": [], "level with ": [], "ahead of ": []}
     for m in sorted(gaps, key=lambda m: gaps[m].mean):

@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 import pytest
 from fedms import report
 from fedms.errors import RunFolderError
+from fedms.report.figures import accuracy_by_bytes_figure
 from fedms.report.tables import marked_table
 from fedms.storage.provenance import provenance
 from fedms.storage.records import RunRecords
@@ -95,7 +96,7 @@ def test_a_single_run(tmp_path):
     page = page_of(path)
     summary = json.loads((path / "summary.json").read_text())
     assert f"{100 * summary['personalized_accuracy']['mean']:.1f} %" in page.inside("dd")
-    assert page.inside("h3") == ["Personalized test accuracy", "Validation accuracy", "What each client gains over training alone",
+    assert page.inside("h3") == ["Each client on its own test samples", "On validation samples", "What each client gains over training alone",
                                  "How each client mixes the experts", "Depth"]
     assert page.inside("label")[-3:] == ["rounds", "bytes", "operations"]      # the axes of one chart
     assert "Every client of fedms, seed 0" in page.visible and "Every round of fedms, seed 0" in page.visible
@@ -295,7 +296,7 @@ def test_a_run_that_has_not_ended(tmp_path):
     page = page_of(path)
     assert "No run here has ended" in page.visible
     assert finding(path, "has not ended: the last round recorded is stage 1, round 5")["kind"] == "bad"
-    assert page.inside("h3") == ["Validation accuracy"]         # the depth is the same in all five rounds
+    assert page.inside("h3") == ["On validation samples"]         # the depth is the same in all five rounds
     assert not page.inside("dd")
 
 
@@ -407,9 +408,16 @@ def test_headlines(tmp_path, ours, theirs, words):
     assert report.headline(report.read_runs(tmp_path)[0]).endswith(words)
 
 
-def with_perplexity(path, nats):
-    language = {"nats": nats, "perplexity": math.exp(nats), "perplexity_zero_shot": 120.0}
-    edit(path / "summary.json", lambda s: {**s, "language": language})
+def with_perplexity(path, nats, zero_shot=math.log(120)):
+    """Give a run the records of a language model: `nats(client)` a token of each client, or the same number for all."""
+    of_client = nats if callable(nats) else lambda client: nats
+    found = []
+
+    def change(client):
+        found.append(of_client(client["id"]))
+        return {**client, "language": {"nats": found[-1], "nats_zero_shot": zero_shot}}
+    edit(path / "clients.jsonl", change)
+    edit(path / "summary.json", lambda s: {**s, "language": {"nats": statistics.fmean(found), "nats_zero_shot": zero_shot}})
 
 
 def test_language_models_are_compared_by_perplexity_however_their_accuracies_stand(tmp_path):
@@ -426,14 +434,58 @@ def test_language_models_are_compared_by_perplexity_however_their_accuracies_sta
         "Before training it is 120.0. In perplexity, fedms is ahead of local (−9.5 %).")
 
 
-def test_a_client_of_a_language_model_is_better_off_alone_where_its_perplexity_says_so(tmp_path):
+@pytest.fixture
+def language_models(tmp_path):
+    """Two methods, two seeds, four clients: fedms is ahead for client 0 alone by perplexity, and for all of them by accuracy."""
     for method in ("fedms", "local"):
-        path = write_run(tmp_path / method, method, clients=4, unseen=0)
-        with_perplexity(path, 4.0)
-        edit(path / "clients.jsonl", lambda c: {**c, "accuracy": {**c["accuracy"], "personalized": 0.1 if method == "fedms" else 0.9},
-                                                "language": {"nats": 4.0 - 0.1 * (method == "fedms") * (1 if c["id"] else -1)}})
-    rows = {row["method"]: row for row in report.comparison(report.read_runs(tmp_path)[0])}
-    assert rows["fedms"]["below_local"].mean == 0.25
+        for seed in range(2):
+            path = write_run(tmp_path / f"{method}{seed}", method, seed, clients=4, unseen=0)
+            edit(path / "clients.jsonl", lambda c: {**c, "accuracy": {**c["accuracy"], "personalized": 0.9 if method == "fedms" else 0.1}})
+            with_perplexity(path, lambda client: 4.0 + 0.1 * client + (method == "fedms") * (0.2 if client else -0.1))
+    return tmp_path
+
+
+def test_a_client_of_a_language_model_is_better_off_alone_where_its_perplexity_says_so(language_models):
+    rows = {row["method"]: row for row in report.comparison(report.read_runs(language_models)[0])}
+    assert rows["fedms"]["below_local"].mean == 0.75 and rows["fedms"]["perplexity"].mean == pytest.approx(math.exp(4.275))
+
+
+def test_charts_of_language_models_show_perplexities(language_models):
+    runs, _ = report.read_runs(language_models)
+    gain = report.gain_figure(runs).axes[0]
+    assert "perplexity" in gain.get_xlabel() and gain.get_title(loc="left") == "better for 1 of 4, worse for 3"
+    steps = [line.get_xdata() for line in gain.lines if len(line.get_xdata()) == 2]
+    assert [float(x) for x in steps[0]] == pytest.approx([math.exp(4.0), math.exp(3.9)])      # the largest gain first
+    assert [float(x) for x in steps[-1]] == pytest.approx([math.exp(4.3), math.exp(4.5)])
+    clients, gaps, cost = (draw(runs).axes[0] for draw in (report.clients_figure, report.gaps_figure, accuracy_by_bytes_figure))
+    means = [float(line.get_xdata()[0]) for line in clients.lines[::2]]
+    assert means == pytest.approx([120.0, math.exp(4.15), math.exp(4.275)]) and clients.get_xlabel() == cost.get_ylabel()
+    assert [float(line.get_xdata()[0]) for line in gaps.lines[2:]] == pytest.approx([100 * math.expm1(-0.125)])
+    drawn = [float(line.get_ydata()[0]) for line in cost.lines[1:]]
+    assert drawn == pytest.approx([math.exp(4.15), math.exp(4.275)])
+    assert "loss" in report.accuracy_figure(runs).axes[0].get_ylabel()
+
+
+def test_a_page_about_language_models_speaks_of_perplexity(language_models):
+    page = page_of(language_models)
+    texts = [text for _, text in page.texts]
+    row = next(i for i, text in enumerate(texts) if text == "local" and texts[i + 1] == "+13.3 %")
+    assert texts[row + 2:row + 6] == ["+13.3 % to +13.3 %", "worse", "2 of 8", "6"]       # the seeds agree
+    assert f"On its worst 10 % of clients fedms has a perplexity of {math.exp(4.5):.1f}." in page.inside("li")
+    assert "whose perplexity is higher than in the run of local" in page.visible
+    cells = [text for path, text in page.texts if "td" in path]
+    assert f"{math.exp(3.9):.1f}" in cells and f"{math.exp(4.3):.1f}" in cells
+    _, text = report.write_comparison(language_models)
+    assert "| local | +13.3 % |" in text.read_text(encoding="utf-8")
+
+
+def test_a_language_model_alone_is_compared_with_itself_by_perplexity(tmp_path):
+    path = write_run(tmp_path / "run", "fedms")
+    with_accuracy(path, 0.5)
+    with_perplexity(path, 4.0, zero_shot=4.5)
+    assert report.headline(report.read_runs(tmp_path)[0]) == (
+        f"fedms reaches a perplexity of {math.exp(4):.1f}, 39.3 % below zero-shot; 50.0 % of the tokens are the most probable ones. "
+        + report.ONE_SEED)
 
 
 def test_seeds_that_are_not_shared_give_no_spread(tmp_path):

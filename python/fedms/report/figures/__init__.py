@@ -36,19 +36,19 @@ class Chart:
 
 
 CHARTS = (
-    Chart("clients", "Personalized test accuracy",
+    Chart("clients", "Each client on its own test samples",
           "One dot for each client and seed. The bar with the number is the mean, the thin tick the mean of the worst 10 % of "
           "clients.", {"": clients_figure}),
-    Chart("accuracy", "Validation accuracy",
+    Chart("accuracy", "On validation samples",
           "Mean over clients, weighted by their validation samples. In stage 1 the shared model as clients receive it, in stage 2 "
           "each client's own model after its training. Shaded: the range over seeds.",
           {"rounds": accuracy_figure, "bytes": accuracy_over_bytes_figure, "operations": accuracy_over_flops_figure,
            "seconds": clock_figure}),
     Chart("gaps", "Gaps to the method in focus",
-          "Dot: mean gap in points. Line: its 95 % interval over seeds; a method whose line crosses 0 is not shown to differ, "
+          "Dot: mean gap. Line: its 95 % interval over seeds; a method whose line crosses 0 is not shown to differ, "
           "and its dot is hollow. With one seed there is no interval.", {"": gaps_figure}),
-    Chart("cost", "Accuracy against cost",
-          "Test accuracy of each method over what it cost. The dashed line joins the methods that no other beats in both.",
+    Chart("cost", "Outcome against cost",
+          "Mean over clients, each on its own test samples, over what the method cost. The dashed line joins the methods that no other beats in both.",
           {"bytes": accuracy_by_bytes_figure, "operations": accuracy_by_flops_figure}),
     Chart("gain", "What each client gains over training alone",
           "Hollow dot: the client on its own. Full dot: with the method in focus. Means over seeds, the largest gain first.",

@@ -1,4 +1,4 @@
-"""Validation accuracy over rounds, bytes, operations and simulated time; and the depth over rounds."""
+"""Validation accuracy, or loss of a language model, over rounds, bytes, operations and simulated time; and the depth over rounds."""
 from __future__ import annotations
 
 import math
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from fedms.report.figures.style import (MUTED, SURFACE, Curve, end_labels, has_ours, height_of, mark, method_color, new_axes,
                                         percent_axis, round_axis)
+from fedms.report.measures import Measure, measure_of
 from fedms.report.numbers import OURS, by_method, first_stage_rounds, flops_by_round
 from fedms.storage.records import RunRecords
 
@@ -35,10 +36,11 @@ class _Line:
 
 def accuracy_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
     """Draw validation accuracy by round over both stages: one line for each method, the range over seeds shaded."""
-    curves = _curves(runs, lambda run: [r.get("validation_accuracy") for r in run.rounds])
+    measure = measure_of(runs)
+    curves = _curves(runs, lambda run: [r.get(measure.validation) for r in run.rounds])
     if not curves:
         return None
-    figure, axes = _accuracy_axes(curves)
+    figure, axes = _accuracy_axes(curves, measure)
     _draw(axes, [_Line([int(x) for x in curve.xs], curve) for curve in curves], first_stage_rounds(runs), 1.0)
     round_axis(axes, runs)
     end_labels(axes, curves)
@@ -132,7 +134,7 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Amounts, label: str, uni
     Returns:
         The figure, or None where no run knows the amount, or it is always 0.
     """
-    lines = []
+    lines, measure = [], measure_of(runs)
     first = first_stage_rounds(runs)
     for method, group in by_method(runs).items():
         points: dict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -140,9 +142,9 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Amounts, label: str, uni
             so_far = 0.0
             for record, amount in zip(run.rounds, amounts(run)):
                 so_far += amount or 0.0
-                if amount is not None and record.get("validation_accuracy") is not None:
+                if amount is not None and (reached := record.get(measure.validation)) is not None:
                     position = record["round"] + (first if record["stage"] == "stage2" else 0)
-                    points[position].append((so_far, record["validation_accuracy"]))
+                    points[position].append((so_far, reached))
         if points:
             positions = sorted(points)
             lines.append(_Line(positions, Curve((method,), method_color(method),
@@ -152,7 +154,7 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Amounts, label: str, uni
     if longest == 0:
         return None
     name, scale = unit(longest)
-    figure, axes = _accuracy_axes([line.curve for line in lines])
+    figure, axes = _accuracy_axes([line.curve for line in lines], measure)
     _draw(axes, lines, first, scale)
     axes.set_xlabel(f"{label} ({name})")
     axes.set_xlim(-0.02 * longest / scale, 1.02 * longest / scale)
@@ -160,10 +162,11 @@ def _accuracy_over(runs: Sequence[RunRecords], amounts: Amounts, label: str, uni
     return figure
 
 
-def _accuracy_axes(curves: Sequence[Curve]) -> tuple[Any, Any]:
+def _accuracy_axes(curves: Sequence[Curve], measure: Measure) -> tuple[Any, Any]:
     figure, axes = new_axes(height_of(curves, 3.3))
-    percent_axis(axes.yaxis)
-    axes.set_ylabel("validation accuracy (%)")
+    if measure.percent:
+        percent_axis(axes.yaxis)
+    axes.set_ylabel(measure.validation_title)
     return figure, axes
 
 

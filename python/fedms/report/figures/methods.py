@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Optional
 
 from fedms.report.figures.curves import Unit, decimal, sum_known
 from fedms.report.figures.style import INK, MUTED, SURFACE, mark, method_color, name_rows, new_axes, percent_axis
+from fedms.report.measures import measure_of
 from fedms.report.numbers import OURS, Stat, by_method, field_of, focus_method
 from fedms.report.significance import differences
 from fedms.storage.records import RunRecords
@@ -16,50 +17,50 @@ if TYPE_CHECKING:
 
 
 def gaps_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Draw how many points each other method is ahead of the one in focus: the mean and its 95 % interval by seed."""
+    """Draw how far each other method is from the one in focus: the mean and its 95 % interval by seed."""
     if not (found := differences(runs)):
         return None
     rows = sorted(found, key=lambda each: each.gap)         # what is ahead of the method in focus comes first
+    measure = measure_of(runs)
     figure, axes = new_axes(max(3.3, 0.95 + 0.27 * len(rows)))
     axes.axvline(0, color=MUTED, linewidth=1.2, zorder=1)
     for y, row in enumerate(rows):
-        color, gap = method_color(row.against), -100 * row.gap
-        half = 0.0 if math.isinf(row.interval.half) else 100 * row.interval.half
-        shown = half > 0 and abs(gap) > half
-        mark([*axes.plot([gap - half, gap + half], [y, y], color=color, linewidth=2.2, solid_capstyle="round", zorder=2),
-              *axes.plot([gap], [y], marker="o", color=color, markerfacecolor=color if shown else SURFACE, markersize=6.5,
+        color, half = method_color(row.against), 0.0 if math.isinf(row.interval.half) else row.interval.half
+        shown = half > 0 and abs(row.gap) > half
+        mark([*axes.plot([measure.lead(row.gap + half), measure.lead(row.gap - half)], [y, y], color=color, linewidth=2.2,
+                         solid_capstyle="round", zorder=2),
+              *axes.plot([measure.lead(row.gap)], [y], marker="o", color=color, markerfacecolor=color if shown else SURFACE, markersize=6.5,
                          zorder=3)], [row.against])
     others = [row.against for row in rows]
     name_rows(axes, others, [method_color(method) for method in others], others)
     axes.set_ylim(len(rows) - 0.5, -0.7)
     focus = focus_method(by_method([run for run in runs if run.summary]))
-    axes.set_xlabel(f"points ahead of {focus} (right of 0) or behind it (left)")
+    axes.set_xlabel(measure.against.format(focus))
     return figure
 
 
 def accuracy_by_bytes_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Draw the personalized accuracy of each method over the bytes that all clients sent and received."""
+    """Draw what clients reach with each method over the bytes that all clients sent and received."""
     return _cost(runs, lambda run: sum_known(field_of(run.summary, "bytes_up"), field_of(run.summary, "bytes_down")),
                  "sent and received by all clients", decimal("B"))
 
 
 def accuracy_by_flops_figure(runs: Sequence[RunRecords]) -> Optional[Figure]:
-    """Draw the personalized accuracy of each method over the operations of all clients."""
+    """Draw what clients reach with each method over the operations of all clients."""
     return _cost(runs, lambda run: field_of(run.summary, "flops"), "operations of all clients", decimal("FLOP"))
 
 
 def _cost(runs: Sequence[RunRecords], cost: Callable[[RunRecords], Optional[float]], label: str, unit: Unit) -> Optional[Figure]:
-    """Draw one dot for each method, and a line through those that no other beats in both accuracy and cost.
+    """Draw one dot for each method, and a line through those that no other beats in both outcome and cost.
 
     Returns:
         The figure, or None for fewer than two methods, or where all cost the same.
     """
-    points = []
+    measure, points = measure_of(runs), []
     for method, group in by_method([run for run in runs if run.summary]).items():
-        accuracy = Stat.of(field_of(r.summary, "personalized_accuracy", "mean") for r in group)
-        spent = Stat.of(cost(r) for r in group)
-        if spent and accuracy:
-            points.append((spent.mean, accuracy.mean, method))
+        reached, spent = Stat.of(map(measure.of, group)), Stat.of(map(cost, group))
+        if spent and reached:
+            points.append((spent.mean, reached.mean, method))
     if len({x for x, _, _ in points}) < 2:
         return None
     longest = max(x for x, _, _ in points)
@@ -67,6 +68,7 @@ def _cost(runs: Sequence[RunRecords], cost: Callable[[RunRecords], Optional[floa
     figure, axes = new_axes(3.3)
     best = [p for p in points if not any(q[0] <= p[0] and q[1] > p[1] or q[0] < p[0] and q[1] == p[1] for q in points)]
     best.sort()
+    best, points = ([(x, measure.shown(y), method) for x, y, method in each] for each in (best, points))
     axes.plot([x / scale for x, _, _ in best], [y for _, y, _ in best], color=MUTED, linewidth=1.1, linestyle=(0, (3, 3)), zorder=1)
     lowest, highest = min(y for _, y, _ in points), max(y for _, y, _ in points)
     room = max(0.05 * (highest - lowest), 0.003)
@@ -83,7 +85,8 @@ def _cost(runs: Sequence[RunRecords], cost: Callable[[RunRecords], Optional[floa
               axes.annotate(method, (x / scale, up), (7, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                             va="center", color=color if method not in OURS else INK, fontsize=8.5,
                             fontweight="bold" if method in OURS else "normal")], [method])
-    percent_axis(axes.yaxis)
-    axes.set_ylabel("personalized accuracy (%)")
+    if measure.percent:
+        percent_axis(axes.yaxis)
+    axes.set_ylabel(measure.title)
     axes.set_xlabel(f"{label} ({name})")
     return figure
