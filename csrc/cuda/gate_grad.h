@@ -15,11 +15,12 @@ struct GateGrad {
   const float* scale;  // of each expert
 };
 
-// For each expert from `first` to `end` - 1: its scale times the sum over its ranks of S times dy B, in the rows of this warpgroup that
-// are before end_row. u: dy B, whose value i in a thread is that of row(i) and rank(i), which has the expert of(i); below 0 it has none.
-// The products take its place.
+// For each expert from `first` to `end` - 1: its scale times the sum over its ranks of S times dy B, in the rows of this
+// warpgroup that are before end_row. u: dy B, whose value i in a thread is that of row(i) and rank(i), which has the expert
+// of(i); below 0 it has none. The products take its place.
 template <class T, int VALUES, class Row, class Rank, class Of>
-FEDMS_DEVICE void put_gate_grad(const GateGrad<T>& to, float (&u)[VALUES], int first, int end, int end_row, Row row, Rank rank, Of of) {
+FEDMS_DEVICE void put_gate_grad(const GateGrad<T>& to, float (&u)[VALUES], int first, int end, int end_row, Row row, Rank rank,
+                                Of of) {
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {
     u[i] = row(i) < end_row && of(i) >= 0 ? u[i] * Number<T>::widen(to.s[int64_t(row(i)) * to.s_stride + rank(i)]) : 0;

@@ -29,10 +29,10 @@ void start_ahead(const Gemm& g, int blocks, TensorMaps& maps, const Stream& stre
   const GemmShrink& ahead = g.shrink;
   ShrinkAheadArguments<T> arguments{int(g.m), int(g.r), ahead.experts, 0, {}, static_cast<T*>(ahead.s), static_cast<T*>(g.t),
                                     g.t_stride, ahead.dgate, ahead.factors, g.segments};
-  const auto add = [&](const void* x, int64_t x_stride, const void* a, int64_t a_stride, int64_t k, int first, int ranks, int64_t width,
-                       int first_expert, int experts) {
-    arguments.sibling[arguments.siblings++] = {static_cast<const T*>(x), x_stride, static_cast<const T*>(a), a_stride, int(k), first,
-                                               ranks, int(width), first_expert, experts};
+  const auto add = [&](const void* x, int64_t x_stride, const void* a, int64_t a_stride, int64_t k, int first, int ranks,
+                       int64_t width, int first_expert, int experts) {
+    arguments.sibling[arguments.siblings++] = {static_cast<const T*>(x), x_stride, static_cast<const T*>(a), a_stride, int(k),
+                                               first, ranks, int(width), first_expert, experts};
   };
   if (!g.transposed) add(g.x, g.x_stride, ahead.a, ahead.a_stride, g.k, 0, int(g.r), g.t_stride, 0, ahead.experts);
   if (g.transposed) {
@@ -40,7 +40,8 @@ void start_ahead(const Gemm& g, int blocks, TensorMaps& maps, const Stream& stre
     for (size_t i = 0; i < siblings.size(); ++i) {
       const GemmSibling& of = siblings[i];
       const int64_t end = i + 1 < siblings.size() ? siblings[i + 1].first_rank : g.t_stride;
-      add(of.x, of.x_stride, of.b, of.b_stride, of.width, of.first_rank, of.ranks, end - of.first_rank, of.first_expert, of.experts);
+      add(of.x, of.x_stride, of.b, of.b_stride, of.width, of.first_rank, of.ranks, end - of.first_rank, of.first_expert,
+          of.experts);
     }
   }
   start_shrink_ahead(what, arguments, g.transposed, blocks, maps);
@@ -49,10 +50,9 @@ void start_ahead(const Gemm& g, int blocks, TensorMaps& maps, const Stream& stre
 template <class T>
 void start(const Launch& what, const Gemm& g, int tile, const DeviceProperties& chip) {
   const auto of = [](const void* data) { return static_cast<const T*>(data); };
-  const GemmArguments<T> arguments{int(g.m),  int(g.n),        int(g.k), int(g.r), of(g.x),    g.x_stride, g.w,
-                                   g.w_stride, g.w_scale,       of(g.bias), static_cast<T*>(g.t), g.t_stride, of(g.f),    g.f_stride,
-                                   static_cast<T*>(g.y), mask_of(g.dropout), g.segments,
-                                   band_of(TILES[tile], chip.multiprocessors)};
+  const GemmArguments<T> arguments{int(g.m), int(g.n), int(g.k), int(g.r), of(g.x), g.x_stride, g.w, g.w_stride, g.w_scale,
+                                   of(g.bias), static_cast<T*>(g.t), g.t_stride, of(g.f), g.f_stride, static_cast<T*>(g.y),
+                                   mask_of(g.dropout), g.segments, band_of(TILES[tile], chip.multiprocessors)};
   if (TILES[tile].kind == Kind::mma) return start_mma_gemm(what, arguments, tile, g.transposed);
   if constexpr (HAS_WGMMA) {
     TensorMaps own;
@@ -88,7 +88,8 @@ void check_siblings(const Launch& what, const Gemm& g, int tile) {
 
 }  // namespace
 
-std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout, bool full_tiles) {
+std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8,
+                            bool has_dropout, bool full_tiles) {
   return rank_tiles(chip, m, n, k, r, int8, has_dropout, full_tiles);
 }
 
@@ -141,7 +142,9 @@ void gemm(const Gemm& g, int tile, const DeviceProperties& chip, const Stream& s
 void shrink_ahead(const Gemm& g, const DeviceProperties& chip, const Stream& stream) {
   const Launch what{"shrink_ahead", g.m, 0, g.k, g.r, stream};
   if (!HAS_WGMMA || chip.capability != 90) fail(what, "the device or this build has no wgmma");
-  if (!has_shrink(g) || g.r < 1 || g.t_stride < g.r || g.t_stride > OVERLAPPED_RANKS) fail(what, "the total rank is not from 1 to 64");
+  if (!has_shrink(g) || g.r < 1 || g.t_stride < g.r || g.t_stride > OVERLAPPED_RANKS) {
+    fail(what, "the total rank is not from 1 to 64");
+  }
   if constexpr (HAS_WGMMA) {
     TensorMaps own;
     TensorMaps& maps = g.maps ? *g.maps : own;
@@ -161,7 +164,9 @@ int64_t narrow_backward_parts(const DeviceProperties& chip, int64_t m, int64_t n
 
 void narrow_backward(const NarrowBackward& g, const DeviceProperties& chip, const Stream& stream) {
   const Launch what{"narrow_backward", g.m, g.n, g.k, g.r, stream};
-  if (g.m < 1 || g.n < 8 || g.k < 8 || g.r < 1 || g.n % 8 || g.k % 8) fail(what, "a size is too small, or n or k is no multiple of 8");
+  if (g.m < 1 || g.n < 8 || g.k < 8 || g.r < 1 || g.n % 8 || g.k % 8) {
+    fail(what, "a size is too small, or n or k is no multiple of 8");
+  }
   if (std::max({g.m, g.n, g.k}) > INT_MAX - 1024) fail(what, "a size is beyond 2^31");
   const int64_t parts = narrow_backward_parts(chip, g.m, g.n, g.k, g.r);
   if (parts == 0) fail(what, "the ranks are more than 32, n is too large for k, or the device or this build has no wgmma");

@@ -98,8 +98,8 @@ struct TensorMaps {
     const bool same = k.data == data && k.rows == rows && k.columns == columns && k.stride == stride &&
                       k.box_rows == box_rows && k.box_columns == box_columns && k.bf16 == bf16;
     if (!same) {
-      k = {tensor_map(what, bf16, data, rows, columns, stride, box_rows, box_columns), data, rows, columns, stride, box_rows, box_columns,
-           bf16};
+      k = {tensor_map(what, bf16, data, rows, columns, stride, box_rows, box_columns), data, rows, columns, stride, box_rows,
+           box_columns, bf16};
     }
     return k.map;
   }

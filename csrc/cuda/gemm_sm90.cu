@@ -40,8 +40,8 @@ struct WgmmaGemm {
     int output, column, ranks, first_rank;
   };
 
-  // Copies a box of the first map, x or T, and one of the second, W or F, whose numbers are at `first` of the reduction; in F that
-  // is at `first_of_f`.
+  // Copies a box of the first map, x or T, and one of the second, W or F, whose numbers are at `first` of the reduction; in F
+  // that is at `first_of_f`.
   static FEDMS_DEVICE void load(const TensorMap& a_map, const TensorMap& b_map, const Place& place, int first, int first_of_f,
                                 uint32_t stage, uint32_t full) {
     const uint32_t b = stage + BM * 128;
@@ -145,7 +145,8 @@ struct WgmmaGemm {
       ring.finish(reader, sum);
       const auto& own = g.siblings.each[place.output];
       const T* const bias = TRANSPOSED ? nullptr : own.bias;
-      writer.template write<BN>(bias, TRANSPOSED ? g.n : own.width, maps.y[place.output], place.rows.row + warpgroup * 64, place.column, sum);
+      writer.template write<BN>(bias, TRANSPOSED ? g.n : own.width, maps.y[place.output], place.rows.row + warpgroup * 64,
+                                place.column, sum);
     });
     writer.finish();
   }
@@ -169,8 +170,8 @@ __global__ void __launch_bounds__(TILES[TILE].threads(), 1)
 }
 
 template <class T, int TILE, bool TRANSPOSED>
-void start(const Launch& what, const GemmArguments<T>& g, const std::vector<GemmSibling>& siblings, bool early, int multiprocessors,
-           TensorMaps& kept) {
+void start(const Launch& what, const GemmArguments<T>& g, const std::vector<GemmSibling>& siblings, bool early,
+           int multiprocessors, TensorMaps& kept) {
   constexpr Tile tile = TILES[TILE];
   using Of = TensorMaps::Operand;
   const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, int sibling = 0) {

@@ -109,7 +109,8 @@ void GroupPlan::forward(const GroupForward& call, int tile, const Stream& stream
     experts[e].first_row = first_rows_[layer];
   }
   void* const a = after(call.room, room_.a);
-  join_experts({shape_.element, shape_.fp32_experts, n_, shape_.k, rank_, rank_, a, after(call.room, room_.b), nullptr}, experts, stream);
+  join_experts({shape_.element, shape_.fp32_experts, n_, shape_.k, rank_, rank_, a, after(call.room, room_.b), nullptr},
+               experts, stream);
   Gemm ys = product(call.room, call.factors, call.layers, false, forward_maps_.get());
   ys.x = call.x;
   ys.x_stride = call.x_stride;

@@ -48,8 +48,8 @@ constexpr int STRIP_SHARED_BYTES = STRIP_STAGES * (2 * STRIP_ROWS * 128 + 16);
 // Of a GEMM that makes T itself (narrow_sm90.cu): its tile, and the ranks that it can have, which lie below W in every stage.
 constexpr int NARROW_TILE = 3, NARROW_RANKS = 32;
 constexpr int NARROW_SHARED_BYTES = TILES[NARROW_TILE].shared_bytes() + TILES[NARROW_TILE].stages * NARROW_RANKS * 128;
-// Of the same backward (narrow_backward_sm90.cu), with T and dS of a tile beside the stages. A block makes dB of so many blocks of 64
-// columns of dy at most.
+// Of the same backward (narrow_backward_sm90.cu), with T and dS of a tile beside the stages. A block makes dB of so many blocks
+// of 64 columns of dy at most.
 constexpr int NARROW_BACKWARD_SHARED_BYTES = NARROW_SHARED_BYTES + 2 * TILES[NARROW_TILE].bm * NARROW_RANKS * 2 + 16;
 constexpr int NARROW_COLUMNS = TILES[NARROW_TILE].bn / 64;
 static_assert(NARROW_BACKWARD_SHARED_BYTES <= 232448);
@@ -103,7 +103,8 @@ inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, in
   const double feeding = std::min(1.0, double(tile.bm) * tile.bn / (tile.bm + tile.bn) / 85);
   const double maths = steps * 64 * tile.bm * tile.bn * resident(tile, chip) / (peak * feeding);
   // A wave reads each of its rows of x and columns of W from memory once (bands, layout.h), and from L2 once a tile.
-  const double together = std::min<double>(at_once, tiles), band = std::min<double>(band_of(tile, chip.multiprocessors), row_blocks);
+  const double together = std::min<double>(at_once, tiles);
+  const double band = std::min<double>(band_of(tile, chip.multiprocessors), row_blocks);
   const double memory = (band * tile.bm + std::ceil(together / band) * tile.bn) * 128 * steps / (16.0 * chip.multiprocessors);
   const double cache = together * tile.stage_bytes() * steps / (48.0 * chip.multiprocessors);
   // Filling the pipeline, and writing the tile: a persistent grid hides the first behind the second.
@@ -111,12 +112,13 @@ inline double cost(const Tile& tile, const DeviceProperties& chip, int64_t m, in
   return waves * (std::max({maths, memory, cache}) + ends);
 }
 
-// How many blocks a shrink has that runs ahead of a GEMM of wgmma: few, which leaves the multiprocessors to the GEMM, but enough to
-// be done when its first tiles come to the ranks. In clock cycles: a block of the shrink needs `row` for each of its row blocks, at
-// 28 bytes a cycle, the least that a multiprocessor is expected to get where few read. The GEMM's first blocks start at once, and
-// as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in turn. `shrinks`: how
-// many parts k has, each of which is a shrink of its own (siblings).
-inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, int row_blocks, int tiles, int64_t k, int shrinks = 1) {
+// How many blocks a shrink has that runs ahead of a GEMM of wgmma: few, which leaves the multiprocessors to the GEMM, but enough
+// to be done when its first tiles come to the ranks. In clock cycles: a block of the shrink needs `row` for each of its row
+// blocks, at 28 bytes a cycle, the least that a multiprocessor is expected to get where few read. The GEMM's first blocks start
+// at once, and as many as the shrink has start at its end; all of them end their first tile after it. Tiles are dealt out in
+// turn. `shrinks`: how many parts k has, each of which is a shrink of its own (siblings).
+inline int shrink_ahead_blocks(const Tile& tile, const DeviceProperties& chip, int row_blocks, int tiles, int64_t k,
+                               int shrinks = 1) {
   const double loop = double(k) * tile.bm * tile.bn / 2048, ends = 500 + double(tile.bm) * tile.bn * 2 / 32;
   const double row = double(k) / shrinks * SHRINK_ROWS * 2 / 28;
   const int all = chip.multiprocessors, items = row_blocks * shrinks, most = std::min(items, all);
@@ -143,8 +145,8 @@ inline bool runs_on(const Tile& tile, const DeviceProperties& chip) {
   return tile.shared_bytes() <= chip.shared_memory && (tile.kind == Kind::mma || (HAS_WGMMA && chip.capability == 90));
 }
 
-inline std::vector<int> rank_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout,
-                                   bool full_tiles) {
+inline std::vector<int> rank_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8,
+                                   bool has_dropout, bool full_tiles) {
   std::vector<int> legal;
   for (int i = 0; i < TILE_COUNT; ++i) {
     if (runs_on(TILES[i], chip) && takes(TILES[i], int8, has_dropout, full_tiles)) legal.push_back(i);

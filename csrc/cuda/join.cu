@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(256) join_experts_kernel(__grid_constant__ con
     if (g.a_t) g.a_t[int64_t(column) * g.pitch + to_rank] = value;
   } else {
     const int rank = int((i - of_a) % width), row = int((i - of_a) / width);
-    g.b[int64_t(e.first_row + row) * g.pitch + e.first + rank] = value_at(rank, e.b, row * e.b_row_stride + rank * e.b_column_stride);
+    g.b[int64_t(e.first_row + row) * g.pitch + e.first + rank] =
+        value_at(rank, e.b, row * e.b_row_stride + rank * e.b_column_stride);
   }
 }
 
@@ -44,7 +45,9 @@ void join_experts(const JoinExperts& g, const std::vector<Expert>& experts, cons
     int64_t most = 0;
     for (int i = 0; i < count; ++i) {
       const Expert& e = some.item[i];
-      if (e.rank < 0 || e.first < 0 || e.end < e.first + e.rank || e.end > g.pitch) fail(what, "an expert's ranks are out of place");
+      if (e.rank < 0 || e.first < 0 || e.end < e.first + e.rank || e.end > g.pitch) {
+        fail(what, "an expert's ranks are out of place");
+      }
       if (e.first_row < 0 || e.rows < 1 || int64_t(e.first_row) + e.rows > g.n) fail(what, "an expert's rows are out of place");
       most = std::max(most, (e.end - e.first) * (e.rows + g.k));
     }

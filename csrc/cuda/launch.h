@@ -75,7 +75,8 @@ void launch(const Launch& what, void (*kernel)(Parameters...), Grid grid, int th
 }
 
 // A matrix (rows, columns) of 16-bit numbers for the tensor memory accelerator, in boxes of `box_rows` x 64, which
-// come with the 128-byte swizzle, or x 32 with the 64-byte one. The driver makes it; it is asked for by name, so that nothing links to libcuda.
+// come with the 128-byte swizzle, or x 32 with the 64-byte one. The driver makes it; it is asked for by name, so that nothing
+// links to libcuda.
 inline CUtensorMap tensor_map(const Launch& what, bool bf16, const void* data, int64_t rows, int64_t columns,
                               int64_t stride, int box_rows, int box_columns) {
   static const auto encode = [&] {
@@ -91,7 +92,8 @@ inline CUtensorMap tensor_map(const Launch& what, bool bf16, const void* data, i
   const CUresult error = encode(
       &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data),
       sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     fail(what, "cuTensorMapEncodeTiled gave " + std::to_string(error) + " for a matrix (" + std::to_string(rows) + ", " +
                    std::to_string(columns) + ") with " + std::to_string(stride) + " numbers from row to row");

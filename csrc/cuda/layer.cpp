@@ -61,7 +61,8 @@ LayerPlan::LayerPlan(const LayerShape& shape, const DeviceProperties& chip, cons
 int64_t LayerPlan::t_size() const { return shape_.m * t_pitch_; }
 
 int64_t LayerPlan::joined_size() const {
-  const bool in_place = shape_.ranks.size() == 1 && segments_.count == 0 && !shape_.fp32_experts && !shape_.int8 && ranks_ % 8 == 0;
+  const bool in_place = shape_.ranks.size() == 1 && segments_.count == 0 && !shape_.fp32_experts && !shape_.int8 &&
+                        ranks_ % 8 == 0;
   return in_place ? 0 : ranks_ * shape_.k + (shape_.n + (shape_.int8 ? shape_.k : 0)) * pitch_;
 }
 
@@ -184,7 +185,9 @@ LayerPlan::Workspace LayerPlan::workspace(const Needs& needs, const GemmChoice& 
     return at;
   }
   if (needs.dx || needs.da) at.ds = at.add(shape_.m * t_pitch_);
-  if ((needs.dx || needs.da || needs.dgate) && !runs_in_strips(needs, choice)) at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
+  if ((needs.dx || needs.da || needs.dgate) && !runs_in_strips(needs, choice)) {
+    at.u = at.add(2 * lora_grad_partials_blocks(shape_.n) * shape_.m * rank_);
+  }
   const auto add_parts = [&](int64_t columns) {
     if (!runs_in_strips(needs, choice)) return parts(side(columns));
     const Side in_strips = strips(columns, needs);
@@ -248,8 +251,8 @@ void LayerPlan::compute_dx(const LayerBackward& call, void* ds, const GemmChoice
 void LayerPlan::narrow_backward(const LayerBackward& call, float* da_parts, float* db_parts, const Stream& stream) const {
   const LayerOperands& of = call.of;
   const Joined experts = joined(of);
-  cuda::narrow_backward({shape_.element, shape_.m, shape_.n, shape_.k, rank_, call.dy, call.x, of.w, experts.a, experts.b, of.t, call.s,
-                         call.dy_stride, call.x_stride, of.w_stride, experts.a_stride, experts.b_stride, t_pitch_,
+  cuda::narrow_backward({shape_.element, shape_.m, shape_.n, shape_.k, rank_, call.dy, call.x, of.w, experts.a, experts.b, of.t,
+                         call.s, call.dy_stride, call.x_stride, of.w_stride, experts.a_stride, experts.b_stride, t_pitch_,
                          static_cast<int64_t>(shape_.ranks.size()), factors(of), call.dx, call.dgate, da_parts, db_parts,
                          backward_maps_.get()},
                         chip_, stream);
@@ -287,7 +290,9 @@ void LayerPlan::compute_da_and_db(const LayerBackward& call, const Needs& needs,
 
 void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, const Stream& stream) const {
   const LayerOperands& of = call.of;
-  const auto any = [](const std::vector<void*>& all) { return std::any_of(all.begin(), all.end(), [](void* one) { return one; }); };
+  const auto any = [](const std::vector<void*>& all) {
+    return std::any_of(all.begin(), all.end(), [](void* one) { return one; });
+  };
   const Needs needs{call.dx != nullptr, call.dgate != nullptr, any(call.da), any(call.db)};
   const Workspace at = workspace(needs, choice);
   const auto room = [&](int64_t place) { return place < 0 ? nullptr : after(call.workspace, place); };
@@ -313,8 +318,8 @@ void LayerPlan::backward(const LayerBackward& call, const GemmChoice& choice, co
   if (pass.g || pass.u) lora_grad_partials(pass, stream);
   if (needs.db) add_sums(sums, of_dy, pass.g, call.db, false);
   if (pass.u) {
-    finalize_row_grads({shape_.element, shape_.m, rank_, static_cast<int64_t>(shape_.ranks.size()), of_dy.blocks, pass.u, call.s, ds,
-                        t_pitch_, call.dgate, factors(of), segments_},
+    finalize_row_grads({shape_.element, shape_.m, rank_, static_cast<int64_t>(shape_.ranks.size()), of_dy.blocks, pass.u,
+                        call.s, ds, t_pitch_, call.dgate, factors(of), segments_},
                        stream);
   }
   if (needs.dx) compute_dx(call, ds, choice, stream);

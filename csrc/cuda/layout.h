@@ -53,8 +53,8 @@ FEDMS_HD uint64_t matrix_descriptor(uint32_t address, int leading) {
          uint64_t(1) << 62;
 }
 
-// The same of a tile with rows of 64 bytes and the 64-byte swizzle, whose columns, 32 of them, are along memory. Eight rows are 512
-// bytes. chunk_offset<4> says where its chunks lie.
+// The same of a tile with rows of 64 bytes and the 64-byte swizzle, whose columns, 32 of them, are along memory. Eight rows are
+// 512 bytes. chunk_offset<4> says where its chunks lie.
 FEDMS_HD uint64_t short_rows_descriptor(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(512 >> 4) << 32 | uint64_t(2) << 62;
 }

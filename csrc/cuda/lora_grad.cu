@@ -1,5 +1,5 @@
-// Partial sums of dA or dB over the rows, and of U = dy B over the columns, in one pass over x or dy; and the entry of the strips,
-// which are another way to dA and dB (strips_sm90.cu).
+// Partial sums of dA or dB over the rows, and of U = dy B over the columns, in one pass over x or dy; and the entry of the
+// strips, which are another way to dA and dB (strips_sm90.cu).
 #include "heuristics.h"
 #include "ranks.h"
 

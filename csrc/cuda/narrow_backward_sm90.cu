@@ -1,10 +1,10 @@
-// The backward pass of a layer in one launch, for compute capability 9.0: dx = dy W + dS A, where each tile of dx makes dS of its rows
-// by itself, and the parts of dA and dB.
+// The backward pass of a layer in one launch, for compute capability 9.0: dx = dy W + dS A, where each tile of dx makes dS of its
+// rows by itself, and the parts of dA and dB.
 //
-// A block keeps one block of columns of dx and goes through blocks of rows, so that it can sum up over them, in registers: dA of its
-// own columns of x, in one warpgroup, and dB of a share of the columns of dy, in the other, while these columns are in shared memory
-// for dx anyway. Each block leaves one part of both sums, which reduce_partials adds up in order. The blocks of the first columns make
-// the gate's gradient too, from the dy B of which each makes dS.
+// A block keeps one block of columns of dx and goes through blocks of rows, so that it can sum up over them, in registers: dA of
+// its own columns of x, in one warpgroup, and dB of a share of the columns of dy, in the other, while these columns are in shared
+// memory for dx anyway. Each block leaves one part of both sums, which reduce_partials adds up in order. The blocks of the first
+// columns make the gate's gradient too, from the dy B of which each makes dS.
 #include "gate_grad.h"
 #include "tile_sm90.h"
 
@@ -211,7 +211,8 @@ struct NarrowTile {
 
   // dS as the first operand of wgmma: 16 ranks of it are two blocks of eight columns of U, packed. Zeros behind the last rank,
   // whatever dy holds.
-  static FEDMS_DEVICE void make_ds(int r, const float (&factor)[VALUES], const float (&u)[VALUES], uint32_t (&ds)[RANKS / 16][4]) {
+  static FEDMS_DEVICE void make_ds(int r, const float (&factor)[VALUES], const float (&u)[VALUES],
+                                   uint32_t (&ds)[RANKS / 16][4]) {
     const Place place;
     const auto value = [&](int i) { return place.rank(i) < r ? u[i] * factor[i] : 0; };
 #pragma unroll
@@ -275,7 +276,8 @@ template <class T>
 void start(const Launch& what, const NarrowBackward& g, int64_t parts, TensorMaps& kept) {
   using Of = TensorMaps::Operand;
   constexpr Tile tile = TILES[NARROW_TILE];
-  const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns = 64) {
+  const auto map = [&](Of of, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                       int box_columns = 64) {
     return kept.of(of, what, Number<T>::is_bf16, data, rows, columns, stride, box_rows, 0, box_columns);
   };
   Maps maps;

@@ -1,10 +1,10 @@
-// The forward pass of a layer in one launch, for compute capability 9.0: y = x W^T + T B^T + bias, where each tile of y makes S and
-// T of its rows by itself.
+// The forward pass of a layer in one launch, for compute capability 9.0: y = x W^T + T B^T + bias, where each tile of y makes S
+// and T of its rows by itself.
 //
-// It is the GEMM of gemm_sm90.cu with A below W in every stage. So S is columns BN to BN + RANKS of the accumulator; it becomes T in
-// registers, and T is the first operand of the last multiplications, by B. Every tile of a row of tiles makes the same T again. That
-// costs RANKS / BN of the products, and saves the launch that makes T and what is waited for at its ends: it is for layers of few
-// columns, whose products take little time.
+// It is the GEMM of gemm_sm90.cu with A below W in every stage. So S is columns BN to BN + RANKS of the accumulator; it becomes T
+// in registers, and T is the first operand of the last multiplications, by B. Every tile of a row of tiles makes the same T
+// again. That costs RANKS / BN of the products, and saves the launch that makes T and what is waited for at its ends: it is for
+// layers of few columns, whose products take little time.
 #include "tile_sm90.h"
 
 namespace fedms::cuda {
@@ -112,7 +112,8 @@ struct NarrowForward {
         const float s = sum[BN / 2 + i + half];
         scaled[half] = values.own(i + half) ? s * factor[i + half] : 0;
         if (writes) {
-          put_s(g.s, g.gemm.t, g.gemm.t_stride, g.gemm.r, values.rows, values.row(i + half), values.rank(i + half), s, factor[i + half]);
+          put_s(g.s, g.gemm.t, g.gemm.t_stride, g.gemm.r, values.rows, values.row(i + half), values.rank(i + half), s,
+                factor[i + half]);
         }
       }
       t[i / 8][i % 8 / 2] = pack<T>(scaled[0], scaled[1]);
@@ -155,7 +156,8 @@ void start_narrow_forward(const Launch& what, const NarrowArguments<T>& argument
   maps.f = map(Of::f, g.f, g.n, ranks, g.f_stride, tile.bn);
   maps.y = map(Of::y, g.y, g.m, g.n, g.n, 64);
   const int tiles = row_blocks(g.segments, tile.bm, g.m) * ceil_div(g.n, tile.bn);
-  launch(what, narrow_forward_kernel<T>, {std::min(tiles, multiprocessors)}, tile.threads(), NARROW_SHARED_BYTES, arguments, maps);
+  launch(what, narrow_forward_kernel<T>, {std::min(tiles, multiprocessors)}, tile.threads(), NARROW_SHARED_BYTES, arguments,
+         maps);
 }
 template void start_narrow_forward(const Launch&, const NarrowArguments<Bf16>&, int, TensorMaps&);
 template void start_narrow_forward(const Launch&, const NarrowArguments<Fp16>&, int, TensorMaps&);

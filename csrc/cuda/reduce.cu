@@ -9,8 +9,8 @@ namespace {
 // t = with scale and gate the sum of the parts of s (parts, m, r), in order. A block has whole rows of t.
 template <class T, class From>
 __global__ void __launch_bounds__(256)
-    apply_scale_and_gate_kernel(int m, int r, int parts, const From* s, T* t, int t_stride, __grid_constant__ const Factors factors,
-                 __grid_constant__ const Segments segments) {
+    apply_scale_and_gate_kernel(int m, int r, int parts, const From* s, T* t, int t_stride,
+                                __grid_constant__ const Factors factors, __grid_constant__ const Segments segments) {
   const int rows_of_block = 256 / t_stride, of_block = ptx::thread() / t_stride, rank = ptx::thread() % t_stride;
   const int row = ptx::block_x() * rows_of_block + of_block;
   if (of_block >= rows_of_block || row >= m) return;

@@ -57,8 +57,8 @@ struct Ring {
   }
 
   // Calls issue(the stage's address), which issues multiplications, while those of the stage before may still run; that one is
-  // free then. How many there are must be known to the compiler: a branch between them would make it wait for each. Before them it
-  // calls prepare(the stage's address).
+  // free then. How many there are must be known to the compiler: a branch between them would make it wait for each. Before them
+  // it calls prepare(the stage's address).
   template <class Issue, class Prepare>
   FEDMS_DEVICE void multiply(Reader& reader, Issue issue, Prepare prepare) const {
     const uint32_t stage = stages + reader.at.stage * STAGE_BYTES;

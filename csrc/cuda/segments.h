@@ -53,7 +53,8 @@ FEDMS_HD float factor_of(const Factors& factors, const Segments& segments, int o
   return factors.gate ? scale * factors.gate[row * factors.row_stride + expert * factors.expert_stride] : scale;
 }
 
-// One number of s (which may be null) and t, from the sum for a row and a rank and their factor: zeros behind the last rank, whatever x holds.
+// One number of s (which may be null) and t, from the sum for a row and a rank and their factor: zeros behind the last rank,
+// whatever x holds.
 template <class T>
 FEDMS_HD void put_s(T* s, T* t, int64_t t_stride, int r, const RowBlock& rows, int row, int rank, float sum, float factor) {
   if (row >= rows.end || rank >= t_stride) return;

@@ -2,8 +2,8 @@
 // capability 9.0.
 //
 // The GEMM is started as soon as all blocks of this kernel run (programmatic dependent launch). Its blocks multiply W's part on
-// the other multiprocessors meanwhile, and wait for the end of this kernel before they read T. So few blocks have to read all of x:
-// much of it is under way for each.
+// the other multiprocessors meanwhile, and wait for the end of this kernel before they read T. So few blocks have to read all of
+// x: much of it is under way for each.
 #include "gate_grad.h"
 #include "gemm.h"
 #include "ring.h"

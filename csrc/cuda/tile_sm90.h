@@ -35,8 +35,8 @@ FEDMS_DEVICE void share_out(int consumers, Produce produce, Consume consume) {
 template <int VALUE>
 using Count = std::integral_constant<int, VALUE>;
 
-// Calls work(rows, number of the block of columns) for the tiles of this block, one after the other, of `columns` blocks of columns. In
-// segments every tile is whole: what two of them compute both comes out the same.
+// Calls work(rows, number of the block of columns) for the tiles of this block, one after the other, of `columns` blocks of
+// columns. In segments every tile is whole: what two of them compute both comes out the same.
 template <int BM, class T, class F>
 FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, int columns, F work) {
   const int blocks = row_blocks(g.segments, BM, g.m);
@@ -46,8 +46,8 @@ FEDMS_DEVICE void for_tiles(const GemmArguments<T>& g, int columns, F work) {
   }
 }
 
-// Writes the outputs of one warpgroup, 64 rows at a time: boxes of 64 x 64 through two places in shared memory, taken in turns also
-// from one tile to the next; the tensor memory accelerator writes them behind our back.
+// Writes the outputs of one warpgroup, 64 rows at a time: boxes of 64 x 64 through two places in shared memory, taken in turns
+// also from one tile to the next; the tensor memory accelerator writes them behind our back.
 template <class T>
 struct TileWriter {
   uint32_t staged;  // the two places

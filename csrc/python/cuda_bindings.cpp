@@ -28,7 +28,8 @@ class Plan {
  public:
   Plan(bool bf16, bool fp32_experts, bool int8, int64_t m, int64_t n, int64_t k, std::vector<int> ranks, std::vector<int> rows,
        const cuda::DeviceProperties& chip, py::object owner)
-      : checked_(1 + 2 * ranks.size()), owner_(std::move(owner)), type_(bf16 ? BF16 : FP16), device_(DeviceTensor("owner", owner_).device()),
+      : checked_(1 + 2 * ranks.size()), owner_(std::move(owner)), type_(bf16 ? BF16 : FP16),
+        device_(DeviceTensor("owner", owner_).device()),
         plan_({bf16 ? cuda::Element::bf16 : cuda::Element::fp16, fp32_experts, int8, m, n, k, std::move(ranks), std::move(rows)},
               chip, static_cast<const int32_t*>(DeviceTensor("owner", owner_).expect(device_, INT32).dense(1).data())) {}
 
@@ -70,8 +71,12 @@ class Plan {
       read_weight(call.of, w, w_scale, shape.int8 ? shape.k : shape.n, shape.int8 ? shape.n : shape.k, Origin::known);
       call.dx = own("dx", dx, type_, shape.m * shape.k);
     }
-    if (needs.dgate) call.dgate = static_cast<float*>(own("dgate", dgate, FP32, shape.m * (shape.rows.empty() ? shape.ranks.size() : 1)));
-    if (da.size() != shape.ranks.size() || db.size() != shape.ranks.size()) throw py::value_error("da and db have to be of every expert");
+    if (needs.dgate) {
+      call.dgate = static_cast<float*>(own("dgate", dgate, FP32, shape.m * (shape.rows.empty() ? shape.ranks.size() : 1)));
+    }
+    if (da.size() != shape.ranks.size() || db.size() != shape.ranks.size()) {
+      throw py::value_error("da and db have to be of every expert");
+    }
     for (size_t e = 0; e < shape.ranks.size(); ++e) {
       call.da.push_back(gradient("da", da[e], shape.ranks[e] * shape.k));
       call.db.push_back(gradient("db", db[e], shape.ranks[e] * shape.n));
@@ -118,7 +123,8 @@ class Plan {
     return tensor.is_none() ? nullptr : own(name, tensor, experts_type(), numbers);
   }
 
-  void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns, Origin origin) const {
+  void read_weight(cuda::LayerOperands& of, py::handle w, py::handle w_scale, int64_t rows, int64_t columns,
+                   Origin origin) const {
     const bool int8 = plan_.shape().int8;
     const DeviceTensor weight("weight", w, Origin::known);
     if (origin == Origin::outside) check_once(weight, w, 0);
@@ -168,7 +174,8 @@ class Plan {
     if (plan_.joined_size() == 0) {  // the GEMMs read them where they are
       return {a_tensor.data(), a_tensor.rows(rank, shape.k), 1, b_tensor.data(), b_tensor.rows(shape.n, rank), 1, 0, 0, 0, 0, 0};
     }
-    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1), 0, 0, 0, 0, 0};
+    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1),
+            0, 0, 0, 0, 0};
   }
 
   // Asks whether a tensor is negated when it is read. Of a parameter that is asked once for each place in memory, since to ask
@@ -197,7 +204,9 @@ void gemm(py::handle x, py::handle w, py::handle t, py::handle f, py::handle y, 
   const bool bf16 = x_tensor.is(BF16);
   cuda::Gemm call{};
   call.element = bf16 ? cuda::Element::bf16 : cuda::Element::fp16;
-  for (const DeviceTensor* tensor : {&x_tensor, &w_tensor, &t_tensor, &f_tensor, &y_tensor}) tensor->expect(device, bf16 ? BF16 : FP16);
+  for (const DeviceTensor* tensor : {&x_tensor, &w_tensor, &t_tensor, &f_tensor, &y_tensor}) {
+    tensor->expect(device, bf16 ? BF16 : FP16);
+  }
   call.m = x_tensor.size(0);
   call.k = x_tensor.size(1);
   call.n = w_tensor.size(transposed ? 1 : 0);
@@ -217,17 +226,19 @@ void gemm(py::handle x, py::handle w, py::handle t, py::handle f, py::handle y, 
 
 void define_plan(py::module_& m) {
   py::class_<Plan> plan(m, "Plan", "The passes of a layer for all calls of one shape; see fedms_ext/backends/cuda_plan.py.");
-  plan.def(py::init<bool, bool, bool, int64_t, int64_t, int64_t, std::vector<int>, std::vector<int>, const cuda::DeviceProperties&,
-                    py::object>(),
+  plan.def(py::init<bool, bool, bool, int64_t, int64_t, int64_t, std::vector<int>, std::vector<int>,
+                    const cuda::DeviceProperties&, py::object>(),
            py::kw_only(), py::arg("bf16"), py::arg("fp32_experts"), py::arg("int8"), py::arg("m"), py::arg("n"), py::arg("k"),
            py::arg("ranks"), py::arg("rows"), py::arg("chip"), py::arg("owner"))
       .def_property_readonly("rank", [](const Plan& plan) { return plan.plan().rank(); })
       .def_property_readonly("room_size", &Plan::room_size)
       .def_property_readonly("s_at", &Plan::s_at)
       .def_property_readonly("reads_expert_in_place", [](const Plan& plan) { return plan.plan().joined_size() == 0; })
-      .def("choose_forward", [](Plan& plan, int tile, const std::string& shrink) { plan.forward_choice = {tile, place_of(shrink)}; },
+      .def("choose_forward",
+           [](Plan& plan, int tile, const std::string& shrink) { plan.forward_choice = {tile, place_of(shrink)}; },
            py::arg("tile"), py::arg("shrink"))
-      .def("choose_dx", [](Plan& plan, int tile, const std::string& shrink) { plan.dx_choice = {tile, place_of(shrink)}; },
+      .def("choose_dx",
+           [](Plan& plan, int tile, const std::string& shrink) { plan.dx_choice = {tile, place_of(shrink)}; },
            py::arg("tile"), py::arg("shrink"));
   define_fast_method<&Plan::forward>(
       plan, "forward", "forward(x, weight, weight_scale, bias, a, b, scale, gate, dropout_p, seed, y, s, room)");
@@ -255,7 +266,8 @@ void define_cuda(py::module_ m) {
         py::arg("int8"), py::arg("has_dropout"), py::arg("full_tiles"));
   m.def("overlaps_shrink", &cuda::overlaps_shrink, py::arg("tile"), py::arg("r"));
   m.def("has_shrink_inside", &cuda::has_shrink_inside, py::arg("tile"), py::arg("r"));
-  m.def("narrow_backward_parts", &cuda::narrow_backward_parts, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"));
+  m.def("narrow_backward_parts", &cuda::narrow_backward_parts, py::arg("chip"), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("r"));
   m.def("gemm_tile_name", &cuda::gemm_tile_name, py::arg("tile"));
   m.def("gemm", &gemm, py::arg("x"), py::arg("weight"), py::arg("t"), py::arg("f"), py::arg("y"), py::arg("transposed"),
         py::arg("rank"), py::arg("tile"), py::arg("chip"));

@@ -15,8 +15,8 @@ namespace {
 
 class GroupPlan {
  public:
-  GroupPlan(bool bf16, bool fp32_experts, int64_t m, int64_t k, const std::vector<int64_t>& ns, const std::vector<std::vector<int>>& ranks,
-            const cuda::DeviceProperties& chip, py::object owners)
+  GroupPlan(bool bf16, bool fp32_experts, int64_t m, int64_t k, const std::vector<int64_t>& ns,
+            const std::vector<std::vector<int>>& ranks, const cuda::DeviceProperties& chip, py::object owners)
       : owners_(std::move(owners)), type_(bf16 ? BF16 : FP16), device_(DeviceTensor("owners", owners_).device()),
         plan_(shape_of(bf16, fp32_experts, m, k, ns, ranks), chip,
               static_cast<const int32_t*>(DeviceTensor("owners", owners_).expect(device_, INT32).dense(1).data())) {}
@@ -34,7 +34,8 @@ class GroupPlan {
   void forward(py::handle x, const Items& weights, const Items& biases, const Items& a, const Items& b, py::handle scale,
                py::handle gate, const Items& ys, py::handle room) const {
     const cuda::GroupShape& shape = plan_.shape();
-    if (weights.size() != layers() || biases.size() != layers() || ys.size() != layers() || a.size() != experts() || b.size() != experts()) {
+    if (weights.size() != layers() || biases.size() != layers() || ys.size() != layers() || a.size() != experts() ||
+        b.size() != experts()) {
       throw Declined("there are more or fewer layers or experts than the plan's");
     }
     cuda::GroupForward call{};
@@ -118,7 +119,8 @@ class GroupPlan {
     const DeviceTensor a_tensor("lora_a", a), b_tensor("lora_b", b);
     a_tensor.expect(device_, experts_type()).matrix(rank, plan_.shape().k);
     b_tensor.expect(device_, experts_type()).matrix(n, rank);
-    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1), 0, 0, 0, 0, 0};
+    return {a_tensor.data(), a_tensor.stride(0), a_tensor.stride(1), b_tensor.data(), b_tensor.stride(0), b_tensor.stride(1),
+            0, 0, 0, 0, 0};
   }
   cuda::Factors factors(py::handle scale, py::handle gate, Origin origin) const {
     cuda::Factors factors{};
@@ -146,7 +148,8 @@ void define_cuda_group(py::module_& m) {
     return cuda::owners_of(GroupPlan::shape_of(true, false, 0, 0, std::vector<int64_t>(ranks.size()), ranks));
   }, py::arg("ranks"));
   py::class_<GroupPlan> plan(m, "GroupPlan",
-                             "The passes of layers that share their input, for all calls of one shape; see fedms_ext/backends/cuda_group.py.");
+                             "The passes of layers that share their input, for all calls of one shape; see "
+                             "fedms_ext/backends/cuda_group.py.");
   plan.def(py::init<bool, bool, int64_t, int64_t, const std::vector<int64_t>&, const std::vector<std::vector<int>>&,
                     const cuda::DeviceProperties&, py::object>(),
            py::kw_only(), py::arg("bf16"), py::arg("fp32_experts"), py::arg("m"), py::arg("k"), py::arg("ns"), py::arg("ranks"),

@@ -65,16 +65,22 @@ class DeviceTensor {
   }
   // (..., columns) as a matrix with numbers side by side in rows that begin at multiples of 16 bytes; returns their stride.
   int64_t rows(int64_t rows, int64_t columns) const {
-    if (view_.dimensions() == 0 || view_.columns() != columns || view_.rows() != rows) decline("has another shape than the plan's");
+    if (view_.dimensions() == 0 || view_.columns() != columns || view_.rows() != rows) {
+      decline("has another shape than the plan's");
+    }
     const bool plain = view_.dimensions() == 2 && (columns == 1 || stride(1) == 1) && (rows == 1 || stride(0) >= columns);
     if (!plain && !view_.dense()) decline("has no rows of numbers side by side");
     const int64_t pitch = plain && rows > 1 ? stride(0) : columns, bytes = view_.tensor.dtype.bits / 8;
-    if (pitch * bytes % 16 || reinterpret_cast<uintptr_t>(data_) % 16) decline("has rows that do not begin at multiples of 16 bytes");
+    if (pitch * bytes % 16 || reinterpret_cast<uintptr_t>(data_) % 16) {
+      decline("has rows that do not begin at multiples of 16 bytes");
+    }
     return pitch;
   }
   // At least so many numbers, one after the other.
   const DeviceTensor& dense(int64_t numbers) const {
-    if (view_.dimensions() == 0 || !view_.dense() || view_.rows() * view_.columns() < numbers) decline("is not dense, or too small");
+    if (view_.dimensions() == 0 || !view_.dense() || view_.rows() * view_.columns() < numbers) {
+      decline("is not dense, or too small");
+    }
     return *this;
   }
 

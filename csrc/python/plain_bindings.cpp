@@ -1,6 +1,7 @@
 // The plain case of an expert layer, in one call: every tensor is a float32 torch.Tensor or Parameter itself (no subclass), on
-// the CPU, dense and not negated when it is read, and the shapes fit. Whatever else comes in is declined (None), and the caller goes the general way, which
-// converts what can be converted and names what is wrong. Only with the exchange API: by attributes it would be slower.
+// the CPU, dense and not negated when it is read, and the shapes fit. Whatever else comes in is declined (None), and the caller
+// goes the general way, which converts what can be converted and names what is wrong. Only with the exchange API: by attributes
+// it would be slower.
 #include <memory>
 
 #include "tensor_view.h"
@@ -142,8 +143,8 @@ bool plain_rows(py::handle tensor, View& view) {
   return exchange && look<float>(tensor, view) && view.dense() && view.rows() * view.columns() > 0;
 }
 
-// A product with a float32 weight of more than few_rows() rows, which PyTorch computes: what `product` returns, dense and (m, n), or
-// nothing where it returns None. The branch is added to it.
+// A product with a float32 weight of more than few_rows() rows, which PyTorch computes: what `product` returns, dense and (m, n),
+// or nothing where it returns None. The branch is added to it.
 bool product_of(const py::object& made, int64_t m, int64_t n, NewTensor& to) {
   if (made.is_none()) return false;
   if (!dense_matrix(made, m, n, to.data)) throw py::value_error("the product of x and the weight is not a dense float32 matrix");
@@ -151,8 +152,8 @@ bool product_of(const py::object& made, int64_t m, int64_t n, NewTensor& to) {
   return true;
 }
 
-// `segments`: see split_by_segments. S then is (m, 0): nothing has a gradient. `product`: see product_of; it is called with x, the
-// weight, the bias and what tells how large the branch is.
+// `segments`: see split_by_segments. S then is (m, 0): nothing has a gradient. `product`: see product_of; it is called with x,
+// the weight, the bias and what tells how large the branch is.
 py::object linear_forward(py::handle x, py::handle weight, py::handle weight_scale, py::handle bias, const py::sequence& a,
                           const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
                           uint64_t seed, py::handle segments, bool keeps_s, py::handle product) {
@@ -205,7 +206,8 @@ py::object siblings_forward(py::handle x, const py::sequence& layers) {
   for (size_t i = 0; i < layers.size(); ++i) {
     const py::tuple given = layers[i];
     PlainLayer& layer = read[i];
-    const Branch branch{given[3], given[4], given[5], given[6], given[7].cast<double>(), given[8].cast<uint64_t>(), Origin::outside};
+    const Branch branch{given[3], given[4], given[5], given[6], given[7].cast<double>(), given[8].cast<uint64_t>(),
+                        Origin::outside};
     if (!layer.read(x_view, given[0], given[1], given[2], branch) || layer.w.full) return py::none();
     const NewTensor y = new_like(x_view, layer.w.n), s = new_matrix(layer.lora.m, layer.lora.total_rank());
     calls.push_back({layer.w.packed, layer.lora, s.data, y.data});
@@ -259,11 +261,11 @@ struct PlainGradients {
 };
 
 // `weight` and its scale are what dx is computed from (n of it are k), None if dx is not needed. `needs`: dx, dgate, every da,
-// every db. The result has the same order, None for what is not needed. All tensors but dy went into the forward pass or came out.
-// `product`: as in linear_forward, of dy and the weight.
+// every db. The result has the same order, None for what is not needed. All tensors but dy went into the forward pass or came
+// out. `product`: as in linear_forward, of dy and the weight.
 py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle weight, py::handle weight_scale,
-                           const py::sequence& a, const py::sequence& b, const py::sequence& scale, py::handle gate, double dropout_p,
-                           uint64_t seed, py::handle s, const py::sequence& needs, py::handle product) {
+                           const py::sequence& a, const py::sequence& b, const py::sequence& scale, py::handle gate,
+                           double dropout_p, uint64_t seed, py::handle s, const py::sequence& needs, py::handle product) {
   View dy_view;
   PlainGradients layer;
   if (!plain_rows(dy, dy_view)) return py::none();
@@ -305,9 +307,9 @@ py::object linear_backward(py::handle dy, py::handle x, int64_t k, py::handle we
   return layer.made;
 }
 
-// The gradients of siblings_forward: dx, the sum over all layers, and the gradients of each layer as linear_backward returns them,
-// without its dx. Each of `layers` is (dy, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, needs), with an int8 weight
-// that dx is computed from.
+// The gradients of siblings_forward: dx, the sum over all layers, and the gradients of each layer as linear_backward returns
+// them, without its dx. Each of `layers` is (dy, weight, weight_scale, a, b, scale, gate, dropout_p, seed, s, needs), with an
+// int8 weight that dx is computed from.
 py::object siblings_backward(py::handle x, int64_t k, const py::sequence& layers, bool needs_dx) {
   std::vector<PlainGradients> read(layers.size());
   std::vector<PlainWeight> weights(layers.size());
@@ -321,7 +323,8 @@ py::object siblings_backward(py::handle x, int64_t k, const py::sequence& layers
     if (i > 0 && dy_view.rows() != read[0].lora.m) return py::none();
     PlainWeight& w = weights[i];
     if (needs_dx && (!w.read(given[1], given[2], k, Origin::known) || !w.packed.scale || w.n != k)) return py::none();
-    const Branch branch{given[3], given[4], given[5], given[6], given[7].cast<double>(), given[8].cast<uint64_t>(), Origin::known};
+    const Branch branch{given[3], given[4], given[5], given[6], given[7].cast<double>(), given[8].cast<uint64_t>(),
+                        Origin::known};
     if (!read[i].read(dy_view, k, x_data, branch, given[9], given[10])) return py::none();
     calls.push_back({w.packed, read[i].lora, dy_view.data<float>(), read[i].s, read[i].out});
     made.append(read[i].made);
@@ -347,8 +350,8 @@ void define_plain(py::module_& m) {
         py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"), py::arg("seed"),
         py::arg("segments") = py::none(), py::arg("keeps_s") = true, py::arg("product") = py::none(),
         "(y, s) of a plain call on a weight that is float32 (weight_scale None) or packed, or None if it is not plain.");
-  m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("weight"), py::arg("weight_scale"),
-        py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"),
+  m.def("linear_backward", &linear_backward, py::arg("dy"), py::arg("x"), py::arg("k"), py::arg("weight"),
+        py::arg("weight_scale"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("gate"), py::arg("dropout_p"),
         py::arg("seed"), py::arg("s"), py::arg("needs"), py::arg("product") = py::none(),
         "The gradients of linear_forward: [dx, dgate, *da, *db], None for what is not needed; None if it is not plain.");
   m.def("siblings_forward", &siblings_forward, py::arg("x"), py::arg("layers"),

@@ -189,7 +189,9 @@ bool look(py::handle object, View& view, Origin origin = Origin::outside) {
 // Points at a dense float32 tensor, one of a forward pass, that has these rows and columns as a matrix; null stands for None.
 inline bool dense_matrix(py::handle object, int64_t rows, int64_t columns, float*& data) {
   View view;
-  if (!look<float>(object, view, Origin::known) || !view.dense() || view.rows() != rows || view.columns() != columns) return false;
+  if (!look<float>(object, view, Origin::known) || !view.dense() || view.rows() != rows || view.columns() != columns) {
+    return false;
+  }
   data = view.data<float>();
   return true;
 }

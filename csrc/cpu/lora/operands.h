@@ -26,8 +26,8 @@ inline const LoraKernels& lora_kernels() {
 // An uninitialized buffer.
 inline std::unique_ptr<float[]> buffer(int64_t size) { return std::unique_ptr<float[]>(new float[size]); }
 
-// to (r, n) = b^T, b (n, r); the strides are those from one row to the next. In blocks that are one cache line wide where they are
-// written.
+// to (r, n) = b^T, b (n, r); the strides are those from one row to the next. In blocks that are one cache line wide where they
+// are written.
 inline void transpose(int64_t n, int64_t r, const float* b, int64_t stride, float* to, int64_t to_stride) {
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t last = std::min(first + 16, n);

@@ -2,8 +2,8 @@
 // that a pass is made of (cuda_layer.h makes them). Forward: the experts side by side (join_experts), S = x A^T (shrink), and
 // y = x W^T + T B^T + bias (gemm). Backward: one pass over dy for dB and U (lora_grad_partials), dS and dgate from U
 // (finalize_row_grads), the GEMM again for dx, a pass over x for dA, and the sums of all gradients (reduce_partials). On compute
-// capability 9.0 there are other ways: S, and backward dS and dgate, in a launch that overlaps the GEMM, and both gradients in one
-// launch (lora_grad_strips); or S in the GEMM itself (GemmShrink).
+// capability 9.0 there are other ways: S, and backward dS and dgate, in a launch that overlaps the GEMM, and both gradients in
+// one launch (lora_grad_strips); or S in the GEMM itself (GemmShrink).
 //
 // Pointers lead to memory of the device. A stride is the numbers from one row to the next; along a row they lie side by
 // side, and rows start at multiples of 16 bytes. Nothing is allocated, nothing waits for the GPU, and nothing is read
@@ -64,11 +64,12 @@ struct DeviceProperties {
   int shared_memory;   // bytes that a block may have
 };
 
-// How t is made for a gemm, on compute capability 9.0: by a launch of few blocks ahead of it, and the gemm starts while that runs and
-// waits for it before it comes to the ranks (programmatic dependent launch); or `inside`, by the gemm itself. Forward it makes s and t
-// from the gemm's x, as shrink does. For a gemm that is `transposed`, whose x is dy and whose t is ds, it makes ds = dy a with scale and
-// gate, and dgate as RowGrads has it, from the s that is there. r is at least 1; without dropout and an int8 w; for the tiles and ranks
-// of overlaps_shrink or, inside, of has_shrink_inside. A gemm that is transposed or has siblings has no shrink inside.
+// How t is made for a gemm, on compute capability 9.0: by a launch of few blocks ahead of it, and the gemm starts while that runs
+// and waits for it before it comes to the ranks (programmatic dependent launch); or `inside`, by the gemm itself. Forward it
+// makes s and t from the gemm's x, as shrink does. For a gemm that is `transposed`, whose x is dy and whose t is ds, it makes ds
+// = dy a with scale and gate, and dgate as RowGrads has it, from the s that is there. r is at least 1; without dropout and an
+// int8 w; for the tiles and ranks of overlaps_shrink or, inside, of has_shrink_inside. A gemm that is transposed or has siblings
+// has no shrink inside.
 struct GemmShrink {
   const void* a = nullptr;  // (r, k), or (k, r) if the gemm is transposed; null: there is no such launch, t is there already
   int64_t a_stride = 0;
@@ -85,8 +86,8 @@ struct TensorMaps;
 std::shared_ptr<TensorMaps> make_tensor_maps();
 
 // One of several products that share an operand and run in one launch, those of layers that have the same input. `gemm` has their
-// sum over n, or, if it is transposed, over k. The ranks of a sibling begin in t at a multiple of 16; where the numbers of the next
-// one begin, b has zeros.
+// sum over n, or, if it is transposed, over k. The ranks of a sibling begin in t at a multiple of 16; where the numbers of the
+// next one begin, b has zeros.
 constexpr int MOST_SIBLINGS = 4;
 struct GemmSibling {
   int64_t width;              // of its weight: n, or, transposed, k
@@ -107,8 +108,8 @@ struct GemmSibling {
 // `w_scale` (n,) or null: w is int8, not transposed, with one scale a column of y; k is a multiple of 16. Dropout may mask t f
 // there too.
 //
-// With siblings, one launch makes the y of all of them from one x and their parts of t; or, transposed, the one y = the sum of all
-// x w, + t f, whose t the shrink that runs ahead makes from all x. For the tiles of wgmma; without segments.
+// With siblings, one launch makes the y of all of them from one x and their parts of t; or, transposed, the one y = the sum of
+// all x w, + t f, whose t the shrink that runs ahead makes from all x. For the tiles of wgmma; without segments.
 struct Gemm {
   Element element;
   int64_t m, n, k, r;
@@ -128,7 +129,8 @@ struct Gemm {
   Segments segments;
   GemmShrink shrink;
   TensorMaps* maps;  // kept from call to call, or null
-  std::vector<GemmSibling> siblings;  // in the place of w, f, bias and y, or, transposed, of x, w and the shrink's a; may be empty
+  // In the place of w, f, bias and y, or, transposed, of x, w and the shrink's a; may be empty.
+  std::vector<GemmSibling> siblings;
 };
 
 // The shrink that runs ahead of a product, alone.
@@ -136,7 +138,8 @@ void shrink_ahead(const Gemm& gemm, const DeviceProperties& chip, const Stream& 
 
 // The numbers of the tiles that can run on the chip, the one that the cost model expects to be the fastest first. `full_tiles`:
 // no segment is shorter than 128 rows.
-std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8, bool has_dropout, bool full_tiles);
+std::vector<int> gemm_tiles(const DeviceProperties& chip, int64_t m, int64_t n, int64_t k, int64_t r, bool int8,
+                            bool has_dropout, bool full_tiles);
 std::string gemm_tile_name(int tile);
 bool overlaps_shrink(int tile, int64_t r);
 bool has_shrink_inside(int tile, int64_t r);
@@ -233,9 +236,9 @@ struct PartialSum {
 void reduce_partials(Element element, bool fp32, int64_t r, const std::vector<PartialSum>& sums, const Stream& stream);
 
 // z^T t over all rows, (c, r), with z (m, c) and t (m, r), of all sides in one launch: dB from dy and T, which siblings have one
-// each of, and dA from x and dS. A block has 64 columns of a side, and of the rows, or those of a segment, `rows_a_split`, a multiple of 128. Sums over all rows go where
-// `out` says; parts of splits and of segments are left to reduce_partials. For compute capability 9.0; r is 64 at most; without
-// dropout.
+// each of, and dA from x and dS. A block has 64 columns of a side, and of the rows, or those of a segment, `rows_a_split`, a
+// multiple of 128. Sums over all rows go where `out` says; parts of splits and of segments are left to reduce_partials. For
+// compute capability 9.0; r is 64 at most; without dropout.
 struct LoraGradStrips {
   static constexpr int64_t MOST_OUTPUTS = 16;  // of dA, and of all sides of dB
   static constexpr int OF_DA = MOST_SIBLINGS, SIDES = MOST_SIBLINGS + 1;
@@ -266,10 +269,10 @@ struct LoraGradStrips {
 int64_t lora_grad_strips_blocks(int64_t c);
 void lora_grad_strips(const LoraGradStrips& call, const Stream& stream);
 
-// dx (m, k), dense, = dy w + ds a with ds = dy b with scale and gate, and parts of both gradients over the rows, (parts, k, r) of x^T ds
-// and (parts, n, r) of dy^T t; reduce_partials adds them up. w is (n, k), a (r, k), b (n, r), t (m, r). For compute capability 9.0; r is
-// from 1 to 32; n, k and what narrow_backward_parts says of them; without dropout, segments, and an int8 w. With dgate (m, experts), or
-// null, the gate's gradient from a dense s (m, r), as finalize_row_grads makes it.
+// dx (m, k), dense, = dy w + ds a with ds = dy b with scale and gate, and parts of both gradients over the rows, (parts, k, r) of
+// x^T ds and (parts, n, r) of dy^T t; reduce_partials adds them up. w is (n, k), a (r, k), b (n, r), t (m, r). For compute
+// capability 9.0; r is from 1 to 32; n, k and what narrow_backward_parts says of them; without dropout, segments, and an int8 w.
+// With dgate (m, experts), or null, the gate's gradient from a dense s (m, r), as finalize_row_grads makes it.
 struct NarrowBackward {
   Element element;
   int64_t m, n, k, r;
@@ -285,8 +288,8 @@ int64_t narrow_backward_parts(const DeviceProperties& chip, int64_t m, int64_t n
 void narrow_backward(const NarrowBackward& call, const DeviceProperties& chip, const Stream& stream);
 
 // An expert's A (rank, k) and B (n, rank) with any strides, of the element's type or float32. `first`: its first rank among
-// all; `end`: where the next expert's begin, with zeros from `first` + rank on. Of siblings each B has `rows` rows of its own, from
-// `first_row` on, and those of others nobody writes to.
+// all; `end`: where the next expert's begin, with zeros from `first` + rank on. Of siblings each B has `rows` rows of its own,
+// from `first_row` on, and those of others nobody writes to.
 struct Expert {
   const void* a;
   int64_t a_row_stride, a_column_stride;

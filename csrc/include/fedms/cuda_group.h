@@ -1,10 +1,10 @@
-// Linear layers with gated LoRA experts that share their input x, such as the query, key and value of an attention layer: one call
-// a pass for all of them, and one GEMM. Forward: the experts side by side (join_experts), S of all from one pass over x (shrink), and
-// every y in one launch (gemm). Backward: every dS, one launch for the dx that is the sum over the layers, and one for all dA and dB
-// (lora_grad_strips), with the sums of its parts (reduce_partials) if there are any.
+// Linear layers with gated LoRA experts that share their input x, such as the query, key and value of an attention layer: one
+// call a pass for all of them, and one GEMM. Forward: the experts side by side (join_experts), S of all from one pass over x
+// (shrink), and every y in one launch (gemm). Backward: every dS, one launch for the dx that is the sum over the layers, and one
+// for all dA and dB (lora_grad_strips), with the sums of its parts (reduce_partials) if there are any.
 //
-// For compute capability 9.0, without dropout, segments and int8, up to 64 ranks in all. cuda_layer.h is the same for one layer and
-// has all of those; cuda.h has the launches.
+// For compute capability 9.0, without dropout, segments and int8, up to 64 ranks in all. cuda_layer.h is the same for one layer
+// and has all of those; cuda.h has the launches.
 #pragma once
 
 #include <memory>
@@ -34,7 +34,8 @@ struct GroupLayer {
   int64_t dy_stride;
 };
 
-// The experts of all layers are in order, those of the first layer first; so are the scales and the columns of the gate, (m, experts).
+// The experts of all layers are in order, those of the first layer first; so are the scales and the columns of the gate, (m,
+// experts).
 struct GroupForward {
   std::vector<GroupLayer> layers;
   std::vector<Expert> experts;  // their tensors and strides; the plan knows their ranks
@@ -82,7 +83,8 @@ class GroupPlan {
   };
   struct Needs;
 
-  Gemm product(void* room, const Factors& factors, const std::vector<GroupLayer>& layers, bool transposed, TensorMaps* maps) const;
+  Gemm product(void* room, const Factors& factors, const std::vector<GroupLayer>& layers, bool transposed,
+               TensorMaps* maps) const;
   void compute_da_and_db(const GroupBackward& call, const Needs& needs, const void* ds, float* parts, const Stream& stream) const;
   int64_t splits(bool of_da, bool of_db) const;
 
@@ -90,7 +92,8 @@ class GroupPlan {
   DeviceProperties chip_;
   const int32_t* owners_;
   std::vector<int> ranks_, firsts_, layer_of_;  // of each expert: its rank, its first one, and its layer
-  std::vector<int> layer_firsts_, first_experts_, first_rows_;  // of each layer, and of the end: its first rank, expert and row of B
+  // Of each layer, and of the end: its first rank, expert and row of B.
+  std::vector<int> layer_firsts_, first_experts_, first_rows_;
   std::vector<int> tiles_;
   int64_t n_, rank_;
   Room room_;

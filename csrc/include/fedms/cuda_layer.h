@@ -19,8 +19,8 @@ struct LayerShape {
 };
 
 // Where T, or dS, is made for a GEMM: in a launch before it, in one that overlaps it (overlaps_shrink), or in the GEMM itself
-// (has_shrink_inside). Backward the last one is narrow_backward, if dx, dA and dB are needed and dgate is not, outside of segments;
-// otherwise it is as apart.
+// (has_shrink_inside). Backward the last one is narrow_backward, if dx, dA and dB are needed and dgate is not, outside of
+// segments; otherwise it is as apart.
 enum class ShrinkPlace { apart, overlapped, inside };
 
 // How a GEMM runs: the number of its tile, and where T, or dS, is made. Where that overlaps it in a backward pass, dA and dB are
@@ -106,7 +106,8 @@ class LayerPlan {
   bool needs_parts(const Side& strips) const;
   void compute_da_and_db(const LayerBackward& call, const Needs& needs, const void* ds, float* da_parts, float* db_parts,
                          const Stream& stream) const;
-  void add_sums(std::vector<PartialSum>& sums, const Side& side, const float* parts, const std::vector<void*>& out, bool is_a) const;
+  void add_sums(std::vector<PartialSum>& sums, const Side& side, const float* parts, const std::vector<void*>& out,
+                bool is_a) const;
 
   LayerShape shape_;
   DeviceProperties chip_;

@@ -65,8 +65,8 @@ void nibbles_unpack(int64_t n, int64_t k, const uint8_t* packed, int64_t packed_
 void nibbles_dequantize(int64_t n, int64_t k, int64_t group, const uint8_t* packed, int64_t packed_size,
                         const float* scale, float* w);
 
-// dx (m, k) = dy (m, n) w, written, from a weight of 4 bits and its scale (n, groups) as nibbles_dequantize takes it. Each code is read
-// once for up to nibbles_few_rows() rows; with more, a product of PyTorch's with a weight that was written out is faster.
+// dx (m, k) = dy (m, n) w, written, from a weight of 4 bits and its scale (n, groups) as nibbles_dequantize takes it. Each code
+// is read once for up to nibbles_few_rows() rows; with more, a product of PyTorch's with a weight that was written out is faster.
 int64_t nibbles_few_rows();
 void nibbles_input_gradient(int64_t m, int64_t n, int64_t k, const uint8_t* packed, int64_t packed_size,
                             int64_t groups, const float* scale, const float* dy, float* dx);
@@ -82,8 +82,8 @@ struct Int8Weight {
 // s (m, R) and y (m, n) are written. Throws as int8_unpack.
 void int8_forward(const Int8Weight& weight, const Lora& lora, const float* x, float* s, float* y);
 
-// Columns first .. first + count - 1 of y = x W^T + bias alone, as a dense (m, count). The bits are those of all columns together.
-// first is a multiple of INT8_PANEL. Throws as int8_unpack.
+// Columns first .. first + count - 1 of y = x W^T + bias alone, as a dense (m, count). The bits are those of all columns
+// together. first is a multiple of INT8_PANEL. Throws as int8_unpack.
 constexpr int64_t INT8_PANEL = 192;  // a multiple of the panels of all kernels
 void int8_columns(const Int8Weight& weight, int64_t m, int64_t n, int64_t k, const float* x, int64_t first, int64_t count,
                   float* y);

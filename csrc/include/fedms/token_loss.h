@@ -4,9 +4,9 @@
 //   log_p[i] = z[i][labels[i]] - log(sum over v of exp(z[i][v]))
 //
 // The logits come from the int8 weight where there is one. The gradient always comes from the float one: its right factor,
-// onehot - p, has one value near 1 and many small ones that hold most of the probability, and would vanish in int8. Beside an int8
-// weight, a CPU that multiplies bfloat16 with AVX-512 rounds p and the float weight to bfloat16 for it, whose 8 significant bits
-// are there for small values as well; the label's own row and all sums stay in float.
+// onehot - p, has one value near 1 and many small ones that hold most of the probability, and would vanish in int8. Beside an
+// int8 weight, a CPU that multiplies bfloat16 with AVX-512 rounds p and the float weight to bfloat16 for it, whose 8 significant
+// bits are there for small values as well; the label's own row and all sums stay in float.
 //
 // All matrices are row-major and dense. The results are bitwise the same for any number of threads and any chunk.
 #pragma once
