@@ -53,8 +53,9 @@ def outcome_cards(focus: str, rows: Sequence[dict[str, Any]]) -> list[Card]:
         if not (stat := own.get("perplexity")):
             return None
         known = [(row["perplexity"].mean, row["method"]) for row in others if row.get("perplexity")]
-        beside = "{1} has {0:.2f}, the best other".format(*min(known)) if known else ""
-        return Card("perplexity", f"{stat.mean:.2f}", beside)
+        least, method = min(known, default=(0.0, ""))
+        beside = f"{least:.2f} before training" if method == "zero-shot" else f"{method} has {least:.2f}, the best other"
+        return Card("perplexity", f"{stat.mean:.2f}", beside if known else "")
 
     if language := perplexity():
         found = [language, _better_off_alone(own), share("tokens held to be the most probable ones", "personalized")]

@@ -17,7 +17,7 @@ from fedms.foreign import conform, parse_json, read_regular
 from fedms.report.cards import cost_cards, outcome_cards
 from fedms.report.figures import CHARTS, GAIN, GRID, INK, LOSS, MUTED, SURFACE, as_svg, method_color, plain_style
 from fedms.report.formats import duration, p_value, percent, size
-from fedms.report.measures import measure_of
+from fedms.report.measures import Perplexity, measure_of
 from fedms.report.numbers import by_method, comparison, differing_keys, field_of, focus_method, merit, participants, read_runs
 from fedms.report.significance import differences
 from fedms.report.tables import marked_table, write_text
@@ -116,8 +116,9 @@ def _setting(runs: Sequence[RunRecords]) -> str:
     partition = config["data"]["partition"]
     if partition == "dirichlet":
         partition += f" ({config['data']['alpha']:g})"
-    return (f"{config['clients']['count']} clients, {partition} partition, LoRA rank {config['lora']['rank']}, "
-            f"{config['model']['head']} head, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    head = "" if measure_of(runs) is Perplexity else f"{config['model']['head']} head, "     # a language model's own
+    return (f"{config['clients']['count']} clients, {partition} partition, LoRA rank {config['lora']['rank']}, {head}"
+            f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
 
 
 def _charts(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
@@ -164,7 +165,9 @@ def _client_details(run: RunRecords) -> dict[str, Any]:
     names = [n for n in ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
              if any(field_of(c, "accuracy", n) is not None for c in run.clients)]
     gated = any(c.get("gate_mean") is not None for c in run.clients)
-    return {"title": _name(run), "method": run.method, "names": names, "gated": gated, "measure": measure_of([run]),
+    scores = {name: title for name, title in (("macro_f1", "macro F1 %"), ("auroc", "AUROC %"), ("calibration_error", "calibration error %"))
+              if any(c.get(name) is not None for c in run.clients)}
+    return {"title": _name(run), "method": run.method, "names": names, "scores": scores, "gated": gated, "measure": measure_of([run]),
             "rows": sorted(run.clients, key=lambda c: c["id"])}
 
 
