@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ except ImportError:     # not on Windows
 Key = tuple[object, ...]
 
 STORAGE = ("fp32", "bf16", "int8")
+WRITTEN_WITHIN = 3600       # seconds: an older temporary file belongs to no living process
 
 
 class Ragged:
@@ -190,6 +192,7 @@ class DiskCache:
         self.folder, self.max_bytes, self.fingerprint = Path(folder), max_bytes, fingerprint
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)      # the values are computed from private samples
         self.verified: dict[Path, int] = {}     # inodes of the files whose checksum this process has verified
+        self._remove_leftovers()
         self._make_room(0)                               # max_bytes may have been larger in an earlier process
 
     def get(self, key: Key, compute: Callable[[], Tensor | Ragged]) -> Tensor | Ragged:
@@ -289,6 +292,13 @@ class DiskCache:
             temporary.unlink(missing_ok=True)
             return False
         return True
+
+    def _remove_leftovers(self) -> None:
+        """Remove what processes that were killed while they wrote a value have left. A value is written in seconds."""
+        for file in self.folder.glob("*.tmp"):
+            with suppress(OSError):     # another process was quicker
+                if time.time() - file.stat().st_mtime > WRITTEN_WITHIN:
+                    file.unlink()
 
     def _make_room(self, size: int) -> None:
         files = sorted(self.folder.glob("*" + self.SUFFIX), key=lambda file: file.stat().st_mtime_ns)

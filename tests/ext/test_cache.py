@@ -85,6 +85,15 @@ def test_the_budget_is_never_exceeded(tmp_path):
     assert cache.nbytes == kept      # larger than the budget: not kept, and nothing made room for it
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    old, new = (tmp_path / f"{name}.tmp" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    DiskCache(tmp_path, 3000, "")
+    assert not old.exists() and new.exists()        # a process may be writing the new one
+
+
 def test_what_is_offered_takes_the_room_that_is_left(tmp_path):
     cache, value = DiskCache(tmp_path, 3000, ""), torch.ones(200)
     kept = cache.get(("asked for",), lambda: value)

@@ -7,12 +7,17 @@ blocks below them.
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+import fedms_ext
+from fedms import models
 from fedms.data import made_cache_dir
 from fedms.training.device import describe
 from fedms.training.frozen import is_quantized
@@ -33,7 +38,8 @@ def new_cache(model: ExpertModel) -> ConstantCache | DiskCache:
 
 
 def origin(model: ExpertModel) -> str:
-    """Return a text that says what the bits of a value depend on beside the values that it is computed from: model, data, arithmetic."""
+    """Return a text that says what the bits of a value depend on beside the values that it is computed from: model, data, code,
+    arithmetic."""
     config, run = model.config, model.config.run
     frozen = config.model.frozen if is_quantized(config, config.model.frozen) else "fp32"
     # On torch, on the kernels' instruction set, on the number of threads.
@@ -43,7 +49,18 @@ def origin(model: ExpertModel) -> str:
         arithmetic += (describe(model.device),)
     if run.dtype != "fp32":
         arithmetic += (run.dtype,)
-    return repr((model.foundation.fingerprint, model.dataset.fingerprint, model.prefix_chunk, arithmetic))
+    return repr((model.foundation.fingerprint, model.dataset.fingerprint, model.prefix_chunk, code(), arithmetic))
+
+
+@cache
+def code() -> str:
+    """Return a hash of the code that computes the values: models, layers and compiled kernels. Another release may round otherwise."""
+    found = hashlib.sha256()
+    for package in (models, fedms_ext):
+        folder = Path(package.__path__[0])
+        for file in sorted([*folder.rglob("*.py"), *folder.glob("_C*")]):
+            found.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def prefix_bytes(model: ExpertModel, part: Tensor) -> int:
