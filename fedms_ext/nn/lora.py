@@ -5,6 +5,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class LoRA:
         scale: The factor of B A in the layer's output. Every call of a layer reads it, so it is computed once.
 
     Raises:
+        TypeError: If the rank is no integer, or alpha or dropout no number.
         ValueError: If a value is outside its range.
     """
 
@@ -46,6 +48,11 @@ class LoRA:
     scale: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rank, Integral):
+            raise TypeError(f"LoRA rank must be an integer, got {self.rank!r}")
+        for name in ("alpha", "dropout"):
+            if not isinstance(getattr(self, name), Real):
+                raise TypeError(f"LoRA {name} must be a number, got {getattr(self, name)!r}")
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be at least 1, got {self.rank}")
         if not 0.0 <= self.dropout < 1.0:
@@ -102,7 +109,8 @@ def saved_pair(saved: Tensor, held: int) -> tuple[LoRA, PairState]:
     if not isinstance(saved, Tensor) or saved.shape != (5,) or not saved.is_floating_point():
         raise ValueError("expected five numbers: rank, alpha, dropout, rslora, state")
     rank, alpha, dropout, rslora, state = saved.tolist()
-    if not (rank == held and rslora in (0, 1) and state in range(len(STATES))):
-        raise ValueError(f"rank, rslora and state are {rank}, {rslora} and {state}, expected {held}, 0 or 1, and 0 to "
-                         f"{len(STATES) - 1}")
+    if rank != held:
+        raise ValueError(f"the saved expert has the rank {rank:g}, this layer's has {held}; attach it with the rank that was saved, then load")
+    if not (rslora in (0, 1) and state in range(len(STATES))):
+        raise ValueError(f"rslora and state are {rslora:g} and {state:g}, expected 0 or 1, and 0 to {len(STATES) - 1}")
     return LoRA(int(rank), alpha, dropout, bool(rslora)), STATES[int(state)]

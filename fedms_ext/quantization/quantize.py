@@ -23,7 +23,8 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
     """Replace the frozen weights of a model's linear layers by quantized weights, in place. The original weights are freed.
 
     Each layer stays the same object and keeps its experts, hooks and attributes; layers without experts become
-    `FrozenLinear`. The following layers are not quantized:
+    `FrozenLinear`. A `state_dict` of the result loads into models that were quantized to the same format first. The following layers
+    are not quantized:
 
     - layers whose weight requires a gradient, such as a trained head;
     - layers that share their weight with another module;
@@ -59,6 +60,8 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
     _check_endings(model, exclude)
     layers = _frozen_linears(model, exclude)
     if not layers:
+        if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} is quantized already; call fedms_ext.dequantize with the original weights first")
         raise ValueError(f"{type(model).__name__} has no Linear layer with a frozen weight of its own that can be quantized; "
                          "freeze it first (requires_grad_(False)), or attach experts, which does so")
     replaced = [(name, reason) for name, layer in layers.items() if (reason := replaced_forward(layer)) is not None]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -81,11 +82,15 @@ def activate(model: nn.Module, expert: str, *, depth: int, order: str | Sequence
 
     Raises:
         KeyError: If no layer has the expert.
+        TypeError: If a depth is no integer.
         ValueError: If 0 <= depth <= applied_depth <= number of blocks in the order does not hold.
         RuntimeError: If the expert is merged into a weight of these blocks; no state has changed then.
     """
     ranked = activation_order(len(blocks_of(model)), order)
     applied_depth = depth if applied_depth is None else applied_depth
+    for name, value in (("depth", depth), ("applied_depth", applied_depth)):
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} is a number of blocks, got {value!r}")
     if not 0 <= depth <= applied_depth <= len(ranked):
         raise ValueError(f"need 0 <= depth <= applied_depth <= {len(ranked)} blocks, got depth {depth}, "
                          f"applied_depth {applied_depth}")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,8 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
         Dotted names of the layers that now hold the experts, in the model's order.
 
     Raises:
-        ValueError: If `targets` or one of its entries matches no layer; if a target lies outside of the blocks, is known
+        TypeError: If `targets` or `experts` are of another type.
+        ValueError: If `targets` or one of its entries matches no layer, or it is no regular expression; if a target lies outside of the blocks, is known
             under several names, or cannot hold experts (its class computes something else, its weight is computed or
             offloaded, its forward method was replaced, or a surrounding module reads its weight instead of calling it); if
             the name of an expert is taken or unusable, or its dropout differs from that of the layer's other experts; or if
@@ -111,8 +112,7 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
     Warns:
         UserWarning: If `"all-linear"` omits layers because a surrounding module reads their weight.
     """
-    if not experts:
-        raise ValueError("no experts given; pass e.g. {\"global\": LoRA(rank=8, alpha=16)}")
+    _check_arguments(targets, exclude, experts, *(overrides or {}).values())
     before = getattr(model, "fedms_blocks", None)
     if blocks is None:
         blocks = find_blocks(model) if before is None else before
@@ -137,6 +137,27 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
     if group is not False:
         group_siblings(model, on_cpu=group is True)
     return list(chosen)
+
+
+def _check_arguments(targets: Targets, exclude: Targets, *shapes: Mapping[str, LoRA]) -> None:
+    """Check the types of what `attach` is given; the first of the `shapes` are the experts'."""
+    example = 'pass e.g. {"global": LoRA(rank=8, alpha=16)}'
+    for named in shapes:
+        if not isinstance(named, Mapping):
+            raise TypeError(f"experts are given as a dictionary of LoRA by name, got {type(named).__name__}; {example}")
+        for name, lora in named.items():
+            if not isinstance(lora, LoRA):
+                raise TypeError(f"expert {name!r} is {lora!r}, expected a LoRA; {example}")
+    if not shapes[0]:
+        raise ValueError(f"no experts given; {example}")
+    for what, names in (("targets", targets), ("exclude", exclude)):
+        if isinstance(names, str):
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise ValueError(f"{what}={names!r} is no regular expression: {error}; pass a list of name endings, or repair it") from None
+        elif not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{what}={names!r}, expected {ALL_LINEAR!r}, a regular expression, or a list of name endings")
 
 
 def _chosen(model: nn.Module, targets: Targets, exclude: Targets, blocks: tuple[str, ...]) -> dict[str, nn.Module]:

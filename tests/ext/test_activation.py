@@ -115,6 +115,8 @@ def test_activate_refuses():
     for how in (dict(depth=5), dict(depth=-1), dict(depth=2, applied_depth=1), dict(depth=0, applied_depth=5)):
         with pytest.raises(ValueError, match="need 0 <= depth <= applied_depth <= 4 blocks"):
             activate(model, "global", **how)
+    with pytest.raises(TypeError, match="depth is a number of blocks, got 1.5"):
+        activate(model, "global", depth=1.5)
     with pytest.raises(ValueError, match="<= 2 blocks"):
         activate(model, "global", depth=3, order=[4, 2])
     assert states(model, "global") == [FROZEN] * 4

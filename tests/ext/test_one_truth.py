@@ -104,6 +104,13 @@ def test_a_foreign_pair_is_refused(numbers):
     assert model.blocks[0].up.experts["g"] == LoRA(4, 8)
 
 
+def test_the_rank_of_a_saved_pair_is_told():
+    model = net()
+    state = {**model.state_dict(), "blocks.0.up.pairs.g": torch.tensor([3, 8, 0, 0, 1], dtype=torch.float64)}
+    with pytest.raises(RuntimeError, match="the saved expert has the rank 3, this layer's has 4; attach it with the rank"):
+        model.load_state_dict(state)
+
+
 def test_a_state_dict_loaded_into_a_merged_model_is_not_undone_by_unmerge():
     saved, model = net(), net()
     merge(model, "g")
@@ -133,6 +140,13 @@ def test_codes_of_another_format_are_refused():
     state = {**second.state_dict(), "head.frozen.identity": torch.zeros(3, dtype=torch.uint8)}
     with pytest.raises(RuntimeError, match="head.frozen.identity"):
         second.load_state_dict(state)
+
+
+def test_a_quantized_model_is_not_quantized_again():
+    model = net()
+    quantize(model, "int8")
+    with pytest.raises(ValueError, match="Net is quantized already; call fedms_ext.dequantize"):
+        quantize(model, "nf4")
 
 
 # Layers stay what they are

@@ -266,6 +266,29 @@ def test_experts_are_added_to_the_layers_that_are_there():
     assert experts == [["global", "local"], ["local"]] * BLOCKS
 
 
+@pytest.mark.parametrize("targets, experts, words", [
+    (["up"], LoRA(1, 1), "experts are given as a dictionary of LoRA by name, got LoRA"),
+    (["up"], {"a": 4}, "expert 'a' is 4, expected a LoRA"),
+    ([3], LORA, r"targets=\[3\], expected 'all-linear', a regular expression, or a list of name endings"),
+    (None, LORA, "targets=None, expected"),
+    ("((", LORA, r"targets='\(\(' is no regular expression"),
+])
+def test_arguments_of_a_wrong_type_are_told_apart(targets, experts, words):
+    model = stack()
+    with pytest.raises((TypeError, ValueError), match=words):
+        attach(model, targets, experts)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("values, words", [
+    ((2.5, 8), "LoRA rank must be an integer, got 2.5"), ((4, "8"), "LoRA alpha must be a number, got '8'"),
+    ((4, 8, None), "LoRA dropout must be a number, got None"),
+])
+def test_a_lora_of_no_numbers_is_refused(values, words):
+    with pytest.raises(TypeError, match=words):
+        LoRA(*values)
+
+
 def test_refused_experts_change_nothing():
     model = stack()
     with pytest.raises(ValueError, match="no experts given; pass e.g."):

@@ -258,9 +258,11 @@ def _looked_at(answers: Answers) -> Answers:
         say(f"{answers.data} is fetched from the hub by the first run, which says what it found")
         return replace(answers, owned=answers.client is not None)
     from fedms.data import user_data
+    from fedms.data.labels import classes_of
 
     config = _check(run_file(answers), Path("the answers"))
     samples = user_data.read(config.data, "images" if answers.images else "text")
+    classes_of(config.data, samples)
     for line in (_found(samples), *samples.notes):
         say(f"found: {line}")
     return replace(answers, owned=samples.clients is not None)
@@ -268,10 +270,12 @@ def _looked_at(answers: Answers) -> Answers:
 
 def _found(samples: Samples) -> str:
     """Return how many samples, labels and clients there are, in one line."""
+    from fedms.data.samples import counted
+
     labels, clients = Counter(map(str, samples.labels)), set(samples.clients or ())
     shown = ", ".join(f"{label} ({count:,})" for label, count in labels.most_common(5))
-    return (f"{len(samples.content):,} samples; {len(labels)} labels: {shown}{', ...' if len(labels) > 5 else ''}; "
-            + (f"{len(clients)} clients" if clients else "no column is named as their owner (--client), so clients are simulated"))
+    return (f"{counted(len(samples.content), 'sample')}; {len(labels)} labels: {shown}{', ...' if len(labels) > 5 else ''}; "
+            + (counted(len(clients), "client") if clients else "no column is named as their owner (--client), so clients are simulated"))
 
 
 def _check(text: str, file: Path) -> RunConfig:

@@ -133,6 +133,9 @@ def _task_problems(c: RunConfig) -> Iterable[str]:
     if c.task.kind == "classification":
         if reads == "conversations":
             yield f'task.kind: model.id {show(c.model.id)} is a causal language model; set task.kind to "causal_lm"'
+        for key in ("messages", "question", "answer", "category"):
+            if getattr(c.data, key) is not None:
+                yield f'data.{key}: task.kind "classification" does not read it; set task.kind to "causal_lm", or leave it out'
         return
     if reads not in (None, "conversations"):
         readers = in_words(row.name for row in registry.models().values() if row.reads == "conversations")
@@ -208,6 +211,7 @@ FEWEST_TO_MASK = 3      # with two clients, each learns the other's update from 
 def _privacy_problems(c: RunConfig) -> Iterable[str]:
     p = c.privacy
     if p.mode == "off":
+        yield from _unprotected(c)
         return
     mode = f"privacy.mode = {show(p.mode)}"
     yield from _noise_problems(c, mode)
@@ -232,6 +236,14 @@ def _privacy_problems(c: RunConfig) -> Iterable[str]:
     if p.masks and c.clients.count is not None and c.clients.sampled * 2**p.bits >= 2**30:
         yield (f"privacy.bits: got {p.bits}; with {c.clients.sampled} clients a round the sum would not fit into 32 bits; accepted "
                f"here: up to {29 - c.clients.sampled.bit_length() + 1}")
+
+
+def _unprotected(c: RunConfig) -> Iterable[str]:
+    """Yield a problem if a budget or a noise is set and the mode was left out. A mode that says "off" is meant so."""
+    named = [f"privacy.{key}" for key in ("epsilon", "noise") if getattr(c.privacy, key) is not None]
+    if named and "mode" not in c.privacy.model_fields_set:
+        yield (f'privacy.mode: unset, so {" and ".join(named)} would protect nobody; set it to "central" or "distributed", or to "off" if '
+               "no protection is meant")
 
 
 def _noise_problems(c: RunConfig, mode: str) -> Iterable[str]:

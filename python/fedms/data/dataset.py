@@ -127,7 +127,8 @@ def describe(dataset: Dataset) -> str:
             sizes = torch.bincount(codes, minlength=len(names)).tolist()
             shown = ", ".join(f"{name} ({size:,})" for name, size in list(zip(names, sizes))[:MOST_NAMED])
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-            parts.append(f"{counted(len(names), noun)} of {min(sizes):,} to {max(sizes):,} samples: {shown}{more}")
+            least = f"{min(sizes):,} to " if min(sizes) < max(sizes) else ""
+            parts.append(f"{counted(len(names), noun)} of {least}{counted(max(sizes), 'sample')}: {shown}{more}")
     return "; ".join(parts)
 
 

@@ -48,7 +48,7 @@ def _name(value: Any) -> str:
     elif name.lower() in ("inf", "-inf") and not isinstance(value, str):
         raise ValueError(f"is {name}; expected a finite number or a text")
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        raise ValueError(f"is {_short(name)}, which holds a line break or another control character")
+        raise ValueError(f"is {_short(name)}, which holds a line break or another control character; expected one line of text")
     if name[:1] + name[-1:] in ("[]", "{}", "()") and _is_collection(name):
         raise ValueError(f"is {_short(name)}, a written list; expected one text or number a sample")
     return name

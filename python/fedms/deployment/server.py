@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, load_config
+from fedms.config import ConfigError, RunConfig, config_from_dict, dump_toml, load_config, registry
 from fedms.deployment import NAME, DeploymentError, roster
 from fedms.deployment.invitation import Invitation, read_invitation
 from fedms.engines.flower.transport import tables_of
@@ -120,6 +120,8 @@ def federated(config: RunConfig) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     tables = tables_of(config)
+    if config.model.id not in registry.models() and (model := Path(config.model.id).expanduser()).is_dir():
+        tables["model"]["id"] = str(model.absolute())       # the server may be started from another folder, as by a service
     tables["data"] |= {"name": "clients", "partition": "own", "global_test": 0.0}
     tables["run"]["engine"] = "flower"
     tables["clients"]["count"] = config.clients.count or SEATS

@@ -59,8 +59,8 @@ def explained(model_id: str) -> Iterator[None]:
         elif Path(model_id).expanduser().is_dir():
             advice = "save it again with save_pretrained(), or copy it again"
         else:
-            advice = ("check the id, the network and, for a private model, the login of `hf auth login`; a local folder "
-                      "works too. Built-in models: see docs/reference/configuration.md")
+            advice = (f"{Path.cwd()} has no folder of this name; if it is a hub id, check the id, the network and, for a private model, "
+                      "the login of `hf auth login`. Built-in models: see docs/reference/configuration.md")
         raise ModelError(f"model.id: {model_id!r} cannot be loaded ({type(error).__name__}: {reason}); "
                          f"{advice}") from error
 

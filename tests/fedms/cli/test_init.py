@@ -77,9 +77,13 @@ def test_a_folder_of_images_needs_no_columns(tmp_path):
     (("--data", "mail.csv", "--label", "fodler"), errors.UNAVAILABLE, "fodler"),
     (("mail.csv", "--data", "mail.csv"), errors.FOLDER, "mail.csv: exists already"),
     (("--data", "my.txt"), errors.UNAVAILABLE, "my.txt is neither a table"),
+    (("--data", "one.csv"), errors.UNAVAILABLE, "one.csv: all samples are of one class, 'a'; at least two are needed"),
+    (("--data", "lines.csv"), errors.UNAVAILABLE, r"line 2: the label is 'a\nb', which holds a line break"),
 ])
 def test_mistakes_leave_no_file(tmp_path, words, code, said):
     (tmp_path / "my.txt").write_text("x")
+    (tmp_path / "one.csv").write_text("text,label\n1,a\n2,a\n")
+    (tmp_path / "lines.csv").write_text('text,label\n1,"a\nb"\n2,c\n3,c\n')
     before = sorted(tmp_path.iterdir())
     result = fedms(*words)
     assert result.exit_code == code and said in result.stderr and sorted(tmp_path.iterdir()) == before

@@ -28,6 +28,8 @@ SECURE = ["privacy.mode=secure"]
     ([*ON, "privacy.delta=1"], "privacy.delta", "above 0, below 1"),
     ([*ON, "privacy.clip=0"], "privacy.clip", "above 0"),
     ([*ON, "privacy.accountant=moments"], "privacy.accountant", '"pld", "rdp"'),
+    (["privacy.epsilon=8"], "privacy.mode", 'unset, so privacy.epsilon would protect nobody; set it to "central"'),
+    (["privacy.noise=1"], "privacy.mode", "unset, so privacy.noise would"),
     (["privacy.mode=on"], "privacy.mode", '"off", "central", "secure", "distributed"'),
     ([*ON, "privacy.sampling=poisson", "clients.min=2"], "clients.min", "leave it unset"),
     ([*SECURE, "privacy.sampling=poisson"], "privacy.sampling", 'set it to "fixed", or privacy.mode to "central"'),
@@ -50,6 +52,10 @@ SECURE = ["privacy.mode=secure"]
 def test_an_error_names_the_key_and_the_remedy(tmp_path, sets, key, remedy):
     with pytest.raises(ConfigError, match=f"{key}[:,].*{remedy}"):
         configuration(tmp_path / "privacy.key", *sets)
+
+
+def test_privacy_may_be_switched_off_by_its_name(tmp_path):
+    assert configuration(tmp_path / "privacy.key", "privacy.mode=off", "privacy.epsilon=8").privacy.mode == "off"
 
 
 def test_the_methods_that_are_refused_by_their_rule_are_all_named_above():

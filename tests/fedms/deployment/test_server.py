@@ -74,6 +74,13 @@ def test_a_run_file_that_is_no_federation_s_is_refused(made, sets, words):
         server.federated(run_file(made, *sets))
 
 
+def test_a_model_in_a_folder_is_found_wherever_the_server_is_started(made, tmp_path, monkeypatch):
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert server.federated(run_file(made, "model.id=my-model")).model.id == str(tmp_path / "my-model")
+    assert server.federated(run_file(made, "model.id=org/model")).model.id == "org/model"
+
+
 def test_no_folder_of_a_server(tmp_path):
     with pytest.raises(DeploymentError, match="no server's folder; `fedms server init"):
         server.accept(tmp_path, "x")
