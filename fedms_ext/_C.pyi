@@ -15,7 +15,7 @@ def set_tensor_types(tensor: type, parameter: type, use_exchange: bool = True) -
     """Tells torch.Tensor and nn.Parameter. Returns whether tensors come in through DLPack's exchange API."""
 
 def build_info() -> dict[str, Any]:
-    """version, cuda (targets or None), isa_detected, isa_used, isa_available and openmp (its date) of this build."""
+    """version, cuda (targets or None), isa_detected, isa_used, isa_available, bf16_products and openmp (its date) of this build."""
 
 def set_isa(name: str) -> None:
     """Sets the instruction set of the CPU kernels. ValueError where it is unknown or not available here."""
@@ -67,13 +67,15 @@ def siblings_backward(
 # --- attention of short sequences, csrc/include/fedms/attention.h
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, rounded: bool
 ) -> tuple[Tensor, Tensor] | None:
     """out (batch, queries, heads, width) and the softmax's constants (rows, 2), new tensors, or None where an operand is not
-    plain. q, k and v are (batch, heads, rows, width), float32, dense along width; the mask is added and may be expanded."""
+    plain. q, k and v are (batch, heads, rows, width), float32, dense along width; the mask is added and may be expanded. If
+    `rounded`, products round their operands to bfloat16 where the CPU multiplies such values."""
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softmax: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, rounded: bool,
+    softmax: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """dq, dk and dv, each (batch, rows, heads, width), or None as above."""
 

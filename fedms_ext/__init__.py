@@ -88,6 +88,8 @@ def build_info() -> dict[str, object]:
         - `cuda`: the GPU architectures that the CUDA kernels were compiled for, or None if they were not built.
         - `isa_detected`, `isa_used`, `isa_available`: instruction sets of the CPU, out of portable, avx2, avxvnni, avx512,
           dotprod and i8mm. The environment variable `FEDMS_CPU_ISA` changes which one is used.
+        - `bf16_products`: whether the CPU multiplies bfloat16 values by an instruction of its own and the kernels use it (AVX-512
+          BF16, with `avx512`): in the attention of quantized blocks and in the gradient of a quantized head of a language model.
         - `openmp`: release date of the OpenMP standard that the compiler implements, such as 201511.
     """
     return _C.build_info()

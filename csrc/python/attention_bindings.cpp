@@ -17,11 +17,11 @@ bool heads_of(py::handle tensor, int64_t batch, int64_t heads, int64_t rows, int
   return true;
 }
 
-bool read(py::handle q, py::handle k, py::handle v, py::handle mask, float scale, Attention& a) {
+bool read(py::handle q, py::handle k, py::handle v, py::handle mask, float scale, bool rounded, Attention& a) {
   View of_q, of_k, of_mask;  // heads_of asks below whether q and k are negated
   if (!exchange || !look<float>(q, of_q, Origin::known) || !look<float>(k, of_k, Origin::known) || of_q.dimensions() != 4 || of_k.dimensions() != 4) return false;
   a.batch = of_q.size(0), a.heads = of_q.size(1), a.queries = of_q.size(2), a.keys = of_k.size(2), a.width = of_q.size(3);
-  a.scale = scale;
+  a.scale = scale, a.rounded = rounded;
   if (a.batch * a.heads * a.queries * a.keys * a.width == 0) return false;
   if (!heads_of(q, a.batch, a.heads, a.queries, a.width, a.q) || !heads_of(k, a.batch, a.heads, a.keys, a.width, a.k) ||
       !heads_of(v, a.batch, a.heads, a.keys, a.width, a.v)) {
@@ -49,9 +49,10 @@ NewTensor new_heads(const Attention& a, int64_t rows, Heads<float>& heads) {
   return made;
 }
 
-py::object attention_forward(py::handle q, py::handle k, py::handle v, py::handle mask, float scale) {
+py::object attention_forward(py::handle q, py::handle k, py::handle v, py::handle mask, float scale,
+                            bool rounded) {
   Attention a;
-  if (!read(q, k, v, mask, scale, a)) return py::none();
+  if (!read(q, k, v, mask, scale, rounded, a)) return py::none();
   Heads<float> to;
   const NewTensor out = new_heads(a, a.queries, to), softmax = new_matrix(a.batch * a.heads * a.queries, 2);
   {
@@ -62,11 +63,11 @@ py::object attention_forward(py::handle q, py::handle k, py::handle v, py::handl
 }
 
 py::object attention_backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle mask, float scale,
-                              py::handle softmax) {
+                              bool rounded, py::handle softmax) {
   Attention a;
   Heads<const float> from;
   float* sums;
-  if (!read(q, k, v, mask, scale, a) || !heads_of(dout, a.batch, a.heads, a.queries, a.width, from)) return py::none();
+  if (!read(q, k, v, mask, scale, rounded, a) || !heads_of(dout, a.batch, a.heads, a.queries, a.width, from)) return py::none();
   if (!dense_matrix(softmax, a.batch * a.heads * a.queries, 2, sums)) return py::none();
   Heads<float> dq, dk, dv;
   const NewTensor of_q = new_heads(a, a.queries, dq), of_k = new_heads(a, a.keys, dk), of_v = new_heads(a, a.keys, dv);
@@ -81,9 +82,9 @@ py::object attention_backward(py::handle dout, py::handle q, py::handle k, py::h
 
 void define_attention(py::module_& m) {
   m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("scale"),
-        "(out, softmax), or None where an operand is not plain; see csrc/include/fedms/attention.h.");
+        py::arg("rounded"), "(out, softmax), or None where an operand is not plain; see csrc/include/fedms/attention.h.");
   m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"),
-        py::arg("scale"), py::arg("softmax"), "(dq, dk, dv), or None where an operand is not plain.");
+        py::arg("scale"), py::arg("rounded"), py::arg("softmax"), "(dq, dk, dv), or None where an operand is not plain.");
 }
 
 }  // namespace fedms::python

@@ -1,6 +1,7 @@
 // fedms_ext._C: this folder is the only one that knows Python. It knows no torch.
 #include <omp.h>
 
+#include "../cpu/bfloat16/pairs.h"
 #include "fedms/isa.h"
 #include "tensor_view.h"
 
@@ -44,6 +45,7 @@ py::dict build_info() {
     if (available(set)) found.append(name(set));
   }
   info["isa_available"] = found;
+  info["bf16_products"] = pair_kernels() != nullptr;
   info["openmp"] = _OPENMP;
   return info;
 }

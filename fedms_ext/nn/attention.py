@@ -6,13 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedms_ext.nn.frozen_linear import FrozenLinear
 from fedms_ext.operators.attention import attention
+from fedms_ext.quantization.formats import HALVES
 
 NAME = "fedms_ext"
 
 
 def use_attention(model: nn.Module) -> bool:
     """Let a model of the transformers library compute attention with `fedms_ext.attention`.
+
+    Where the frozen weights of an attention module's linear layers are stored in 8 or 4 bits (`fedms_ext.quantize`), its products
+    may round their operands to bfloat16. Such layers round their own inputs to 8 bits, which changes the result more.
 
     Only models that use PyTorch's attention ("sdpa") are changed. Calls with dropout, an implicit causal mask, grouped heads, a
     position bias or a soft cap are still computed by the library's "sdpa" function.
@@ -58,5 +63,13 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
         )  # fmt: skip
-    out = attention(query, key, value, attention_mask, scaling)
+    out = attention(query, key, value, attention_mask, scaling, rounded=_has_rounding_layers(module))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _has_rounding_layers(module: nn.Module) -> bool:
+    """Return whether a linear layer of an attention module holds its weight in a format whose kernels round x to 8 bits."""
+    for layer in module._modules.values():
+        if isinstance(layer, FrozenLinear) and layer.frozen is not None and layer.frozen.kind not in HALVES:
+            return True
+    return False

@@ -11,25 +11,13 @@
 
 #include "../lora/operands.h"
 #include "../threads.h"
-#include "rows.h"
+#include "heads.h"
+#include "rounded.h"
 
 namespace fedms {
 namespace {
 
 constexpr int64_t BLOCK = 48;  // rows of P at a time: a multiple of every tile height
-
-const AttentionRows& rows_of_this_cpu() {
-#ifdef FEDMS_X86
-  if (isa() == Isa::avx512) return attention_rows_avx512;
-  if (isa() == Isa::avx2 || isa() == Isa::avxvnni) return attention_rows_avx2;
-#endif
-  return attention_rows_portable;
-}
-
-template <class Value>
-Value* head_of(const Heads<Value>& heads, int64_t b, int64_t h) {
-  return heads.data + b * heads.batch_stride + h * heads.head_stride;
-}
 
 std::vector<const float*> rows_of(const float* first, int64_t count, int64_t stride) {
   std::vector<const float*> rows(count);
@@ -50,11 +38,6 @@ struct Side {
   }
 };
 
-const float* mask_row(const Attention& a, int64_t b, int64_t h, int64_t i) {
-  const AttentionMask& mask = a.mask;
-  return mask.data ? mask.data + b * mask.batch_stride + h * mask.head_stride + i * mask.row_stride : nullptr;
-}
-
 // to (count, columns) = x (count, rows) times the rows, of `columns` values each. Strides are values from one row to the next.
 void product(int64_t count, const float* x, int64_t x_stride, const std::vector<const float*>& rows, int64_t columns, float* to,
              int64_t to_stride) {
@@ -70,7 +53,7 @@ void forward_head(const Attention& a, int64_t b, int64_t h, const Heads<float>& 
     const int64_t count = std::min(BLOCK, a.queries - first);
     product(count, head_of(a.q, b, h) + first * a.q.row_stride, a.q.row_stride, k.columns, a.keys, p.get(), a.keys);
     for (int64_t i = 0; i < count; ++i) {
-      softmax[first + i] = rows_of_this_cpu().exponentials(a.keys, a.scale, mask_row(a, b, h, first + i), p.get() + i * a.keys);
+      softmax[first + i] = attention_rows().exponentials(a.keys, a.scale, mask_row(a, b, h, first + i), p.get() + i * a.keys);
     }
     float* const to = head_of(out, b, h) + first * out.row_stride;
     product(count, p.get(), a.keys, v, a.width, to, out.row_stride);
@@ -79,12 +62,7 @@ void forward_head(const Attention& a, int64_t b, int64_t h, const Heads<float>& 
   }
 }
 
-struct Gradients {
-  Heads<const float> dout;
-  Heads<float> dq, dk, dv;
-};
-
-void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* softmax, const Gradients& g) {
+void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* softmax, const AttentionGradients& g) {
   const Side k(a, a.k, b, h), v(a, a.v, b, h);
   const std::unique_ptr<float[]> p = buffer(BLOCK * a.keys), ds = buffer(BLOCK * a.keys);
   float *const dk = head_of(g.dk, b, h), *const dv = head_of(g.dv, b, h);
@@ -99,7 +77,7 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
     product(count, q, a.q.row_stride, k.columns, a.keys, p.get(), a.keys);
     product(count, dout, g.dout.row_stride, v.columns, a.keys, ds.get(), a.keys);
     for (int64_t i = 0; i < count; ++i) {
-      rows_of_this_cpu().gradients(a.keys, a.scale, mask_row(a, b, h, first + i), softmax[first + i], p.get() + i * a.keys,
+      attention_rows().gradients(a.keys, a.scale, mask_row(a, b, h, first + i), softmax[first + i], p.get() + i * a.keys,
                                    ds.get() + i * a.keys);
     }
     const LoraKernels& kernels = lora_kernels();
@@ -109,24 +87,58 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
   }
 }
 
-template <class Function>
-void for_heads(const Attention& a, Function function) {
+// Calls worker(b, h, first of the head's rows) for every head; each thread makes its own worker. Heads are handed out one at a time,
+// since the cores of a machine in use are not equally fast.
+template <class MakeWorker>
+void for_heads(const Attention& a, MakeWorker make_worker) {
   const int64_t all = a.batch * a.heads;
   const int threads = threads_for(all * a.queries * a.keys * a.width, FP32_WORK, all);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < all; ++i) function(i / a.heads, i % a.heads, i * a.queries);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const auto worker = make_worker();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < all; ++i) worker(i / a.heads, i % a.heads, i * a.queries);
+  }
 }
+
+const PairKernels* rounding(const Attention& attention) { return attention.rounded ? pair_kernels() : nullptr; }
 
 }  // namespace
 
+const AttentionRows& attention_rows() {
+#ifdef FEDMS_X86
+  if (isa() == Isa::avx512) return attention_rows_avx512;
+  if (isa() == Isa::avx2 || isa() == Isa::avxvnni) return attention_rows_avx2;
+#endif
+  return attention_rows_portable;
+}
+
 void attention_forward(const Attention& attention, const Heads<float>& out, SoftmaxRow* softmax) {
-  for_heads(attention, [&](int64_t b, int64_t h, int64_t row) { forward_head(attention, b, h, out, softmax + row); });
+  if (const PairKernels* kernels = rounding(attention)) {
+    return for_heads(attention, [&] {
+      return [&, heads = std::make_unique<RoundedHeads>(*kernels, attention)](int64_t b, int64_t h, int64_t row) {
+        heads->forward(b, h, out, softmax + row);
+      };
+    });
+  }
+  for_heads(attention, [&] {
+    return [&](int64_t b, int64_t h, int64_t row) { forward_head(attention, b, h, out, softmax + row); };
+  });
 }
 
 void attention_backward(const Attention& attention, const Heads<const float>& dout, const SoftmaxRow* softmax,
                         const Heads<float>& dq, const Heads<float>& dk, const Heads<float>& dv) {
-  const Gradients gradients{dout, dq, dk, dv};
-  for_heads(attention, [&](int64_t b, int64_t h, int64_t row) { backward_head(attention, b, h, softmax + row, gradients); });
+  const AttentionGradients gradients{dout, dq, dk, dv};
+  if (const PairKernels* kernels = rounding(attention)) {
+    return for_heads(attention, [&] {
+      return [&, heads = std::make_unique<RoundedHeads>(*kernels, attention)](int64_t b, int64_t h, int64_t row) {
+        heads->backward(b, h, softmax + row, gradients);
+      };
+    });
+  }
+  for_heads(attention, [&] {
+    return [&](int64_t b, int64_t h, int64_t row) { backward_head(attention, b, h, softmax + row, gradients); };
+  });
 }
 
 }  // namespace fedms

@@ -25,15 +25,6 @@ LogitRowKernel row_kernel() {
   return logit_row_portable;
 }
 
-// For the gradient of a quantized head, where the CPU has it; otherwise null, and the products are those of float.
-RoundedProducts rounded_products(const TokenHead& head) {
-#ifdef FEDMS_X86
-  if (head.quantized.packed && isa() == Isa::avx512 && avx512_has_bf16()) return rounded_products_avx512bf16;
-#endif
-  static_cast<void>(head);
-  return nullptr;
-}
-
 // Tokens whose rows of the weight are multiplied at a time: with the columns of a register tile they stay in the L1 cache.
 constexpr int64_t TOKENS = 96;
 
@@ -75,10 +66,10 @@ void add_products(const TokenHead& head, int64_t rows, const float* e, int64_t f
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = column; factor[i] != 1.0f && c < last; ++c) gradient[i * d + c] *= factor[i];
     }
-    const RoundedProducts rounded = rounded_products(head);
+    // The gradient of a quantized head is made of rounded operands where the CPU can multiply those.
+    const PairKernels* const rounded = head.quantized.packed ? pair_kernels() : nullptr;
     if (rounded && column < last) {
-      std::vector<uint32_t> work(rows * ROUNDED_PAIRS);
-      rounded(rows, count, last - column, e, count, head.weight + first * d + column, d, gradient + column, d, work.data());
+      add_rounded_products(*rounded, rows, count, last - column, e, count, head.weight + first * d + column, d, gradient + column, d);
     }
     std::vector<float> block(rounded ? 0 : rows * TOKENS);  // of e: its rows lie far apart
     for (int64_t from = 0; !rounded && from < count && column < last; from += TOKENS) {

@@ -1,4 +1,4 @@
-// Attention of short sequences in fp32, forward and backward, on every head apart:
+// Attention of short sequences, forward and backward, on every head apart:
 //
 //   p[i][j] = softmax over j of (scale * q[i] . k[j] + mask[i][j]),   out[i] = sum over j of p[i][j] * v[j]
 //
@@ -27,6 +27,7 @@ struct Attention {
   Heads<const float> q, k, v;
   AttentionMask mask;
   float scale;
+  bool rounded;  // whether products may round their operands to bfloat16, which is done where the CPU multiplies such values
 };
 
 // What the softmax of a row takes from its logits and multiplies their exponentials by.

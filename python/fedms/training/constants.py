@@ -43,7 +43,8 @@ def origin(model: ExpertModel) -> str:
     config, run = model.config, model.config.run
     frozen = config.model.frozen if is_quantized(config, config.model.frozen) else "fp32"
     # On torch, on the kernels' instruction set, on the number of threads.
-    arithmetic: tuple[object, ...] = (torch.__version__, build_info()["isa_used"], run.threads, frozen,
+    built = build_info()
+    arithmetic: tuple[object, ...] = (torch.__version__, built["isa_used"], built["bf16_products"], run.threads, frozen,
                                       config.model.full_precision, config.sal.cache_dtype)
     if model.device.type != "cpu":
         arithmetic += (describe(model.device),)
