@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedms.data.inputs import TextInputs
 from fedms.errors import ModelError
-from fedms_ext import budget, find_blocks
+from fedms_ext import budget, find_blocks, use_attention
 from fedms_ext.sparse.surgery import block_list
 
 
@@ -58,6 +58,7 @@ class FoundationModel:
         """
         self.name = name
         self.module = module.eval().requires_grad_(False)
+        use_attention(module)
         self.blocks = blocks or _block_list(module)
         self.width = _width(module, self.blocks)
         self.feature_dim = feature_dim

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fedms.config import ModelTable
 from fedms.errors import ModelError
-from fedms_ext import use_attention
 
 from .base import import_transformers, quiet_transformers
 from .text_model import TextModel
@@ -26,15 +25,13 @@ class MiniLM(TextModel):
         transformers = import_transformers()
         try:
             with quiet_transformers():
-                # The pooler is not part of the sentence embedding. Neither sdpa nor what takes its place keeps (T, T)
-                # attention weights for the backward pass.
+                # The pooler is not part of the sentence embedding. "sdpa" keeps no (T, T) attention weights for the backward pass.
                 module = transformers.AutoModel.from_pretrained(
                     folder,
                     local_files_only=True,
                     add_pooling_layer=False,
                     attn_implementation="sdpa",
                 ).float()
-                use_attention(module)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a damaged installation shows itself in many types
             raise ModelError(
