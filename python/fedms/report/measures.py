@@ -101,7 +101,7 @@ class Perplexity(Accuracy):
     exp(-x).
     """
 
-    title = "perplexity of a client's test answers (lower is better)"
+    title = "perplexity (lower is better)"
     validation = "validation_loss"      # its logarithm: means over seeds are taken of it
     validation_title = "validation loss (nats a token)"
     percent = False

@@ -77,7 +77,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         grouped=any(c.get("group") for r in runs for c in r.clients), clients_by_method=_clients_by_method(runs),
         samples=[{"title": _name(r), "rows": found} for r in runs if (found := _samples(r.path))],
         details=[_client_details(r) for r in runs if r.clients],
-        rounds=[{"title": _name(r), "rows": r.rounds} for r in runs if r.rounds],
+        rounds=[{"title": _name(r), "rows": r.rounds, "measure": measure_of([r])} for r in runs if r.rounds],
         provenance=_provenance(runs), config=(focus_runs[0].path / CONFIG).read_text(encoding="utf-8"),
         differing=differing_keys(runs),
         percent=percent, p_value=p_value, size=size, duration=duration, measure=measure_of(runs), merit=merit,

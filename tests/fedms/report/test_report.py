@@ -475,6 +475,8 @@ def test_a_page_about_language_models_speaks_of_perplexity(language_models):
     assert "whose perplexity is higher than in the run of local" in page.visible
     cells = [text for path, text in page.texts if "td" in path]
     assert f"{math.exp(3.9):.1f}" in cells and f"{math.exp(4.3):.1f}" in cells
+    assert "validation loss" in page.inside("th") and "validation accuracy %" not in page.inside("th")
+    assert "linear head" not in page.visible
     _, text = report.write_comparison(language_models)
     assert "| local | +13.3 % |" in text.read_text(encoding="utf-8")
 
