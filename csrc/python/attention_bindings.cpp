@@ -19,7 +19,10 @@ bool heads_of(py::handle tensor, int64_t batch, int64_t heads, int64_t rows, int
 
 bool read(py::handle q, py::handle k, py::handle v, py::handle mask, float scale, bool rounded, Attention& a) {
   View of_q, of_k, of_mask;  // heads_of asks below whether q and k are negated
-  if (!exchange || !look<float>(q, of_q, Origin::known) || !look<float>(k, of_k, Origin::known) || of_q.dimensions() != 4 || of_k.dimensions() != 4) return false;
+  if (!exchange || !look<float>(q, of_q, Origin::known) || !look<float>(k, of_k, Origin::known) || of_q.dimensions() != 4 ||
+      of_k.dimensions() != 4) {
+    return false;
+  }
   a.batch = of_q.size(0), a.heads = of_q.size(1), a.queries = of_q.size(2), a.keys = of_k.size(2), a.width = of_q.size(3);
   a.scale = scale, a.rounded = rounded;
   if (a.batch * a.heads * a.queries * a.keys * a.width == 0) return false;

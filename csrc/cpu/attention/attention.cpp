@@ -1,8 +1,8 @@
 // Attention of short sequences: how the heads are shared among threads, and the products, which are those of the LoRA branch.
 //
 // One pass over a head holds its K, V, their transposes and a block of rows of P, which stay in the caches where PyTorch's
-// kernel, made for long sequences, prepares as much for every head as it computes. On a Zen 4, one thread, 384 heads of 64 rows of
-// 32 values, forward and backward: from the rate of fp32 products 10 ms were expected of PyTorch's 21.5 ms.
+// kernel, made for long sequences, prepares as much for every head as it computes. On a Zen 4, one thread, 384 heads of 64 rows
+// of 32 values, forward and backward: from the rate of fp32 products 10 ms were expected of PyTorch's 21.5 ms.
 #include "fedms/attention.h"
 
 #include <algorithm>
@@ -87,8 +87,8 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
   }
 }
 
-// Calls worker(b, h, first of the head's rows) for every head; each thread makes its own worker. Heads are handed out one at a time,
-// since the cores of a machine in use are not equally fast.
+// Calls worker(b, h, first of the head's rows) for every head; each thread makes its own worker. Heads are handed out one at a
+// time, since the cores of a machine in use are not equally fast.
 template <class MakeWorker>
 void for_heads(const Attention& a, MakeWorker make_worker) {
   const int64_t all = a.batch * a.heads;

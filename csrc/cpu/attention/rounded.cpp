@@ -42,8 +42,8 @@ RoundedHeads::RoundedHeads(const PairKernels& kernels, const Attention& attentio
 void RoundedHeads::multiply_by_keys(int64_t count, Floats x, const Padded<Pair>& keys, const Padded<float>& z) const {
   make_pairs(kernels_.pair_columns, count, a_.width, x, x_by_width_);
   const Rows<Pair> pairs = x_by_width_.rows(), w = keys.rows();
-  kernels_.multiply(count, half_of(a_.width), a_.keys, pairs.data, pairs.stride, 1, w.data, w.stride, z.rows().data, z.rows().stride,
-                    false);
+  kernels_.multiply(count, half_of(a_.width), a_.keys, pairs.data, pairs.stride, 1, w.data, w.stride, z.rows().data,
+                    z.rows().stride, false);
 }
 
 void RoundedHeads::sum_over_keys(int64_t count, const Padded<float>& z, const Padded<Pair>& keys, Rows<float> to) const {

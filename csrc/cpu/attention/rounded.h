@@ -1,5 +1,5 @@
-// Attention whose products round their operands to bfloat16: q, k, v, the exponentials, and in the backward pass the probabilities
-// and the gradients of the result and of the logits. The softmax and all sums are in float.
+// Attention whose products round their operands to bfloat16: q, k, v, the exponentials, and in the backward pass the
+// probabilities and the gradients of the result and of the logits. The softmax and all sums are in float.
 #pragma once
 
 #include <memory>

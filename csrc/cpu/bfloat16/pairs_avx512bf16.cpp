@@ -130,7 +130,8 @@ void multiply(int64_t rows, int64_t pairs, int64_t columns, const Pair* x, int64
     const __mmask16 mask = lanes(columns - c - 16 * (vectors - 1));
     for (int64_t i = 0; i < rows; i += ROWS) {
       const int64_t some = rows - i < ROWS ? rows - i : ROWS;
-      TILES[some - 1][vectors - 1](pairs, x + i * x_row, x_row, x_pair, w + c, w_stride, mask, y + i * y_stride + c, y_stride, add);
+      TILES[some - 1][vectors - 1](pairs, x + i * x_row, x_row, x_pair, w + c, w_stride, mask, y + i * y_stride + c, y_stride,
+                                   add);
     }
   }
 }

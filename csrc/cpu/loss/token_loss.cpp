@@ -54,8 +54,8 @@ void raw_logits(const TokenHead& head, int64_t rows, const float* hidden, int64_
   }
 }
 
-// gradient (rows, width) = diag(factor) gradient + e (weight of tokens first .. first + count - 1), e (rows, count). A thread takes
-// columns, so that every value is one chain of additions in the order of the vocabulary.
+// gradient (rows, width) = diag(factor) gradient + e (weight of tokens first .. first + count - 1), e (rows, count). A thread
+// takes columns, so that every value is one chain of additions in the order of the vocabulary.
 void add_products(const TokenHead& head, int64_t rows, const float* e, int64_t first, int64_t count, const float* factor,
                   float* gradient) {
   const int64_t d = head.width;
@@ -69,7 +69,8 @@ void add_products(const TokenHead& head, int64_t rows, const float* e, int64_t f
     // The gradient of a quantized head is made of rounded operands where the CPU can multiply those.
     const PairKernels* const rounded = head.quantized.packed ? pair_kernels() : nullptr;
     if (rounded && column < last) {
-      add_rounded_products(*rounded, rows, count, last - column, e, count, head.weight + first * d + column, d, gradient + column, d);
+      add_rounded_products(*rounded, rows, count, last - column, e, count, head.weight + first * d + column, d,
+                           gradient + column, d);
     }
     std::vector<float> block(rounded ? 0 : rows * TOKENS);  // of e: its rows lie far apart
     for (int64_t from = 0; !rounded && from < count && column < last; from += TOKENS) {
@@ -122,7 +123,8 @@ void token_log_prob(const TokenHead& head, int64_t n, const float* hidden, const
       raw_logits(head, rows, hidden + first * d, token, count, work);
 #pragma omp parallel for schedule(static)
       for (int64_t i = 0; i < rows; ++i) {
-        factor[i] = add(token, count, work + i * count, labels[first + i], head.scale, head.cap, out.gradient != nullptr, found[i]);
+        factor[i] = add(token, count, work + i * count, labels[first + i], head.scale, head.cap, out.gradient != nullptr,
+                        found[i]);
       }
       if (out.gradient) add_products(head, rows, work, token, count, factor.data(), out.gradient + first * d);
     }
