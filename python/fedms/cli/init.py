@@ -66,7 +66,8 @@ class Answers:
     "fedms init mail.toml --data mail.csv --label folder --client office --yes",
     notes=["What options leave open is asked; with --yes, or without a terminal, it is guessed, and the guess is printed.",
            "The data are read once to see that the answers fit them; nothing is trained. Edit the file as you like: "
-           "`fedms run FILE --dry-run` checks it and prints every key."])
+           "`fedms run FILE --dry-run` checks it and prints every key.",
+           "It asks for labels; the run file of a language model is in docs/start/language_model.md."])
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The run file to write.")] = Path("my-run.toml"),
     data: Annotated[Optional[str], typer.Option(

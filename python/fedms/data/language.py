@@ -4,6 +4,7 @@ plain texts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,11 @@ def as_tokens(exchanges: Sequence[Exchange], config, model) -> Encoded:
 
     Raises:
         DataError: As `encode` does.
+        ModelError: If the model has no embedding of a token.
     """
-    return encode(exchanges, model.tokenizer, max_tokens=_max_tokens(config, model), template=config.template,
-                  loss_on=config.loss_on, long_answers=config.long_answers, stop_tokens=model.stop_tokens)
+    encoded = encode(exchanges, model.tokenizer, max_tokens=_max_tokens(config, model), template=config.template,
+                     loss_on=config.loss_on, long_answers=config.long_answers, stop_tokens=model.stop_tokens)
+    return replace(encoded, inputs=model.readable(encoded.inputs))
 
 
 def _codes(names: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -75,8 +76,8 @@ def new_folder(out: Path, overwrite: bool, private: bool) -> Iterator[Path]:
         else:
             scratch.rename(out)
         sync_folder(out.parent)
-    except OSError as error:
-        raise RunFolderError(f"{out}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:     # a full disk is the latter where the file is written by safetensors
+        raise RunFolderError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedms.data.inputs import TextInputs
 from fedms.errors import ModelError
 from fedms_ext import budget, use_rms_norm
 from fedms_ext.token_loss import FrozenHead
 
 from .base import FoundationModel, fingerprint, import_transformers, quiet_transformers
 from .pretrained import explained, source_of
-from .text_model import most_tokens
+from .text_model import embeddable, most_tokens
 
 # Where configurations say that logits are scaled or capped, and what is done with the number.
 _SCALES = {"logit_scale": lambda value: value, "logits_scaling": lambda value: 1 / value}
@@ -69,6 +70,10 @@ class CausalModel(FoundationModel):
         self.config, self.tokenizer, self.dequantized = config, tokenizer, dequantized
         self.max_tokens = most_tokens(decoder, tokenizer)
         self.stop_tokens = _stop_tokens(whole, tokenizer)
+
+    def readable(self, inputs: TextInputs) -> TextInputs:
+        """Return tokenized texts as `embeddable` makes them. Raise a ModelError if a token has no embedding."""
+        return embeddable(inputs, self.name, self.module, self.tokenizer)
 
     def _head_of(self, whole: Any, dtype: str = "fp32") -> FrozenHead:
         linear, config = whole.get_output_embeddings(), whole.config.get_text_config()

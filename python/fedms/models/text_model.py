@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedms.data.inputs import TextInputs
-from fedms.errors import DataError
+from fedms.errors import DataError, ModelError
 
 from .base import FoundationModel
 from .pretrained import first_lines, save_pretrained
@@ -76,9 +77,8 @@ class TextModel(FoundationModel):
             for name, rows in encoded.items()
             if name in self.accepted
         }
-        # Padding is masked, so a tokenizer without a padding token may pad with any.
         pad = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return TextInputs(fields, offsets, {name: pad[name] for name in fields})
+        return embeddable(TextInputs(fields, offsets, {name: pad[name] for name in fields}), self.name, self.module, self.tokenizer)
 
     def save(self, folder: Path) -> None:
         save_pretrained(folder, self.module, self.tokenizer)
@@ -93,6 +93,29 @@ class TextModel(FoundationModel):
             f"inputs = {{name: inputs[name] for name in {sorted({*self.accepted} & {*self.tokenizer.model_input_names})}}}",
             'hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)',
             f"features = torch.nn.functional.normalize({pooled}, dim=-1)"]
+
+
+def embeddable(inputs: TextInputs, name: str, module: Any, tokenizer: Any) -> TextInputs:
+    """Return tokenized texts whose tokens all have an embedding in the model, their padding too.
+
+    Padding is masked, so any token will do where the tokenizer's own was never added to the model.
+
+    Args:
+        inputs: The texts.
+        name: Name of the model.
+        module: The model of transformers that reads them.
+        tokenizer: The tokenizer that made them.
+
+    Raises:
+        ModelError: If a token has no embedding, as where tokens were added to the tokenizer alone.
+    """
+    known, tokens = module.get_input_embeddings().weight.shape[0], inputs.fields["input_ids"]
+    if len(tokens) and (last := int(tokens.max())) >= known:
+        raise ModelError(f"model.id: the tokenizer of {name} writes {tokenizer.convert_ids_to_tokens(last)!r} as token {last}, and the "
+                         f"model has embeddings of the tokens 0 to {known - 1} alone; call model.resize_token_embeddings(len(tokenizer)), "
+                         "and save both again, or use the model's own tokenizer")
+    pad = inputs.pad_values["input_ids"]
+    return replace(inputs, pad_values={**inputs.pad_values, "input_ids": pad if pad < known else 0})
 
 
 def _is_decoder(config) -> bool:

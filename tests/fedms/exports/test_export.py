@@ -16,6 +16,7 @@ import saved_models
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -373,15 +374,18 @@ def test_exports_that_cannot_be_made(ended, tmp_path):
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_full_disk_leaves_the_earlier_export(ended, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where, error", [
+    ("fedms.exports.manifest.save", OSError(28, "No space left on device")),
+    ("transformers.PreTrainedModel.save_pretrained", SafetensorError("I/O error: No space left on device"))])
+def test_a_full_disk_leaves_the_earlier_export(ended, tmp_path, monkeypatch, where, error):
     out = export(ended("bert"), tmp_path / "out")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr("fedms.exports.manifest.save", full)
-    with pytest.raises(RunFolderError, match="out: cannot be written: No space left on device"):
+    monkeypatch.setattr(where, full)
+    with pytest.raises(RunFolderError, match="out: cannot be written: .*No space left on device"):
         export(ended("bert"), out, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 

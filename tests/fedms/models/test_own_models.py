@@ -108,6 +108,21 @@ def test_padding_does_not_change_a_text(kind, folder_of):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "llama"])
+def test_a_token_that_only_the_tokenizer_has_is_told_and_may_pad(kind, folder_of):
+    model = load(kind, folder_of)
+    known = model.module.config.vocab_size
+    fill = [f"<filler {i}>" for i in range(known - len(model.tokenizer))]
+    model.tokenizer.add_tokens(fill)
+    model.tokenizer.add_special_tokens({"pad_token": "<new padding>"})
+    assert model.tokenizer.pad_token_id >= known
+    batch = model.tokenize(["a", "a longer text"], 10).batch(torch.arange(2))
+    assert int(batch["input_ids"].max()) < known and model.features(batch).isfinite().all()
+    model.tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ModelError, match="writes '<new>' as token .* call model.resize_token_embeddings"):
+        model.tokenize(["a <new>"], 10)
+
+
 @pytest.mark.parametrize("kind, own", [("bert", "mean"), ("llama", "last"), ("gemma", "last")])
 def test_pooling(kind, own, folder_of):
     hidden = load(kind, folder_of).module(**batch_of(load(kind, folder_of))).last_hidden_state[1]
