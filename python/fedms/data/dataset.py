@@ -127,8 +127,9 @@ def describe(dataset: Dataset) -> str:
             sizes = torch.bincount(codes, minlength=len(names)).tolist()
             shown = ", ".join(f"{name} ({size:,})" for name, size in list(zip(names, sizes))[:MOST_NAMED])
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-            least = f"{min(sizes):,} to " if min(sizes) < max(sizes) else ""
-            parts.append(f"{counted(len(names), noun)} of {least}{counted(max(sizes), 'sample')}: {shown}{more}")
+            least, most = min(sizes), counted(max(sizes), "sample")
+            spread = f"{least:,} to {most}" if least < max(sizes) else f"{most} each"
+            parts.append(f"{counted(len(names), noun)} of {spread}: {shown}{more}")
     return "; ".join(parts)
 
 

@@ -295,8 +295,8 @@ def test_what_was_found_is_said(tmp_path, reader):
     got = load(write(table, tmp_path / "mine.csv"), reader, client="who")
     assert any("60 classes for 120 samples; is data.label = 'label' the column of classes?" in note for note in got.notes)
     said = data.describe(got)
-    assert said.startswith(f"{tmp_path / 'mine.csv'}: 120 samples; 60 classes of 2 to 2 samples: c0 (2), c1 (2)")
-    assert "and 50 more; 2 groups of 60 to 60 samples: a (60), b (60)" in said
+    assert said.startswith(f"{tmp_path / 'mine.csv'}: 120 samples; 60 classes of 2 samples each: c0 (2), c1 (2)")
+    assert "and 50 more; 2 groups of 60 samples each: a (60), b (60)" in said
 
 
 def test_the_number_of_clients_follows_the_data(tmp_path, reader):

@@ -188,7 +188,7 @@ def test_mixing_inside_the_layers_by_token(folder, gate):
 def test_a_line_about_the_data(folder):
     found = loaded(folder).dataset
     said = data.describe(found)
-    assert said.endswith("; 3 groups of 20 to 20 samples: a (20), b (20), c (20)") and "class" not in said
+    assert said.endswith("; 3 groups of 20 samples each: a (20), b (20), c (20)") and "class" not in said
     assert f"60 samples of {int(found.inputs.lengths.sum()):,} tokens, of which {len(found.targets(torch.arange(60))):,} are learned" in said
 
 
