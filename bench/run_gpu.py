@@ -29,7 +29,7 @@ from fedms_ext.backends import device
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "kernels" / "triton"
 CUDA_TESTS = [str(ROOT / "tests" / "kernels" / "cuda" / name)
-              for name in ("numerics.py", "planned.py", "siblings.py", "siblings_in_models.py")]
+              for name in ("numerics.py", "planned.py", "planned_peft.py", "siblings.py", "siblings_in_models.py")]
 SANITIZED = "test_every_tile or test_bits_repeat"
 QUICK = "test_every_tile or test_bits_repeat or test_graph_replay or test_opcheck or test_measured_choices"
 QUICK_SECONDS = 8 * 60

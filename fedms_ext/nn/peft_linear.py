@@ -8,10 +8,12 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from fedms_ext.backends.device import ON_GPU
 from fedms_ext.nn.linear import class_name, passed_by, replaced_forward, unplain
 from fedms_ext.nn.seeds import draw_seed
 from fedms_ext.nn.siblings import SharesInput
 from fedms_ext.operators import expert_linear
+from fedms_ext.operators.planned import Plans, planned_linear
 from fedms_ext.operators.siblings import Sibling
 
 
@@ -27,7 +29,14 @@ class PeftLinear(lora.Linear, SharesInput):
     It computes `W x + b + sum over active adapters of s B A dropout(x)`. Parameters and their names, adapters, merging and
     saving are inherited from PEFT. `fedms_ext.accelerate` changes the class of existing layers, so nothing is copied. A
     call that the operator cannot compute is left to PEFT; `obstacle` gives the reason.
+
+    Attributes:
+        plans: What the CUDA kernels keep for this layer, or None before its first call on a GPU.
     """
+
+    plans: Plans | None = None
+    # Name, scale and rank of the adapters of the last call on a GPU, and the tuple of their scales.
+    _last: tuple[tuple[object, ...], tuple[float, ...]] = (), ()
 
     def obstacle(self) -> str | None:
         """Return why PEFT has to compute this layer with its active adapters, or None if the operator can."""
@@ -74,8 +83,27 @@ class PeftLinear(lora.Linear, SharesInput):
             together = self.siblings.output(self, x)
             if together is not None:
                 return together
-        weight, bias, a, b, scale, _, p, _ = self._operands()
-        return expert_linear(x, weight, bias, a, b, scale, dropout_p=p, seed=draw_seed(x) if p > 0 else None)
+        found = self._operands()
+        weight, bias, a, b, scale, _, p, _ = found
+        seed = draw_seed(x) if p > 0 else None
+        if type(x) is Tensor and getattr(x, ON_GPU) and not torch.compiler.is_compiling():
+            y = self._planned(x, found, 0 if seed is None else seed)
+            if y is not None:
+                return y
+        return expert_linear(x, weight, bias, a, b, scale, dropout_p=p, seed=seed)
+
+    def _planned(self, x: Tensor, operands: Sibling, seed: int | Tensor) -> Tensor | None:
+        """Return the output by the plans that are kept for this layer; None if the call cannot take them, see `planned_linear`."""
+        weight, bias, a, b, scale, _, p, _ = operands
+        if any([isinstance(value, Tensor) for value in scale]):
+            return None
+        applied = tuple(zip(self._adapters(), scale, map(len, a)))
+        if self._last[0] != applied:
+            self._last = applied, tuple(scale)
+        if self.plans is None:
+            self.plans = Plans()
+        # The very tuple of the last call says that the adapters are the same.
+        return planned_linear(self.plans, x, weight, bias, a, b, self._last[1], None, p, seed)
 
     def _operands(self) -> Sibling:
         adapters = self._adapters()
