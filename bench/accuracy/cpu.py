@@ -4,7 +4,8 @@
 
 512 sentences of the built-in sentiment data. Errors are relative (Frobenius norm), of every Linear layer of the blocks
 fed with the input that it has in fp32: its output, and the gradient of its input from that of a cross-entropy on the
-pooled features. The cosine is that of the sentences' embeddings with those of the fp32 model, all layers quantized.
+pooled features. The cosine is that of the sentences' embeddings with those of the fp32 model, all layers quantized; where
+attention rounds its operands to bfloat16 (`fedms_ext.use_attention`), a line says what it is with PyTorch's attention.
 Memory is what a fresh process holds, by the system's count, before and after `fedms_ext.quantize`.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fedms import data, models
 from fedms.config import load_config
 from fedms.training.memory import hand_back_large_blocks, reset_peak_memory, resident_memory
-from fedms_ext import FrozenLinear, QuantizedWeight, quantize
+from fedms_ext import FrozenLinear, QuantizedWeight, build_info, quantize
 from fedms_ext.quantization.formats import KINDS
 
 SENTENCES, BATCH = 512, 64
@@ -109,16 +110,21 @@ def main() -> None:
     print("| format | error of the output, %: mean, worst layer | error of dx, % | cosine of embeddings: mean, worst "
           "| memory, % of fp32 | with dx in every layer |")
     print("| --- | --- | --- | --- | --- | --- |")
-    context = multiprocessing.get_context("spawn")
+    context, attention = multiprocessing.get_context("spawn"), []
     for kind in KINDS:
         layers = list(zip(*(errors(*layer, kind) for layer in recorded)))
         quantized = models.load(CONFIG.model)
         quantize(quantized.module, kind)
         cosine = nn.functional.cosine_similarity(case.embeddings(quantized), want)
+        quantized.module.set_attn_implementation("sdpa")
+        unrounded = nn.functional.cosine_similarity(case.embeddings(quantized), want)
         with context.Pool(1) as fresh:
             held = fresh.apply(memory_shares, (kind,))
         print(f"| `{kind}` | " + " | ".join(f"{sum(e) / len(e):.3g}, {max(e):.3g}" for e in layers)
               + f" | {cosine.mean():.5f}, {cosine.min():.5f} | {held[0]:.1f} | {held[1]:.1f} |", flush=True)
+        attention.append(f"| `{kind}` | {unrounded.mean():.5f}, {unrounded.min():.5f} |")
+    if build_info()["bf16_products"]:
+        print("\n| format | cosine with PyTorch's attention, in float32 |\n| --- | --- |", *attention, sep="\n")
 
 
 if __name__ == "__main__":

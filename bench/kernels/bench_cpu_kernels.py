@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -43,11 +44,15 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Callable
 def test_attention(benchmark, batch, heads, tokens, width):
     q, k, v = torch.randn(3, batch, heads, tokens, width)
     mask = torch.zeros(batch, 1, 1, tokens)
-    ours, theirs = (lambda *qkv: fedms_ext.attention(*qkv, mask)), (lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=mask))
+    ways: dict[str, Callable[..., Tensor]] = {
+        "ours": lambda *qkv: fedms_ext.attention(*qkv, mask),
+        "ours, operands in bfloat16": lambda *qkv: fedms_ext.attention(*qkv, mask, rounded=True),
+        "PyTorch": lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=mask),
+    }
     with torch.no_grad():
         report(benchmark, f"attention {batch} x {heads} x {tokens} x {width}, forward",
-               {"ours": lambda: ours(q, k, v), "PyTorch": lambda: theirs(q, k, v)})
-    report(benchmark, "forward and backward", {"ours": with_gradients(ours, q, k, v), "PyTorch": with_gradients(theirs, q, k, v)})
+               {name: partial(way, q, k, v) for name, way in ways.items()})
+    report(benchmark, "forward and backward", {name: with_gradients(way, q, k, v) for name, way in ways.items()})
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, 32])

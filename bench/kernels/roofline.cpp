@@ -17,12 +17,16 @@
 
 #include <omp.h>
 
+#include "cpu/bfloat16/pairs.h"
 #include "cpu/int8/layout.h"
 #include "cpu/lora/operands.h"
+#include "fedms/attention.h"
 #include "fedms/half.h"
 #include "fedms/int8.h"
 #include "fedms/isa.h"
 #include "fedms/lora.h"
+#include "fedms/rms_norm.h"
+#include "fedms/token_loss.h"
 
 namespace {
 
@@ -73,6 +77,7 @@ Timing time_of(const Call& call, double turn = 1e-3, int turns = 31) {
 #define TWELVE(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
 #define FMA_ZMM(i) "vfmadd231ps %%zmm15, %%zmm14, %%zmm" #i "\n"
 #define DOT_ZMM(i) "vpdpbusd %%zmm15, %%zmm14, %%zmm" #i "\n"
+#define PAIR_ZMM(i) "vdpbf16ps %%zmm15, %%zmm14, %%zmm" #i "\n"
 #define FMA_YMM(i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n"
 #define DOT_YMM(i) "%{vex%} vpdpbusd %%ymm15, %%ymm14, %%ymm" #i "\n"
 #define WORDS(i) "vpmaddwd %%ymm15, %%ymm14, %%ymm13\n vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
@@ -91,6 +96,7 @@ constexpr long PEAK_TURNS = 10000;
 #ifdef FEDMS_X86
 PEAK(fma_zmm, FMA_ZMM)
 PEAK(dot_zmm, DOT_ZMM)
+PEAK(pair_zmm, PAIR_ZMM)
 PEAK(fma_ymm, FMA_YMM)
 PEAK(dot_ymm, DOT_YMM)
 PEAK(words, WORDS)
@@ -106,6 +112,7 @@ void print_peaks() {
 #ifdef FEDMS_X86
   if (available(Isa::avx512)) print_peak("avx512", "fp32", fma_zmm, 16);
   if (avx512_has_vnni()) print_peak("avx512", "int8", dot_zmm, 64), print_peak("avx512", "4-bit", dot_zmm, 64);
+  if (avx512_has_bf16()) print_peak("avx512", "bf16", pair_zmm, 32);
   if (available(Isa::avxvnni)) print_peak("avxvnni", "int8", dot_ymm, 32), print_peak("avxvnni", "4-bit", dot_ymm, 32);
   if (available(Isa::avxvnni)) print_peak("avxvnni", "fp32", fma_ymm, 8);
   if (available(Isa::avx2)) {
@@ -201,8 +208,8 @@ void layer_rows(int64_t m, int64_t k, int64_t n, int64_t r) {
   Buffer<int8_t> q(n * k);
   for (int64_t i = 0; i < n * k; ++i) q[i] = static_cast<int8_t>(i * 37 % 255 - 127);
   Buffer<uint8_t> packed(int8_packed_size(n, k)), transposed(int8_packed_size(k, n)), packed_4bit(nibbles_packed_size(n, k, 64));
-  int8_pack(n, k, q.data(), packed.data());
-  int8_pack(k, n, q.data(), transposed.data());
+  int8_pack(n, k, q.data(), 0, packed.data());
+  int8_pack(k, n, q.data(), 0, transposed.data());
   float levels[16];
   for (int i = 0; i < 16; ++i) levels[i] = static_cast<float>(i - 8) / 8.0f;
   const Buffer<uint8_t> codes(n * ((k + 1) / 2), 0x5a);
@@ -248,6 +255,45 @@ void quantize_rows() {
   }
 }
 
+// The products of attention, in float and with operands rounded to bfloat16, MiniLM's heads and those of a ViT.
+void attention_rows(bool rounded) {
+  for (const auto& [batch, heads, tokens, width] : {std::array<int64_t, 4>{32, 12, 64, 32}, {4, 12, 197, 64}}) {
+    const int64_t count = batch * tokens * heads * width, row = heads * width;
+    const Buffer<float> q = values(count), k = values(count), v = values(count), dout = values(count);
+    Buffer<float> out(count), dq(count), dk(count), dv(count);
+    Buffer<SoftmaxRow> softmax(batch * heads * tokens);
+    const auto read = [&](const Buffer<float>& of) { return Heads<const float>{of.data(), tokens * row, width, row}; };
+    const auto written = [&](Buffer<float>& of) { return Heads<float>{of.data(), tokens * row, width, row}; };
+    const Attention attention{batch, heads, tokens, tokens, width, read(q), read(k), read(v), {nullptr, 0, 0, 0}, 0.2f, rounded};
+    const double macs = static_cast<double>(count * tokens), bytes = 4.0 * static_cast<double>(count);
+    const char* const unit = rounded ? "bf16" : "fp32";
+    const std::string shape = std::to_string(batch) + " x " + std::to_string(heads) + " x " + std::to_string(tokens) + " x " +
+                              std::to_string(width) + ", " + unit;
+    report("attention, forward", shape, unit, 2 * macs, 4 * bytes, 4 * bytes,
+           [&] { attention_forward(attention, written(out), softmax.data()); });
+    report("attention, backward", shape, unit, 5 * macs, 7 * bytes, 7 * bytes, [&] {
+      attention_backward(attention, read(dout), softmax.data(), written(dq), written(dk), written(dv));
+    });
+  }
+}
+
+// The loss of a language model's head and its gradient, of a small vocabulary, and the norm of its rows.
+void language_rows() {
+  const int64_t n = 128, v = 4096, d = 576;
+  const Buffer<float> hidden = values(n * d), weight = values(v * d), norm = values(d);
+  const std::vector<int64_t> labels(n, 3);
+  Buffer<float> work(n * TOKEN_STRETCH), log_p(n), confidence(2 * n), gradient(n * d), y(n * d);
+  std::vector<int64_t> best(n);
+  TokenHead head{};
+  head.vocabulary = v, head.width = d, head.weight = weight.data(), head.scale = 1;
+  const double macs = static_cast<double>(n * v * d), bytes = 4.0 * static_cast<double>((v + 2 * n) * d);
+  report("token loss and gradient", shape_of(n, d, v), "fp32", 2 * macs, 2 * bytes, bytes, [&] {
+    token_log_prob(head, n, hidden.data(), labels.data(), n, work.data(), {log_p.data(), confidence.data(), best.data(), gradient.data()});
+  });
+  report("RMS norm", shape_of(n, d, d), "none", 0, 8.0 * static_cast<double>(n * d), 8.0 * static_cast<double>(n * d),
+         [&] { rms_norm(n, d, hidden.data(), norm.data(), 1e-5, y.data()); });
+}
+
 }  // namespace
 
 int main() {
@@ -260,6 +306,9 @@ int main() {
     lora_kernel_rows();
     few_rows_rows();
     quantize_rows();
+    attention_rows(false);
+    if (pair_kernels()) attention_rows(true);
+    language_rows();
     for (int64_t r : {0, 8}) {
       for (const auto& [m, k, n] :
            {std::array<int64_t, 3>{1, 768, 768}, {1, 576, 1536}, {16, 768, 768}, {64, 768, 768}, {2048, 384, 384}, {1576, 768, 3072}}) {

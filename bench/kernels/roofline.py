@@ -34,11 +34,14 @@ FUNCTIONS = {
     "quantize x": r"quantize\w*\(",
     "int8 layer": r"tile<\d+|multiply\(",  # with AVX2 the tiles are inlined
     "4-bit layer": r"tile<\d+",
+    "attention": r"(expand_)?tile<\d+, \d+>",
+    "token loss": r"dots_tile<\d+, \d+, float>",
+    "RMS norm": r"rms_norm\(",
 }
 OBJECTS = {"lora": "lora/{isa}", "few": "lora/{isa}", "dropout": "lora/{isa}", "quantize": "int8/{int8}", "int8": "int8/{int8}",
-           "4-bit": "int8/{nibble}"}  # fmt: skip
+           "4-bit": "int8/{nibble}", "attention": "{pairs}", "token": "lora/{isa}", "RMS": "rms_norm"}  # fmt: skip
 INT8_FILES = {"avx512": "avx512vnni", "avx2": "avx2", "avxvnni": "avxvnni"}
-ARITHMETIC = re.compile(r"v(fmadd|pdp|pmadd|paddd|mulps|addps|pmuludq|pmull|pmulh)")
+ARITHMETIC = re.compile(r"v(fmadd|pdp|dpbf16|pmadd|paddd|mulps|addps|pmuludq|pmull|pmulh)")
 SHUFFLE = re.compile(r"v(perm|punpck|unpck|pshuf|shuf|extract|insert|pack|pmov[sz]x|cvt|pbroadcast|broadcast)")
 BRANCH = re.compile(r"j[a-z]+\s+([0-9a-f]+)")
 
@@ -50,13 +53,10 @@ def build(folder: Path) -> Path:
     return folder / "roofline"
 
 
-def largest_loop(folder: Path, kernel: str, isa: str) -> str:
+def largest_loop(folder: Path, kernel: str, isa: str, unit: str) -> str:
     """How many instructions of each kind the longest inner loop of a kernel's function has."""
     prefix = next(name for name in FUNCTIONS if kernel.startswith(name))
-    lora = "avx2" if isa == "avxvnni" else isa
-    nibble = "avx2_4bit" if isa == "avx2" else INT8_FILES.get(isa, isa)
-    name = next(path for start, path in OBJECTS.items() if prefix.startswith(start))
-    name = name.format(isa=lora, int8=INT8_FILES.get(isa, isa), nibble=nibble)
+    name = object_of(next(start for start in OBJECTS if prefix.startswith(start)), isa, unit)
     objects = list(folder.glob(f"**/{name}.cpp.o"))
     if not objects:
         return ""
@@ -68,6 +68,13 @@ def largest_loop(folder: Path, kernel: str, isa: str) -> str:
             best = max([best, *inner_loops(function[1])], key=lambda loop: sum(bool(ARITHMETIC.match(i)) for i in loop))
     kinds = Counter(kind_of(instruction) for instruction in best)
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def object_of(start: str, isa: str, unit: str) -> str:
+    """The source file of a kernel's function in csrc/cpu, without its suffix; `start` is a key of OBJECTS."""
+    lora, nibble = "avx2" if isa == "avxvnni" else isa, "avx2_4bit" if isa == "avx2" else INT8_FILES.get(isa, isa)
+    pairs = "bfloat16/pairs_avx512bf16" if unit == "bf16" else f"lora/{lora}"
+    return OBJECTS[start].format(isa=lora, pairs=pairs, int8=INT8_FILES.get(isa, isa), nibble=nibble)
 
 
 def inner_loops(text: str) -> list[list[str]]:
@@ -118,7 +125,7 @@ def table(output: str, folder: Path) -> list[str]:
             bound = "arithmetic" if floor == arithmetic else "bytes"
             rows.append((floor / median, f"| {kernel} | {isa} | {shape} | {macs / 1e6:.2f} | {moved / 1e3:.0f} | {1e6 * floor:.2f} "
                          f"({bound}) | {1e6 * median:.2f} ({1e6 * p20:.2f}-{1e6 * p80:.2f}) | {100 * floor / median:.0f} % "
-                         f"| {largest_loop(folder, kernel, isa)} |"))  # fmt: skip
+                         f"| {largest_loop(folder, kernel, isa, unit)} |"))  # fmt: skip
     lines = ["| peak, from registers | GMAC/s |", "| --- | ---: |"]
     lines += [f"| {isa}, {unit} | {rate / 1e9:.1f} |" for (isa, unit), rate in peaks.items()]
     lines += ["", "| working set, KiB | GB/s, read |", "| ---: | ---: |"]
