@@ -221,18 +221,20 @@ void multiply(const Part& p, int64_t panel, int64_t first, int64_t count, const 
 
 // A thread takes rows, and meets no barrier.
 void run_by_rows(const std::vector<Product>& products, int threads, int64_t row_size, int64_t ranks, int64_t work_bytes) {
-  // Equally many chunks a thread, of rows that are a multiple of the tile heights, and no more of them than leave the L2
-  // cache to q and to the panels (fewer than 100 or more than 400 are up to 20 % slower at k = 3072, and make no difference
-  // at 384).
-  const int64_t m = products.front().m;
-  const int64_t fitting = std::max<int64_t>(24, std::min<int64_t>(264, (768 << 10) / row_size / 12 * 12));
-  const int64_t each = (m + threads * fitting - 1) / (threads * fitting);
-  const int64_t chunk = std::max<int64_t>(24, rounded_up((m + threads * each - 1) / (threads * each), 12));
-  const int64_t chunks = (m + chunk - 1) / chunk;
+  // Equally many chunks a thread, of no more rows than leave the L2 cache to q and to the panels (fewer than 100 or more than 400
+  // are up to 20 % slower at k = 3072, and make no difference at 384). They differ by one tile of rows at most, the larger ones first,
+  // so that threads of one speed end together.
+  constexpr int64_t TILE = 12;  // a multiple of the tile heights
+  const int64_t m = products.front().m, tiles = (m + TILE - 1) / TILE;
+  const int64_t fitting = std::max<int64_t>(2, std::min<int64_t>(22, (768 << 10) / row_size / TILE));  // tiles
+  const int64_t each = (tiles + threads * fitting - 1) / (threads * fitting);
+  const int64_t chunks = std::min(threads * each, std::max<int64_t>(1, tiles / 2));
+  const auto first_row = [=](int64_t c) { return std::min((c * (tiles / chunks) + std::min(c, tiles % chunks)) * TILE, m); };
+  const int64_t chunk = first_row(1);  // rows of the largest
   const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, ranks), 64);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t first = c * chunk, count = std::min(chunk, m - first);
+    const int64_t first = first_row(c), count = first_row(c + 1) - first;
     char* memory = static_cast<char*>(scratch_of_thread.reserve(strip_size + work_bytes));
     for (const Product& p : products) {
       const Strip strip = Strip::in(memory, chunk, row_size_of(p.layout()));
