@@ -35,6 +35,8 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             lines[key] = f"{key}: got {show(value)}; accepted: a table [{key}] with keys {_key_list(key)}"
         else:
             hint = did_you_mean(value, _literals(field.annotation, field.metadata)) if isinstance(value, str) else ""
+            if isinstance(value, int) and not -2**63 <= value < 2**63:
+                hint = "; in any case of at most 64 bits"
             lines[key] = f"{key}: got {show(value)}; accepted: {accepted(field)}{hint}"
     return list(lines.values())
 

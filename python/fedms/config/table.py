@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import annotated_types
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic import (BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema, field_validator,
+                      model_validator)
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -68,3 +69,10 @@ class Table(BaseModel):
     def _toml_arrays(cls, values: Any) -> Any:
         # TOML arrays arrive as lists; the fields are tuples, because a frozen table should be hashable throughout.
         return {k: _lists_to_tuples(v) for k, v in values.items()} if isinstance(values, Mapping) else values
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _of_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and not -2**63 <= value < 2**63:
+            raise ValueError("an integer of 64 bits, as those of TOML are")
+        return value
