@@ -62,7 +62,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def wrapper(first: Tensor, *args: Any) -> Any:
         device = first.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return function(first, *args)
         with torch.autocast(device, enabled=False):
             return function(first, *args)

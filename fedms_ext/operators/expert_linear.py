@@ -140,7 +140,7 @@ def expert_linear(
     experts, is_floating = len(lora_a), own[1] is None
     if is_floating and experts == 0:
         return F.linear(x, own[0], bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):      # torch knows no autocast of meta tensors
         if is_floating:
             x, data, bias, *lora = under_autocast(x, own[0], bias, *lora_a, *lora_b)
             own, lora_a, lora_b = (data, *own[1:]), lora[:experts], lora[experts:]

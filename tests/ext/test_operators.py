@@ -8,10 +8,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fedms_ext
-from fedms_ext import _C, expert_linear, philox_mask, reference
+from fedms_ext import LoRA, _C, activate, attach, expert_linear, philox_mask, quantize, reference
 from fedms_ext.operators import dispatch
 
 N, K = 9, 7
@@ -385,6 +386,20 @@ def test_compile_whole_graph_without_recompilation():
         for got, expected in zip(gradients(y.sum(), inputs, None), gradients(want.sum(), inputs, None)):
             assert torch.equal(got, expected)
     assert len(compiled_graphs) == 1
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_shapes_are_told_without_values(kind):
+    """On the meta device, which torch knows no autocast of."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(6, 4)))
+    attach(model, "all-linear", {"e": LoRA(2, 4)}, blocks="")
+    if kind is not None:
+        quantize(model, kind)
+    activate(model, "e", depth=2)
+    y = model.to("meta")(torch.zeros(3, 8, device="meta"))
+    assert y.shape == (3, 4) and y.is_meta
+    y.sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.requires_grad)
 
 
 def test_compile_through_autograd_tracing():
