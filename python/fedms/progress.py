@@ -34,7 +34,7 @@ def accept_any_text() -> None:
 class Progress:
     """The events of a run. This listener ignores them all; others derive from it.
 
-    Metrics are plain numbers by name (`loss`, `validation_accuracy`, `depth`, ...) and may be None.
+    Metrics are plain numbers by name (`loss`, `validation_accuracy` or `perplexity`, `depth`, ...) and may be None.
     """
 
     def start(self, total_visits: int, title: str) -> None:
@@ -159,11 +159,21 @@ class TerminalProgress(Progress):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def validation_words(task: str, share: float | None) -> str:
+    """Return the result on validation samples in words, from the `validation_accuracy` of a record and the kind of the task.
+
+    A language model's is 1 / perplexity, and shown as the perplexity.
+    """
+    if not share or task != "causal_lm":
+        return "unknown" if share is None else f"{share:.1%}"
+    return f"perplexity {1 / share:.1f}"
+
+
 def _stage(stage: str) -> str:
     return stage.replace("stage", "stage ")
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
     words = {"depth": "depth {:d}", "loss": "loss {:.3f}", "validation_accuracy": "validation {:>6.1%}",
-             "gate_mean": "gate {:.2f}", "epsilon": "epsilon {:.3g}"}
+             "perplexity": "perplexity {:>6.1f}", "gate_mean": "gate {:.2f}", "epsilon": "epsilon {:.3g}"}
     return "".join("  " + text.format(metrics[name]) for name, text in words.items() if metrics.get(name) is not None)

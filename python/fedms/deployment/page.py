@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fedms.deployment.server import RUN, STATUS, members, read_config
 from fedms.foreign import all_printable, parse_json, read_regular
+from fedms.progress import validation_words
 from fedms.storage.durable import owner
 from fedms.storage.records import SUMMARY, RunFolderError, RunRecords
 
@@ -45,7 +46,7 @@ def state(folder: Path) -> dict[str, Any]:
     return all_printable({
         "running": running, "ended": (folder / RUN / SUMMARY).is_file(), "address": told.get("address"),
         "phase": told.get("phase"), "at": told.get("at"),
-        "method": config.run.method, "model": config.model.id, "rounds_wanted": config.stage1.rounds + config.stage2.rounds,
+        "task": config.task.kind, "method": config.run.method, "model": config.model.id, "rounds_wanted": config.stage1.rounds + config.stage2.rounds,
         "seats": config.clients.count, "clients": clients, "rounds": _rounds(folder / RUN), "notes": told.get("notes", [])})
 
 
@@ -66,7 +67,7 @@ def lines(told: dict[str, Any]) -> list[str]:
              "not running (fedms server start)")
     found = [f"server    {where}",
              f"run       {told['method']} on {told['model']}: {len(rounds)} of {told['rounds_wanted']} rounds"
-             + (f"; last: {last['clients']} clients, validation {_percent(last['validation_accuracy'])}, {last['seconds']:.1f} s"
+             + (f"; last: {last['clients']} clients, validation {validation_words(told['task'], last['validation_accuracy'])}, {last['seconds']:.1f} s"
                 if last else ""),
              f"traffic   {sum(r['bytes_up'] or 0 for r in rounds) / 1e6:.2f} MB received, "
              f"{sum(r['bytes_down'] or 0 for r in rounds) / 1e6:.2f} MB sent"]
@@ -77,10 +78,6 @@ def lines(told: dict[str, Any]) -> list[str]:
             "" if visit is None else f"; {visit['stage']}, round {visit['round']}: {visit['status']}"
             + (f" ({visit['reason']})" if visit["reason"] else "")))
     return found + [f"note      {note}" for note in told["notes"][-5:]]
-
-
-def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{100 * share:.1f} %"
 
 
 @contextmanager

@@ -200,7 +200,7 @@ class Engine(ABC):
             self.visited, self.sent, self.slowest = 0, dict.fromkeys(self.sent, 0), None
             collected = self.server.collect(state)
             self._save(state, collected)
-            self.progress.round(**record)
+            self.progress.round(**self.shown(record))
         return state
 
     def _begin(self, tensors: Tensors) -> tuple[ServerState, Collected]:
@@ -250,7 +250,14 @@ class Engine(ABC):
         for key in self.sent:
             self.sent[key] += visit[key]
         self.folder.append_visit(visit)
-        self.progress.visit(**visit)
+        self.progress.visit(**self.shown(visit))
+
+    def shown(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of a visit or a round as it is shown: a language model is followed by its perplexity."""
+        share = record.get("validation_accuracy")
+        if self.server.config.task.kind != "causal_lm" or not share:
+            return dict(record)
+        return {**record, "validation_accuracy": None, "perplexity": 1 / share}
 
     def absent(self, message: Message, client: int, participant: Participant | None) -> dict[str, Any]:
         """Return the record of a client that was not visited, because it could not be reached or has no training samples."""

@@ -157,6 +157,6 @@ class PrivateRounds:
             return
         if not self.hides_traffic:
             self.engine.folder.append_visit(record)
-            self.engine.progress.visit(**record)
+            self.engine.progress.visit(**self.engine.shown(record))
         else:
             self.engine.progress.visit(record["stage"], record["round"], None)

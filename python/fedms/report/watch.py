@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedms.foreign import printable
+from fedms.progress import validation_words
 from fedms.storage.durable import owner
 from fedms.storage.records import RunRecords, find_runs
 
@@ -57,6 +58,11 @@ def read_states(path: str | Path) -> list[RunState]:
     return [RunState.read(folder) for folder in find_runs(path)]
 
 
+def _validation(records: RunRecords) -> str:
+    last = records.rounds[-1]["validation_accuracy"] if records.rounds else None
+    return "" if last is None else validation_words(records.config["task"]["kind"], last)
+
+
 def over(states: Sequence[RunState]) -> bool:
     """Tell whether no run is running any more."""
     return all(state.state != "running" for state in states)
@@ -75,7 +81,7 @@ def view(states: Sequence[RunState]) -> RenderableType:
             Text(printable(state.records.path.name)), Text(state.state, style),
             Text(printable(last.get("stage", "").replace("stage", ""), 20)),
             f"{len(state.records.rounds)}/{state.rounds}", _number(last.get("depth"), "d"),
-            _number(last.get("loss"), ".3f"), _number(last.get("validation_accuracy"), ".1%"),
+            _number(last.get("loss"), ".3f"), _validation(state.records),
             sparkline([r["validation_accuracy"] for r in state.records.rounds]), _number(last.get("gate_mean"), ".2f"),
             _bytes(sum(r["bytes_up"] or 0 for r in state.records.rounds)), _time(state.seconds_left),
         )  # fmt: skip

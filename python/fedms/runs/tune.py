@@ -17,7 +17,7 @@ from scipy.stats import qmc
 
 from fedms.config import Constant, RunConfig, config_from_dict, read_tables, registry, with_run
 from fedms.errors import ConfigError, RunFolderError
-from fedms.progress import Progress
+from fedms.progress import Progress, validation_words
 from fedms.runs.batch import SHARED_VISITS, BatchRun, carry_out
 from fedms.storage.durable import write_durably
 from fedms.storage.validation import read_validation
@@ -177,9 +177,8 @@ def _write(path: Path, best: Trial, count: int, config: RunConfig) -> None:
     for key, value in best.values.items():
         table, _, name = key.partition(".")
         tables.setdefault(table, {})[name] = value
-    score = "unknown" if best.score is None else f"{100 * best.score:.1f} %"
     head = (f"# {best.method} on {config.data.name}: trial {best.number} of {count} (0 is the run file as it was), "
-            f"validation accuracy {score}\n# at a quarter of the rounds. fedms compare --tuned reads this.\n\n")
+            f"on validation samples {validation_words(config.task.kind, best.score)}\n# at a quarter of the rounds. fedms compare --tuned reads this.\n\n")
     try:
         write_durably(path, (head + tomli_w.dumps(tables)).encode())
     except OSError as error:

@@ -15,7 +15,7 @@ from fedms.cli import stopping
 from fedms.cli.command import LONGEST, PANELS, epilog
 from fedms.config import load_config, with_run, registry
 from fedms.doctor import Check
-from fedms.progress import Progress, TerminalProgress
+from fedms.progress import Progress, TerminalProgress, validation_words
 from fedms.runs import batch, run
 from fedms.storage.run_folder import RunFolder
 from rich.console import Console
@@ -332,6 +332,14 @@ def test_the_progress_bar_shows_round_loss_accuracy_and_depth_within_80_columns(
     assert "  stage 2 round 12  depth 6  loss 12.198  validation 100.0%  gate 0.53  activated 1" in lines
     assert "  stage 2 round 13  depth 6" in lines
     assert lines.count("note: twice") == 1 and "fedavg_prior, seed 0" in lines
+
+
+def test_a_language_model_is_shown_by_its_perplexity():
+    assert validation_words("classification", 0.25) == "25.0%" and validation_words("causal_lm", 0.25) == "perplexity 4.0"
+    assert validation_words("classification", 0.0) == "0.0%" and validation_words("causal_lm", None) == "unknown"
+    text = io.StringIO()
+    TerminalProgress(Console(file=text, width=80)).round("stage1", 1, loss=2.0, validation_accuracy=None, perplexity=7.39)
+    assert text.getvalue() == "  stage 1 round  1  loss 2.000  perplexity    7.4\n"
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys):
