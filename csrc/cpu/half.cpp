@@ -18,15 +18,14 @@ template <class Half>
 void run(Dots<Half> dots, int64_t m, int64_t n, int64_t k, const float* x, const Half* w, const float* bias, float* y) {
   const int64_t parts = (n + COLUMNS - 1) / COLUMNS;
   const int threads = threads_for(m * n * k, FP32_WORK, parts);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t part = 0; part < parts; ++part) {
+  share_out(threads, parts, [&](int64_t part) {
     const int64_t first = part * COLUMNS, count = std::min(COLUMNS, n - first);
     const Half* rows[COLUMNS];
     for (int64_t c = 0; c < count; ++c) rows[c] = w + (first + c) * k;
     dots(m, count, k, x, k, rows, y + first, n);
     for (int64_t i = 0; bias && i < m; ++i)
       for (int64_t c = first; c < first + count; ++c) y[i * n + c] += bias[c];
-  }
+  });
 }
 
 }  // namespace
@@ -48,10 +47,9 @@ void few_rows_backward(int64_t m, int64_t n, int64_t k, const float* dy, const f
   // Every thread takes columns of its own, a multiple of the tiles' width.
   const int threads = threads_for(m * n * k, FP32_WORK, (k + COLUMNS - 1) / COLUMNS);
   const int64_t part = ((k + threads - 1) / threads + COLUMNS - 1) / COLUMNS * COLUMNS;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t first = 0; first < k; first += part) {
-    const int64_t count = std::min(part, k - first);
-    for (int64_t i = 0; i < m; ++i) std::fill_n(dx + i * k + first, count, 0.0f);
+  share_out(threads, (k + part - 1) / part, [&](int64_t i) {
+    const int64_t first = i * part, count = std::min(part, k - first);
+    for (int64_t row = 0; row < m; ++row) std::fill_n(dx + row * k + first, count, 0.0f);
     // A few rows of the weight at a time, from one end to the other, as the hardware prefetches them.
     constexpr int64_t ROWS = 16;
     const float* rows[ROWS];
@@ -60,7 +58,7 @@ void few_rows_backward(int64_t m, int64_t n, int64_t k, const float* dy, const f
       for (int64_t j = 0; j < part_rows; ++j) rows[j] = w + (c + j) * k + first;
       lora_kernels().expand(m, part_rows, count, dy + c, n, rows, dx + first, k);
     }
-  }
+  });
 }
 
 void half_forward(int64_t m, int64_t n, int64_t k, const float* x, const Fp16* w, const float* bias, float* y) {

@@ -9,8 +9,7 @@ namespace fedms {
 void rms_norm(int64_t rows, int64_t width, const float* x, const float* weight, double epsilon, float* y) {
   constexpr int LANES = 16;  // chains of additions, which the compiler turns into vectors
   const int threads = threads_for(4 * rows * width, FP32_WORK, rows);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
+  share_out(threads, rows, [&](int64_t row) {
     const float* const from = x + row * width;
     float* const to = y + row * width;
     float sums[LANES] = {};
@@ -22,7 +21,7 @@ void rms_norm(int64_t rows, int64_t width, const float* x, const float* weight, 
     for (const float lane : sums) sum += lane;
     const float inverse = static_cast<float>(1 / std::sqrt(sum / static_cast<double>(width) + epsilon));
     for (c = 0; c < width; ++c) to[c] = weight[c] * (from[c] * inverse);
-  }
+  });
 }
 
 }  // namespace fedms

@@ -87,18 +87,16 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
   }
 }
 
-// Calls worker(b, h, first of the head's rows) for every head; each thread makes its own worker. Heads are handed out one at a
-// time, since the cores of a machine in use are not equally fast.
+// Calls worker(b, h, first of the head's rows) for every head; each thread makes its own worker.
 template <class MakeWorker>
 void for_heads(const Attention& a, MakeWorker make_worker) {
   const int64_t all = a.batch * a.heads;
   const int threads = threads_for(all * a.queries * a.keys * a.width, FP32_WORK, all);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  Queue heads(all);
+  on_threads(threads, [&](Member) {
     const auto worker = make_worker();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < all; ++i) worker(i / a.heads, i % a.heads, i * a.queries);
-  }
+    heads.take([&](int64_t i) { worker(i / a.heads, i % a.heads, i * a.queries); });
+  });
 }
 
 const PairKernels* rounding(const Attention& attention) { return attention.rounded ? pair_kernels() : nullptr; }

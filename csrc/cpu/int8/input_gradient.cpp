@@ -72,8 +72,7 @@ void nibbles_input_gradient(int64_t m, int64_t n, int64_t k, const uint8_t* pack
   if (layout.groups() != groups) throw std::invalid_argument("the packed weight has another group");
   const InputGradient gradient{layout, m, n, k, packed, scale, dy, dx};
   const int threads = threads_for(m * n * k, FP32_WORK, groups);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t g = 0; g < groups; ++g) one_group(gradient, g);
+  share_out(threads, groups, [&](int64_t g) { one_group(gradient, g); });
 }
 
 }  // namespace fedms

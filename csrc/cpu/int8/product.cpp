@@ -232,47 +232,49 @@ void run_by_rows(const std::vector<Product>& products, int threads, int64_t row_
   const auto first_row = [=](int64_t c) { return std::min((c * (tiles / chunks) + std::min(c, tiles % chunks)) * TILE, m); };
   const int64_t chunk = first_row(1);  // rows of the largest
   const int64_t strip_size = rounded_up(Strip::size(chunk, row_size, ranks), 64);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t first = first_row(c), count = first_row(c + 1) - first;
-    char* memory = static_cast<char*>(scratch_of_thread.reserve(strip_size + work_bytes));
-    for (const Product& p : products) {
-      const Strip strip = Strip::in(memory, chunk, row_size_of(p.layout()));
-      prepare(p, first, count, strip, 0, chunk, reinterpret_cast<float*>(memory + strip_size));
-      const float* weighed = strip.weighed;
-      for (const Part& part : p.parts) {
-        for (int64_t panel = part.first_panel(); panel < part.last_panel(); ++panel)
-          multiply(part, panel, first, count, strip, weighed);
-        weighed += chunk * part.rank();
+  Queue queue(chunks);
+  on_threads(threads, [&](Member) {
+    char* const memory = static_cast<char*>(scratch_of_thread.reserve(strip_size + work_bytes));
+    queue.take([&](int64_t c) {
+      const int64_t first = first_row(c), count = first_row(c + 1) - first;
+      for (const Product& p : products) {
+        const Strip strip = Strip::in(memory, chunk, row_size_of(p.layout()));
+        prepare(p, first, count, strip, 0, chunk, reinterpret_cast<float*>(memory + strip_size));
+        const float* weighed = strip.weighed;
+        for (const Part& part : p.parts) {
+          for (int64_t panel = part.first_panel(); panel < part.last_panel(); ++panel)
+            multiply(part, panel, first, count, strip, weighed);
+          weighed += chunk * part.rank();
+        }
       }
-    }
-  }
+    });
+  });
 }
 
 // Few rows: they are shared, and a thread takes panels.
 void run_by_panels(const std::vector<Product>& products, int threads, int64_t row_size, int64_t ranks, int64_t work_bytes) {
   const int64_t m = products.front().m;
   void* const memory = scratch_of_team.reserve(Strip::size(m, row_size, ranks));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  on_threads(threads, [&](Member member) {
     float* work = static_cast<float*>(scratch_of_thread.reserve(work_bytes));
     const int64_t rows = (m + threads - 1) / threads;
     for (const Product& p : products) {
       const Strip strip = Strip::in(memory, m, row_size_of(p.layout()));
-#pragma omp for schedule(static)
-      for (int64_t first = 0; first < m; first += rows) prepare(p, first, std::min(rows, m - first), strip, first, m, work);
+      member.share((m + rows - 1) / rows, [&](int64_t i) {
+        const int64_t first = i * rows;
+        prepare(p, first, std::min(rows, m - first), strip, first, m, work);
+      });
+      member.wait();
       const float* weighed = strip.weighed;
-      for (size_t i = 0; i < p.parts.size(); ++i) {
-        const Part& part = p.parts[i];
-        // Parts with a y of their own need not wait for one another; the last barrier is before the strip is written again.
-#pragma omp for schedule(static) nowait
-        for (int64_t panel = part.first_panel(); panel < part.last_panel(); ++panel)
-          multiply(part, panel, 0, m, strip, weighed);
+      for (const Part& part : p.parts) {
+        // Parts with a y of their own need not wait for one another.
+        member.share(part.last_panel() - part.first_panel(),
+                     [&](int64_t i) { multiply(part, part.first_panel() + i, 0, m, strip, weighed); });
         weighed += m * part.rank();
       }
-#pragma omp barrier
+      member.wait();  // the strip is written again
     }
-  }
+  });
 }
 
 // The products, which have the same rows, one after the other.

@@ -146,22 +146,19 @@ void backward_many(const Backward& pass) {
   const int64_t scratch_size = std::max(pass.rank() * COLUMNS, masked_size);
   const std::unique_ptr<float[]> scratch_of_all = buffer(threads * scratch_size);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* const scratch = scratch_of_all.get() + omp_get_thread_num() * scratch_size;
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < chunks; ++c) row_gradients(pass, c * chunk, std::min(chunk, m - c * chunk), scratch);
-    // Here is a barrier: dA and dB need every row.
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < a_tasks + b_tasks; ++task) {
+  on_threads(threads, [&](Member member) {
+    float* const scratch = scratch_of_all.get() + member.thread * scratch_size;
+    member.share(chunks, [&](int64_t c) { row_gradients(pass, c * chunk, std::min(chunk, m - c * chunk), scratch); });
+    member.wait();  // dA and dB need every row
+    member.share(a_tasks + b_tasks, [&](int64_t task) {
       const int64_t first = (task < a_tasks ? task : task - a_tasks) * COLUMNS;
       if (task < a_tasks) {
         a_gradients(pass, first, std::min(COLUMNS, k - first), scratch);
       } else {
         b_gradients(pass, first, std::min(COLUMNS, n - first), scratch);
       }
-    }
-  }
+    });
+  });
 }
 
 }  // namespace

@@ -51,18 +51,16 @@ void lora_forward(const Lora& lora, const float* x, float* s, float* y) {
   const int64_t scratch_size = chunk * r + masked_size;
   const std::unique_ptr<float[]> scratch = buffer(threads * scratch_size);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* weighed = scratch.get() + omp_get_thread_num() * scratch_size;
+  on_threads(threads, [&](Member member) {
+    float* weighed = scratch.get() + member.thread * scratch_size;
     float* masked = weighed + chunk * r;
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < chunks; ++c) {
+    member.share(chunks, [&](int64_t c) {
       const int64_t first = c * chunk, count = std::min(chunk, m - first);
       shrink(lora, a, first, count, x, s, masked);
       weigh(lora, first, count, s + first * r, weighed);
       kernel.expand(count, r, n, weighed, r, b.rows.data(), y + first * n, n);
-    }
-  }
+    });
+  });
 }
 
 }  // namespace fedms
