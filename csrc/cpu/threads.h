@@ -38,8 +38,8 @@ struct Member {
 };
 
 // Calls function(member) on so many threads. On one thread it is a plain call: OpenMP would make a team of one, and GCC's library
-// enters the kernel at each barrier and at the end of a team, whatever its size. Of the 16.3 us of an int8 layer at one row (768 -> 768,
-// Zen 4) 1 was expected to go, and 1.2 went.
+// enters the kernel at each barrier and at the end of a team, whatever its size. Of the 16.3 us of an int8 layer at one row
+// (768 -> 768, Zen 4) 1 was expected to go, and 1.2 went.
 template <class Function>
 void on_threads(int threads, Function function) {
   if (threads <= 1) return function(Member{0, 1});

@@ -222,8 +222,8 @@ void multiply(const Part& p, int64_t panel, int64_t first, int64_t count, const 
 // A thread takes rows, and meets no barrier.
 void run_by_rows(const std::vector<Product>& products, int threads, int64_t row_size, int64_t ranks, int64_t work_bytes) {
   // Equally many chunks a thread, of no more rows than leave the L2 cache to q and to the panels (fewer than 100 or more than 400
-  // are up to 20 % slower at k = 3072, and make no difference at 384). They differ by one tile of rows at most, the larger ones first,
-  // so that threads of one speed end together.
+  // are up to 20 % slower at k = 3072, and make no difference at 384). They differ by one tile of rows at most, the larger ones
+  // first, so that threads of one speed end together.
   constexpr int64_t TILE = 12;  // a multiple of the tile heights
   const int64_t m = products.front().m, tiles = (m + TILE - 1) / TILE;
   const int64_t fitting = std::max<int64_t>(2, std::min<int64_t>(22, (768 << 10) / row_size / TILE));  // tiles
