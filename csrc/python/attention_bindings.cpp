@@ -52,8 +52,7 @@ NewTensor new_heads(const Attention& a, int64_t rows, Heads<float>& heads) {
   return made;
 }
 
-py::object attention_forward(py::handle q, py::handle k, py::handle v, py::handle mask, float scale,
-                            bool rounded) {
+py::object attention_forward(py::handle q, py::handle k, py::handle v, py::handle mask, float scale, bool rounded) {
   Attention a;
   if (!read(q, k, v, mask, scale, rounded, a)) return py::none();
   Heads<float> to;

@@ -57,8 +57,7 @@ void forward_head(const Attention& a, int64_t b, int64_t h, const Heads<float>& 
     }
     float* const to = head_of(out, b, h) + first * out.row_stride;
     product(count, p.get(), a.keys, v, a.width, to, out.row_stride);
-    for (int64_t i = 0; i < count; ++i)  // of a row's width, which is less than its keys
-      for (int64_t c = 0; c < a.width; ++c) to[i * out.row_stride + c] *= softmax[first + i].inverse;
+    normalize(count, a.width, softmax + first, to, out.row_stride);
   }
 }
 
@@ -78,7 +77,7 @@ void backward_head(const Attention& a, int64_t b, int64_t h, const SoftmaxRow* s
     product(count, dout, g.dout.row_stride, v.columns, a.keys, ds.get(), a.keys);
     for (int64_t i = 0; i < count; ++i) {
       attention_rows().gradients(a.keys, a.scale, mask_row(a, b, h, first + i), softmax[first + i], p.get() + i * a.keys,
-                                   ds.get() + i * a.keys);
+                                 ds.get() + i * a.keys);
     }
     const LoraKernels& kernels = lora_kernels();
     kernels.reduce(count, a.keys, a.width, p.get(), a.keys, dout, g.dout.row_stride, dv, g.dv.row_stride);

@@ -21,6 +21,13 @@ inline const float* mask_row(const Attention& a, int64_t b, int64_t h, int64_t i
   return mask.data ? mask.data + b * mask.batch_stride + h * mask.head_stride + i * mask.row_stride : nullptr;
 }
 
+// Multiplies rows of the result, (count, width), by the inverses of the sums of their exponentials. These factors could also be
+// applied to P, whose rows mostly are longer.
+inline void normalize(int64_t count, int64_t width, const SoftmaxRow* softmax, float* out, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < width; ++c) out[i * stride + c] *= softmax[i].inverse;
+}
+
 const AttentionRows& attention_rows();  // of the instruction set in use
 
 }  // namespace fedms

@@ -69,8 +69,7 @@ void RoundedHeads::forward(int64_t b, int64_t h, const Heads<float>& out, Softma
       softmax[first + i] = attention_rows().exponentials(a_.keys, a_.scale, mask_row(a_, b, h, first + i), p_.row(i));
     const Rows<float> to = rows_of(out, b, h, first);
     sum_over_keys(count, p_, v_by_key_, to);
-    for (int64_t i = 0; i < count; ++i)  // of a row's width, which is less than its keys
-      for (int64_t c = 0; c < a_.width; ++c) to.data[i * to.stride + c] *= softmax[first + i].inverse;
+    normalize(count, a_.width, softmax + first, to.data, to.stride);
   }
 }
 

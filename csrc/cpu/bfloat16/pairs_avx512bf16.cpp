@@ -16,7 +16,8 @@ inline __mmask16 lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0);
 }
 
-// The values that two words of 16 lanes each keep of x, and zeros elsewhere.
+// 32 values of x as 16 pairs: of the first 16 values those that `low` selects, of the others those that `high` selects. The rest
+// are 0 and are not read.
 inline __m512i pairs_of(const float* x, __mmask16 low = 0xffff, __mmask16 high = 0xffff) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, x + 16), _mm512_maskz_loadu_ps(low, x)));
 }
@@ -59,9 +60,9 @@ void pair_columns_transposed(int64_t rows, int64_t columns, const float* x, int6
   for (int64_t i = 0; i < rows; i += 16) {
     for (int64_t c = 0; c < columns; c += 32) {
       const __mmask16 low = lanes(columns - c), high = lanes(columns - c - 16);
+      const int64_t last = rows - 1;  // is read again in place of the rows behind it, which are not there
       __m512i row[16];
       FEDMS_UNROLL for (int j = 0; j < 16; ++j) {
-        const int64_t last = rows - 1;  // read again in the place of those behind it
         row[j] = pairs_of(x + (i + j < last ? i + j : last) * x_stride + c, low, high);
       }
       transpose(row);
@@ -71,7 +72,7 @@ void pair_columns_transposed(int64_t rows, int64_t columns, const float* x, int6
   }
 }
 
-// 16 pairs of a value of one row and that of the next.
+// 16 pairs, each of a value of one row and the value of the next row in the same column.
 inline __m512i pairs_of(__m512 first, __m512 second) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
                                          19, 3, 18, 2, 17, 1, 16, 0);

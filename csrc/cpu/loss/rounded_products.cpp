@@ -11,9 +11,10 @@ constexpr int64_t TOKENS = 2 * PAIRS;
 
 }  // namespace
 
-// Meanwhile the next panel's part of the weight is fetched: the hardware does not foresee the step from one short row to the
-// next. The loss with its gradient was expected to gain the 15 ms that 113 MB take from memory, and gained 26 of 270 (508
-// positions, 49,152 tokens, Zen 4). To read the weight as it lies, 96 rows at a time, gained nothing.
+// While one panel is multiplied, the next panel's part of the weight is fetched: the hardware does not foresee the step from one
+// short row to the next. The loss with its gradient was expected to gain the 15 ms that 113 MB take from memory, and
+// gained 26 of 270 (508 positions, 49,152 tokens, Zen 4). To read the weight as it lies, 96 rows at a time,
+// gained nothing.
 void add_rounded_products(const PairKernels& kernels, int64_t rows, int64_t tokens, int64_t columns, const float* e,
                           int64_t e_stride, const float* weight, int64_t weight_stride, float* y, int64_t y_stride) {
   std::vector<Pair> of_e(rows * PAIRS), panel(PAIRS * PAIRED_COLUMNS);
