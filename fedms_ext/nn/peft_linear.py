@@ -93,7 +93,7 @@ class PeftLinear(lora.Linear, SharesInput):
         return expert_linear(x, weight, bias, a, b, scale, dropout_p=p, seed=seed)
 
     def _planned(self, x: Tensor, operands: Sibling, seed: int | Tensor) -> Tensor | None:
-        """Return the output by the plans that are kept for this layer; None if the call cannot take them, see `planned_linear`."""
+        """Return the output, computed with the plans of this layer, or None if the call cannot use them; see `planned_linear`."""
         weight, bias, a, b, scale, _, p, _ = operands
         if any([isinstance(value, Tensor) for value in scale]):
             return None
@@ -102,7 +102,7 @@ class PeftLinear(lora.Linear, SharesInput):
             self._last = applied, tuple(scale)
         if self.plans is None:
             self.plans = Plans()
-        # The very tuple of the last call says that the adapters are the same.
+        # A plan is used again without a look at the adapters if it is given this very tuple again.
         return planned_linear(self.plans, x, weight, bias, a, b, self._last[1], None, p, seed)
 
     def _operands(self) -> Sibling:

@@ -81,7 +81,7 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
 
 
 def _switch_off_fused_path(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Make PyTorch's encoder layers call those of their Linear layers, instead of reading the weights as they do in evaluation mode."""
+    """Make PyTorch's encoder layers that contain one of `layers` call it; in evaluation mode they would read its weight instead."""
     changed = {*layers.values()}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not changed.isdisjoint(module.modules()):
@@ -97,7 +97,7 @@ def _check_endings(model: nn.Module, exclude: Targets | None) -> None:
 
 
 def _frozen_linears(model: nn.Module, exclude: Targets | None) -> dict[str, Any]:
-    """Return the linear layers, by dotted name, whose weight is frozen, theirs alone and read by nobody else, but for `exclude`."""
+    """Return the linear layers, by dotted name, with a frozen weight that no other module shares or reads, without those in `exclude`."""
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     head = getattr(model, "get_output_embeddings", lambda: None)() if exclude is None else None
     layers = {}
@@ -140,10 +140,10 @@ def _warn_of_unquantized(model: nn.Module, layers: Mapping[str, nn.Module]) -> N
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """Convert the frozen weights and biases of a model's linear layers to a dtype of 16 bits, in place, and leave all else as it is.
 
-    For models that run under `torch.autocast` alone: it makes of a float32 weight a copy in its dtype at every pass, and keeps that
-    copy until the backward pass. A weight that is in this dtype already takes half of the memory and no copy, and the model
-    computes the same bits. Experts, norms and embeddings stay in float32, as PEFT leaves adapters on a base model in bfloat16 and
-    as the steps of an optimizer need it. Outside of autocast such a layer refuses a float32 input.
+    This is only for models that run under `torch.autocast`. In every pass autocast copies a float32 weight into its own dtype, and
+    keeps the copy until the backward pass. A weight that is stored in this dtype takes half of the memory and needs no copy, and the
+    model computes the same bits. Experts, norms and embeddings stay in float32, which an optimizer needs for its steps; PEFT does
+    the same with adapters on a base model in bfloat16. Outside of autocast such a layer refuses a float32 input.
 
     Args:
         model: Any module.
