@@ -60,7 +60,7 @@ def read_states(path: str | Path) -> list[RunState]:
 
 def _validation(records: RunRecords) -> str:
     last = records.rounds[-1]["validation_accuracy"] if records.rounds else None
-    return "" if last is None else validation_words(records.config["task"]["kind"], last)
+    return "" if last is None else validation_words(records.config.get("task", {}).get("kind", "classification"), last)
 
 
 def over(states: Sequence[RunState]) -> bool:
