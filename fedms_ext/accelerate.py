@@ -97,7 +97,7 @@ def accelerate(model: nn.Module, *, group: bool | None = None) -> Accelerated:
             if reason := cast(PeftLinear, module).obstacle() or unknown:
                 if module.siblings is not None:
                     module.siblings.part()
-                vars(module).pop("plans", None)
+                cast(PeftLinear, module).forget_plans()
                 module.__class__ = lora.Linear
                 skipped[name] = reason
             else:

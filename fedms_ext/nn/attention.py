@@ -69,7 +69,5 @@ def _attend(
 
 def _has_rounding_layers(module: nn.Module) -> bool:
     """Return whether a linear layer of an attention module holds its weight in a format whose kernels round x to 8 bits."""
-    for layer in module._modules.values():
-        if isinstance(layer, FrozenLinear) and layer.frozen is not None and layer.frozen.kind not in HALVES:
-            return True
-    return False
+    return any(isinstance(layer, FrozenLinear) and layer.frozen is not None and layer.frozen.kind not in HALVES
+               for layer in module.children())

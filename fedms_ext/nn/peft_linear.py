@@ -92,6 +92,11 @@ class PeftLinear(lora.Linear, SharesInput):
                 return y
         return expert_linear(x, weight, bias, a, b, scale, dropout_p=p, seed=seed)
 
+    def forget_plans(self) -> None:
+        """Drop what calls on a GPU have kept."""
+        for name in ("plans", "_last"):
+            self.__dict__.pop(name, None)
+
     def _planned(self, x: Tensor, operands: Sibling, seed: int | Tensor) -> Tensor | None:
         """Return the output, computed with the plans of this layer, or None if the call cannot use them; see `planned_linear`."""
         weight, bias, a, b, scale, _, p, _ = operands

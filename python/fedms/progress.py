@@ -159,10 +159,12 @@ class TerminalProgress(Progress):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def validation_words(task: str, share: float | None) -> str:
-    """Return the result on validation samples in words, from the `validation_accuracy` of a record and the kind of the task.
+def validation_words(task: str | None, share: float | None) -> str:
+    """Return the result on validation samples in words.
 
-    A language model's is 1 / perplexity, and shown as the perplexity.
+    Args:
+        task: The kind of the run's task; None where old records do not name it, which are of classification.
+        share: The `validation_accuracy` of a record. A language model's is 1 / perplexity, and is shown as the perplexity.
     """
     if not share or task != "causal_lm":
         return "unknown" if share is None else f"{share:.1%}"

@@ -17,6 +17,16 @@ def error(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
 
 
+def refuse_general_way(monkeypatch, module):
+    """Let a layer of this module fail where it does not take the short way of the CUDA kernels."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the call took the general way")
+
+    monkeypatch.setattr(f"{module}.expert_linear", refuse)
+    monkeypatch.setattr("fedms_ext.operators.planned._general_gradients", refuse)
+
+
 def random_gate(kind, rows, experts):
     """(rows, E) or what broadcasts to it, on the default device; None for no gate."""
     return {

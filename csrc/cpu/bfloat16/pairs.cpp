@@ -6,8 +6,8 @@ namespace fedms {
 
 const PairKernels* pair_kernels() {
 #ifdef FEDMS_X86
-  static const bool available = avx512_has_bf16();
-  if (available && isa() == Isa::avx512) return &pair_kernels_avx512bf16;
+  static const bool has_instruction = avx512_has_bf16();
+  if (has_instruction && isa() == Isa::avx512) return &pair_kernels_avx512bf16;
 #endif
   return nullptr;
 }

@@ -36,7 +36,7 @@ def watch(
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Time between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show the state once and end.")] = False,
 ) -> None:
-    """Follow runs live: where each stands, its loss and accuracy. Ends when nothing runs any more, or by Ctrl-C."""
+    """Follow runs live: where each stands, its loss, and its accuracy or perplexity. Ends when nothing runs any more, or by Ctrl-C."""
     from rich.live import Live
 
     from fedms.report import watch as watching

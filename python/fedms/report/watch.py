@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedms.foreign import printable
 from fedms.progress import validation_words
+from fedms.report.numbers import field_of
 from fedms.storage.durable import owner
 from fedms.storage.records import RunRecords, find_runs
 
@@ -58,11 +59,6 @@ def read_states(path: str | Path) -> list[RunState]:
     return [RunState.read(folder) for folder in find_runs(path)]
 
 
-def _validation(records: RunRecords) -> str:
-    last = records.rounds[-1]["validation_accuracy"] if records.rounds else None
-    return "" if last is None else validation_words(records.config.get("task", {}).get("kind", "classification"), last)
-
-
 def over(states: Sequence[RunState]) -> bool:
     """Tell whether no run is running any more."""
     return all(state.state != "running" for state in states)
@@ -97,6 +93,11 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
         return ""
     low, span = min(known), max(known) - min(known)
     return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] if span else BARS[3] for value in known)
+
+
+def _validation(records: RunRecords) -> str:
+    last = records.rounds[-1]["validation_accuracy"] if records.rounds else None
+    return "" if last is None else validation_words(field_of(records.config, "task", "kind"), last)
 
 
 def _number(value: float | None, form: str) -> str:

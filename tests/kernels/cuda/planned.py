@@ -15,7 +15,7 @@ import fedms_ext
 from fedms_ext import ExpertLinear, LoRA, reference
 from fedms_ext.backends import cuda_plan, device
 from fedms_ext.operators import planned
-from layers import error
+from layers import error, refuse_general_way
 
 if reason := fedms_ext.explain("cuda"):
     pytest.skip(reason, allow_module_level=True)
@@ -41,12 +41,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def short_way(monkeypatch):
     """Fails where a layer takes the general way."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the call took the general way")
-
-    monkeypatch.setattr("fedms_ext.nn.expert_linear.expert_linear", refuse)
-    monkeypatch.setattr(planned, "_general_gradients", refuse)
+    refuse_general_way(monkeypatch, "fedms_ext.nn.expert_linear")
 
 
 def layer_of(k, n, ranks, dtype=torch.bfloat16, dropout=0.0, bias=True):

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import fedms_ext
-from fedms_ext.operators import planned
 from grouped_layers import BF16, DEVICE, poisoned  # noqa: F401
-from layers import error
+from layers import error, refuse_general_way
 
 peft = pytest.importorskip("peft")
 if reason := fedms_ext.explain("cuda"):
@@ -21,12 +20,7 @@ if reason := fedms_ext.explain("cuda"):
 @pytest.fixture
 def short_way(monkeypatch):
     """Fails where a layer takes the general way."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the call took the general way")
-
-    monkeypatch.setattr("fedms_ext.nn.peft_linear.expert_linear", refuse)
-    monkeypatch.setattr(planned, "_general_gradients", refuse)
+    refuse_general_way(monkeypatch, "fedms_ext.nn.peft_linear")
 
 
 def models_of(dtype=BF16, dropout=0.0, **ranks):
