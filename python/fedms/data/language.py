@@ -1,10 +1,10 @@
 """Data for causal language models: the built-in ones, and one's own tables of conversations, of prompts and answers, or of
-plain texts."""
+plain texts; also plain texts in files of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from .conversations import Encoded, Exchange, conversation, encode, plain_text, 
 from .dataset import Dataset, make_dataset, stratified_sample
 from .image_folder import scan
 from .labels import groups_of, name_of, natural
-from .samples import is_missing, normal
-from .tables import TABLES, Table, complete_rows, read_table, table_kind, table_stem
+from .samples import left_out, normal
+from .tables import TABLES, Table, check_columns, complete_rows, read_plain_text, read_table, table_kind, table_stem
 
+PLAIN = ".txt"              # a file of plain text
+REMEDY = ("A data set of the hub, or one that save_to_disk wrote, is saved as a table first: datasets.load_dataset(ID, "
+          'split="train").to_parquet("my-data.parquet"), or datasets.load_from_disk(FOLDER)')
 UNLABELED = ("text",)       # what is in the place of class names where samples have no category
 BUILT_IN = {"dictionaries": dictionaries.read, "projects": projects.read}
 
@@ -34,10 +37,12 @@ def load(config, model, seed: int) -> Dataset:
         seed: Seed of the subsample.
     """
     categories: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
     if config.name in BUILT_IN:
         exchanges, clients = BUILT_IN[config.name](config.path, config.max_samples, seed)
     else:
-        exchanges, clients, categories = read(config)
+        material = read(config)
+        exchanges, clients, categories, notes = material.exchanges, material.clients, material.categories, material.notes
         if config.max_samples is not None:
             strata = _codes(clients or categories or [""] * len(exchanges))
             kept = stratified_sample(strata, config.max_samples, np.random.default_rng(seed))
@@ -53,7 +58,7 @@ def load(config, model, seed: int) -> Dataset:
     pieces = torch.bincount(encoded.origin, minlength=len(exchanges))
     whole = (pieces[encoded.origin] == 1) & (config.loss_on == "answer")     # bytes are known of answers that are not cut
     return make_dataset(config.name, encoded.inputs, labels, names, groups=None if groups is None else torch.from_numpy(groups),
-                        group_names=group_names, answers=encoded.starts, notes=encoded.notes,
+                        group_names=group_names, answers=encoded.starts, notes=(*notes, *encoded.notes),
                         answer_bytes=sizes[encoded.origin] if bool(whole.all()) else None)
 
 
@@ -79,30 +84,47 @@ def _max_tokens(config, model) -> int:
     return config.max_tokens
 
 
-def read(config) -> tuple[list[Exchange], list[str] | None, list[str] | None]:
-    """Read exchanges from a table, or a folder of tables, with the client and the category of each, if there are any.
+@dataclass(frozen=True)
+class Material:
+    """What was read to be learned.
+
+    Attributes:
+        exchanges: Prompts and answers, or plain texts.
+        clients: The name of the client of each, or None if nobody owns them.
+        categories: The category of each, or None without data.category.
+        notes: One line for everything that was left out.
+    """
+
+    exchanges: list[Exchange]
+    clients: list[str] | None
+    categories: list[str] | None
+    notes: tuple[str, ...]
+
+
+def read(config) -> Material:
+    """Read exchanges from a table or a file of plain text, or from a folder of them.
 
     Args:
         config: The [data] table, in which `messages`, or `question` and `answer`, or `text` name the columns.
+
+    Raises:
+        DataError: If there is no such file, one cannot be read, a column is missing, or a cell is empty.
     """
-    path = Path(config.name).expanduser()
-    if path.is_dir():
-        tables = sorted((t for t in scan(path).tables if t.parent == path), key=lambda table: natural(table_stem(table)))
-    else:
-        tables = [path] if path.is_file() and table_kind(path) else []
-    if not tables:
-        raise DataError(f"data.name: {config.name!r} is neither {' nor '.join(BUILT_IN)}, nor a table ({', '.join(TABLES)}), nor "
-                        "a folder of tables; a data set of the hub is saved as .jsonl or .parquet first")
+    files, notes = files_of(Path(config.name).expanduser())
+    if not files:
+        raise DataError(f"data.name: {config.name!r} is neither {' nor '.join(BUILT_IN)}, nor a table ({', '.join(TABLES)}) or a text "
+                        f"({PLAIN}), nor a folder of them (seen from {Path.cwd()}). {REMEDY}")
     content = _columns(config)
     wanted = {**content, **{f"data.{key}": normal(name) for key in ("client", "category") if (name := getattr(config, key))}}
     exchanges: list[Exchange] = []
     clients: list[str] = []
     categories: list[str] = []
-    for file in tables:
-        table = read_table(file, config, wanted)
+    for file in files:
+        table = read_table(file, config, wanted) if table_kind(file) else read_plain_text(file, config)
         if config.empty == "drop":
             table = complete_rows(table, wanted.values())
-        _check(table, wanted)
+        check_columns(table, wanted)
+        notes += table.notes
         for row, place in enumerate(table.places):
             found = _exchanges(table, content, row, place)
             exchanges += found
@@ -110,8 +132,26 @@ def read(config) -> tuple[list[Exchange], list[str] | None, list[str] | None]:
             clients += [table_stem(file) if owner is None else name_of(owner)] * len(found)
             if "data.category" in wanted:
                 categories += [name_of(table.columns[wanted["data.category"]][row])] * len(found)
-    grouped = "data.client" in wanted or len(tables) > 1
-    return exchanges, clients if grouped else None, categories or None
+    grouped = "data.client" in wanted or len(files) > 1
+    return Material(exchanges, clients if grouped else None, categories or None, tuple(notes))
+
+
+def files_of(path: Path) -> tuple[list[Path], list[str]]:
+    """Return the files that are read of a file or folder, in the order of their names, and notes about those that are not.
+
+    A folder's tables are read; one without tables has its texts read. There are no files if there is nothing to read.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
+    if not path.is_dir():
+        return [path] if path.is_file() and (table_kind(path) or path.suffix.lower() == PLAIN) else [], []
+    tree = scan(path)
+    tables = [table for table in tree.tables if table.parent == path]
+    files = tables or [text for text in tree.others if text.parent == path and text.suffix.lower() == PLAIN]
+    rest = [file for file in (*tree.tables, *tree.others) if file not in files]
+    files.sort(key=lambda file: natural(table_stem(file)))
+    return files, left_out(rest, path, f"as {'no tables' if tables else 'no texts'} of this folder itself") if files else []
 
 
 def _columns(config) -> dict[str, str]:
@@ -122,20 +162,6 @@ def _columns(config) -> dict[str, str]:
         raise DataError(f"{missing}: data.question and data.answer belong together; give both")
     keys = ("messages",) if config.messages else ("question", "answer") if config.question else ("text",)
     return {f"data.{key}": normal(getattr(config, key)) for key in keys}
-
-
-def _check(table: Table, wanted: dict[str, str]) -> None:
-    for key, name in wanted.items():
-        if name not in table.columns:
-            raise DataError(f"{table.source}: no column {name!r} ({key}); its columns are: {', '.join(table.names)}{table.hint}")
-    if not table.places:
-        raise DataError(f"{table.source}: holds no samples")
-    for key in ("data.client", "data.category"):
-        if key in wanted:
-            bad = [i for i, value in enumerate(table.columns[wanted[key]]) if is_missing(value)]
-            if bad:
-                raise DataError(f"{table.places[bad[0]]} has nothing in column {wanted[key]!r} ({key}; {len(bad)} of "
-                                f"{len(table.places)} rows)")
 
 
 def _exchanges(table: Table, content: dict[str, str], row: int, place: str) -> list[Exchange]:

@@ -107,6 +107,22 @@ def read_table(path: Path, config, wanted: Mapping[str, str], every: bool = Fals
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def read_plain_text(path: Path, config) -> Table:
+    """Return a file of plain text as a table of one row, in the column that `data.text` names.
+
+    Raises:
+        DataError: If the file cannot be read, is empty, or is no text in `data.encoding`.
+    """
+    try:
+        text = _decoded(path, config.encoding)
+    except _Unreadable as error:
+        raise DataError(f"{path}: cannot be read as a text: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    name = normal(config.text)
+    return Table(str(path), path.parent, [name], {name: [text]}, [str(path)])
+
+
 def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, reads: str, labeled: bool) -> Samples:
     """Return the samples of several tables in order.
 
@@ -124,7 +140,7 @@ def samples_of(tables: Sequence[Table], clients: Sequence[str] | None, config, r
     if labeled and config.empty == "drop":
         tables = [complete_rows(table, wanted.values()) for table in tables]
     for table in tables:
-        _check(table, wanted)
+        check_columns(table, wanted)
     content_column, label, client = (wanted.get(key) for key in (f"data.{'text' if reads == 'text' else 'image'}",
                                                                  "data.label", "data.client"))
     content = [value for table in tables for value in _content(table, content_column, reads)]
@@ -162,7 +178,8 @@ def complete_rows(table: Table, names: Iterable[str]) -> Table:
                    places=[table.places[row] for row in kept], notes=(*table.notes, note))
 
 
-def _check(table: Table, wanted: Mapping[str, str]) -> None:
+def check_columns(table: Table, wanted: Mapping[str, str]) -> None:
+    """Raise a DataError if a table lacks one of the columns `wanted` or has it twice, has no rows, or has an empty cell in one."""
     for key, name in wanted.items():
         if table.names.count(name) > 1:
             raise DataError(f"{table.source}: has {table.names.count(name)} columns {name!r} ({key}); rename one")

@@ -67,7 +67,7 @@ def stamp(config) -> tuple[object, ...]:
     if config.name in registry.data_sets() or not path.exists():
         return ()
     tree = scan(path) if path.is_dir() else Tree(path, (), (), (path,), ())
-    files = (*tree.tables, *tree.images)
+    files = (*tree.tables, *tree.images, *tree.others)
     return tuple((str(file), *((at.st_size, at.st_mtime_ns) if (at := _stat(file)) else ())) for file in files)
 
 

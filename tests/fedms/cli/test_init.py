@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedms import cli, errors
-from fedms.cli import init
+from fedms.cli import init, run_files
 from fedms.config import load_config
 
 ROWS = [f"please pay {i};{'bill' if i % 2 else 'query'};{'Bern' if i < 20 else 'Graz'}" for i in range(40)]
@@ -38,7 +38,7 @@ def test_flags_and_guesses_make_a_run_file(tmp_path):
 def test_without_owners_clients_are_simulated(tmp_path):
     assert fedms("--data", "mail.csv", "--label", "folder", "--client", "none", "--yes").exit_code == 0
     config = load_config(tmp_path / "my-run.toml")
-    assert (config.data.partition, config.data.client, config.clients.count) == ("dirichlet", None, init.SIMULATED_CLIENTS)
+    assert (config.data.partition, config.data.client, config.clients.count) == ("dirichlet", None, run_files.SIMULATED_CLIENTS)
 
 
 def test_columns_are_not_compared_where_the_text_is_given(tmp_path, monkeypatch):
@@ -52,10 +52,10 @@ def test_columns_are_not_compared_where_the_text_is_given(tmp_path, monkeypatch)
 
 
 def test_questions_are_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(init, "_has_terminal", lambda: True)
-    result = fedms(answers="mail.csv\n\nfolder\n\n\n")
+    monkeypatch.setattr(init, "has_terminal", lambda: True)
+    result = fedms(answers="mail.csv\n\n\nfolder\n\n\n")
     assert result.exit_code == 0, result.output
-    assert [number for number in "12345" if f"{number}. W" in result.stderr] == list("12345")
+    assert [number for number in "123456" if f"{number}. W" in result.stderr] == list("123456")
     assert load_config(tmp_path / "my-run.toml").data.client == "office"
 
 
@@ -76,12 +76,12 @@ def test_a_folder_of_images_needs_no_columns(tmp_path):
     (("--data", "mial.csv"), errors.UNAVAILABLE, "mial.csv: no such file or folder"),
     (("--data", "mail.csv", "--label", "fodler"), errors.UNAVAILABLE, "fodler"),
     (("mail.csv", "--data", "mail.csv"), errors.FOLDER, "mail.csv: exists already"),
-    (("--data", "my.txt"), errors.UNAVAILABLE, "my.txt is neither a table"),
+    (("--data", "my.pdf"), errors.UNAVAILABLE, "my.pdf is neither a table"),
     (("--data", "one.csv"), errors.UNAVAILABLE, "one.csv: all samples are of one class, 'a'; at least two are needed"),
     (("--data", "lines.csv"), errors.UNAVAILABLE, r"line 2: the label is 'a\nb', which holds a line break"),
 ])
 def test_mistakes_leave_no_file(tmp_path, words, code, said):
-    (tmp_path / "my.txt").write_text("x")
+    (tmp_path / "my.pdf").write_text("x")
     (tmp_path / "one.csv").write_text("text,label\n1,a\n2,a\n")
     (tmp_path / "lines.csv").write_text('text,label\n1,"a\nb"\n2,c\n3,c\n')
     before = sorted(tmp_path.iterdir())
@@ -90,8 +90,8 @@ def test_mistakes_leave_no_file(tmp_path, words, code, said):
 
 
 def test_awkward_names_are_quoted(tmp_path):
-    answers = init.Answers('a "b"\\c\n', "te xt", "l=", "c#", "minilm", False)
-    (tmp_path / "run.toml").write_text(init.run_file(answers))
+    answers = run_files.Answers('a "b"\\c\n', {"text": "te xt", "label": "l="}, "c#", "minilm")
+    (tmp_path / "run.toml").write_text(run_files.run_file(answers))
     data = load_config(tmp_path / "run.toml").data
     assert (data.name, data.text, data.label, data.client) == ('a "b"\\c\n', "te xt", "l=", "c#")
 

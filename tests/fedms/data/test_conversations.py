@@ -7,7 +7,8 @@ import os
 import pytest
 import tiny_language_models as tiny
 
-from fedms.data import dictionaries, projects
+from fedms.config import load_config
+from fedms.data import dictionaries, language, projects
 from fedms.data.conversations import conversation, encode, plain_text, prompt_tokens, question
 from fedms.data.inputs import DataError
 
@@ -188,3 +189,29 @@ def test_projects_of_ones_own(tmp_path):
     assert exchanges[0].messages[0]["content"] + exchanges[0].answer == source.rstrip("\n")
     with pytest.raises(DataError, match="holds no folder"):
         projects.read(str(tmp_path / "mine"), None, 0)
+
+
+def test_rows_without_an_answer_are_refused_with_a_remedy_or_counted(tmp_path):
+    (tmp_path / "faq.csv").write_text("q,a\nwhere?,here\nwhen?, \nwho?,me\n")
+    table = load_config("sentiment", ["task.kind=causal_lm", f"data.name={tmp_path / 'faq.csv'}", "data.question=q", "data.answer=a"]).data
+    with pytest.raises(DataError, match=r"faq.csv, line 3 has nothing in column 'a' \(1 of 3 rows\).*data.empty = \"drop\""):
+        language.read(table)
+    material = language.read(table.model_copy(update={"empty": "drop"}))
+    assert [exchange.answer for exchange in material.exchanges] == ["here", "me"]
+    assert len(material.notes) == 1 and "1 of 3 rows left out" in material.notes[0]
+
+
+def test_a_folder_of_texts_is_read_text_by_text_and_tables_come_first(tmp_path):
+    (tmp_path / "b.txt").write_bytes("\ufeffzweite Übung".encode())
+    (tmp_path / "a.txt").write_bytes("erste Übung".encode("cp1252"))
+    (tmp_path / "note.pdf").write_bytes(b"x")
+    table = load_config("sentiment", ["task.kind=causal_lm", f"data.name={tmp_path}"]).data
+    with pytest.raises(DataError, match="a.txt: cannot be read as a text: line 1 .* data.encoding = \"cp1252\""):
+        language.read(table)
+    (tmp_path / "a.txt").write_bytes("erste Übung".encode())
+    material = language.read(table)
+    assert ([e.answer for e in material.exchanges], material.clients) == (["erste Übung", "zweite Übung"], ["a", "b"])
+    assert len(material.notes) == 1 and "note.pdf" in material.notes[0]
+    (tmp_path / "t.csv").write_text("text\nfrom a table\n")
+    material = language.read(table)
+    assert [e.answer for e in material.exchanges] == ["from a table"] and "3 files left out" in material.notes[0]
