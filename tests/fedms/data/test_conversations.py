@@ -193,7 +193,7 @@ def test_projects_of_ones_own(tmp_path):
 
 def test_rows_without_an_answer_are_refused_with_a_remedy_or_counted(tmp_path):
     (tmp_path / "faq.csv").write_text("q,a\nwhere?,here\nwhen?, \nwho?,me\n")
-    table = load_config("sentiment", ["task.kind=causal_lm", f"data.name={tmp_path / 'faq.csv'}", "data.question=q", "data.answer=a"]).data
+    table = load_config("sentiment", ["task.kind=causal_lm", "model.id=smollm2", f"data.name={tmp_path / 'faq.csv'}", "data.question=q", "data.answer=a"]).data
     with pytest.raises(DataError, match=r"faq.csv, line 3 has nothing in column 'a' \(1 of 3 rows\).*data.empty = \"drop\""):
         language.read(table)
     material = language.read(table.model_copy(update={"empty": "drop"}))
@@ -205,7 +205,7 @@ def test_a_folder_of_texts_is_read_text_by_text_and_tables_come_first(tmp_path):
     (tmp_path / "b.txt").write_bytes("\ufeffzweite Übung".encode())
     (tmp_path / "a.txt").write_bytes("erste Übung".encode("cp1252"))
     (tmp_path / "note.pdf").write_bytes(b"x")
-    table = load_config("sentiment", ["task.kind=causal_lm", f"data.name={tmp_path}"]).data
+    table = load_config("sentiment", ["task.kind=causal_lm", "model.id=smollm2", f"data.name={tmp_path}"]).data
     with pytest.raises(DataError, match="a.txt: cannot be read as a text: line 1 .* data.encoding = \"cp1252\""):
         language.read(table)
     (tmp_path / "a.txt").write_bytes("erste Übung".encode())
