@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fedms.errors import DataError
 
+from .hub_access import advice, hub
 from .samples import Samples, normal
 from .tables import Table, positions, samples_of, wanted_columns
 
@@ -16,14 +18,15 @@ def load_hub(config, reads: str) -> Samples:
         import datasets
     except ImportError as error:
         raise DataError("data.name: a hub data set needs the package datasets; pip install 'fedms[train]'") from error
-    try:
-        table = datasets.load_dataset(config.name, config.subset, split=config.part)
-    except Exception as error:  # no network, no such id, several configurations, a damaged file, ...
-        raise DataError(
-            f"data.name: {config.name!r} is neither built in nor a file or folder here, and the hub's data set of that "
-            f"name cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the name, "
-            "data.subset, data.part and the network"
-        ) from error
+    with hub() as unreachable:
+        try:
+            table = datasets.load_dataset(config.name, config.subset, split=config.part)
+        except Exception as error:  # no such id, several configurations, a damaged file, ...
+            reason = (f"{unreachable}, {advice(config.name, 'data.name', 'dataset')}" if unreachable else
+                      f"{type(error).__name__}: {str(error).strip().splitlines()[0]}; check the name, data.subset, data.part and, for a "
+                      "private data set, the login of `hf auth login`")
+            raise DataError(f"data.name: {config.name!r} is neither built in nor a file or folder in {Path.cwd()}; as a hub id it "
+                            f"cannot be loaded: {reason}") from error
     return from_hub(table, config, reads)
 
 

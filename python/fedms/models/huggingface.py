@@ -39,8 +39,9 @@ def load(table) -> FoundationModel:
     with explained(table.id), quiet_transformers():
         config = transformers.AutoConfig.from_pretrained(source, **options)
         module = _from_pretrained(transformers, source, config, options)
-    return wrap(module, _processors(transformers, source, table.id, module, options), name=table.id,
-                pooling=_pooling(source, table.pooling), blocks=table.blocks)
+        processors = _processors(transformers, source, table.id, module, options)
+        pooling = _pooling(source, table.pooling)
+    return wrap(module, processors, name=table.id, pooling=pooling, blocks=table.blocks)
 
 
 def wrap(module: nn.Module, processors: Sequence[Any], *, name: str, pooling: str = "auto",

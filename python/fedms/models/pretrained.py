@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fedms.data.hub_access import advice, hub
 from fedms.errors import ModelError
 
 from .base import quiet_transformers
@@ -45,24 +46,32 @@ def _convert(where: str | Path) -> str:
 @contextmanager
 def explained(model_id: str) -> Iterator[None]:
     """Turn any error of transformers, within the context, into a ModelError that says what to do."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged file shows itself in many types
-        reason = str(error).strip().split("\n")[0]
-        if "trust_remote_code" in str(error):
-            advice = ("it brings code of its own, which is not run unless you have read it and set "
-                      "model.trust_remote_code = true")
-        elif "safetensors" in str(error) and isinstance(error, OSError):
-            advice = _convert(model_id)
-        elif Path(model_id).expanduser().is_dir():
-            advice = "save it again with save_pretrained(), or copy it again"
-        else:
-            advice = (f"{Path.cwd()} has no folder of this name; if it is a hub id, check the id, the network and, for a private model, "
-                      "the login of `hf auth login`. Built-in models: see docs/reference/configuration.md")
-        raise ModelError(f"model.id: {model_id!r} cannot be loaded ({type(error).__name__}: {reason}); "
-                         f"{advice}") from error
+    here = Path(model_id).expanduser().exists()
+    with nullcontext("") if here else hub() as unreachable:
+        try:
+            yield
+        except ModelError:
+            raise
+        except Exception as error:  # a damaged file shows itself in many types
+            if unreachable and "trust_remote_code" not in str(error):
+                raise ModelError(f"model.id: {model_id!r} is neither built in nor a folder in {Path.cwd()}; as a hub id it cannot be "
+                                 f"loaded: {unreachable}, {advice(model_id, 'model.id', 'model')}") from error
+            raise _explanation(model_id, error) from error
+
+
+def _explanation(model_id: str, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        remedy = ("it brings code of its own, which is not run unless you have read it and set "
+                  "model.trust_remote_code = true")
+    elif "safetensors" in str(error) and isinstance(error, OSError):
+        remedy = _convert(model_id)
+    elif Path(model_id).expanduser().is_dir():
+        remedy = "save it again with save_pretrained(), or copy it again"
+    else:
+        remedy = (f"{Path.cwd()} has no folder of this name; if it is a hub id, check the id, the network and, for a private model, "
+                  "the login of `hf auth login`. Built-in models: see docs/reference/configuration.md")
+    return ModelError(f"model.id: {model_id!r} cannot be loaded ({type(error).__name__}: {reason}); {remedy}")
 
 
 def save_pretrained(folder: Path, *parts: Any) -> None:

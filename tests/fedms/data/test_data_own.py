@@ -15,7 +15,7 @@ from PIL import Image
 
 from fedms import data, models
 from fedms.config import ClientsTable, ConfigError, DataTable, ModelTable, config_from_dict
-from fedms.data import DataError, user_data
+from fedms.data import DataError, hub_access, user_data
 from fedms.data.images import read_images
 from fedms.runs.experiment import with_clients
 from fedms.storage.run_folder import RunFolder, check_same_data
@@ -364,8 +364,11 @@ def test_a_hub_data_set_that_cannot_be_had(monkeypatch, reader):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(hub_access, "_why_unreachable", lambda: "")
     said = refused("org/nothing", reader)
-    assert "'org/nothing' is neither built in nor a file or folder here" in said and "ConnectionError: no route" in said
+    assert "'org/nothing' is neither built in nor a file or folder in" in said and "ConnectionError: no route" in said
+    monkeypatch.setattr(hub_access, "_why_unreachable", lambda: "the hub is on holiday")
+    assert "the hub is on holiday, and the hub's cache" in refused("org/nothing", reader)
 
 
 def test_a_run_folder_refuses_other_data_of_the_same_name(tmp_path):

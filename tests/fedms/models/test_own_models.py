@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import time
 
+import huggingface_hub
 import numpy as np
 import pytest
 import saved_models
@@ -12,7 +14,7 @@ from PIL import Image
 from fedms import models
 from fedms.config import ModelTable, config_from_dict
 from fedms.data import ImageInputs
-from fedms.models import ModelError, ModuleModel
+from fedms.models import ModelError, ModuleModel, causal_lm
 from fedms_ext import ConstantPrefix, LoRA, activate, attach, expert_layers, merge, prefix_depth
 
 KINDS = [*saved_models.TEXT, *saved_models.IMAGES, "timm"]
@@ -206,10 +208,18 @@ def test_a_folder_that_is_no_model(model_id, message, tmp_path):
         models.load(ModelTable(id=model_id.format(empty=tmp_path)))
 
 
-def test_a_hub_id_without_a_network(monkeypatch):
+@pytest.mark.parametrize("language", [False, True])
+def test_a_hub_id_without_a_network_is_answered_at_once(monkeypatch, language):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")     # where nobody listens
+    load, start = causal_lm.load if language else models.load, time.monotonic()
+    with pytest.raises(ModelError, match=r"'no-org/no-model' .* http://127.0.0.1:9 cannot be reached .*hf download no-org/no-model"):
+        load(ModelTable(id="no-org/no-model"))
+    assert time.monotonic() - start < 15        # huggingface_hub alone asks for 23 seconds
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="'no-such-org/no-such-model' cannot be loaded.*check the id, the network"):
-        models.load(ModelTable(id="no-such-org/no-such-model"))
+    with pytest.raises(ModelError, match="the environment variable HF_HUB_OFFLINE is set"):
+        load(ModelTable(id="no-org/no-model"))
 
 
 def test_damaged_and_incomplete_folders(tmp_path):
