@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import annotated_types
-from pydantic import (BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema, field_validator,
-                      model_validator)
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema,
+                      field_validator, model_validator)
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -33,6 +34,7 @@ def parse_size(value: Any) -> int:
 _SIZE = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]})
 Size = Annotated[int, BeforeValidator(parse_size), _SIZE]
 Rate = Annotated[int, BeforeValidator(parse_size), annotated_types.Ge(1), _SIZE]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]       # of a file or folder of this machine; ~ is the home folder
 
 
 @dataclass(frozen=True)

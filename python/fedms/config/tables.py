@@ -9,7 +9,7 @@ import annotated_types
 from pydantic import Field
 
 from fedms.config import registry
-from fedms.config.table import OneOf, Rate, Size, Table
+from fedms.config.table import FilePath, OneOf, Rate, Size, Table
 
 
 class ModelTable(Table):
@@ -49,7 +49,7 @@ class DataTable(Table):
     name: str = Field("sentiment", min_length=1, description="data set: built in are "
                       "sentiment, digits, fashion-mnist, dictionaries, projects; else the name of one that is registered, a "
                       "file or a folder of .csv, .tsv, .parquet or .jsonl, a folder of images, or a hub id")
-    path: Optional[str] = Field(
+    path: Optional[FilePath] = Field(
         None, description="another copy of a built-in data set's files; unset: its own source, cached")
     text: str = Field("text", min_length=1, description="column of texts")
     image: str = Field("image", min_length=1, description="column of images, or of their files' names")
@@ -136,7 +136,7 @@ class LoraTable(Table):
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the LoRA branch")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
-    start: Optional[str] = Field(
+    start: Optional[FilePath] = Field(
         None, description="folder of an adapter in PEFT's format that the global expert starts as (fedms import-peft sets "
         "it); unset: afresh")
 
@@ -273,7 +273,7 @@ class ClientsTable(Table):
         "later one, its change divided by the root of 1 + the rounds that went by")
     buffer: Optional[int] = Field(None, ge=1, description="asynchronous: replies after which a round goes on. unset: half of "
                                   "the clients that are at work at a time, rounded up")
-    arrivals: Optional[str] = Field(
+    arrivals: Optional[FilePath] = Field(
         None, description="asynchronous, engine local: run folder whose order of arrivals is repeated. unset: drawn from "
         "run.seed")
     max_change: float = Field(2.0, gt=0, description="a reply is refused in which a tensor changed by more than this many "
@@ -346,7 +346,7 @@ class PrivacyTable(Table):
         "fixed", description="fixed: a round's clients follow from run.seed, which all know, and taking part is not hidden; "
         "poisson: each client is drawn with probability clients.fraction from the secret key, which hides it and lowers "
         "epsilon; mode central alone")
-    key: str = Field("privacy.key", min_length=1, description="file of 32 secret bytes, readable by its owner alone, from "
+    key: FilePath = Field("privacy.key", min_length=1, description="file of 32 secret bytes, readable by its owner alone, from "
                      "which the noise is drawn; never from run.seed")
     bits: int = Field(16, ge=8, le=20, description="an update's values are rounded to multiples of clip / 2^bits")
     score_noise: Union[Literal["off"], Annotated[float, annotated_types.Gt(0)]] = Field(

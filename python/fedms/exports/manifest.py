@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedms.config import dump
+from fedms.config.paths import with_bare_names
 from fedms.errors import RunFolderError
 from fedms.exports.trained_run import Task
 from fedms.foreign import InnerPath, conform, parse_json, read_regular
@@ -100,7 +101,7 @@ def write_manifest(folder: Path, kind: str, task: Task, **more: Any) -> None:
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
             os.fsync(file.fileno())
     content = {"format": FORMAT, "kind": kind, "classes": task.classes, "prompts": task.prompts, "clients": task.groups,
-               "model_fingerprint": task.fingerprint, "config": dump(task.config),
+               "model_fingerprint": task.fingerprint, "config": dump(with_bare_names(task.config)),
                **more, "files": files}
     with open_new(folder / MANIFEST) as file:
         file.write(json.dumps(content, indent=2, sort_keys=True).encode())

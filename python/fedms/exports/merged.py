@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fedms.config.paths import with_bare_names
 from fedms.errors import ConfigError, ModelError
 from fedms.exports.manifest import save_tensors, write_manifest
 from fedms.exports.predict import bind
@@ -118,7 +119,8 @@ def model_card(foundation: FoundationModel, task: Task, expert: str, base: str, 
     """
     recipe = cast(TextModel | VisionModel, foundation).recipe(
         base, task.config.data.max_tokens, "PeftModel.from_pretrained(base, \".\")" if peft else None)
-    about = f"Method {task.config.run.method}, model {printable(task.config.model.id)}, data {printable(task.config.data.name)}."
+    config = with_bare_names(task.config)
+    about = f"Method {config.run.method}, model {printable(config.model.id)}, data {printable(config.data.name)}."
     first = ["```python", "import torch", "import transformers", *(["from peft import PeftModel"] if peft else [])]
     if isinstance(foundation, CausalModel):
         return "\n".join([f"# {expert} expert", "", about, "", *first, "", *recipe, "```", ""])

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 from pydantic import BaseModel, TypeAdapter
 
+from fedms.config.paths import bare_name
 from fedms.foreign import conform, parse_json, read_regular
 from fedms.report.cards import cost_cards, outcome_cards
 from fedms.report.figures import CHARTS, GAIN, GRID, INK, LOSS, MUTED, SURFACE, as_svg, method_color, plain_style
@@ -67,7 +68,7 @@ def render(runs: Sequence[RunRecords], notes: Iterable[str] = ()) -> str:
         undefined=jinja2.StrictUndefined)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
-        title=f"{config['model']['id']} on {config['data']['name']}", colors=_css_colors(),
+        title=" on ".join(map(bare_name, (config["model"]["id"], config["data"]["name"]))), colors=_css_colors(),
         script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         setting=_setting(runs), headline=outcome.rstrip(".") + ".", lead=more, privacy=statements(runs),
         findings=findings(runs, notes), cards=outcome_cards(focus, rows) if any(r.summary for r in focus_runs) else [],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedms.config import RunConfig, config_from_dict, dump_toml, of_method
+from fedms.config.paths import with_absolute_paths, with_real_paths
 from fedms.errors import ConfigError, RunFolderError
 from fedms.foreign import parse_json, read_regular
 from fedms.storage.durable import LOCK, TEMPORARY, FolderLock, write_durably
@@ -54,7 +55,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, overwrite: bool = False) -> RunFolder:
-        """Make the folder with its `config.toml`, all or nothing.
+        """Make the folder with its `config.toml`, in which paths are absolute, all or nothing.
 
         Args:
             path: The folder.
@@ -80,7 +81,7 @@ class RunFolder:
             lock = None
             try:
                 lock = _lock(path)
-                _fill(path, dump_toml(config), old)
+                _fill(path, dump_toml(with_absolute_paths(config)), old)
             except BaseException:
                 if lock:
                     lock.release()
@@ -246,7 +247,7 @@ def check_same_config(path: Path, config: RunConfig) -> None:
     if config.clients.count is None:        # the data said how many, and `check_same_data` compares them
         config = config.model_copy(update={
             "clients": config.clients.model_copy(update={"count": earlier.clients.count})})
-    there, here = (_flat(of_method(c.model_dump(exclude_none=True))) for c in (earlier, config))
+    there, here = (_flat(of_method(c.model_dump(exclude_none=True))) for c in map(with_real_paths, (earlier, config)))
     for key in ("run.device", "run.workers", "privacy.key"):        # a run may go on elsewhere, and in other processes
         here[key] = there[key]
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
