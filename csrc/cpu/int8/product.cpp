@@ -98,25 +98,38 @@ int64_t work_size(const Product& p) {
   return masked || p.layout().rotated ? PREPARED_ROWS * p.k : 0;
 }
 
+// So many columns of the first part's S are made while x is quantized.
+int64_t made_along(const Product& p) {
+  const Part& part = p.parts.front();
+  const bool readable = p.layout().kernels->quantize_along && !p.layout().rotated && !part.masked;  // both read x as it is
+  return readable && p.k <= LONGEST_ALONG ? std::min(part.rank(), ALONG) : 0;
+}
+
 // Rows first .. first + count - 1 of x to the rows of `to` from `at` on. A part's `weighed` starts at a multiple of `to_rows`.
 void prepare(const Product& p, int64_t first, int64_t count, const Strip& to, int64_t at, int64_t to_rows, float* work) {
   const Packed& layout = p.layout();
-  const int64_t row_size = row_size_of(layout);
+  const Int8Kernels& kernels = *layout.kernels;
+  const Part& leading = p.parts.front();
+  const int64_t row_size = row_size_of(layout), q_stride = row_size / kernels.q_size, along = made_along(p);
   for (int64_t i = 0; i < count; i += PREPARED_ROWS) {
     const int64_t rows = std::min(PREPARED_ROWS, count - i), row = at + i;
     const float* const x = p.x + (first + i) * p.k;
-    const float* levels_of = x;
-    if (layout.rotated) {
-      layout.kernels->rotate(rows * p.k, static_cast<int32_t>(layout.rotated), x, work);
-      levels_of = work;
+    uint8_t* const q = to.q + row * row_size;
+    float* const q_scale = to.q_scale + row;
+    int32_t* const q_zero = to.q_zero + row;
+    if (along > 0) {
+      kernels.quantize_along(rows, p.k, layout.steps, x, q, q_stride, q_scale, q_zero, along, leading.shrink.data(),
+                             leading.s + (first + i) * leading.rank(), leading.rank());
+    } else {
+      if (layout.rotated) kernels.rotate(rows * p.k, static_cast<int32_t>(layout.rotated), x, work);
+      kernels.quantize(rows, p.k, layout.steps, layout.rotated ? work : x, q, q_stride, q_scale, q_zero);
     }
-    layout.kernels->quantize(rows, p.k, layout.steps, levels_of, to.q + row * row_size, row_size / layout.kernels->q_size,
-                             to.q_scale + row, to.q_zero + row);
     for (const Part& part : p.parts) {
-      const int64_t rank = part.rank();
-      if (rank == 0) continue;
+      const int64_t rank = part.rank(), made = &part == &leading ? along : 0;
+      if (rank == made) continue;
       if (part.masked) drop_rows(part.lora, first + i, rows, 0, p.k, x, p.k, work, p.k, false);
-      lora_kernels().dots(rows, rank, p.k, part.masked ? work : x, p.k, part.shrink.data(), part.s + (first + i) * rank, rank);
+      lora_kernels().dots(rows, rank - made, p.k, part.masked ? work : x, p.k, part.shrink.data() + made,
+                          part.s + (first + i) * rank + made, rank);
     }
   }
   float* weighed = to.weighed;

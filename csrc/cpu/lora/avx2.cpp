@@ -25,6 +25,7 @@ inline Vec load(const Bf16* from) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+inline Vec held(Vec v) { return v; }
 inline Vec load_part(const float* from, int64_t count) { return _mm256_maskload_ps(from, mask(count)); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
 inline void store_part(float* to, Vec v, int64_t count) { _mm256_maskstore_ps(to, mask(count), v); }

@@ -35,6 +35,7 @@ template <class Half>
 inline Vec load(const Half* from) {
   return Vec{wide(from[0]), wide(from[1]), wide(from[2]), wide(from[3])};
 }
+inline Vec held(Vec v) { return v; }
 inline Vec load_part(const float* from, int64_t count) {
   Vec v = splat(0);
   std::memcpy(&v, from, count * sizeof(float));

@@ -166,6 +166,16 @@ def test_experts_gates_and_dropout(m, ranks, gate, dropout_p):
     Case(m=m, n=90, k=101, ranks=ranks, gate=gate, bias=False, dropout_p=dropout_p).check()
 
 
+@pytest.mark.parametrize("rank", [1, 4, 7, 8, 9, 20])
+@pytest.mark.parametrize("m, k", [(3, 5), (13, 64), (29, 100), (67, 384), (40, 1024), (40, 1025)])
+def test_s_has_the_bits_of_a_layer_in_float32(m, k, rank):
+    """It is made while x is quantized, or beside it, by the products that a layer in float32 takes."""
+    case = Case(m, 65, k, [rank])
+    s, y = torch.full((m, rank), NAN), torch.zeros(m, 65)
+    _C.lora_forward(case.x, case.a, case.b, case.scale, None, 0.0, 0, s, y)
+    assert torch.equal(case.forward()[1], s)
+
+
 def test_without_dx():
     case = Case(m=33, n=40, k=50, ranks=[4])
     want = case.want_backward()

@@ -1,4 +1,4 @@
-"""The inner loops of the int8 kernels, as they were compiled: their sums stay in registers."""
+"""The inner loops of the CPU kernels, as they were compiled: sums stay in registers, and nothing is loaded twice."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import pytest
 
@@ -59,3 +60,14 @@ def test_the_sums_of_the_largest_tile_stay_in_registers(tile):
         stores = [line for line in loop if re.match(rf"v?mov\S+ +%{register}\d+,.*\(", line)]
         assert not stores, f"the loop writes registers to memory: {stores}"
         assert not [line for line in loop if "%rsp" in line or "%rbp)" in line], "the loop uses the stack"
+
+
+def test_no_vector_is_loaded_twice_in_a_step_of_512_bits():
+    """A core loads one such vector a cycle, as many as it multiplies: what several products share must lie in a register."""
+    product = re.compile(r"vfmadd\S+ .*%zmm\d+$")
+    loops = [loop for loop in inner_loops(_C.__file__) if sum(bool(product.search(line)) for line in loop) >= 8]
+    assert loops
+    for loop in loops:
+        vectors = [line for line in loop if "%zmm" in line and "broadcast" not in line and "{1to16}" not in line]
+        read = Counter(found[0] for line in vectors if (found := re.search(r"\S*\(%[^)]*\)(?=,)", line)))
+        assert not [at for at, times in read.items() if times > 1], "\n".join(loop)
