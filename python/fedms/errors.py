@@ -21,6 +21,9 @@ EXIT_CODES = {
 }
 """What each exit code of the command line means."""
 
+GO_ON = "go on with it by `fedms run` with --resume, or by `fedms server start` where a server carries it out"
+"""What to do with a run that has not ended, for errors of commands that need one that has."""
+
 
 class FedMSError(Exception):
     """An error that the command line reports in words, without a traceback.
@@ -111,6 +114,8 @@ class WorkerDied(FedMSError):
 
 class AllClientsFailed(FedMSError):
     """Too few clients could be trained in a round, or none could be evaluated at the end."""
+
+    resumable = True
 
 
 def all_errors() -> Iterator[type[FedMSError]]:

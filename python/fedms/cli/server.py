@@ -11,7 +11,7 @@ from fedms.config import ConfigError
 
 from .command import DEPLOY, app, command
 from .options import Sets, Source, read_source
-from .stopping import polite_stop
+from .stopping import polite_stop, resume_hint
 from .terminal import run_progress, show, show_results
 
 server = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Run the server of a federation. It never sees the "
@@ -85,9 +85,10 @@ def server_start(
 ) -> None:
     """Serve the clients and carry out the run, or go on with it."""
     deployment = installed()
-    with run_progress(folder / deployment.RUN) as progress, polite_stop() as stop:
+    out = folder / deployment.RUN
+    with resume_hint(out), run_progress(out) as progress, polite_stop() as stop:
         deployment.start(folder, bind, progress, stop, port=port, wait_for=clients)
-    show_results(folder / deployment.RUN)
+    show_results(out)
 
 
 @command(

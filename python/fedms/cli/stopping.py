@@ -106,6 +106,6 @@ def resume_hint(out: Path) -> Iterator[None]:
         resumable = isinstance(error, KeyboardInterrupt) or (isinstance(error, FedMSError) and error.resumable)
         if resumable and out.is_dir():
             words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
-            words += [] if words[:1] in (["compare"], ["tune"]) else ["--resume"]     # those go on by themselves
+            words += ["--resume"] if words[:1] in (["run"], ["import-peft"]) else []      # others go on by themselves
             say(f"\nfedms report {out} shows what was recorded so far; go on with\n  {shlex.join(['fedms', *words])}")
         raise

@@ -7,7 +7,7 @@ from fedms.config import registry
 from fedms.errors import DataError
 
 from . import language, user_data
-from .cache import cache_dir, made_cache_dir
+from .cache import CacheError, cache_dir, made_cache_dir
 from .dataset import Dataset, describe, make_dataset
 from .inputs import ImageInputs, TextInputs
 from .partitioning import ClientSplit, Partition, partition
@@ -17,6 +17,7 @@ from .shard import Shard, ShardError, read_shard, shard_of, write_shard
 from .user_data import stamp
 
 __all__ = [
+    "CacheError",
     "ClientSplit",
     "DataError",
     "Dataset",

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedms.errors import DataError
+from safetensors import SafetensorError
+
+from fedms.errors import UNAVAILABLE, DataError, FedMSError
 from fedms.storage.durable import private_folder
 
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
+
+
+class CacheError(FedMSError):
+    """The cache folder cannot be written."""
+
+    exit_code = UNAVAILABLE
+    title = "cache folder"
 
 
 def cache_dir() -> Path:
@@ -25,8 +37,47 @@ def made_cache_dir() -> Path:
 
     A new folder is accessible to its owner only, because others could change what is read from it. The mode of an existing
     folder is not changed, so that a team can share one.
+
+    Raises:
+        CacheError: If it cannot be made.
     """
-    return private_folder(cache_dir(), close=False)
+    with filling_cache():
+        return private_folder(cache_dir(), close=False)
+
+
+@contextmanager
+def filling_cache(needs: int | None = None) -> Iterator[None]:
+    """Turn a full disk, and a folder that may not be written, into a CacheError within the context.
+
+    Args:
+        needs: Bytes that are written, about, if that is known.
+
+    Raises:
+        CacheError: It names the folder, the space, and how another folder is chosen.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors names the number of an error in words alone
+        number = errno.ENOSPC if f"os error {errno.ENOSPC})" in str(error) else getattr(error, "errno", None)
+        folder = cache_dir().absolute()
+        elsewhere = "name another folder in the environment variable FEDMS_CACHE"
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            needed = f" {needs / 1e6:,.0f} MB are needed, and" if needs else ""
+            raise CacheError(f"{folder}: the disk is full:{needed} {shutil.disk_usage(existing).free / 1e6:,.0f} MB are free. Make room, or "
+                             f"{elsewhere}") from error
+        if number in _FORBIDDEN:
+            raise CacheError(f"{folder}: cannot be written: {os.strerror(number)}; {elsewhere}") from error
+        raise
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a new folder inside of the cache folder, which is removed at the end."""
+    made_cache_dir()
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as scratch:
+        yield Path(scratch)
 
 
 @contextmanager

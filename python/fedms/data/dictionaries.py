@@ -19,17 +19,18 @@ import base64
 import gzip
 import random
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedms.errors import DataError
 
-from .cache import cache_dir, new_folder, verify
+from .cache import cache_dir, filling_cache, new_folder, scratch_folder, verify
 from .conversations import Exchange, question
 from .debian import unpack_packages
+from .programs import FetchError
 
+SPACE = 90_000_000      # bytes of the packages and of what is unpacked of them, roughly
 INSTALLED = Path("/usr/share/dictd")
 FILES = {
     "devil": ("995ca92760d677965cb2780e78b808e982f9d49e8c12d795c1854476bbf13819",
@@ -163,10 +164,10 @@ def _files(name: str) -> tuple[str, str]:
 
 def _fetch(folder: Path) -> None:
     packages = [f"dict-{name}" for name in FILES]
-    with tempfile.TemporaryDirectory(prefix="fedms-") as scratch:
+    with filling_cache(SPACE), scratch_folder() as scratch:
         try:
-            unpack_packages(packages, Path(scratch))
-        except OSError as error:
+            unpack_packages(packages, scratch)
+        except FetchError as error:
             raise DataError(
                 f"the dictionaries are not here and could not be fetched: {error}\nEither make `apt-get download "
                 f"{' '.join(packages)}` work (Debian, Ubuntu; `apt-get update` first), or put their files NAME.dict.dz and "
@@ -175,6 +176,6 @@ def _fetch(folder: Path) -> None:
         with new_folder(folder) as new:
             for name, digests in FILES.items():
                 for file, digest in zip(_files(name), digests):
-                    source = Path(scratch) / INSTALLED.relative_to("/") / file
+                    source = scratch / INSTALLED.relative_to("/") / file
                     verify(source, digest, "the package holds another version of the dictionary; set data.path")
                     (new / file).write_bytes(source.read_bytes())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import shutil
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -21,11 +20,13 @@ import torch
 
 from fedms.errors import DataError
 
-from .cache import cache_dir, new_folder, verify
+from .cache import cache_dir, filling_cache, new_folder, scratch_folder, verify
 from .dataset import Dataset, make_dataset, stratified_sample
 from .debian import unpack_packages
 from .images import gray_inputs
+from .programs import FetchError
 
+SPACE = 95_000_000      # bytes of the package and of what is unpacked of it, roughly
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 FILES = {
@@ -138,10 +139,10 @@ def default_folder() -> Path:
 
 def _fetch(folder: Path) -> None:
     """Download the package with apt-get, which any user may do, and unpack it with dpkg. Nothing is installed."""
-    with tempfile.TemporaryDirectory(prefix="fedms-") as scratch:
+    with filling_cache(SPACE), scratch_folder() as scratch:
         try:
-            unpack_packages([PACKAGE], Path(scratch))
-        except OSError as error:
+            unpack_packages([PACKAGE], scratch)
+        except FetchError as error:
             raise DataError(
                 f"Fashion-MNIST is not here and could not be fetched: {error}\nEither make "
                 f"`apt-get download {PACKAGE}` work (Debian, Ubuntu; `apt-get update` first), or put the four files "
@@ -149,6 +150,6 @@ def _fetch(folder: Path) -> None:
             ) from error
         with new_folder(folder) as new:
             for name, digest in FILES.items():
-                file = Path(scratch) / INSTALLED.relative_to("/") / name
+                file = scratch / INSTALLED.relative_to("/") / name
                 verify(file, digest, "the package holds another version of the data; set data.path")
                 (new / name).write_bytes(file.read_bytes())

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
+
+from .programs import FetchError, run
 
 
 def fetch(package: str, archive: str, sha256: str, folder: Path, *, source: bool = False) -> Path:
@@ -23,20 +24,22 @@ def fetch(package: str, archive: str, sha256: str, folder: Path, *, source: bool
         The path of the archive.
 
     Raises:
-        OSError: If pip did not download the whole archive; the message ends with the last lines of its output.
+        FetchError: If pip did not download the whole archive.
+        OSError: If the disk is full.
     """
+    folder = folder.absolute()
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{sha256}\n")
     # Only this package as source: ":all:" would also build pip's own build requirements from source.
     kind = f"--no-binary={package.partition('==')[0]}" if source else "--only-binary=:all:"
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps", kind,
                "--dest", str(folder), "-r", str(requirement)]
+    failed = FetchError(f"`pip download {package}` left another file than {archive}")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        output = done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        output = "pip gave no answer within 600 seconds"
+        run(command, folder, f"pip download {package}")
+    except FetchError as error:
+        failed = error
     # pip copies the archive to its place last, and leaves a part of it there if the disk is full.
     if not (folder / archive).exists() or hashlib.sha256((folder / archive).read_bytes()).hexdigest() != sha256:
-        raise OSError(f"`pip download {package}` failed:\n  " + "\n  ".join(output.strip().splitlines()[-5:]))
+        raise failed
     return folder / archive

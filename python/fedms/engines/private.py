@@ -136,7 +136,7 @@ class PrivateRounds:
                 problem = str(error)
                 self.engine.progress.note(f"{message.stage}, round {message.round}: {problem}")
         raise AllClientsFailed(f"{message.stage}, round {message.round}: no secure sum came about in {ATTEMPTS} attempts: "
-                               f"{problem}; --resume tries again")
+                               f"{problem}; a run that goes on tries again")
 
     # Records: nothing in them depends on a client's data.
 

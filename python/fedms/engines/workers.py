@@ -150,7 +150,7 @@ class _Worker:
         return content
 
     def _died(self) -> WorkerDied:
-        return WorkerDied(f"{self.name}, {self._doing}, was killed; if memory ran out, use fewer run.workers. --resume goes on from "
+        return WorkerDied(f"{self.name}, {self._doing}, was killed; if memory ran out, use fewer run.workers. The run goes on from "
                           "the last checkpoint, with any number of workers")
 
     def end(self) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from fedms import methods
 from fedms.config import RunConfig, config_from_dict
 from fedms.data import normal
-from fedms.errors import ConfigError, ModelError, RunFolderError
+from fedms.errors import GO_ON, ConfigError, ModelError, RunFolderError
 from fedms.federated.client import Message, Private
 from fedms.foreign import conform, few
 from fedms.models import FoundationModel
@@ -167,7 +167,7 @@ def read_task(run: Path) -> Task:
     """
     records = RunRecords.read(run)
     if records.summary is None:
-        raise RunFolderError(f"{run}: the run has not ended; go on with it by --resume")
+        raise RunFolderError(f"{run}: the run has not ended; {GO_ON}")
     if not records.summary.get("classes"):
         raise RunFolderError(f"{run}: its summary does not say its classes, so it was made by an older version; run it again")
     prompts = records.summary["prompts"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedms.config import registry
-from fedms.data import made_cache_dir
+from fedms.data.cache import filling_cache, made_cache_dir
 from fedms.models.vit import RECIPES, Recipe, build
 from fedms.storage.durable import write_durably
 
@@ -43,7 +43,7 @@ def ensure(name: str, path: str | None = None, *, force: bool = False, report: R
 
     Raises:
         DataError: If the data are missing.
-        OSError: If the file cannot be written.
+        CacheError: If the file cannot be written.
     """
     recipe = RECIPES[name]
     file = recipe.weights(name)
@@ -53,9 +53,10 @@ def ensure(name: str, path: str | None = None, *, force: bool = False, report: R
     weights = pretrain(recipe, public_half(path), report)
     from safetensors.torch import save
 
-    made_cache_dir()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(file, save({key: tensor.contiguous() for key, tensor in weights.items()}))
+    with filling_cache():
+        made_cache_dir()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, save({key: tensor.contiguous() for key, tensor in weights.items()}))
     return file, True
 
 

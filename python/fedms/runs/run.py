@@ -277,7 +277,7 @@ def evaluate(engine: Engine, state: ServerState, final: Message, folder: RunFold
         return {**about, "global_test_accuracy": shared, "privacy": engine.private_rounds.outcome(state)}
     evaluations = list(engine.evaluate(final, on_common_test=shared is None and len(common_test) > 0))
     if not evaluations:
-        raise AllClientsFailed("all rounds are done, and no client could be evaluated; --resume asks them again")
+        raise AllClientsFailed("all rounds are done, and no client could be evaluated; a run that goes on asks them again")
     unseen = [evaluate_unseen(method, model, client, final, config.stage2.rounds) for client in experiment.unseen]
     for record in (*(each.record for each in evaluations), *(as_it_arrives for as_it_arrives, _ in unseen)):
         folder.append_client(record)

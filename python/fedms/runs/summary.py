@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedms.config import RunConfig, config_from_dict
-from fedms.errors import RunFolderError
+from fedms.errors import GO_ON, RunFolderError
 from fedms.federated.server import STAGES
 from fedms.foreign import few
 from fedms.storage.records import OPTIONAL, OUTCOME, RunRecords
@@ -101,7 +101,7 @@ class Summary:
         """
         if records.outcome is None:
             raise RunFolderError(f"{records.path}: holds no {OUTCOME}, so the run has not been evaluated, or an older version "
-                                 "wrote it; go on with it by --resume")
+                                 f"wrote it; {GO_ON}")
         config, outcome = config_from_dict(records.config), records.outcome
         seen = [client for client in records.clients if not client["unseen"]]
         unseen = [client for client in records.clients if client["unseen"]]

@@ -490,7 +490,7 @@ def test_evaluation_asks_no_more_than_a_round_and_says_who_is_missing(tmp_path, 
 
 def test_a_run_without_any_evaluation_has_not_ended(tmp_path, shards):
     silent = {("evaluate", "evaluation", i): lambda message, answer: None for i in range(4)}
-    with pytest.raises(AllClientsFailed, match="no client could be evaluated; --resume asks them again"):
+    with pytest.raises(AllClientsFailed, match="no client could be evaluated; a run that goes on asks them again"):
         deployed(tmp_path, shards, faults=silent)
     found, _ = deployed(tmp_path, shards, resume=True)
     same(found, embedded(tmp_path))

@@ -179,7 +179,7 @@ def test_client_that_drops_out_of_a_phase(phase, counts, tmp_path, configure, sh
 def test_too_many_drop_out(tmp_path, configure, shards):
     sets = ["stage1.rounds=1", "stage2.rounds=0"]
     faults = {("query.sum", "stage1 1", client): lambda message, answer: None for client in (1, 2)}
-    with pytest.raises(AllClientsFailed, match="no secure sum came about in 3 attempts: .*; --resume tries again"):
+    with pytest.raises(AllClientsFailed, match="no secure sum came about in 3 attempts: .*; a run that goes on tries again"):
         deployed(configure(*MODES["secure"], *sets, engine="flower"), tmp_path / "a", shards("secure", *sets), faults)
 
 

@@ -369,7 +369,7 @@ def test_exports_that_cannot_be_made(ended, tmp_path):
     with pytest.raises(RunFolderError, match="holds no checkpoint"):
         export(tmp_path / "run", tmp_path / "out")
     (tmp_path / "run/summary.json").unlink()
-    with pytest.raises(RunFolderError, match="has not ended; go on with it by --resume"):
+    with pytest.raises(RunFolderError, match="has not ended; go on with it by `fedms run` with --resume, or by `fedms server start`"):
         export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
