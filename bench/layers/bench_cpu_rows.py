@@ -4,8 +4,8 @@
 
 Candidates take turns in one process, so that each figure is a ratio within a turn: the median, in brackets the 20th and the 80th
 percentile. With one thread it is the thread's own CPU time. All of them keep the memory that they free
-(`fedms_ext.keep_freed_memory`): the system maps blocks of 3 MiB anew in one process and not in the next. Forward passes need no gradient; backward passes are for x, A and B,
-that of the bare layer for x alone.
+(`fedms_ext.keep_freed_memory`), because the system maps blocks of 3 MiB anew in one process and not in the next. Forward passes
+need no gradient; backward passes are for x, A and B, that of the bare layer for x alone.
 """
 
 from __future__ import annotations
