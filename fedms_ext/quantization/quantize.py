@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
+from fedms_ext.nn.fused_paths import settle_fused_paths
 from fedms_ext.nn.linear import is_linear, is_transposed, obstacle, reader, replaced_forward
 from fedms_ext.nn.pairs import Pairs
 from fedms_ext.nn.quantized_weight import QuantizedWeight, tensor_sha256
@@ -76,16 +77,8 @@ def quantize(model: nn.Module, kind: str = "int8", group: int = GROUP, *, exclud
         (layer if isinstance(layer, FrozenLinear) else FrozenLinear.take(layer)).freeze(frozen[name])
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-    _switch_off_fused_path(model, layers)
+    settle_fused_paths(model)
     return list(layers)
-
-
-def _switch_off_fused_path(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Make PyTorch's encoder layers that contain one of `layers` call it; in evaluation mode they would read its weight instead."""
-    changed = {*layers.values()}
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and not changed.isdisjoint(module.modules()):
-            module.activation_relu_or_gelu = 0
 
 
 def _check_endings(model: nn.Module, exclude: Targets | None) -> None:
@@ -168,7 +161,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> list[str]:
                              "use bfloat16 or float32")
     for p in frozen.values():
         p.data = p.to(dtype)
-    _switch_off_fused_path(model, layers)
+    settle_fused_paths(model)
     return list(layers)
 
 
@@ -203,4 +196,5 @@ def dequantize(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
         layer.thaw(weights[f"{name}.weight"].detach().to(layer.frozen.scale.device, copy=True))
         if not isinstance(layer, ExpertLinear):
             layer.leave()
+    settle_fused_paths(model)
     return list(layers)

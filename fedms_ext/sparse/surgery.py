@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedms_ext.nn.expert_linear import ExpertLinear
 from fedms_ext.nn.frozen_linear import FrozenLinear
+from fedms_ext.nn.fused_paths import settle_fused_paths
 from fedms_ext.nn.linear import class_name, is_linear, obstacle, reader, replaced_forward
 from fedms_ext.nn.lora import LoRA, check_experts
 from fedms_ext.sparse.siblings import group_siblings
@@ -133,7 +134,7 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
         else:
             ExpertLinear.join(layer, shapes[name]).block = numbers[name]
     model.fedms_blocks = blocks  # type: ignore[assignment]  # torch's stubs: only tensors and modules
-    _leave_fused_paths(model)
+    settle_fused_paths(model)
     if group is not False:
         group_siblings(model, on_cpu=group is True)
     return list(chosen)
@@ -235,26 +236,13 @@ def _refusal(layer: nn.Module) -> str | None:
     return replaced_forward(layer) if isinstance(layer, FrozenLinear) else obstacle(layer)
 
 
-def _leave_fused_paths(model: nn.Module) -> None:
-    """Make PyTorch's encoders call their Linear layers. In evaluation mode they would run a fused operator on the weights
-    and silently ignore the experts."""
-    switched = model.__dict__.setdefault("fedms_fused", [])
-    for module in model.modules():
-        attribute = ("activation_relu_or_gelu" if isinstance(module, nn.TransformerEncoderLayer) else
-                     "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else None)
-        if attribute and getattr(module, attribute) and expert_layers(module):
-            switched.append((module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, 0)
-
-
 def detach(model: nn.Module) -> None:
     """Turn every `ExpertLinear` into its original class, in place. The experts are deleted; `merge` one first to keep it.
     The parameters stay frozen."""
     for layer in expert_layers(model).values():
         layer.leave()
     restore_forward(model)
-    for module, attribute, value in model.__dict__.pop("fedms_fused", []):
-        setattr(module, attribute, value)
+    settle_fused_paths(model)
     model.__dict__.pop("fedms_blocks", None)
 
 
