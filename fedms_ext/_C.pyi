@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+INTERFACE: str
+
 def set_tensor_types(tensor: type, parameter: type, use_exchange: bool = True) -> bool:
     """Tells torch.Tensor and nn.Parameter. Returns whether tensors come in through DLPack's exchange API."""
 

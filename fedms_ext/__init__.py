@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch  # noqa: F401  first: the kernels of this package run on the OpenMP runtime that torch brings
 
+from . import interface  # noqa: F401  before a call that kernels of other sources would not take
+
 from . import _C, budget
 from .accelerate import Accelerated, accelerate
 from .backends import Backend, available, explain, register_backend, use_backend

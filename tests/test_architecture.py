@@ -19,7 +19,7 @@ ROOMS = {
               "privacy", "training", "models", "data", "tasks", "storage", "config", "foreign", "tensors", "seeds", "progress", "processes",
               "errors"),
     "fedms_ext": ("__init__", "accelerate", "profiling", "budget", "sparse", "token_loss", "graphs", "nn", "operators", "backends",
-                  "quantization", "reference", "freed_memory", "_C"),
+                  "quantization", "reference", "interface", "freed_memory", "_C"),
 }
 WHERE = {"fedms": "python/fedms", "fedms_ext": "fedms_ext"}
 

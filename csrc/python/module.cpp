@@ -60,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fedms::python;
   m.doc() = "CPU kernels of fedms_ext. Tensors are dense and on the CPU, float32 unless said otherwise, their last "
             "dimension the columns; anything else is a ValueError.";
+  m.attr("INTERFACE") = FEDMS_INTERFACE;      // see fedms_ext/interface.py
   m.def("set_tensor_types", &set_tensor_types, py::arg("tensor"), py::arg("parameter"), py::arg("use_exchange") = true,
         "Tells torch.Tensor and nn.Parameter; returns whether tensors come in through the exchange API.");
   m.def("build_info", &build_info, "The version, the CUDA targets, the instruction sets and OpenMP's date of this build.");

@@ -1,6 +1,7 @@
 """`FrozenLinear`: a linear layer whose weight is frozen and may be quantized."""
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch.nn.functional as F
@@ -46,6 +47,16 @@ class FrozenLinear(nn.Linear):
             layer.frozen = None
         layer.__class__ = cls
         return layer
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        there = prefix + "frozen.q" in state_dict
+        if there and self.frozen is None:
+            warnings.warn("weights that are in full precision here are quantized in the state dict, so they are not loaded; call "
+                          "fedms_ext.quantize(model, KIND) with the format that was saved before load_state_dict", stacklevel=2)
+        elif self.frozen is not None and not there and prefix + "weight" in state_dict:
+            warnings.warn("weights that are quantized here are in full precision in the state dict, so they are not loaded; call "
+                          "fedms_ext.dequantize(model) before load_state_dict, and quantize it afterwards", stacklevel=2)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def leave(self) -> None:
         """Undo `take` in place. While the weight is quantized, the layer becomes a `FrozenLinear`."""

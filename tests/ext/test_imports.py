@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import fedms_ext
-from fedms_ext import _C
+from fedms_ext import _C, interface
 
 
 def test_nothing_heavy_comes_with_the_import():
@@ -26,3 +30,18 @@ def test_the_stub_of_the_compiled_module_has_its_functions_and_their_arguments()
         for name, function in vars(_C).items() if callable(function) and not name.startswith("__")
     }
     assert described == found
+
+
+def test_kernels_of_other_sources_are_refused():
+    stub = ast.parse((Path(fedms_ext.__file__).parent / "_C.pyi").read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(stub) if isinstance(node, ast.FunctionDef)]
+    said = [f"{node.name}({', '.join(a.arg for a in node.args.args)}) {len(node.args.defaults)}" for node in functions]
+    digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+    assert digest == interface.INTERFACE, f'the signatures have changed: set INTERFACE = "{digest}" in fedms_ext/interface.py, and rebuild'
+    kernels = ModuleType("_C")
+    kernels.__file__ = "_C.so"
+    interface.check(kernels)        # older ones say nothing
+    kernels.INTERFACE = "0" * 16
+    with pytest.raises(ImportError, match="_C.so: the kernels were compiled from other sources .*setup.py build_ext --inplace"):
+        interface.check(kernels)
+    assert getattr(_C, "INTERFACE", interface.INTERFACE) == interface.INTERFACE

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -400,3 +401,20 @@ def test_refusals():
         layer(torch.zeros(2, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="weight is on cpu, but x is on meta"):
         layer(torch.zeros(2, 8, device="meta"))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_state_dict_of_the_other_storage_says_what_to_call(quantized):
+    def model(storage):
+        made = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+        fedms_ext.attach(made, "all-linear", {"global": LoRA(rank=2, alpha=4.0)}, blocks="0")
+        if storage:
+            fedms_ext.quantize(made, "int8")
+        return made
+
+    advice = r"fedms_ext.dequantize\(model\) before load_state_dict" if quantized else r"call fedms_ext.quantize\(model, KIND\)"
+    with pytest.warns(UserWarning, match=advice), pytest.raises(RuntimeError, match="Missing key"):
+        model(quantized).load_state_dict(model(not quantized).state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(quantized).load_state_dict(model(quantized).state_dict())
