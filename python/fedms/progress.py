@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
+
+LARGEST_NATS = 700.0        # whose perplexity is a number of Python
 
 _ASCII = str.maketrans({"–": "-", "—": "-", "−": "-", "±": "+/-", "…": "...", "≥": ">=", "≤": "<=", "×": "x", "•": "*",
                         "█": "#", **dict.fromkeys("▁▂▃▄▅▆▇", "|"), **dict.fromkeys("─━│┃┌┐└┘╭╮╰╯├┤┬┴┼╸╺", "-")})
@@ -159,16 +163,35 @@ class TerminalProgress(Progress):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def validation_words(task: str | None, share: float | None) -> str:
-    """Return the result on validation samples in words.
+def perplexity(nats: float) -> float:
+    """Return the perplexity that a mean loss in nats a token stands for; at most exp(700), which is still a number."""
+    return math.exp(min(nats, LARGEST_NATS))
+
+
+def validation_perplexity(record: Mapping[str, Any]) -> float | None:
+    """Return a language model's perplexity on validation samples; None where it is unknown.
+
+    Args:
+        record: Of a visit or a round. Its `validation_loss` is the mean loss in nats a token. Older runs and runs with privacy
+            have none: there it is 1 / `validation_accuracy`, the mean of exp(-loss) over clients, and so the least that the
+            perplexity can be.
+    """
+    if (nats := record.get("validation_loss")) is not None:
+        return perplexity(nats)
+    share = record.get("validation_accuracy")
+    return 1 / share if share else None
+
+
+def validation_words(task: str | None, record: Mapping[str, Any]) -> str:
+    """Return the result on validation samples in words: a language model's perplexity, the accuracy of other models.
 
     Args:
         task: The kind of the run's task; None where old records do not name it, which are of classification.
-        share: The `validation_accuracy` of a record. A language model's is 1 / perplexity, and is shown as the perplexity.
+        record: Of a visit or a round, with `validation_accuracy` and `validation_loss`.
     """
-    if not share or task != "causal_lm":
-        return "unknown" if share is None else f"{share:.1%}"
-    return f"perplexity {1 / share:.1f}"
+    if task == "causal_lm":
+        return "unknown" if (found := validation_perplexity(record)) is None else f"perplexity {found:.1f}"
+    return "unknown" if (share := record["validation_accuracy"]) is None else f"{share:.1%}"
 
 
 def _stage(stage: str) -> str:

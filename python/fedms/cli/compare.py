@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from fedms.config import ConfigError, source_name
-from fedms.progress import validation_words
 
 from .command import COMPARE, command
 from .options import (Device, Force, Jobs, Methods, Sets, Source, Track, fitting_methods, on_device, read_source,
@@ -94,17 +93,17 @@ def tune(
 
     with resume_hint(out), run_progress(out) as progress, polite_stop() as stop:
         found = tuning.tune(config, chosen, out, count=trials, jobs=jobs, overwrite=force, progress=progress, stop=stop)
-    _show_trials(found, chosen, config.task.kind)
+    _show_trials(found, chosen)
     show(f"\nchoices: {out}/METHOD.toml; use them by fedms compare {source} --tuned {out}")
 
 
-def _show_trials(trials: Sequence[Trial], methods: Sequence[str], task: str) -> None:
+def _show_trials(trials: Sequence[Trial], methods: Sequence[str]) -> None:
     """Print the first and the best trial of each method."""
     table = plain_table("method", "as it was\nvalidation", "best\nvalidation", "trial", "chosen",
                         left=("method", "chosen"))
     for name in methods:
         own = [trial for trial in trials if trial.method == name]
         best = min(own, key=lambda trial: trial.rank)
-        table.add_row(name, *("–" if t.score is None else validation_words(task, t.score) for t in (own[0], best)),
+        table.add_row(name, *("–" if t.score is None else t.words for t in (own[0], best)),
                       str(best.number), ", ".join(f"{key}={value:g}" for key, value in best.values.items()))
     console.print(table)

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fedms.deployment.server import RUN, STATUS, members, read_config
 from fedms.foreign import all_printable, parse_json, read_regular
-from fedms.progress import validation_words
+from fedms.progress import validation_perplexity, validation_words
 from fedms.storage.durable import owner
 from fedms.storage.records import SUMMARY, RunFolderError, RunRecords
 
@@ -38,7 +38,7 @@ def state(folder: Path) -> dict[str, Any]:
         told = parse_json(read_regular(folder / STATUS))
     except (OSError, ValueError):
         told = {}
-    running = owner(folder) is not None
+    running, rounds = owner(folder) is not None, config.stage1.rounds + config.stage2.rounds
     seen = {each["number"]: each for each in told.get("clients", ())}
     clients = [{"number": member.number, "name": member.name, "removed": member.removed,
                 "connected": running and bool(seen.get(member.number, {}).get("connected")),
@@ -46,7 +46,7 @@ def state(folder: Path) -> dict[str, Any]:
     return all_printable({
         "running": running, "ended": (folder / RUN / SUMMARY).is_file(), "address": told.get("address"),
         "phase": told.get("phase"), "at": told.get("at"),
-        "task": config.task.kind, "method": config.run.method, "model": config.model.id, "rounds_wanted": config.stage1.rounds + config.stage2.rounds,
+        "task": config.task.kind, "method": config.run.method, "model": config.model.id, "rounds_wanted": rounds,
         "seats": config.clients.count, "clients": clients, "rounds": _rounds(folder / RUN), "notes": told.get("notes", [])})
 
 
@@ -55,20 +55,20 @@ def _rounds(folder: Path) -> list[dict[str, Any]]:
         rounds = RunRecords.read(folder, whole=False).rounds[-LAST_ROUNDS:]
     except RunFolderError:
         return []
-    return [{key: each.get(key) for key in ("stage", "round", "clients", "loss", "validation_accuracy", "bytes_up", "bytes_down",
-                                            "seconds")} for each in rounds]
+    shown = ("stage", "round", "clients", "loss", "validation_accuracy", "validation_loss", "bytes_up", "bytes_down", "seconds")
+    return [{"perplexity": validation_perplexity(each), **{key: each.get(key) for key in shown}} for each in rounds]
 
 
 def lines(told: dict[str, Any]) -> list[str]:
     """Return the lines that show a server's state, as `state` returns it, in a terminal."""
-    rounds = told["rounds"]
-    last = rounds[-1] if rounds else None
+    rounds, last_round = told["rounds"], ""
+    if rounds:
+        last = rounds[-1]
+        last_round = f"; last: {last['clients']} clients, validation {validation_words(told['task'], last)}, {last['seconds']:.1f} s"
     where = (f"listening on {told['address']}" if told["running"] else "the run has ended" if told["ended"] else
              "not running (fedms server start)")
     found = [f"server    {where}",
-             f"run       {told['method']} on {told['model']}: {len(rounds)} of {told['rounds_wanted']} rounds"
-             + (f"; last: {last['clients']} clients, validation {validation_words(told['task'], last['validation_accuracy'])}, {last['seconds']:.1f} s"
-                if last else ""),
+             f"run       {told['method']} on {told['model']}: {len(rounds)} of {told['rounds_wanted']} rounds{last_round}",
              f"traffic   {sum(r['bytes_up'] or 0 for r in rounds) / 1e6:.2f} MB received, "
              f"{sum(r['bytes_down'] or 0 for r in rounds) / 1e6:.2f} MB sent"]
     for client in told["clients"]:

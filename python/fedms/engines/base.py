@@ -17,7 +17,7 @@ from fedms.federated.packing import Packed, pack_message, unpack_message
 from fedms.federated.schema import REASON
 from fedms.foreign import printable
 from fedms.federated.server import Collected, RejectedReply, Server, ServerState
-from fedms.progress import Progress
+from fedms.progress import Progress, validation_perplexity
 from fedms.federated.server_state import pack_server, unpack_server
 from fedms.storage.checkpoint import CheckpointFolder, Snapshot
 from fedms.storage.run_folder import RunFolder
@@ -254,10 +254,9 @@ class Engine(ABC):
 
     def shown(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record of a visit or a round as it is shown: a language model is followed by its perplexity."""
-        share = record.get("validation_accuracy")
-        if self.server.config.task.kind != "causal_lm" or not share:
+        if self.server.config.task.kind != "causal_lm":
             return dict(record)
-        return {**record, "validation_accuracy": None, "perplexity": 1 / share}
+        return {**record, "validation_accuracy": None, "perplexity": validation_perplexity(record)}
 
     def absent(self, message: Message, client: int, participant: Participant | None) -> dict[str, Any]:
         """Return the record of a client that was not visited, because it could not be reached or has no training samples."""

@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Optional
 
+from fedms.progress import LARGEST_NATS, perplexity
 from fedms.report import formats
 from fedms.report.intervals import Interval
-from fedms.report.numbers import LARGEST_NATS, Stat, field_of, merits, worst_tenth
+from fedms.report.numbers import Stat, field_of, merits, worst_tenth
 from fedms.storage.records import RunRecords
 
 
@@ -134,7 +135,7 @@ class Perplexity(Accuracy):
 
     @staticmethod
     def shown(merit: float) -> float:
-        return math.exp(min(-merit, LARGEST_NATS))
+        return perplexity(-merit)
 
     @staticmethod
     def lead(gap: float) -> float:

@@ -12,12 +12,12 @@ from typing import Any, Optional
 
 from fedms.config import registry
 from fedms.errors import RunFolderError
+from fedms.progress import perplexity
 from fedms.report.intervals import Interval, half_width
 from fedms.storage.records import RunRecords, find_runs
 
 OURS = (registry.RECOMMENDED, "fedms")
 """Methods that reports speak of first and set in bold."""
-LARGEST_NATS = 700.0        # whose perplexity is a number of Python
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def comparison(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
 def _perplexity(nats: Iterable[Optional[float]]) -> Optional[Stat]:
     """Return the perplexity that a mean over seeds of nats a token stands for, without a spread; None where none is known."""
     stat = Stat.of(nats)
-    return stat and Stat(math.exp(min(stat.mean, LARGEST_NATS)), None, stat.n)
+    return stat and Stat(perplexity(stat.mean), None, stat.n)
 
 
 def worst_tenth(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedms.foreign import printable
-from fedms.progress import validation_words
+from fedms.progress import validation_perplexity, validation_words
 from fedms.report.numbers import field_of
 from fedms.storage.durable import owner
 from fedms.storage.records import RunRecords, find_runs
@@ -72,13 +72,15 @@ def view(states: Sequence[RunState]) -> RenderableType:
     events = []
     for state in states:
         last: dict[str, Any] = state.records.rounds[-1] if state.records.rounds else {}
+        task = field_of(state.records.config, "task", "kind")
+        validation = [validation_perplexity(r) if task == "causal_lm" else r["validation_accuracy"] for r in state.records.rounds]
         style = {"ended": "green", "running": "bold", "stopped": "yellow"}[state.state]
         table.add_row(
             Text(printable(state.records.path.name)), Text(state.state, style),
             Text(printable(last.get("stage", "").replace("stage", ""), 20)),
             f"{len(state.records.rounds)}/{state.rounds}", _number(last.get("depth"), "d"),
-            _number(last.get("loss"), ".3f"), _validation(state.records),
-            sparkline([r["validation_accuracy"] for r in state.records.rounds]), _number(last.get("gate_mean"), ".2f"),
+            _number(last.get("loss"), ".3f"), validation_words(task, last) if any(validation[-1:]) else "",
+            sparkline(validation), _number(last.get("gate_mean"), ".2f"),
             _bytes(sum(r["bytes_up"] or 0 for r in state.records.rounds)), _time(state.seconds_left),
         )  # fmt: skip
         happened = [f"round {number}: {r['event']}" for number, r in enumerate(state.records.rounds, 1) if r["event"]]
@@ -93,11 +95,6 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
         return ""
     low, span = min(known), max(known) - min(known)
     return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] if span else BARS[3] for value in known)
-
-
-def _validation(records: RunRecords) -> str:
-    last = records.rounds[-1]["validation_accuracy"] if records.rounds else None
-    return "" if last is None else validation_words(field_of(records.config, "task", "kind"), last)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,6 +13,7 @@ from fedms.config import RunConfig, config_from_dict
 from fedms.errors import GO_ON, RunFolderError
 from fedms.federated.server import STAGES
 from fedms.foreign import few
+from fedms.progress import perplexity
 from fedms.storage.records import OPTIONAL, OUTCOME, RunRecords
 
 MOST_REASONS = 5        # of failed visits that the notes name
@@ -199,7 +200,7 @@ def language_summary(clients: Sequence[Record]) -> dict[str, Any] | None:
     if not each:
         return None
     nats = {name: mean(one.get(name) for one in each) for name in each[0] if name.startswith("nats")}
-    perplexities = {name.replace("nats", "perplexity"): None if value is None else math.exp(min(value, 700.0))
+    perplexities = {name.replace("nats", "perplexity"): None if value is None else perplexity(value)
                     for name, value in nats.items()}
     chosen = sorted({name for one in each for name in one if name.startswith("choice_accuracy")})
     return {**nats, **perplexities, "tokens": sum(one["tokens"] for one in each),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Trial:
     """One trial of a method.
 
     Attributes:
+        task: Kind of the run file's task.
         method: Name of the method.
         number: Number of the trial, from 0 on; 0 is the run file as it stands.
         values: Values of its constants, by dotted key.
@@ -60,6 +61,7 @@ class Trial:
         loss: Loss there.
     """
 
+    task: str
     method: str
     number: int
     values: dict[str, Any]
@@ -69,8 +71,17 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """A key by which the best trial is the smallest: accuracy first, then loss, then the earlier trial."""
-        return (-(self.score or 0.0), math.inf if self.loss is None else self.loss, self.number)
+        """A key by which the best trial is the smallest: accuracy first, then loss, then the earlier trial.
+
+        Language models are compared by their loss alone, as reports do.
+        """
+        accuracy = 0.0 if self.score is None or self.task == "causal_lm" else self.score
+        return (-accuracy, math.inf if self.loss is None else self.loss, self.number)
+
+    @property
+    def words(self) -> str:
+        """The result on validation samples: an accuracy, or a language model's perplexity."""
+        return validation_words(self.task, {"validation_accuracy": self.score, "validation_loss": self.loss})
 
 
 def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, jobs: int = 1,
@@ -100,7 +111,7 @@ def tune(config: RunConfig, names: Sequence[str], out: Path, *, count: int = 8, 
     if config.privacy.mode != "off":
         raise ConfigError(f"privacy.mode: got {config.privacy.mode!r}; trials are judged by the clients' validation, each would be a "
                           "release, and no budget counts them together; tune on other data with privacy.mode off")
-    planned = [Trial(name, number, values, Path(out) / "trials" / f"{name}-{number}")
+    planned = [Trial(config.task.kind, name, number, values, Path(out) / "trials" / f"{name}-{number}")
                for name in names for number, values in enumerate(trials(config, name, count))]
     carry_out([BatchRun(trial_config(config, trial), trial.folder, tested=False) for trial in planned],
               overwrite=overwrite, jobs=jobs, progress=progress, stop=stop, shared=Path(out) / SHARED_VISITS)
@@ -169,7 +180,8 @@ def _choice(path: Path) -> dict[str, Any]:
 
 
 def _judged(trial: Trial) -> Trial:
-    return Trial(trial.method, trial.number, trial.values, trial.folder, *read_validation(trial.folder))
+    score, loss = read_validation(trial.folder)
+    return replace(trial, score=score, loss=loss)
 
 
 def _write(path: Path, best: Trial, count: int, config: RunConfig) -> None:
@@ -178,7 +190,7 @@ def _write(path: Path, best: Trial, count: int, config: RunConfig) -> None:
         table, _, name = key.partition(".")
         tables.setdefault(table, {})[name] = value
     head = (f"# {best.method} on {config.data.name}: trial {best.number} of {count} (0 is the run file as it was), "
-            f"on validation samples {validation_words(config.task.kind, best.score)}\n# at a quarter of the rounds. fedms compare --tuned reads this.\n\n")
+            f"on validation samples {best.words}\n# at a quarter of the rounds. fedms compare --tuned reads this.\n\n")
     try:
         write_durably(path, (head + tomli_w.dumps(tables)).encode())
     except OSError as error:

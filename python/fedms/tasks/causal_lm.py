@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fedms_ext.token_loss import FrozenHead, mixture_log_prob, token_log_prob
 
+from fedms.progress import perplexity
+
 from .base import Score, Task
 
 LOG_P, ENTROPY, LARGEST, RIGHT, TOKEN, HIDDEN = range(6)
 ROWS = 16                 # positions whose logits of a mixture are made at a time: what is computed from them comes from the cache
-LARGEST_NATS = 700.0      # whose exponential is still a number
 
 
 class CausalLM(Task):
@@ -121,7 +122,7 @@ class CausalLM(Task):
         exact = [bool(answer.all()) for answer in self.right(opinions["personalized"], targets).split(counts)]
         bytes_ = None if dataset.answer_bytes is None else int(dataset.answer_bytes[part.indices].sum())
         return {"language": {"nats": own, **{f"nats_{name}": value for name, value in nats.items()}, "tokens": len(targets),
-                             "perplexity": math.exp(min(own, LARGEST_NATS)), "exact_match": sum(exact) / len(exact),
+                             "perplexity": perplexity(own), "exact_match": sum(exact) / len(exact),
                              "bits_per_byte": own * len(targets) / math.log(2) / bytes_ if bytes_ else None}}
 
     def head_flops(self, units: int, training: bool) -> int:

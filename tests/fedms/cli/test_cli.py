@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fedms import cli, errors
@@ -15,6 +17,7 @@ from fedms.cli import stopping
 from fedms.cli.command import LONGEST, PANELS, epilog
 from fedms.config import load_config, with_run, registry
 from fedms.doctor import Check
+from fedms.engines.base import Engine
 from fedms.progress import Progress, TerminalProgress, validation_words
 from fedms.runs import batch, run
 from fedms.storage.run_folder import RunFolder
@@ -335,10 +338,19 @@ def test_the_progress_bar_shows_round_loss_accuracy_and_depth_within_80_columns(
 
 
 def test_a_language_model_is_shown_by_its_perplexity():
-    assert validation_words("classification", 0.25) == "25.0%" and validation_words("causal_lm", 0.25) == "perplexity 4.0"
-    assert validation_words("classification", 0.0) == "0.0%" and validation_words("causal_lm", None) == "unknown"
+    def words(task, share, nats=None):
+        return validation_words(task, {"validation_accuracy": share, "validation_loss": nats})
+
+    assert words("classification", 0.25, 2.0) == "25.0%" and words("classification", 0.0) == words(None, 0.0) == "0.0%"
+    clients = [1.0, 3.0]        # nats a token: exp(2) is their perplexity, the mean of exp(-nats) is that of 1 / 4.8
+    assert words("causal_lm", sum(math.exp(-nats) for nats in clients) / 2, sum(clients) / 2) == "perplexity 7.4"
+    assert words("causal_lm", 0.0, 800.0) == f"perplexity {math.exp(700):.1f}"
+    assert words("causal_lm", 0.25) == "perplexity 4.0", "an older record has no loss"
+    assert words("causal_lm", None) == words("classification", None) == "unknown"
+    server = SimpleNamespace(config=load_config("sentiment", ["task.kind=causal_lm", "model.id=smollm2", "data.name=dictionaries"]))
+    record = {"stage": "stage1", "round": 1, "loss": 2.0, "validation_accuracy": 0.25, "validation_loss": 2.0}
     text = io.StringIO()
-    TerminalProgress(Console(file=text, width=80)).round("stage1", 1, loss=2.0, validation_accuracy=None, perplexity=7.39)
+    TerminalProgress(Console(file=text, width=80)).round(**Engine.shown(SimpleNamespace(server=server), record))
     assert text.getvalue() == "  stage 1 round  1  loss 2.000  perplexity    7.4\n"
 
 

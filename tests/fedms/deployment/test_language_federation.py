@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -16,7 +17,7 @@ from fedms import data, models
 from fedms.cli import app
 from fedms.config import config_from_dict, dump_toml
 from fedms.data import DataError, read_shard
-from fedms.deployment import join, node, server
+from fedms.deployment import join, node, page, server
 from fedms.deployment.invitation import read_invitation
 from fedms.deployment.own_model import trained_at
 from fedms.deployment.state import ClientState
@@ -63,7 +64,7 @@ def test_a_client_joins_with_its_answers(folder, tmp_path):
 
 
 def test_an_empty_answer_is_an_error_at_joining(folder, tmp_path):
-    with pytest.raises(DataError, match="the answer is ' '"):
+    with pytest.raises(DataError, match="line 2 has nothing in column 'a'"):
         join.prepare(read_invitation(folder / "server/invite.toml"), written(tmp_path / "own.jsonl", ["yes", " "]), "bert", Progress())
 
 
@@ -90,3 +91,11 @@ def test_from_the_invitation_to_a_model_that_answers(folder, tmp_path, monkeypat
     assert [visit["status"] for visit in records.visits] == ["ok", "ok"], lines
     assert summary["rounds"] == {"stage1": 1, "stage2": 1} and "language" in records.clients[0]
     assert trained_at(place).final.stage == "done"
+
+    # The page shows the perplexity of the mean loss, however the clients' mean of exp(-loss) stands to it.
+    rounds = folder / "server/run/rounds.jsonl"
+    changed = [{**record, "validation_accuracy": 0.25, "validation_loss": 2.0} for record in records.rounds]
+    rounds.write_text("".join(json.dumps(record) + "\n" for record in changed))
+    told = page.state(folder / "server")
+    assert [each["perplexity"] for each in told["rounds"]] == [math.exp(2.0)] * 2
+    assert "validation perplexity 7.4," in "\n".join(page.lines(told))

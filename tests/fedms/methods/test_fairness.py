@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -70,9 +71,18 @@ def test_a_trial_is_judged_by_what_the_method_answers_in_the_end(tmp_path, monke
     assert RunRecords.read(folder).clients == [], "no test label is read"
 
 
+def test_trials_of_language_models_are_ranked_by_their_loss_as_reports_rank_methods():
+    apart, alike = (tune.Trial("causal_lm", "fedms", number, {}, None, sum(map(math.exp, (-a, -b))) / 2, (a + b) / 2)
+                    for number, (a, b) in enumerate([(1.0, 3.2), (2.0, 2.0)]))
+    assert apart.score > alike.score and min(apart, alike, key=lambda trial: trial.rank) is alike
+    assert (apart.words, alike.words) == ("perplexity 8.2", "perplexity 7.4")
+    apart, alike = (replace(trial, task="classification") for trial in (apart, alike))
+    assert min(apart, alike, key=lambda trial: trial.rank) is apart and apart.words == "20.4%"
+
+
 def test_a_trial_has_two_rounds_of_stage_2():
     def rounds(first, second):
-        short = tune.trial_config(config(f"stage1.rounds={first}", f"stage2.rounds={second}"), tune.Trial("fedms", 0, {}, None))
+        short = tune.trial_config(config(f"stage1.rounds={first}", f"stage2.rounds={second}"), tune.Trial("classification", "fedms", 0, {}, None))
         return short.stage1.rounds, short.stage2.rounds
     assert (rounds(8, 4), rounds(8, 1), rounds(2, 0), rounds(12, 12)) == ((2, 2), (2, 1), (1, 0), (3, 3))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_the_view_shows_a_line_a_run_and_what_happened_last(tmp_path):
     assert "stopped" in lines["local-seed0"] and "7/12" in lines["local-seed0"]
     assert "0/12" in lines["fedavg-seed0"]  # nothing is recorded yet
     assert "local-seed0, round 6: activated blocks 5" in shown
+
+
+def test_a_language_model_is_watched_by_the_perplexity_of_its_mean_loss(tmp_path):
+    folder = write_run(tmp_path / "fedms-seed0", stop_after=2, sets=("task.kind=causal_lm", "model.id=smollm2", "data.name=dictionaries"))
+    rounds = folder / "rounds.jsonl"
+    records = [{**json.loads(line), "validation_accuracy": 0.25} for line in rounds.read_text().splitlines()]
+    states = []
+    for nats in ({"validation_loss": 2.0}, {}):        # records of earlier versions have no loss
+        kept = [{key: value for key, value in record.items() if key != "validation_loss"} | nats for record in records]
+        rounds.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        states.append(text(read_states(folder)))
+    assert "perplexity 7.4" in states[0] and "perplexity 4.0" in states[1]
 
 
 def test_sparkline():
