@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from fedms.config.problems import did_you_mean, in_words, show
 from fedms.config.run_config import config_class
-from fedms.config.table import OneOf
+from fedms.config.table import OneOf, fits_64_bits
 from fedms.config.tables import Budget
 
 
@@ -35,7 +35,7 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             lines[key] = f"{key}: got {show(value)}; accepted: a table [{key}] with keys {_key_list(key)}"
         else:
             hint = did_you_mean(value, _literals(field.annotation, field.metadata)) if isinstance(value, str) else ""
-            if isinstance(value, int) and not -2**63 <= value < 2**63:
+            if not fits_64_bits(value):
                 hint = "; in any case of at most 64 bits"
             lines[key] = f"{key}: got {show(value)}; accepted: {accepted(field)}{hint}"
     return list(lines.values())

@@ -61,6 +61,11 @@ def _lists_to_tuples(value: Any) -> Any:
     return value
 
 
+def fits_64_bits(value: Any) -> bool:
+    """Return whether a value is anything but an integer of more than 64 bits, which TOML does not have."""
+    return not isinstance(value, int) or -2**63 <= value < 2**63
+
+
 class Table(BaseModel):
     """Base of every table: unknown keys are errors, types are not coerced (``"8"`` is no integer), values are frozen."""
 
@@ -75,6 +80,6 @@ class Table(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _of_64_bits(cls, value: Any) -> Any:
-        if isinstance(value, int) and not -2**63 <= value < 2**63:
+        if not fits_64_bits(value):
             raise ValueError("an integer of 64 bits, as those of TOML are")
         return value

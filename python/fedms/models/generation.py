@@ -64,13 +64,13 @@ class Decoder:
 
     Args:
         model: The model; its experts are set as they are to run.
-        layers: Layers of the blocks in which the experts differ.
-        shared: Number of blocks below them.
+        layers: Layers of the blocks in which several experts differ.
+        shared: Number of blocks below those, which run once for all experts.
         experts: 1, or the number of experts of each layer, which then run as one batch.
         precision: Makes the context in which the model runs, such as autocast.
     """
 
-    def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear], shared: int, experts: int = 1,
+    def __init__(self, model: CausalModel, layers: Sequence[ExpertLinear] = (), shared: int = 0, experts: int = 1,
                  precision: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         from .key_value_cache import growing_cache      # imports transformers, which takes seconds
 

@@ -77,7 +77,7 @@ class Answerer:
 
     def _plain_decoder(self) -> Decoder:
         """Return a decoder of one stream."""
-        return Decoder(self.foundation, [], self.model.blocks, precision=self.model.precision)
+        return Decoder(self.foundation, precision=self.model.precision)
 
     def _final_features(self, plain: Decoder) -> Callable[[Tensor], None]:
         """Take the gate's features from the foundation model alone, which reads the same tokens."""

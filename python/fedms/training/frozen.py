@@ -21,9 +21,12 @@ def held_dtype(config: RunConfig) -> torch.dtype | None:
 
 
 def is_quantized(config: RunConfig, frozen: str) -> bool:
-    """Return whether a run quantizes the weights that `[model] frozen` is about. It holds those in the dtype of its activations as
-    `hold_in_16_bits` does."""
-    return frozen not in ("fp32", None if held_dtype(config) is None else config.run.dtype)
+    """Return whether a run quantizes the weights that `[model] frozen` is about.
+
+    It does not if they are fp32, nor if they are of the 16 bits to which `hold_in_16_bits` rounds all weights of the run.
+    """
+    held_so_anyway = held_dtype(config) is not None and frozen == config.run.dtype
+    return frozen != "fp32" and not held_so_anyway
 
 
 def quantize_frozen(module: nn.Module, config: RunConfig, device: torch.device, frozen: str) -> None:

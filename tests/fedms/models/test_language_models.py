@@ -120,7 +120,7 @@ def test_a_step_with_two_experts_is_one_graph(mixing):
         if mixing == "outputs":
             decoder = Decoder(model, layers, tiny.BLOCKS - 2, experts=2)
         else:
-            decoder = Decoder(model, [], tiny.BLOCKS)
+            decoder = Decoder(model)
             decoder.watch(tiny.BLOCKS - 2, see)
         torch._dynamo.reset()
         step = torch.compile(decoder.step, fullgraph=True, backend="eager") if compiled else decoder.step
@@ -137,7 +137,7 @@ def test_a_step_with_two_experts_is_one_graph(mixing):
 
 def test_one_expert_equals_generation_of_transformers():
     model, whole = tiny.model(), tiny.whole()
-    ours = list(generate(Decoder(model, [], tiny.BLOCKS), PROMPT, lambda h: model.head(h)[0].log_softmax(-1), (), Sampling(12)))
+    ours = list(generate(Decoder(model), PROMPT, lambda h: model.head(h)[0].log_softmax(-1), (), Sampling(12)))
     theirs = whole.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=-1)[0, len(PROMPT):]
     assert [token.id for token in ours] == theirs.tolist()
 
@@ -145,13 +145,13 @@ def test_one_expert_equals_generation_of_transformers():
 def test_generation_ends_with_a_stop_token_and_with_the_longest_sequence():
     model = tiny.model()
     mixture = lambda h: model.head(h)[0].log_softmax(-1)   # noqa: E731
-    first = next(generate(Decoder(model, [], tiny.BLOCKS), PROMPT, mixture, (), Sampling(1)))
-    stopped = list(generate(Decoder(model, [], tiny.BLOCKS), PROMPT, mixture, (first.id,), Sampling(5)))
+    first = next(generate(Decoder(model), PROMPT, mixture, (), Sampling(1)))
+    stopped = list(generate(Decoder(model), PROMPT, mixture, (first.id,), Sampling(5)))
     assert [token.id for token in stopped] == [first.id]
     long = [5] * (tiny.LONGEST - 2)
-    assert len(list(generate(Decoder(model, [], tiny.BLOCKS), long, mixture, (), Sampling(50)))) == 2
+    assert len(list(generate(Decoder(model), long, mixture, (), Sampling(50)))) == 2
     with pytest.raises(ValueError, match=f"has {tiny.LONGEST} tokens, expected 1 to {tiny.LONGEST - 1}"):
-        next(generate(Decoder(model, [], tiny.BLOCKS), long + [5, 5], mixture, (), Sampling(1)))
+        next(generate(Decoder(model), long + [5, 5], mixture, (), Sampling(1)))
 
 
 def test_sampling():
