@@ -4,8 +4,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Mapping
-from multiprocessing import parent_process
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import parent_process, resource_tracker
+
+
+@contextmanager
+def spared_ctrl_c() -> Iterator[None]:
+    """Start worker processes within the context. Ctrl-C, which reaches the whole group of processes, then does not end them while they
+    import what they need, before `begin_worker`. This process gets it at the end of the context."""
+    resource_tracker.ensure_running()       # its start would end the blocking
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})      # processes inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def begin_worker(environment: Mapping[str, str]) -> None:

@@ -54,10 +54,10 @@ def _fail(headline: str, error: Exception, code: int) -> None:
 
 
 class Stop:
-    """Asks a run to stop between two clients. Asked a second time, it stops the run at once."""
+    """Asks a run to stop between two clients. Asked a second time, it stops the run at once; a third time, it ends the process."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._interrupted = False
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __call__(self) -> bool:
@@ -67,10 +67,17 @@ class Stop:
         """Handle one of the signals of :data:`STOPPING`."""
         if number == signal.SIGHUP:
             self._leave_terminal()
+        if self._interrupted:       # on its way out already: what is on disk is whole at any time
+            os._exit(INTERRUPTED)
         if self.requested:
+            self._interrupted = True
             raise KeyboardInterrupt
         self.requested = True
         errors.print("\nstopping after this client; once more stops at once", markup=False)
+
+    def end(self) -> None:
+        """Let the next signal end the process: the block of :func:`polite_stop` is over."""
+        self._interrupted = True
 
     def _leave_terminal(self) -> None:
         """Redirect output to nowhere: writing to a closed terminal would fail and end the run before its checkpoint."""
@@ -82,15 +89,20 @@ class Stop:
 
 @contextlib.contextmanager
 def polite_stop() -> Iterator[Stop]:
-    """Install a :class:`Stop` as handler of the stopping signals for the time of the block."""
+    """Install a :class:`Stop` as handler of the stopping signals for the time of the block.
+
+    Once it was asked to stop it remains in place: the process is about to end, and one more signal ends it without a traceback.
+    """
     stop = Stop()
     before = {number: signal.signal(number, stop.on_signal) for number in STOPPING
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}     # nohup ignores it
     try:
         yield stop
     finally:
+        stop.end()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not stop.requested:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

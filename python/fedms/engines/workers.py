@@ -17,7 +17,7 @@ from fedms.errors import FedMSError, WorkerDied
 from fedms.federated import encoding
 from fedms.federated.client import Message, Private
 from fedms.federated.packing import pack_message, unpack_message
-from fedms.processes import begin_worker
+from fedms.processes import begin_worker, spared_ctrl_c
 
 _EXACT = "fp32"     # the encoding of float32 tensors that keeps all of their bits
 
@@ -116,7 +116,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, start, dict(environment)), daemon=True)
-        self._process.start()
+        with spared_ctrl_c():
+            self._process.start()
         there.close()       # so that the end of the process is the end of the connection
 
     def go_on(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -170,10 +171,11 @@ def _carry_out(todo: Sequence[BatchRun], overwrite: bool, jobs: int, progress: P
         return
     progress.start(sum(run.visits for run in todo), f"{len(todo)} runs in {min(jobs, len(todo))} processes")
     done = 0
-    for run, seconds in in_processes(partial(_timed_runner, overwrite=overwrite, shared=shared), todo, jobs, progress, stop,
-                                     one_gpu_each(*(run.config.run.device for run in todo))):
-        done += 1
-        progress.done(f"{run.title}: {seconds:.0f} s ({done} of {len(todo)})")
+    with closing(in_processes(partial(_timed_runner, overwrite=overwrite, shared=shared), todo, jobs, progress, stop,
+                              one_gpu_each(*(run.config.run.device for run in todo)))) as ended:
+        for run, seconds in ended:
+            done += 1
+            progress.done(f"{run.title}: {seconds:.0f} s ({done} of {len(todo)})")
     if done < len(todo):
         raise Interrupted("the runs under way have stopped between two clients")
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from fedms.errors import WorkerDied
-from fedms.processes import begin_worker
+from fedms.processes import begin_worker, spared_ctrl_c
 from fedms.progress import Progress
 
 Item = TypeVar("Item")
@@ -19,7 +19,7 @@ Work = Callable[[Item, Progress, Callable[[], bool]], Result]
 
 
 def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item], jobs: int, progress: Progress,
-                 stop: Callable[[], bool], environments: Sequence[Mapping[str, str]] = ()) -> Iterator[tuple[Item, Result]]:
+                 stop: Callable[[], bool], environments: Sequence[Mapping[str, str]] = ()) -> Generator[tuple[Item, Result], None, None]:
     """Do a piece of work for each item, `jobs` at a time, and yield each item with its result as soon as it is done.
 
     Processes are spawned, not forked: a fork would copy the threads of torch in an unknown state.
@@ -36,14 +36,16 @@ def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item],
     Raises:
         WorkerDied: If a process died.
         Exception: Whatever the work raises first. No further item is begun, and those under way are asked to stop.
+        KeyboardInterrupt: The processes have then been killed, as they are when the generator is closed before its end.
     """
     context = multiprocessing.get_context("spawn")
     events, stopping, own = context.Queue(), context.Event(), context.Queue()
-    count = min(jobs, len(items))
+    count, others = min(jobs, len(items)), set(multiprocessing.active_children())
     for number in range(count):
         own.put(dict(environments[number % len(environments)]) if environments else {})
     with ProcessPoolExecutor(count, context, _Worker.begin, (start, events, stopping, own)) as pool:
-        futures: dict[Future, Item] = {pool.submit(_Worker.do, item): item for item in items}
+        with spared_ctrl_c():
+            futures: dict[Future, Item] = {pool.submit(_Worker.do, item): item for item in items}
         waiting = set(futures)
         try:
             while waiting:
@@ -59,8 +61,14 @@ def in_processes(start: Callable[[], Work[Item, Result]], items: Sequence[Item],
                 return
             raise WorkerDied(f"one of {jobs} worker processes was killed; if memory ran out, use fewer --jobs. Runs that "
                              "have ended are kept, and the same command goes on with the others") from None
-        finally:
+        except (KeyboardInterrupt, GeneratorExit):      # nothing that is under way is waited for
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
+        except BaseException:
             stopping.set()
+            raise
+        finally:
             for future in waiting:
                 future.cancel()
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from fedms.cli.stopping import polite_stop
+from fedms.cli.stopping import STOPPING, polite_stop
 from fedms.config import load_config
-from fedms.errors import FOLDER
+from fedms.errors import FOLDER, INTERRUPTED
 from fedms.exports.manifest import save_tensors
 from fedms.foreign import few
 from fedms.methods import create
@@ -49,14 +49,47 @@ def test_a_name_that_is_no_unicode_can_be_shown(tmp_path):
 
 
 def test_a_closed_terminal_stops_a_run_as_kill_does():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # the tests themselves may run under nohup
-    try:
-        with polite_stop() as stop:
-            assert not stop()
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # the tests themselves may run under nohup
+    with polite_stop() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop()
+
+
+def test_a_third_ctrl_c_and_one_while_the_process_ends_print_no_traceback():
+    for again in ("inside", "after"):
+        code = f"""
+import os, signal, sys
+from fedms.cli.stopping import polite_stop
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+try:
+    with polite_stop() as stop:
+        ctrl_c()
+        assert stop()
+        try:
+            ctrl_c()
+        finally:
+            if {again == "inside"}:
+                ctrl_c()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    ctrl_c()
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (INTERRUPTED, "" if again == "inside" else "interrupted\n"), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers of signals as they were: a stop that was asked for leaves its own in place."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_nohup_is_respected():

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,24 @@ def test_differences_are_paired_by_client_and_seed(tmp_path):
                                             max(local.p, 2 * fedavg.p))
     assert differences(runs[:2]) == []
     assert "fedms against the others" in (report.write_comparison(tmp_path)[1]).read_text()
+
+
+def test_processes_are_killed_when_nobody_waits_for_them():
+    """As by a second Ctrl-C: the items under way take ten minutes."""
+    processes = in_processes(doubling.start, [1, "wait", "wait"], 2, Heard(), lambda: False)
+    started = time.monotonic()
+    assert next(processes) == (1, 2)
+    processes.close()
+    assert time.monotonic() - started < 60 and multiprocessing.active_children() == []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_processes(doubling.start, ["wait"], 2, Heard(), interrupted))
+    assert multiprocessing.active_children() == []
+
+
+def test_ctrl_c_does_not_reach_processes_that_start():
+    assert list(in_processes(doubling.start, ["spared"], 1, Heard(), lambda: False)) == [("spared", True)]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
