@@ -68,7 +68,8 @@ def main(root: Path) -> None:
     words = {page: sum(any(map(str.isalnum, word)) for word in (root / page).read_text().split())
              for page in pages if group_of(page) not in LOOKED_UP}
     long = [f"{page} ({count:,})" for page, count in words.items() if count > MOST_WORDS]
-    print(f"\npages of more than {MOST_WORDS:,} words, code and tables counted, outside of reference and evidence: {', '.join(long) or 'none'}")
+    print(f"\npages of more than {MOST_WORDS:,} words, code and tables counted, outside of reference and evidence: "
+          f"{', '.join(long) or 'none'}")
     found = lint(texts)
     print(f"proselint: {len(found)} problems", *found, sep="\n")
 

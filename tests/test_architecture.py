@@ -29,6 +29,12 @@ EXCEPTIONS = {
     ("fedms_ext.quantization.quantize", "sparse"): "finds the layers of a model as sparse does",
 }
 
+MOST_COLUMNS, MOST_LINES, MOST_OF_A_FUNCTION = 140, 400, 60
+LONG_FUNCTIONS = {
+    ("python/fedms/cli/init.py", "init"): "its parameters are the options of the command",
+    ("fedms_ext/backends/triton/gemm.py", "gemm_pointer"): "a kernel of Triton is one function",
+}
+
 # What a room must not import although it is installed.
 FORBIDDEN = {
     ("fedms", "config"): ("torch", "numpy", "transformers", "flwr"),
@@ -116,6 +122,42 @@ def test_the_kernels_know_neither_torch_nor_federated_learning():
             assert "pybind11" not in text, f"{file}: only csrc/python knows pybind11"
     for file in sorted((ROOT / "fedms_ext").rglob("*.py")):
         assert not re.search(r"federated|\bclients?\b", file.read_text(encoding="utf-8"), re.I), f"{file}: says federated"
+
+
+def too_large(path: Path, text: str) -> list[str]:
+    """The lines, the file and the functions of a Python file or a page that are longer than CONTRIBUTING.md has them.
+
+    Docstrings of functions are not counted, and tests may be long files.
+    """
+    lines = text.splitlines()
+    found = [f"{path}:{number}: {len(line)} columns" for number, line in enumerate(lines, 1) if len(line) > MOST_COLUMNS]
+    if path.suffix != ".py" or path.parts[0] == "tests":
+        return found
+    if len(lines) > MOST_LINES:
+        found.append(f"{path}: {len(lines)} lines")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno:
+            doc = node.body[0] if ast.get_docstring(node) else None
+            count = node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc and doc.end_lineno else 0)
+            if count > MOST_OF_A_FUNCTION and (str(path), node.name) not in LONG_FUNCTIONS:
+                found.append(f"{path}:{node.lineno}: {node.name} has {count} lines")
+    return found
+
+
+def test_lines_files_and_functions_keep_to_their_size():
+    files = [ROOT / "setup.py", *(file for folder in ("python", "fedms_ext", "bench", "tests", "docs", "examples")
+                                  for kind in ("*.py", "*.html") for file in (ROOT / folder).rglob(kind))]
+    assert [line for file in sorted(files) for line in too_large(file.relative_to(ROOT), file.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("path, text, said", [
+    ("python/fedms/a.py", "x = '" + "x" * 140 + "'\n", "a.py:1: 146 columns"),
+    ("python/fedms/page.html", "x" * 141, "page.html:1: 141 columns"), ("tests/a.py", "x" * 141, "a.py:1: 141 columns"),
+    ("bench/a.py", "x = 1\n" * 401, "a.py: 401 lines"),
+    ("fedms_ext/a.py", "def f():\n    'What it is.'\n" + "    x = 1\n" * 60, "a.py:1: f has 61 lines")])
+def test_what_is_too_large_is_found(path, text, said):
+    [found] = too_large(Path(path), text)
+    assert found.endswith(said)
 
 
 @pytest.mark.parametrize("file, line, said", [

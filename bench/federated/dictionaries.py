@@ -59,7 +59,8 @@ def table(rows: Sequence[Row], base: str) -> str:
              "| --- |" + " ---: |" * (3 + len(clients))]
     for method in methods:
         own = " | ".join(f"{math.exp(_mean(nats, method, seeds, [client])):.1f}" for client in clients)
-        lines.append(f"| {method} | {math.exp(_mean(nats, method, seeds, clients)):.1f} | {_against(nats, method, base, seeds, clients)} | {own} |")
+        overall = math.exp(_mean(nats, method, seeds, clients))
+        lines.append(f"| {method} | {overall:.1f} | {_against(nats, method, base, seeds, clients)} | {own} |")
     return "\n".join(lines)
 
 

@@ -135,7 +135,8 @@ def picture(records: Path, path: Path) -> None:
     lines, rows = read_lines(records), registry.methods()
     with matplotlib.rc_context({"svg.hashsalt": "fedms"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), (("shared", "common test"), ("personalized", "mean of the clients"))):
+        titles = {"shared": "common test", "personalized": "mean of the clients"}
+        for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
             for method, marker in zip(dict.fromkeys(line["method"] for line in lines), "os^"):
                 found: dict[str, list[float]] = {}
                 for line in lines:
@@ -149,7 +150,8 @@ def picture(records: Path, path: Path) -> None:
                 if without:
                     axes.axhline(statistics.fmean(without), color=color, linestyle="--", linewidth=1)
             axes.set(xscale="log", xlabel="epsilon of the run", title=title)
-            axes.set_xticks(ticks := sorted({float(line["epsilon"]) for line in lines if line["epsilon"] != "off"}), [f"{t:g}" for t in ticks])
+            ticks = sorted({float(line["epsilon"]) for line in lines if line["epsilon"] != "off"})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         figure.axes[0].set_ylabel("accuracy, %")
         figure.axes[0].legend(frameon=False)

@@ -24,7 +24,8 @@ from pathlib import Path
 PAGE = Path("docs/guide/deploy.md")
 MARK = "<!-- run by tests/system/test_deploy_page.py -->"
 RUN_FILE = "\n[stage1]\nrounds = 2\n\n[stage2]\nrounds = 1\n"
-WORDS = {"good": ("warm", "friendly", "careful", "quick", "clear", "gentle"), "bad": ("cold", "rude", "late", "dirty", "confusing", "rough")}
+WORDS = {"good": ("warm", "friendly", "careful", "quick", "clear", "gentle"),
+         "bad": ("cold", "rude", "late", "dirty", "confusing", "rough")}
 THINGS = ("nurse", "doctor", "room", "letter", "food", "phone call", "visit", "form")
 
 

@@ -231,7 +231,8 @@ def run_siblings(report: Report, shapes: list[tuple[int, tuple[int, ...], int, i
             with patch("fedms_ext.backends.fastest.fastest_of", return_value="together"):  # whether it is faster or not
                 calls[f"{CUDA}, together"]()
         facts = dict(k=k, ns=ns, rows=rows, rank=rank, dtype=str(report.dtype), what="siblings")
-        report.add(f"{k} -> {', '.join(map(str, ns))} from one input, {rows} rows, rank {rank} each, forward + backward", facts, calls, "bare GEMM")
+        title = f"{k} -> {', '.join(map(str, ns))} from one input, {rows} rows, rank {rank} each, forward + backward"
+        report.add(title, facts, calls, "bare GEMM")
 
 
 def main() -> None:

@@ -52,13 +52,18 @@ def ranks_of(done: Sequence[StudyRecord]) -> Ranks | None:
 
 
 def gate_line(id: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Say what the gate of a method or an ablation does in the mean over seeds, what it gains over a fixed mix, and what it could have gained."""
+    """Say what a gate does in the mean over seeds, what it gains over a fixed mix, and what it could have gained.
+
+    Args:
+        id: A method or an ablation.
+        lines: Its lines in the records of one setting.
+    """
     weight, entropy, half, oracle = (statistics.fmean(line["gate"][key] for line in lines) for key in (
         "mean", "entropy", "half_mix_accuracy", "oracle_accuracy"))
     return (f"- The gate of {name_of(id)} gives the local expert {100 * weight:.0f} % of the weight (entropy {entropy:.2f}, at most "
             f"{math.log(2):.2f}). Half and half of the same experts would have {100 * half:.1f} %: the gate is "
-            f"{str_gap(_over(lines, _half(lines)))} points ahead of it. The right expert for each sample, which no gate can know, would have "
-            f"{100 * oracle:.1f} %.")
+            f"{str_gap(_over(lines, _half(lines)))} points ahead of it. The right expert for each sample, which no gate can know, "
+            f"would have {100 * oracle:.1f} %.")
 
 
 def name_of(id: str) -> str:

@@ -35,19 +35,21 @@ Accuracies in %, mean ± standard deviation over seeds; each client counts the s
 tenth of clients. *Better off alone*: the share of clients whose own training would give more. `fedms` is the method as defined,
 `fedms_plus` with the pieces that `docs/method/fedms.md` explains. Cost is operations (TFLOP), not seconds: runs share the
 machine. They are as the commit of a run counted them. Those of `fedms` leave out the pass through the frozen blocks from which the
-frozen expert's logits are computed: 12 % of its operations on the built-in digits. Differences are paired by client and averaged within a seed, in points, with a 95 % interval of the seeds' means (Student's
-t), since clients of one seed share an expert and a partition; where that interval holds 0 no difference is shown, marked by ~. Intervals are
-not corrected for their number: one in twenty leaves out 0 by chance.
+frozen expert's logits are computed: 12 % of its operations on the built-in digits. Differences are paired by client and averaged
+within a seed, in points, with a 95 % interval of the seeds' means (Student's t), since clients of one seed share an expert and a
+partition; where that interval holds 0 no difference is shown, marked by ~. Intervals are not corrected for their number: one in
+twenty leaves out 0 by chance.
 """
 
 OF_SIZE = {
     "small": """\
 This is the small study: seven settings, the six methods that claims rest on, and two rivals that train a private expert in all
 rounds, `ditto` and `apfl`; on settings that are cheap, three more relatives, `feddpa`, `flexlora` (all devices at full rank) and `fed_sb`
-(at four times the rank). Where there are five seeds, `fedms_plus` runs once more with a learned gate. There are 700 images, 800 sentences, 800 solar cells or 900 digits a seed, half of them for testing, so that a
-client has 19 to 32 samples to train on. The model of the digits is a small one that was pretrained on other digits; the other two are
-foundation models of 22 million parameters. All methods have the same learning rates in the same stages, and none is tuned: methods are compared at
-equal rates, not each at its best. The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings,
+(at four times the rank). Where there are five seeds, `fedms_plus` runs once more with a learned gate. There are 700 images, 800
+sentences, 800 solar cells or 900 digits a seed, half of them for testing, so that a client has 19 to 32 samples to train on. The
+model of the digits is a small one that was pretrained on other digits; the other two are foundation models of 22 million parameters.
+All methods have the same learning rates in the same stages, and none is tuned: methods are compared at equal rates, not each at its
+best. The full study, `python -m bench.study --size full`, has 555 runs (seventeen methods, four settings,
 tuned, with ablations) and has not been made.
 """,
     "full": """\

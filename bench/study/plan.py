@@ -204,8 +204,12 @@ def plan(size: str = "full", tuned: Path | None = None) -> list[StudyRun]:
         raise ConfigError(f"--size: got {size!r}; accepted: {', '.join(SIZES)}")
     _planned = partial(_plan_one, tuned=None if size == "small" else tuned)
     if size == "small":
-        return [_planned(setting, id, ABLATIONS[id].method, seed, ABLATIONS[id].sets) if id in ABLATIONS else _planned(setting, id, id, seed)
-                for seed in SEEDS for setting in SMALL_SETTINGS if seed in setting.seeds for id in (*FIRST, *RIVALS, *setting.more)]
+        def small(setting: Setting, id: str, seed: int) -> StudyRun:
+            ablation = ABLATIONS.get(id)
+            return _planned(setting, id, ablation.method, seed, ablation.sets) if ablation else _planned(setting, id, id, seed)
+
+        return [small(setting, id, seed) for seed in SEEDS for setting in SMALL_SETTINGS if seed in setting.seeds
+                for id in (*FIRST, *RIVALS, *setting.more)]
     if size == "quick":
         short = ("stage1.rounds=4", "stage2.rounds=2")
         return [_planned(setting, method, method, 0, short) for setting in (FASHION_SKEWED, NATURAL) for method in FIRST]

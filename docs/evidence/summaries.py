@@ -1,4 +1,6 @@
-"""Draw the summary of each benchmark page, docs/evidence/img/NAME-summary.svg, from a table of that page: `python docs/evidence/summaries.py`."""
+"""Draw the summary of each benchmark page, docs/evidence/img/NAME-summary.svg, from a table of that page:
+`python docs/evidence/summaries.py`.
+"""
 from __future__ import annotations
 
 import math

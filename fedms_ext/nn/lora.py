@@ -110,7 +110,7 @@ def saved_pair(saved: Tensor, held: int) -> tuple[LoRA, PairState]:
         raise ValueError("expected five numbers: rank, alpha, dropout, rslora, state")
     rank, alpha, dropout, rslora, state = saved.tolist()
     if rank != held:
-        raise ValueError(f"the saved expert has the rank {rank:g}, this layer's has {held}; attach it with the rank that was saved, then load")
+        raise ValueError(f"the saved expert has the rank {rank:g}, this layer's has {held}; attach it with the rank of the saved one")
     if not (rslora in (0, 1) and state in range(len(STATES))):
         raise ValueError(f"rslora and state are {rslora:g} and {state:g}, expected 0 or 1, and 0 to {len(STATES) - 1}")
     return LoRA(int(rank), alpha, dropout, bool(rslora)), STATES[int(state)]

@@ -69,7 +69,8 @@ def planned_siblings(plans: GroupPlans, x: Tensor, layers: Sequence[Sibling]) ->
         layers = [layer._replace(weight=weight, bias=bias) for layer, weight, bias in zip(layers, weights, biases)]
     kinds = [(weight.shape, weight.dtype) for weight in weights]
     ranks = [tuple(map(len, layer.lora_a)) for layer in layers]
-    key = (x.shape, x.dtype, x.device, x.requires_grad, gates[0], backends.preference(), *kinds, *ranks, *chain(*[layer.scale for layer in layers]))
+    scales = chain(*[layer.scale for layer in layers])
+    key = (x.shape, x.dtype, x.device, x.requires_grad, gates[0], backends.preference(), *kinds, *ranks, *scales)
     if key not in plans:
         planned = _plan(x, layers)
         if device.is_capturing(x.device):  # a plan that is made then has memory of the graph

@@ -74,8 +74,10 @@ def hidden_of(out: Any) -> Tensor:
 
 
 class _Replaced:
-    """A module's forward method, which a thread can skip or change. It stays until `detach`: to put it in place and to take it away in each pass
-    would need a lock, since other threads may run the model, and torch.compile could not trace it.
+    """A module's forward method, which a thread can skip or change.
+
+    It stays until `detach`: to put it in place and to take it away in each pass would need a lock, since other threads may run the
+    model, and torch.compile could not trace it.
 
     Attributes:
         replaced: The forward method that the module itself had before, or None if it had that of its class.
@@ -198,7 +200,10 @@ def _same(a: object, b: object) -> bool:
 
 
 class _Here(threading.local):
-    """What the calling thread replays and changes, by block. torch.compile traces the attributes of a `threading.local`, but no `ContextVar`."""
+    """What the calling thread replays and changes, by block.
+
+    torch.compile traces the attributes of a `threading.local`, but no `ContextVar`.
+    """
 
     def __init__(self) -> None:     # in each thread
         self.replays: Mapping[nn.Module, _Replay] = {}

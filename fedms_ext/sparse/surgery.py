@@ -104,10 +104,10 @@ def attach(model: nn.Module, targets: Targets, experts: Mapping[str, LoRA], bloc
 
     Raises:
         TypeError: If `targets` or `experts` are of another type.
-        ValueError: If `targets` or one of its entries matches no layer, or it is no regular expression; if a target lies outside of the blocks, is known
-            under several names, or cannot hold experts (its class computes something else, its weight is computed or
-            offloaded, its forward method was replaced, or a surrounding module reads its weight instead of calling it); if
-            the name of an expert is taken or unusable, or its dropout differs from that of the layer's other experts; or if
+        ValueError: If `targets` or one of its entries matches no layer, or it is no regular expression; if a target lies outside of
+            the blocks, is known under several names, or cannot hold experts (its class computes something else, its weight is
+            computed or offloaded, its forward method was replaced, or a surrounding module reads its weight instead of calling
+            it); if the name of an expert is taken or unusable, or its dropout differs from that of the layer's other experts; or if
             the list of blocks cannot be found. The model is unchanged then.
 
     Warns:

@@ -27,8 +27,8 @@ def planned(*runs):
 
 
 def line(run, mean, fingerprint="f"):
-    clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": {"personalized": mean + 0.01 * i, "global": mean - 0.1, "local": mean - 0.2}}
-               for i in range(3)]
+    accuracies = [{"personalized": mean + 0.01 * i, "global": mean - 0.1, "local": mean - 0.2} for i in range(3)]
+    clients = [{"id": i, "unseen": False, "n_train": 10, "n_test": 5, "accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
     return {"setting": run.setting.name, "id": run.id, "method": run.config.run.method, "seed": run.config.run.seed,
             "config": run.config.model_dump(mode="json", exclude_none=True), "command": run.command,
             "model_fingerprint": fingerprint, "commit": "abc1234", "torch": "2.13.0", "cpu": "a CPU", "clients": clients, "seconds": 3.0,
@@ -102,8 +102,10 @@ def test_the_first_part_of_the_page_says_what_the_intervals_of_seeds_say():
     [_, text, first, plus, second, fedms, _, worth] = findings.findings_part(list(zip(runs, lines)))
     assert "`fedms_plus`" in first and "| Digits | fedavg_ft, fedms | – | – |" in plus
     assert "`fedms`" in second and "| Digits | – | fedms_plus | fedavg_ft |" in fedms
-    assert "| setting | `fedms` over `fedavg_ft` | mixture of `fedms` over its better expert | gate of `fedms` over half and half |" in worth
-    assert "| Digits | ~+0.3 ± 3.8 | +10.0 ± 0.0 | +1.0 ± 0.0 |" in worth       # the seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3)
+    assert ("| setting | `fedms` over `fedavg_ft` | mixture of `fedms` over its better expert | gate of `fedms` over half and half |"
+            in worth)
+    # The seeds' differences are 0, 2 and -1: 0.33 +- 4.30 * 1.53 / sqrt(3).
+    assert "| Digits | ~+0.3 ± 3.8 | +10.0 ± 0.0 | +1.0 ± 0.0 |" in worth
     assert "by the interval on two settings. It is ahead on: `fedms` 1 of 1, behind on 0." in text
 
 

@@ -185,7 +185,8 @@ def test_what_is_left_to_pytorch():
         assert _C.attention_forward(*odd, None, 1.0, False) is None
     for mask in (torch.zeros(1, 2, 5, 5), torch.zeros(5, 6), torch.zeros(2, 2, 5, 6), torch.zeros(1, 1, 5, 6).double()):
         assert _C.attention_forward(q, k, v, mask, 1.0, False) is None
-    torch.testing.assert_close(attention(q.double(), k.double(), v.double()), F.scaled_dot_product_attention(q.double(), k.double(), v.double()))
+    doubles = q.double(), k.double(), v.double()
+    torch.testing.assert_close(attention(*doubles), F.scaled_dot_product_attention(*doubles))
     with pytest.raises(RuntimeError):
         attention(q, k[..., :3], v)
 

@@ -203,7 +203,8 @@ def test_what_cannot_be_registered_is_said(rows):
 
 def test_a_plugin_that_cannot_be_imported_is_named(rows, monkeypatch):
     monkeypatch.setenv("FEDMS_PLUGINS", "no_such_plugin")
-    with pytest.raises(ConfigError, match="plugin no_such_plugin, named by the environment variable FEDMS_PLUGINS, cannot be imported: ModuleNotFound"):
+    said = "plugin no_such_plugin, named by the environment variable FEDMS_PLUGINS, cannot be imported: ModuleNotFound"
+    with pytest.raises(ConfigError, match=said):
         registry.methods()
 
 

@@ -5,9 +5,9 @@
 generator of another device, and a NumPy view of what is not in the CPU's memory.
 
 Why not fake tensors, a tensor subclass, or PrivateUse1: fake CUDA tensors have no values, and fail at `.to`, at random numbers and in
-autograd in a CPU build, unless `absent_gpu.cpp` is loaded before PyTorch; a wrapper subclass that says `cuda` reaches device guards that a CPU build does not have as soon as autograd runs
-backward; a renamed PrivateUse1 backend needs compiled kernels for every operator. Two modes, one above autograd and one
-below it, see every call of both passes, and the arithmetic stays that of the CPU.
+autograd in a CPU build, unless `absent_gpu.cpp` is loaded before PyTorch; a wrapper subclass that says `cuda` reaches device guards that
+a CPU build does not have as soon as autograd runs backward; a renamed PrivateUse1 backend needs compiled kernels for every operator.
+Two modes, one above autograd and one below it, see every call of both passes, and the arithmetic stays that of the CPU.
 """
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class FakeGraphs:
 
     def __enter__(self) -> FakeGraphs:
         self._stack.enter_context(mock.patch.multiple(
-            torch.cuda, create=True, CUDAGraph=type("CUDAGraph", (_Graph,), {"graphs": self}), graph=self._capture, graph_pool_handle=lambda: (0, 1),
-            Stream=_Stream, current_stream=_Stream, stream=lambda stream: nullcontext(),
+            torch.cuda, create=True, CUDAGraph=type("CUDAGraph", (_Graph,), {"graphs": self}), graph=self._capture,
+            graph_pool_handle=lambda: (0, 1), Stream=_Stream, current_stream=_Stream, stream=lambda stream: nullcontext(),
             is_current_stream_capturing=lambda: self.capturing is not None, device=lambda index: nullcontext()))
         return self
 

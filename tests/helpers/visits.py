@@ -63,8 +63,8 @@ class World:
 def sentences(folder, length=None):
     """Settings of a run on a tiny BERT and sentences, both written into a folder: of `length` words, or of 1 to 9."""
     draw = torch.Generator().manual_seed(5)
-    lines = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (length or 1 + n % 9,), generator=draw)) + f",{'good' if n % 2 else 'bad'}"
-             for n in range(80)]
+    chosen = [torch.randint(len(WORDS), (length or 1 + n % 9,), generator=draw) for n in range(80)]
+    lines = [" ".join(WORDS[i] for i in words) + (",good" if n % 2 else ",bad") for n, words in enumerate(chosen)]
     (folder / "own.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
     return [f"model.id={save('bert', folder / 'model')}", f"data.name={folder / 'own.csv'}", "data.max_samples=none",
             'model.targets=["value","dense"]']

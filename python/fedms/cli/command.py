@@ -53,8 +53,8 @@ class _ByPanel(TyperGroup):
 _SUGGESTS = tuple(map(int, metadata.version("click").split(".")[:2])) < (8, 4)
 
 app = typer.Typer(
-    name="fedms", cls=_ByPanel, suggest_commands=_SUGGESTS, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]}, epilog=epilog(
+    name="fedms", cls=_ByPanel, suggest_commands=_SUGGESTS, no_args_is_help=True, rich_markup_mode="markdown",
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}, epilog=epilog(
         "fedms run digits                      # a first run, no download",
         "fedms init                            # a run file for your own data",
         "fedms run my-run.toml                 # train, then read the report",

@@ -31,8 +31,8 @@ class ModelTable(Table):
         "models; a GPU does not round activations, and stores int8; fp32 weights are held in the 16 bits of run.dtype, as they are rounded "
         "to these in any case")
     full_precision: tuple[str, ...] = Field(
-        (), description="Linear layers whose frozen weights are not quantized, by the end of their names; for layers whose rounding changes "
-        "the predictions most")
+        (), description="Linear layers whose frozen weights are not quantized, by the end of their names; for layers whose rounding "
+        "changes the predictions most")
     targets: Union[Literal["all-linear"], Annotated[tuple[str, ...], annotated_types.MinLen(1)]] = Field(
         "all-linear", description="Linear layers inside the blocks that get LoRA, by the end of their names")
     head: Literal["text", "linear"] = Field(

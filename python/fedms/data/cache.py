@@ -63,10 +63,9 @@ def filling_cache(needs: int | None = None) -> Iterator[None]:
         folder = cache_dir().absolute()
         elsewhere = "name another folder in the environment variable FEDMS_CACHE"
         if number in (errno.ENOSPC, errno.EDQUOT):
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
             needed = f" {needs / 1e6:,.0f} MB are needed, and" if needs else ""
-            raise CacheError(f"{folder}: the disk is full:{needed} {shutil.disk_usage(existing).free / 1e6:,.0f} MB are free. Make room, or "
-                             f"{elsewhere}") from error
+            raise CacheError(f"{folder}: the disk is full:{needed} {free / 1e6:,.0f} MB are free. Make room, or {elsewhere}") from error
         if number in _FORBIDDEN:
             raise CacheError(f"{folder}: cannot be written: {os.strerror(number)}; {elsewhere}") from error
         raise

@@ -353,9 +353,11 @@ def _duplicates(dataset: Dataset, splits: tuple[ClientSplit, ...], in_test: np.n
     within = [(i, split.id) for split, own in zip(splits, fitted) for i in split.test.tolist() if keys[i] in own]
     if within:
         count = len({client for _, client in within})
-        notes.append(f"{len(within)} test sample{'s occur' if len(within) > 1 else ' occurs'} among the training or validation samples of the same client, too "
-                     f"({count} client{'s' * (count > 1)}, first client {within[0][1]}, sample {within[0][0]}): its accuracy "
-                     "will look better than it is; remove what occurs twice")
+        occur = "samples occur" if len(within) > 1 else "sample occurs"
+        first, client = within[0]
+        notes.append(f"{len(within)} test {occur} among the training or validation samples of the same client, too "
+                     f"({count} client{'s' * (count > 1)}, first client {client}, sample {first}): its accuracy will look better than "
+                     "it is; remove what occurs twice")
     common = [i for i in in_test.tolist() if holders[keys[i]]]
     if common:
         notes.append(f"{len(common)} of {len(in_test)} samples of the common test set occur at a client, too (first "

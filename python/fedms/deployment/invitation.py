@@ -143,8 +143,8 @@ def foreign_run_file(tables: dict[str, Any], whose: str) -> RunConfig:
         config = config_from_dict(tables)
         differ = [f"it lacks {few(missing, 8)}"] if (missing := sorted(_names(tables_of(config)) - theirs)) else []
     if differ:
-        raise DeploymentError(f"{whose}, this machine runs fedms {release()} of another commit, or with other plugins: the run file has other "
-                              f"keys there ({differ[0]}); install the same commit on both")
+        raise DeploymentError(f"{whose}, this machine runs fedms {release()} of another commit, or with other plugins: the run file "
+                              f"has other keys there ({differ[0]}); install the same commit on both")
     return config
 
 

@@ -5,8 +5,8 @@
     payload   the tensors' bytes in the manifest's order; an int8 tensor's scale (float32) before its values
 
 Float tensors travel as `fp32`, `bf16` or `int8` (`[wire] dtype`; int8 is symmetric, with a scale for each row or,
-where those are fewer, column); other dtypes as they are. Names, shapes and sizes are checked before anything is allocated, so a message cannot make its
-reader do more than its own length allows.
+where those are fewer, column); other dtypes as they are. Names, shapes and sizes are checked before anything is
+allocated, so a message cannot make its reader do more than its own length allows.
 """
 from __future__ import annotations
 

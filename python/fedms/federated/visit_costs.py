@@ -223,7 +223,8 @@ class CostModel:
         return self.model.read_applied("global")
 
     def _message(self, tensors: Tensors) -> int:
-        sent = {name: tensor for name, tensor in tensors.items() if self.server.broadcast_policy("stage1", name) is not BroadcastPolicy.NEVER}
+        policy = self.server.broadcast_policy
+        sent = {name: tensor for name, tensor in tensors.items() if policy("stage1", name) is not BroadcastPolicy.NEVER}
         return len(encoding.pack(sent, self.config.wire.dtype)) if sent else 0
 
 

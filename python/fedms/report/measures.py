@@ -81,6 +81,7 @@ class Accuracy:
 
     @staticmethod
     def apart(focus: str, rival: str, gap: Stat) -> str:
+        """Return how far two methods are apart, as the beginning of a sentence: names, difference over seeds, its interval."""
         return (f"{focus} is {formats.points(gap.mean)} {'ahead of' if gap.mean > 0 else 'behind'} {rival} "
                 f"({formats.ends(gap.interval)})")
 
@@ -117,53 +118,65 @@ class Perplexity(Accuracy):
 
     @staticmethod
     def of(run: RunRecords) -> Optional[float]:
+        """Return the mean log-likelihood of a token, minus the nats; None if the run has none."""
         nats = field_of(run.summary, "language", "nats")
         return None if nats is None else -nats
 
     @staticmethod
     def of_worst(run: RunRecords) -> Optional[float]:
+        """Return that of the worst 10 % of clients, or None."""
         values = merits(run, "personalized")
         return worst_tenth(values) if values else None
 
     @classmethod
     def value(cls, stat: Stat) -> str:
+        """Return the perplexity of a mean over seeds."""
         return cls.number(stat.mean)
 
     @classmethod
     def number(cls, merit: Optional[float]) -> str:
+        """Return the perplexity of a log-likelihood, as tables have it; a dash for None."""
         return "–" if merit is None else f"{cls.shown(merit):.1f}"
 
     @staticmethod
     def shown(merit: float) -> float:
+        """Return the perplexity of a log-likelihood."""
         return perplexity(-merit)
 
     @staticmethod
     def lead(gap: float) -> float:
+        """Return by how many percent another perplexity is higher than the one in focus, which is ahead by `gap` nats."""
         return 100 * math.expm1(min(gap, LARGEST_NATS))
 
     @classmethod
     def signed(cls, gap: float) -> str:
+        """Return the change of the perplexity in percent, with its sign, of a method that is ahead by `gap` nats."""
         return f"{cls.lead(-gap):+.1f} %".replace("-", "−")
 
     @classmethod
     def size(cls, gap: float) -> str:
+        """Return the size of that change."""
         return cls.signed(-abs(gap)).lstrip("+")
 
     @classmethod
     def interval(cls, found: Interval) -> str:
+        """Return the ends of an interval in percent, the least perplexity first; a dash where there is no interval."""
         return "–" if math.isinf(found.half) else " to ".join(cls.signed(found.mean + side * found.half) for side in (1, -1))
 
     @classmethod
     def apart(cls, focus: str, rival: str, gap: Stat) -> str:
+        """Return how far the perplexities of two methods are apart, as the beginning of a sentence."""
         return (f"The perplexity of {focus} is {cls.beside(gap.mean, f'that of {rival}')} "
                 f"(95 % interval {cls.interval(gap.interval)} over {gap.n} seeds)")
 
     @classmethod
     def beside(cls, gap: float, other: str) -> str:
+        """Return where a perplexity is beside another one, in percent of that."""
         return f"{cls.signed(gap).lstrip('+−')} {'below' if gap > 0 else 'above'} {other}"
 
     @staticmethod
     def before(runs: Sequence[RunRecords]) -> str:
+        """Return a sentence about the perplexity before training; empty where it is unknown."""
         nats = Stat.of(field_of(r.summary, "language", "nats_zero_shot") for r in runs)
         return f" Before training it is {Perplexity.number(-nats.mean)}." if nats else ""
 

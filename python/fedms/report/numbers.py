@@ -36,6 +36,7 @@ class Stat:
 
     @classmethod
     def of(cls, values: Iterable[Optional[float]]) -> Optional[Stat]:
+        """Return the number over seeds of the values that are known; None if none is."""
         known = [v for v in values if v is not None]
         if not known:
             return None

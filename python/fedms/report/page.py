@@ -166,8 +166,8 @@ def _client_details(run: RunRecords) -> dict[str, Any]:
     names = [n for n in ("personalized", "mixture", "global", "local", "zero_shot", "half", "oracle")
              if any(field_of(c, "accuracy", n) is not None for c in run.clients)]
     gated = any(c.get("gate_mean") is not None for c in run.clients)
-    scores = {name: title for name, title in (("macro_f1", "macro F1 %"), ("auroc", "AUROC %"), ("calibration_error", "calibration error %"))
-              if any(c.get(name) is not None for c in run.clients)}
+    titles = {"macro_f1": "macro F1 %", "auroc": "AUROC %", "calibration_error": "calibration error %"}
+    scores = {name: title for name, title in titles.items() if any(c.get(name) is not None for c in run.clients)}
     return {"title": _name(run), "method": run.method, "names": names, "scores": scores, "gated": gated, "measure": measure_of([run]),
             "rows": sorted(run.clients, key=lambda c: c["id"])}
 

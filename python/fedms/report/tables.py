@@ -30,9 +30,9 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
     runs, _ = read_runs(path)
     text = io.StringIO()
     columns = ("method", "seed", "personalized_mean", "personalized_std", "personalized_worst10", "global_test",
-               "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "calibration_error", "auroc", "below_local", "gate_mean",
-               "gate_collapsed", "perplexity", "bits_per_byte", "choice_accuracy", "trainable_percent", "bytes_up", "bytes_down", "flops",
-               "seconds", "peak_memory_bytes")
+               "unseen_as_it_arrives", "unseen_after_training", "zero_shot", "macro_f1", "calibration_error", "auroc", "below_local",
+               "gate_mean", "gate_collapsed", "perplexity", "bits_per_byte", "choice_accuracy", "trainable_percent", "bytes_up",
+               "bytes_down", "flops", "seconds", "peak_memory_bytes")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for run in runs:
@@ -55,8 +55,8 @@ def write_comparison(path: str | Path) -> tuple[Path, Path]:
                   "test, corrected by Holm), and by seed, which is what counts, as clients of a seed share an expert:", "",
                   f"| against | {measure.column} | 95 % interval by seed | shown | clients better | worse | p | p corrected |",
                   "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |"]
-        lines += [f"| {t.against} | {measure.signed(t.gap)} | {measure.interval(t.interval)} | {t.interval.shows} | {t.better} of {t.pairs} | "
-                  f"{t.worse} | {p_value(t.p)} | {p_value(t.corrected)} |" for t in tests]
+        lines += [f"| {t.against} | {measure.signed(t.gap)} | {measure.interval(t.interval)} | {t.interval.shows} | "
+                  f"{t.better} of {t.pairs} | {t.worse} | {p_value(t.p)} | {p_value(t.corrected)} |" for t in tests]
     write_text(path / "compare.md", "\n".join(lines) + "\n")
     return path / "compare.csv", path / "compare.md"
 

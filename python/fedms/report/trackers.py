@@ -41,12 +41,14 @@ class TensorBoard:
         self._last = 0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the numbers of a round."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
         self._last = step
 
     def end(self, values: Mapping[str, float]) -> None:
+        """Write the numbers of the summary, and close the file."""
         self.log(self._last, values)
         self._writer.close()
 
@@ -61,9 +63,11 @@ class WandB:
                                dir=str(run.path), reinit="create_new")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a round."""
         self._run.log(dict(values), step=step)
 
     def end(self, values: Mapping[str, float]) -> None:
+        """Send the numbers of the summary, and end the run there."""
         self._run.summary.update(dict(values))
         self._run.finish()
 
@@ -85,11 +89,13 @@ class MLflow:
         self._last = 0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a round."""
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=step)
         self._last = step
 
     def end(self, values: Mapping[str, float]) -> None:
+        """Send the numbers of the summary, and end the run there, as killed if it has none."""
         self.log(self._last, values)
         self._client.set_terminated(self._run, "FINISHED" if values else "KILLED")
 
@@ -117,9 +123,11 @@ class Tracking(Progress):
         self._ended = {folder: _ended(folder) for folder in self._folders()}
 
     def round(self, stage: str, round: int, **metrics: Any) -> None:
+        """Send the rounds that were recorded since the last call."""
         self.update()
 
     def close(self) -> None:
+        """Send what is left, and end the runs at the trackers."""
         self.update()
         for sinks in self._sinks.values():
             self._call(sinks, lambda sink: sink.end({}))

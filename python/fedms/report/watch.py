@@ -35,6 +35,7 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
+        """Read where the run in a folder stands. RunFolderError if it is no run folder, or damaged."""
         running = owner(folder) is not None  # asked first: a run that ends now has its summary when that is read
         records = RunRecords.read(folder, whole=False)
         return cls(records, "ended" if records.summary else "running" if running else "stopped")

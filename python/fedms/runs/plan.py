@@ -107,7 +107,8 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
 
     At each depth the first of these that fits is taken: the run file's precision of the frozen weights, then int8
     and nf4 if they are smaller; the run file's place of the cache, then the disk; the whole batch, then halves of it; each with
-    `[sal] cache_ahead`, if the run file has it and the schedule goes on to that depth in steps, then without. The deepest one is chosen. With `[run] lockstep` memory is that of as many clients at a time, and all else that of one.
+    `[sal] cache_ahead`, if the run file has it and the schedule goes on to that depth in steps, then without. The deepest one is
+    chosen. With `[run] lockstep` memory is that of as many clients at a time, and all else that of one.
 
     Args:
         config: The run file.

@@ -101,7 +101,7 @@ def self_check(device: torch.device) -> str | None:
     for name, value, right in zip(("output", "dx", "dgate", "dA 0", "dA 1", "dB 0", "dB 1"), found, wanted):
         largest = float((value.cpu().double() - right).abs().max() / right.abs().max())
         if not largest <= TOLERANCE:      # not a number, too
-            return f"its kernels compute {name} wrong: the largest error is {largest:.2g} of the largest value, at most {TOLERANCE:g} is right"
+            return f"its kernels compute {name} wrong: the largest error is {largest:.2g} of the largest value, above {TOLERANCE:g}"
     return None
 
 

@@ -32,7 +32,8 @@ def fedms(*words, answers=None):
 
 
 @pytest.mark.parametrize("words, columns, found", [
-    (("--data", "faq.csv", "--client", "shop"), {"question": "q", "answer": "a", "client": "shop"}, "20 answers of 260 characters; 2 clients"),
+    (("--data", "faq.csv", "--client", "shop"), {"question": "q", "answer": "a", "client": "shop"},
+     "20 answers of 260 characters; 2 clients"),
     (("--data", "faq.csv", "--task", "causal_lm", "--text", "a"), {"text": "a", "question": None}, "20 texts of 260 characters"),
     (("--data", "chats.jsonl"), {"messages": "talk", "client": None}, "20 answers of 3,160 characters; no column is named"),
     (("--data", "books"), {"text": "text", "messages": None, "client": None}, "characters; 2 clients"),

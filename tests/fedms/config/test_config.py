@@ -130,7 +130,7 @@ def test_a_key_without_its_table_is_completed():
     ("stage1.lr=fast", 'stage1.lr: got "fast"; accepted: a number, above 0'),
     ("lora.dropout=1", "lora.dropout: got 1; accepted: a number, at least 0, below 1"),
     ("run.seed=-1", "run.seed: got -1; accepted: an integer, at least 0, at most 4294967295"),
-    ("stage1.batch=9223372036854775808", "stage1.batch: got 9223372036854775808; accepted: an integer, at least 1; in any case of at most 64 bits"),
+    (f"stage1.batch={2**63}", f"stage1.batch: got {2**63}; accepted: an integer, at least 1; in any case of at most 64 bits"),
     ("data.max_samples=0", "data.max_samples: got 0; accepted: an integer, at least 1; or unset"),
     ("data.split=[0.5, 0.5]", "data.split: got [0.5, 0.5]; accepted: a list of 3 numbers"),
     ('data.split=[0.5, 0.3, "x"]', 'data.split: got [0.5, 0.3, "x"]; accepted: a list of 3 numbers'),

@@ -193,7 +193,8 @@ def test_projects_of_ones_own(tmp_path):
 
 def test_rows_without_an_answer_are_refused_with_a_remedy_or_counted(tmp_path):
     (tmp_path / "faq.csv").write_text("q,a\nwhere?,here\nwhen?, \nwho?,me\n")
-    table = load_config("sentiment", ["task.kind=causal_lm", "model.id=smollm2", f"data.name={tmp_path / 'faq.csv'}", "data.question=q", "data.answer=a"]).data
+    own = [f"data.name={tmp_path / 'faq.csv'}", "data.question=q", "data.answer=a"]
+    table = load_config("sentiment", ["task.kind=causal_lm", "model.id=smollm2", *own]).data
     with pytest.raises(DataError, match=r"faq.csv, line 3 has nothing in column 'a' \(1 of 3 rows\).*data.empty = \"drop\""):
         language.read(table)
     material = language.read(table.model_copy(update={"empty": "drop"}))

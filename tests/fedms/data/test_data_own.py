@@ -89,7 +89,8 @@ def test_a_table_a_client(tmp_path, reader):
     assert got.group_names == ("site9", "site10") and got.groups.tolist() == [0, 0, 0, 0, 1, 1]
     split = data.partition(got, DataTable(global_test=0.0), ClientsTable(count=2), seed=0)
     assert [c.group for c in split.clients] == ["site9", "site10"]
-    assert "no natural groups" in str(_partition_error(load(write(frame(), (tmp_path / "flat").mkdir() or tmp_path / "flat/all.csv"), reader)))
+    (tmp_path / "flat").mkdir()
+    assert "no natural groups" in str(_partition_error(load(write(frame(), tmp_path / "flat/all.csv"), reader)))
 
 
 def _partition_error(dataset):
@@ -271,7 +272,8 @@ def test_more_than_8_bits_a_channel_are_refused(tmp_path):
             user_data._open(tmp_path / name)
         with pytest.raises(ValueError, match="more than 8 bits a channel"):
             user_data._open((tmp_path / name).read_bytes())
-    for mode, name in (("RGB", "b.png"), ("RGB", "b.ppm"), ("L", "c.png"), ("CMYK", "c.tiff"), ("1", "d.png"), ("RGB", "d.jp2"), ("RGB", "d.bmp")):
+    modes = {"b.png": "RGB", "b.ppm": "RGB", "c.png": "L", "c.tiff": "CMYK", "d.png": "1", "d.jp2": "RGB", "d.bmp": "RGB"}
+    for name, mode in modes.items():
         Image.new(mode, (8, 8)).save(tmp_path / name)
         user_data._open(tmp_path / name)
 

@@ -130,7 +130,8 @@ def test_recorded_arrivals_are_repeated(tmp_path):
     (["privacy.mode=secure", "aggregate.weights=uniform", "run.method=fedavg", "sal.schedule=fixed"], "masks cancel only in the sum"),
     (["privacy.mode=central", "privacy.noise=1", "aggregate.weights=uniform", "run.method=fedavg", "sal.schedule=fixed"],
      "epsilon is computed for rounds whose clients are drawn anew"),
-    (["run.method=fedavg", "aggregate.rule=krum"], "compares tensors"), (["run.method=fedavg", "aggregate.rule=exact"], "multiplies tensors"),
+    (["run.method=fedavg", "aggregate.rule=krum"], "compares tensors"),
+    (["run.method=fedavg", "aggregate.rule=exact"], "multiplies tensors"),
     (["run.method=fedavg", "aggregate.rule=svd"], "multiplies tensors"),
     (["run.engine=flower-sim"], "an order that cannot be repeated"), (["clients.arrivals=x", "run.engine=flower"], "leave it unset"),
     (["clients.asynchronous=false"], "clients.buffer: acts on buffered rounds alone")])

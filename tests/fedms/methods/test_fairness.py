@@ -82,7 +82,8 @@ def test_trials_of_language_models_are_ranked_by_their_loss_as_reports_rank_meth
 
 def test_a_trial_has_two_rounds_of_stage_2():
     def rounds(first, second):
-        short = tune.trial_config(config(f"stage1.rounds={first}", f"stage2.rounds={second}"), tune.Trial("classification", "fedms", 0, {}, None))
+        trial = tune.Trial("classification", "fedms", 0, {}, None)
+        short = tune.trial_config(config(f"stage1.rounds={first}", f"stage2.rounds={second}"), trial)
         return short.stage1.rounds, short.stage2.rounds
     assert (rounds(8, 4), rounds(8, 1), rounds(2, 0), rounds(12, 12)) == ((2, 2), (2, 1), (1, 0), (3, 3))
 

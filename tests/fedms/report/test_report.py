@@ -96,8 +96,8 @@ def test_a_single_run(tmp_path):
     page = page_of(path)
     summary = json.loads((path / "summary.json").read_text())
     assert f"{100 * summary['personalized_accuracy']['mean']:.1f} %" in page.inside("dd")
-    assert page.inside("h3") == ["Each client on its own test samples", "On validation samples", "What each client gains over training alone",
-                                 "How each client mixes the experts", "Depth"]
+    assert page.inside("h3") == ["Each client on its own test samples", "On validation samples",
+                                 "What each client gains over training alone", "How each client mixes the experts", "Depth"]
     assert page.inside("label")[-3:] == ["rounds", "bytes", "operations"]      # the axes of one chart
     assert "Every client of fedms, seed 0" in page.visible and "Every round of fedms, seed 0" in page.visible
     assert report.ONE_SEED in page.inside("header")[2]

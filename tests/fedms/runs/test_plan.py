@@ -182,7 +182,8 @@ def test_a_plan_in_16_bits_counts_half_of_the_frozen_linear_weights_and_tries_sm
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
     values = sum(p.numel() for m in linear for p in (m.weight, m.bias))
     assert {m.weight.dtype for m in linear} == {torch.bfloat16}
-    assert held == budget.weight_bytes(module) and held - 2 * values == sum(p.nbytes for p in module.parameters() if p.dtype == torch.float32)
+    assert held == budget.weight_bytes(module)
+    assert held - 2 * values == sum(p.nbytes for p in module.parameters() if p.dtype == torch.float32)
     for frozen, share in (("bf16", 1), ("int8", 0.6), ("nf4", 0.4)):
         planner.freeze(frozen)
         weights = planner.model.foundation.weight_bytes - (held - 2 * values)

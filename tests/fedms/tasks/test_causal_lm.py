@@ -145,7 +145,8 @@ def mixed_in_layers(model: ExpertModel, part: Subset, weights: torch.Tensor, pai
     a time, in float64. The positions before an answer take the weights (U, 2) of its first token; below is the global expert alone."""
     whole, found = tiny.whole().double(), []
     for index, own in zip(part.indices.tolist(), weights.split(model.dataset.units(part.indices).tolist())):
-        ids = model.dataset.inputs.fields["input_ids"][int(model.dataset.inputs.offsets[index]):int(model.dataset.inputs.offsets[index + 1])]
+        inputs = model.dataset.inputs
+        ids = inputs.fields["input_ids"][int(inputs.offsets[index]):int(inputs.offsets[index + 1])]
         start = int(model.dataset.answers[index])
         gate = torch.cat([own[:1].expand(start - 1, 2), own, own[-1:]])[None]
 
@@ -189,13 +190,15 @@ def test_a_line_about_the_data(folder):
     found = loaded(folder).dataset
     said = data.describe(found)
     assert said.endswith("; 3 groups of 20 samples each: a (20), b (20), c (20)") and "class" not in said
-    assert f"60 samples of {int(found.inputs.lengths.sum()):,} tokens, of which {len(found.targets(torch.arange(60))):,} are learned" in said
+    tokens, learned = int(found.inputs.lengths.sum()), len(found.targets(torch.arange(60)))
+    assert f"60 samples of {tokens:,} tokens, of which {learned:,} are learned" in said
 
 
 @pytest.mark.parametrize("sets", [
     *[[f"run.method={m}"] for m in ("local", "fedavg", "fedavg_ft", "fedprox", "ditto", "apfl", "ffa_lora", "fedms", "fedms_plus")],
     ["gate.mixing=layers"], ["gate.weight=0.5"], ["gate.on=logits"], ["gate.on=logits", "run.method=apfl", "head.dtype=int8"],
-    ["gate.on=logits", "run.method=fedms_plus"], ["model.frozen=int8_rotated", "head.dtype=int8_rotated", 'model.full_precision=["v_proj", "layers.2.mlp.down_proj"]'],
+    ["gate.on=logits", "run.method=fedms_plus"],
+    ["model.frozen=int8_rotated", "head.dtype=int8_rotated", 'model.full_precision=["v_proj", "layers.2.mlp.down_proj"]'],
     ["data.template=plain", "data.group_by_length=false", "stage1.steps=3", "stage2.steps=1"], ["data.loss_on=all", "stage1.micro_batch=2"],
     ["run.method=fedms_plus", "plus.gate_on=training"], ["gate.features=final"]], ids=lambda sets: ",".join(sets))
 def test_runs(folder, tmp_path, sets):

@@ -23,8 +23,8 @@ from fedms.training.expert_model import ExpertModel
 from fedms_ext.sparse import surgery
 
 SETS = ["data.max_samples=24", 'model.targets=["v_proj", "fc1"]', "clients.count=1", "clients.unseen=0", "stage1.rounds=1",
-        "stage2.rounds=1", "lora.rank=2", "sal.schedule=fixed", "sal.depth=2", "stage1.batch=16", "stage2.batch=16", "clients.optimizer=kept", "lora.dropout=0.1",
-        "run.threads=1"]
+        "stage2.rounds=1", "lora.rank=2", "sal.schedule=fixed", "sal.depth=2", "stage1.batch=16", "stage2.batch=16",
+        "clients.optimizer=kept", "lora.dropout=0.1", "run.threads=1"]
 
 
 FULL = "FEDMS_FULL" in os.environ       # without it a few methods and mutants: each is two short trainings

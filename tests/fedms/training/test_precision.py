@@ -74,8 +74,8 @@ def test_frozen_weights_are_held_in_16_bits_and_a_step_has_the_bits_of_autocast(
     assert torch.equal(held[0], rounded[0]) and held[2] == rounded[2] == kind
     assert all(torch.equal(found, wanted) for found, wanted in zip(held[1], rounded[1], strict=True))
     whole = budget.weight_bytes(resident(f"run.dtype={dtype}").foundation.module)
-    linear = sum(p.nbytes for module in model.foundation.module.modules() if isinstance(module, nn.Linear) for p in module._parameters.values())
-    assert whole - model.foundation.weight_bytes == linear
+    layers = [module for module in model.foundation.module.modules() if isinstance(module, nn.Linear)]
+    assert whole - model.foundation.weight_bytes == sum(p.nbytes for layer in layers for p in layer._parameters.values())
 
 
 def test_a_format_that_is_that_of_the_activations_is_held_like_fp32_and_others_are_quantized():
@@ -108,7 +108,8 @@ def test_weights_beyond_fp16_are_refused():
     config = load_config("digits", [*SETS, "run.dtype=fp16"])
     foundation = models.load(config.model)
     next(m for m in foundation.module.modules() if isinstance(m, nn.Linear)).weight.data[0, 0] = 1e5
-    with pytest.raises(ConfigError, match=r"run.dtype: layers.0.attention.q_proj.weight has a value of magnitude 1e\+05, beyond the range of float16"):
+    said = r"run.dtype: layers.0.attention.q_proj.weight has a value of magnitude 1e\+05, beyond the range of float16"
+    with pytest.raises(ConfigError, match=said):
         ExpertModel(foundation, data.load(config.data, foundation), config)
 
 

@@ -106,7 +106,8 @@ def test_a_run_is_the_same_alone_and_after_others(tmp_path):
     ["sal.schedule=all"], ["sal.schedule=every", "sal.every=1", "sal.step=2", "sal.order=bottom_up"],
     ["sal.order=interleaved", "sal.queue=2", "sal.tau=1.0"], ["sal.order=[2, 4]", "sal.schedule=fixed"],
     ["stage1.micro_batch=5", "stage2.micro_batch=1"], ["stage1.rounds=0"], ["stage2.rounds=0"], ["clients.count=1", "clients.unseen=0"],
-    ["sal.cache=off"], ["sal.cache_dtype=bf16"], ["sal.cache_dtype=int8", "lora.dropout=0.1"], ["sal.cache_bytes=20000"], ["lora.rslora=true", "lora.rank=1"],
+    ["sal.cache=off"], ["sal.cache_dtype=bf16"], ["sal.cache_dtype=int8", "lora.dropout=0.1"], ["sal.cache_bytes=20000"],
+    ["lora.rslora=true", "lora.rank=1"],
     ["aggregate.weights=uniform", "data.global_test=0"], ["wire.dtype=bf16"], ["wire.dtype=int8"],
 ], ids=lambda sets: ",".join(sets))
 def test_every_setting_runs_and_is_recorded(sets, tmp_path):

@@ -57,7 +57,8 @@ def emulated() -> Path:
 
 # The kernels of groups are those of the other files: both paces are for a long run.
 @pytest.mark.parametrize("file, pace", [
-    *itertools.product(["numerics.py", "planned*.py"], ["late", "early"]), *itertools.product(["siblings*.py"], ["late", "early"][: 1 + FULL])
+    *itertools.product(["numerics.py", "planned*.py"], ["late", "early"]),
+    *itertools.product(["siblings*.py"], ["late", "early"][: 1 + FULL])
 ])  # fmt: skip
 def test_numerics_on_the_emulator(emulated, file, pace):
     print(run(

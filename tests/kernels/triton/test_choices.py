@@ -145,8 +145,10 @@ def test_bands_are_wide_for_wide_tiles():
     assert {(bm, bn): band(Tile("pointer", bm, bn, 64, 8, 3), H100) for bm, bn in bands} == bands
 
 
-@pytest.mark.parametrize("chip", [H100, DeviceProperties((8, 0), 108, 166912), DeviceProperties((8, 6), 84, 101376), DeviceProperties((12, 0), 170, 101376),
-                                  DeviceProperties((10, 0), 148, 232448)], ids=str)
+CHIPS = [((8, 0), 108, 166912), ((8, 6), 84, 101376), ((12, 0), 170, 101376), ((10, 0), 148, 232448)]
+
+
+@pytest.mark.parametrize("chip", [H100, *[DeviceProperties(*chip) for chip in CHIPS]], ids=str)
 def test_every_chip_has_legal_tiles(chip):
     """An unknown GPU works: what decides is its shared memory, not its name."""
     for gemm in [Gemm(8192, 4096, 4096, 32), Gemm(65, 8, 8, 1), Gemm(12608, 768, 768, 256)]:

@@ -48,7 +48,8 @@ CHARTS = (
           "Dot: mean gap. Line: its 95 % interval over seeds; a method whose line crosses 0 is not shown to differ, "
           "and its dot is hollow. With one seed there is no interval.", {"": gaps_figure}),
     Chart("cost", "Outcome against cost",
-          "Mean over clients, each on its own test samples, over what the method cost. The dashed line joins the methods that no other beats in both.",
+          "Mean over clients, each on its own test samples, over what the method cost. The dashed line joins the methods "
+          "that no other beats in both.",
           {"bytes": accuracy_by_bytes_figure, "operations": accuracy_by_flops_figure}),
     Chart("gain", "What each client gains over training alone",
           "Hollow dot: the client on its own. Full dot: with the method in focus. Means over seeds, the largest gain first.",

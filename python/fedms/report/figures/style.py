@@ -47,6 +47,7 @@ class Curve:
 
     @property
     def means(self) -> list[float]:
+        """The mean over seeds at each x."""
         return [statistics.fmean(y) for y in self.ys]
 
 
