@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from flwr.app import Message as Mail
@@ -27,7 +27,7 @@ from fedms.engines.flower import client as side
 from fedms.engines.flower.connection import Connection, Lost, serve
 from fedms.engines.flower.transport import release, release_of
 from fedms.privacy.member_file import IDENTITIES
-from fedms.processes import end_with_parent
+from fedms.processes import begin_worker, spared_ctrl_c
 from fedms.storage.durable import FolderLock
 
 AGAIN = 5.0             # seconds before a connection is tried again
@@ -183,12 +183,18 @@ class Worker:
            identity: side.Identity) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Return the answer to a message, or raise Refusal with the reason why there is none."""
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), begin_worker, ({},))
         try:
-            done = self._pool.submit(_work, kind, head, parts, identity).result()
+            with spared_ctrl_c():
+                under_way = self._pool.submit(_work, kind, head, parts, identity)
+            done = under_way.result()
         except BrokenProcessPool:
             self.end()
             raise Refusal("the process that did the visit died: killed, or out of memory") from None
+        except KeyboardInterrupt:       # asked to stop a second time: the visit is not waited for
+            for process in active_children():
+                process.kill()
+            raise
         finally:
             self._used = time.monotonic()
         if isinstance(done, str):

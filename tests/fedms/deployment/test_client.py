@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 
+import doubling
 import pytest
 
 pytest.importorskip("flwr", reason="pip install 'fedms[flower]'")
@@ -16,6 +17,7 @@ from federation import joined, run_file, write_data
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedms.deployment.node import Worker
 from fedms.errors import DataError
 from fedms.deployment import DeploymentError, join, server, service
 from fedms.deployment.invitation import Invitation, read_invitation
@@ -344,3 +346,12 @@ print(join.write(joining, Path(sys.argv[3])).line())
     done = subprocess.run([sys.executable, "-c", script, str(invited / "server/invite.toml"), str(write_data(tmp_path, "bert")),
                            str(tmp_path / "state")], capture_output=True, text=True, timeout=240)
     assert done.stdout.endswith(" bert\n"), done.stdout + done.stderr
+
+
+def test_ctrl_c_reaches_no_visit(monkeypatch):
+    monkeypatch.setattr("fedms.deployment.node._work", doubling.spared)
+    worker = Worker()
+    try:
+        assert worker.do("train", {}, {}, None) == (True, {})
+    finally:
+        worker.end()
