@@ -7,21 +7,14 @@ blocks below them.
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-import fedms_ext
-from fedms import models
 from fedms.data import made_cache_dir
-from fedms.training.device import describe
-from fedms.training.frozen import is_quantized
-from fedms_ext import ConstantCache, DiskCache, build_info
+from fedms.training.cache_key import origin
+from fedms_ext import ConstantCache, DiskCache
 
 if TYPE_CHECKING:
     from fedms.training.expert_model import ExpertModel
@@ -35,33 +28,6 @@ def new_cache(model: ExpertModel) -> ConstantCache | DiskCache:
     if sal.cache != "disk":
         return ConstantCache(sal.cache_bytes if sal.cache == "memory" else 0)
     return DiskCache(made_cache_dir() / "constants", sal.cache_bytes, origin(model))
-
-
-def origin(model: ExpertModel) -> str:
-    """Return a text that says what the bits of a value depend on beside the values that it is computed from: model, data, code,
-    arithmetic."""
-    config, run = model.config, model.config.run
-    frozen = config.model.frozen if is_quantized(config, config.model.frozen) else "fp32"
-    # On torch, on the kernels' instruction set, on the number of threads.
-    built = build_info()
-    arithmetic: tuple[object, ...] = (torch.__version__, built["isa_used"], built["bf16_products"], run.threads, frozen,
-                                      config.model.full_precision, config.sal.cache_dtype)
-    if model.device.type != "cpu":
-        arithmetic += (describe(model.device),)
-    if run.dtype != "fp32":
-        arithmetic += (run.dtype,)
-    return repr((model.foundation.fingerprint, model.dataset.fingerprint, model.prefix_chunk, code(), arithmetic))
-
-
-@cache
-def code() -> str:
-    """Return a hash of the code that computes the values: models, layers and compiled kernels. Another release may round otherwise."""
-    found = hashlib.sha256()
-    for package in (models, fedms_ext):
-        folder = Path(package.__path__[0])
-        for file in sorted([*folder.rglob("*.py"), *folder.glob("_C*")]):
-            found.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    return found.hexdigest()
 
 
 def prefix_bytes(model: ExpertModel, part: Tensor) -> int:

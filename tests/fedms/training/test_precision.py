@@ -15,8 +15,8 @@ from fedms.errors import ConfigError
 from fedms.federated.client import Client, ClientFailure, Message, Private
 from fedms.federated.local_training import FIRST_SCALE, MOST_SKIPPED, Group, train
 from fedms.runs.experiment import basis
-from fedms.training import constants, expert_model
-from fedms.training.constants import origin
+from fedms.training import expert_model
+from fedms.training.cache_key import origin
 from fedms.training.expert_model import ExpertModel
 from fedms_ext import budget
 
@@ -85,17 +85,6 @@ def test_a_format_that_is_that_of_the_activations_is_held_like_fp32_and_others_a
     assert origin(same) == origin(resident("run.dtype=bf16"))
     kept = [resident(), other, same, resident("run.dtype=fp16"), resident("run.dtype=fp16", "model.frozen=bf16")]
     assert len({origin(model) for model in kept}) == len(kept)      # no cached value of one is taken for another's
-
-
-def test_another_release_takes_no_value_of_this_one(tmp_path, monkeypatch):
-    model, found = resident(), set()
-    monkeypatch.setattr(constants.models, "__path__", [str(tmp_path)])
-    for text in ("y = x", "y = 2 * x"):
-        (tmp_path / "model.py").write_text(text)
-        constants.code.cache_clear()
-        found.add(origin(model))
-    constants.code.cache_clear()
-    assert len(found) == 2
 
 
 def test_exact_aggregation_adds_to_weights_that_are_not_rounded():
