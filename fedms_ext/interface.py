@@ -11,8 +11,8 @@ says what it has to be."""
 
 
 def check(kernels: ModuleType) -> None:
-    """Raise an ImportError if kernels have another interface. Those that say none, which are older, pass."""
-    built = getattr(kernels, "INTERFACE", INTERFACE)
+    """Raise an ImportError if kernels have another interface, or say none, because they are older than this check."""
+    built = getattr(kernels, "INTERFACE", "unknown")
     if built != INTERFACE:
         raise ImportError(f"{kernels.__file__}: the kernels were compiled from other sources than the Python code beside them (interface "
                           f"{built}, expected {INTERFACE}), so they take other calls. Compile them again: in a clone by `make setup` or "

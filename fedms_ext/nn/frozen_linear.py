@@ -51,11 +51,12 @@ class FrozenLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         there = prefix + "frozen.q" in state_dict
         if there and self.frozen is None:
-            warnings.warn("weights that are in full precision here are quantized in the state dict, so they are not loaded; call "
-                          "fedms_ext.quantize(model, KIND) with the format that was saved before load_state_dict", stacklevel=2)
+            warnings.warn("weights that are in full precision here are quantized in the state dict, so they are not loaded; before "
+                          "load_state_dict call fedms_ext.quantize(model, KIND) with the format that was saved", stacklevel=2)
         elif self.frozen is not None and not there and prefix + "weight" in state_dict:
-            warnings.warn("weights that are quantized here are in full precision in the state dict, so they are not loaded; call "
-                          "fedms_ext.dequantize(model) before load_state_dict, and quantize it afterwards", stacklevel=2)
+            warnings.warn("weights that are quantized here are in full precision in the state dict, so they are not loaded; load them "
+                          "into a model that is not quantized yet, or, if they are the weights that this one was made of, call "
+                          "fedms_ext.dequantize(model, state_dict)", stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def leave(self) -> None:

@@ -38,10 +38,11 @@ def test_kernels_of_other_sources_are_refused():
     said = [f"{node.name}({', '.join(a.arg for a in node.args.args)}) {len(node.args.defaults)}" for node in functions]
     digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     assert digest == interface.INTERFACE, f'the signatures have changed: set INTERFACE = "{digest}" in fedms_ext/interface.py, and rebuild'
+    assert _C.INTERFACE == interface.INTERFACE
     kernels = ModuleType("_C")
     kernels.__file__ = "_C.so"
-    interface.check(kernels)        # older ones say nothing
+    with pytest.raises(ImportError, match="interface unknown"):     # older ones say nothing
+        interface.check(kernels)
     kernels.INTERFACE = "0" * 16
     with pytest.raises(ImportError, match="_C.so: the kernels were compiled from other sources .*setup.py build_ext --inplace"):
         interface.check(kernels)
-    assert getattr(_C, "INTERFACE", interface.INTERFACE) == interface.INTERFACE

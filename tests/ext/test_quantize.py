@@ -412,7 +412,7 @@ def test_a_state_dict_of_the_other_storage_says_what_to_call(quantized):
             fedms_ext.quantize(made, "int8")
         return made
 
-    advice = r"fedms_ext.dequantize\(model\) before load_state_dict" if quantized else r"call fedms_ext.quantize\(model, KIND\)"
+    advice = r"fedms_ext.dequantize\(model, state_dict\)" if quantized else r"call fedms_ext.quantize\(model, KIND\)"
     with pytest.warns(UserWarning, match=advice), pytest.raises(RuntimeError, match="Missing key"):
         model(quantized).load_state_dict(model(not quantized).state_dict())
     with warnings.catch_warnings():
