@@ -40,7 +40,10 @@ class PeftLinear(lora.Linear, SharesInput):
 
     def obstacle(self) -> str | None:
         """Return why PEFT has to compute this layer with its active adapters, or None if the operator can."""
-        base, adapters = self.base_layer, self._adapters()
+        return self._obstacle(self._adapters())
+
+    def _obstacle(self, adapters: list[str]) -> str | None:
+        base = self.base_layer
         if reason := replaced_forward(self):
             return reason
         if type(base) is not nn.Linear:
@@ -73,21 +76,26 @@ class PeftLinear(lora.Linear, SharesInput):
     def _adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
 
-    def _is_left_to_peft(self) -> bool:
-        return not self._adapters() or self.disable_adapters or self.merged or _hooks_everywhere() or self.obstacle() is not None
+    def _ours(self) -> list[str]:
+        """Return the active adapters, or none if PEFT has to compute this layer. A call asks once and hands them on."""
+        adapters = self._adapters()
+        if self.disable_adapters or self.merged or _hooks_everywhere() or (adapters and self._obstacle(adapters) is not None):
+            return []
+        return adapters
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self._is_left_to_peft():
+        adapters = [] if args or kwargs else self._ours()
+        if not adapters:
             return super().forward(x, *args, **kwargs)
         if self.siblings is not None and not torch.compiler.is_compiling():
             together = self.siblings.output(self, x)
             if together is not None:
                 return together
-        found = self._operands()
+        found = self._operands(adapters)
         weight, bias, a, b, scale, _, p, _ = found
         seed = draw_seed(x) if p > 0 else None
         if type(x) is Tensor and getattr(x, ON_GPU) and not torch.compiler.is_compiling():
-            y = self._planned(x, found, 0 if seed is None else seed)
+            y = self._planned(x, adapters, found, 0 if seed is None else seed)
             if y is not None:
                 return y
         return expert_linear(x, weight, bias, a, b, scale, dropout_p=p, seed=seed)
@@ -97,12 +105,12 @@ class PeftLinear(lora.Linear, SharesInput):
         for name in ("plans", "_last"):
             self.__dict__.pop(name, None)
 
-    def _planned(self, x: Tensor, operands: Sibling, seed: int | Tensor) -> Tensor | None:
+    def _planned(self, x: Tensor, adapters: list[str], operands: Sibling, seed: int | Tensor) -> Tensor | None:
         """Return the output, computed with the plans of this layer, or None if the call cannot use them; see `planned_linear`."""
         weight, bias, a, b, scale, _, p, _ = operands
         if any([isinstance(value, Tensor) for value in scale]):
             return None
-        applied = tuple(zip(self._adapters(), scale, map(len, a)))
+        applied = tuple(zip(adapters, scale, map(len, a)))
         if self._last[0] != applied:
             self._last = applied, tuple(scale)
         if self.plans is None:
@@ -110,8 +118,7 @@ class PeftLinear(lora.Linear, SharesInput):
         # A plan is used again without a look at the adapters if it is given this very tuple again.
         return planned_linear(self.plans, x, weight, bias, a, b, self._last[1], None, p, seed)
 
-    def _operands(self) -> Sibling:
-        adapters = self._adapters()
+    def _operands(self, adapters: list[str]) -> Sibling:
         base: Any = self.base_layer
         dropout = self.lora_dropout[adapters[0]]
         a, b = ([held[name].weight for name in adapters] for held in (self.lora_A, self.lora_B))
@@ -120,9 +127,10 @@ class PeftLinear(lora.Linear, SharesInput):
 
     def as_sibling(self, x: Tensor) -> Sibling | None:
         """See `SharesInput`. The layer has to be called if PEFT computes it, if hooks run before it, or if a scale is a tensor."""
-        if self._forward_pre_hooks or self._is_left_to_peft():
+        adapters = [] if self._forward_pre_hooks else self._ours()
+        if not adapters:
             return None
-        found = self._operands()
+        found = self._operands(adapters)
         return None if any([isinstance(scale, Tensor) for scale in found.scale]) else found
 
     def sibling_kind(self) -> tuple[object, ...]:
@@ -132,5 +140,5 @@ class PeftLinear(lora.Linear, SharesInput):
     def sibling_state(self) -> tuple[list[Tensor | None], tuple[object, ...]]:
         """See `SharesInput`. Only of a layer that is not left to PEFT."""
         weight: Any
-        weight, bias, a, b, scale, _, p, _ = self._operands()
+        weight, bias, a, b, scale, _, p, _ = self._operands(self._adapters())
         return [weight, bias, *a, *b], (*scale, p, [pair.requires_grad for pair in (*a, *b)])

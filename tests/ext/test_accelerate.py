@@ -65,6 +65,16 @@ def test_the_layers_call_our_operator_and_not_peft(monkeypatch):
     assert len(calls) == len(done.layers)
 
 
+def test_a_call_looks_for_the_active_adapters_once(monkeypatch):
+    layer, asked = layers_of(bert(), group=False)[0], []
+    kind, x = type(layer), torch.randn(2, layer.in_features)
+    found = kind._adapters
+    monkeypatch.setattr(kind, "_adapters", lambda self: asked.append(1) or found(self))
+    layer(x)
+    assert len(asked) == 1
+    assert layer.as_sibling(x) is not None and len(asked) == 2
+
+
 def test_siblings_are_grouped_and_a_layer_that_is_left_to_peft_leaves_them():
     model = bert()
     assert all(layer.siblings is None for layer in layers_of(copy.deepcopy(model), group=False))
