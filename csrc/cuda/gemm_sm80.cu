@@ -133,17 +133,25 @@ struct MmaGemm {
     if (INT8 && (DROPS || rank_steps == 0)) scale();
     if constexpr (DROPS) {
       drop(of_ranks);
+      add(sum, of_ranks);
+    }
+    write(g, rows, first_column, memory, sum);
+  }
+
+  static FEDMS_DEVICE void add(Accumulator& sum, const Accumulator& of_ranks) {
 #pragma unroll
-      for (int i = 0; i < TILES_M; ++i) {
+    for (int i = 0; i < TILES_M; ++i) {
 #pragma unroll
-        for (int j = 0; j < 2 * TILES_N; ++j) {
+      for (int j = 0; j < 2 * TILES_N; ++j) {
 #pragma unroll
-          for (int value = 0; value < 4; ++value) sum[i][j][value] += of_ranks[i][j][value];
-        }
+        for (int value = 0; value < 4; ++value) sum[i][j][value] += of_ranks[i][j][value];
       }
     }
+  }
 
-    // Through shared memory, so that whole rows of the tile are written.
+  // Through the memory of the pipeline, so that whole rows of the tile are written.
+  static FEDMS_DEVICE void write(const GemmArguments<T>& g, const RowBlock& rows, int first_column, uint32_t memory,
+                                 Accumulator& sum) {
     ptx::cp_async_wait<0>();
     ptx::sync_block();
     for_pairs(sum, [&](float low, float high, int row, int column) {

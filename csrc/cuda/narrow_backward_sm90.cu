@@ -145,10 +145,7 @@ struct NarrowTile {
       uint32_t ds[RANKS / 16][4];
       make_ds(g.r, factor, u, ds);
       if (g.dgate && own_columns(g) == 0) write_dgate(g, first_row, u);
-      ptx::named_barrier(3, CONSUMERS * 128);  // dA of the rows before is done with the last dS
-      store_ds(ds, memory.ds, WARPGROUP * 64);
-      ptx::fence_shared_for_tma();
-      ptx::named_barrier(3, CONSUMERS * 128);
+      share_ds(ds, memory.ds, WARPGROUP * 64);
       ring.multiply(reader, [&](uint32_t stage) {
 #pragma unroll
         for (int k16 = 0; k16 < RANKS / 16; ++k16) {
@@ -164,6 +161,12 @@ struct NarrowTile {
     });
     writer.finish();
     keep_in_place(gradient);
+    write_gradient<WARPGROUP>(g, gradient);
+  }
+
+  // This block's part of dA or of dB.
+  template <int WARPGROUP>
+  static FEDMS_DEVICE void write_gradient(const NarrowBackwardArguments& g, const Gradient& gradient) {
     const int part = ptx::computed_here(ptx::block_x()) / g.columns;
     if constexpr (WARPGROUP == 0) {
       write_part(g.da + int64_t(part) * g.k * g.r, own_columns(g) * BN, BOXES, g.k, g.r, gradient);
@@ -227,13 +230,17 @@ struct NarrowTile {
     put_gate_grad(to, u, 0, g.experts, g.m, row, rank, [&](int i) { return rank(i) < g.r ? g.factors.expert[rank(i)] : -1; });
   }
 
-  static FEDMS_DEVICE void store_ds(const uint32_t (&ds)[RANKS / 16][4], uint32_t to, int first_row) {
+  // Lets both warpgroups read these 64 rows of dS, once dA of the rows before is done with the last dS.
+  static FEDMS_DEVICE void share_ds(const uint32_t (&ds)[RANKS / 16][4], uint32_t to, int first_row) {
     const Place place;
+    ptx::named_barrier(3, CONSUMERS * 128);
 #pragma unroll
     for (int i = 0; i < VALUES; i += 2) {
       const int row = first_row + place.row(i), rank = place.rank(i);
       ptx::store_shared_u32(to + chunk_offset<ROW / 16>(row, rank / 8) + rank % 8 * 2, ds[i / 8][i % 8 / 2]);
     }
+    ptx::fence_shared_for_tma();
+    ptx::named_barrier(3, CONSUMERS * 128);
   }
 
   static FEDMS_DEVICE void write_part(float* part, int first, int boxes, int columns, int r, const Gradient& gradient) {

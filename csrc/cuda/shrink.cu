@@ -53,18 +53,7 @@ struct ShrinkTile {
         drop_tile<ROWS, 8, THREADS>(mask, x, row, step * STEP, g.k);
         ptx::sync_block();
       }
-#pragma unroll
-      for (int i = 0; i < STEP / 32; ++i) {
-        const int k16 = warp() / 4 * (STEP / 32) + i;
-        uint32_t left[4], right[4];
-        load_a<8>(left, x, warp() % 4 * 16, 2 * k16);
-#pragma unroll
-        for (int j = 0; j < RANKS / 16; ++j) {
-          load_b<8>(right, a, j * 16, 2 * k16);
-          ptx::mma_16x8x16<T>(sum[2 * j], left, right[0], right[1]);
-          ptx::mma_16x8x16<T>(sum[2 * j + 1], left, right[2], right[3]);
-        }
-      }
+      multiply(sum, x, a);
     }
     ptx::cp_async_wait<0>();
     add_halves(sum, memory);
@@ -86,6 +75,22 @@ struct ShrinkTile {
       for (int i = 0; i < 4; ++i) {
         const float value = mask.has_dropout() ? sum[j][i] * mask.kept_scale : sum[j][i];
         put_s(g.s, g.t, g.t_stride, g.r, rows, to_row(i), to_rank(j, i), value, factor[j][i]);
+      }
+    }
+  }
+
+  // This warp's share of a step: 16 rows of x, half of the step's numbers, all ranks of a.
+  static FEDMS_DEVICE void multiply(float (&sum)[RANKS / 8][4], uint32_t x, uint32_t a) {
+#pragma unroll
+    for (int i = 0; i < STEP / 32; ++i) {
+      const int k16 = warp() / 4 * (STEP / 32) + i;
+      uint32_t left[4], right[4];
+      load_a<8>(left, x, warp() % 4 * 16, 2 * k16);
+#pragma unroll
+      for (int j = 0; j < RANKS / 16; ++j) {
+        load_b<8>(right, a, j * 16, 2 * k16);
+        ptx::mma_16x8x16<T>(sum[2 * j], left, right[0], right[1]);
+        ptx::mma_16x8x16<T>(sum[2 * j + 1], left, right[2], right[3]);
       }
     }
   }
