@@ -12,9 +12,8 @@ from fedms.federated.client import Client, Message, Private
 from fedms.federated.lockstep import Visiting
 from fedms.federated.method import Prediction
 from fedms.methods.fedavg import FedAvg
-from fedms.methods.steps import private_visit, proximal, shared_expert, shared_visit
+from fedms.methods.steps import private_prediction, private_speaker, private_visit, proximal, shared_expert, shared_visit
 from fedms.training.answering import Speaker
-from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 
 
@@ -34,15 +33,9 @@ class Ditto(FedAvg):
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
         if not private.has_expert:                          # never visited: no model of its own
             return super().predict(model, part, private, final)
-        shared = shared_expert(model, final, self.config)
-        model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
-        model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
-        ours, own = both_opinions(model, part)
-        return Prediction(own, global_=ours, local=own)
+        return private_prediction(model, part, private, final, self.config)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
         if not private.has_expert:
             return super().speaker(model, private, final)
-        model.load("local", {**shared_expert(model, final, self.config), **private.tensors}, depth=0,
-                   applied_depth=final.applied_depth)
-        return Speaker(("local",))
+        return private_speaker(model, private, final, shared_expert(model, final, self.config))

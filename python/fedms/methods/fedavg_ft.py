@@ -5,9 +5,8 @@ from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private
 from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
-from fedms.methods.steps import private_visit, shared_expert, shared_visit
+from fedms.methods.steps import private_prediction, private_speaker, private_visit, shared_expert, shared_visit
 from fedms.training.answering import Speaker
-from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 
 
@@ -27,13 +26,7 @@ class FedAvgFT(Method):
         return private_visit(model, client, private, message, start=shared_expert(model, message, self.config))
 
     def predict(self, model: ExpertModel, part: Subset, private: Private, final: Message) -> Prediction:
-        shared = shared_expert(model, final, self.config)
-        model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
-        model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
-        ours, own = both_opinions(model, part)
-        return Prediction(own, global_=ours, local=own)
+        return private_prediction(model, part, private, final, self.config)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
-        shared = shared_expert(model, final, self.config)
-        model.load("local", {**shared, **private.tensors}, depth=0, applied_depth=final.applied_depth)
-        return Speaker(("local",))
+        return private_speaker(model, private, final, shared_expert(model, final, self.config))

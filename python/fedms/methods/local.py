@@ -5,7 +5,7 @@ from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private
 from fedms.federated.lockstep import Visiting
 from fedms.federated.method import BroadcastPolicy, Method, Prediction
-from fedms.methods.steps import private_visit
+from fedms.methods.steps import private_speaker, private_visit
 from fedms.training.answering import Speaker
 from fedms.training.expert_model import ExpertModel
 
@@ -28,6 +28,4 @@ class Local(Method):
         return Prediction(opinion, local=opinion)
 
     def speaker(self, model: ExpertModel, private: Private, final: Message) -> Speaker:
-        start = model.initial(self.config.run.seed)
-        model.load("local", {**start, **private.tensors}, depth=0, applied_depth=final.applied_depth)
-        return Speaker(("local",))
+        return private_speaker(model, private, final, model.initial(self.config.run.seed))

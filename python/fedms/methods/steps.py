@@ -1,4 +1,4 @@
-"""The functions of which methods compose a client's visit.
+"""The functions of which methods compose a client's visit, and what a client predicts by its private expert.
 
 `shared_visit` is the visit of federated averaging, and `private_visit` trains an expert that stays at the client. Both ask for
 their training (see `fedms.federated.lockstep`); `train_shared` and `train_private` carry it out, too. All accept a `penalty` and
@@ -16,8 +16,11 @@ from fedms.config import RunConfig
 from fedms.data.subset import Subset
 from fedms.federated.client import Client, Message, Private, Reply, validate
 from fedms.federated.lockstep import Training, Visiting, alone
+from fedms.federated.method import Prediction
 from fedms.tasks import Score
 from fedms.tensors import Tensors, freeze_none, is_a
+from fedms.training.answering import Speaker
+from fedms.training.both import both_opinions
 from fedms.training.expert_model import ExpertModel
 from fedms.training.losses import Proximal
 
@@ -91,6 +94,21 @@ def private_visit(model: ExpertModel, client: Client, private: Private, message:
     best.load(message)
     reply = make_reply(client, {}, received.accuracy, best.score, loss=loss, trained_params=size)
     return reply, Private({**private.tensors, **best.kept, **moments})
+
+
+def private_prediction(model: ExpertModel, part: Subset, private: Private, final: Message, config: RunConfig) -> Prediction:
+    """Return the predictions of a client's private expert, and beside them those of the global one."""
+    shared = shared_expert(model, final, config)
+    model.load("global", shared, depth=final.depth, applied_depth=final.applied_depth)
+    model.load("local", {**shared, **private.tensors}, depth=final.depth, applied_depth=final.applied_depth)
+    ours, own = both_opinions(model, part)
+    return Prediction(own, global_=ours, local=own)
+
+
+def private_speaker(model: ExpertModel, private: Private, final: Message, start: Mapping[str, Tensor]) -> Speaker:
+    """Load a client's private expert for generating answers. Pairs that it does not have are taken from `start`."""
+    model.load("local", {**start, **private.tensors}, depth=0, applied_depth=final.applied_depth)
+    return Speaker(("local",))
 
 
 def proximal(strength: float, anchors: Mapping[str, Tensor], device: torch.device) -> Proximal:
