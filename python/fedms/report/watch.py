@@ -80,7 +80,7 @@ def view(states: Sequence[RunState]) -> RenderableType:
             Text(printable(state.records.path.name)), Text(state.state, style),
             Text(printable(last.get("stage", "").replace("stage", ""), 20)),
             f"{len(state.records.rounds)}/{state.rounds}", _number(last.get("depth"), "d"),
-            _number(last.get("loss"), ".3f"), validation_words(task, last) if any(validation[-1:]) else "",
+            _number(last.get("loss"), ".3f"), "" if validation[-1:] in ([], [None]) else validation_words(task, last),
             sparkline(validation), _number(last.get("gate_mean"), ".2f"),
             _bytes(sum(r["bytes_up"] or 0 for r in state.records.rounds)), _time(state.seconds_left),
         )  # fmt: skip

@@ -69,6 +69,13 @@ def test_a_language_model_is_watched_by_the_perplexity_of_its_mean_loss(tmp_path
     assert "perplexity 7.4" in states[0] and "perplexity 4.0" in states[1]
 
 
+def test_an_accuracy_of_nothing_is_shown(tmp_path):
+    folder = write_run(tmp_path / "fedms-seed0", stop_after=1)
+    rounds = folder / "rounds.jsonl"
+    rounds.write_text(json.dumps({**json.loads(rounds.read_text()), "validation_accuracy": 0.0}) + "\n")
+    assert " 0.0%" in text(read_states(folder))
+
+
 def test_sparkline():
     assert sparkline([0.0, None, 0.5, 1.0]) == "▁▅█" or sparkline([0.0, None, 0.5, 1.0]) == "▁▄█"
     assert sparkline([0.3, 0.3]) == "▄▄" and sparkline([]) == "" and len(sparkline([float(i) for i in range(99)])) == 16
