@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Optional
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fedms.data.tables import Table
 
 TASKS = ("classification", "causal_lm")
+# Columns that are read together, by task.
+TOGETHER = {"classification": (("text", "label"),), "causal_lm": (("messages",), ("question", "answer"), ("text",))}
 # Names that columns often have, the likeliest first.
 TEXTS = ("text", "sentence", "review", "content", "message", "question", "body", "title")
 IMAGES = ("image", "img", "photo", "picture", "file", "filename", "path")
@@ -61,6 +63,14 @@ def chosen_task(named: Mapping[str, str], is_language_model: bool, table: Option
     if guess == "causal_lm":
         say('guessed: task.kind = "causal_lm"; another one is given by --task')
     return guess
+
+
+def check_together(task: str, named: Iterable[str]) -> None:
+    """Raise a ConfigError if options name columns that a task does not read, or not together; `named` are their keys in [data]."""
+    if not any(set(named) <= set(columns) for columns in TOGETHER[task]):
+        accepted = ", or ".join(" and ".join(f"--{key}" for key in columns) for columns in TOGETHER[task])
+        raise ConfigError(f"{', '.join(f'--{key}' for key in named)}: --task {task} reads {accepted}; leave the others out, or give "
+                          "another --task")
 
 
 def with_columns(answers: Answers, table: Table, named: Mapping[str, str], client: Optional[str], asks: bool) -> Answers:

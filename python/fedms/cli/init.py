@@ -14,7 +14,7 @@ from fedms.config import ConfigError, RunConfig, load_config, registry
 from fedms.errors import DataError, RunFolderError
 from fedms.storage.durable import write_durably
 
-from .columns import TASKS, ask, chosen_task, has_terminal, with_columns
+from .columns import TASKS, ask, check_together, chosen_task, has_terminal, with_columns
 from .command import START, command
 from .run_files import Answers, run_file
 from .terminal import say, show
@@ -159,9 +159,8 @@ def _with_task(answers: Answers, task: str, named: dict[str, str], place: Place)
     Raises:
         ConfigError: If the data or the options are not for it.
     """
+    check_together(task, named)
     if task == "causal_lm":
-        if "label" in named:
-            raise ConfigError("--label: a language model learns no labels; leave it out, or give --task classification")
         if place.images:
             raise ConfigError(f"--task: {answers.data} holds images, which a language model does not read; accepted: classification")
         if not place.files:

@@ -77,7 +77,12 @@ def test_questions_are_asked(monkeypatch):
 
 @pytest.mark.parametrize("words, code, said", [
     (("--data", "faq.csv", "--task", "lm"), errors.USAGE, "--task: got 'lm'; accepted: classification, causal_lm"),
-    (("--data", "faq.csv", "--task", "causal_lm", "--label", "a"), errors.USAGE, "--label: a language model learns no labels"),
+    (("--data", "faq.csv", "--task", "causal_lm", "--label", "a"), errors.USAGE, "--label: --task causal_lm reads --messages"),
+    (("--data", "faq.csv", "--task", "classification", "--question", "q", "--label", "a"), errors.USAGE,
+     "--question, --label: --task classification reads --text and --label;"),
+    (("--data", "faq.csv", "--question", "q", "--answer", "a", "--text", "a"), errors.USAGE,
+     "--task causal_lm reads --messages, or --question and --answer, or --text;"),
+    (("--data", "chats.jsonl", "--messages", "talk", "--text", "id"), errors.USAGE, "--messages, --text: --task causal_lm reads"),
     (("--data", "books", "--task", "classification"), errors.USAGE, "--task: texts in files of their own have no labels"),
     (("--data", "chats.jsonl", "--question", "id"), errors.USAGE, "--answer: no column has a usual name for answers"),
     (("--data", "squad", "--task", "causal_lm"), errors.UNAVAILABLE, "squad is not on this machine. A data set of the hub"),
