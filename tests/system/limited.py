@@ -43,6 +43,7 @@ CONFIGURATIONS = [
     (200, ["sal.max_depth=2"]),
     (170, ["sal.max_depth=1"]),
     (180, ["sal.max_depth=2"]),
+    (256, ["run.dtype=bf16"]),
     (256, ["run.method=fedavg_ft"]),
 ]
 

@@ -24,7 +24,7 @@ from fedms.progress import Progress
 from fedms.runs.experiment import with_clients
 from fedms.training.device import choose, peak, reset_peak, synchronize
 from fedms.training.expert_model import ExpertModel
-from fedms.training.frozen import is_quantized, quantize_frozen
+from fedms.training.frozen import held_format, is_quantized, quantize_frozen
 from fedms.training.memory import hand_back_large_blocks, resident_memory
 from fedms_ext import budget, dequantize
 
@@ -40,7 +40,8 @@ class Option:
 
     Attributes:
         depth: Number of blocks that are trained.
-        frozen: Precision of the frozen weights, as `model.frozen`.
+        frozen: Format in which the frozen weights are held, as `model.frozen`: in a run with activations of 16 bits their dtype in the
+            place of fp32.
         cache: Where constants are kept, as `sal.cache`.
         ahead: Whether those of later rounds are kept too, as `sal.cache_ahead`.
         micro_batch: Samples of a forward and backward pass.
@@ -127,9 +128,9 @@ def plan(config: RunConfig, *, memory: int | None = None, flops: float | None = 
     tried: dict[int, list[Option]] = {}
     for frozen in (config.model.frozen, *SMALLER.get(config.model.frozen, ("int8", "nf4"))):
         planner.freeze(frozen)
-        speeds[frozen] = flops or planner.speed()
+        speeds[planner.frozen] = flops or planner.speed()
         for depth in range(1, planner.costs.max_depth + 1):
-            for option in planner.options(depth, speeds[frozen], bandwidth):
+            for option in planner.options(depth, speeds[planner.frozen], bandwidth):
                 tried.setdefault(depth, []).append(option)
         if memory is None or all(any(o.peak <= (1 - RESERVE) * memory for o in each) for each in tried.values()):
             break
@@ -170,7 +171,7 @@ class _Planner:
         self.config, self.progress = config, progress
         self.device = choose(config.run.device, config.model.frozen).device
         self.model = ExpertModel(foundation, dataset, plain, device=self.device)
-        self.frozen = "fp32"
+        self.frozen = held_format(config, "fp32")
         partition = data.partition(dataset, config.data, config.clients, config.run.seed)
         self.costs = CostModel(self.model, methods.create(config), config, partition, min(config.run.lockstep, config.clients.count))
         loading = peak(self.device)
@@ -181,11 +182,14 @@ class _Planner:
         self.loading = loading - (self.process if shared else 0)
 
     def freeze(self, frozen: str) -> None:
+        """Hold the frozen weights as a run with this `[model] frozen` does."""
+        frozen = held_format(self.config, frozen)
         if frozen != self.frozen:
             module = self.model.foundation.module
             if is_quantized(self.config, self.frozen):
                 dequantize(module, self.originals)
-            full = budget.weight_bytes(module)
+            # A run quantizes weights of fp32. Those that are of 16 bits here had twice as many bytes.
+            full = budget.weight_bytes(module) + sum(p.nbytes for p in module.parameters() if p.dtype.itemsize == 2)
             self.originals = {f"{name}.weight": m.weight for name, m in module.named_modules()
                               if isinstance(m, nn.Linear)}
             quantize_frozen(module, self.config, self.device, frozen)

@@ -20,7 +20,7 @@ from torch import nn
 import fedms_ext
 from fedms import data, models, tasks, training
 from fedms.training.device import describe
-from fedms.training.frozen import is_quantized
+from fedms.training.frozen import held_format
 from fedms_ext import available, build_info
 from fedms_ext.backends.registry import preference
 from fedms_ext.nn.pairs import Pairs
@@ -53,7 +53,7 @@ def _foundation(model: ExpertModel) -> tuple[object, ...]:
 
 def _task(model: ExpertModel) -> tuple[object, ...]:
     config = model.config
-    frozen = config.model.frozen if is_quantized(config, config.model.frozen) else "fp32"
+    frozen = held_format(config, config.model.frozen)
     return type(model.task).__qualname__, config.task, config.model.model_copy(update={"frozen": frozen}), config.head
 
 

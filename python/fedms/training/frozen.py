@@ -29,6 +29,14 @@ def is_quantized(config: RunConfig, frozen: str) -> bool:
     return frozen != "fp32" and not held_so_anyway
 
 
+def held_format(config: RunConfig, frozen: str) -> str:
+    """Return the format in which a run holds the weights that `[model] frozen` is about: `frozen`, or in the place of fp32 the 16 bits
+    of `[run] dtype`, see `held_dtype`."""
+    if is_quantized(config, frozen):
+        return frozen
+    return "fp32" if held_dtype(config) is None else config.run.dtype
+
+
 def quantize_frozen(module: nn.Module, config: RunConfig, device: torch.device, frozen: str) -> None:
     """Quantize the frozen weights of Linear layers as `[model] frozen` says, but for those of `[model] full_precision`. All must be in
     full precision before.

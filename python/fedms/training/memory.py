@@ -28,6 +28,13 @@ _PEAK = re.compile(rb"VmHWM:\s*(\d+) kB")
 # kept in pieces that did not fit later ones; one of them took 785 to 805 MiB, and takes the planned 755 at 128 KiB.
 LARGE_BLOCK = 2**17
 
+# Products of 16 bits are computed by oneDNN, which compiles a kernel for each shape; batches of texts have hundreds of shapes. oneDNN and
+# PyTorch's interface to it, ideep, keep 1024 of them each, by default and until the process ends. One linear layer 384 -> 384 in bf16
+# with 20 to 619 rows leaves 420 MiB so, and 57 MiB where 64 are kept. A bf16 run of MiniLM (`SMALL` of tests/system/limited.py, depth 6,
+# micro-batches of 16, one thread; of which 709 MiB were planned, three interleaved runs) takes as long with 64 as with 1024, 22 s of a
+# processor; with none kept it takes 53 s.
+KERNELS_KEPT = 64
+
 
 def hand_back_large_blocks() -> None:
     """Let the memory of tensors of `LARGE_BLOCK` bytes or more go back to the system as soon as they are freed, from now on.
@@ -35,12 +42,17 @@ def hand_back_large_blocks() -> None:
     Otherwise glibc raises that bound to 32 MiB step by step and keeps freed memory in pieces that do not fit later tensors. The
     process then uses half as much memory again as all that it holds. Call this before a model is loaded.
 
+    At most `KERNELS_KEPT` kernels for products of 16 bits are kept, unless `ONEDNN_PRIMITIVE_CACHE_CAPACITY` or `LRU_CACHE_CAPACITY` (of
+    ideep) stands in the environment, or this process computed such a product before.
+
     Tensors of 2 MiB or more get large pages where the system has them (`transparent_hugepage` is `madvise` or `always`), unless
     `THP_MEM_ALLOC_ENABLE=0` stands in the environment, or this process made a tensor before: PyTorch reads the variable once.
 
     With `FEDMS_KEEP_MEMORY=1` in the environment freed memory is kept instead, see `fedms_ext.keep_freed_memory`.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for library in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(library, str(KERNELS_KEPT))
     if os.environ.get("FEDMS_KEEP_MEMORY") == "1":
         keep_freed_memory()
     else:

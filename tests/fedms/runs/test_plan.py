@@ -184,10 +184,23 @@ def test_a_plan_in_16_bits_counts_half_of_the_frozen_linear_weights_and_tries_sm
     assert {m.weight.dtype for m in linear} == {torch.bfloat16}
     assert held == budget.weight_bytes(module)
     assert held - 2 * values == sum(p.nbytes for p in module.parameters() if p.dtype == torch.float32)
-    for frozen, share in (("bf16", 1), ("int8", 0.6), ("nf4", 0.4)):
+    assert planner.frozen == "bf16"
+    for frozen, share in (("fp32", 1), ("bf16", 1), ("int8", 0.6), ("nf4", 0.4)):
+        planner.loading = 0
         planner.freeze(frozen)
+        assert planner.frozen == ("bf16" if frozen == "fp32" else frozen)
+        # Weights that are held in 16 bits were measured while they were loaded; a run quantizes those of fp32.
+        both = held + 2 * values + planner.model.foundation.weight_bytes
+        assert planner.loading == (0 if planner.frozen == "bf16" else both)
         weights = planner.model.foundation.weight_bytes - (held - 2 * values)
         assert 0 < weights <= share * 2 * values
+
+
+@pytest.mark.parametrize("frozen", ["fp32", "bf16"])
+def test_a_plan_in_16_bits_names_these_and_its_settings_are_the_same_run(frozen):
+    config = load_config("digits", [*SMALL, "sal.max_depth=1", "run.dtype=bf16", f"model.frozen={frozen}"])
+    found = plan.plan(config, flops=1e9)
+    assert {o.frozen for o in found.options} == {*found.speed} == {"bf16"} and found.settings["model.frozen"] == "bf16"
 
 
 def test_clients_side_by_side_take_the_memory_of_all(monkeypatch):
