@@ -138,8 +138,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> list[str]:
     model computes the same bits. Experts, norms and embeddings stay in float32, which an optimizer needs for its steps; PEFT does
     the same with adapters on a base model in bfloat16. Outside of autocast such a layer refuses a float32 input.
 
-    Weights of convolutions and of `nn.MultiheadAttention` stay in float32 too, although they gave the same bits in trials: they are not linear
-    layers that own their weight, and whether code around them reads their values is checked for those alone.
+    Weights of convolutions and of `nn.MultiheadAttention` stay in float32 too, although they gave the same bits in trials: whether
+    code around a layer reads its values is checked for linear layers alone.
 
     Args:
         model: Any module.
