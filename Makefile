@@ -66,9 +66,9 @@ sanitize: $(INSTALLED) ## the CPU kernels under the address and the undefined be
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/int8_check
 
-test-full: $(INSTALLED) ## all tests: examples, pages and all cases of the kernels too, 30 killed runs, 30 full disks, 20 runs within limits of memory
+test-full: $(INSTALLED) ## all tests: examples, pages and all cases of the kernels too, 30 killed runs, 30 full disks, 21 runs within limits of memory
 	$(BIN)/python -c 'import mlflow, tensorboard, wandb' 2>/dev/null || $(PIP) install --no-build-isolation --editable '.[track]'
-	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=20 $(PYTEST) tests
+	FEDMS_FULL=1 FEDMS_CRASHES=30 FEDMS_LIMITED=21 $(PYTEST) tests
 
 bench: $(INSTALLED) ## throughput of the kernels, beside their peers
 	$(BIN)/python -m pytest -q -s -o addopts= -o python_files='bench_*.py' bench

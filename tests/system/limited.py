@@ -1,6 +1,6 @@
 """Plans for devices with little memory, and runs with the planned settings inside a limit that the system enforces.
 
-    python tests/system/limited.py --count 20
+    python tests/system/limited.py --count 21
 
 Each configuration is planned in a process of its own and run in another one, whose limit is the plan's: what the process
 needs by itself, and `--memory`. A process that is larger (its whole resident size, looked at every two milliseconds) is

@@ -1,4 +1,4 @@
-"""Planned settings inside an enforced limit. FEDMS_LIMITED=20 (`make test-full`) for all configurations."""
+"""Planned settings inside an enforced limit. FEDMS_LIMITED=21 (`make test-full`) for all configurations."""
 from __future__ import annotations
 
 import os
